@@ -1,0 +1,1 @@
+"""The runtime: base, engine, composition, generation, training, evaluation and the command line."""

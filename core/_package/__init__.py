@@ -1,0 +1,40 @@
+"""lora-rt: one quantized base model, several LoRA registers composed over it, with weights that belong to the request.
+
+    import lora_rt
+
+    rt = lora_rt.Runtime.load("default", precision="int4")
+    rt.generate(["rain, tin roof, unpaid bill"], "emotion:0.7 logic:0.3")
+
+This is the whole public face. Names are imported on first use, so that `import lora_rt` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_rt.errors import LoraRtError
+
+if TYPE_CHECKING:
+    from lora_rt.core.composition import Composition, Term
+    from lora_rt.core.runtime import Runtime
+
+__version__ = "0.1.0"
+__all__ = ["Composition", "LoraRtError", "Runtime", "Term", "__version__"]
+
+_HOMES = {
+    "Composition": "lora_rt.core.composition",
+    "Term": "lora_rt.core.composition",
+    "Runtime": "lora_rt.core.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_rt' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

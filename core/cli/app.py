@@ -1,0 +1,46 @@
+"""The typer application: the table of commands, and how a failure of any of them ends."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lora_rt.core.cli import compose, plugins, train
+from lora_rt.core.cli import eval as eval_command
+from lora_rt.core.cli.failures import explain
+
+app = typer.Typer(
+    name="lora-rt",
+    help="One quantized base model, several LoRA registers composed over it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+# One line per command, in the order of --help; each command lives in the file of its name.
+app.command("compose")(compose.compose)
+app.command("train")(train.train)
+app.command("eval")(eval_command.evaluate)
+app.command("plugins")(plugins.plugins)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if version:
+        from lora_rt import __version__
+
+        typer.echo(f"lora-rt {__version__}")
+        raise typer.Exit
+
+
+def run() -> None:
+    """Run the command line and exit: 0 success, 1 an explained failure, 2 usage."""
+    try:
+        app()
+    except BaseException as error:
+        code = explain(error)
+        if code is None:
+            raise
+        sys.exit(code)

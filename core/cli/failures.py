@@ -1,0 +1,39 @@
+"""One place turns exceptions into a line that says what is wrong and what to do next, and into an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from rich.markup import escape
+
+from lora_rt.core.cli.console import err
+from lora_rt.errors import LoraRtError
+
+
+def explain(error: BaseException) -> int | None:
+    """Print what an expected failure means; the exit code, or None where the error is a defect of ours."""
+    if isinstance(error, LoraRtError):
+        _line(error.message, error.next_step, error.problems)
+        return 1
+    if isinstance(error, KeyboardInterrupt):
+        _line("stopped", "")
+        return 130
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output left (`| head`): no message, and no second failure when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _line(f"no room on the disk for {error.filename or 'what was being written'}", "Free some space and try again")
+        return 1
+    return None
+
+
+def _line(message: str, next_step: str, problems: tuple[str, ...] = ()) -> None:
+    text = f"[bold red]error:[/] {escape(message)}"
+    if next_step:
+        text += f". [bold]{escape(next_step)}[/]"
+    err.print(text, soft_wrap=True)
+    for problem in problems:
+        err.print(f"  - {escape(problem)}", soft_wrap=True)

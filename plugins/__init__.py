@@ -1,0 +1,33 @@
+"""How to write a mode: one module, one entry point.
+
+A mode decides what an adapter is trained for, where it acts and how it is weighted. It is a module with
+`LORA_RT_API = 1` and any of these hooks (types and details in `lora_rt.plugins.contract`):
+
+    from lora_rt.plugins.contract import Gate, hookimpl
+
+    LORA_RT_API = 1
+
+    @hookimpl
+    def lora_rt_objective(context): ...   # training: an Objective (examples -> tokens and labels, loss, extra state)
+
+    @hookimpl
+    def lora_rt_gate(context): ...        # each forward pass: a Gate, or None for "always 1"
+
+    @hookimpl
+    def lora_rt_compose(context): ...     # each row of a request: the weights of this mode's terms
+
+    @hookimpl
+    def lora_rt_commands(app): ...        # subcommands of lora-rt (app is a typer.Typer)
+
+    @hookimpl
+    def lora_rt_sources(register): ...    # further places where adapters are found by name
+
+Your package names the module in its pyproject.toml; the entry point's name is the mode's name:
+
+    [project.entry-points."lora_rt.modes"]
+    fade-in = "my_package.fade_in"
+
+`pip install` it, and `lora-rt plugins` lists it. A mode never imports `lora_rt.core`: all that it needs of the runtime
+arrives in its hook's context. A plugin that fails is named, with the reason, by `lora-rt plugins` and `lora-rt doctor`;
+the host and the other plugins go on. `LORA_RT_BLOCK_PLUGINS=fade-in,other` keeps plugins from being imported at all.
+"""

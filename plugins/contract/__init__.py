@@ -1,0 +1,27 @@
+"""The contract between the runtime and a mode: hook specifications and the plain types that hooks receive and return.
+
+Modes stand on this package alone. Nothing here imports torch at run time, so that a plugin loads in milliseconds.
+"""
+
+from lora_rt.plugins.contract.composing import ComposeContext, TermFacts
+from lora_rt.plugins.contract.facts import BaseFacts, SceneType
+from lora_rt.plugins.contract.gating import Gate, GateContext
+from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
+from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext
+
+__all__ = [
+    "IGNORE",
+    "LORA_RT_API",
+    "BaseFacts",
+    "ComposeContext",
+    "Encoded",
+    "Example",
+    "Gate",
+    "GateContext",
+    "Objective",
+    "ObjectiveContext",
+    "SceneType",
+    "TermFacts",
+    "hookimpl",
+    "hookspec",
+]

@@ -1,0 +1,30 @@
+"""Per request: the weights of a mode's terms, given the whole request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_rt.plugins.contract.facts import BaseFacts, SceneType
+
+
+@dataclass(frozen=True, slots=True)
+class TermFacts:
+    """One term of the request: the resident name, the weight that the user gave, its mode and its register.json."""
+
+    name: str
+    weight: float
+    mode: str
+    card: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ComposeContext:
+    """One row of a request. `mine` are the indices in `terms` of the terms whose weights this mode decides."""
+
+    terms: Sequence[TermFacts]
+    mine: Sequence[int]
+    prompt: str | None
+    scene_type: SceneType
+    base: BaseFacts

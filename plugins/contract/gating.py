@@ -1,0 +1,52 @@
+"""Inference: the gate of one resident adapter for one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_rt.plugins.contract.facts import BaseFacts, SceneType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Multipliers of one adapter's contribution; 1 is "as weighted", 0 is "off", 2 is "twice".
+
+    `ranks` broadcasts to (layers, batch, tokens, rank): the gate on the rank axis. A last axis longer than 1 is only
+    allowed where all of the adapter's modules have that rank. `heads` broadcasts to (layers, batch, tokens, heads): it
+    multiplies the output heads of q/k/v (a key/value head takes the mean of its query heads) and the input heads of the
+    attention's output projection; other modules ignore it. Either may be None, which is "always 1" and costs nothing.
+    Modules outside the numbered layers (an lm_head) take the mean over layers of `ranks`.
+    """
+
+    ranks: Tensor | None = None
+    heads: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GateContext:
+    """What a gate may depend on. Called once per forward pass, not per layer.
+
+    `adapter` is the resident name, `card` its register.json, `state` the tensors of its mode.safetensors.
+    `input_ids` and `positions` are (batch, tokens) of this pass alone (with a KV cache: the new tokens); `positions`
+    counts from each row's first real token. `prompt_lengths` is (batch,): tokens from there on were generated.
+    `active[row]` is False for rows whose composition does not use this adapter: what is returned for them is ignored.
+    `scene_types[row]` is what the caller registered. `hidden()` gives the base's early hidden state of this pass,
+    (batch, tokens, hidden), with no adapter applied; it is computed when first called.
+    """
+
+    adapter: str
+    card: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    base: BaseFacts
+    rank: int
+    input_ids: Tensor
+    positions: Tensor
+    prompt_lengths: Tensor
+    active: Sequence[bool]
+    scene_types: Sequence[SceneType]
+    hidden: Callable[[], Tensor]

@@ -1,0 +1,78 @@
+"""Training: how an example becomes tokens and labels, what the loss is, and what is trained beside the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_rt.plugins.contract.facts import BaseFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+IGNORE = -100
+"""The label of a token that carries no loss."""
+
+Example = Mapping[str, Any]
+"""One line of the training data, e.g. {"scene": ..., "text": ...}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One training sequence.
+
+    `labels[i]` is the token that position i itself holds, or `IGNORE` (the shift by one is the loss's business, as
+    everywhere in transformers). `extra` travels unchanged to `Objective.loss`, e.g. the direction of a bridge pair.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.labels):
+            raise ValueError(f"{len(self.input_ids)} tokens but {len(self.labels)} labels")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveContext:
+    """What a mode needs to turn examples into tokens.
+
+    `prompt_ids(user_message)` renders one user message through the base's chat template, up to and including the
+    opening of the answer; where the base has no template, the text as it is. `answer_ids(text)` are the tokens of an
+    answer with the end-of-turn token behind it. `options` are the mode's own options, as given to `train`.
+    """
+
+    register: str
+    base: BaseFacts
+    seed: int
+    options: Mapping[str, str]
+    prompt_ids: Callable[[str], list[int]]
+    answer_ids: Callable[[str], list[int]]
+
+
+class Objective:
+    """What one training run optimises. A mode returns a subclass's instance from `lora_rt_objective`.
+
+    `fields` are the keys that every data line must have, all of them non-empty strings. `state` is trained beside the
+    adapter and saved as `mode.safetensors`; None where the mode keeps nothing of its own.
+    """
+
+    fields: tuple[str, ...] = ("scene", "text")
+    state: nn.Module | None = None
+
+    def check(self, example: Example) -> list[str]:
+        """Everything that is wrong with one data line beyond missing fields; an empty list if it is good."""
+        return []
+
+    def encode(self, example: Example) -> list[Encoded]:
+        """The training sequences of one example (a bridge makes two of a pair)."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor, extra: Mapping[str, Tensor]) -> Tensor | None:
+        """The scalar loss of a batch, or None for the mean cross entropy per labelled token.
+
+        logits (batch, tokens, vocab), labels (batch, tokens) unshifted, `extra` one (batch,) tensor per key.
+        """
+        return None
