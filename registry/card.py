@@ -1,0 +1,122 @@
+"""The adapter card, `register.json`: what an adapter is for and what it was made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from lora_rt.registry import strict_json
+from lora_rt.registry.errors import RejectedAdapterError
+from lora_rt.registry.files import CARD, LIMITS, UnusableFileError, open_plain
+
+SCHEMA_VERSION = 1
+
+# Cards are shown in terminals and web pages: no control characters, no line breaks.
+Text = Annotated[str, StringConstraints(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]*$")]
+Word = Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """Which base: its id (hub id or folder), its revision where there is one, and a digest of its weights or source."""
+
+    id: Text
+    revision: Text | None
+    digest: Text
+
+    def matches(self, other: BaseIdentity) -> bool:
+        """Whether the two name one base: the same id, or the same digest."""
+        return self.id == other.id or (bool(self.digest) and self.digest == other.digest)
+
+
+class StateTensor(BaseModel):
+    """One tensor of `mode.safetensors`: its safetensors dtype ("F32", "BF16", ...) and shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+
+
+# BaseModel's metaclass is an abstract base class's, whose `register` has nothing to do with the field of that name.
+warnings.filterwarnings("ignore", message='Field name "register" in "AdapterCard" shadows', category=UserWarning)
+
+
+class AdapterCard(BaseModel):
+    """What `register.json` says.
+
+    `state` lists every tensor of `mode.safetensors`; it is empty where the mode keeps none. `training` holds the
+    settings of the run. `metrics` are plain numbers by name, for instance `gain_nats_per_token`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: Literal[1] = 1
+    register: Text
+    mode: Word
+    base: BaseIdentity
+    scene_types: tuple[Text, ...] = ()
+    data_sha256: Digest = ""
+    seed: int | None = None
+    metrics: dict[Text, Finite] = Field(default_factory=dict)
+    licence: Text = ""
+    state: dict[Text, StateTensor] = Field(default_factory=dict)
+    training: dict[Text, Annotated[bool | int | Finite | Text | None, Field(union_mode="left_to_right")]] = Field(
+        default_factory=dict
+    )
+    created: Text = ""
+    lora_rt: Text = ""
+
+
+def read_card(folder: Path) -> AdapterCard | None:
+    """The card of an adapter folder, or None where it has none.
+
+    Raises:
+        RejectedAdapterError: the file is there and is not a card.
+    """
+    try:
+        with open_plain(folder / CARD, LIMITS[CARD]) as (file, _):
+            content = file.read(LIMITS[CARD] + 1)
+    except FileNotFoundError:
+        return None
+    except UnusableFileError as error:
+        raise RejectedAdapterError(f"{folder.name}: {CARD} {error}", problems=[f"{CARD} {error}"]) from error
+    card, problems = parse_card(content)
+    if card is None:
+        raise RejectedAdapterError(f"{folder.name}: {CARD} is not an adapter card", problems=problems)
+    return card
+
+
+def parse_card(content: bytes) -> tuple[AdapterCard | None, list[str]]:
+    """A card from the bytes of `register.json`, or None and everything that is wrong with them."""
+    try:
+        document = strict_json.loads(content)
+    except strict_json.InvalidJsonError as error:
+        return None, [f"{CARD}: {error}"]
+    if isinstance(document, dict) and document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        version = strict_json.shown(document["schema_version"])
+        return None, [f"{CARD}: schema_version is {version}; this lora-rt reads version {SCHEMA_VERSION}"]
+    try:
+        return AdapterCard.model_validate(document), []
+    except ValidationError as error:
+        places = [(".".join(str(part)[:60] for part in item["loc"]), item["msg"]) for item in error.errors()[:50]]
+        return None, [f"{CARD}: {strict_json.shown(place) + ': ' if place else ''}{text}" for place, text in places]
+
+
+def write_card(folder: Path, card: AdapterCard) -> None:
+    """Write the card into the folder, whole or not at all."""
+    text = json.dumps(card.model_dump(mode="json"), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    partial = folder / f".{CARD}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / CARD)

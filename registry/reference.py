@@ -1,0 +1,84 @@
+"""References: how a user points at an adapter.
+
+name            emotion
+name@revision   emotion@3f2a91c
+org/repo        someone/emotion-lora
+org/repo@rev    someone/emotion-lora@v1
+a path          ./mine  ../mine  /data/mine  ~/mine
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_rt.registry.errors import InvalidReferenceError
+
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_NAME = re.compile(_WORD)
+_HUB = re.compile(rf"{_WORD}/{_WORD}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FORMS = "Write a name, name@revision, org/repo, org/repo@revision, or a path that starts with ./ ../ / or ~"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A parsed reference. `target` is the name, repository or path without the revision; `text` is what was typed."""
+
+    kind: Literal["name", "hub", "path"]
+    target: str
+    revision: str | None
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Parse what a user typed.
+
+        Raises:
+            InvalidReferenceError: naming what is wrong with it.
+        """
+        if is_path(text):
+            if "\0" in text:
+                raise InvalidReferenceError(f"{text!r} holds a null character, which no path can", next_step=_FORMS)
+            return cls("path", text, None, text)
+        target, at, revision = text.partition("@")
+        problem = _problem(target, revision, bool(at))
+        if problem:
+            raise InvalidReferenceError(f"{text[:120]!r} is not a reference: {problem}", next_step=_FORMS)
+        return cls("hub" if "/" in target else "name", target, revision or None, text)
+
+
+def is_path(text: str) -> bool:
+    """Whether the text is meant as a path on this machine."""
+    return text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+
+
+def is_name(text: str) -> bool:
+    """Whether an adapter may be called this: letters, digits, `.`, `_`, `-`, at most 96, no separator at an end."""
+    return _NAME.fullmatch(text) is not None and ".." not in text
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text has the form `org/repo`."""
+    return _HUB.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def is_commit(text: str) -> bool:
+    """Whether the text is a full commit: 40 lower-case hexadecimal digits."""
+    return _COMMIT.fullmatch(text) is not None
+
+
+def _problem(target: str, revision: str, has_revision: bool) -> str:
+    if not target:
+        return "it is empty" if not has_revision else "nothing stands before the @"
+    if "\\" in target:
+        return "a backslash is no separator here"
+    if "/" in target and not is_hub_id(target):
+        return f"{target[:80]!r} is not of the form org/repo"
+    if "/" not in target and not is_name(target):
+        return f"{target[:80]!r} is not a name (letters, digits, '.', '_', '-')"
+    if has_revision and not (_REVISION.fullmatch(revision) and ".." not in revision):
+        return f"{revision[:80]!r} is not a revision (a commit, tag or branch)" if revision else "nothing follows the @"
+    return ""

@@ -1,0 +1,74 @@
+"""Adapters that installed packages ship: entry-point group `lora_rt.adapters`, a name and a folder.
+
+    [project.entry-points."lora_rt.adapters"]
+    emotion = "my_package.adapters.emotion"      # the folder my_package/adapters/emotion
+
+The value is never imported. Its folder is found by walking down from the package's place on disk.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_rt.registry.files import CONFIG
+from lora_rt.registry.reference import is_name
+
+GROUP = "lora_rt.adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """One entry point: the folder of the adapter, or why there is none."""
+
+    name: str
+    package: str
+    folder: Path | None
+    reason: str
+
+
+def shipped() -> list[Shipped]:
+    """Every entry point of the group, by name and package, usable or not."""
+    points = importlib.metadata.entry_points(group=GROUP)
+    found = [_read(point) for point in points]
+    return sorted(found, key=lambda item: (item.name, item.package))
+
+
+def _read(point: importlib.metadata.EntryPoint) -> Shipped:
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
+    if not is_name(point.name):
+        return Shipped(point.name, package, None, "is not a name that an adapter can have")
+    if not all(part.isidentifier() or part.replace("-", "_").isidentifier() for part in point.value.split(".")):
+        return Shipped(point.name, package, None, f"{point.value!r} is not a dotted path of a folder")
+    for folder in _places(point.value):
+        if (folder / CONFIG).is_file():
+            return Shipped(point.name, package, _without_links(folder), "")
+    return Shipped(point.name, package, None, f"{point.value} has no {CONFIG}")
+
+
+def _places(dotted: str) -> list[Path]:
+    top, *rest = dotted.split(".")
+    places = [place.joinpath(*rest) for place in _locations(top)]
+    if top == "lora_rt":
+        # An editable install of our own may map our folders one by one; importing our own packages is harmless.
+        parent, _, name = dotted.rpartition(".")
+        places += [place / name for place in _locations(parent)]
+        places += [place.joinpath(*rest[1:]) for place in _locations(f"{top}.{rest[0]}")] if rest else []
+    return places
+
+
+def _locations(package: str) -> list[Path]:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError, AttributeError):
+        return []
+    return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _without_links(folder: Path) -> Path:
+    """The folder where the files really lie: an editable install links every file of a package one by one."""
+    real = Path(os.path.realpath(folder / CONFIG)).parent
+    return real if real.name == folder.name else folder

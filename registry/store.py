@@ -1,0 +1,235 @@
+"""The store: installed adapters, content-addressed, whole or not at all.
+
+    store/objects/<sha256>/      the files of one adapter, never changed after they appear
+    store/names/<name>/<base>.json    which object a name means, for one base
+    store/staging/<id>/          files on their way in, with <id>.lock held by the process that writes them
+    store/store.lock             held for the moments in which names and objects change
+
+Publishing is: fsync the staged files, rename the folder into objects/, write the record by rename. A kill before the
+last rename leaves the old state and an orphan that the next change of the store collects; after it, the new state.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_rt.registry import durable, files
+from lora_rt.registry import home as home_folders
+from lora_rt.registry.card import read_card
+from lora_rt.registry.errors import RejectedAdapterError, StoreError
+from lora_rt.registry.files import LIMITS, UnusableFileError
+from lora_rt.registry.records import Record, Records, base_key
+from lora_rt.registry.reference import is_name
+from lora_rt.registry.resolved import Resolved
+
+LOCK_SECONDS = 60
+
+
+class Store:
+    """The installed adapters of one home. Safe for any number of processes at once."""
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.root = home_folders.store(home)
+        self.objects = self.root / "objects"
+        self.records = Records(self.root / "names")
+        self._staging = self.root / "staging"
+
+    def installed(self) -> list[Resolved]:
+        """Every installed adapter, by name and base."""
+        return [self.resolved(record) for record in self.records.all()]
+
+    def resolved(self, record: Record) -> Resolved:
+        """A record as what a reference resolves to. Its files are not hashed again: the digests are the record's."""
+        folder = self.objects / record.sha256
+        card = read_card(folder) if folder.is_dir() else None
+        why = f"{record.name!r} is installed in the store, from {record.source}"
+        return Resolved(
+            name=record.name,
+            folder=folder,
+            source=record.source,
+            revision=record.revision,
+            sha256=record.sha256,
+            card=card,
+            why=why,
+            files=record.files,
+            requested=record.requested,
+        )
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty folder on the store's file system. It is gone afterwards, or collected if this process dies."""
+        self._staging.mkdir(parents=True, exist_ok=True)
+        folder = self._staging / uuid.uuid4().hex
+        with self._owned(folder):
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(
+        self, staged: Path, name: str, *, source: str, revision: str | None, requested: str | None = None
+    ) -> Resolved:
+        """Install what lies in a staging folder under a name; an adapter of that name for the same base is replaced.
+
+        Raises:
+            StoreError: the name is none, differs only by case from another, or the store is busy.
+            RejectedAdapterError: the folder's card is no card, or a file of it is not plain.
+        """
+        self._check_name(name)
+        record = self._record(staged, name, source, revision, requested)
+        key = base_key(read_card(staged))
+        for file in files.present(staged):
+            durable.sync_file(staged / file)
+        durable.sync_folder(staged)
+        with self._lock():
+            self._check_case(name)
+            self._install(staged, record)
+            self.records.write(record, key)
+            self._collect()
+        return self.resolved(record)
+
+    def link(self, record: Record, name: str) -> Resolved:
+        """Give an installed object a further name, or a record further facts, without touching its files."""
+        self._check_name(name)
+        with self._lock():
+            self._check_case(name)
+            key = base_key(read_card(self.objects / record.sha256))
+            self.records.write(record, key)
+        return self.resolved(record)
+
+    def remove(self, name: str) -> list[Resolved]:
+        """Remove a name with its adapters of all bases; the removed ones.
+
+        Raises:
+            StoreError: there is no such name.
+        """
+        with self._lock():
+            found = self.records.named(name)
+            if not found:
+                raise StoreError(f"the store has no adapter {name!r}", next_step="lora-rt list")
+            removed = [self.resolved(record) for record in found]
+            for path in sorted((self.records.folder / name).glob("*.json")):
+                self.records.remove(name, path.stem)
+            self._collect()
+        return removed
+
+    def collect(self) -> list[Path]:
+        """Remove what killed processes left behind; the paths that were removed."""
+        if not self.root.is_dir():
+            return []
+        with self._lock():
+            return self._collect()
+
+    def orphans(self) -> list[Path]:
+        """Objects without a record and staging folders without a living owner."""
+        return [*self._unused_objects(), *self._abandoned()]
+
+    def _record(self, staged: Path, name: str, source: str, revision: str | None, requested: str | None) -> Record:
+        try:
+            digests = files.digests(staged)
+        except UnusableFileError as error:
+            raise RejectedAdapterError(f"adapter {name!r} is refused: {error}", problems=[str(error)]) from error
+        card = read_card(staged)
+        base = card.base.id if card else ""
+        return Record(name, base, source, revision, requested, files.combined(digests), digests)
+
+    def _install(self, staged: Path, record: Record) -> None:
+        """Move the staged files to their object. A whole object of that content stays, a damaged one is replaced."""
+        self.objects.mkdir(parents=True, exist_ok=True)
+        target = self.objects / record.sha256
+        for stranger in set(os.listdir(staged)) - set(LIMITS):
+            _remove(staged / stranger)
+        if target.exists():
+            if is_whole(target, record.files):
+                return
+            os.rename(target, self._staging / f"{record.sha256}.{uuid.uuid4().hex}")
+        os.rename(staged, target)
+        durable.sync_folder(self.objects)
+
+    def _collect(self) -> list[Path]:
+        gone = self.orphans()
+        for path in gone:
+            _remove(path)
+        return gone
+
+    def _unused_objects(self) -> list[Path]:
+        if not self.objects.is_dir():
+            return []
+        used = {record.sha256 for record in self.records.all()}
+        return [path for path in sorted(self.objects.iterdir()) if path.name not in used]
+
+    def _abandoned(self) -> list[Path]:
+        """Staging folders and lock files whose owner is dead: nobody holds the lock of that name."""
+        if not self._staging.is_dir():
+            return []
+        found = []
+        for path in sorted(self._staging.iterdir()):
+            owner = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")
+            if not owner.exists() or not _is_held(owner):
+                found.append(path)
+        return found
+
+    @contextmanager
+    def _owned(self, folder: Path) -> Iterator[None]:
+        owner = folder.with_name(folder.name + ".lock")
+        with FileLock(owner):
+            yield
+        owner.unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.root / "store.lock", timeout=LOCK_SECONDS):
+                yield
+        except Timeout as error:
+            raise StoreError(
+                f"another process has held the store for {LOCK_SECONDS} s", next_step="Try again when it is done"
+            ) from error
+
+    def _check_name(self, name: str) -> None:
+        if not is_name(name):
+            raise StoreError(
+                f"{name[:80]!r} is not a name that an adapter can have",
+                next_step="Use letters, digits, '.', '_' and '-', at most 96",
+            )
+
+    def _check_case(self, name: str) -> None:
+        if not self.records.folder.is_dir():
+            return
+        for other in os.listdir(self.records.folder):
+            if other.lower() == name.lower() and other != name:
+                raise StoreError(
+                    f"the name {name!r} differs only by case from the installed {other!r}", next_step=f"Use {other!r}"
+                )
+
+
+def is_whole(folder: Path, expected: dict[str, str]) -> bool:
+    """Whether the folder holds exactly these files with these digests."""
+    try:
+        return files.digests(folder) == expected
+    except (UnusableFileError, OSError):
+        return False
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
