@@ -1,0 +1,93 @@
+"""The precisions of the base: float32, bfloat16, float16, int8 and int4 (NF4 with double quantization)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lora_rt.errors import LoraRtError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+QUANTIZED: tuple[Precision, ...] = ("int8", "int4")
+
+
+class PrecisionError(LoraRtError):
+    """The precision does not exist, or this device lacks it."""
+
+
+def check_precision(name: str) -> Precision:
+    """The precision of that name.
+
+    Raises:
+        PrecisionError: there is none.
+    """
+    for precision in PRECISIONS:
+        if name == precision:
+            return precision
+    raise PrecisionError(f"there is no precision {name!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of activations. int8 computes in float16, since bitsandbytes casts to it anyway (and warns if it must)."""
+    import torch
+
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "int8": torch.float16,
+        "int4": torch.bfloat16,
+    }[precision]
+
+
+def quantization_config(precision: Precision) -> Any:
+    """The transformers configuration that quantizes at loading; None for the dense precisions."""
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if precision == "int4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype("int4"),
+        )
+    return None
+
+
+def choose_device(device: str, precision: Precision) -> torch.device:
+    """The device to load on; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        PrecisionError: the device does not exist here, or lacks the precision.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise PrecisionError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise PrecisionError(f"lora-rt does not run on {chosen.type!r}", next_step="Use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda":
+        _check_cuda(chosen, precision)
+    return chosen
+
+
+def _check_cuda(device: torch.device, precision: Precision) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise PrecisionError("no CUDA device is available here", next_step="Use --device cpu, or install a CUDA build of torch")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise PrecisionError(f"there is no {device}: this machine has {count}", next_step=f"Use cuda:0 to cuda:{count - 1}")
+    if precision in ("bfloat16", "int4") and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name(device)
+        raise PrecisionError(f"{name} does not compute in bfloat16", next_step="Use --precision float16 or int8")

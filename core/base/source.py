@@ -1,0 +1,89 @@
+"""What the text of `--base` means: the default, a local folder, a GGUF file or a repository on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.card import BaseIdentity
+
+DEFAULT = "default"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FINGERPRINT_BYTES = 1 << 20
+
+
+class BaseError(LoraRtError):
+    """The base can't be found, fetched, converted or loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSource:
+    """Where a base comes from. `path` is set for folders and GGUF files, `revision` for the Hub alone."""
+
+    kind: Literal["default", "folder", "gguf", "hub"]
+    text: str
+    path: Path | None = None
+    revision: str | None = None
+
+
+def parse_base(text: str) -> BaseSource:
+    """Read "default" | directory | file.gguf | hub id[@revision].
+
+    Raises:
+        BaseError: it is none of these.
+    """
+    if text == DEFAULT:
+        return BaseSource("default", text)
+    path = Path(text).expanduser()
+    looks_local = text.startswith(("./", "../", "/", "~")) or text.endswith(".gguf")
+    if path.is_dir():
+        return _folder(text, path.resolve())
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise BaseError(f"{text} is a file but not a GGUF file", next_step="Give the folder that holds the model, or a .gguf file")
+        return BaseSource("gguf", text, path.resolve())
+    if looks_local:
+        raise BaseError(f"there is no base at {text}", next_step="Give a folder with a config.json, or a .gguf file")
+    name, _, revision = text.partition("@")
+    if not _HUB_ID.fullmatch(name) or text.endswith("@"):
+        raise BaseError(
+            f"{text!r} is no base",
+            next_step='Use "default", a folder, a .gguf file or a hub id such as Qwen/Qwen2.5-7B-Instruct[@revision]',
+        )
+    return BaseSource("hub", name, revision=revision or None)
+
+
+def _folder(text: str, path: Path) -> BaseSource:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"Name the file: {text.rstrip('/')}/{ggufs[0]}" if ggufs else "Give a folder that transformers can load"
+        raise BaseError(f"the folder {text} has no config.json", next_step=hint)
+    return BaseSource("folder", text, path)
+
+
+def identify_folder(folder: Path) -> BaseIdentity:
+    """Name a local folder by a fingerprint of what it holds, so that a copy of it elsewhere is the same base.
+
+    The digest covers config.json, and of every weight file the name, the size and its first and last MiB: reading
+    tens of gigabytes at every start would cost more than it tells.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    for file in weights:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_FINGERPRINT_BYTES))
+            stream.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(stream.read(_FINGERPRINT_BYTES))
+    return BaseIdentity(id=folder.name, revision=None, digest=digest.hexdigest())
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,144 @@
+"""The adapter bank: which adapters are resident in memory, and plans over those that a batch uses."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.engine.plan import Plan
+from lora_rt.core.engine.site import hook_up
+from lora_rt.core.engine.stack import Factors, Stack, stack
+from lora_rt.core.engine.topology import survey
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import Gate
+
+_KEPT_STACKS = 16
+
+
+class BankError(LoraRtError):
+    """An adapter is not resident, or its factors do not fit the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentAdapter:
+    """One adapter in memory: its factors by site name, and what its mode will want to know of it."""
+
+    name: str
+    factors: Mapping[str, Factors]
+    mode: str
+    card: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its sites."""
+        return max(factors.a.shape[0] for factors in self.factors.values())
+
+
+class AdapterBank:
+    """Residents over one model.
+
+    Factors are kept in float32 on a CPU, where few rows make a bfloat16 matmul the slower one, and in the base's compute
+    dtype on a GPU. Adding and removing replaces the table of residents; plans made before keep what they were made of.
+    """
+
+    def __init__(self, model: Any, layers: int, dtype: torch.dtype) -> None:
+        self.topology = survey(model)
+        self.layers = layers
+        self.device = model.device
+        self.dtype = torch.float32 if self.device.type == "cpu" else dtype
+        self.residents: Mapping[str, ResidentAdapter] = {}
+        self._stacks: OrderedDict[tuple[ResidentAdapter, ...], Stack] = OrderedDict()
+        self._lock = threading.Lock()
+        hook_up(self.topology)
+
+    def add(self, adapter: ResidentAdapter) -> None:
+        """Make an adapter resident; one of the same name is replaced.
+
+        Raises:
+            BankError: a factor names no site of this model or has another shape, all of them listed.
+        """
+        self._check(adapter)
+        moved = {name: self._moved(factors) for name, factors in adapter.factors.items()}
+        resident = ResidentAdapter(adapter.name, moved, adapter.mode, adapter.card, adapter.state)
+        with self._lock:
+            self.residents = {**self.residents, adapter.name: resident}
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            BankError: it is not resident.
+        """
+        with self._lock:
+            gone = self._get(name)
+            self.residents = {key: value for key, value in self.residents.items() if key != name}
+            for key in [key for key in self._stacks if gone in key]:
+                del self._stacks[key]
+
+    def plan(self, rows: Sequence[Mapping[str, float]], gates: Mapping[str, Gate | None] | None = None) -> Plan | None:
+        """The plan of one batch, or None where no row uses an adapter.
+
+        Args:
+            rows: per row of the batch, resident name -> weight. A single row stands for a batch of any size.
+            gates: resident name -> gate, for residents that have one.
+        """
+        names = list(dict.fromkeys(name for row in rows for name, weight in row.items() if weight != 0.0))
+        if not names:
+            return None
+        active = tuple(self._get(name) for name in names)
+        alike = all(row == rows[0] for row in rows)
+        table = [[row.get(name, 0.0) for name in names] for row in (rows[:1] if alike else rows)]
+        weights = torch.tensor(table, dtype=self.dtype, device=self.device)
+        chosen = [(gates or {}).get(name) for name in names]
+        return Plan(self.topology, self._stack(active), weights, chosen, self.layers)
+
+    def _stack(self, active: tuple[ResidentAdapter, ...]) -> Stack:
+        """The stacked factors of a set, made when first used. A stack of one adapter shares its memory."""
+        with self._lock:
+            if active in self._stacks:
+                self._stacks.move_to_end(active)
+                return self._stacks[active]
+        built = stack(self.topology, [adapter.factors for adapter in active])
+        with self._lock:
+            self._stacks[active] = built
+            while len(self._stacks) > _KEPT_STACKS:
+                self._stacks.popitem(last=False)
+        return built
+
+    def _get(self, name: str) -> ResidentAdapter:
+        if name not in self.residents:
+            names = ", ".join(sorted(self.residents)) or "none"
+            raise BankError(f"no adapter {name!r} is resident; there are: {names}", next_step="Load it first")
+        return self.residents[name]
+
+    def _moved(self, factors: Factors) -> Factors:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device=self.device, dtype=self.dtype).contiguous()
+
+        return Factors(move(factors.a), move(factors.b), None if factors.bias is None else move(factors.bias))
+
+    def _check(self, adapter: ResidentAdapter) -> None:
+        problems = []
+        for name, factors in adapter.factors.items():
+            index = self.topology.by_name.get(name)
+            if index is None:
+                problems.append(f"{name}: the model has no such linear layer")
+                continue
+            site = self.topology.sites[index]
+            rank = factors.a.shape[0]
+            if factors.a.shape != (rank, site.in_features) or factors.b.shape != (site.out_features, rank):
+                problems.append(
+                    f"{name}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} do not fit "
+                    f"({site.out_features}, {site.in_features})"
+                )
+        if not adapter.factors:
+            problems.append("it has no factors")
+        if problems:
+            raise BankError(f"the adapter {adapter.name!r} does not fit this base", problems=problems, next_step="Use the base that it was trained on")

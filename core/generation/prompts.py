@@ -1,0 +1,53 @@
+"""Turns prompts into tokens: through the base's chat template where it has one, as they are where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_rt.errors import LoraRtError
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A user message, or a list of chat messages {"role": ..., "content": ...}."""
+
+
+class PromptError(LoraRtError):
+    """A prompt that can't become tokens."""
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt, up to and including the opening of the answer.
+
+    Raises:
+        PromptError: it is empty, or the template refuses the messages.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not messages:
+        raise PromptError("the prompt has no messages", next_step="Give a text, or at least one chat message")
+    if not tokenizer.chat_template:
+        text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in messages)
+        ids = [int(i) for i in tokenizer(text).input_ids]
+    else:
+        ids = _templated(tokenizer, messages)
+    if not ids:
+        raise PromptError("the prompt is empty", next_step="Give at least one character")
+    return ids
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    import jinja2
+
+    try:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, KeyError, TypeError) as error:
+        raise PromptError(
+            f"the base's chat template refuses these messages: {error}",
+            next_step='Each message is {"role": "system" | "user" | "assistant", "content": text}',
+        ) from error
+    return [int(i) for i in tokenizer(rendered, add_special_tokens=False).input_ids]
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of an answer with the end of the turn behind it, as training wants them."""
+    ids = [int(i) for i in tokenizer(text, add_special_tokens=False).input_ids]
+    return [*ids, int(tokenizer.eos_token_id)]

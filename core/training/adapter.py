@@ -1,0 +1,50 @@
+"""PEFT's side of a run: a fresh LoRA on the loaded base, and the adapter directory that comes out of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.engine.topology import find_linears
+from lora_rt.core.training.settings import TrainSettings, choose_targets
+from lora_rt.registry.card import BaseIdentity
+
+SAVED_DTYPE = torch.bfloat16
+
+
+def fresh_adapter(base: LoadedBase, settings: TrainSettings) -> Any:
+    """The base with a new adapter (a PeftModel); B starts at zero, so its first outputs are the base's."""
+    linears = find_linears(base.model)
+    head = base.model.get_output_embeddings()
+    names = [name for name, module in linears.items() if module is not head]
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        target_modules=choose_targets(settings.target_modules, names),
+        lora_dropout=settings.dropout,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    torch.manual_seed(settings.seed)
+    return get_peft_model(base.model, config)
+
+
+def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folder: Path) -> None:
+    """Write adapter_config.json, adapter_model.safetensors (bfloat16) and, where the mode has state, mode.safetensors."""
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    # Only here: while it trains, PEFT looks a hub id up on the Hub at every checkpoint.
+    config.base_model_name_or_path = base.id
+    config.revision = base.revision
+    config.save_pretrained(folder)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({k: v.to(SAVED_DTYPE).contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    if state is not None:
+        save_file({k: v.contiguous() for k, v in state.state_dict().items()}, folder / "mode.safetensors")

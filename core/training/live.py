@@ -1,0 +1,52 @@
+"""What a run shows while it goes: a live line with loss, speed and time left in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+_PLAIN_LINES = 10
+
+
+class LiveLine(TrainerCallback):  # type: ignore[misc]
+    """Reports loss (nats per labelled token, of the last step), tokens/s (padding not counted) and the time left."""
+
+    def __init__(self, tokens_per_step: float, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("training", total=1, loss="-", speed="-")
+        self._tokens_per_step = tokens_per_step
+        self._started = 0.0
+        self._first_step = 0
+        self._loss = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started, self._first_step = time.perf_counter(), state.global_step
+        self._progress.start()
+        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = state.global_step - self._first_step
+        speed = done * self._tokens_per_step / max(time.perf_counter() - self._started, 1e-9)
+        self._progress.update(self._task, completed=state.global_step, loss=f"{self._loss:.3f}", speed=f"{speed:.0f}")
+        every = max(1, state.max_steps // _PLAIN_LINES)
+        if not self._console.is_terminal and state.global_step % every == 0:
+            left = (state.max_steps - state.global_step) * (time.perf_counter() - self._started) / done
+            self._console.print(f"step {state.global_step}/{state.max_steps}  loss {self._loss:.3f}  {speed:.0f} tokens/s  left {left:.0f} s")
+
+    def stop(self) -> None:
+        """Give the terminal back, however the run ended."""
+        self._progress.stop()

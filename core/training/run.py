@@ -1,0 +1,236 @@
+"""One training run, from settings to a finished adapter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.core.training.adapter import fresh_adapter, write_adapter
+from lora_rt.core.training.checkpoints import Checkpoints, forget, newest_whole, restore_state
+from lora_rt.core.training.data import digest_of, read_pairs
+from lora_rt.core.training.live import LiveLine
+from lora_rt.core.training.loop import Collator, ModeTrainer, Sequences, label_nll
+from lora_rt.core.training.settings import SettingsError, TrainSettings
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
+from lora_rt.plugins.manager import ModeHost
+from lora_rt.registry import home
+from lora_rt.registry.card import AdapterCard, write_card
+
+_HELD_OUT_SHARE = 0.1
+_EVALUATION_BATCH = 16
+
+
+class InterruptedRunError(LoraRtError):
+    """The run was stopped by the user; its checkpoint is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run leaves: the adapter's folder, its card, and held-out losses in nats per labelled token."""
+
+    folder: Path
+    card: AdapterCard
+    loss_before: float
+    loss_after: float
+    steps: int
+    tokens_per_second: float
+
+
+def train(settings: TrainSettings, modes: ModeHost, folder: Path, *, resume: bool = False) -> TrainResult:
+    """Train one adapter into `folder` (empty); nothing is written there before the run has ended well.
+
+    Args:
+        settings: what to train.
+        modes: the loaded mode plugins; `settings.mode` must be among them.
+        folder: where the finished adapter goes.
+        resume: go on from the newest whole checkpoint of a run with the same settings and data.
+
+    Raises:
+        LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the user interrupted.
+    """
+    settings.check()
+    base = load_base(settings.base, settings.precision, settings.device, for_training=True)
+    objective = _objective(settings, modes, base)
+    training, held_out = _examples(settings, objective)
+    run = _Run(settings, base, objective, training, held_out)
+    return run.execute(folder, resume=resume)
+
+
+def _objective(settings: TrainSettings, modes: ModeHost, base: LoadedBase) -> Objective:
+    context = ObjectiveContext(
+        register=settings.register,
+        base=base.facts,
+        seed=settings.seed,
+        options=settings.options,
+        prompt_ids=lambda text: prompt_ids(base.tokenizer, text),
+        answer_ids=lambda text: answer_ids(base.tokenizer, text),
+    )
+    objective = modes.call(settings.mode, "lora_rt_objective", context=context)
+    if objective is None:
+        raise SettingsError(f"the mode {settings.mode!r} trains nothing", next_step=f"Use a mode with an objective; see: lora-rt plugins")
+    if not isinstance(objective, Objective):
+        raise modes.broke(settings.mode, "lora_rt_objective", f"it returned a {type(objective).__name__}, not an Objective")
+    return objective
+
+
+def _examples(settings: TrainSettings, objective: Objective) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and held-out examples; without a held-out file, a tenth is drawn by the run's seed."""
+    examples = read_pairs(settings.data, objective.fields, objective.check)
+    if settings.held_out is not None:
+        return examples, read_pairs(settings.held_out, objective.fields, objective.check)
+    if len(examples) < 2:
+        raise SettingsError("one example is too few to train and to hold out", next_step="Give more, or name a --held-out file")
+    order = random.Random(settings.seed).sample(range(len(examples)), len(examples))
+    count = max(1, round(len(examples) * _HELD_OUT_SHARE))
+    aside = set(order[:count])
+    return [e for i, e in enumerate(examples) if i not in aside], [examples[i] for i in sorted(aside)]
+
+
+class _Run:
+    def __init__(self, settings: TrainSettings, base: LoadedBase, objective: Objective, training: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
+        self.settings = settings
+        self.base = base
+        self.objective = objective
+        self.data_digest = digest_of(training)
+        self.training = self._encode(training)
+        self.held_out = self._encode(held_out)
+        self.model = fresh_adapter(base, settings)
+        if objective.state is not None:
+            self.model.add_module("lora_rt_mode_state", objective.state.to(base.device))
+        self.checkpoint_folder = home.checkpoints() / f"{settings.register}-{settings.fingerprint(self.data_digest)}"
+
+    def _encode(self, examples: Sequence[dict[str, Any]]) -> list[Encoded]:
+        limit = int(getattr(self.base.model.config, "max_position_embeddings", 1 << 30))
+        encoded, problems = [], []
+        for number, example in enumerate(examples, 1):
+            for item in self.objective.encode(example):
+                encoded.append(item)
+                if len(item.input_ids) > limit:
+                    problems.append(f"example {number}: {len(item.input_ids)} tokens, and the base reads {limit}")
+                if all(label == IGNORE for label in item.labels):
+                    problems.append(f"example {number}: no token carries loss")
+        if problems:
+            raise SettingsError("some examples can't be trained on", problems=problems, next_step="Shorten or remove them")
+        return encoded
+
+    def execute(self, folder: Path, *, resume: bool) -> TrainResult:
+        before = self.held_out_loss()
+        checkpoint = self._checkpoint(resume)
+        trainer, checkpoints, live = self._trainer()
+        try:
+            with checkpoints.listening():
+                output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            live.stop()
+        if checkpoints.interrupted and trainer.state.global_step < trainer.state.max_steps:
+            raise InterruptedRunError(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is kept",
+                next_step="Go on with the same command and --resume",
+            )
+        after = self.held_out_loss()
+        tokens = sum(len(item.input_ids) for item in self.training) * self.settings.epochs
+        speed = tokens / output.metrics["train_runtime"]
+        card = self._card(before, after)
+        write_adapter(self.model, self.base.identity, self.objective.state, folder)
+        write_card(folder, card)
+        forget(self.checkpoint_folder)
+        return TrainResult(folder, card, before, after, trainer.state.global_step, speed)
+
+    def _checkpoint(self, resume: bool) -> Path | None:
+        found = newest_whole(self.checkpoint_folder)
+        if not resume:
+            forget(self.checkpoint_folder)
+            return None
+        if found is None:
+            raise SettingsError("there is no checkpoint of a run with these settings and this data", next_step="Start it without --resume")
+        restore_state(found, self.objective.state)
+        return found
+
+    def _trainer(self) -> tuple[ModeTrainer, Checkpoints, LiveLine]:
+        from transformers import TrainingArguments
+        from transformers.trainer_callback import PrinterCallback
+
+        steps = -(-len(self.training) // self.settings.batch_size) * self.settings.epochs
+        arguments = TrainingArguments(
+            output_dir=str(self.checkpoint_folder),
+            per_device_train_batch_size=self.settings.batch_size,
+            num_train_epochs=self.settings.epochs,
+            learning_rate=self.settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, round(0.05 * steps)),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            seed=self.settings.seed,
+            data_seed=self.settings.seed,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+            remove_unused_columns=False,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="epoch",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            use_cpu=self.base.device.type == "cpu",
+        )
+        checkpoints = Checkpoints(self.checkpoint_folder, self.objective.state)
+        live = LiveLine(sum(len(item.input_ids) for item in self.training) * self.settings.epochs / max(steps, 1))
+        trainer = ModeTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=Sequences(self.training),
+            data_collator=Collator(int(self.base.tokenizer.pad_token_id)),
+            callbacks=[checkpoints, live],
+            objective=self.objective,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer, checkpoints, live
+
+    def held_out_loss(self) -> float:
+        """Mean negative log-likelihood per labelled token of the held-out examples, in nats."""
+        collate = Collator(int(self.base.tokenizer.pad_token_id))
+        ordered = sorted(self.held_out, key=lambda item: len(item.input_ids))
+        rows = Sequences(ordered)
+        training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(rows), _EVALUATION_BATCH):
+                batch = collate([rows[i] for i in range(start, min(start + _EVALUATION_BATCH, len(rows)))])
+                moved = {k: v.to(self.base.device) for k, v in batch.items() if k != "extra"}
+                sums, counts = label_nll(self.model, moved)
+                total, count = total + float(sums.sum()), count + int(counts.sum())
+        self.model.train(training)
+        return total / count
+
+    def _card(self, before: float, after: float) -> AdapterCard:
+        settings = self.settings
+        return AdapterCard(
+            register=settings.register,
+            mode=settings.mode,
+            base=self.base.identity,
+            scene_types=settings.scene_types,
+            data_sha256=self.data_digest,
+            seed=settings.seed,
+            metrics={"held_out_nll_before": round(before, 4), "held_out_nll_after": round(after, 4)},
+            licence=settings.licence,
+            training={
+                "r": settings.r,
+                "alpha": settings.alpha,
+                "target_modules": ",".join(settings.target_modules),
+                "dropout": settings.dropout,
+                "learning_rate": settings.learning_rate,
+                "epochs": settings.epochs,
+                "batch_size": settings.batch_size,
+                "precision": settings.precision,
+                "examples": len(self.training),
+            },
+        )
