@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.card import BaseIdentity
-from lora_rt.registry.errors import ProjectError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
+from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
 from lora_rt.registry.inspection.adapter import folder_problems
 from lora_rt.registry.project import Project, read_project
 from lora_rt.registry.reference import Reference, is_name
-from lora_rt.registry.resolved import Resolved, read_folder
+from lora_rt.registry.resolved import Resolved, changes, read_folder
 from lora_rt.registry.shipped import shipped
 from lora_rt.registry.store import Store
 
@@ -69,7 +70,7 @@ class Registry:
             fitting = [item for item in candidates if _revision_fits(item, reference.revision)]
             for item in fitting:
                 if base is None or item.card is None or item.card.base.matches(base):
-                    return item
+                    return self._whole(item)
             seen += fitting
         if seen and base is not None:
             raise _wrong_base(reference, base, seen)
@@ -110,16 +111,12 @@ class Registry:
         return found
 
     def _shipped(self, name: str | None = None) -> list[Resolved]:
-        return [
-            read_folder(
-                item.folder,
-                name=item.name,
-                source=f"shipped with {item.package}",
-                why=f"{item.name!r} is shipped with {item.package}",
-            )
-            for item in shipped()
-            if item.folder is not None and name in (None, item.name)
-        ]
+        found = []
+        for item in shipped():
+            if item.folder is not None and name in (None, item.name):
+                source = f"shipped with {item.package}"
+                found.append(read_folder(item.folder, name=item.name, source=source, why=f"{item.name!r} is {source}"))
+        return found
 
     def _plugin_sources(self, name: str, base: BaseIdentity | None) -> list[Resolved]:
         found = []
@@ -151,7 +148,27 @@ class Registry:
         name: str | None = None,
         why: str | None = None,
     ) -> Resolved:
-        raise ProjectError("the Hub is not there yet")
+        """From the store where it has the repository at this revision, otherwise from the Hub by way of the store."""
+        from lora_rt.registry.hub.pull import find_installed, pull
+
+        found = find_installed(self.store, reference)
+        if found:
+            item = self._whole(self.store.resolved(found[0]))
+        else:
+            item = pull(self.store, reference, name=name, offline=offline)
+        return replace(item, name=name or item.name, why=why or f"{reference.target} is a repository of the Hub")
+
+    @staticmethod
+    def _whole(item: Resolved) -> Resolved:
+        """The item, after its files were compared with their digests."""
+        problems = changes(item.folder, item.files)
+        if problems:
+            raise ChangedAdapterError(
+                f"adapter {item.name!r} in the store is damaged",
+                next_step=f"lora-rt verify {item.name}",
+                problems=problems,
+            )
+        return item
 
     def _unknown(self, reference: Reference) -> UnknownAdapterError:
         names = self.names()

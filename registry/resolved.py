@@ -55,3 +55,17 @@ def read_folder(
         files=digests,
         requested=requested,
     )
+
+
+def changes(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """How the files of a folder differ from what they were, by name; empty where they do not."""
+    if not folder.is_dir():
+        return ["its folder is missing"]
+    try:
+        found = files.digests(folder)
+    except UnusableFileError as error:
+        return [str(error)]
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is new" for name in sorted(found.keys() - expected.keys())]
+    problems += [f"{name} has other bytes" for name in sorted(found) if expected.get(name) not in (None, found[name])]
+    return problems

@@ -48,7 +48,10 @@ class Store:
     def resolved(self, record: Record) -> Resolved:
         """A record as what a reference resolves to. Its files are not hashed again: the digests are the record's."""
         folder = self.objects / record.sha256
-        card = read_card(folder) if folder.is_dir() else None
+        try:
+            card = read_card(folder) if folder.is_dir() else None
+        except RejectedAdapterError:
+            card = None  # damaged since it was installed; whoever uses the files compares their digests
         why = f"{record.name!r} is installed in the store, from {record.source}"
         return Resolved(
             name=record.name,
@@ -96,13 +99,13 @@ class Store:
             self._collect()
         return self.resolved(record)
 
-    def link(self, record: Record, name: str) -> Resolved:
-        """Give an installed object a further name, or a record further facts, without touching its files."""
-        self._check_name(name)
+    def link(self, record: Record) -> Resolved:
+        """Write a record for an object that is in the store already: a further name, or further facts."""
+        self._check_name(record.name)
         with self._lock():
-            self._check_case(name)
-            key = base_key(read_card(self.objects / record.sha256))
-            self.records.write(record, key)
+            self._check_case(record.name)
+            self.records.write(record, base_key(read_card(self.objects / record.sha256)))
+            self._collect()
         return self.resolved(record)
 
     def remove(self, name: str) -> list[Resolved]:

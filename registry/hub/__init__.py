@@ -1,0 +1,12 @@
+"""The Hub, through huggingface_hub's client: its cache, its tokens, its retries, its offline mode.
+
+    client.py       one guarded session; what its exceptions mean for a person
+    remote.py       what a repository holds at a commit: names, sizes, hashes
+    download.py     files into a staging folder, verified
+    pull.py         an adapter into the store, once
+    upload.py       an adapter out of the store, with a card (model_card.py)
+    search.py       what there is
+
+The client checks a download's size, not its hash, and builds paths from headers that a server sends. So every hash is
+checked here, and every header before the client sees it.
+"""

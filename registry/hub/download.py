@@ -1,0 +1,128 @@
+"""Files from the Hub into a staging folder: through the client's cache, and hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_rt.registry.errors import ChangedAdapterError, HubError
+from lora_rt.registry.files import CHUNK, LIMITS, open_plain
+from lora_rt.registry.hub.client import api, explained
+from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile
+
+Report = Callable[[str, int, int], None]
+"""Called with a file's name, the bytes that arrived since the last call, and the bytes that it will have."""
+
+
+def silent(name: str, arrived: int, total: int) -> None:
+    """A report that nobody reads."""
+
+
+def fetch(remote: RemoteAdapter, folder: Path, report: Report = silent) -> None:
+    """Bring every file of a remote adapter into an empty folder.
+
+    A file of the cache that does not have the hash that the Hub states is downloaded once more.
+
+    Raises:
+        HubError: not reachable, or more bytes than stated.
+        ChangedAdapterError: a file does not have the stated hash.
+    """
+    for name, file in sorted(remote.files.items()):
+        if _copy(_download(remote, name, file, report), folder / name, file):
+            continue
+        if not _copy(_download(remote, name, file, report, again=True), folder / name, file):
+            raise ChangedAdapterError(
+                f"{name} of {remote.repo} arrived with another content than the Hub states for {remote.commit[:12]}",
+                next_step="Nothing was installed; try again, or ask its author",
+            )
+
+
+def fetch_cached(repo: str, commit: str, names: list[str], folder: Path) -> None:
+    """The same without any request, from the client's cache, whose files are named by their hash.
+
+    Raises:
+        HubError: the cache lacks a file.
+        ChangedAdapterError: a file of the cache is damaged.
+    """
+    from huggingface_hub import hf_hub_download
+
+    for name in names:
+        with explained(repo, commit):
+            path = Path(hf_hub_download(repo, name, revision=commit, local_files_only=True))
+        real = _inside_cache(path)
+        expected = RemoteFile(real.stat().st_size, real.name if len(real.name) == 64 else None, real.name)
+        if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name) or not _copy(path, folder / name, expected):
+            raise ChangedAdapterError(
+                f"{name} of {repo} in the Hub's cache is damaged", next_step=f"Go online and type: lora-rt pull {repo}"
+            )
+
+
+def _download(remote: RemoteAdapter, name: str, file: RemoteFile, report: Report, again: bool = False) -> Path:
+    bar = _bar(remote.repo, name, file.size, report)
+    with explained(remote.repo, remote.commit):
+        try:
+            path = api().hf_hub_download(
+                remote.repo, name, revision=remote.commit, tqdm_class=bar, force_download=again
+            )
+        except OSError as error:
+            if "Consistency check failed" not in str(error):
+                raise
+            raise HubError(
+                f"{name} of {remote.repo} arrived cut off or with bytes too many", next_step="Try again"
+            ) from error
+    return Path(path)
+
+
+def _copy(source: Path, target: Path, expected: RemoteFile) -> bool:
+    """Copy a file of the cache; whether what was copied has the expected hash."""
+    real = _inside_cache(source)
+    sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {expected.size}\0".encode(), usedforsecurity=False)
+    copied = 0
+    with open_plain(real, LIMITS[target.name]) as (file, _), open(target, "wb") as copy:
+        while chunk := file.read(CHUNK):
+            sha256.update(chunk)
+            blob.update(chunk)
+            copy.write(chunk)
+            copied += len(chunk)
+    digest = sha256.hexdigest() == expected.sha256 if expected.sha256 else blob.hexdigest() == expected.blob_id
+    return digest and copied == expected.size
+
+
+def _inside_cache(path: Path) -> Path:
+    """The file that a path of the cache leads to, which must lie in the cache itself."""
+    from huggingface_hub import constants
+
+    real, cache = path.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    if not real.is_relative_to(cache):
+        raise HubError(
+            f"the Hub's cache leads out of itself, to {real}",
+            next_step="Look at the cache, or set HF_HOME to a new one",
+        )
+    return real
+
+
+def _bar(repo: str, name: str, size: int, report: Report) -> type[Any]:
+    """A progress bar as the client wants one; it reports, and ends a body that is longer than stated."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Counting(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self.arrived = int(kwargs.get("initial") or 0)
+            # Over Xet there is a second bar for the bytes on the wire, which are compressed chunks, not the file.
+            self.counts = not str(kwargs.get("desc", "")).endswith("downloading bytes")
+
+        def update(self, n: float | None = 1) -> None:
+            if not self.counts:
+                return
+            self.arrived += int(n or 0)
+            if self.arrived > size:
+                raise HubError(
+                    f"{name} of {repo} goes on after its {size:,} bytes", next_step="Nothing was installed; try again"
+                )
+            report(name, int(n or 0), size)
+
+    return Counting

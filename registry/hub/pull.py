@@ -1,0 +1,173 @@
+"""An adapter from the Hub into the store: pinned to a commit, checked whole, downloaded once, however many ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from filelock import FileLock
+
+from lora_rt.registry.errors import ChangedAdapterError, HubError, StoreError
+from lora_rt.registry.hub.download import Report, fetch, fetch_cached, silent
+from lora_rt.registry.hub.remote import commit_of, look
+from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.records import Record
+from lora_rt.registry.reference import Reference, is_commit, is_name
+from lora_rt.registry.resolved import Resolved
+from lora_rt.registry.store import Store, is_whole
+
+
+def pull(
+    store: Store,
+    reference: Reference,
+    *,
+    name: str | None = None,
+    offline: bool = False,
+    report: Report = silent,
+) -> Resolved:
+    """Install `org/repo[@revision]` under a name, by default the repository's.
+
+    Raises:
+        HubError: not there, no access, no network.
+        ChangedAdapterError: the tag moved since it was pulled last, or a file is not what the Hub states.
+        RejectedAdapterError: it is no adapter that may be loaded.
+        StoreError: the name belongs to another adapter.
+    """
+    name = name or default_name(reference)
+    _check_name_is_free(store, name, reference.target)
+    requested = None if reference.revision in (None, "main") else reference.revision
+    if requested is not None and is_commit(requested):
+        commit = requested
+    elif offline:
+        return _known(store, reference, name)
+    else:
+        commit = commit_of(reference.target, requested)
+        _check_tag(store, reference, requested, commit)
+    return install(store, reference.target, commit, name, requested=requested, offline=offline, report=report)
+
+
+def install(
+    store: Store,
+    repo: str,
+    commit: str,
+    name: str,
+    *,
+    requested: str | None = None,
+    expected: Mapping[str, str] | None = None,
+    offline: bool = False,
+    report: Report = silent,
+) -> Resolved:
+    """Install a repository at a full commit; `expected` are the sha256 of its files where they are pinned already."""
+    with _one_at_a_time(store, repo, commit):
+        have = _installed(store, repo, commit, expected)
+        if have is not None:
+            return _name_it(store, have, name, requested)
+        with store.staging() as folder:
+            if offline:
+                names = sorted(expected) if expected else []
+                if not names:
+                    raise HubError(
+                        f"{repo}@{commit[:12]} is not in the store",
+                        next_step=f"Go online: lora-rt pull {repo}@{commit}",
+                    )
+                fetch_cached(repo, commit, names, folder)
+            else:
+                fetch(look(repo, commit), folder, report)
+            inspected = inspect_adapter(folder, name=name)
+            if expected is not None:
+                _check_files(repo, commit, inspected.files, expected)
+            return store.publish(folder, name, source=source_of(repo), revision=commit, requested=requested)
+
+
+def default_name(reference: Reference) -> str:
+    """The name that a repository's adapter gets where none is given: the repository's, without its owner."""
+    return reference.target.rpartition("/")[2]
+
+
+def source_of(repo: str) -> str:
+    """How a record names the Hub repository that it came from."""
+    return f"hub {repo}"
+
+
+def find_installed(store: Store, reference: Reference) -> list[Record]:
+    """The records of a repository, of this revision if the reference has one."""
+    found = [record for record in store.records.all() if record.source == source_of(reference.target)]
+    revision = reference.revision
+    if revision in (None, "main"):
+        return [record for record in found if record.requested is None] or found
+    return [
+        record
+        for record in found
+        if record.requested == revision or (len(revision) >= 7 and (record.revision or "").startswith(revision))
+    ]
+
+
+def _known(store: Store, reference: Reference, name: str) -> Resolved:
+    found = find_installed(store, reference)
+    if not found:
+        raise HubError(
+            f"{reference.text} is not in the store, and the Hub is not asked",
+            next_step=f"Go online and type: lora-rt pull {reference.text}",
+        )
+    return _name_it(store, found[0], name, found[0].requested)
+
+
+def _installed(store: Store, repo: str, commit: str, expected: Mapping[str, str] | None) -> Record | None:
+    for record in store.records.all():
+        same = record.source == source_of(repo) and record.revision == commit
+        pinned = expected is None or record.files == dict(expected)
+        if same and pinned and is_whole(store.objects / record.sha256, record.files):
+            return record
+    return None
+
+
+def _name_it(store: Store, record: Record, name: str, requested: str | None) -> Resolved:
+    wanted = Record(name, record.base, record.source, record.revision, requested, record.sha256, record.files)
+    return store.resolved(record) if wanted == record else store.link(wanted)
+
+
+def _check_name_is_free(store: Store, name: str, repo: str) -> None:
+    if not is_name(name):
+        raise StoreError(
+            f"{name[:80]!r} is not a name that an adapter can have", next_step="Use letters, digits, . _ -"
+        )
+    others = {record.source for record in store.records.named(name)} - {source_of(repo)}
+    if others:
+        raise StoreError(
+            f"the name {name!r} belongs to an adapter from {', '.join(sorted(others))}",
+            next_step=f"Choose another: lora-rt pull {repo} --as NAME",
+        )
+
+
+def _check_tag(store: Store, reference: Reference, requested: str | None, commit: str) -> None:
+    """A tag or branch that was asked for by name must still be the commit that it was."""
+    if requested is None:
+        return
+    for record in store.records.all():
+        if record.source == source_of(reference.target) and record.requested == requested and record.revision != commit:
+            raise ChangedAdapterError(
+                f"{reference.text} moved: it was {(record.revision or '')[:12]} when it was pulled, now {commit[:12]}",
+                next_step=f"To take the new one: lora-rt rm {record.name}, then lora-rt pull {reference.text}",
+            )
+
+
+def _check_files(repo: str, commit: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    names = sorted({*found, *expected})
+    problems = [
+        f"{name}: sha256 is {found.get(name, 'missing')[:12]}, locked is {expected.get(name, 'nothing')[:12]}"
+        for name in names
+        if found.get(name) != expected.get(name)
+    ]
+    if problems:
+        raise ChangedAdapterError(
+            f"{repo}@{commit[:12]} is not what was locked", next_step="Ask who changed it", problems=problems
+        )
+
+
+@contextmanager
+def _one_at_a_time(store: Store, repo: str, commit: str) -> Iterator[None]:
+    """Held while one commit of a repository is fetched, so that others who want it wait and then find it."""
+    folder = store.root / "pulling"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{repo.replace('/', '--')}-{commit}.lock"):
+        yield
