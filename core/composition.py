@@ -1,0 +1,111 @@
+"""Compositions: the text `emotion:0.7 logic:0.3` and what it means.
+
+A term is `reference[:weight]`, the weight 1 if left out and any finite number otherwise; terms are separated by spaces,
+`+` or `,`. Weights are absolute: nothing is normalised.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.reference import Reference
+
+_SEPARATORS = " \t\r\n+,"
+# A term ends at a separator, except that the sign of a number and of its exponent belong to the number.
+_TERM = re.compile(r"(?P<reference>[^\s+,:]*)(?::(?P<weight>[+-]?(?:[^\s+,]*[\d.][eE][+-]?\d+(?=[\s+,]|$)|[^\s+,]*)))?")
+
+
+class InvalidCompositionError(LoraRtError):
+    """A text that is no composition; `problems` names every bad term."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One adapter of a composition and its weight."""
+
+    reference: Reference
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.reference.text if self.weight == 1 else f"{self.reference.text}:{self.weight:.12g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Weighted terms in the order they were given. `str()` of a parsed one gives its text back."""
+
+    terms: tuple[Term, ...]
+    text: str = field(default="", compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Composition:
+        """Parse a composition.
+
+        Raises:
+            InvalidCompositionError: listing every bad term; also where there is none.
+        """
+        terms: list[Term] = []
+        problems: list[str] = []
+        for piece, reference, weight in _pieces(text):
+            try:
+                terms.append(_term(reference, weight))
+            except LoraRtError as error:
+                problems.append(f"{piece!r}: {error.message}")
+        if not terms and not problems:
+            problems.append("it has no terms")
+        if problems:
+            raise InvalidCompositionError(
+                f"{text.strip()[:200]!r} is no composition: {'; '.join(problems)}",
+                next_step="Write terms as name:weight, for instance: emotion:0.7 logic:0.3",
+            )
+        return cls(tuple(terms), text.strip())
+
+    @classmethod
+    def of(cls, value: Composition | str | Sequence[Term] | None) -> Composition | None:
+        """A composition from any of the forms that the public functions take; None stays None (the base alone)."""
+        if value is None or isinstance(value, Composition):
+            return value
+        if isinstance(value, str):
+            return cls.parse(value)
+        return cls(tuple(value))
+
+    def __str__(self) -> str:
+        return self.text or " ".join(str(term) for term in self.terms)
+
+
+def _pieces(text: str) -> list[tuple[str, str, str | None]]:
+    """(whole piece, reference, weight text or None) of every term."""
+    found = []
+    position = 0
+    while position < len(text):
+        if text[position] in _SEPARATORS:
+            position += 1
+            continue
+        match = _TERM.match(text, position)
+        assert match is not None  # the pattern matches the empty string
+        end = max(match.end(), position + 1)
+        found.append((text[position:end], match["reference"], match["weight"]))
+        position = end
+    return found
+
+
+def _term(reference: str, weight: str | None) -> Term:
+    if not reference:
+        raise LoraRtError("no name stands before the colon")
+    return Term(Reference.parse(reference), 1.0 if weight is None else _weight(weight))
+
+
+def _weight(text: str) -> float:
+    if not text:
+        raise LoraRtError("no weight follows the colon")
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise LoraRtError(f"{text!r} is not a number") from error
+    if "_" in text or not math.isfinite(value):
+        raise LoraRtError(f"the weight {text} is not a finite number")
+    return value

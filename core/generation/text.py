@@ -1,0 +1,38 @@
+"""Tokens to text, piece by piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """Gives the new text of each token as soon as it can't change any more.
+
+    A character may take several tokens, and some tokenizers put the space of a word before or after it depending on its
+    neighbours: so each piece is the difference of two decodings that share their beginning.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # of the window that is decoded again
+        self._read = 0  # tokens whose text was given out
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, or an empty string."""
+        self._ids.append(token)
+        text = self._decode(len(self._ids))
+        before = self._decode(self._read)
+        if text.endswith(_REPLACEMENT) or len(text) <= len(before):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(before) :]
+
+    def rest(self) -> str:
+        """What is left when the answer is over."""
+        return self._decode(len(self._ids))[len(self._decode(self._read)) :]
+
+    def _decode(self, end: int) -> str:
+        return str(self._tokenizer.decode(self._ids[self._start : end], skip_special_tokens=True))

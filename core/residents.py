@@ -1,0 +1,138 @@
+"""Which adapters a runtime holds: resolves references, checks them against the base, and makes them resident."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_rt.core.adapters import read_adapter
+from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.composition import Composition
+from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.manager import ModeHost
+from lora_rt.registry.card import AdapterCard
+from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.registry import Registry
+from lora_rt.registry.resolved import Resolved
+
+
+class ResidentError(LoraRtError):
+    """An adapter that is not resident, or a name that can't be given."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """A resident adapter, for people and tables. `rank` is the largest among its modules; `modules` counts them."""
+
+    name: str
+    register: str
+    mode: str
+    rank: int
+    modules: int
+    source: str
+    revision: str | None
+    sha256: str
+    why: str
+    card: AdapterCard | None
+
+
+class Residents:
+    """The resident adapters of one base. Safe to use from several threads."""
+
+    def __init__(self, base: LoadedBase, bank: AdapterBank, modes: ModeHost, registry: Registry) -> None:
+        self._base = base
+        self._bank = bank
+        self._modes = modes
+        self._registry = registry
+        self._lock = threading.RLock()
+        self._aliases: dict[str, str] = {}  # text of a reference -> the resident name it was given
+        self.infos: Mapping[str, AdapterInfo] = {}
+
+    def load(self, reference: Reference | str, name: str | None = None) -> str:
+        """Make an adapter resident and return its name.
+
+        Raises:
+            LoraRtError: it can't be resolved, is refused by the inspection, or its mode is not installed.
+        """
+        parsed = reference if isinstance(reference, Reference) else Reference.parse(reference)
+        if name is not None and not is_name(name):
+            raise ResidentError(f"{name!r} is not a name that an adapter can have", next_step="Use letters, digits, '.', '_' and '-'")
+        with self._lock:
+            resolved = self._registry.resolve(parsed, self._base.identity)
+            resident = name or self._free_name(resolved)
+            self._make_resident(resolved, resident)
+            if name is None:
+                self._aliases[parsed.text] = resident
+        return resident
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            BankError: it is not resident.
+        """
+        with self._lock:
+            self._bank.remove(name)
+            self.infos = {key: info for key, info in self.infos.items() if key != name}
+            self._aliases = {text: resident for text, resident in self._aliases.items() if resident != name}
+
+    def ensure(self, composition: Composition) -> list[tuple[str, float]]:
+        """(resident name, weight) of every term, loading what is not resident yet.
+
+        Raises:
+            LoraRtError: terms that can't be loaded; all of them are named.
+        """
+        found: list[tuple[str, float]] = []
+        failures: list[LoraRtError] = []
+        for term in composition.terms:
+            try:
+                found.append((self._resident(term.reference), term.weight))
+            except LoraRtError as error:
+                failures.append(error)
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            problems = [f"{error.message}. {error.next_step}" for error in failures]
+            raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
+        return found
+
+    def _resident(self, reference: Reference) -> str:
+        with self._lock:
+            if reference.kind == "name" and reference.revision is None and reference.target in self.infos:
+                return reference.target
+            return self._aliases.get(reference.text) or self.load(reference)
+
+    def _free_name(self, resolved: Resolved) -> str:
+        """The adapter's own name, or that with part of its digest where another adapter has it."""
+        taken = self.infos.get(resolved.name)
+        if taken is None or taken.sha256 == resolved.sha256:
+            return resolved.name
+        return f"{resolved.name}-{resolved.sha256[:8]}"
+
+    def _make_resident(self, resolved: Resolved, name: str) -> None:
+        inspected = inspect_adapter(
+            resolved.folder,
+            name=resolved.name,
+            linears=self._bank.topology.shapes,
+            base=self._base.identity,
+            sha256=resolved.sha256,
+        )
+        self._modes.require(inspected.mode)
+        adapter = read_adapter(inspected, name)
+        self._bank.add(adapter)
+        info = AdapterInfo(
+            name=name,
+            register=inspected.card.register if inspected.card else name,
+            mode=inspected.mode,
+            rank=adapter.rank,
+            modules=len(adapter.factors),
+            source=resolved.source,
+            revision=resolved.revision,
+            sha256=resolved.sha256,
+            why=resolved.why,
+            card=inspected.card,
+        )
+        self.infos = {**self.infos, name: info}

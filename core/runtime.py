@@ -1,0 +1,209 @@
+"""The runtime: one base, its resident adapters, and text that several of them speak together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.engine.early import EarlyHidden
+from lora_rt.core.generation.decode import Decoder
+from lora_rt.core.generation.prompts import Prompt, prompt_ids
+from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.generation.text import TextStream
+from lora_rt.core.planner import RowPlanner
+from lora_rt.core.requests import Compositions, RequestError, Row, Weigher, per_row, scenes_per_row
+from lora_rt.core.residents import AdapterInfo, Residents
+from lora_rt.plugins.contract import BaseFacts, SceneType
+from lora_rt.plugins.manager import ModeHost, load_modes
+from lora_rt.registry.registry import Registry
+
+Seeds = int | None | Sequence[int | None]
+
+
+class Runtime:
+    """One base in memory and the adapters that are resident over it.
+
+    The composition is an argument of every call and never a setting of the runtime: calls from several threads do not
+    see each other's weights.
+    """
+
+    def __init__(self, base: LoadedBase, modes: ModeHost, registry: Registry) -> None:
+        """Use `Runtime.load`; this is for callers who have loaded the parts themselves."""
+        self._base = base
+        self._modes = modes
+        self._bank = AdapterBank(base.model, base.facts.layers, base.dtype)
+        self._early = EarlyHidden(base.model, base.facts.layers)
+        self._residents = Residents(base, self._bank, modes, registry)
+        self._weigher = Weigher(self._residents, modes, base.facts)
+        self._decoder = Decoder(base.model, int(base.tokenizer.pad_token_id), _end_ids(base))
+
+    @classmethod
+    def load(cls, base: str = "default", *, precision: str = "int4", device: str = "auto", project: Path | None = None) -> Runtime:
+        """Load a base, fetching and quantizing it first where that has not been done yet.
+
+        Args:
+            base: "default", a folder, a GGUF file, or a hub id with an optional @revision.
+            precision: float32, bfloat16, float16, int8 or int4 (NF4, double quantization, bfloat16 compute).
+            device: "auto" (the first GPU if there is one), "cpu", "cuda" or "cuda:N".
+            project: the folder whose lora-rt.toml names adapters; the working directory by default.
+
+        Raises:
+            LoraRtError: with what went wrong and what to do.
+        """
+        modes = load_modes()
+        return cls(load_base(base, precision, device), modes, Registry(project=project, sources=modes.sources()))
+
+    @property
+    def base(self) -> BaseFacts:
+        """Facts about the base: id, revision, digest, precision and sizes."""
+        return self._base.facts
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, as transformers made it."""
+        return self._base.tokenizer
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """The resident adapters by name."""
+        return dict(self._residents.infos)
+
+    def load_adapter(self, reference: str, name: str | None = None) -> str:
+        """Make an adapter resident, under its own name or the one given, and return that name.
+
+        Raises:
+            LoraRtError: it can't be resolved, is refused, or does not fit this base.
+        """
+        return self._residents.load(reference, name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a resident adapter; the base is untouched.
+
+        Raises:
+            LoraRtError: it is not resident.
+        """
+        self._residents.unload(name)
+
+    def base_digest(self) -> str:
+        """The sha256 of the base's weights as they lie in memory; no adapter ever changes it."""
+        return self._base.digest()
+
+    @overload
+    def generate(self, prompts: str, compositions: Compositions = None, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], compositions: Compositions = None, **options: Any) -> list[str]: ...
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        compositions: Compositions = None,
+        *,
+        scenes: Sequence[SceneType] | str | None = None,
+        max_new_tokens: int = 256,
+        min_new_tokens: int = 0,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: Seeds = None,
+    ) -> str | list[str]:
+        """The answers to one or several prompts, each under its own composition, in one batch.
+
+        Args:
+            prompts: a user message, or a list whose items are user messages or lists of chat messages.
+            compositions: one for all rows, or one per row; None is the base alone.
+            scenes: the scene type of each row, for modes that gate by it.
+            max_new_tokens, min_new_tokens: bounds on the answer, in tokens.
+            temperature, top_p, top_k: sampling; greedy where temperature is None or 0.
+            repetition_penalty: on the answer's own tokens, 1 is off.
+            seed: one for all rows or one per row. A row's sample depends on its own seed alone.
+
+        Returns:
+            A string for a string, a list for a list.
+
+        Raises:
+            LoraRtError: a prompt, composition or setting can't be used.
+        """
+        single = isinstance(prompts, str)
+        given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not given:
+            return []
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, min_new_tokens)
+        answers: list[list[int]] = [[] for _ in given]
+        for tokens in self._decode(given, compositions, scenes, sampling, seed):
+            for answer, token in zip(answers, tokens, strict=True):
+                if token is not None:
+                    answer.append(token)
+        texts = [str(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+        return texts[0] if single else texts
+
+    def stream(self, prompt: Prompt, composition: Compositions = None, *, scene: SceneType = None, seed: int | None = None, **sampling: Any) -> Iterator[str]:
+        """The answer to one prompt, piece by piece as it is decoded; joined, the pieces are what `generate` returns.
+
+        Takes the sampling settings of `generate` by name.
+        """
+        chosen = Sampling(**sampling)
+        text = TextStream(self.tokenizer)
+        for tokens in self._decode([prompt], composition, [scene], chosen, seed):
+            if tokens[0] is not None and (piece := text.push(tokens[0])):
+                yield piece
+        if rest := text.rest():
+            yield rest
+
+    def logits(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
+        compositions: Compositions = None,
+        scenes: Sequence[SceneType] | str | None = None,
+    ) -> Tensor:
+        """The logits of whole rows, (batch, tokens, vocab), each row under its own composition.
+
+        Args:
+            input_ids: (batch, tokens). attention_mask: the same shape, 0 on padding (on either side); where left out,
+                nothing is padding. A padded row's real positions equal those of the row unpadded.
+            compositions, scenes: as in `generate`.
+        """
+        ids = torch.as_tensor(input_ids, device=self._base.device)
+        if ids.dim() != 2:
+            raise RequestError(f"input_ids has shape {tuple(ids.shape)}", next_step="Give (batch, tokens)")
+        mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=self._base.device)
+        if mask.shape != ids.shape:
+            raise RequestError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}", next_step="Give them the same shape")
+        rows = self._rows(compositions, scenes, [None] * len(ids))
+        return self._decoder.logits(ids, mask.long(), self._planner(rows))
+
+    def _decode(
+        self,
+        prompts: Sequence[Prompt],
+        compositions: Compositions,
+        scenes: Sequence[SceneType] | str | None,
+        sampling: Sampling,
+        seed: Seeds,
+    ) -> Iterator[list[int | None]]:
+        sampling.check()
+        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise RequestError(f"{len(seeds)} seeds for {len(prompts)} rows", next_step="Give one for all, or one per row")
+        rows = self._rows(compositions, scenes, [p if isinstance(p, str) else None for p in prompts])
+        ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        return self._decoder.decode(ids, self._planner(rows), sampling, seeds)
+
+    def _rows(self, compositions: Compositions, scenes: Sequence[SceneType] | str | None, prompts: Sequence[str | None]) -> list[Row]:
+        count = len(prompts)
+        return self._weigher.rows(per_row(compositions, count), scenes_per_row(scenes, count), prompts)
+
+    def _planner(self, rows: Sequence[Row]) -> RowPlanner:
+        return RowPlanner(rows, self._bank, self._modes, self._base.facts, self._early)
+
+
+def _end_ids(base: LoadedBase) -> list[int]:
+    """Tokens that end an answer: what the generation configuration says, and the tokenizer's end."""
+    configured = base.model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in [*ids, base.tokenizer.eos_token_id] if i is not None})
