@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.card import BaseIdentity
-from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
-from lora_rt.registry.inspection.adapter import folder_problems
-from lora_rt.registry.project import Project, read_project
-from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.errors import ChangedAdapterError, UnknownAdapterError, WrongBaseError
+from lora_rt.registry.paths import at_path, read_path
+from lora_rt.registry.pinned import PinnedNames
+from lora_rt.registry.reference import Reference
 from lora_rt.registry.resolved import Resolved, changes, read_folder
 from lora_rt.registry.shipped import shipped
 from lora_rt.registry.store import Store
@@ -36,6 +36,7 @@ class Registry:
         """
         self.store = Store(home)
         self.folder = (project or Path.cwd()).absolute()
+        self.pinned = PinnedNames(self.folder, self.store)
         self.sources = tuple(sources)
 
     def resolve(
@@ -49,24 +50,23 @@ class Registry:
         if isinstance(reference, str):
             reference = Reference.parse(reference)
         if reference.kind == "path":
-            return self._at_path(reference, "it is a path")
+            return at_path(self.folder, reference, why="it is a path")
         if reference.kind == "hub":
-            return self._from_hub(reference, base, offline)
+            return self._from_hub(reference, offline)
         return self._named(reference, base, offline)
 
     def installed(self) -> list[Resolved]:
         """Everything that can be resolved by name without the network, by name and base."""
-        found = [*self._project_installed(), *self.store.installed(), *self._shipped()]
+        found = [*self.pinned.installed(), *self.store.installed(), *self._shipped()]
         return sorted(found, key=lambda item: (item.name, item.card.base.id if item.card else ""))
 
     def names(self) -> list[str]:
         """Every name that resolves."""
-        project = self._project()
-        return sorted({*(project.adapters if project else ()), *(item.name for item in self.installed())})
+        return sorted({*self.pinned.sources(), *(item.name for item in self.installed())})
 
     def _named(self, reference: Reference, base: BaseIdentity | None, offline: bool) -> Resolved:
         seen: list[Resolved] = []
-        for candidates in self._tiers(reference, base, offline):
+        for candidates in self._tiers(reference.target, base, offline):
             fitting = [item for item in candidates if _revision_fits(item, reference.revision)]
             for item in fitting:
                 if base is None or item.card is None or item.card.base.matches(base):
@@ -76,39 +76,11 @@ class Registry:
             raise _wrong_base(reference, base, seen)
         raise self._unknown(reference)
 
-    def _tiers(self, reference: Reference, base: BaseIdentity | None, offline: bool) -> Iterator[list[Resolved]]:
-        name = reference.target
-        yield self._project_sources(name, base, offline)
+    def _tiers(self, name: str, base: BaseIdentity | None, offline: bool) -> Iterator[list[Resolved]]:
+        yield self.pinned.find(name, offline=offline)
         yield [self.store.resolved(record) for record in self.store.records.named(name)]
         yield self._shipped(name)
         yield self._plugin_sources(name, base)
-
-    def _project(self) -> Project | None:
-        return read_project(self.folder)
-
-    def _project_sources(self, name: str, base: BaseIdentity | None, offline: bool) -> list[Resolved]:
-        project = self._project()
-        if project is None or name not in project.adapters:
-            return []
-        found = []
-        for source in project.adapters[name]:
-            why = f"{name!r} is {source.text} in {project.file.name}"
-            if source.kind == "path":
-                found.append(self._at_path(source, why, name=name))
-            else:
-                found.append(self._from_hub(source, base, offline, name=name, why=why))
-        return found
-
-    def _project_installed(self) -> list[Resolved]:
-        project = self._project()
-        if project is None:
-            return []
-        found = []
-        for name, sources in project.adapters.items():
-            for source in sources:
-                if source.kind == "path" and self._path(source).is_dir():
-                    found.append(self._at_path(source, f"{name!r} is {source.text} in {project.file.name}", name=name))
-        return found
 
     def _shipped(self, name: str | None = None) -> list[Resolved]:
         found = []
@@ -124,39 +96,15 @@ class Registry:
             place = find(name, base)
             if place is not None:
                 why = f"{name!r} was found by the plugin source {label}"
-                found.append(_read_path(Path(place), name=name, source=f"plugin {label}", why=why))
+                found.append(read_path(Path(place), name=name, source=f"plugin {label}", why=why))
         return found
 
-    def _path(self, reference: Reference) -> Path:
-        return self.folder / Path(reference.target).expanduser()
-
-    def _at_path(self, reference: Reference, why: str, name: str | None = None) -> Resolved:
-        folder = self._path(reference)
-        own = name or folder.resolve().name
-        if not is_name(own):
-            own = (
-                "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in own).strip("-")
-                or "adapter"
-            )
-        return _read_path(folder, name=own, source=reference.target, why=why)
-
-    def _from_hub(
-        self,
-        reference: Reference,
-        base: BaseIdentity | None,
-        offline: bool,
-        name: str | None = None,
-        why: str | None = None,
-    ) -> Resolved:
+    def _from_hub(self, reference: Reference, offline: bool) -> Resolved:
         """From the store where it has the repository at this revision, otherwise from the Hub by way of the store."""
-        from lora_rt.registry.hub.pull import find_installed, pull
+        from lora_rt.registry.hub.pull import obtain
 
-        found = find_installed(self.store, reference)
-        if found:
-            item = self._whole(self.store.resolved(found[0]))
-        else:
-            item = pull(self.store, reference, name=name, offline=offline)
-        return replace(item, name=name or item.name, why=why or f"{reference.target} is a repository of the Hub")
+        item = obtain(self.store, reference, offline=offline)
+        return self._whole(replace(item, why=f"{reference.target} is a repository of the Hub"))
 
     @staticmethod
     def _whole(item: Resolved) -> Resolved:
@@ -180,15 +128,6 @@ class Registry:
         elif near:
             text += f", near are {', '.join(near)}"
         return UnknownAdapterError(text, next_step="lora-rt list")
-
-
-def _read_path(folder: Path, *, name: str, source: str, why: str) -> Resolved:
-    problems = folder_problems(folder)
-    if problems and not folder.exists():
-        raise UnknownAdapterError(problems[0], next_step="Check the path")
-    if problems:
-        raise RejectedAdapterError(f"adapter {name!r} is refused: {problems[0]}", problems=problems)
-    return read_folder(folder, name=name, source=source, why=why)
 
 
 def _revision_fits(item: Resolved, revision: str | None) -> bool:

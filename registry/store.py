@@ -70,12 +70,17 @@ class Store:
         """An empty folder on the store's file system. It is gone afterwards, or collected if this process dies."""
         self._staging.mkdir(parents=True, exist_ok=True)
         folder = self._staging / uuid.uuid4().hex
-        with self._owned(folder):
+        owner = FileLock(folder.with_name(folder.name + ".lock"))
+        with self._lock():
+            # Under the store's lock, or a collector could take the owner's file in the moment before it is locked.
+            owner.acquire()
             folder.mkdir()
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(owner.lock_file).unlink(missing_ok=True)
+            owner.release()
 
     def publish(
         self, staged: Path, name: str, *, source: str, revision: str | None, requested: str | None = None
@@ -179,13 +184,6 @@ class Store:
             if not owner.exists() or not _is_held(owner):
                 found.append(path)
         return found
-
-    @contextmanager
-    def _owned(self, folder: Path) -> Iterator[None]:
-        owner = folder.with_name(folder.name + ".lock")
-        with FileLock(owner):
-            yield
-        owner.unlink(missing_ok=True)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

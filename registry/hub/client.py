@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, cast
 
 from lora_rt.registry.errors import HubError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_BODY = max(LIMITS.values())
 MAX_ANSWER = 64 * MEGABYTE
+MAX_ANSWERS = 300
+
+_ANSWERS: ContextVar[list[int] | None] = ContextVar("answers", default=None)
 
 _HEX = re.compile(r'(W/)?"?[0-9a-fA-F]{40,64}"?')
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -57,6 +61,11 @@ def _guarded_client(factory: Callable[[], httpx2.Client]) -> httpx2.Client:
 
 def _check_answer(response: httpx2.Response) -> None:
     """Refuse headers that would become paths in the client's cache, and bound the body."""
+    asked = _ANSWERS.get()
+    if asked is not None:
+        asked.append(response.status_code)
+        if len(asked) > MAX_ANSWERS:
+            raise _untrusted(response, f"more than {MAX_ANSWERS} pages and redirects")
     headers = response.headers
     commit = headers.get("x-repo-commit")
     if commit is not None:
@@ -108,6 +117,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     from huggingface_hub import errors
 
     at = f"{repo}@{revision}" if revision else repo
+    answers = _ANSWERS.set([])
     try:
         yield
     except errors.GatedRepoError as error:
@@ -137,6 +147,14 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
             f"the Hub could not be reached for {at}: {str(error)[:200] or type(error).__name__}",
             next_step="Check the network and HF_ENDPOINT, then try again",
         ) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # The client takes the shape of an answer for granted; a body that is no JSON or lacks a field ends here.
+        raise HubError(
+            f"the Hub's answer about {at} can not be understood: {type(error).__name__} {str(error)[:120]}",
+            next_step="Check HF_ENDPOINT, then try again",
+        ) from error
+    finally:
+        _ANSWERS.reset(answers)
 
 
 def _http_error(repo: str, status: int, text: str) -> HubError:

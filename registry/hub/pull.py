@@ -35,15 +35,43 @@ def pull(
     """
     name = name or default_name(reference)
     _check_name_is_free(store, name, reference.target)
-    requested = None if reference.revision in (None, "main") else reference.revision
-    if requested is not None and is_commit(requested):
-        commit = requested
-    elif offline:
-        return _known(store, reference, name)
-    else:
-        commit = commit_of(reference.target, requested)
-        _check_tag(store, reference, requested, commit)
-    return install(store, reference.target, commit, name, requested=requested, offline=offline, report=report)
+    commit = _commit(store, reference, offline)
+    if commit is None:
+        record = find_installed(store, reference)[0]
+        return _name_it(store, record, name, record.requested)
+    return install(
+        store, reference.target, commit, name, requested=_requested(reference), offline=offline, report=report
+    )
+
+
+def obtain(
+    store: Store,
+    reference: Reference,
+    *,
+    name: str | None = None,
+    fresh: bool = False,
+    offline: bool = False,
+    report: Report = silent,
+) -> Resolved:
+    """The adapter of a repository for whoever does not care under which name the store keeps it.
+
+    What is installed at this revision is taken as it is, unless `fresh` asks the Hub first.
+    """
+    found = [] if fresh and not offline else find_installed(store, reference)
+    if found:
+        return store.resolved(found[0])
+    commit = _commit(store, reference, offline)
+    assert commit is not None  # offline, with nothing installed, ends in an error before this line
+    return install(
+        store,
+        reference.target,
+        commit,
+        name or default_name(reference),
+        requested=_requested(reference),
+        offline=offline,
+        take_name=False,
+        report=report,
+    )
 
 
 def install(
@@ -55,13 +83,20 @@ def install(
     requested: str | None = None,
     expected: Mapping[str, str] | None = None,
     offline: bool = False,
+    take_name: bool = True,
     report: Report = silent,
 ) -> Resolved:
-    """Install a repository at a full commit; `expected` are the sha256 of its files where they are pinned already."""
+    """Install a repository at a full commit.
+
+    `expected` are the sha256 of its files where they are pinned already. Without `take_name` an adapter that has the
+    name keeps it, and this one gets a longer name in the store.
+    """
     with _one_at_a_time(store, repo, commit):
         have = _installed(store, repo, commit, expected)
         if have is not None:
-            return _name_it(store, have, name, requested)
+            return _name_it(store, have, name, requested) if take_name else store.resolved(have)
+        if not take_name and store.records.named(name):
+            name = f"{name[:80]}-{commit[:12]}"
         with store.staging() as folder:
             if offline:
                 names = sorted(expected) if expected else []
@@ -102,14 +137,25 @@ def find_installed(store: Store, reference: Reference) -> list[Record]:
     ]
 
 
-def _known(store: Store, reference: Reference, name: str) -> Resolved:
-    found = find_installed(store, reference)
-    if not found:
-        raise HubError(
-            f"{reference.text} is not in the store, and the Hub is not asked",
-            next_step=f"Go online and type: lora-rt pull {reference.text}",
-        )
-    return _name_it(store, found[0], name, found[0].requested)
+def _requested(reference: Reference) -> str | None:
+    return None if reference.revision in (None, "main") else reference.revision
+
+
+def _commit(store: Store, reference: Reference, offline: bool) -> str | None:
+    """The full commit that is wanted; None if only the store can say, because the Hub is not asked."""
+    requested = _requested(reference)
+    if requested is not None and is_commit(requested):
+        return requested
+    if not offline:
+        commit = commit_of(reference.target, requested)
+        _check_tag(store, reference, requested, commit)
+        return commit
+    if find_installed(store, reference):
+        return None
+    raise HubError(
+        f"{reference.text} is not in the store, and the Hub is not asked",
+        next_step=f"Go online and type: lora-rt pull {reference.text}",
+    )
 
 
 def _installed(store: Store, repo: str, commit: str, expected: Mapping[str, str] | None) -> Record | None:

@@ -1,0 +1,101 @@
+"""What the project says about names: `lora-rt.toml` where there is one, and the pins of `lora-rt.lock`.
+
+A name that is locked resolves to exactly what is locked, whatever the store has under that name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lora_rt.registry.errors import ChangedAdapterError
+from lora_rt.registry.lock import Locked, read_lock
+from lora_rt.registry.paths import at_path, folder_of
+from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, read_project
+from lora_rt.registry.reference import Reference
+from lora_rt.registry.resolved import Resolved, changes
+from lora_rt.registry.store import Store
+
+
+class PinnedNames:
+    """The names of one project folder, read anew at every question."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self.folder = folder
+        self.store = store
+
+    def sources(self) -> dict[str, list[tuple[Reference, Locked | None, str]]]:
+        """Every name with its sources: the reference, its pin, and the file that says so."""
+        project, locked = read_project(self.folder), read_lock(self.folder) or []
+        found: dict[str, list[tuple[Reference, Locked | None, str]]] = {}
+        if project is None:
+            for entry in locked:
+                found.setdefault(entry.name, []).append((entry.reference, entry, LOCK_FILE))
+            return found
+        pins = {(entry.name, entry.source): entry for entry in locked}
+        for name, references in project.adapters.items():
+            found[name] = [(reference, pins.get((name, reference.text)), PROJECT_FILE) for reference in references]
+        return found
+
+    def find(self, name: str, *, offline: bool) -> list[Resolved]:
+        """The adapters of a name, one per source, installed if need be."""
+        return [self._obtain(name, *source, offline=offline) for source in self.sources().get(name, [])]
+
+    def installed(self) -> list[Resolved]:
+        """Those that are on this machine already."""
+        found = []
+        for name, sources in self.sources().items():
+            for reference, pin, file in sources:
+                item = self._present(name, reference, pin, file)
+                if item is not None:
+                    found.append(item)
+        return found
+
+    def _present(self, name: str, reference: Reference, pin: Locked | None, file: str) -> Resolved | None:
+        from lora_rt.registry.hub.pull import find_installed
+
+        why = _why(name, reference, pin, file)
+        if reference.kind == "path":
+            there = folder_of(self.folder, reference).is_dir()
+            return at_path(self.folder, reference, why=why, name=name) if there else None
+        records = find_installed(self.store, reference)
+        if pin is not None:
+            records = [record for record in self.store.records.all() if record.sha256 == pin.sha256]
+        return replace(self.store.resolved(records[0]), name=name, why=why) if records else None
+
+    def _obtain(self, name: str, reference: Reference, pin: Locked | None, file: str, *, offline: bool) -> Resolved:
+        from lora_rt.registry.hub.pull import install, obtain
+
+        why = _why(name, reference, pin, file)
+        if reference.kind == "path":
+            return _as_pinned(at_path(self.folder, reference, why=why, name=name), pin)
+        if pin is None:
+            item = obtain(self.store, reference, name=name, offline=offline)
+        else:
+            item = install(
+                self.store,
+                reference.target,
+                pin.revision,
+                name,
+                requested=reference.revision,
+                expected=pin.files,
+                offline=offline,
+                take_name=False,
+            )
+        return replace(item, name=name, why=why)
+
+
+def _why(name: str, reference: Reference, pin: Locked | None, file: str) -> str:
+    at = f", locked to {(pin.revision or pin.sha256)[:12]}" if pin else ""
+    return f"{name!r} is {reference.text} in {file}{at}"
+
+
+def _as_pinned(item: Resolved, pin: Locked | None) -> Resolved:
+    problems = changes(item.folder, pin.files) if pin else []
+    if problems:
+        raise ChangedAdapterError(
+            f"{item.name} at {item.source} is not what {LOCK_FILE} says",
+            next_step="If the change is meant: lora-rt lock",
+            problems=problems,
+        )
+    return item

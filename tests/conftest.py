@@ -1,0 +1,42 @@
+"""What every test stands on: no network but a Hub on the loopback, and no home but a temporary one.
+
+The Hub's client reads its environment when it is imported, so this happens before anything else is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.hub import LocalHub
+
+_HUB = LocalHub()
+_HUB.__enter__()
+_FOLDER = tempfile.TemporaryDirectory(prefix="lora-rt-tests-", ignore_cleanup_errors=True)
+atexit.register(_FOLDER.cleanup)
+
+for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_", "LORA_RT_"))]:
+    del os.environ[_name]
+os.environ |= {
+    "HF_ENDPOINT": _HUB.endpoint,
+    "HF_HOME": str(Path(_FOLDER.name) / "hf"),
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "LORA_RT_HOME": str(Path(_FOLDER.name) / "home"),
+}
+
+
+@pytest.fixture
+def hub() -> Iterator[LocalHub]:
+    """An empty Hub, the one that the client asks, and a client that remembers nothing."""
+    _HUB.reset()
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    yield _HUB
+    _HUB.reset()
