@@ -171,7 +171,10 @@ class Store:
     def _unused_objects(self) -> list[Path]:
         if not self.objects.is_dir():
             return []
-        used = {record.sha256 for record in self.records.all()}
+        records = self.records.all()
+        if len(records) != len(self.records.paths()):
+            return []  # a record that can not be read may point at any of them
+        used = {record.sha256 for record in records}
         return [path for path in sorted(self.objects.iterdir()) if path.name not in used]
 
     def _abandoned(self) -> list[Path]:

@@ -6,8 +6,9 @@ import sys
 
 import typer
 
-from lora_rt.core.cli import compose, plugins, train
+from lora_rt.core.cli import compose, doctor, lock, plugins, pull, push, rm, search, show, sync, train, verify
 from lora_rt.core.cli import eval as eval_command
+from lora_rt.core.cli import list as list_command
 from lora_rt.core.cli.failures import explain
 
 app = typer.Typer(
@@ -23,7 +24,17 @@ app = typer.Typer(
 app.command("compose")(compose.compose)
 app.command("train")(train.train)
 app.command("eval")(eval_command.evaluate)
+app.command("list")(list_command.list_adapters)
+app.command("show")(show.show)
+app.command("pull")(pull.pull)
+app.command("push")(push.push)
+app.command("search")(search.search)
+app.command("rm")(rm.rm)
+app.command("verify")(verify.verify)
+app.command("lock")(lock.lock)
+app.command("sync")(sync.sync)
 app.command("plugins")(plugins.plugins)
+app.command("doctor")(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)

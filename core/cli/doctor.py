@@ -1,0 +1,96 @@
+"""`lora-rt doctor`: what is installed, where things are, what is broken, and what to do about each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lora_rt.core.cli.options import Json
+
+if TYPE_CHECKING:
+    from lora_rt.registry.health import Check
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "huggingface_hub", "safetensors", "gguf")
+
+
+def doctor(
+    clean: Annotated[bool, typer.Option("--clean", help="Remove what killed processes left behind.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at versions, devices, the home, bases, plugins, adapters and left-overs."""
+    import dataclasses
+
+    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.registry.health import registry_checks
+    from lora_rt.registry.registry import Registry
+
+    checks = [*_versions(), *_devices(), *registry_checks(Registry(), clean=clean), *_plugins()]
+    if as_json:
+        print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        _print(checks, out)
+    if any(check.status == "broken" for check in checks):
+        raise typer.Exit(1)
+
+
+def _print(checks: list[Check], out: object) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    assert isinstance(out, Console)
+    colours = {"ok": "green", "note": "yellow", "broken": "red"}
+    table = Table("", "what", "found", "what to do")
+    for check in checks:
+        mark = f"[{colours[check.status]}]{check.status}[/]"
+        table.add_row(mark, escape(check.name), escape(check.detail), escape(check.todo))
+    out.print(table)
+
+
+def _versions() -> list[Check]:
+    import platform
+    from importlib import metadata
+
+    import lora_rt
+    from lora_rt.registry.health import Check
+
+    checks = [Check("lora-rt", "ok", f"{lora_rt.__version__}, Python {platform.python_version()}")]
+    for package in PACKAGES:
+        try:
+            checks.append(Check(package, "ok", metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            checks.append(Check(package, "broken", "is not installed", "pip install --upgrade lora-rt"))
+    return checks
+
+
+def _devices() -> list[Check]:
+    import torch
+
+    from lora_rt.registry.health import Check
+
+    checks = [Check("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    if not torch.cuda.is_available():
+        return [
+            *checks,
+            Check("cuda", "note", "no device", "Nothing, unless there is one: then install a CUDA build of torch"),
+        ]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        checks.append(Check(f"cuda:{index}", "ok", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"))
+    return checks
+
+
+def _plugins() -> list[Check]:
+    from lora_rt.plugins.manager import load_modes
+    from lora_rt.registry.health import Check
+
+    checks = []
+    for record in load_modes().records:
+        if record.status == "ok":
+            checks.append(Check(f"mode {record.name}", "ok", f"{record.package} {record.version}"))
+        else:
+            status: Literal["note", "broken"] = "note" if record.status == "blocked" else "broken"
+            todo = f"Update or uninstall {record.package}, or block it: LORA_RT_BLOCK_PLUGINS={record.name}"
+            checks.append(Check(f"mode {record.name}", status, f"{record.status}: {record.reason}", todo))
+    return checks

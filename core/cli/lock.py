@@ -1,0 +1,42 @@
+"""`lora-rt lock`: pin a project's adapters in `lora-rt.lock`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_rt.core.cli.options import Json
+
+
+def lock(
+    check: Annotated[bool, typer.Option("--check", help="Only say whether the lock fits; change nothing.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pin every adapter of the project to a full commit and the sha256 of each file."""
+    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.core.cli.transfer import transfer
+    from lora_rt.registry.errors import ProjectError
+    from lora_rt.registry.project import LOCK_FILE
+    from lora_rt.registry.registry import Registry
+    from lora_rt.registry.sync import check_lock, make_lock
+
+    registry = Registry()
+    if check:
+        problems = check_lock(registry)
+        if as_json:
+            print_json({"fits": not problems, "problems": problems})
+        if problems and as_json:
+            raise typer.Exit(1)
+        if problems:
+            raise ProjectError(f"{LOCK_FILE} does not fit", next_step="lora-rt lock", problems=problems)
+        if not as_json:
+            out.print(f"{LOCK_FILE} fits")
+        return
+    with transfer() as report:
+        entries, changed = make_lock(registry, offline=offline, report=report)
+    if as_json:
+        print_json({"changed": changed, "adapters": [entry.name for entry in entries]})
+        return
+    out.print(f"{LOCK_FILE}: {len(entries)} adapters{'' if changed else ', unchanged'}")

@@ -1,0 +1,42 @@
+"""`lora-rt pull REF`: an adapter from the Hub into the store."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_rt.core.cli.options import Json
+
+
+def pull(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="org/repo or org/repo@revision.")],
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Its name here; the repository's if left out.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pull an adapter from the Hub, pinned to a full commit and checked before it is installed."""
+    from rich.markup import escape
+
+    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.core.cli.transfer import transfer
+    from lora_rt.registry.errors import InvalidReferenceError
+    from lora_rt.registry.hub.pull import pull as run
+    from lora_rt.registry.reference import Reference
+    from lora_rt.registry.store import Store
+
+    parsed = Reference.parse(reference)
+    if parsed.kind != "hub":
+        raise InvalidReferenceError(
+            f"{reference!r} is a {parsed.kind}; only repositories are pulled",
+            next_step="Write org/repo, or see: lora-rt show",
+        )
+    with transfer() as report:
+        found = run(Store(), parsed, name=name, offline=offline, report=report)
+    if as_json:
+        print_json({"name": found.name, "source": found.source, "revision": found.revision, "sha256": found.sha256})
+        return
+    where = f"{parsed.target}@{(found.revision or '')[:12]}"
+    out.print(f"pulled [bold]{escape(found.name)}[/] from {escape(where)}, sha256 {found.sha256[:12]}", soft_wrap=True)

@@ -1,0 +1,52 @@
+"""`lora-rt rm NAME`: remove an adapter from the store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_rt.registry.errors import StoreError
+    from lora_rt.registry.resolved import Resolved
+
+
+def rm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name in the store.")],
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove an adapter from the store, for all bases."""
+    import sys
+
+    from rich.markup import escape
+
+    from lora_rt.core.cli.console import err, out
+    from lora_rt.registry.errors import StoreError
+    from lora_rt.registry.registry import Registry
+
+    registry = Registry()
+    records = registry.store.records.named(name)
+    if not records:
+        raise _not_in_store(registry.installed(), name)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise StoreError(
+                f"removing {name!r} needs a yes, and nobody can be asked", next_step=f"lora-rt rm {name} -y"
+            )
+        sources = ", ".join(f"{record.source} for {record.base or 'any base'}" for record in records)
+        if not typer.confirm(f"Remove {name} ({sources})?", err=True):
+            err.print("nothing was removed")
+            return
+    for item in registry.store.remove(name):
+        out.print(
+            f"removed [bold]{escape(item.name)}[/] ({escape(item.source)}, sha256 {item.sha256[:12]})", soft_wrap=True
+        )
+
+
+def _not_in_store(installed: list[Resolved], name: str) -> StoreError:
+    from lora_rt.registry.errors import StoreError
+
+    for item in installed:
+        if item.name == name:
+            return StoreError(f"{name!r} is not in the store: {item.why}", next_step="Remove it there")
+    return StoreError(f"the store has no adapter {name!r}", next_step="lora-rt list")

@@ -1,0 +1,71 @@
+"""`lora-rt show REF`: what a reference means here, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_rt.core.cli.options import Json
+
+if TYPE_CHECKING:
+    from lora_rt.registry.inspection import InspectedAdapter
+    from lora_rt.registry.resolved import Resolved
+
+
+def show(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="A name, org/repo, or a path; with @revision.")],
+    offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show an adapter: where it is, which rule led there, and what it holds."""
+    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.plugins.manager import load_modes
+    from lora_rt.registry.inspection import inspect_adapter
+    from lora_rt.registry.registry import Registry
+
+    registry = Registry(sources=load_modes().sources())
+    found = registry.resolve(reference, offline=offline)
+    inspected = inspect_adapter(found.folder, name=found.name, sha256=found.sha256)
+    others = [item for item in registry.installed() if item.name == found.name and item.sha256 != found.sha256]
+    facts = _facts(found, inspected, others)
+    if as_json:
+        print_json(facts)
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, escape(_text(value)))
+    out.print(table)
+
+
+def _facts(found: Resolved, inspected: InspectedAdapter, others: list[Resolved]) -> dict[str, Any]:
+    card = inspected.card
+    return {
+        "name": found.name,
+        "register": card.register if card else None,
+        "mode": inspected.mode,
+        "base": card.base.id if card else None,
+        "source": found.source,
+        "why": found.why,
+        "revision": found.revision,
+        "sha256": found.sha256,
+        "folder": str(found.folder),
+        "rank": sorted({module.rank for module in inspected.modules}),
+        "modules": len(inspected.modules),
+        "licence": card.licence if card else None,
+        "scene_types": list(card.scene_types) if card else [],
+        "metrics": dict(card.metrics) if card else {},
+        "files": dict(inspected.files),
+        "also": [f"{item.source}, for {item.card.base.id if item.card else 'any base'}" for item in others],
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return "" if value is None else str(value)

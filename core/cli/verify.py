@@ -1,0 +1,38 @@
+"""`lora-rt verify [NAME...]`: is what is installed still what was installed?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_rt.core.cli.options import Json
+
+
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="All if left out.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub whether tags moved.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check files against their digests, adapters against the whole check, and tags against the Hub."""
+    import dataclasses
+
+    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.registry.registry import Registry
+    from lora_rt.registry.verify import verify as run
+
+    verdicts = run(Registry(), names or (), offline=offline)
+    if as_json:
+        print_json([{**dataclasses.asdict(item), "status": "damaged" if item.problems else "ok"} for item in verdicts])
+    else:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("name", "source", "status", "what to do")
+        for item in verdicts:
+            lines = [f"[red]{escape(text)}[/]" for text in item.problems] or ["[green]ok[/]"]
+            lines += [f"[dim]{escape(text)}[/]" for text in item.notes]
+            table.add_row(escape(item.name), escape(item.source), "\n".join(lines), escape(item.todo))
+        out.print(table)
+    if any(item.problems for item in verdicts):
+        raise typer.Exit(1)

@@ -1,0 +1,79 @@
+"""Is everything still what it was? Files against their digests, adapters against the check, tags against the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_rt.registry.errors import HubError, RejectedAdapterError, UnknownAdapterError
+from lora_rt.registry.hub.remote import commit_of
+from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.project import LOCK_FILE
+from lora_rt.registry.reference import is_commit
+from lora_rt.registry.registry import Registry
+from lora_rt.registry.resolved import Resolved, changes
+from lora_rt.registry.sync import check_lock
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found about one adapter, or about the lock. It is sound where there are no problems."""
+
+    name: str
+    source: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    todo: str = ""
+
+
+def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = False) -> list[Verdict]:
+    """Check the named adapters, or everything that is installed together with the lock.
+
+    Raises:
+        UnknownAdapterError: a name leads nowhere.
+    """
+    items = registry.installed()
+    unknown = [name for name in names if name not in {item.name for item in items}]
+    if unknown:
+        raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="lora-rt list")
+    verdicts = [_check(item, offline) for item in items if not names or item.name in names]
+    if not names and (registry.folder / LOCK_FILE).exists():
+        verdicts.append(Verdict(LOCK_FILE, str(registry.folder), tuple(check_lock(registry)), todo="lora-rt lock"))
+    return verdicts
+
+
+def _check(item: Resolved, offline: bool) -> Verdict:
+    problems = changes(item.folder, item.files)
+    todo = _repair(item) if problems else ""
+    if not problems:
+        try:
+            inspect_adapter(item.folder, name=item.name)
+        except RejectedAdapterError as error:
+            problems, todo = list(error.problems), f"lora-rt rm {item.name}"
+    moved, notes = ([], []) if offline else _remote(item)
+    if moved and not problems:
+        todo = f"lora-rt rm {item.name} and pull it again to take the new one; what is installed is what it was"
+    return Verdict(item.name, item.source, tuple(problems + moved), tuple(notes), todo)
+
+
+def _remote(item: Resolved) -> tuple[list[str], list[str]]:
+    """Whether the tag or branch that was asked for is still the commit that was pulled."""
+    repo = item.source.removeprefix("hub ")
+    if repo == item.source or item.requested is None or is_commit(item.requested):
+        return [], []
+    try:
+        commit = commit_of(repo, item.requested)
+    except HubError as error:
+        return [], [f"not compared with the Hub: {error.message}"]
+    if commit == item.revision:
+        return [], []
+    return [f"{item.requested} of {repo} moved to {commit[:12]}"], []
+
+
+def _repair(item: Resolved) -> str:
+    repo = item.source.removeprefix("hub ")
+    if repo != item.source and item.revision:
+        return f"lora-rt pull {repo}@{item.requested or item.revision} --as {item.name}"
+    if item.source.startswith("shipped"):
+        return "install the package again"
+    return f"lora-rt rm {item.name}, and train or copy it again"
