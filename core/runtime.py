@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.composition import Composition, Term
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.early import EarlyHidden
 from lora_rt.core.generation.decode import Decoder
-from lora_rt.core.generation.prompts import Prompt, prompt_ids
+from lora_rt.core.generation.prompts import Prompt, answer_ids, prompt_ids
 from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.generation.scoring import answer_nll
 from lora_rt.core.generation.text import TextStream
 from lora_rt.core.planner import RowPlanner
 from lora_rt.core.requests import Compositions, RequestError, Row, Weigher, per_row, scenes_per_row
 from lora_rt.core.residents import AdapterInfo, Residents
 from lora_rt.plugins.contract import BaseFacts, SceneType
 from lora_rt.plugins.manager import ModeHost, load_modes
+from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
 Seeds = int | None | Sequence[int | None]
@@ -81,6 +84,14 @@ class Runtime:
             LoraRtError: it can't be resolved, is refused, or does not fit this base.
         """
         return self._residents.load(reference, name)
+
+    def ensure(self, reference: Reference | str) -> str:
+        """The resident name of a reference, made resident first where it is not.
+
+        Raises:
+            LoraRtError: as `load_adapter`.
+        """
+        return self._residents.ensure(Composition((Term(Reference.parse(reference) if isinstance(reference, str) else reference),)))[0][0]
 
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; the base is untouched.
@@ -177,6 +188,22 @@ class Runtime:
             raise RequestError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}", next_step="Give them the same shape")
         rows = self._rows(compositions, scenes, [None] * len(ids))
         return self._decoder.logits(ids, mask.long(), self._planner(rows))
+
+    def answer_nll(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        compositions: Compositions = None,
+        scenes: Sequence[SceneType] | str | None = None,
+    ) -> list[Tensor]:
+        """How unlikely each answer is after its prompt: per row a float32 tensor (answer tokens,) in nats.
+
+        The answer is followed by the end of the turn, which counts as its last token.
+        """
+        ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        texts = [answer_ids(self.tokenizer, answer) for answer in answers]
+        rows = self._rows(compositions, scenes, [p if isinstance(p, str) else None for p in prompts])
+        return answer_nll(self._decoder, self._planner(rows), ids, texts, int(self.tokenizer.pad_token_id), self._base.device)
 
     def _decode(
         self,

@@ -42,13 +42,16 @@ class Decoder:
         self._end_ids = list(end_ids)
         self._parameters = inspect.signature(model.forward).parameters
 
-    def logits(self, ids: Tensor, mask: Tensor, planner: Planner) -> Tensor:
-        """The logits of whole rows, (rows, tokens, vocab); ids and mask (rows, tokens), padded on either side."""
+    def logits(self, ids: Tensor, mask: Tensor, planner: Planner, columns: Tensor | None = None) -> Tensor:
+        """The logits of whole rows, (rows, tokens, vocab); ids and mask (rows, tokens), padded on either side.
+
+        With `columns` (n,) those of these positions alone, (rows, n, vocab).
+        """
         with torch.inference_mode():
             lengths = mask.sum(-1)
             info = PassInfo(ids, positions_of(mask), ids, mask, lengths)
-            logits: Tensor = self._forward(info, planner, cache=None, last_only=False).logits
-        return logits
+            logits: Tensor = self._forward(info, planner, cache=None, keep=columns).logits
+        return logits if columns is None or "logits_to_keep" in self._parameters else logits[:, columns]
 
     def decode(self, prompts: Sequence[Sequence[int]], planner: Planner, sampling: Sampling, seeds: Sequence[int | None]) -> Iterator[list[int | None]]:
         """Yields one token per row and step, None for a row that has ended; the end-of-turn token is not yielded."""
@@ -63,7 +66,7 @@ class Decoder:
         open_rows = set(range(len(prompts)))
         for step in range(sampling.max_new_tokens):
             with torch.inference_mode():
-                logits = self._forward(info, planner, cache=cache, last_only=True).logits[:, -1]
+                logits = self._forward(info, planner, cache=cache, keep=1).logits[:, -1]
                 chosen = chooser.choose(logits, answers)
             open_rows -= {row for row in open_rows if chosen[row] in self._end_ids}
             for row in open_rows:
@@ -80,7 +83,7 @@ class Decoder:
         history = torch.cat([info.history, ids], dim=1)
         return PassInfo(ids, info.positions[:, -1:] + 1, history, mask, info.prompt_lengths)
 
-    def _forward(self, info: PassInfo, planner: Planner, *, cache: Any, last_only: bool) -> Any:
+    def _forward(self, info: PassInfo, planner: Planner, *, cache: Any, keep: int | Tensor | None) -> Any:
         arguments: dict[str, Any] = {"input_ids": info.ids, "use_cache": cache is not None}
         if cache is not None:
             arguments["past_key_values"] = cache
@@ -88,8 +91,8 @@ class Decoder:
             arguments["attention_mask"] = info.mask  # left out where nothing is padded: the kernel without a mask is faster
         if "position_ids" in self._parameters:
             arguments["position_ids"] = info.positions
-        if last_only and "logits_to_keep" in self._parameters:
-            arguments["logits_to_keep"] = 1
+        if keep is not None and "logits_to_keep" in self._parameters:
+            arguments["logits_to_keep"] = keep
         plan = planner(info)
         with plan.running() if plan is not None else nullcontext():
             return self._model(**arguments)

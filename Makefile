@@ -1,0 +1,54 @@
+# The two commands: `make demo` and `make test`. Everything else serves those who change the code.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# A strict editable install shows only the files that were there when it was made.
+SOURCES := $(shell git ls-files -co --exclude-standard core plugins registry)
+REGISTERS := logic emotion body archetype
+
+.PHONY: demo test check format docs registers report clean
+
+demo: $(VENV)/installed
+	$(BIN)/lora-rt compose emotion:0.7 logic:0.3 --compare --seed 3 -p "rain, tin roof, unpaid bill"
+
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/support/readme.py
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/ready
+	$(BIN)/python tests/support/readme.py --write
+
+# Retrains the four registers that ship with the package (about 20 minutes on two cores).
+registers: $(VENV)/ready
+	for register in $(REGISTERS); do sh examples/registers/train.sh $(BIN)/lora-rt $$register || exit 1; done
+
+report: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt scikit-learn
+	$(BIN)/python examples/registers/report.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What a user needs.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# What a developer needs; a plain install of the sources must not shadow the strict one.
+$(VENV)/ready: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=strict
+	touch $@

@@ -1,0 +1,71 @@
+"""One answer: streamed to standard output under a line about its terms, or as one JSON document."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.markup import escape
+
+from lora_rt.core.cli.compose.request import ComposeRequest
+from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.runtime import Runtime
+
+
+def answer(request: ComposeRequest, *, as_json: bool) -> None:
+    """Speak one answer."""
+    runtime = request.load()
+    assert request.prompt is not None
+    if as_json:
+        print_json(_document(runtime, request))
+        return
+    show_terms(runtime, request)
+    speak(runtime, request, request.prompt)
+
+
+def speak(runtime: Runtime, request: ComposeRequest, prompt: Any) -> str:
+    """Stream an answer to standard output and return it."""
+    pieces = []
+    for piece in runtime.stream(prompt, request.composition, scene=request.scene, seed=request.seed, **request.sampling()):
+        pieces.append(piece)
+        out.print(piece, end="", markup=False, soft_wrap=True)
+        out.file.flush()
+    out.print()
+    return "".join(pieces)
+
+
+def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
+    """Which adapters speak, with which weight, and where each came from; on standard error."""
+    lines = []
+    for info, weight in _terms(runtime, request):
+        revision = f"@{info.revision[:12]}" if info.revision else ""
+        lines.append(f"[bold]{escape(info.name)}[/]:{weight:g}  [dim]{info.mode}, rank {info.rank}, {escape(info.source)}{revision}, sha256 {info.sha256[:12]}[/]")
+    facts = runtime.base
+    lines.append(f"[dim]over {escape(facts.id)} ({facts.precision}), temperature {request.temperature:g}, seed {request.seed}[/]")
+    for line in lines:
+        err.print(line, soft_wrap=True)
+
+
+def _terms(runtime: Runtime, request: ComposeRequest) -> list[tuple[Any, float]]:
+    return [(runtime.adapters[runtime.ensure(term.reference)], term.weight) for term in request.composition.terms]
+
+
+def _document(runtime: Runtime, request: ComposeRequest) -> dict[str, Any]:
+    assert request.prompt is not None
+    started = time.perf_counter()
+    text = runtime.generate(request.prompt, request.composition, scenes=request.scene, seed=request.seed, **request.sampling())
+    seconds = time.perf_counter() - started
+    terms = [
+        {"name": info.name, "weight": weight, "mode": info.mode, "source": info.source, "revision": info.revision, "sha256": info.sha256}
+        for info, weight in _terms(runtime, request)
+    ]
+    return {
+        "prompt": request.prompt,
+        "text": text,
+        "base": runtime.base.id,
+        "precision": runtime.base.precision,
+        "seed": request.seed,
+        "terms": terms,
+        "tokens": len(runtime.tokenizer(text, add_special_tokens=False).input_ids),
+        "seconds": round(seconds, 3),
+    }

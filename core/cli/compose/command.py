@@ -1,0 +1,53 @@
+"""The command and its options."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lora_rt.core.cli import options
+
+
+def compose(
+    specs: options.Specs,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; standard input or a chat if left out.")] = None,
+    base: options.Base = "default",
+    precision: options.Precision = "int4",
+    device: options.Device = "auto",
+    scene: Annotated[str | None, typer.Option("--scene", help="The scene type, for modes that gate by it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable; a new one each time if left out.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base, each register alone and the composition side by side.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Let a weighted composition of registers speak."""
+    from lora_rt.core.cli.compose.request import ComposeRequest
+
+    text = sys.stdin.read() if prompt is None and not sys.stdin.isatty() else prompt
+    request = ComposeRequest.checked(
+        " ".join(specs),
+        text,
+        base=base,
+        precision=precision,
+        device=device,
+        scene=scene,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        needs_prompt=compare or as_json,
+    )
+    if request.prompt is None:
+        from lora_rt.core.cli.compose.chat import chat
+
+        chat(request)
+    elif compare:
+        from lora_rt.core.cli.compose.compare import compare_answers
+
+        compare_answers(request, as_json=as_json)
+    else:
+        from lora_rt.core.cli.compose.answer import answer
+
+        answer(request, as_json=as_json)

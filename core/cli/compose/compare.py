@@ -1,0 +1,49 @@
+"""The base, each register alone and the composition, side by side: one batch, every row under its own composition."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from lora_rt.core.cli.compose.answer import show_terms
+from lora_rt.core.cli.compose.request import ComposeRequest
+from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.composition import Composition
+
+_NARROWEST_COLUMN = 22
+
+
+def compare_answers(request: ComposeRequest, *, as_json: bool) -> None:
+    """Answer once per column, with the same seed in each."""
+    runtime = request.load()
+    assert request.prompt is not None
+    if not as_json:
+        show_terms(runtime, request)
+    alone = list(dict.fromkeys(term.reference.text for term in request.composition.terms))
+    whole = str(request.composition)
+    specs: list[str | None] = [None, *alone, *([whole] if whole not in alone else [])]
+    compositions = [Composition.of(spec) for spec in specs]
+    with err.status(f"{len(specs)} answers in one batch"):
+        texts = runtime.generate(
+            [request.prompt] * len(specs), compositions, scenes=[request.scene] * len(specs), seed=request.seed, **request.sampling()
+        )
+    columns = [(spec or "base", text) for spec, text in zip(specs, texts, strict=True)]
+    if as_json:
+        print_json({"prompt": request.prompt, "columns": [{"spec": spec, "text": text} for spec, text in columns]})
+    else:
+        _show(request.prompt, columns)
+
+
+def _show(prompt: str, columns: list[tuple[str, str]]) -> None:
+    """Columns where the terminal is wide enough, panels below one another where it is not."""
+    out.print(f"[bold]prompt[/] {escape(prompt.strip())}")
+    if out.width // len(columns) < _NARROWEST_COLUMN:
+        for spec, text in columns:
+            out.print(Panel(escape(text.strip()), title=escape(spec), title_align="left"))
+        return
+    table = Table(*(escape(spec) for spec, _ in columns), expand=True)
+    for column in table.columns:
+        column.ratio = 1
+    table.add_row(*(escape(text.strip()) for _, text in columns))
+    out.print(table)

@@ -1,0 +1,128 @@
+"""`lora-rt train`: trains one adapter and puts it into the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_rt.core.cli import options
+
+if TYPE_CHECKING:
+    from lora_rt.core.training.run import TrainResult
+    from lora_rt.core.training.settings import TrainSettings
+
+
+def train(
+    register: Annotated[str, typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name.")],
+    mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")],
+    data: Annotated[Path, typer.Option("--data", metavar="F.jsonl", help='One example per line: {"scene": "...", "text": "..."}.')],
+    held_out: Annotated[Path | None, typer.Option("--held-out", metavar="F.jsonl", help="Examples to measure on; a tenth of the data if left out.")] = None,
+    base: options.Base = "default",
+    precision: options.Precision = "int4",
+    device: options.Device = "auto",
+    r: Annotated[int, typer.Option("--r", help="Rank.")] = 16,
+    alpha: Annotated[float, typer.Option("--alpha", help="Scale; the adapter acts with alpha/r.")] = 32,
+    target_modules: Annotated[str, typer.Option("--target-modules", help="Layer names, comma-separated, or all-linear.")] = "q_proj,v_proj",
+    dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of a cosine schedule.")] = 1e-3,
+    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per step.")] = 8,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the mode; may be given several times.")] = None,
+    scene_types: Annotated[str, typer.Option("--scene-types", help="Scene types the adapter is for, comma-separated.")] = "",
+    licence: Annotated[str, typer.Option("--licence", help="The adapter's licence, e.g. Apache-2.0.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same run.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Put the adapter there instead of into the store.")] = None,
+) -> None:
+    """Train an adapter for REGISTER on JSON lines and publish it with its card."""
+    from lora_rt.core.training.settings import TrainSettings
+
+    settings = TrainSettings(
+        register=register,
+        mode=mode,
+        data=data,
+        held_out=held_out,
+        base=base,
+        precision=precision,
+        device=device,
+        r=r,
+        alpha=alpha,
+        target_modules=tuple(_words(target_modules)),
+        dropout=dropout,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        options=_options(option or []),
+        scene_types=tuple(_words(scene_types)),
+        licence=licence,
+    )
+    where, result = _into_folder(settings, out, resume) if out else _into_store(settings, resume)
+    _report(where, result, out)
+
+
+def _into_store(settings: TrainSettings, resume: bool) -> tuple[str, TrainResult]:
+    from lora_rt.core.training.run import train as run
+    from lora_rt.core.training.settings import SettingsError
+    from lora_rt.plugins.manager import load_modes
+    from lora_rt.registry.reference import is_name
+    from lora_rt.registry.store import Store
+
+    store = Store()
+    if not is_name(settings.register):
+        raise SettingsError(f"{settings.register!r} is not a name that an adapter can have", next_step="Use letters, digits, '.', '_' and '-'")
+    with store.staging() as folder:
+        result = run(settings, load_modes(), folder, resume=resume)
+        published = store.publish(folder, settings.register, source="trained here", revision=None)
+    return f"{published.name} (sha256 {published.sha256[:12]})", result
+
+
+def _into_folder(settings: TrainSettings, out: Path, resume: bool) -> tuple[str, TrainResult]:
+    """The folder appears only when the run has ended well."""
+    import os
+    import shutil
+    import tempfile
+
+    from lora_rt.core.training.run import train as run
+    from lora_rt.core.training.settings import SettingsError
+    from lora_rt.plugins.manager import load_modes
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"{out} is there and not empty", next_step="Give a new folder with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        result = run(settings, load_modes(), scratch, resume=resume)
+        if out.exists():
+            out.rmdir()
+        scratch.chmod(0o755)  # mkdtemp keeps others out
+        os.rename(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return str(out), result
+
+
+def _report(where: str, result: TrainResult, out: Path | None) -> None:
+    from rich.markup import escape
+
+    from lora_rt.core.cli.console import out as console
+
+    loss = f"held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} nats per token"
+    console.print(f"trained [bold]{escape(where)}[/]: {loss}, {result.steps} steps, {result.tokens_per_second:.0f} tokens/s", soft_wrap=True)
+    spec = (str(out) if out.is_absolute() else f"./{out}") if out else result.card.register
+    console.print(f'try it: lora-rt compose {escape(spec)} -p "..."', soft_wrap=True)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _options(pairs: list[str]) -> dict[str, str]:
+    from lora_rt.core.training.settings import SettingsError
+
+    wrong = [pair for pair in pairs if not pair.partition("=")[0] or "=" not in pair]
+    if wrong:
+        raise SettingsError(f"--option {wrong[0]!r} is no option", next_step="Write it as KEY=VALUE")
+    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}

@@ -1,0 +1,80 @@
+"""The register x adapter matrix: mean negative log-likelihood per response token, over data sets and compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_rt.core.composition import Composition
+from lora_rt.core.evaluation.bootstrap import Interval, ratio_interval
+from lora_rt.core.runtime import Runtime
+
+BASE = "base"
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TextLosses:
+    """Per example: the summed negative log-likelihood of its text in nats, and its tokens; both (examples,)."""
+
+    sums: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def mean(self) -> float:
+        """Nats per response token over all examples."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """`losses[data][spec]`, where spec is "base" or the text of a composition."""
+
+    losses: Mapping[str, Mapping[str, TextLosses]]
+
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """95% bootstrap intervals of each mean, over examples."""
+        return {data: {spec: ratio_interval(x.sums, x.tokens) for spec, x in row.items()} for data, row in self.losses.items()}
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form (see the public contract)."""
+        return {
+            "nll": {data: {spec: x.mean for spec, x in row.items()} for data, row in self.losses.items()},
+            "ci": {data: {spec: list(ci) for spec, ci in row.items()} for data, row in self.intervals().items()},
+            "examples": {data: len(next(iter(row.values())).sums) for data, row in self.losses.items()},
+        }
+
+
+def text_losses(runtime: Runtime, examples: Sequence[Mapping[str, Any]], composition: Composition | str | None) -> TextLosses:
+    """The loss of every example's "text" after its "scene" as the prompt.
+
+    Rows of like length share a batch, so that little is spent on padding.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["text"]))
+    sums, tokens = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        losses = runtime.answer_nll([examples[i]["scene"] for i in chosen], [examples[i]["text"] for i in chosen], composition)
+        for i, loss in zip(chosen, losses, strict=True):
+            sums[i], tokens[i] = float(loss.sum()), len(loss)
+    return TextLosses(sums, tokens)
+
+
+def evaluate(
+    runtime: Runtime,
+    data: Mapping[str, Sequence[Mapping[str, Any]]],
+    specs: Sequence[str],
+    advance: Callable[[str], None] = lambda _what: None,
+) -> Matrix:
+    """Every data set under the base and under every composition; `advance` hears of each finished cell."""
+    columns: dict[str, str | None] = {BASE: None, **{spec: spec for spec in specs}}
+    losses: dict[str, dict[str, TextLosses]] = {name: {} for name in data}
+    for name, examples in data.items():
+        for spec, composition in columns.items():
+            losses[name][spec] = text_losses(runtime, examples, composition)
+            advance(f"{name} x {spec}")
+    return Matrix(losses)

@@ -1,0 +1,38 @@
+"""How likely a base under a composition finds given answers: one number per token, in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lora_rt.core.generation.decode import Decoder, Planner
+
+
+def answer_nll(
+    decoder: Decoder,
+    planner: Planner,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """The negative log-likelihood of each answer token given its prompt and what stands before it.
+
+    Args:
+        prompts, answers: token ids per row; an answer has at least one token.
+
+    Returns:
+        One float32 tensor (answer tokens,) per row.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(len(row) for row in rows)
+    # Padded on the right: real tokens never look to the right, so only the mask and positions have to be true.
+    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    first = min(len(prompt) for prompt in prompts) - 1
+    logits = decoder.logits(ids, mask, planner, columns=torch.arange(first, width - 1, device=device))
+    losses = cross_entropy(logits.flatten(0, 1).float(), ids[:, first + 1 :].flatten(), reduction="none").view(len(rows), -1)
+    return [losses[i, len(p) - 1 - first : len(p) - 1 - first + len(a)].cpu() for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
