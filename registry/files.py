@@ -54,10 +54,11 @@ def open_plain(path: Path, limit: int) -> Iterator[tuple[BinaryIO, int]]:
         if error.errno in (errno.ENXIO, errno.EACCES, errno.EISDIR, errno.ENODEV):
             raise UnusableFileError(f"can not be opened: {os.strerror(error.errno)}") from error
         raise
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise UnusableFileError("is not a regular file")
     with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise UnusableFileError("is not a regular file")
         if facts.st_size > limit:
             raise UnusableFileError(f"has {facts.st_size:,} bytes, more than the {limit:,} that are read")
         yield file, facts.st_size

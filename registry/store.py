@@ -25,6 +25,7 @@ from lora_rt.registry import home as home_folders
 from lora_rt.registry.card import read_card
 from lora_rt.registry.errors import RejectedAdapterError, StoreError
 from lora_rt.registry.files import LIMITS, UnusableFileError
+from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.records import Record, Records, base_key
 from lora_rt.registry.reference import is_name
 from lora_rt.registry.resolved import Resolved
@@ -89,11 +90,13 @@ class Store:
 
         Raises:
             StoreError: the name is none, differs only by case from another, or the store is busy.
-            RejectedAdapterError: the folder's card is no card, or a file of it is not plain.
+            RejectedAdapterError: what lies there is no adapter that may be loaded.
         """
         self._check_name(name)
-        record = self._record(staged, name, source, revision, requested)
-        key = base_key(read_card(staged))
+        inspected = inspect_adapter(staged, name=name)
+        base = inspected.card.base.id if inspected.card else ""
+        record = Record(name, base, source, revision, requested, inspected.sha256, dict(inspected.files))
+        key = base_key(inspected.card)
         for file in files.present(staged):
             durable.sync_file(staged / file)
         durable.sync_folder(staged)
@@ -139,15 +142,6 @@ class Store:
     def orphans(self) -> list[Path]:
         """Objects without a record and staging folders without a living owner."""
         return [*self._unused_objects(), *self._abandoned()]
-
-    def _record(self, staged: Path, name: str, source: str, revision: str | None, requested: str | None) -> Record:
-        try:
-            digests = files.digests(staged)
-        except UnusableFileError as error:
-            raise RejectedAdapterError(f"adapter {name!r} is refused: {error}", problems=[str(error)]) from error
-        card = read_card(staged)
-        base = card.base.id if card else ""
-        return Record(name, base, source, revision, requested, files.combined(digests), digests)
 
     def _install(self, staged: Path, record: Record) -> None:
         """Move the staged files to their object. A whole object of that content stays, a damaged one is replaced."""
