@@ -38,7 +38,7 @@ def weights(content: bytes) -> Change:
     return lambda files: files.update({W: content})
 
 
-def header(change: Callable[[dict[str, Any]], None]) -> Change:
+def header(change: Callable[[dict[str, Any]], object]) -> Change:
     """Change the header of the weights and leave the body."""
 
     def apply(files: Files) -> None:
@@ -49,7 +49,7 @@ def header(change: Callable[[dict[str, Any]], None]) -> Change:
     return apply
 
 
-def arrays(change: Callable[[dict[str, np.ndarray]], None]) -> Change:
+def arrays(change: Callable[[dict[str, np.ndarray]], object]) -> Change:
     """Change the tensors themselves."""
 
     def apply(files: Files) -> None:
@@ -85,7 +85,7 @@ def text(name: str, content: bytes) -> Change:
 
 
 def _gone(key: str) -> Change:
-    return arrays(lambda found: found.pop(key) and None)
+    return arrays(lambda found: found.pop(key))
 
 
 def _named(key: str, shape: tuple[int, ...] = (4, 4)) -> Change:
@@ -155,14 +155,14 @@ CASES: dict[str, tuple[Change, str]] = {
     "Inf in lora_B": (value(B, float("inf")), "lora_B.weight' holds 1 values"),
     "minus infinity": (value(B, float("-inf")), "NaN or infinite"),
     "1e30": (value(A, 1e30), "1e\\+30"),
-    "norms out of proportion": (arrays(lambda found: [x.fill(5000) for x in found.values()] and None), "scaling"),
+    "norms out of proportion": (arrays(lambda found: [x.fill(5000) for x in found.values()]), "scaling"),
     "NaN in half precision": (
         arrays(lambda found: found.update({A: np.full((4, 16), np.nan, np.float16)})),
         "holds 64 values that are NaN",
     ),
     # the names and shapes
     "a layer missing": (
-        arrays(lambda found: [found.pop(k) for k in list(found) if ".1.self_attn.v_proj" in k] and None),
+        arrays(lambda found: [found.pop(k) for k in list(found) if ".1.self_attn.v_proj" in k]),
         "layers.1.self_attn.v_proj' is to be adapted and has no tensors",
     ),
     "an A without its B": (_gone(B), "has no lora_B.weight"),
@@ -216,7 +216,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "catastrophic regex in layers_pattern": (config(layers_to_transform=[0], layers_pattern="(a+)+"), "layers_pattern"),
     "catastrophic regex in exclude_modules": (config(exclude_modules="(a+)+$"), "exclude_modules"),
     "a rank_pattern of 2,000,000": (config(rank_pattern={"q_proj": 2_000_000}), "rank_pattern"),
-    "100,000 patterns": (config(rank_pattern={f"m{i}": 4 for i in range(100_000)}), "100,000 entries"),
+    "20,000 patterns": (config(rank_pattern={f"m{i}": 4 for i in range(20_000)}), "20,000 entries"),
     "target_modules of numbers": (config(target_modules=[1, 2]), "not a list of module names"),
     "no target_modules": (config(target_modules=None), "target_modules is None"),
     "empty target_modules": (config(target_modules=[]), "target_modules is empty"),

@@ -1,0 +1,88 @@
+"""Keeps the README true: what stands between a pair of markers is what a command prints.
+
+python tests/support/readme.py            fails where the README differs, and shows how
+python tests/support/readme.py --write    brings it up to date
+
+<!-- output of: lora-rt --help -->        the command's output, in a fenced block
+<!-- registers report -->                 the table from examples/registers/report.json
+<!-- end -->
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+_BLOCK = re.compile(r"(<!-- (?P<what>output of: [^\n]+|registers report) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def output_of(command: str) -> str:
+    """What a lora-rt command prints, 88 columns wide and without colour."""
+    environment = {**os.environ, "COLUMNS": "88", "TERM": "dumb", "NO_COLOR": "1"}
+    words = command.split()
+    program = [sys.executable, "-m", "lora_rt"] if words[0] == "lora-rt" else [words[0]]
+    done = subprocess.run([*program, *words[1:]], capture_output=True, text=True, env=environment, check=True)
+    lines = [line.rstrip() for line in done.stdout.strip().splitlines()]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def registers_report() -> str:
+    """What the four registers were measured to do."""
+    report = json.loads((ROOT / "examples/registers/report.json").read_text())
+    rows = ["| | " + " | ".join(report["registers"]) + " |", "|---|" + "---|" * len(report["registers"])]
+
+    def row(title: str, cell: object) -> None:
+        rows.append(f"| {title} | " + " | ".join(str(cell(name)) for name in report["registers"]) + " |")  # type: ignore[operator]
+
+    def interval(key: str) -> object:
+        def cell(name: str) -> str:
+            value = report["registers"][name][key]
+            return f"{value['mean']:.2f} [{value['ci'][0]:.2f}, {value['ci'][1]:.2f}]"
+
+        return cell
+
+    row("gain over the base, nats per token", interval("gain_over_base"))
+    row("gain over the base with an instruction", interval("gain_over_instruction"))
+    row("gain over the best other adapter", lambda n: f"{report['registers'][n]['own_minus_best_other']:.2f}")
+    row("true scene over a wrong one", interval("true_scene_over_wrong"))
+    row(
+        "greedy texts that a word classifier puts there",
+        lambda n: f"{report['generations'][n]['classified_right']:.0%}",
+    )
+    return "\n".join(rows) + "\n"
+
+
+def rendered(text: str) -> str:
+    """The README as it should be."""
+
+    def replace(match: re.Match[str]) -> str:
+        what = match["what"]
+        body = registers_report() if what == "registers report" else output_of(what.removeprefix("output of: "))
+        return f"{match[1]}{body}{match[3]}"
+
+    return _BLOCK.sub(replace, text)
+
+
+def main() -> int:
+    """Check or write; 1 where the README is not true."""
+    before = README.read_text()
+    after = rendered(before)
+    if "--write" in sys.argv:
+        README.write_text(after)
+        return 0
+    difference = list(
+        difflib.unified_diff(before.splitlines(), after.splitlines(), "README.md", "what commands print", lineterm="")
+    )
+    print("\n".join(difference) or "README.md is true")
+    return 1 if difference else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
