@@ -73,11 +73,9 @@ def _objective(settings: TrainSettings, modes: ModeHost, base: LoadedBase) -> Ob
         prompt_ids=lambda text: prompt_ids(base.tokenizer, text),
         answer_ids=lambda text: answer_ids(base.tokenizer, text),
     )
-    objective = modes.call(settings.mode, "lora_rt_objective", context=context)
+    objective = modes.objective(settings.mode, context)
     if objective is None:
         raise SettingsError(f"the mode {settings.mode!r} trains nothing", next_step=f"Use a mode with an objective; see: lora-rt plugins")
-    if not isinstance(objective, Objective):
-        raise modes.broke(settings.mode, "lora_rt_objective", f"it returned a {type(objective).__name__}, not an Objective")
     return objective
 
 

@@ -17,10 +17,18 @@ class Gate:
     """Multipliers of one adapter's contribution; 1 is "as weighted", 0 is "off", 2 is "twice".
 
     `ranks` broadcasts to (layers, batch, tokens, rank): the gate on the rank axis. A last axis longer than 1 is only
-    allowed where all of the adapter's modules have that rank. `heads` broadcasts to (layers, batch, tokens, heads): it
-    multiplies the output heads of q/k/v (a key/value head takes the mean of its query heads) and the input heads of the
-    attention's output projection; other modules ignore it. Either may be None, which is "always 1" and costs nothing.
-    Modules outside the numbered layers (an lm_head) take the mean over layers of `ranks`.
+    allowed where all of the adapter's modules have that rank (`GateContext.uniform_rank`). Modules outside the numbered
+    layers (an lm_head) take the mean over layers.
+
+    `heads` broadcasts to (layers, batch, tokens, heads): it multiplies the output heads of q/k/v (a key/value head
+    takes the mean of its query heads) and the input heads of the attention's output projection; other modules ignore
+    it.
+
+    Either may be None, which is "always 1" and costs nothing.
+
+    The tensors lie on the device of `input_ids`, are real and finite (rows that are not active may hold anything);
+    float64 and integers become float32. Axes are counted from the last, as in any broadcast: a gate per token has the
+    shape (tokens, 1), one per row and token (batch, tokens, 1).
     """
 
     ranks: Tensor | None = None
@@ -29,9 +37,10 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class GateContext:
-    """What a gate may depend on. Called once per forward pass, not per layer.
+    """What a gate may depend on. Called once per forward pass, not per layer; nothing in here may be changed.
 
-    `adapter` is the resident name, `card` its register.json, `state` the tensors of its mode.safetensors.
+    `adapter` is the resident name, `card` its register.json, `state` the tensors of its mode.safetensors (on the CPU).
+    `rank` is the largest among the adapter's modules, `uniform_rank` says whether they all have it.
     `input_ids` and `positions` are (batch, tokens) of this pass alone (with a KV cache: the new tokens); `positions`
     counts from each row's first real token. `prompt_lengths` is (batch,): tokens from there on were generated.
     `active[row]` is False for rows whose composition does not use this adapter: what is returned for them is ignored.
@@ -50,3 +59,4 @@ class GateContext:
     active: Sequence[bool]
     scene_types: Sequence[SceneType]
     hidden: Callable[[], Tensor]
+    uniform_rank: bool = True

@@ -26,27 +26,43 @@ hookimpl = pluggy.HookimplMarker("lora_rt")
 
 @hookspec(firstresult=True)
 def lora_rt_objective(context: ObjectiveContext) -> Objective | None:
-    """Fires once at the start of `lora-rt train --mode M`: what this run optimises."""
+    """Fires once at the start of `lora-rt train --mode M`: what this run optimises. None: the mode trains nothing.
+
+    Runs in a thread of its own and is given up after 60 s; the objective's methods run in the training loop.
+    """
 
 
 @hookspec(firstresult=True)
 def lora_rt_gate(context: GateContext) -> Gate | None:
-    """Fires once per forward pass and active adapter: its gate, or None for "always 1"."""
+    """Fires once per forward pass and active adapter: its gate, or None for "always 1".
+
+    Runs in the request's own thread (under torch's inference mode) and without a time limit, since it is on the hot
+    path; after 10 s the log and `lora-rt plugins` say that the request is waiting for it. It may be called from several
+    threads at once.
+    """
 
 
 @hookspec(firstresult=True)
 def lora_rt_compose(context: ComposeContext) -> Sequence[float] | None:
-    """Fires once per row of a request: one weight per index in `context.mine`, or None for the user's own."""
+    """Fires once per row of a request: one weight per index in `context.mine`, or None for the user's own.
+
+    Weights are finite. Runs in a thread of its own and is given up after 10 s; may run several times at once.
+    """
 
 
 @hookspec
 def lora_rt_commands(app: typer.Typer) -> None:
-    """Fires when the command line starts and a command is not one of ours: add subcommands to `app`."""
+    """Fires when a command is not one of ours, and for `lora-rt --help`: add subcommands to `app`.
+
+    `app` is this plugin's own and empty. A command that has the name of one of ours is left out. Given up after 5 s.
+    """
 
 
 @hookspec
 def lora_rt_sources(register: Callable[[str, Callable[[str, Any], Any]], None]) -> None:
-    """Fires when a name is resolved: `register(label, find)`, where `find(name, base)` gives the path of an adapter or None.
+    """Fires when the registry is opened: call `register(label, find)`; `find(name, base)` gives a path or None.
 
-    `base` is the identity of the base in use (`id`, `revision`, `digest`), or None where no base is known yet.
+    The path is that of an adapter's folder. `find` is asked, by position, for a name that no other source has. `base`
+    is the identity of the base in use (`id`, `revision`, `digest`), or None where no base is known yet. The hook and
+    each `find` are given up after 10 s.
     """

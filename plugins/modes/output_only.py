@@ -6,9 +6,16 @@ answer's tokens (with the end of turn) carry loss.
 
 from __future__ import annotations
 
-from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, ObjectiveContext, hookimpl
+from dataclasses import dataclass
+
+from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, ObjectiveContext, hookimpl, read_options
 
 LORA_RT_API = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """There are none: an option that is given is a mistake, and is answered as one."""
 
 
 class SceneToText(Objective):
@@ -29,4 +36,5 @@ class SceneToText(Objective):
 @hookimpl
 def lora_rt_objective(context: ObjectiveContext) -> Objective:
     """The objective of one output-only training run."""
+    read_options(context.options, Options)
     return SceneToText(context)

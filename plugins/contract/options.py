@@ -1,0 +1,79 @@
+"""A mode's own options: what `--option KEY=VALUE` gave, read into a dataclass of the mode's."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from lora_rt.errors import LoraRtError
+
+T = TypeVar("T")
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class OptionError(LoraRtError):
+    """Options that a mode does not know, or with values that it can't use; all of them are named."""
+
+
+def read_options(given: Mapping[str, str], kind: type[T]) -> T:
+    """The options as an instance of `kind`, a dataclass whose fields are str, int, float or bool and have defaults.
+
+    A field `half_life` is the option `half-life` (or `half_life`). A ValueError of the dataclass's `__post_init__`, for
+    instance because a number is out of range, becomes an OptionError.
+
+        @dataclass(frozen=True)
+        class Options:
+            tokens: int = 24
+
+        options = read_options(context.options, Options)
+
+    Raises:
+        OptionError: unknown names, with the nearest known one, and unreadable values.
+    """
+    if not dataclasses.is_dataclass(kind):
+        raise TypeError(f"{kind!r} is no dataclass")
+    hints = get_type_hints(kind)
+    names = [_shown(field.name) for field in dataclasses.fields(kind)]
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, text in given.items():
+        field = key.replace("-", "_")
+        if _shown(field) not in names:
+            near = difflib.get_close_matches(_shown(field), names, n=1)
+            problems.append(f"there is no option {key!r}" + (f"; near is {near[0]!r}" if near else ""))
+            continue
+        try:
+            values[field] = _read(text, hints[field])
+        except ValueError:
+            problems.append(f"{key} is {text!r}, which is no {_KINDS[hints[field]]}")
+    if not problems:
+        try:
+            return kind(**values)
+        except ValueError as error:
+            problems.append(str(error))
+    known = ", ".join(f"{name}={getattr(kind, name.replace('-', '_'))}" for name in names)
+    raise OptionError(
+        "the mode can't use these options",
+        problems=problems,
+        next_step=f"Its options and their defaults: {known}" if names else "It has none",
+    )
+
+
+def _shown(field: str) -> str:
+    return field.replace("_", "-")
+
+
+_KINDS: dict[Any, str] = {int: "whole number", float: "finite number", bool: "yes or no", str: "text"}
+
+
+def _read(text: str, hint: Any) -> Any:
+    if hint is bool:
+        if text.lower() not in _WORDS:
+            raise ValueError
+        return _WORDS[text.lower()]
+    value = hint(text)
+    if hint is float and not -float("inf") < value < float("inf"):
+        raise ValueError
+    return value

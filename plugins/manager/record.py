@@ -1,0 +1,98 @@
+"""What became of one plugin, the errors that name it, and how a stranger's exception is told in one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
+from typing import Literal
+
+import pluggy
+
+from lora_rt.errors import LoraRtError
+
+Status = Literal["ok", "faulty", "broken", "blocked"]
+_LONGEST = 300
+_NOT_THE_PLUGIN = tuple(str(Path(module.__file__ or "").parent) + os.sep for module in (pluggy, importlib))
+
+
+class PluginError(LoraRtError):
+    """A plugin broke its contract; the message names the plugin, the hook and the reason."""
+
+
+class UnknownModeError(LoraRtError):
+    """No plugin that can be used provides this mode."""
+
+
+@dataclass(slots=True)
+class PluginRecord:
+    """What became of one entry point; `reason` is empty exactly where the status is "ok".
+
+    "faulty" plugins are used: a call of theirs failed, or something that they offer was refused. "broken" ones could
+    not be loaded, or left a call hanging, and are not used. "blocked" ones were never imported.
+    """
+
+    name: str
+    package: str
+    version: str
+    hooks: tuple[str, ...] = ()
+    status: Status = "ok"
+    reason: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether its hooks are called."""
+        return self.status in ("ok", "faulty")
+
+    @property
+    def origin(self) -> str:
+        """Package and version."""
+        return f"{self.package} {self.version}".strip()
+
+    def mark(self, status: Status, reason: str) -> None:
+        """Note what is wrong. A broken record stays broken."""
+        self.reason = reason
+        if self.status != "broken":
+            self.status = status
+
+
+def describe(error: object) -> str:
+    """One line, without control characters: a text as it is, an exception with its type and the plugin's own line."""
+    if not isinstance(error, BaseException):
+        return _one_line(str(error))
+    text = _one_line(str(error))
+    told = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return told + _place(error.__traceback__)
+
+
+def _one_line(text: str) -> str:
+    """Printable and not too long: the text is a stranger's and goes to a terminal."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 3] + "..."
+
+
+def _place(trace: TracebackType | None) -> str:
+    """ " (file.py, line 3)": where the plugin was, even if a library that it called raised; "" if that is not known."""
+    found = ""
+    first = None
+    for path, line in _frames(trace):
+        first = first or path
+        if path != first:
+            break
+        found = f" ({Path(path).name}, line {line})"
+    return found
+
+
+def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int]]:
+    """The frames from the plugin's first one on: without those of the import system, of pluggy and of this package."""
+    ours = str(Path(__file__).parent) + os.sep
+    inside = False
+    for frame, line in walk_tb(trace):
+        path = frame.f_code.co_filename
+        inside = inside or not path.startswith((ours, *_NOT_THE_PLUGIN, "<frozen "))
+        if inside:
+            yield path, line

@@ -1,0 +1,140 @@
+"""What hooks may return. Every check gives the value that core works with, or raises ResultError with what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_rt.plugins.contract import IGNORE, ComposeContext, Encoded, Gate, GateContext, Objective, ObjectiveContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Blame = Callable[[str, object], Exception]
+"""(what failed, why) -> the error that names the plugin."""
+
+
+class ResultError(Exception):
+    """A hook returned what its contract does not allow."""
+
+
+def checked_gate(value: object, context: GateContext) -> Gate | None:
+    """The gate with its tensors on the pass's device, floating-point and finite; they broadcast as `Gate` says."""
+    if value is None:
+        return None
+    if not isinstance(value, Gate):
+        raise ResultError(f"it returned a {type(value).__name__}, not a Gate")
+    rows, tokens = context.input_ids.shape
+    place = (context.base.layers, rows, tokens)
+    ranks = _gate_part("ranks", value.ranks, (*place, context.rank if context.uniform_rank else 1), context)
+    heads = _gate_part("heads", value.heads, (*place, context.base.heads), context)
+    return Gate(ranks=ranks, heads=heads)
+
+
+def _gate_part(name: str, tensor: object, full: tuple[int, ...], context: GateContext) -> Tensor | None:
+    import torch
+
+    if tensor is None:
+        return None
+    if not isinstance(tensor, torch.Tensor):
+        raise ResultError(f"{name} is a {type(tensor).__name__}, not a tensor")
+    shape = tuple(tensor.shape)
+    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], full[::-1], strict=False)):
+        raise ResultError(f"{name} of shape {shape} does not broadcast to {full}")
+    if tensor.is_complex():
+        raise ResultError(f"{name} is complex")
+    if tensor.device != context.input_ids.device:
+        raise ResultError(f"{name} is on {tensor.device}, and this pass on {context.input_ids.device}")
+    gate = tensor.detach()
+    # The gate multiplies float32 or bfloat16 weights; a float64 one would turn the whole layer into float64.
+    if gate.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        gate = gate.float()
+    # Rows that do not use the adapter may hold anything. Their weight is 0, and 0 times NaN would be NaN.
+    if len(shape) >= 3 and shape[-3] > 1 and not all(context.active):
+        active = torch.tensor(list(context.active), device=gate.device)
+        gate = torch.where(active[:, None, None], gate, 0.0)
+    if not bool(torch.isfinite(gate).all()):
+        raise ResultError(f"{name} holds numbers that are not finite")
+    return gate
+
+
+def checked_weights(value: object, context: ComposeContext) -> list[float] | None:
+    """One finite number per index in `context.mine`."""
+    if value is None:
+        return None
+    try:
+        weights = [float(item) for item in value]  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ResultError(f"it returned a {type(value).__name__} that is no list of numbers") from error
+    if len(weights) != len(context.mine) or not all(math.isfinite(weight) for weight in weights):
+        raise ResultError(f"it returned {weights} for {len(context.mine)} terms")
+    return weights
+
+
+def checked_objective(value: object, context: ObjectiveContext, blame: Blame) -> Objective | None:
+    """The objective, whose own methods from now on name the plugin when they fail."""
+    if value is None:
+        return None
+    if not isinstance(value, Objective):
+        raise ResultError(f"it returned a {type(value).__name__}, not an Objective")
+    fields = value.fields
+    if not isinstance(fields, tuple) or not all(isinstance(name, str) and name for name in fields):
+        raise ResultError(f"Objective.fields is {fields!r}, not a tuple of names")
+    if value.state is not None:
+        from torch import nn
+
+        if not isinstance(value.state, nn.Module):
+            raise ResultError(f"Objective.state is a {type(value.state).__name__}, not a torch.nn.Module")
+    vocabulary = context.base.vocab_size
+    _guard(value, "check", _checked_findings, blame)
+    _guard(value, "encode", lambda result: _checked_sequences(result, vocabulary), blame)
+    _guard(value, "loss", _checked_loss, blame)
+    return value
+
+
+def _guard(objective: Objective, name: str, check: Callable[[Any], Any], blame: Blame) -> None:
+    """Put a method in front of the class's own. On the instance: `type(objective)` stays what the author wrote."""
+    own = getattr(objective, name)
+
+    def guarded(*arguments: Any) -> Any:
+        from lora_rt.errors import LoraRtError
+
+        try:
+            return check(own(*arguments))
+        except LoraRtError:
+            raise
+        except ResultError as error:
+            raise blame(f"Objective.{name}", str(error)) from error
+        except (Exception, SystemExit) as error:
+            raise blame(f"Objective.{name}", error) from error
+
+    object.__setattr__(objective, name, guarded)  # a frozen dataclass is an objective, too
+
+
+def _checked_findings(value: object) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ResultError(f"it returned {value!r:.80}, not a list of texts")
+    return list(value)
+
+
+def _checked_sequences(value: object, vocabulary: int) -> list[Encoded]:
+    if not isinstance(value, Sequence) or not all(isinstance(item, Encoded) for item in value):
+        raise ResultError(f"it returned a {type(value).__name__}, not a list of Encoded")
+    for item in value:
+        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in item.input_ids):
+            raise ResultError(f"input_ids are not all token ids from 0 to {vocabulary - 1}")
+        if any(label not in (IGNORE, token) for token, label in zip(item.input_ids, item.labels, strict=True)):
+            raise ResultError("a label is neither its own position's token nor IGNORE")
+    return list(value)
+
+
+def _checked_loss(value: object) -> Tensor | None:
+    import torch
+
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise ResultError(f"it returned a {type(value).__name__}{shape}, not a scalar tensor")
+    return value
