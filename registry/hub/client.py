@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_BODY = max(LIMITS.values())
 MAX_ANSWER = 64 * MEGABYTE
-MAX_ANSWERS = 300
+MAX_ANSWERS = 50
 
 _ANSWERS: ContextVar[list[int] | None] = ContextVar("answers", default=None)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError
 from lora_rt.registry.files import CONFIG, LIMITS, WEIGHTS
 from lora_rt.registry.hub.client import api, explained
 from lora_rt.registry.reference import is_commit
 from lora_rt.registry.strict_json import shown
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 MAX_ENTRIES = 10_000
 
@@ -61,19 +65,22 @@ def look(repo: str, commit: str) -> RemoteAdapter:
     with explained(repo, commit):
         tree = api().list_repo_tree(repo, revision=commit, recursive=True)
         entries = [item for item in islice(tree, MAX_ENTRIES) if isinstance(item, RepoFile)]
-    found = {
-        item.path: RemoteFile(
-            size=item.lfs.size if item.lfs else item.size,
-            sha256=item.lfs.sha256 if item.lfs else None,
-            blob_id=item.blob_id,
-        )
-        for item in entries
-        if item.path in LIMITS
-    }
+        found = {item.path: _remote_file(item) for item in entries if item.path in LIMITS}
     problems = _problems(found, [item.path for item in entries])
     if problems:
         raise RejectedAdapterError(f"{repo} at {commit[:12]} is no adapter that can be loaded", problems=problems)
     return RemoteAdapter(repo, commit, found)
+
+
+def _remote_file(item: RepoFile) -> RemoteFile:
+    """What the Hub says of a file; a ValueError where that is not what a Hub says."""
+    size = item.lfs.size if item.lfs else item.size
+    sha256 = item.lfs.sha256 if item.lfs else None
+    if not isinstance(size, int) or size < 0:
+        raise ValueError(f"the size of {item.path} is {shown(size)}")
+    if not isinstance(item.blob_id, str) or not (sha256 is None or isinstance(sha256, str)):
+        raise ValueError(f"the hashes of {item.path} are no texts")
+    return RemoteFile(size, sha256, item.blob_id)
 
 
 def _problems(found: Mapping[str, RemoteFile], names: list[str]) -> list[str]:
