@@ -6,13 +6,30 @@ import sys
 
 import typer
 
-from lora_rt.core.cli import compose, doctor, lock, plugins, pull, push, rm, search, show, sync, train, verify
+from lora_rt.core.cli import (
+    compose,
+    doctor,
+    install,
+    lock,
+    plugins,
+    pull,
+    push,
+    rm,
+    search,
+    show,
+    sync,
+    train,
+    uninstall,
+    verify,
+)
 from lora_rt.core.cli import eval as eval_command
 from lora_rt.core.cli import list as list_command
 from lora_rt.core.cli.failures import explain
+from lora_rt.core.cli.plugin_commands import CommandGroup
 
 app = typer.Typer(
     name="lora-rt",
+    cls=CommandGroup,
     help="One quantized base model, several LoRA registers composed over it.",
     no_args_is_help=True,
     add_completion=False,
@@ -34,13 +51,15 @@ app.command("verify")(verify.verify)
 app.command("lock")(lock.lock)
 app.command("sync")(sync.sync)
 app.command("plugins")(plugins.plugins)
+app.command("install", context_settings=install.SETTINGS)(install.install)
+app.command("uninstall")(uninstall.uninstall)
 app.command("doctor")(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)
 def _options(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
     if version:
-        from lora_rt import __version__
+        from lora_rt.version import __version__
 
         typer.echo(f"lora-rt {__version__}")
         raise typer.Exit

@@ -52,10 +52,10 @@ def _versions() -> list[Check]:
     import platform
     from importlib import metadata
 
-    import lora_rt
+    from lora_rt.version import __version__
     from lora_rt.registry.health import Check
 
-    checks = [Check("lora-rt", "ok", f"{lora_rt.__version__}, Python {platform.python_version()}")]
+    checks = [Check("lora-rt", "ok", f"{__version__}, Python {platform.python_version()}")]
     for package in PACKAGES:
         try:
             checks.append(Check(package, "ok", metadata.version(package)))
@@ -82,11 +82,11 @@ def _devices() -> list[Check]:
 
 
 def _plugins() -> list[Check]:
-    from lora_rt.plugins.manager import load_modes
+    from lora_rt.core.cli.plugin_commands import examined_modes
     from lora_rt.registry.health import Check
 
     checks = []
-    for record in load_modes().records:
+    for record in examined_modes().records:
         if record.status == "ok":
             checks.append(Check(f"mode {record.name}", "ok", f"{record.package} {record.version}"))
         else:

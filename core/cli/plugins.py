@@ -1,27 +1,46 @@
-"""`lora-rt plugins`: which modes are installed, what they implement, and what is wrong with the broken ones."""
+"""`lora-rt plugins`: which modes are installed, what they implement, and what is wrong with those that have a fault."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from lora_rt.core.cli import options
+
+if TYPE_CHECKING:
+    from lora_rt.plugins.manager import PluginRecord
+
+_COLOURS = {"ok": "green", "faulty": "yellow", "broken": "red", "blocked": "dim"}
 
 
-def plugins(as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False) -> None:
-    """List the installed modes and what became of them."""
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.plugins.manager import load_modes
+def plugins(as_json: options.Json = False) -> None:
+    """List the installed modes and what became of them.
 
-    records = load_modes().records
+    A faulty plugin is used, but something that it did failed or was refused; a broken one is not used.
+    """
+    from lora_rt.core.cli.console import print_json
+    from lora_rt.core.cli.plugin_commands import examined_modes
+
+    records = examined_modes().records
     if as_json:
         print_json([dataclasses.asdict(record) for record in records])
-        return
+    else:
+        _table(records)
+
+
+def _table(records: list[PluginRecord]) -> None:
     from rich.table import Table
+    from rich.text import Text
+
+    from lora_rt.core.cli.console import out
 
     table = Table("mode", "package", "version", "hooks", "status")
     for record in records:
         hooks = " ".join(name.removeprefix("lora_rt_") for name in record.hooks)
-        status = "[green]ok[/]" if record.status == "ok" else f"[red]{record.status}[/]: {record.reason}"
-        table.add_row(record.name, record.package, record.version, hooks, status)
+        status = Text(record.status, style=_COLOURS[record.status])
+        # Text, not strings: a stranger chose these words, and rich would read brackets in them as markup.
+        table.add_row(Text(record.name), Text(record.package), Text(record.version), hooks, status)
     out.print(table)
+    for record in records:
+        if record.status != "ok":
+            out.print(Text(f"{record.name} ({record.origin}) is {record.status}: {record.reason}"), soft_wrap=True)

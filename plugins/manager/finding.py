@@ -1,4 +1,4 @@
-"""Which modes are installed: entry points of the group `lora_rt.modes`, without importing any."""
+"""Which modes are installed: entry points of the group `lora_rt.modes`, without importing what they name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GROUP = "lora_rt.modes"
 OURS = "lora-rt"
 
 
-def installed() -> tuple[list[EntryPoint], list[PluginRecord]]:
+def installed(group: str = GROUP) -> tuple[list[EntryPoint], list[PluginRecord]]:
     """Every entry point of the group, and a broken record of every package whose entry points can't be read."""
     try:
-        return list(entry_points(group=GROUP)), []
+        return list(entry_points(group=group)), []
     except Exception:
         # One malformed entry_points.txt anywhere on the path fails the whole query: ask package by package.
-        return _one_by_one(distributions())
+        return _one_by_one(distributions(), group)
 
 
 def canonical(name: str) -> str:
@@ -41,7 +41,7 @@ def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
     return sorted(points, key=key)
 
 
-def _one_by_one(packages: Iterable[Distribution]) -> tuple[list[EntryPoint], list[PluginRecord]]:
+def _one_by_one(packages: Iterable[Distribution], group: str) -> tuple[list[EntryPoint], list[PluginRecord]]:
     points: list[EntryPoint] = []
     unreadable: list[PluginRecord] = []
     seen: set[str] = set()
@@ -51,7 +51,7 @@ def _one_by_one(packages: Iterable[Distribution]) -> tuple[list[EntryPoint], lis
             continue
         seen.add(canonical(name))
         try:
-            points += package.entry_points.select(group=GROUP)
+            points += package.entry_points.select(group=group)
         except Exception as error:
             reason = f"its entry points can't be read: {describe(error)}"
             unreadable.append(PluginRecord("?", name, version, status="broken", reason=reason))

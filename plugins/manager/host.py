@@ -130,7 +130,8 @@ class ModeHost:
 
     def note(self, mode: str, reason: str) -> None:
         """Note something that a plugin offers and that is refused; the rest of it is used."""
-        self._mine[mode].mark("faulty", reason)
+        record = self._mine[mode]
+        record.mark("faulty", "; ".join(filter(None, (record.reason, reason))))
 
     def _answer(self, mode: str, hook: str, check: Callable[[Any], Any], **arguments: Any) -> Any:
         if hook not in self._record(mode).hooks:

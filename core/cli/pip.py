@@ -1,0 +1,111 @@
+"""pip of the running Python, and what packages bring for lora-rt: modes and adapters, read from their metadata."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_rt.errors import LoraRtError
+
+_SHOWN = 8
+
+
+class PipError(LoraRtError):
+    """pip is not there, or could not do what it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """One thing that an installed package brings: a mode or an adapter."""
+
+    kind: str
+    name: str
+    package: str
+    version: str
+
+
+def brought() -> set[Brought]:
+    """Everything that the packages that are on the disk now bring; nothing is imported."""
+    from lora_rt.plugins.manager.finding import installed, package_of
+    from lora_rt.registry.shipped import GROUP as ADAPTERS
+
+    importlib.invalidate_caches()
+    modes = {Brought("mode", point.name, *package_of(point)) for point in installed()[0]}
+    return modes | {Brought("adapter", point.name, *package_of(point)) for point in installed(ADAPTERS)[0]}
+
+
+def of_packages(things: set[Brought], packages: Sequence[str]) -> set[Brought]:
+    """Those that come from these packages, however their names are spelled."""
+    from lora_rt.plugins.manager.finding import canonical
+
+    wanted = {canonical(package) for package in packages}
+    return {thing for thing in things if canonical(thing.package) in wanted}
+
+
+def install(arguments: Sequence[str]) -> list[str]:
+    """Run `pip install` and return the names of the packages that it installed, dependencies included.
+
+    Raises:
+        PipError: pip failed; `problems` has what it says.
+    """
+    with tempfile.TemporaryDirectory(prefix="lora-rt-") as folder:
+        report = Path(folder) / "report.json"
+        _pip(["install", "--no-input", "--report", str(report), *arguments])
+        content = json.loads(report.read_text(encoding="utf-8"))
+    return [str(item["metadata"]["name"]) for item in content["install"]]
+
+
+def uninstall(packages: Sequence[str]) -> None:
+    """Run `pip uninstall`.
+
+    Raises:
+        PipError: pip failed; `problems` has what it says.
+    """
+    _pip(["uninstall", "--yes", *packages])
+
+
+def mode_records() -> list[dict[str, Any]]:
+    """What a new process says of the modes: this one has loaded its own, and can't unload them.
+
+    Raises:
+        PipError: it does not start any more.
+    """
+    command = [sys.executable, "-m", "lora_rt", "plugins", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or ["no output"])[-1]
+        raise PipError(
+            f"lora-rt does not start any more: {last}", next_step="Check the packages with: python -m pip check"
+        )
+    records: list[dict[str, Any]] = json.loads(ended.stdout)
+    return records
+
+
+def _pip(arguments: Sequence[str]) -> None:
+    """Run pip; what it prints goes to standard error while it runs."""
+    from lora_rt.core.cli.console import err
+
+    if importlib.util.find_spec("pip") is None:
+        raise PipError("this Python has no pip", next_step=f"Get it with: {sys.executable} -m ensurepip")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            lines.append(line.rstrip())
+            err.print(line.rstrip(), style="dim", markup=False, soft_wrap=True)
+    if process.returncode:
+        problems = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:]
+        raise PipError(
+            f"pip {arguments[0]} failed (exit code {process.returncode})",
+            problems=problems[-_SHOWN:],
+            next_step="Check the name, and the network",
+        )

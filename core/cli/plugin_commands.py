@@ -1,0 +1,118 @@
+"""Commands that plugins add. Ours come first and load no plugin; the rest is asked for where a name is none of ours."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from lora_rt.plugins.manager import ModeHost
+
+_HOOK = "lora_rt_commands"
+_PANEL = "Commands of plugins"
+_HELP_SECONDS = 2.0  # what `--help` waits for one plugin
+
+
+class CommandGroup(TyperGroup):
+    """The group of all commands: ours, and those of plugins where they are needed."""
+
+    _theirs: dict[str, Any] | None = None
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by name; only a name that is none of ours loads the plugins."""
+        ours = super().get_command(ctx, cmd_name)
+        return ours if ours is not None else self._plugin_commands(math.inf).get(cmd_name)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Our names, then the plugins'; slow plugins are left out of the help."""
+        return [*super().list_commands(ctx), *self._plugin_commands(_HELP_SECONDS)]
+
+    def _plugin_commands(self, patience: float) -> dict[str, Any]:
+        if self._theirs is None:
+            from lora_rt.plugins.manager import load_modes
+
+            self._theirs = plugin_commands(load_modes(patience=patience), self.commands)
+        return self._theirs
+
+
+def examined_modes() -> ModeHost:
+    """The loaded modes after a look at their commands and sources: the records name what is wrong there, too."""
+    from lora_rt.core.cli.app import app
+    from lora_rt.plugins.manager import load_modes
+
+    modes = load_modes()
+    plugin_commands(modes, typer.main.get_group(app).commands)
+    modes.sources()
+    return modes
+
+
+def plugin_commands(modes: ModeHost, ours: Collection[str]) -> dict[str, Any]:
+    """Name -> command of everything that plugins add; what is refused is noted in the plugin's record.
+
+    Args:
+        modes: the loaded plugins.
+        ours: names that a plugin can't have.
+    """
+    found: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for mode in modes.providers(_HOOK):
+        refused = []
+        for name, command in _commands_of(modes, mode).items():
+            if name in ours:
+                refused.append(f"the command {name!r} is one of lora-rt's own")
+            elif name in found:
+                refused.append(f"the command {name!r} is taken by the plugin {owners[name]!r}")
+            else:
+                found[name], owners[name] = _named(command, modes, mode), mode
+        if refused:
+            modes.note(mode, f"{_HOOK}: {'; '.join(refused)}")
+    return found
+
+
+def _commands_of(modes: ModeHost, mode: str) -> dict[str, Any]:
+    """What one plugin adds, built: typer reads the signatures of its functions only now."""
+    from lora_rt.plugins.manager import PluginError
+
+    app = typer.Typer()
+    try:
+        modes.call(mode, _HOOK, app=app)
+    except PluginError:
+        return {}  # its record says why
+    try:
+        return dict(typer.main.get_group(app).commands)
+    except Exception as error:  # typer raises several kinds for what it can't turn into a command line
+        modes.broke(mode, _HOOK, error)
+        return {}
+
+
+def _named(command: Any, modes: ModeHost, mode: str) -> Any:
+    """The command, shown in a panel of its own, which names its plugin when it fails."""
+    command.rich_help_panel = command.rich_help_panel or _PANEL
+    _guard(command, lambda name, error: modes.broke(mode, f"the command {name!r}", error))
+    return command
+
+
+def _guard(command: Any, blame: Callable[[str, Exception], Exception]) -> None:
+    from lora_rt.errors import LoraRtError
+
+    for inner in getattr(command, "commands", {}).values():
+        _guard(inner, blame)
+    own = command.callback
+    if own is None:
+        return
+
+    @functools.wraps(own)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        try:
+            return own(*arguments, **options)
+        except (LoraRtError, typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except Exception as error:
+            raise blame(command.name, error) from error
+
+    command.callback = guarded
