@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_rt.errors import LoraRtError
+from lora_rt.version import __version__
 
 if TYPE_CHECKING:
     from lora_rt.core.composition import Composition, Term
     from lora_rt.core.runtime import Runtime
 
-__version__ = "0.1.0"
 __all__ = ["Composition", "LoraRtError", "Runtime", "Term", "__version__"]
 
 _HOMES = {

@@ -31,10 +31,10 @@ def api() -> HfApi:
     """The Hub's client, with the token of its usual places, over the guarded session."""
     from huggingface_hub import HfApi
 
-    import lora_rt
+    from lora_rt.version import __version__
 
     _guard()
-    return HfApi(library_name="lora-rt", library_version=lora_rt.__version__)
+    return HfApi(library_name="lora-rt", library_version=__version__)
 
 
 def _guard() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Chosen by reading: greedy text of a small base loops, and without a penalty its samples circle around one phrase.
 TOP_P = 0.9
-REPETITION_PENALTY = 1.15
+REPETITION_PENALTY = 1.1
 
 
 class ComposeError(LoraRtError):

@@ -1,0 +1,37 @@
+"""Who may know whom: import-linter's contracts in pyproject.toml, and imports that must stay light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "pydantic", "matplotlib", "numpy")
+
+
+def test_the_layers_hold() -> None:
+    done = subprocess.run([sys.executable, "-m", "importlinter.cli"], capture_output=True, text=True)
+    if "No module named" in done.stderr:
+        from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+        assert lint_imports() == EXIT_STATUS_SUCCESS
+        return
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("statement", ["import lora_rt", "import lora_rt.core.cli.app", "import lora_rt.plugins.contract", "import lora_rt.plugins.modes.output_only"])
+def test_a_light_import_pulls_in_nothing_heavy(statement: str) -> None:
+    code = f"import sys; {statement}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_nothing_heavy_either() -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['lora-rt', '--help']\n"
+        "try: runpy.run_module('lora_rt', run_name='__main__')\n"
+        f"except SystemExit: print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
