@@ -23,7 +23,9 @@ def sync_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file with this text, whole or not at all."""
+    """Replace a file with this text, whole or not at all. What a killed writer of it left is removed."""
+    for left in abandoned(path.parent, path.name):
+        left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -35,3 +37,20 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def abandoned(folder: Path, name: str = "*") -> list[Path]:
+    """Partial files of a folder whose writer is no longer alive."""
+    return [path for path in sorted(folder.glob(f".{name}.*.partial")) if not _is_alive(path.name.split(".")[-2])]
+
+
+def _is_alive(process: str) -> bool:
+    if not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,6 +54,10 @@ class Records:
         paths = sorted((self.folder / name).glob("*.json"))
         return [record for path in paths if (record := read(path)) is not None]
 
+    def folders(self) -> list[Path]:
+        """One folder per name, also of names that a killed process did not finish."""
+        return sorted(path for path in self.folder.glob("*") if path.is_dir())
+
     def paths(self) -> list[Path]:
         """The files of all records, readable or not."""
         return sorted(self.folder.glob("*/*.json"))
@@ -68,9 +73,7 @@ class Records:
         """Remove one record, and the name with its last."""
         (self.folder / name / f"{key}.json").unlink(missing_ok=True)
         if not any((self.folder / name).glob("*.json")):
-            for left in (self.folder / name).glob(".*.partial"):
-                left.unlink(missing_ok=True)
-            (self.folder / name).rmdir()
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         durable.sync_folder(self.folder)
 
 

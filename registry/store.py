@@ -140,8 +140,11 @@ class Store:
             return self._collect()
 
     def orphans(self) -> list[Path]:
-        """Objects without a record and staging folders without a living owner."""
-        return [*self._unused_objects(), *self._abandoned()]
+        """Objects without a record, staging folders without a living owner, unfinished records, empty names."""
+        names = self.records.folders()
+        partial = [path for folder in names for path in durable.abandoned(folder)]
+        empty = [folder for folder in names if all(path in partial for path in folder.iterdir())]
+        return [*self._unused_objects(), *self._abandoned(), *partial, *empty]
 
     def _install(self, staged: Path, record: Record) -> None:
         """Move the staged files to their object. A whole object of that content stays, a damaged one is replaced."""
@@ -201,9 +204,7 @@ class Store:
             )
 
     def _check_case(self, name: str) -> None:
-        if not self.records.folder.is_dir():
-            return
-        for other in os.listdir(self.records.folder):
+        for other in {record.name for record in self.records.all()}:
             if other.lower() == name.lower() and other != name:
                 raise StoreError(
                     f"the name {name!r} differs only by case from the installed {other!r}", next_step=f"Use {other!r}"
