@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.store import Store
+
+
+@pytest.fixture(scope="session")
+def memory_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory where there is one, for tests that write thousands of times."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(prefix="lora-rt-tests-", dir=place) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def memory(memory_root: Path) -> Iterator[Path]:
+    """An empty folder in memory."""
+    with tempfile.TemporaryDirectory(dir=memory_root) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +65,6 @@ def _leave_behind(home: Path) -> None:
     _publish(home, 1)
     write_adapter(home / "store" / "objects" / ("0" * 64))
     write_adapter(home / "store" / "staging" / "gone")
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: hundreds of kills make thousands of fsyncs."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        yield Path(folder)
 
 
 @pytest.mark.parametrize("name", STORIES)
