@@ -1,0 +1,173 @@
+"""The lock pins a project; sync installs exactly that, and nothing else under its names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tomllib
+
+import pytest
+
+from lora_rt.registry.errors import ChangedAdapterError, HubError, ProjectError
+from lora_rt.registry.hub.pull import pull
+from lora_rt.registry.lock import read_lock, render
+from lora_rt.registry.reference import Reference
+from lora_rt.registry.registry import Registry
+from lora_rt.registry.sync import check_lock, make_lock, sync
+from support.adapters import adapter_files, write_adapter
+from support.hub import LocalHub
+
+REPO = "someone/emotion"
+
+
+@pytest.fixture
+def project(registry: Registry, hub: LocalHub) -> Registry:
+    """A project with a repository at a tag and a folder."""
+    hub.commit(REPO, adapter_files(), tag="v1")
+    write_adapter(registry.folder / "mine", adapter_files(seed=2))
+    (registry.folder / "lora-rt.toml").write_text(f'[adapters]\nmood = "{REPO}@v1"\nmine = "./mine"\n')
+    return registry
+
+
+def _forget(registry: Registry) -> None:
+    """Another machine: an empty home and an empty cache, the same project."""
+    shutil.rmtree(registry.store.root, ignore_errors=True)
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def test_the_lock_pins_full_commits_and_every_file(project: Registry, hub: LocalHub) -> None:
+    make_lock(project)
+    document = tomllib.loads((project.folder / "lora-rt.lock").read_text())
+    mine, mood = document["adapter"]
+    assert (mood["name"], mood["source"]) == ("mood", f"{REPO}@v1")
+    assert mood["revision"] == hub.repos[REPO].refs["v1"]
+    assert sorted(mood["files"]) == sorted(mine["files"]) == sorted(adapter_files())
+
+
+def test_the_lock_has_a_stable_order_and_is_not_rewritten_for_nothing(project: Registry) -> None:
+    entries, changed = make_lock(project)
+    assert changed
+    assert render(list(reversed(entries))) == render(entries)
+    assert make_lock(project) == (entries, False)
+
+
+def test_sync_installs_exactly_the_lock_although_the_tag_moved(project: Registry, hub: LocalHub) -> None:
+    entries, _ = make_lock(project)
+    _forget(project)
+    hub.commit(REPO, adapter_files(seed=5), tag="v1")
+    found, changed = sync(project, frozen=True)
+    assert not changed
+    assert {item.name: item.sha256 for item in found} == {entry.name: entry.sha256 for entry in entries}
+
+
+def test_a_locked_name_resolves_to_what_is_locked_whatever_the_store_has(project: Registry, hub: LocalHub) -> None:
+    make_lock(project)
+    locked = project.resolve("mood").sha256
+    hub.commit(REPO, adapter_files(seed=5))
+    pull(project.store, Reference.parse(REPO), name="mood")
+    assert project.resolve("mood").sha256 == locked
+    assert "locked to" in project.resolve("mood").why
+
+
+def test_frozen_and_offline_make_no_request(project: Registry, hub: LocalHub) -> None:
+    make_lock(project)
+    hub.requests.clear()
+    sync(project, frozen=True, offline=True)
+    project.resolve("mood", offline=True)
+    assert hub.requests == []
+
+
+def test_frozen_and_offline_install_from_the_clients_cache(project: Registry, hub: LocalHub) -> None:
+    entries, _ = make_lock(project)
+    shutil.rmtree(project.store.root)
+    hub.requests.clear()
+    found, _ = sync(project, frozen=True, offline=True)
+    assert {item.sha256 for item in found} == {entry.sha256 for entry in entries}
+    assert hub.requests == []
+
+
+def test_offline_with_nothing_cached_says_what_to_do(project: Registry) -> None:
+    make_lock(project)
+    _forget(project)
+    with pytest.raises(HubError, match="lora-rt pull"):
+        sync(project, frozen=True, offline=True)
+
+
+def test_frozen_refuses_a_lock_that_does_not_fit(project: Registry) -> None:
+    make_lock(project)
+    with open(project.folder / "lora-rt.toml", "a") as file:
+        file.write('more = "someone/more"\n')
+    before = (project.folder / "lora-rt.lock").read_text()
+    with pytest.raises(ProjectError, match="--frozen") as error:
+        sync(project, frozen=True)
+    assert error.value.problems == ("more = 'someone/more' is not locked",)
+    assert (project.folder / "lora-rt.lock").read_text() == before
+
+
+def test_without_frozen_the_lock_follows_the_project(project: Registry, hub: LocalHub) -> None:
+    make_lock(project)
+    hub.commit("someone/more", adapter_files(seed=4))
+    with open(project.folder / "lora-rt.toml", "a") as file:
+        file.write('more = "someone/more"\n')
+    found, changed = sync(project)
+    assert changed
+    assert [item.name for item in found] == ["mine", "mood", "more"]
+
+
+def test_a_changed_folder_is_found_at_check_and_at_load(project: Registry) -> None:
+    make_lock(project)
+    assert check_lock(project) == []
+    write_adapter(project.folder / "mine", adapter_files(seed=3))
+    assert check_lock(project) == ["mine: adapter_model.safetensors has other bytes"]
+    with pytest.raises(ChangedAdapterError, match=r"lora-rt\.lock"):
+        project.resolve("mine")
+
+
+def test_without_a_project_what_was_pulled_is_locked(registry: Registry, hub: LocalHub) -> None:
+    hub.commit(REPO, adapter_files())
+    pull(registry.store, Reference.parse(REPO))
+    make_lock(registry)
+    _forget(registry)
+    hub.commit(REPO, adapter_files(seed=5))
+    found, _ = sync(registry)
+    assert [item.name for item in found] == ["emotion"]
+    assert registry.resolve("emotion").sha256 == found[0].sha256
+
+
+def test_sync_never_takes_the_name_of_an_adapter_of_the_user(project: Registry) -> None:
+    with project.store.staging() as staged:
+        own = project.store.publish(
+            write_adapter(staged, adapter_files(seed=9)), "mood", source="trained here", revision=None
+        )
+    make_lock(project)
+    sync(project)
+    assert project.store.records.named("mood")[0].sha256 == own.sha256
+    assert project.resolve("mood").source == f"hub {REPO}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("version = 1", "version = 9", "version"),
+        ('name = "mood"', 'name = "../x"', "not a name"),
+        ('revision = "', 'revision = "main', "not a full commit"),
+        ('source = "someone/emotion@v1"', 'source = "a/b/c"', "org/repo"),
+        ('"register.json"', '"../../register.json"', "never read"),
+        ('sha256 = "', 'sha256 = "0', "does not follow"),
+        ("[adapter.files]", "[adapter.other]", "files"),
+    ],
+)
+def test_a_damaged_lock_is_named(project: Registry, old: str, new: str, says: str) -> None:
+    make_lock(project)
+    path = project.folder / "lora-rt.lock"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ProjectError) as error:
+        read_lock(project.folder)
+    assert says in str(error.value)
+
+
+def test_all_wrong_lines_of_a_project_are_named_at_once(registry: Registry) -> None:
+    (registry.folder / "lora-rt.toml").write_text('[adapters]\na = "x/y/z"\nb = 7\n"../c" = "a/b"\nd = "name"\n')
+    with pytest.raises(ProjectError) as error:
+        registry.resolve("a")
+    assert len(error.value.problems) == 4
