@@ -16,7 +16,7 @@ from lora_rt.registry.reference import is_commit, is_hub_id
 from lora_rt.registry.resolved import Resolved
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,24 @@ def push(adapter: Resolved, repo: str, *, private: bool = False) -> Pushed:
     with explained(repo):
         client = api()
         client.create_repo(repo, private=private, exist_ok=True)
-        info = client.create_commit(
-            repo, _operations(inspected, readme), commit_message=f"Add the adapter {adapter.name}"
-        )
-    commit = info.oid
+        commit = _commit(client, adapter, inspected, repo, readme)
     if not isinstance(commit, str) or not is_commit(commit):
         raise HubError(f"the Hub did not say which commit it made of {repo}", next_step=f"Look at {repo} on the Hub")
     _compare(look(repo, commit), inspected, readme)
     return Pushed(repo, commit)
+
+
+def _commit(client: HfApi, adapter: Resolved, inspected: InspectedAdapter, repo: str, readme: bytes) -> object:
+    operations = _operations(inspected, readme)
+    try:
+        return client.create_commit(repo, operations, commit_message=f"Add the adapter {adapter.name}").oid
+    except RuntimeError as error:
+        # The client wraps whatever happens in its upload threads.
+        cause = error.__cause__ or error
+        raise HubError(
+            f"the upload to {repo} failed: {' '.join(str(cause).split())[:200]}",
+            next_step="Try again; nothing was committed",
+        ) from error
 
 
 def _operations(adapter: InspectedAdapter, readme: bytes) -> list[CommitOperationAdd]:

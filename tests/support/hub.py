@@ -160,7 +160,15 @@ def _info(handler: Handler, name: str, rev: str | None = None) -> None:
 
 def _summary(name: str, repo: Repo, commit: str) -> dict[str, Any]:
     siblings = [{"rfilename": path} for path in repo.commits[commit]]
-    return {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": repo.tags, "downloads": 7}
+    return {
+        "id": name,
+        "modelId": name,
+        "sha": commit,
+        "siblings": siblings,
+        "tags": repo.tags,
+        "downloads": 7,
+        "private": repo.token is not None,
+    }
 
 
 def _tree(handler: Handler, name: str, rev: str) -> None:
@@ -215,7 +223,11 @@ def _create(handler: Handler) -> None:
         handler.send(401, {"error": "Invalid username or password."})
         return
     name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"tester/{asked['name']}"
-    token = handler.headers["Authorization"].removeprefix("Bearer ") if asked.get("private") else None
+    token = (
+        handler.headers["Authorization"].removeprefix("Bearer ")
+        if asked.get("private") or asked.get("visibility") == "private"
+        else None
+    )
     if name in handler.hub.repos:
         handler.send(409, {"error": "You already created this model repo", "url": f"{handler.hub.endpoint}/{name}"})
         return
