@@ -42,6 +42,8 @@ def push(adapter: Resolved, repo: str, *, private: bool = False) -> Pushed:
     with explained(repo):
         client = api()
         client.create_repo(repo, private=private, exist_ok=True)
+        if private and client.model_info(repo).private is False:
+            raise HubError(f"{repo} is there and public", next_step="Leave --private out, or choose another repository")
         commit = _commit(client, adapter, inspected, repo, readme)
     if not isinstance(commit, str) or not is_commit(commit):
         raise HubError(f"the Hub did not say which commit it made of {repo}", next_step=f"Look at {repo} on the Hub")
@@ -58,7 +60,7 @@ def _commit(client: HfApi, adapter: Resolved, inspected: InspectedAdapter, repo:
         cause = error.__cause__ or error
         raise HubError(
             f"the upload to {repo} failed: {' '.join(str(cause).split())[:200]}",
-            next_step="Try again; nothing was committed",
+            next_step="Try again",
         ) from error
 
 

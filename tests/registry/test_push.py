@@ -57,6 +57,13 @@ def test_a_private_push_makes_a_private_repository(hub: LocalHub, adapter: Resol
     assert hub.repos[REPO].token == "hf_secret"
 
 
+def test_private_is_refused_where_the_repository_is_public(hub: LocalHub, adapter: Resolved) -> None:
+    hub.commit(REPO, {"README.md": b"x"})
+    with pytest.raises(HubError, match="is there and public"):
+        push(adapter, REPO, private=True)
+    assert len(hub.repos[REPO].commits) == 1
+
+
 def test_a_second_push_is_a_second_commit(hub: LocalHub, adapter: Resolved) -> None:
     push(adapter, REPO)
     push(adapter, REPO)
