@@ -72,8 +72,12 @@ def _is_unmarked(plugin: object, name: str) -> bool:
 
 def _problem(name: str, function: Hook, options: dict[str, Any]) -> str:
     if name not in SPECS:
-        near = difflib.get_close_matches(name, SPECS, n=1, cutoff=0.6)
-        return f"no hook is called {name}; " + (f"near is {near[0]}" if near else f"the hooks are {', '.join(SPECS)}")
+        # Without the prefix: with it, all names are alike.
+        words = [known.removeprefix(PREFIX) for known in SPECS]
+        near = difflib.get_close_matches(name.removeprefix(PREFIX), words, n=1)
+        return f"no hook is called {name}; " + (
+            f"near is {PREFIX}{near[0]}" if near else f"the hooks are {', '.join(SPECS)}"
+        )
     if options.get("wrapper") or options.get("hookwrapper"):
         return f"{name} is a wrapper, and only one plugin answers a call: there is nothing to wrap"
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):

@@ -1,0 +1,214 @@
+"""What hooks return is checked before core uses it: nonsense is named as its plugin's and reaches no forward pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_rt.plugins.contract import IGNORE, Encoded, Gate, LoraRtError, Objective
+from lora_rt.plugins.manager import ModeHost, PluginError
+from lora_rt.plugins.testing import compose_context, gate_context, host_of, objective_context
+from support.plugins import plugin
+
+
+def returning(hook: str, value: Any) -> ModeHost:
+    def function(context: Any) -> Any:
+        return value
+
+    function.__name__ = hook
+    return host_of(plugin(function), builtin=False)
+
+
+def refused(host: ModeHost, call: Any) -> str:
+    """The reason with which a result is refused; the record has it as well."""
+    with pytest.raises(PluginError) as caught:
+        call()
+    assert host.records[0].reason in caught.value.message
+    assert host.records[0].status == "faulty"
+    return host.records[0].reason
+
+
+# layers 2, rows 2, tokens 3, rank 4, heads 4
+BAD_GATES = {
+    "no Gate": (torch.ones(1), "it returned a Tensor, not a Gate"),
+    "a number": (1.0, "it returned a float, not a Gate"),
+    "ranks a list": (Gate(ranks=[1.0]), "ranks is a list, not a tensor"),  # type: ignore[arg-type]
+    "ranks of another rank": (Gate(ranks=torch.ones(5)), "ranks of shape (5,) does not broadcast to (2, 2, 3, 4)"),
+    "more layers": (Gate(ranks=torch.ones(3, 1, 1, 1)), "ranks of shape (3, 1, 1, 1) does not broadcast"),
+    "more rows": (Gate(ranks=torch.ones(5, 1, 1)), "does not broadcast"),
+    "five axes": (Gate(ranks=torch.ones(1, 1, 1, 1, 1)), "does not broadcast"),
+    "empty": (Gate(ranks=torch.ones(0)), "does not broadcast"),
+    "NaN": (Gate(ranks=torch.tensor([math.nan])), "ranks holds numbers that are not finite"),
+    "infinite": (Gate(ranks=torch.tensor([math.inf])), "ranks holds numbers that are not finite"),
+    "complex": (Gate(ranks=torch.ones(1, dtype=torch.complex64)), "ranks is complex"),
+    "elsewhere": (Gate(ranks=torch.ones(1, device="meta")), "ranks is on meta, and this pass on cpu"),
+    "heads of another number": (Gate(heads=torch.ones(3)), "heads of shape (3,) does not broadcast to (2, 2, 3, 4)"),
+    "heads NaN": (Gate(heads=torch.full((4,), math.nan)), "heads holds numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GATES)
+def test_a_gate_of_nonsense_is_refused(case: str) -> None:
+    gate, reason = BAD_GATES[case]
+    host = returning("lora_rt_gate", gate)
+    assert reason in refused(host, lambda: host.gate("mine", gate_context([1, 1], 3)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (3, 1), (2, 1, 1), (2, 1, 1, 1), (2, 2, 3, 4)])
+def test_a_gate_that_broadcasts_is_taken_as_it_is(shape: tuple[int, ...]) -> None:
+    given = Gate(ranks=torch.rand(shape), heads=torch.rand(shape))
+    taken = returning("lora_rt_gate", given).gate("mine", gate_context([1, 1], 3))
+    assert taken is not None
+    assert torch.equal(taken.ranks, given.ranks)  # type: ignore[arg-type]
+    assert torch.equal(taken.heads, given.heads)  # type: ignore[arg-type]
+
+
+def test_ranks_are_told_apart_only_where_all_modules_have_as_many() -> None:
+    host = returning("lora_rt_gate", Gate(ranks=torch.ones(4)))
+    context = gate_context([1, 1], 3, uniform_rank=False)
+    assert "ranks of shape (4,) does not broadcast to (2, 2, 3, 1)" in refused(host, lambda: host.gate("mine", context))
+
+
+def test_a_wide_gate_does_not_widen_the_layer() -> None:
+    for kind in (torch.float64, torch.int64, torch.bool):
+        gate = returning("lora_rt_gate", Gate(ranks=torch.ones(1, dtype=kind))).gate("mine", gate_context([1], 2))
+        assert gate is not None
+        assert gate.ranks is not None
+        assert gate.ranks.dtype == torch.float32
+
+
+def test_rows_that_do_not_use_the_adapter_may_hold_anything() -> None:
+    """Their weight is 0, and 0 times NaN would be NaN in a row of somebody else's."""
+    ranks = torch.tensor([0.5, math.nan])[:, None, None]
+    context = gate_context([1, 1], 3, active=[True, False])
+    gate = returning("lora_rt_gate", Gate(ranks=ranks)).gate("mine", context)
+    assert gate is not None
+    assert gate.ranks is not None
+    assert gate.ranks.flatten().tolist() == [0.5, 0.0]
+
+
+BAD_WEIGHTS = {
+    "a number": (1.0, "no list of numbers"),
+    "texts": (["a", "b"], "no list of numbers"),
+    "too few": ([1.0], "[1.0] for 2 terms"),
+    "too many": ([1.0] * 3, "for 2 terms"),
+    "NaN": ([1.0, math.nan], "for 2 terms"),
+    "infinite": ([1.0, -math.inf], "for 2 terms"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weights_of_nonsense_are_refused(case: str) -> None:
+    weights, reason = BAD_WEIGHTS[case]
+    host = returning("lora_rt_compose", weights)
+    assert reason in refused(host, lambda: host.weights("mine", compose_context([1.0, 2.0], others=[3.0])))
+
+
+def test_weights_are_numbers_of_any_kind() -> None:
+    host = returning("lora_rt_compose", torch.tensor([-1.0, 0.5]))
+    assert host.weights("mine", compose_context([1.0, 2.0])) == [-1.0, 0.5]
+    assert returning("lora_rt_compose", None).weights("mine", compose_context([1.0])) is None
+
+
+class Given(Objective):
+    """An objective whose methods return, or raise, what they are given."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+
+    def _answer(self, name: str) -> Any:
+        answer = self.answers.get(name)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def check(self, example: Any) -> Any:
+        return self._answer("check")
+
+    def encode(self, example: Any) -> Any:
+        return self._answer("encode")
+
+    def loss(self, logits: Any, labels: Any, extra: Any) -> Any:
+        return self._answer("loss")
+
+
+BAD_ANSWERS = [
+    ("check", ({},), None, "it returned None, not a list of texts"),
+    ("check", ({},), KeyError("scene"), "KeyError: 'scene'"),
+    ("encode", ({},), None, "it returned a NoneType, not a list of Encoded"),
+    ("encode", ({},), [([1], [1])], "not a list of Encoded"),
+    ("encode", ({},), [Encoded([1, 999], [1, 999])], "token ids from 0 to 258"),
+    ("encode", ({},), [Encoded([1.5], [IGNORE])], "token ids from 0 to 258"),  # type: ignore[list-item]
+    ("encode", ({},), [Encoded([1, 2], [IGNORE, 1])], "neither its own position's token nor IGNORE"),
+    ("encode", ({},), SystemExit(1), "SystemExit: 1"),
+    ("loss", (None, None, {}), 0.5, "it returned a float, not a scalar tensor"),
+    ("loss", (None, None, {}), torch.ones(2), "it returned a Tensor of shape (2,), not a scalar tensor"),
+    ("loss", (None, None, {}), RuntimeError("shapes"), "RuntimeError: shapes"),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "answer", "reason"), BAD_ANSWERS)
+def test_a_failing_method_of_an_objective_names_its_plugin(
+    method: str, arguments: tuple[Any, ...], answer: Any, reason: str
+) -> None:
+    """They run in the training loop, long after the hook has returned."""
+    host = returning("lora_rt_objective", Given(**{method: answer}))
+    objective = host.objective("mine", objective_context())
+    told = refused(host, lambda: getattr(objective, method)(*arguments))
+    assert told.startswith(f"lora_rt_objective, Objective.{method}: ")
+    assert reason in told
+
+
+def test_an_explained_error_of_an_objective_passes() -> None:
+    host = returning("lora_rt_objective", Given(check=LoraRtError("this line is for another mode")))
+    objective = host.objective("mine", objective_context())
+    assert objective is not None
+    with pytest.raises(LoraRtError, match="another mode") as caught:
+        objective.check({})
+    assert not isinstance(caught.value, PluginError)
+    assert host.records[0].status == "ok"
+
+
+def test_a_good_objective_stays_what_it_is() -> None:
+    """Core tells by the class whether the loss is the mode's own."""
+
+    @dataclass(frozen=True)
+    class Frozen(Objective):
+        fields = ("text",)
+
+        def encode(self, example: Any) -> list[Encoded]:
+            return [Encoded([1, 2], [IGNORE, 2])]
+
+    objective = returning("lora_rt_objective", Frozen()).objective("mine", objective_context())
+    assert type(objective) is Frozen
+    assert type(objective).loss is Objective.loss
+    assert objective.encode({}) == [Encoded([1, 2], [IGNORE, 2])]
+    assert objective.loss(torch.ones(1), torch.ones(1), {}) is None
+
+
+class WithFields(Objective):
+    fields = ["scene"]  # type: ignore[assignment]  # noqa: RUF012
+
+
+class WithState(Objective):
+    state = {"a": 1}  # type: ignore[assignment]  # noqa: RUF012
+
+
+BAD_OBJECTIVES = [
+    ("objective", "it returned a str, not an Objective"),
+    (Objective, "it returned a type, not an Objective"),
+    (nn.Module(), "it returned a Module, not an Objective"),
+    (WithFields(), "Objective.fields is ['scene'], not a tuple of names"),
+    (WithState(), "Objective.state is a dict, not a torch.nn.Module"),
+]
+
+
+@pytest.mark.parametrize(("value", "reason"), BAD_OBJECTIVES)
+def test_an_objective_of_nonsense_is_refused(value: Any, reason: str) -> None:
+    host = returning("lora_rt_objective", value)
+    assert reason in refused(host, lambda: host.objective("mine", objective_context()))
