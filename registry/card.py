@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, ValidationError
 
 from lora_rt.registry import strict_json
 from lora_rt.registry.errors import RejectedAdapterError
@@ -69,9 +69,13 @@ class AdapterCard(BaseModel):
     metrics: dict[Text, Finite] = Field(default_factory=dict)
     licence: Text = ""
     state: dict[Text, StateTensor] = Field(default_factory=dict)
-    training: dict[Text, Annotated[bool | int | Finite | Text | None, Field(union_mode="left_to_right")]] = Field(
-        default_factory=dict
-    )
+    training: dict[
+        Text,
+        Annotated[
+            StrictBool | StrictInt | Annotated[Finite, Field(strict=True)] | Text | None,
+            Field(union_mode="left_to_right"),
+        ],
+    ] = Field(default_factory=dict)
     created: Text = ""
     lora_rt: Text = ""
 

@@ -16,14 +16,16 @@ from lora_rt.errors import LoraRtError
 from lora_rt.version import __version__
 
 if TYPE_CHECKING:
+    from lora_rt.core.bridge.hyper import HyperBridge
     from lora_rt.core.composition import Composition, Term
     from lora_rt.core.runtime import Runtime
 
-__all__ = ["Composition", "LoraRtError", "Runtime", "Term", "__version__"]
+__all__ = ["Composition", "HyperBridge", "LoraRtError", "Runtime", "Term", "__version__"]
 
 _HOMES = {
     "Composition": "lora_rt.core.composition",
     "Term": "lora_rt.core.composition",
+    "HyperBridge": "lora_rt.core.bridge.hyper",
     "Runtime": "lora_rt.core.runtime",
 }
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.topology import find_linears
 from lora_rt.core.training.settings import TrainSettings, choose_targets
-from lora_rt.registry.card import BaseIdentity
+from lora_rt.registry.card import BaseIdentity, StateTensor
 
 SAVED_DTYPE = torch.bfloat16
+_STATE = "mode.safetensors"
 
 
 def fresh_adapter(base: LoadedBase, settings: TrainSettings) -> Any:
@@ -47,4 +49,13 @@ def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folde
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file({k: v.to(SAVED_DTYPE).contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     if state is not None:
-        save_file({k: v.contiguous() for k, v in state.state_dict().items()}, folder / "mode.safetensors")
+        save_file({k: v.contiguous() for k, v in state.state_dict().items()}, folder / _STATE)
+
+
+def described_state(folder: Path) -> dict[str, StateTensor]:
+    """What the card says of the adapter's mode.safetensors, tensor by tensor; empty where there is none."""
+    if not (folder / _STATE).exists():
+        return {}
+    with safe_open(folder / _STATE, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118: it is no mapping
+        return {key: StateTensor(dtype=s.get_dtype(), shape=tuple(s.get_shape())) for key, s in slices.items()}

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 
+from lora_rt.core.training.ranks import RankGates
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 
@@ -60,9 +61,10 @@ class Collator:
 class ModeTrainer(Trainer):  # type: ignore[misc]
     """Asks the objective for the loss of each batch."""
 
-    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective, gates: RankGates, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
+        self.gates = gates
         # Our loss is the mean of its own batch, whatever the model would do with `num_items_in_batch`.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
@@ -73,7 +75,8 @@ class ModeTrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingDivergedError: it is NaN or infinite.
         """
-        loss = batch_loss(model, inputs, self.objective)
+        with self.gates.over(inputs):
+            loss = batch_loss(model, inputs, self.objective)
         if not math.isfinite(loss.item()):
             step = self.state.global_step + 1
             raise TrainingDivergedError(

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.generation.prompts import answer_ids, prompt_ids
-from lora_rt.core.training.adapter import fresh_adapter, write_adapter
+from lora_rt.core.training.adapter import described_state, fresh_adapter, write_adapter
 from lora_rt.core.training.checkpoints import Checkpoints, forget, newest_whole, restore_state
 from lora_rt.core.training.data import digest_of, read_pairs
 from lora_rt.core.training.live import LiveLine
 from lora_rt.core.training.loop import Collator, ModeTrainer, Sequences, label_nll
+from lora_rt.core.training.ranks import RankGates
 from lora_rt.core.training.settings import SettingsError, TrainSettings
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
@@ -98,9 +100,11 @@ class _Run:
         self.base = base
         self.objective = objective
         self.data_digest = digest_of(training)
+        self.examples = len(training)
         self.training = self._encode(training)
         self.held_out = self._encode(held_out)
         self.model = fresh_adapter(base, settings)
+        self.gates = RankGates(self.model, objective, settings.r)
         if objective.state is not None:
             self.model.add_module("lora_rt_mode_state", objective.state.to(base.device))
         self.checkpoint_folder = home.checkpoints() / f"{settings.register}-{settings.fingerprint(self.data_digest)}"
@@ -136,8 +140,8 @@ class _Run:
         after = self.held_out_loss()
         tokens = sum(len(item.input_ids) for item in self.training) * self.settings.epochs
         speed = tokens / output.metrics["train_runtime"]
-        card = self._card(before, after)
         write_adapter(self.model, self.base.identity, self.objective.state, folder)
+        card = self._card(before, after, folder)
         write_card(folder, card)
         forget(self.checkpoint_folder)
         return TrainResult(folder, card, before, after, trainer.state.global_step, speed)
@@ -188,6 +192,7 @@ class _Run:
             data_collator=Collator(int(self.base.tokenizer.pad_token_id)),
             callbacks=[checkpoints, live],
             objective=self.objective,
+            gates=self.gates,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer, checkpoints, live
@@ -203,13 +208,14 @@ class _Run:
         with torch.no_grad():
             for start in range(0, len(rows), _EVALUATION_BATCH):
                 batch = collate([rows[i] for i in range(start, min(start + _EVALUATION_BATCH, len(rows)))])
-                moved = {k: v.to(self.base.device) for k, v in batch.items() if k != "extra"}
-                sums, counts = label_nll(self.model, moved)
+                moved = send_to_device(batch, self.base.device)
+                with self.gates.over(moved):
+                    sums, counts = label_nll(self.model, moved)
                 total, count = total + float(sums.sum()), count + int(counts.sum())
         self.model.train(training)
         return total / count
 
-    def _card(self, before: float, after: float) -> AdapterCard:
+    def _card(self, before: float, after: float, folder: Path) -> AdapterCard:
         settings = self.settings
         return AdapterCard(
             register=settings.register,
@@ -220,6 +226,7 @@ class _Run:
             seed=settings.seed,
             metrics={"held_out_nll_before": round(before, 4), "held_out_nll_after": round(after, 4)},
             licence=settings.licence,
+            state=described_state(folder),
             training={
                 "r": settings.r,
                 "alpha": settings.alpha,
@@ -229,6 +236,7 @@ class _Run:
                 "epochs": settings.epochs,
                 "batch_size": settings.batch_size,
                 "precision": settings.precision,
-                "examples": len(self.training),
+                "examples": self.examples,
+                **{f"option {key}": value for key, value in settings.options.items()},
             },
         )

@@ -1,0 +1,28 @@
+"""The two directions of a bridge, and the words by which a prompt says which one is meant.
+
+Expanding takes the scene as it is, as an output-only adapter does, so that a bridge can be composed with the registers.
+Compressing is asked for in words that every base has in its vocabulary. Training, gates and `lora_rt.HyperBridge` all
+use these two functions, so a mode of a stranger's that trains both directions works with all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Direction = Literal["expand", "compress"]
+DIRECTIONS: tuple[Direction, Direction] = ("expand", "compress")
+
+_ASK = "Compress into a scene:\n"
+
+
+def prompt_for(direction: Direction, content: str) -> str:
+    """The user message: `content` is a scene to expand, or a text to compress.
+
+    Compressing the empty text asks for a scene without saying of what: the prior that the PMI score subtracts.
+    """
+    return content if direction == "expand" else _ASK + content
+
+
+def direction_of(prompt: str | None) -> Direction:
+    """The direction that a prompt asks for; a prompt that is not known, or is a chat, counts as a scene."""
+    return "compress" if prompt is not None and prompt.startswith(_ASK) else "expand"
