@@ -5,10 +5,11 @@ A name that is locked resolves to exactly what is locked, whatever the store has
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lora_rt.registry.errors import ChangedAdapterError
+from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError
 from lora_rt.registry.lock import Locked, read_lock
 from lora_rt.registry.paths import at_path, folder_of
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, read_project
@@ -46,22 +47,22 @@ class PinnedNames:
         found = []
         for name, sources in self.sources().items():
             for reference, pin, file in sources:
-                item = self._present(name, reference, pin, file)
-                if item is not None:
-                    found.append(item)
+                # A broken one must not hide the others; using it says what is wrong with it.
+                with suppress(RejectedAdapterError, UnknownAdapterError):
+                    found += self._present(name, reference, pin, file)
         return found
 
-    def _present(self, name: str, reference: Reference, pin: Locked | None, file: str) -> Resolved | None:
+    def _present(self, name: str, reference: Reference, pin: Locked | None, file: str) -> list[Resolved]:
         from lora_rt.registry.hub.pull import find_installed
 
         why = _why(name, reference, pin, file)
         if reference.kind == "path":
             there = folder_of(self.folder, reference).is_dir()
-            return at_path(self.folder, reference, why=why, name=name) if there else None
+            return [at_path(self.folder, reference, why=why, name=name)] if there else []
         records = find_installed(self.store, reference)
         if pin is not None:
             records = [record for record in self.store.records.all() if record.sha256 == pin.sha256]
-        return replace(self.store.resolved(records[0]), name=name, why=why) if records else None
+        return [replace(self.store.resolved(record), name=name, why=why) for record in records[:1]]
 
     def _obtain(self, name: str, reference: Reference, pin: Locked | None, file: str, *, offline: bool) -> Resolved:
         from lora_rt.registry.hub.pull import install, obtain

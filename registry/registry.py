@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.card import BaseIdentity
-from lora_rt.registry.errors import ChangedAdapterError, UnknownAdapterError, WrongBaseError
+from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
 from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.resolved import Resolved, changes, read_folder
-from lora_rt.registry.shipped import shipped
+from lora_rt.registry.shipped import Shipped, shipped
 from lora_rt.registry.store import Store
 
 Source = tuple[str, Callable[[str, Any], Any]]
@@ -57,8 +58,10 @@ class Registry:
 
     def installed(self) -> list[Resolved]:
         """Everything that can be resolved by name without the network, by name and base."""
-        found = [*self.pinned.installed(), *self.store.installed(), *self._shipped()]
-        return sorted(found, key=lambda item: (item.name, item.card.base.id if item.card else ""))
+        found: dict[tuple[str, str, str], Resolved] = {}
+        for item in [*self.pinned.installed(), *self.store.installed(), *self._all_shipped()]:
+            found.setdefault((item.name, item.card.base.id if item.card else "", item.sha256), item)
+        return [found[key] for key in sorted(found)]
 
     def names(self) -> list[str]:
         """Every name that resolves."""
@@ -79,15 +82,15 @@ class Registry:
     def _tiers(self, name: str, base: BaseIdentity | None, offline: bool) -> Iterator[list[Resolved]]:
         yield self.pinned.find(name, offline=offline)
         yield [self.store.resolved(record) for record in self.store.records.named(name)]
-        yield self._shipped(name)
+        yield [found for item in shipped() if item.name == name for found in _read_shipped(item)]
         yield self._plugin_sources(name, base)
 
-    def _shipped(self, name: str | None = None) -> list[Resolved]:
+    def _all_shipped(self) -> list[Resolved]:
         found = []
         for item in shipped():
-            if item.folder is not None and name in (None, item.name):
-                source = f"shipped with {item.package}"
-                found.append(read_folder(item.folder, name=item.name, source=source, why=f"{item.name!r} is {source}"))
+            # A broken one must not hide the others; `lora-rt doctor` says what is wrong with it.
+            with suppress(RejectedAdapterError):
+                found += _read_shipped(item)
         return found
 
     def _plugin_sources(self, name: str, base: BaseIdentity | None) -> list[Resolved]:
@@ -128,6 +131,13 @@ class Registry:
         elif near:
             text += f", near are {', '.join(near)}"
         return UnknownAdapterError(text, next_step="lora-rt list")
+
+
+def _read_shipped(item: Shipped) -> list[Resolved]:
+    if item.folder is None:
+        return []
+    source = f"shipped with {item.package}"
+    return [read_folder(item.folder, name=item.name, source=source, why=f"{item.name!r} is {source}")]
 
 
 def _revision_fits(item: Resolved, revision: str | None) -> bool:

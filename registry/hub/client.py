@@ -37,6 +37,13 @@ def api() -> HfApi:
     return HfApi(library_name="lora-rt", library_version=__version__)
 
 
+def asks_nobody() -> bool:
+    """Whether the environment forbids requests (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.is_offline_mode())
+
+
 def _guard() -> None:
     """Make every session that the client opens check what comes back. A factory that an application set is kept.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.errors import ChangedAdapterError, HubError
-from lora_rt.registry.files import CHUNK, LIMITS, open_plain
+from lora_rt.registry.files import CHUNK, CONFIG, LIMITS, WEIGHTS, open_plain
 from lora_rt.registry.hub.client import api, explained
 from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile
 
@@ -40,15 +40,20 @@ def fetch(remote: RemoteAdapter, folder: Path, report: Report = silent) -> None:
             )
 
 
-def fetch_cached(repo: str, commit: str, names: list[str], folder: Path) -> None:
+def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) -> None:
     """The same without any request, from the client's cache, whose files are named by their hash.
+
+    Without names, whatever the cache has of the commit is taken, and at least the two files that make an adapter.
 
     Raises:
         HubError: the cache lacks a file.
         ChangedAdapterError: a file of the cache is damaged.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    if names is None:
+        has = [name for name in LIMITS if isinstance(try_to_load_from_cache(repo, name, revision=commit), str)]
+        names = sorted({*has, CONFIG, WEIGHTS})
     for name in names:
         with explained(repo, commit):
             path = Path(hf_hub_download(repo, name, revision=commit, local_files_only=True))

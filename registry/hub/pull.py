@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from filelock import FileLock
 
 from lora_rt.registry.errors import ChangedAdapterError, HubError, StoreError
+from lora_rt.registry.hub.client import asks_nobody
 from lora_rt.registry.hub.download import Report, fetch, fetch_cached, silent
 from lora_rt.registry.hub.remote import commit_of, look
 from lora_rt.registry.inspection import inspect_adapter
@@ -57,7 +58,7 @@ def obtain(
 
     What is installed at this revision is taken as it is, unless `fresh` asks the Hub first.
     """
-    found = [] if fresh and not offline else find_installed(store, reference)
+    found = [] if fresh and not (offline or asks_nobody()) else find_installed(store, reference)
     if found:
         return store.resolved(found[0])
     commit = _commit(store, reference, offline)
@@ -98,14 +99,8 @@ def install(
         if not take_name and store.records.named(name):
             name = f"{name[:80]}-{commit[:12]}"
         with store.staging() as folder:
-            if offline:
-                names = sorted(expected) if expected else []
-                if not names:
-                    raise HubError(
-                        f"{repo}@{commit[:12]} is not in the store",
-                        next_step=f"Go online: lora-rt pull {repo}@{commit}",
-                    )
-                fetch_cached(repo, commit, names, folder)
+            if offline or asks_nobody():
+                fetch_cached(repo, commit, sorted(expected) if expected else None, folder)
             else:
                 fetch(look(repo, commit), folder, report)
             inspected = inspect_adapter(folder, name=name)
@@ -146,7 +141,7 @@ def _commit(store: Store, reference: Reference, offline: bool) -> str | None:
     requested = _requested(reference)
     if requested is not None and is_commit(requested):
         return requested
-    if not offline:
+    if not (offline or asks_nobody()):
         commit = commit_of(reference.target, requested)
         _check_tag(store, reference, requested, commit)
         return commit

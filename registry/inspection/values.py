@@ -81,11 +81,14 @@ def _read_tensor(file: BinaryIO, digest: hashlib._Hash, entry: TensorEntry) -> T
         if len(chunk) % item or not chunk:
             return TensorFacts(bad + 1, largest, math.inf)  # the file shrank while it was read
         values = _as_floats(chunk, entry.dtype)
-        finite = np.isfinite(values)
-        bad += int(values.size - np.count_nonzero(finite))
-        values = np.where(finite, np.abs(values), 0)
-        largest = max(largest, float(values.max(initial=0.0)))
-        squares += float(np.square(values, dtype=np.float64).sum())
+        with np.errstate(all="ignore"):
+            # NaN survives max and min, so that one number tells whether all are finite.
+            top = max(float(values.max()), -float(values.min()), key=lambda x: (math.isnan(x), x))
+            if not math.isfinite(top):
+                bad += int(values.size - np.count_nonzero(np.isfinite(values)))
+                continue
+            largest = max(largest, top)
+            squares += float(np.dot(values, values))
     return TensorFacts(bad, largest, math.sqrt(squares))
 
 

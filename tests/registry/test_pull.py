@@ -18,10 +18,6 @@ from support.hub import LocalHub
 REPO = "someone/emotion"
 
 
-def _pull(store: Store, text: str, **options: object) -> object:
-    return pull(store, Reference.parse(text), **options)  # type: ignore[arg-type]
-
-
 def test_a_pull_is_pinned_to_the_full_commit_and_the_sha256_of_each_file(hub: LocalHub, store: Store) -> None:
     commit = hub.commit(REPO, adapter_files(), tag="v1")
     found = pull(store, Reference.parse(f"{REPO}@v1"))
@@ -62,6 +58,19 @@ def test_offline_asks_nobody_and_says_what_to_type(hub: LocalHub, registry: Regi
     hub.commit(REPO, adapter_files())
     with pytest.raises(HubError, match=f"lora-rt pull {REPO}"):
         registry.resolve(REPO, offline=True)
+    assert hub.requests == []
+
+
+def test_offline_a_commit_comes_from_the_clients_cache(
+    hub: LocalHub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.commit(REPO, adapter_files())
+    first = pull(Store(home), Reference.parse(REPO))
+    hub.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = pull(Store(home / "second"), Reference.parse(f"{REPO}@{commit}"))
+    assert (found.sha256, found.files) == (first.sha256, first.files)
+    assert pull(Store(home), Reference.parse(REPO)).sha256 == first.sha256
     assert hub.requests == []
 
 

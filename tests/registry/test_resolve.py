@@ -179,6 +179,15 @@ def test_the_first_load_of_a_broken_adapter_of_the_project_is_refused(registry: 
         registry.resolve("reason")
 
 
+def test_one_broken_adapter_does_not_hide_the_others(registry: Registry, package: Path) -> None:
+    _publish(registry, "thought")
+    (package / "moods" / "adapters" / "emotion" / "register.json").write_text("{")
+    write_adapter(registry.folder / "mine", adapter_files() | {"register.json": b"{"})
+    (registry.folder / "lora-rt.toml").write_text('[adapters]\nlogic = "./mine"\ngone = "./gone"\n')
+    names = [item.name for item in registry.installed() if not item.source.startswith("shipped with lora-rt")]
+    assert names == ["thought"]
+
+
 def test_a_name_of_the_project_may_be_a_repository(registry: Registry, hub: LocalHub) -> None:
     hub.commit("someone/voice", adapter_files(), tag="v1")
     (registry.folder / "lora-rt.toml").write_text('[adapters]\nreason = "someone/voice@v1"\n')
