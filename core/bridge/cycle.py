@@ -6,18 +6,39 @@ teaches compressing. Train on the pairs and these lines together; repeat for ano
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from lora_rt.core.bridge.hyper import HyperBridge
+from lora_rt.core.bridge.hyper import BridgeError, HyperBridge
 
 
 def cycle_pairs(bridge: HyperBridge, texts: Sequence[str] = (), scenes: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Training lines {"scene", "text", "direction"}, each for one direction; those with an empty partner are left out."""
+    """Training lines {"scene", "text", "direction"}, each for one direction.
+
+    Lines whose made half is empty are left out.
+
+    Raises:
+        BridgeError: there are neither texts nor scenes, or some are empty.
+    """
+    if not texts and not scenes:
+        raise BridgeError("there are neither texts nor scenes", next_step="Give --texts or --scenes")
     made_scenes, made_texts = bridge.compress(list(texts)), bridge.expand(list(scenes))
-    lines = [
-        {"scene": scene, "text": text, "direction": "expand"} for scene, text in zip(made_scenes, texts, strict=True)
-    ]
-    lines += [
-        {"scene": scene, "text": text, "direction": "compress"} for scene, text in zip(scenes, made_texts, strict=True)
-    ]
+    lines = [{"scene": s, "text": t, "direction": "expand"} for s, t in zip(made_scenes, texts, strict=True)]
+    lines += [{"scene": s, "text": t, "direction": "compress"} for s, t in zip(scenes, made_texts, strict=True)]
     return [line for line in lines if line["scene"] and line["text"]]
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, str]]) -> None:
+    """Write a new JSONL file.
+
+    Raises:
+        BridgeError: the file is there already, or can't be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    except FileExistsError as error:
+        raise BridgeError(f"{path} is there already", next_step="Give a new file with --out") from error
+    except OSError as error:
+        raise BridgeError(f"{path} can't be written: {error.strerror}", next_step="Give another --out") from error

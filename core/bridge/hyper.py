@@ -48,8 +48,8 @@ class HyperBridge:
         for term in self.composition.terms if self.composition else ():
             runtime.ensure(term.reference)
 
-    @overload
-    def compress(self, texts: str, *, max_new_tokens: int = ...) -> str: ...
+    @overload  # a string is a sequence of strings, too: the first one wins
+    def compress(self, texts: str, *, max_new_tokens: int = ...) -> str: ...  # type: ignore[overload-overlap]
     @overload
     def compress(self, texts: Sequence[str], *, max_new_tokens: int = ...) -> list[str]: ...
     def compress(self, texts: str | Sequence[str], *, max_new_tokens: int = _SCENE_TOKENS) -> str | list[str]:
@@ -59,11 +59,13 @@ class HyperBridge:
             BridgeError: a text is empty.
         """
         given = _listed(texts, "text")
-        scenes = self._answers([prompt_for("compress", text) for text in given], max_new_tokens=max_new_tokens)
+        scenes = self._answers([self.prompt("compress", text) for text in given], max_new_tokens=max_new_tokens)
         return scenes[0] if isinstance(texts, str) else scenes
 
     @overload
-    def expand(self, scenes: str, *, candidates: int = ..., max_new_tokens: int = ..., seed: int = ...) -> str: ...
+    def expand(  # type: ignore[overload-overlap]
+        self, scenes: str, *, candidates: int = ..., max_new_tokens: int = ..., seed: int = ...
+    ) -> str: ...
     @overload
     def expand(
         self, scenes: Sequence[str], *, candidates: int = ..., max_new_tokens: int = ..., seed: int = ...
@@ -82,7 +84,7 @@ class HyperBridge:
         given = _listed(scenes, "scene")
         if candidates < 1:
             raise BridgeError(f"candidates is {candidates}", next_step="Give at least 1")
-        texts = self._answers([prompt_for("expand", scene) for scene in given], max_new_tokens=max_new_tokens)
+        texts = self._answers([self.prompt("expand", scene) for scene in given], max_new_tokens=max_new_tokens)
         if candidates > 1 and given:
             pools = [texts, *(self._sampled(given, seed + n, max_new_tokens) for n in range(1, candidates))]
             texts = self._best(given, pools)
@@ -108,13 +110,19 @@ class HyperBridge:
         scores = self.log_likelihoods("compress", texts, scenes)
         if kind == "pmi":
             different = list(dict.fromkeys(scenes))
-            prior = dict(zip(different, self.log_likelihoods("compress", [""] * len(different), different), strict=True))
+            prior = dict(
+                zip(different, self.log_likelihoods("compress", [""] * len(different), different), strict=True)
+            )
             scores = [score - prior[scene] for score, scene in zip(scores, scenes, strict=True)]
         return scores[0] if isinstance(scene, str) and isinstance(text, str) else scores
 
+    def prompt(self, direction: Direction, content: str) -> str:
+        """The user message by which this bridge is asked for a direction."""
+        return prompt_for(direction, content)
+
     def log_likelihoods(self, direction: Direction, given: Sequence[str], answers: Sequence[str]) -> list[float]:
         """log p(answer | given) in that direction, in nats, the answer's end included; one number per pair."""
-        prompts = [prompt_for(direction, content) for content in given]
+        prompts = [self.prompt(direction, content) for content in given]
 
         def scored(rows: Sequence[int]) -> list[float]:
             chosen = [prompts[i] for i in rows], [answers[i] for i in rows]
@@ -124,14 +132,16 @@ class HyperBridge:
 
     def _sampled(self, scenes: Sequence[str], seed: int, max_new_tokens: int) -> list[str]:
         settings = {"max_new_tokens": max_new_tokens, "temperature": _TEMPERATURE, "top_p": _TOP_P, "seed": seed}
-        return self._answers([prompt_for("expand", scene) for scene in scenes], **settings)
+        return self._answers([self.prompt("expand", scene) for scene in scenes], **settings)
 
     def _best(self, scenes: Sequence[str], pools: Sequence[Sequence[str]]) -> list[str]:
         """Of the texts pools[n][i], for each scene i the one from which the scene is likeliest; the first of equals."""
         flat = [text for pool in pools for text in pool]
         scores = self.log_likelihoods("compress", flat, [*scenes] * len(pools))
         width = len(scenes)
-        best = [max(range(len(pools)), key=lambda n: scores[n * width + i] if pools[n][i] else -1e30) for i in range(width)]
+        best = [
+            max(range(len(pools)), key=lambda n: scores[n * width + i] if pools[n][i] else -1e30) for i in range(width)
+        ]
         return [pools[n][i] for i, n in enumerate(best)]
 
     def _answers(self, prompts: Sequence[str], **settings: float) -> list[str]:
@@ -153,7 +163,9 @@ class HyperBridge:
 
 def _listed(items: str | Sequence[str], what: str) -> list[str]:
     given = [items] if isinstance(items, str) else list(items)
-    problems = [f"{what} {n}: {item!r:.80}" for n, item in enumerate(given, 1) if not isinstance(item, str) or not item.strip()]
+    problems = [
+        f"{what} {n}: {item!r:.80}" for n, item in enumerate(given, 1) if not isinstance(item, str) or not item.strip()
+    ]
     if problems:
         raise BridgeError(f"a {what} is empty, or no text at all", problems=problems, next_step="Give some words")
     return given
@@ -166,5 +178,7 @@ def _paired(scene: str | Sequence[str], text: str | Sequence[str]) -> tuple[list
     elif isinstance(text, str):
         texts *= len(scenes)
     if len(scenes) != len(texts):
-        raise BridgeError(f"{len(scenes)} scenes for {len(texts)} texts", next_step="Give as many of the one as of the other")
+        raise BridgeError(
+            f"{len(scenes)} scenes for {len(texts)} texts", next_step="Give as many of the one as of the other"
+        )
     return scenes, texts

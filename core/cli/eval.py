@@ -1,4 +1,4 @@
-"""`lora-rt eval`: the register x adapter matrix on data files."""
+"""`lora-rt eval`: the register x adapter matrix on data files, or with --bridge what a bridge does on them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def evaluate(
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     plot: Annotated[Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix into this file.")] = None,
+    bridge: Annotated[bool, typer.Option("--bridge", help="SPECs are bridges: measure both directions, beside controls.")] = False,
+    one_direction: Annotated[str | None, typer.Option("--one-direction", metavar="REF", help="For --bridge: an adapter of scene -> text alone.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="For --bridge: of candidates and of random controls.")] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
@@ -28,6 +31,9 @@ def evaluate(
 
     for spec in specs:
         Composition.parse(spec)
+    if bridge:
+        _evaluate_bridges(specs, _read(data), base, precision, device, one_direction, seed, as_json)
+        return
     matrix = _measure(specs, _read(data), base, precision, device)
     if plot is not None:
         from lora_rt.core.evaluation.plot import plot_matrix
@@ -61,3 +67,38 @@ def _measure(specs: list[str], data: dict[str, list[dict[str, Any]]], base: str,
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("evaluating", total=len(data) * (len(specs) + 1))
         return measure(runtime, data, specs, lambda what: progress.update(task, advance=1, description=what))
+
+
+def _evaluate_bridges(
+    specs: list[str],
+    data: dict[str, list[dict[str, Any]]],
+    base: str,
+    precision: str,
+    device: str,
+    one_direction: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    from rich.progress import Progress
+
+    from lora_rt.core.cli.console import err, out, print_json
+    from lora_rt.core.evaluation.bridge import SECTIONS, BridgeSettings, measure_bridge
+    from lora_rt.core.evaluation.bridge_table import bridge_table
+    from lora_rt.core.runtime import Runtime
+
+    runtime = Runtime.load(base, precision=precision, device=device)
+    settings = BridgeSettings(seed=seed, one_direction=one_direction)
+    found: dict[str, dict[str, Any]] = {name: {} for name in data}
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("measuring", total=len(data) * len(specs) * len(SECTIONS))
+        for name, examples in data.items():
+            for spec in specs:
+                found[name][spec] = measure_bridge(
+                    runtime, spec, examples, settings, lambda what: progress.update(task, advance=1, description=what)
+                )
+    if as_json:
+        print_json({"bridge": found, "examples": {name: len(examples) for name, examples in data.items()}})
+        return
+    for name, row in found.items():
+        for spec, document in row.items():
+            out.print(bridge_table(document, f"{spec} on {name}, {len(data[name])} pairs"))

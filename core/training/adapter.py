@@ -57,5 +57,5 @@ def described_state(folder: Path) -> dict[str, StateTensor]:
     if not (folder / _STATE).exists():
         return {}
     with safe_open(folder / _STATE, framework="pt") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118: it is no mapping
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return {key: StateTensor(dtype=s.get_dtype(), shape=tuple(s.get_shape())) for key, s in slices.items()}

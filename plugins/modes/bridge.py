@@ -1,8 +1,9 @@
 """bridge: scene <-> text. One adapter that expands a scene into a text and compresses a text into its scene.
 
-The objective: every pair is trained on in both directions, told apart by the prompt (`lora_rt.plugins.contract.directions`),
-and only the answer's tokens carry loss, averaged over all tokens of both directions. From some of the pairs the scene
-is also learned without its text: that is the prior which the PMI score subtracts.
+The objective: every pair is trained on in both directions, told apart by the prompt (see
+`lora_rt.plugins.contract.directions`), and only the answer's tokens carry loss, averaged over all tokens of both
+directions. From some of the pairs the scene is also learned without its text: that is the prior which the PMI score
+subtracts.
 
 A share of the ranks can be reserved to each direction; the rest is shared. Then the gate is 0 on the other's ranks,
 while training and afterwards.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,8 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.core.training.run import TrainResult, train
 from lora_rt.core.training.settings import TrainSettings
 from lora_rt.plugins.manager import load_modes
+from support.pairs import PAIRS, write_lines
 from support.tiny import Zoo
-
-DOCUMENT = {"scene": "тишинажарвход", "text": "Он стоял, не в силах дышать, но что-то двигалось внутри."}
-PAIRS = [{"scene": letter, "text": letter * 4} for letter in "abcdefgh"]
-
-
-def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
-    """A JSONL file."""
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def settings_of(zoo: Zoo, folder: Path, **changes: Any) -> TrainSettings:
@@ -40,9 +31,9 @@ def settings_of(zoo: Zoo, folder: Path, **changes: Any) -> TrainSettings:
         "alpha": 16,
         "target_modules": ("all-linear",),
         "dropout": 0.0,
-        "learning_rate": 2e-2,
+        "learning_rate": 1e-2,
         "epochs": 30,
-        "batch_size": 8,
+        "batch_size": 24,
     }
     return TrainSettings(**{**plain, **changes})
 
@@ -61,7 +52,7 @@ def train_bridge(zoo: Zoo, tmp_path: Path) -> Callable[..., TrainResult]:
 
 @pytest.fixture(scope="session")
 def learned(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runtime, Path]:
-    """A runtime, and a bridge that has learned PAIRS in both directions, with a quarter of its ranks reserved to each."""
+    """A runtime, and a bridge that has learned PAIRS, with a quarter of its ranks reserved to each direction."""
     folder = tmp_path_factory.mktemp("bridge")
     out = folder / "bridge"
     out.mkdir()

@@ -47,7 +47,7 @@ class ComposeRequest:
             raise ComposeError("the prompt is empty", next_step='Give one with -p "...", or type lora-rt compose without it to chat')
         if prompt is None and needs_prompt:
             raise ComposeError("there is no prompt", next_step='Give one with -p "..."')
-        _look_up(composition)
+        look_up(composition)
         request = cls(composition=composition, prompt=prompt, seed=secrets.randbits(31) if seed is None else seed, **settings)
         _check_settings(request)
         return request
@@ -81,7 +81,7 @@ def _check_settings(request: ComposeRequest) -> None:
     Sampling(**request.sampling()).check()
 
 
-def _look_up(composition: Composition) -> None:
+def look_up(composition: Composition) -> None:
     """Names and paths cost nothing to look up; the Hub is asked later, when the base is known."""
     from lora_rt.plugins.manager import load_modes
     from lora_rt.registry.registry import Registry

@@ -1,0 +1,77 @@
+"""What a bridge command works on: arguments, a JSONL file, or standard input, one item per line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from lora_rt.errors import LoraRtError
+
+
+class ItemsError(LoraRtError):
+    """There is nothing to work on, or lines that can't be read; all of them are named."""
+
+
+def read_items(arguments: Sequence[str], data: Path | None, field: str, stdin: TextIO = sys.stdin) -> list[str]:
+    """The scenes or texts.
+
+    Args:
+        arguments: those of the command line; taken as they are.
+        data: a JSONL file whose lines have `field`.
+        field: "scene" or "text".
+        stdin: read where neither is given. A line that is a JSON object gives its `field`, any other line itself.
+
+    Raises:
+        LoraRtError: nothing is given, too much is given, or lines are bad.
+    """
+    if arguments and data is not None:
+        raise ItemsError("there are both arguments and --data", next_step="Give one of them")
+    if arguments:
+        return list(arguments)
+    if data is not None:
+        return field_of(data, field)
+    lines = [] if stdin.isatty() else [line.strip() for line in stdin]
+    items = _read_lines([line for line in lines if line], field)
+    if not items:
+        raise ItemsError(
+            f"there is no {field}", next_step="Give it as an argument, with --data F.jsonl, or on standard input"
+        )
+    return items
+
+
+def field_of(path: Path, field: str) -> list[str]:
+    """One field of every line of a JSONL file.
+
+    Raises:
+        DataError: it can't be read, or has bad lines.
+    """
+    from lora_rt.core.training.data import read_pairs
+
+    return [str(line[field]) for line in read_pairs(path, (field,))]
+
+
+def _read_lines(lines: Sequence[str], field: str) -> list[str]:
+    items, problems = [], []
+    for number, line in enumerate(lines, 1):
+        found = _read_line(line, field)
+        if found is None:
+            problems.append(f'line {number} is no JSON object with a "{field}": {line:.60}')
+        else:
+            items.append(found)
+    if problems:
+        raise ItemsError("standard input has lines that can't be read", problems=problems, next_step="Correct them")
+    return items
+
+
+def _read_line(line: str, field: str) -> str | None:
+    """The item of one line, or None where it starts like a JSON object and is not a good one."""
+    if not line.startswith("{"):
+        return line
+    try:
+        value = json.loads(line).get(field)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, str) and value.strip() else None

@@ -1,0 +1,34 @@
+"""The loss of a text as it is, without a prompt and without a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from lora_rt.core.runtime import Runtime
+
+_BATCH = 8
+
+
+def raw_losses(runtime: Runtime, texts: Sequence[str]) -> NDArray[np.float64]:
+    """The summed negative log-likelihood in nats of each text under the base, as the beginning of a document; (texts,).
+
+    The text follows the token that begins a document, or ends one where the tokenizer has none.
+    """
+    tokenizer = runtime.tokenizer
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    rows = [[int(first), *tokenizer(text, add_special_tokens=False).input_ids] for text in texts]
+    losses = np.zeros(len(rows))
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        width = max(len(row) for row in batch)
+        ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in batch])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+        logits = runtime.logits(ids, mask)[:, :-1].flatten(0, 1).float().cpu()
+        nll = cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(len(batch), -1)
+        losses[start : start + len(batch)] = (nll * mask[:, 1:]).sum(1).numpy()
+    return losses
