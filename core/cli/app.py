@@ -7,6 +7,7 @@ import sys
 import typer
 
 from lora_rt.core.cli import (
+    bridge,
     compose,
     doctor,
     install,
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.command("compose")(compose.compose)
 app.command("train")(train.train)
 app.command("eval")(eval_command.evaluate)
+app.add_typer(bridge.app, name="bridge")
 app.command("list")(list_command.list_adapters)
 app.command("show")(show.show)
 app.command("pull")(pull.pull)
