@@ -14,6 +14,9 @@ A mode decides what an adapter is trained for, where it acts and how it is weigh
     def lora_rt_gate(context): ...        # each forward pass: a Gate, or None for "always 1"
 
     @hookimpl
+    def lora_rt_scene(context): ...       # each request: the scene types of its prompts, where nobody said
+
+    @hookimpl
     def lora_rt_compose(context): ...     # each row of a request: the weights of this mode's terms
 
     @hookimpl
@@ -27,7 +30,13 @@ Your package names the module in its pyproject.toml; the entry point's name is t
     [project.entry-points."lora_rt.modes"]
     fade-in = "my_package.fade_in"
 
-`pip install` it, and `lora-rt plugins` lists it. A mode never imports `lora_rt.core`: all that it needs of the runtime
-arrives in its hook's context. A plugin that fails is named, with the reason, by `lora-rt plugins` and `lora-rt doctor`;
-the host and the other plugins go on. `LORA_RT_BLOCK_PLUGINS=fade-in,other` keeps plugins from being imported at all.
+`lora-rt install` it, and `lora-rt plugins` lists it. A mode imports `lora_rt.plugins.contract` and nothing else of
+ours: all that it needs of the runtime arrives in its hook's context. It imports torch inside its hooks, since
+`lora-rt --help` imports every mode. Its own options (`--option tokens=24`) are read with `read_options`; a mistake of
+the user is raised as a `LoraRtError`, which passes through as it is. One line tests it: see `lora_rt.plugins.testing`.
+A whole package of two files is in `examples/fade-in-mode`.
+
+A plugin that fails is named, with the reason, by `lora-rt plugins` and `lora-rt doctor`; the host and the other plugins
+go on. Imports and all hooks but the gate are given up after a time limit (`LORA_RT_PLUGIN_SECONDS` sets another one).
+`LORA_RT_BLOCK_PLUGINS=fade-in,other` keeps plugins from being imported at all.
 """

@@ -59,6 +59,7 @@ def train(settings: TrainSettings, modes: ModeHost, folder: Path, *, resume: boo
         LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the user interrupted.
     """
     settings.check()
+    modes.require(settings.mode)
     base = load_base(settings.base, settings.precision, settings.device, for_training=True)
     objective = _objective(settings, modes, base)
     training, held_out = _examples(settings, objective)

@@ -23,7 +23,15 @@ from lora_rt.plugins.manager.record import PluginError, PluginRecord, UnknownMod
 from lora_rt.plugins.manager.watch import Watch
 
 if TYPE_CHECKING:
-    from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, Objective, ObjectiveContext
+    from lora_rt.plugins.contract import (
+        ComposeContext,
+        Gate,
+        GateContext,
+        Objective,
+        ObjectiveContext,
+        Registration,
+        SceneContext,
+    )
 
 Find = Callable[[str, Any], Any]
 _GATE = "lora_rt_gate"
@@ -74,6 +82,17 @@ class ModeHost:
             mode, _GATE, lambda value: results.checked_gate(value, context), context=context
         )
         return gate
+
+    def scene(self, mode: str, context: SceneContext) -> Registration | None:
+        """The checked scene types of the rows of a request, or None for none.
+
+        Raises:
+            UnknownModeError, PluginError: as `call`.
+        """
+        registration: Registration | None = self._answer(
+            mode, "lora_rt_scene", lambda value: results.checked_registration(value, context), context=context
+        )
+        return registration
 
     def weights(self, mode: str, context: ComposeContext) -> list[float] | None:
         """The checked weights of a mode's terms, or None for the user's own.

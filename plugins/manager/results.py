@@ -6,7 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_rt.plugins.contract import IGNORE, ComposeContext, Encoded, Gate, GateContext, Objective, ObjectiveContext
+from lora_rt.plugins.contract import (
+    IGNORE,
+    ComposeContext,
+    Encoded,
+    Gate,
+    GateContext,
+    Objective,
+    ObjectiveContext,
+    Registration,
+    SceneContext,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +69,27 @@ def _gate_part(name: str, tensor: object, full: tuple[int, ...], context: GateCo
     return gate
 
 
+def checked_registration(value: object, context: SceneContext) -> Registration | None:
+    """One distribution over the named types per row, on the device of the hidden states."""
+    import torch
+
+    if value is None:
+        return None
+    if not isinstance(value, Registration):
+        raise ResultError(f"it returned a {type(value).__name__}, not a Registration")
+    types = list(value.types)
+    if not types or not all(isinstance(name, str) and name for name in types) or len(set(types)) < len(types):
+        raise ResultError(f"Registration.types is {value.types!r:.80}, not a list of different names")
+    shares, wanted = value.probabilities, (len(context.hidden), len(types))
+    if not isinstance(shares, torch.Tensor) or tuple(shares.shape) != wanted:
+        shape = tuple(shares.shape) if isinstance(shares, torch.Tensor) else type(shares).__name__
+        raise ResultError(f"probabilities is {shape}, not a tensor of shape {wanted}")
+    sums = shares.float().sum(1)
+    if bool((shares < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        raise ResultError("the probabilities of a row are negative or do not add up to 1")
+    return value
+
+
 def checked_weights(value: object, context: ComposeContext) -> list[float] | None:
     """One finite number per index in `context.mine`."""
     if value is None:
@@ -90,6 +121,7 @@ def checked_objective(value: object, context: ObjectiveContext, blame: Blame) ->
     _guard(value, "check", _checked_findings, blame)
     _guard(value, "encode", lambda result: _checked_sequences(result, vocabulary), blame)
     _guard(value, "loss", _checked_loss, blame)
+    _guard(value, "ranks", _checked_ranks, blame)
     return value
 
 
@@ -137,4 +169,15 @@ def _checked_loss(value: object) -> Tensor | None:
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
         raise ResultError(f"it returned a {type(value).__name__}{shape}, not a scalar tensor")
+    return value
+
+
+def _checked_ranks(value: object) -> Tensor | None:
+    import torch
+
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor) or value.dim() != 2:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise ResultError(f"it returned a {type(value).__name__}{shape}, not a tensor (batch, rank)")
     return value

@@ -9,8 +9,8 @@ and that mistakes of its user are explained:
     TestFadeIn = conformance("fade-in", options={"tokens": "4"}, static_at_start=False)
 
 `conformance` takes the name of an installed mode, or the module itself. What the class is made of can be used alone:
-`host_of(module)` (the loaded modes, with yours among them), `tiny_base(folder)` (a random Llama of two layers),
-`gate_context(...)`, `compose_context(...)` and `objective_context(...)` (what the hooks receive). The fixtures in
+`host_of(module)` (the loaded modes, with yours among them), `tiny_base(folder)` (a random Llama of two layers), and
+`gate_context`, `compose_context`, `scene_context` and `objective_context` (what the hooks receive). The fixtures in
 `lora_rt.plugins.testing.fixtures` come with `pytest_plugins = ["lora_rt.plugins.testing.fixtures"]` in a conftest.py.
 """
 
@@ -19,7 +19,13 @@ import pytest
 pytest.register_assert_rewrite("lora_rt.plugins.testing.conformance")
 
 from lora_rt.plugins.testing.conformance import Conformance, conformance  # noqa: E402  # after the rewrite is asked for
-from lora_rt.plugins.testing.contexts import base_facts, compose_context, gate_context, objective_context  # noqa: E402
+from lora_rt.plugins.testing.contexts import (  # noqa: E402
+    base_facts,
+    compose_context,
+    gate_context,
+    objective_context,
+    scene_context,
+)
 from lora_rt.plugins.testing.hosts import InlinePoint, host_of  # noqa: E402
 from lora_rt.plugins.testing.tiny import tiny_base  # noqa: E402
 
@@ -32,5 +38,6 @@ __all__ = [
     "gate_context",
     "host_of",
     "objective_context",
+    "scene_context",
     "tiny_base",
 ]

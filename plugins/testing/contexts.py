@@ -10,6 +10,7 @@ from lora_rt.plugins.contract import (
     ComposeContext,
     GateContext,
     ObjectiveContext,
+    SceneContext,
     SceneType,
     TermFacts,
 )
@@ -56,6 +57,18 @@ def compose_context(
     foreign = [TermFacts(f"other-{i}", weight, "another-mode", {}) for i, weight in enumerate(others)]
     fields: dict[str, Any] = {"prompt": "a prompt", "scene_type": None, "base": base_facts()}
     return ComposeContext(terms=[*mine, *foreign], mine=range(len(mine)), **(fields | changed))
+
+
+def scene_context(rows: int = 2, tokens: int = 5, **changed: Any) -> SceneContext:
+    """Prompts whose scene type is asked for: fixed hidden states, the last row padded by one token on the left."""
+    import torch
+
+    base = changed.get("base") or base_facts()
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[-1, 0] = 0
+    hidden = torch.sin(torch.arange(rows * tokens * base.hidden_size).view(rows, tokens, -1) / 7)
+    fields: dict[str, Any] = {"adapter": "mine", "card": {}, "state": {}, "base": base, "hidden": hidden, "mask": mask}
+    return SceneContext(**(fields | changed))
 
 
 def gate_context(

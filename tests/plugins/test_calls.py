@@ -16,7 +16,7 @@ import torch
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, OptionError, read_options
 from lora_rt.plugins.manager import SECONDS_VARIABLE, ModeHost, PluginError, PluginRecord, UnknownModeError, load_modes
-from lora_rt.plugins.testing import InlinePoint, compose_context, gate_context, objective_context
+from lora_rt.plugins.testing import InlinePoint, compose_context, gate_context, objective_context, scene_context
 from support.plugins import plugin, point
 
 
@@ -52,13 +52,15 @@ def ask(host: ModeHost, hook: str, mode: str = "stranger") -> Any:
     """Call a hook as core does."""
     if hook == "lora_rt_gate":
         return host.gate(mode, gate_context([1], 2))
+    if hook == "lora_rt_scene":
+        return host.scene(mode, scene_context())
     if hook == "lora_rt_compose":
         return host.weights(mode, compose_context([1.0]))
     return host.objective(mode, objective_context())
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("hook", ["lora_rt_gate", "lora_rt_compose", "lora_rt_objective"])
+@pytest.mark.parametrize("hook", ["lora_rt_gate", "lora_rt_scene", "lora_rt_compose", "lora_rt_objective"])
 def test_a_raising_hook_is_named_and_the_others_work(hook: str, error: BaseException) -> None:
     host = host_with(raising(hook, error))
     with pytest.raises(PluginError) as caught:
@@ -101,7 +103,7 @@ def test_requests_of_other_modes_go_on_while_one_fails() -> None:
         assert all(pool.map(request, range(64)))
 
 
-@pytest.mark.parametrize("hook", ["lora_rt_gate", "lora_rt_compose", "lora_rt_objective"])
+@pytest.mark.parametrize("hook", ["lora_rt_gate", "lora_rt_scene", "lora_rt_compose", "lora_rt_objective"])
 def test_an_explained_error_of_a_hook_passes(hook: str) -> None:
     """A mistake of the user is not the plugin's."""
     error = LoraRtError("the option is wrong", next_step="Give another")
@@ -119,7 +121,7 @@ def test_ctrl_c_in_a_gate_is_the_users() -> None:
     assert record(host).status == "ok"
 
 
-@pytest.mark.parametrize("hook", ["lora_rt_compose", "lora_rt_objective"])
+@pytest.mark.parametrize("hook", ["lora_rt_scene", "lora_rt_compose", "lora_rt_objective"])
 def test_a_hanging_hook_is_given_up_and_its_mode_disabled(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each hanging call leaves a thread behind, so there is no second one."""
     monkeypatch.setenv(SECONDS_VARIABLE, "0.2")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_rt.plugins.contract import IGNORE, Encoded, Gate, LoraRtError, Objective
+from lora_rt.plugins.contract import IGNORE, Encoded, Gate, LoraRtError, Objective, Registration
 from lora_rt.plugins.manager import ModeHost, PluginError
-from lora_rt.plugins.testing import compose_context, gate_context, host_of, objective_context
+from lora_rt.plugins.testing import compose_context, gate_context, host_of, objective_context, scene_context
 from support.plugins import plugin
 
 
@@ -113,6 +113,35 @@ def test_weights_are_numbers_of_any_kind() -> None:
     host = returning("lora_rt_compose", torch.tensor([-1.0, 0.5]))
     assert host.weights("mine", compose_context([1.0, 2.0])) == [-1.0, 0.5]
     assert returning("lora_rt_compose", None).weights("mine", compose_context([1.0])) is None
+
+
+def shares(*rows: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+BAD_REGISTRATIONS = {
+    "a name": ("body", "it returned a str, not a Registration"),
+    "no types": (Registration([], torch.ones(2, 0)), "Registration.types is []"),
+    "one type twice": (Registration(["a", "a"], shares((0.5, 0.5), (1, 0))), "not a list of different names"),
+    "no tensor": (Registration(["a"], [[1.0], [1.0]]), "probabilities is list"),  # type: ignore[arg-type]
+    "one row too few": (Registration(["a"], shares((1,))), "probabilities is (1, 1), not a tensor of shape (2, 1)"),
+    "negative": (Registration(["a", "b"], shares((-1, 2), (1, 0))), "negative or do not add up to 1"),
+    "more than 1": (Registration(["a", "b"], shares((1, 1), (1, 0))), "negative or do not add up to 1"),
+    "NaN": (Registration(["a", "b"], shares((math.nan, 1), (1, 0))), "negative or do not add up to 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REGISTRATIONS)
+def test_scene_types_of_nonsense_are_refused(case: str) -> None:
+    registration, reason = BAD_REGISTRATIONS[case]
+    host = returning("lora_rt_scene", registration)
+    assert reason in refused(host, lambda: host.scene("mine", scene_context(2)))
+
+
+def test_scene_types_are_distributions_or_none() -> None:
+    given = Registration(["body", "logic"], shares((0.25, 0.75), (1, 0)))
+    assert returning("lora_rt_scene", given).scene("mine", scene_context(2)) is given
+    assert returning("lora_rt_scene", None).scene("mine", scene_context(2)) is None
 
 
 class Given(Objective):

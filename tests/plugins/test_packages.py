@@ -1,0 +1,230 @@
+"""`lora-rt install` and `uninstall`: what pip did, and what that means for modes, in plain words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lora_rt.core.cli import pip
+from lora_rt.core.cli.app import app
+from lora_rt.core.cli.pip import Brought, PipError
+from lora_rt.plugins.testing import tiny_base
+from lora_rt.registry.inspection import inspect_adapter
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fade-in-mode"
+FADE = Brought("mode", "fade-in", "fade-in-mode", "0.1.0")
+OURS = Brought("mode", "output-only", "lora-rt", "0.1.0")
+run = CliRunner().invoke
+
+
+class FakePip:
+    """Stands in for pip: `changes` is what it installs or removes."""
+
+    def __init__(self, changes: set[Brought], also: set[Brought]) -> None:
+        self.things = also | {OURS}
+        self.changes = changes
+        self.commands: list[list[str]] = []
+        self.status = ("ok", "")
+
+    def install(self, arguments: list[str]) -> list[str]:
+        self.commands.append(list(arguments))
+        self.things = self.things | self.changes
+        return sorted({thing.package for thing in self.changes})
+
+    def uninstall(self, packages: list[str]) -> None:
+        self.commands.append(list(packages))
+        self.things = self.things - self.changes
+
+    def mode_records(self) -> list[dict[str, Any]]:
+        status, reason = self.status
+        return [
+            {"name": thing.name, "package": thing.package, "status": status, "reason": reason}
+            for thing in self.things
+            if thing.kind == "mode"
+        ]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(changes: set[Brought] = frozenset(), also: set[Brought] = frozenset()) -> FakePip:  # type: ignore[assignment]
+        made = FakePip(set(changes), set(also))
+        for name in ("install", "uninstall", "mode_records"):
+            monkeypatch.setattr(pip, name, getattr(made, name))
+        monkeypatch.setattr(pip, "brought", lambda: made.things)
+        return made
+
+    return make
+
+
+def test_installing_says_which_modes_and_adapters_came(fake: Any) -> None:
+    calm = Brought("adapter", "calm", "fade-in-mode", "0.1.0")
+    made = fake({FADE, calm})
+    result = run(app, ["install", "--upgrade", "fade-in-mode>=0.1", "--index-url", "https://example.org/simple"])
+    assert result.exit_code == 0
+    assert result.stdout == "adapter calm (fade-in-mode 0.1.0): ready\nmode fade-in (fade-in-mode 0.1.0): ready\n"
+    assert made.commands == [["--upgrade", "fade-in-mode>=0.1", "--index-url", "https://example.org/simple"]]
+
+
+@pytest.mark.parametrize(
+    "written", ["fade-in-mode", "Fade_In.Mode==0.1", "fade-in-mode[extra]", "fade-in-mode @ file:///x"]
+)
+def test_a_package_that_is_there_already_is_told_again(written: str, fake: Any) -> None:
+    fake(also={FADE})
+    assert run(app, ["install", written]).stdout == "mode fade-in (fade-in-mode 0.1.0): ready\n"
+
+
+def test_a_package_without_a_mode_is_said_to_be_one(fake: Any) -> None:
+    fake()
+    error = run(app, ["install", "numpy"]).exception
+    assert isinstance(error, PipError)
+    assert error.message == "pip has installed numpy, which brings no mode and no adapter"
+
+
+def test_a_mode_that_does_not_load_is_named_at_once(fake: Any) -> None:
+    fake({FADE}).status = ("broken", "import: ModuleNotFoundError: No module named 'nowhere'")
+    error = run(app, ["install", "fade-in-mode"]).exception
+    assert isinstance(error, PipError)
+    assert error.problems == (
+        "mode fade-in (fade-in-mode 0.1.0) is broken: import: ModuleNotFoundError: No module named 'nowhere'",
+    )
+
+
+def test_uninstalling_says_which_modes_went(fake: Any) -> None:
+    made = fake({FADE}, also={FADE})
+    result = run(app, ["uninstall", "Fade_In_Mode"])
+    assert (result.exit_code, result.stdout) == (0, "mode fade-in (fade-in-mode 0.1.0): gone\n")
+    assert made.commands == [["Fade_In_Mode"]]
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("torch", "no package torch that brings a mode or an adapter is installed"),
+        ("lora_rt", "lora_rt is lora-rt itself"),
+        ("fade-in", "fade-in is no package; it comes from the package fade-in-mode"),
+    ],
+)
+def test_only_plugins_are_uninstalled(package: str, message: str, fake: Any) -> None:
+    made = fake(also={FADE})
+    error = run(app, ["uninstall", package]).exception
+    assert isinstance(error, PipError)
+    assert (error.message, made.commands) == (message, [])
+    error = run(app, ["uninstall", "fade-in-mode", package, "another"]).exception
+    assert isinstance(error, PipError)
+    assert len(error.problems) == 2
+    assert made.commands == [], "all or nothing"
+
+
+def test_what_pip_leaves_behind_is_said(fake: Any) -> None:
+    fake(also={FADE})
+    error = run(app, ["uninstall", "fade-in-mode"]).exception
+    assert isinstance(error, PipError)
+    assert error.message == "pip left fade-in-mode where it is"
+
+
+def test_pips_own_errors_are_passed_on() -> None:
+    """Without asking an index: a folder that is not there."""
+    error = run(app, ["install", "--no-index", "./no-such-folder"]).exception
+    assert isinstance(error, PipError)
+    assert error.message == "pip install failed (exit code 1)"
+    assert any("no-such-folder" in problem for problem in error.problems)
+
+
+def test_a_python_without_pip_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PipError, match="this Python has no pip") as caught:
+        pip.uninstall(["x"])
+    assert caught.value.next_step.endswith("-m ensurepip")
+
+
+def test_usage_without_a_package_is_usage() -> None:
+    assert run(app, ["install"]).exit_code == 2
+    assert run(app, ["uninstall"]).exit_code == 2
+
+
+class Environment:
+    """A fresh virtual environment that sees the packages of the running one, so that nothing is downloaded."""
+
+    def __init__(self, folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+        scripts = "Scripts" if os.name == "nt" else "bin"
+        self.python = folder / "venv" / scripts / "python"
+        self.folder = folder
+        # addsitedir, not a plain line: it also reads the .pth files there, which an editable lora-rt is installed by.
+        packages = [path for path in sys.path if path.endswith("-packages")]
+        lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in packages)
+        (Path(self._ask("import sysconfig; print(sysconfig.get_path('purelib'))")) / "running.pth").write_text(lines)
+
+    def _ask(self, code: str) -> str:
+        return subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    def lora_rt(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "COLUMNS": "200"}
+        command = [str(word) for word in (self.python, "-m", "lora_rt", *arguments)]
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, errors="replace", check=False
+        )
+
+    def modes(self) -> dict[str, str]:
+        listed = self.lora_rt("plugins", "--json")
+        return {record["name"]: record["status"] for record in json.loads(listed.stdout)}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's wheel; built from a copy, so that setuptools leaves nothing in the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = shutil.copytree(
+        EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run(command, check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_a_strangers_package_is_installed_used_and_uninstalled(wheel: Path, tmp_path: Path) -> None:
+    """The whole way, with the commands that a user types, in a fresh environment."""
+    there = Environment(tmp_path)
+    base = tiny_base(tmp_path / "tiny")
+    pairs = [{"scene": f"rain {i}", "text": f"It rains {i} times."} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    on = ("--base", base, "--precision", "float32", "--device", "cpu")
+    train = ("train", "rain", "--data", "pairs.jsonl", *on, "--r", 2, "--epochs", 1, "--batch-size", 8)
+
+    missing = there.lora_rt(*train, "--mode", "fade-in")
+    assert missing.returncode == 1
+    assert "no plugin provides the mode 'fade-in'" in missing.stderr
+    assert "lora-rt install PACKAGE" in missing.stderr
+
+    came = there.lora_rt("install", wheel)
+    assert (came.returncode, came.stdout) == (0, "mode fade-in (fade-in-mode 0.1.0): ready\n"), came.stderr
+    assert there.modes()["fade-in"] == "ok"
+
+    trained = there.lora_rt(*train, "--mode", "fade-in", "--option", "tokens=4")
+    assert trained.returncode == 0, trained.stderr
+    spoken = there.lora_rt("compose", "rain:0.7", *on, "-p", "rain", "--max-new-tokens", 6, "--json")
+    assert spoken.returncode == 0, spoken.stderr
+    assert json.loads(spoken.stdout)["terms"][0]["mode"] == "fade-in"
+
+    adapter = next((tmp_path / "home" / "store").rglob("register.json")).parent
+    copied = there.lora_rt("fade-in", adapter, "fading", "--tokens", 3)
+    assert copied.returncode == 0, copied.stderr
+    inspected = inspect_adapter(tmp_path / "fading", name="fading")
+    assert (inspected.mode, load_file(inspected.state)["tokens"].item()) == ("fade-in", 3)
+    gone = there.lora_rt("uninstall", "fade-in-mode")
+    assert gone.returncode == 0, gone.stderr
+    assert gone.stdout.splitlines() == [
+        "mode fade-in (fade-in-mode 0.1.0): gone",
+        "  the adapter rain needs it and can't be used until it is back",
+    ]
+    assert "fade-in" not in there.modes()
+    assert there.lora_rt("fade-in", adapter, "again").returncode == 2
