@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_rt.registry.errors import ChangedAdapterError, ProjectError
 from lora_rt.registry.hub.download import Report, silent
-from lora_rt.registry.hub.pull import install, obtain
+from lora_rt.registry.hub.pull import holder_of, install, obtain
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked, read_lock, write_lock
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, Project, read_project
@@ -95,7 +95,7 @@ def _install(registry: Registry, entry: Locked, offline: bool, report: Report) -
             requested=requested,
             expected=entry.files,
             offline=offline,
-            take_name=not registry.store.records.named(entry.name),
+            take_name=holder_of(registry.store, entry.name, reference.target, entry.base) is None,
             report=report,
         )
     found = registry.resolve(reference)

@@ -35,7 +35,7 @@ def pull(
         StoreError: the name belongs to another adapter.
     """
     name = name or default_name(reference)
-    _check_name_is_free(store, name, reference.target)
+    _check_name(name)
     commit = _commit(store, reference, offline)
     if commit is None:
         record = find_installed(store, reference)[0]
@@ -106,6 +106,7 @@ def install(
             inspected = inspect_adapter(folder, name=name)
             if expected is not None:
                 _check_files(repo, commit, inspected.files, expected)
+            _check_is_free(store, name, repo, inspected.card.base.id if inspected.card else "")
             return store.publish(folder, name, source=source_of(repo), revision=commit, requested=requested)
 
 
@@ -124,7 +125,7 @@ def find_installed(store: Store, reference: Reference) -> list[Record]:
     found = [record for record in store.records.all() if record.source == source_of(reference.target)]
     revision = reference.revision
     if revision in (None, "main"):
-        return [record for record in found if record.requested is None] or found
+        return [record for record in found if record.requested is None]
     return [
         record
         for record in found
@@ -163,19 +164,29 @@ def _installed(store: Store, repo: str, commit: str, expected: Mapping[str, str]
 
 
 def _name_it(store: Store, record: Record, name: str, requested: str | None) -> Resolved:
+    _check_is_free(store, name, record.source.removeprefix("hub "), record.base)
     wanted = Record(name, record.base, record.source, record.revision, requested, record.sha256, record.files)
     return store.resolved(record) if wanted == record else store.link(wanted)
 
 
-def _check_name_is_free(store: Store, name: str, repo: str) -> None:
+def _check_name(name: str) -> None:
     if not is_name(name):
         raise StoreError(
             f"{name[:80]!r} is not a name that an adapter can have", next_step="Use letters, digits, . _ -"
         )
-    others = {record.source for record in store.records.named(name)} - {source_of(repo)}
-    if others:
+
+
+def holder_of(store: Store, name: str, repo: str, base: str) -> Record | None:
+    """The adapter of another source that has this name for this base; one without a card has it for every base."""
+    others = [record for record in store.records.named(name) if record.source != source_of(repo)]
+    return next((record for record in others if record.base == base or "" in (record.base, base)), None)
+
+
+def _check_is_free(store: Store, name: str, repo: str, base: str) -> None:
+    holder = holder_of(store, name, repo, base)
+    if holder is not None:
         raise StoreError(
-            f"the name {name!r} belongs to an adapter from {', '.join(sorted(others))}",
+            f"the name {name!r} belongs to an adapter from {holder.source}",
             next_step=f"Choose another: lora-rt pull {repo} --as NAME",
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_rt.registry.errors import ChangedAdapterError, HubError, RejectedAdapterError, StoreError
+from lora_rt.registry.errors import ChangedAdapterError, HubError, RejectedAdapterError
 from lora_rt.registry.hub.pull import pull
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
@@ -88,14 +88,6 @@ def test_main_may_move_and_the_name_follows(hub: LocalHub, store: Store) -> None
     commit = hub.commit(REPO, adapter_files(seed=1))
     assert pull(store, Reference.parse(REPO)).revision == commit
     assert not old.folder.exists()
-
-
-def test_a_name_is_never_taken_over_by_another_repository(hub: LocalHub, store: Store) -> None:
-    hub.commit(REPO, adapter_files())
-    hub.commit("mallory/emotion", adapter_files(seed=1))
-    pull(store, Reference.parse(REPO))
-    with pytest.raises(StoreError, match="--as"):
-        pull(store, Reference.parse("mallory/emotion"))
 
 
 @pytest.mark.parametrize(

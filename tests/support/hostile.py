@@ -207,6 +207,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "catastrophic regex with alternatives": (config(target_modules="(q|q)*_proj"), "too complex"),
     "many wildcards in target_modules": (config(target_modules=".*" * 30 + "x"), "too complex"),
     "optional parts between wildcards": (config(target_modules=".*(?:a|)" * 6 + "x"), "too complex"),
+    "repeats that one alternative closes": (config(target_modules="(?:.*|a)" * 6 + "x"), "too complex"),
     "a regex that matches nothing": (config(target_modules="nothing"), "selects no linear layer"),
     "catastrophic regex in rank_pattern": (
         config(rank_pattern={"(.*)*(.*)*(.*)*X": 4}),

@@ -1,0 +1,56 @@
+"""Which names pulled adapters get in the store, and who keeps a name."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_rt.registry.card import BaseIdentity
+from lora_rt.registry.errors import StoreError
+from lora_rt.registry.hub.pull import pull
+from lora_rt.registry.reference import Reference
+from lora_rt.registry.registry import Registry
+from support.adapters import adapter_files
+from support.hub import LocalHub
+
+SMOL = {"id": "org/smol", "revision": None, "digest": "a1"}
+QWEN = {"id": "org/qwen", "revision": None, "digest": "b2"}
+
+
+def test_one_name_may_come_from_two_repositories_for_two_bases(hub: LocalHub, registry: Registry) -> None:
+    hub.commit("a/voice-smol", adapter_files(base=SMOL))
+    hub.commit("a/voice-qwen", adapter_files(base=QWEN))
+    for repo in ("a/voice-smol", "a/voice-qwen"):
+        pull(registry.store, Reference.parse(repo), name="voice")
+    assert registry.resolve("voice", BaseIdentity(**SMOL)).source == "hub a/voice-smol"
+    assert registry.resolve("voice", BaseIdentity(**QWEN)).source == "hub a/voice-qwen"
+
+
+def test_a_name_is_never_taken_over_for_the_same_base(hub: LocalHub, registry: Registry) -> None:
+    hub.commit("a/voice", adapter_files(base=SMOL))
+    hub.commit("mallory/voice", adapter_files(base=SMOL, seed=1))
+    hub.commit("mallory/any", adapter_files(card=False, seed=1))
+    first = pull(registry.store, Reference.parse("a/voice"))
+    with pytest.raises(StoreError, match="belongs to an adapter from hub a/voice"):
+        pull(registry.store, Reference.parse("mallory/voice"))
+    with pytest.raises(StoreError, match="belongs to an adapter from hub a/voice"):
+        pull(registry.store, Reference.parse("mallory/any"), name="voice")
+    assert registry.resolve("voice").sha256 == first.sha256
+
+
+def test_a_repository_that_is_used_by_its_id_takes_no_name_that_is_in_use(hub: LocalHub, registry: Registry) -> None:
+    hub.commit("a/voice", adapter_files(base=SMOL))
+    hub.commit("b/voice", adapter_files(base=SMOL, seed=1))
+    registry.resolve("a/voice")
+    second = registry.resolve("b/voice")
+    assert second.name.startswith("voice-")
+    assert registry.resolve("voice").source == "hub a/voice"
+
+
+def test_a_repository_without_a_revision_is_its_main_not_a_tag_that_was_pulled(
+    hub: LocalHub, registry: Registry
+) -> None:
+    old = hub.commit("a/voice", adapter_files(), tag="v1")
+    new = hub.commit("a/voice", adapter_files(seed=1))
+    assert registry.resolve("a/voice@v1").revision == old
+    assert registry.resolve("a/voice").revision == new
+    assert registry.resolve("a/voice@v1").revision == old
