@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_rt.core.bridge.hyper import HyperBridge
+from lora_rt.core.bridge.rounds import onward
 from lora_rt.core.evaluation.bootstrap import ratio_interval
 from lora_rt.core.evaluation.chrf import chrf
 from lora_rt.core.evaluation.keywords import f1, guesses, literal_and_hidden, wanted_words, words_of
@@ -94,7 +95,7 @@ def compression(bridge: HyperBridge, base: HyperBridge, examples: Examples, sett
     best = max((name for name in controls if name != "base"), key=lambda name: float(np.mean(controls[name])))
     return {
         "f1": figure(own),
-        "exact": figure([set(f) == set(w) for f, w in zip(found, wanted, strict=True)]),
+        "exact": figure(_same(found, wanted)),
         "controls": {name: figure(scores) for name, scores in controls.items()},
         "best_control": best,
         "ratio_to_best_control": float(np.mean(own) / max(float(np.mean(controls[best])), 1e-9)),
@@ -113,12 +114,8 @@ def from_scenes(bridge: HyperBridge, base: HyperBridge, examples: Examples, sett
     wanted = [wanted_words(e) for e in examples]
 
     def back(by: HyperBridge, texts: Sequence[str]) -> Document:
-        # An empty text compresses to nothing.
-        kept = [i for i, text in enumerate(texts) if text]
-        made = dict(zip(kept, by.compress([texts[i] for i in kept]), strict=True))
-        found = [words_of(made.get(i, "")) for i in range(len(texts))]
-        exact = [set(f) == set(w) for f, w in zip(found, wanted, strict=True)]
-        return {"f1": figure(_f1s(found, wanted)), "exact": figure(exact)}
+        found = [words_of(scene) for scene in onward(by.compress, texts)]
+        return {"f1": figure(_f1s(found, wanted)), "exact": figure(_same(found, wanted))}
 
     greedy = bridge.expand(scenes)
     reranked = bridge.expand(scenes, candidates=settings.candidates, seed=settings.seed)
@@ -135,7 +132,7 @@ def from_scenes(bridge: HyperBridge, base: HyperBridge, examples: Examples, sett
 def from_texts(bridge: HyperBridge, _base: HyperBridge, examples: Examples, _settings: BridgeSettings) -> Document:
     """text -> scene -> text: chrF (0 to 100), beside the expansion of the true scene and of another text's scene."""
     texts = [e["text"] for e in examples]
-    through = bridge.expand([scene or text for scene, text in zip(bridge.compress(texts), texts, strict=True)])
+    through = onward(bridge.expand, bridge.compress(texts))
     own = chrf(through, texts)
     other = chrf(through[1:] + through[:1], texts)
     return {
@@ -225,6 +222,10 @@ def _per_token(worse: TextLosses, better: TextLosses) -> Document:
 
 def _f1s(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> list[float]:
     return [f1(f, w) for f, w in zip(found, wanted, strict=True)]
+
+
+def _same(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> list[bool]:
+    return [set(f) == set(w) for f, w in zip(found, wanted, strict=True)]
 
 
 def _recalls(found: Sequence[Sequence[str]], texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> Document:

@@ -19,9 +19,9 @@ _DRAWS = 50
 
 
 def words_of(text: str) -> list[str]:
-    """The different content words of a text in their order, lower case; any script."""
+    """The different content words of a text in their order, lower case, any script; all words where none is content."""
     found = dict.fromkeys(re.findall(r"\w+", text.lower()))
-    return [word for word in found if word not in _FUNCTION_WORDS]
+    return [word for word in found if word not in _FUNCTION_WORDS] or list(found)
 
 
 def wanted_words(example: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ def settings_of(zoo: Zoo, folder: Path, **changes: Any) -> TrainSettings:
         "mode": "bridge",
         "data": data,
         "held_out": data,
-        "base": str(zoo.base("llama")),
+        "base": str(zoo.base("llama", max_position_embeddings=1024)),
         "precision": "float32",
         "r": 8,
         "alpha": 16,
@@ -59,7 +59,7 @@ def learned(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runtime
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_RT_HOME", str(folder / "home"))
         train(settings_of(zoo, folder, options={"reserve": "0.25", "prior": "1"}, epochs=60), load_modes(), out)
-    return zoo.runtime("llama", fresh=True), out
+    return zoo.runtime("llama", fresh=True, max_position_embeddings=1024), out
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import lora_rt
 from lora_rt.core.bridge.cycle import cycle_pairs, write_lines
 from lora_rt.core.bridge.hyper import BridgeError, HyperBridge
+from lora_rt.core.bridge.rounds import onward
 from lora_rt.core.runtime import Runtime
 from support.pairs import DOCUMENT, PAIRS
 
@@ -122,3 +123,7 @@ def test_lines_are_never_written_over_a_file(tmp_path: Path) -> None:
     assert "тишинажарвход" in file.read_text(encoding="utf-8")
     with pytest.raises(BridgeError, match="is there already"):
         write_lines(file, [DOCUMENT])
+
+
+def test_nothing_goes_onward_as_nothing(bridge: HyperBridge) -> None:
+    assert onward(bridge.compress, ["aaaa", "", "bbbb"]) == ["a", "", "b"]

@@ -86,15 +86,18 @@ def roundtrip(
     as_json: options.Json = False,
 ) -> None:
     """Scene to text to scene, or with --from text the other way round."""
+    from lora_rt.core.bridge.rounds import onward
+
     given = read_items(items or [], data, start.value)
     bridge = _bridge(adapter, base, precision, device)
-    keys = ("scene", "text") if start is Side.scene else ("text", "scene")
-    if start is Side.scene:
-        between = bridge.expand(given, candidates=candidates, seed=seed)
-        back = bridge.compress(between)
-    else:
-        between = bridge.compress(given)
-        back = bridge.expand(between, candidates=candidates, seed=seed)
+    from_scene = start is Side.scene
+    keys = ("scene", "text") if from_scene else ("text", "scene")
+
+    def expand(items: Sequence[str]) -> list[str]:
+        return bridge.expand(items, candidates=candidates, seed=seed)
+
+    between = expand(given) if from_scene else bridge.compress(given)
+    back = onward(bridge.compress, between) if from_scene else onward(expand, between)
     rows = [dict(zip((*keys, "back"), row, strict=True)) for row in zip(given, between, back, strict=True)]
     _show(rows, [*keys, "back"], as_json)
 

@@ -15,14 +15,15 @@ class ItemsError(LoraRtError):
     """There is nothing to work on, or lines that can't be read; all of them are named."""
 
 
-def read_items(arguments: Sequence[str], data: Path | None, field: str, stdin: TextIO = sys.stdin) -> list[str]:
+def read_items(arguments: Sequence[str], data: Path | None, field: str, stdin: TextIO | None = None) -> list[str]:
     """The scenes or texts.
 
     Args:
         arguments: those of the command line; taken as they are.
         data: a JSONL file whose lines have `field`.
         field: "scene" or "text".
-        stdin: read where neither is given. A line that is a JSON object gives its `field`, any other line itself.
+        stdin: read where neither is given; the process's own by default. A line that is a JSON object gives its
+            `field`, any other line itself.
 
     Raises:
         LoraRtError: nothing is given, too much is given, or lines are bad.
@@ -33,6 +34,7 @@ def read_items(arguments: Sequence[str], data: Path | None, field: str, stdin: T
         return list(arguments)
     if data is not None:
         return field_of(data, field)
+    stdin = stdin or sys.stdin
     lines = [] if stdin.isatty() else [line.strip() for line in stdin]
     items = _read_lines([line for line in lines if line], field)
     if not items:

@@ -1,0 +1,109 @@
+"""`lora-rt bridge` and `lora-rt eval --bridge`: where items come from, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lora_rt.core.cli.app import app
+from lora_rt.core.cli.bridge.items import ItemsError, read_items
+from lora_rt.core.runtime import Runtime
+from support.pairs import DOCUMENT, PAIRS, write_lines
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(learned: tuple[Runtime, Path], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a bridge command with the learned adapter, over the runtime that is loaded already."""
+    runtime, folder = learned
+    monkeypatch.setattr(Runtime, "load", lambda *args, **settings: runtime)
+
+    def invoke(*arguments: str, stdin: str | None = None) -> Result:
+        options = () if arguments[0] == "eval" else ("--adapter", str(folder))
+        return CliRunner().invoke(app, [*arguments, *options], input=stdin, catch_exceptions=False)
+
+    return invoke
+
+
+def test_arguments_give_one_line_each(run: Run) -> None:
+    assert run("bridge", "compress", "aaaa", "hhhh").stdout == "a\nh\n"
+    assert run("bridge", "expand", "c").stdout == "cccc\n"
+
+
+def test_standard_input_gives_one_item_a_line_and_can_be_piped_on(run: Run) -> None:
+    texts = run("bridge", "expand", stdin="a\n\nb\n").stdout
+    assert run("bridge", "compress", stdin=texts).stdout == "a\nb\n"
+
+
+def test_json_lines_are_read_from_standard_input_and_from_a_file(run: Run, tmp_path: Path) -> None:
+    lines = "".join(json.dumps(pair) + "\n" for pair in PAIRS[:2])
+    assert run("bridge", "compress", stdin=lines).stdout == "a\nb\n"
+    file = write_lines(tmp_path / "pairs.jsonl", PAIRS[:2])
+    assert run("bridge", "expand", "--data", str(file)).stdout == "aaaa\nbbbb\n"
+
+
+def test_json_is_one_document(run: Run) -> None:
+    assert json.loads(run("bridge", "compress", "aaaa", "--json").stdout) == [{"text": "aaaa", "scene": "a"}]
+    found = json.loads(run("bridge", "roundtrip", "b", "--candidates", "2", "--json").stdout)
+    assert found == [{"scene": "b", "text": "bbbb", "back": "b"}]
+    found = json.loads(run("bridge", "roundtrip", "bbbb", "--from", "text", "--json").stdout)
+    assert found == [{"text": "bbbb", "scene": "b", "back": "bbbb"}]
+
+
+def test_the_documents_own_pair_goes_through(run: Run) -> None:
+    (row,) = json.loads(run("bridge", "compress", DOCUMENT["text"], "--json").stdout)
+    assert row["text"] == DOCUMENT["text"]
+    (row,) = json.loads(run("bridge", "roundtrip", DOCUMENT["scene"], "--json").stdout)
+    assert row["scene"] == DOCUMENT["scene"]
+
+
+def test_a_cycle_writes_lines_to_train_on(run: Run, tmp_path: Path) -> None:
+    scenes, out = write_lines(tmp_path / "scenes.jsonl", [{"scene": "e"}]), tmp_path / "cycle.jsonl"
+    assert run("bridge", "cycle", "--scenes", str(scenes), "--out", str(out)).exit_code == 0
+    assert json.loads(out.read_text()) == {"scene": "e", "text": "eeee", "direction": "compress"}
+
+
+def test_eval_measures_bridges_and_prints_one_document(run: Run, learned: tuple[Runtime, Path], tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    done = run("eval", str(learned[1]), "--bridge", "--data", f"pairs={file}", "--json")
+    found = json.loads(done.stdout)
+    assert found["examples"] == {"pairs": 8}
+    assert found["bridge"]["pairs"][str(learned[1])]["compress"]["f1"]["mean"] == 1.0
+
+
+class Terminal(StringIO):
+    """Standard input that is a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stdin", "said"),
+    [
+        (Terminal(), "there is no text"),
+        (StringIO("\n \n"), "there is no text"),
+        (StringIO('fine\n{"scene": "a"}\n{"text": 3}\n{\n'), 'line 2 is no JSON object with a "text"'),
+    ],
+)
+def test_items_that_are_missing_or_bad_are_named(stdin: StringIO, said: str) -> None:
+    with pytest.raises(ItemsError) as caught:
+        read_items([], None, "text", stdin)
+    assert said in str(caught.value)
+
+
+def test_every_bad_line_is_named() -> None:
+    with pytest.raises(ItemsError) as caught:
+        read_items([], None, "text", StringIO('{"a": 1}\nfine\n{"text": ""}\n'))
+    assert [problem[:6] for problem in caught.value.problems] == ["line 1", "line 3"]
+
+
+def test_arguments_and_a_file_at_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ItemsError, match="both arguments and --data"):
+        read_items(["a"], tmp_path / "pairs.jsonl", "text")
