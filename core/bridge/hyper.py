@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from lora_rt.core.composition import Composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Direction, prompt_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["pmi", "logp"]
 T = TypeVar("T")
@@ -123,12 +126,34 @@ class HyperBridge:
     def log_likelihoods(self, direction: Direction, given: Sequence[str], answers: Sequence[str]) -> list[float]:
         """log p(answer | given) in that direction, in nats, the answer's end included; one number per pair."""
         prompts = [self.prompt(direction, content) for content in given]
+        rows_of: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(prompt, []).append(row)
+        single = [rows[0] for rows in rows_of.values() if len(rows) == 1]
+        found = dict(zip(single, self._each([prompts[i] for i in single], [answers[i] for i in single]), strict=True))
+        for prompt, rows in rows_of.items():
+            if len(rows) > 1:
+                found.update(zip(rows, self._choices(prompt, [answers[i] for i in rows]), strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def _each(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """log p of one answer per prompt."""
 
         def scored(rows: Sequence[int]) -> list[float]:
             chosen = [prompts[i] for i in rows], [answers[i] for i in rows]
-            return [-float(nll.double().sum()) for nll in self.runtime.answer_nll(*chosen, self.composition)]
+            return [_likelihood(nll) for nll in self.runtime.answer_nll(*chosen, self.composition)]
 
         return self._batched([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], scored)
+
+    def _choices(self, prompt: str, answers: Sequence[str]) -> list[float]:
+        """log p of several answers to one prompt, which is read once."""
+
+        def scored(rows: Sequence[int]) -> list[float]:
+            losses = self.runtime.choices_nll(prompt, [answers[i] for i in rows], self.composition)
+            return [_likelihood(nll) for nll in losses]
+
+        # Answers are short beside a prompt, which every batch reads again.
+        return self._batched([len(answer) for answer in answers], scored, 4 * self._batch_size)
 
     def _sampled(self, scenes: Sequence[str], seed: int, max_new_tokens: int) -> list[str]:
         settings = {"max_new_tokens": max_new_tokens, "temperature": _TEMPERATURE, "top_p": _TOP_P, "seed": seed}
@@ -151,14 +176,19 @@ class HyperBridge:
 
         return self._batched([len(prompt) for prompt in prompts], answered)
 
-    def _batched(self, sizes: Sequence[int], run: Callable[[Sequence[int]], list[T]]) -> list[T]:
+    def _batched(self, sizes: Sequence[int], run: Callable[[Sequence[int]], list[T]], limit: int = 0) -> list[T]:
         """`run` on batches of rows of like size, so that little is spent on padding; results in the rows' own order."""
         order = sorted(range(len(sizes)), key=lambda i: sizes[i])
         found: dict[int, T] = {}
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
+        limit = limit or self._batch_size
+        for start in range(0, len(order), limit):
+            rows = order[start : start + limit]
             found.update(zip(rows, run(rows), strict=True))
         return [found[i] for i in range(len(sizes))]
+
+
+def _likelihood(nll: Tensor) -> float:
+    return -float(nll.double().sum())
 
 
 def _listed(items: str | Sequence[str], what: str) -> list[str]:

@@ -127,3 +127,12 @@ def test_lines_are_never_written_over_a_file(tmp_path: Path) -> None:
 
 def test_nothing_goes_onward_as_nothing(bridge: HyperBridge) -> None:
     assert onward(bridge.compress, ["aaaa", "", "bbbb"]) == ["a", "", "b"]
+
+
+def test_many_scenes_of_one_text_score_as_they_do_one_by_one(bridge: HyperBridge) -> None:
+    """The text is read once for all of them."""
+    scenes = ["a", "bb", "a longer scene", "тишинажарвход"]
+    together = bridge.log_likelihoods("compress", ["bbbb"] * 4, scenes)
+    assert together == pytest.approx([bridge.score(s, "bbbb", kind="logp") for s in scenes], abs=1e-3)
+    mixed = bridge.log_likelihoods("compress", ["bbbb", "cc", "bbbb"], ["a", "a", "bb"])
+    assert mixed == pytest.approx([together[0], bridge.score("a", "cc", kind="logp"), together[1]], abs=1e-3)
