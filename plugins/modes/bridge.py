@@ -44,6 +44,9 @@ _STATE = "reserve"
 class Options:
     """The options of a bridge.
 
+    The defaults are what did best in pilots on the default base: loss on the prompt cost the forward direction 0.56
+    nats per token, a double weight on compressing 0.17, and averaging per example instead of per token 0.08 to 0.13.
+
     `expand_weight`, `compress_weight`: loss of a token of that direction; 0 leaves the direction out altogether.
     `prompt_loss`: loss of a prompt's token, as a share of an answer's; 0 is none.
     `reserve`: share of the ranks that is each direction's own, from 0 to 0.5.
