@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ def test_only_the_files_that_are_read_are_downloaded(hub: LocalHub, store: Store
 def test_a_second_pull_downloads_nothing(hub: LocalHub, store: Store) -> None:
     hub.commit(REPO, adapter_files())
     pull(store, Reference.parse(REPO))
+    shutil.rmtree(os.environ["HF_HOME"])
     pull(store, Reference.parse(REPO))
     assert hub.downloads() == 1
 

@@ -156,6 +156,14 @@ def test_a_missing_file_is_found_at_load(registry: Registry) -> None:
     assert error.value.problems == ("register.json is missing",)
 
 
+def test_a_file_that_was_added_is_found_at_load(registry: Registry) -> None:
+    found = _publish(registry, "reason")
+    (found.folder / "mode.safetensors").write_bytes(b"x")
+    with pytest.raises(ChangedAdapterError) as error:
+        registry.resolve("reason")
+    assert error.value.problems == ("mode.safetensors is new",)
+
+
 def test_publishing_again_repairs_a_damaged_object(registry: Registry) -> None:
     found = _publish(registry, "reason")
     (found.folder / "register.json").write_text("{}")
