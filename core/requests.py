@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +49,9 @@ def scenes_per_row(scenes: Sequence[SceneType] | str | None, rows: int) -> list[
     if scenes is None or isinstance(scenes, str):
         return [scenes] * rows
     if len(scenes) != rows:
-        raise RequestError(f"{len(scenes)} scene types for {rows} rows", next_step="Give one per row, None where it is not known")
+        raise RequestError(
+            f"{len(scenes)} scene types for {rows} rows", next_step="Give one per row, None where it is not known"
+        )
     return list(scenes)
 
 
@@ -62,18 +63,17 @@ class Weigher:
         self._modes = modes
         self._base = base
 
-    def rows(self, compositions: Sequence[Composition | None], scenes: Sequence[SceneType], prompts: Sequence[str | None]) -> list[Row]:
-        """One row each; equal requests are weighed once."""
+    def rows(
+        self, compositions: Sequence[Composition | None], scenes: Sequence[SceneType], prompts: Sequence[str | None]
+    ) -> list[Row]:
+        """One row each."""
         return [self._row(c, scene, prompt) for c, scene, prompt in zip(compositions, scenes, prompts, strict=True)]
 
     def _row(self, composition: Composition | None, scene: SceneType, prompt: str | None) -> Row:
         if composition is None:
             return Row({}, scene)
-        infos = self._residents.infos
-        terms = []
-        for name, weight in self._residents.ensure(composition):
-            info = self._residents.infos.get(name) or infos[name]
-            terms.append(TermFacts(name, weight, info.mode, info.card.model_dump() if info.card else {}))
+        found = self._residents.ensure(composition)
+        terms = [TermFacts(i.name, weight, i.mode, i.card.model_dump() if i.card else {}) for i, weight in found]
         weights = self._decided(terms, scene, prompt)
         summed: dict[str, float] = {}
         for term, weight in zip(terms, weights, strict=True):
@@ -88,18 +88,8 @@ class Weigher:
                 continue
             mine = [index for index, term in enumerate(terms) if term.mode == mode]
             context = ComposeContext(terms=terms, mine=mine, prompt=prompt, scene_type=scene, base=self._base)
-            decided = self._modes.call(mode, "lora_rt_compose", context=context)
-            if decided is None:
-                continue
-            for index, weight in zip(mine, self._checked(mode, decided, len(mine)), strict=True):
-                weights[index] = weight
+            decided = self._modes.weights(mode, context)
+            if decided is not None:
+                for index, weight in zip(mine, decided, strict=True):
+                    weights[index] = weight
         return weights
-
-    def _checked(self, mode: str, decided: object, count: int) -> list[float]:
-        try:
-            values = [float(value) for value in decided]  # type: ignore[attr-defined]
-        except (TypeError, ValueError) as error:
-            raise self._modes.broke(mode, "lora_rt_compose", "it returned no list of numbers") from error
-        if len(values) != count or not all(math.isfinite(value) for value in values):
-            raise self._modes.broke(mode, "lora_rt_compose", f"it returned {values} for {count} terms")
-        return values

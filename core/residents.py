@@ -59,11 +59,14 @@ class Residents:
         """
         parsed = reference if isinstance(reference, Reference) else Reference.parse(reference)
         if name is not None and not is_name(name):
-            raise ResidentError(f"{name!r} is not a name that an adapter can have", next_step="Use letters, digits, '.', '_' and '-'")
+            text = f"{name!r} is not a name that an adapter can have"
+            raise ResidentError(text, next_step="Use letters, digits, '.', '_' and '-'")
         with self._lock:
             resolved = self._registry.resolve(parsed, self._base.identity)
             resident = name or self._free_name(resolved)
             self._make_resident(resolved, resident)
+            # Another reference may have led to an adapter that had this name before.
+            self._aliases = {text: other for text, other in self._aliases.items() if other != resident}
             if name is None:
                 self._aliases[parsed.text] = resident
         return resident
@@ -79,13 +82,13 @@ class Residents:
             self.infos = {key: info for key, info in self.infos.items() if key != name}
             self._aliases = {text: resident for text, resident in self._aliases.items() if resident != name}
 
-    def ensure(self, composition: Composition) -> list[tuple[str, float]]:
-        """(resident name, weight) of every term, loading what is not resident yet.
+    def ensure(self, composition: Composition) -> list[tuple[AdapterInfo, float]]:
+        """The adapter and the weight of every term, loading what is not resident yet.
 
         Raises:
             LoraRtError: terms that can't be loaded; all of them are named.
         """
-        found: list[tuple[str, float]] = []
+        found: list[tuple[AdapterInfo, float]] = []
         failures: list[LoraRtError] = []
         for term in composition.terms:
             try:
@@ -99,11 +102,13 @@ class Residents:
             raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
         return found
 
-    def _resident(self, reference: Reference) -> str:
+    def _resident(self, reference: Reference) -> AdapterInfo:
         with self._lock:
             if reference.kind == "name" and reference.revision is None and reference.target in self.infos:
-                return reference.target
-            return self._aliases.get(reference.text) or self.load(reference)
+                return self.infos[reference.target]
+            # Named first: loading replaces the table of infos.
+            name = self._aliases.get(reference.text) or self.load(reference)
+            return self.infos[name]
 
     def _free_name(self, resolved: Resolved) -> str:
         """The adapter's own name, or that with part of its digest where another adapter has it."""

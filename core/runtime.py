@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.composition import Composition, Term
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.early import EarlyHidden
+from lora_rt.core.generation.batch import given_batch
 from lora_rt.core.generation.decode import Decoder
 from lora_rt.core.generation.prompts import Prompt, answer_ids, prompt_ids
-from lora_rt.core.generation.sampling import Sampling
-from lora_rt.core.generation.scoring import answer_nll
-from lora_rt.core.generation.text import TextStream
+from lora_rt.core.generation.sampling import Sampling, seeds_per_row
+from lora_rt.core.generation.scoring import answer_nll, choices_nll
+from lora_rt.core.generation.text import TextStream, text_of
 from lora_rt.core.planner import RowPlanner
 from lora_rt.core.requests import Compositions, RequestError, Row, Weigher, per_row, scenes_per_row
 from lora_rt.core.residents import AdapterInfo, Residents
@@ -40,14 +40,18 @@ class Runtime:
         """Use `Runtime.load`; this is for callers who have loaded the parts themselves."""
         self._base = base
         self._modes = modes
-        self._bank = AdapterBank(base.model, base.facts.layers, base.dtype)
+        self._bank = AdapterBank(base.model, base.dtype)
         self._early = EarlyHidden(base.model, base.facts.layers)
         self._residents = Residents(base, self._bank, modes, registry)
         self._weigher = Weigher(self._residents, modes, base.facts)
-        self._decoder = Decoder(base.model, int(base.tokenizer.pad_token_id), _end_ids(base))
+        padding = base.tokenizer.pad_token_id
+        self._pad_id = 0 if padding is None else int(padding)  # it is masked: any token will do
+        self._decoder = Decoder(base.model, self._pad_id, _end_ids(base))
 
     @classmethod
-    def load(cls, base: str = "default", *, precision: str = "int4", device: str = "auto", project: Path | None = None) -> Runtime:
+    def load(
+        cls, base: str = "default", *, precision: str = "int4", device: str = "auto", project: Path | None = None
+    ) -> Runtime:
         """Load a base, fetching and quantizing it first where that has not been done yet.
 
         Args:
@@ -91,7 +95,8 @@ class Runtime:
         Raises:
             LoraRtError: as `load_adapter`.
         """
-        return self._residents.ensure(Composition((Term(Reference.parse(reference) if isinstance(reference, str) else reference),)))[0][0]
+        parsed = Reference.parse(reference) if isinstance(reference, str) else reference
+        return self._residents.ensure(Composition((Term(parsed),)))[0][0].name
 
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; the base is untouched.
@@ -106,10 +111,10 @@ class Runtime:
         return self._base.digest()
 
     @overload
-    def generate(self, prompts: str, compositions: Compositions = None, **options: Any) -> str: ...
+    def generate(self, prompts: str, compositions: Compositions = ..., **options: Any) -> str: ...
     @overload
-    def generate(self, prompts: Sequence[Prompt], compositions: Compositions = None, **options: Any) -> list[str]: ...
-    def generate(
+    def generate(self, prompts: Sequence[Prompt], compositions: Compositions = ..., **options: Any) -> list[str]: ...
+    def generate(  # type: ignore[misc]  # the options are spelled out once, here
         self,
         prompts: str | Sequence[Prompt],
         compositions: Compositions = None,
@@ -140,6 +145,8 @@ class Runtime:
         Raises:
             LoraRtError: a prompt, composition or setting can't be used.
         """
+        if isinstance(prompts, Mapping):
+            raise RequestError("prompts is one chat message", next_step="Give [[message, ...], ...]: one list per row")
         single = isinstance(prompts, str)
         given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if not given:
@@ -150,10 +157,18 @@ class Runtime:
             for answer, token in zip(answers, tokens, strict=True):
                 if token is not None:
                     answer.append(token)
-        texts = [str(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+        texts = [text_of(self.tokenizer, answer) for answer in answers]
         return texts[0] if single else texts
 
-    def stream(self, prompt: Prompt, composition: Compositions = None, *, scene: SceneType = None, seed: int | None = None, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        composition: Compositions = None,
+        *,
+        scene: SceneType = None,
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
         """The answer to one prompt, piece by piece as it is decoded; joined, the pieces are what `generate` returns.
 
         Takes the sampling settings of `generate` by name.
@@ -180,14 +195,9 @@ class Runtime:
                 nothing is padding. A padded row's real positions equal those of the row unpadded.
             compositions, scenes: as in `generate`.
         """
-        ids = torch.as_tensor(input_ids, device=self._base.device)
-        if ids.dim() != 2:
-            raise RequestError(f"input_ids has shape {tuple(ids.shape)}", next_step="Give (batch, tokens)")
-        mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=self._base.device)
-        if mask.shape != ids.shape:
-            raise RequestError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}", next_step="Give them the same shape")
+        ids, mask = given_batch(input_ids, attention_mask, self.base.vocab_size, self._base.device)
         rows = self._rows(compositions, scenes, [None] * len(ids))
-        return self._decoder.logits(ids, mask.long(), self._planner(rows))
+        return self._decoder.logits(ids, mask, self._planner(rows))
 
     def answer_nll(
         self,
@@ -203,7 +213,23 @@ class Runtime:
         ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         texts = [answer_ids(self.tokenizer, answer) for answer in answers]
         rows = self._rows(compositions, scenes, [p if isinstance(p, str) else None for p in prompts])
-        return answer_nll(self._decoder, self._planner(rows), ids, texts, int(self.tokenizer.pad_token_id), self._base.device)
+        return answer_nll(self._decoder, self._planner(rows), ids, texts, self._pad_id, self._base.device)
+
+    def choices_nll(
+        self,
+        prompt: Prompt,
+        answers: Sequence[str],
+        composition: Composition | str | None = None,
+        scene: SceneType = None,
+    ) -> list[Tensor]:
+        """`answer_nll` of several answers to one prompt, which is read once instead of once per answer."""
+        if not answers:
+            return []
+        ids = prompt_ids(self.tokenizer, prompt)
+        texts = [answer_ids(self.tokenizer, answer) for answer in answers]
+        (row,) = self._rows([composition], [scene], [prompt if isinstance(prompt, str) else None])
+        planners = self._planner([row]), self._planner([row] * len(texts))
+        return choices_nll(self._decoder, planners, ids, texts, self._pad_id, self._base.device)
 
     def _decode(
         self,
@@ -214,14 +240,14 @@ class Runtime:
         seed: Seeds,
     ) -> Iterator[list[int | None]]:
         sampling.check()
-        seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise RequestError(f"{len(seeds)} seeds for {len(prompts)} rows", next_step="Give one for all, or one per row")
+        seeds = seeds_per_row(seed, len(prompts))
         rows = self._rows(compositions, scenes, [p if isinstance(p, str) else None for p in prompts])
         ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         return self._decoder.decode(ids, self._planner(rows), sampling, seeds)
 
-    def _rows(self, compositions: Compositions, scenes: Sequence[SceneType] | str | None, prompts: Sequence[str | None]) -> list[Row]:
+    def _rows(
+        self, compositions: Compositions, scenes: Sequence[SceneType] | str | None, prompts: Sequence[str | None]
+    ) -> list[Row]:
         count = len(prompts)
         return self._weigher.rows(per_row(compositions, count), scenes_per_row(scenes, count), prompts)
 

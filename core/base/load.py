@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lora_rt.core.base.precision import Precision, check_precision, choose_devic
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.quiet import hush
+from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
@@ -33,18 +35,33 @@ class LoadedBase:
     dtype: torch.dtype
 
     def digest(self) -> str:
-        """The sha256 of every parameter and buffer as it lies in memory.
+        """The sha256 of every parameter, buffer and quantization scale as it lies in memory.
 
         Not of `state_dict()`: asking bitsandbytes for that repacks 4-bit weights.
         """
         total = hashlib.sha256()
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            total.update(name.encode())
-            total.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes() if tensor.dim() else str(tensor.item()).encode())
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers(), *_scales(self.model)]:
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return total.hexdigest()
 
 
-def load_base(text: str = "default", precision: str = "int4", device: str = "auto", *, for_training: bool = False) -> LoadedBase:
+def _scales(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """bitsandbytes keeps the scales of its weights beside them, neither as parameters nor as buffers."""
+    for name, module in model.named_modules():
+        found: dict[str, object] = {}
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        while state is not None:  # int4; the scales are quantized themselves
+            found |= {f"{len(found)}.{key}": value for key, value in vars(state).items()}
+            state = getattr(state, "state2", None)
+        if (state8 := getattr(module, "state", None)) is not None:
+            found["SCB"] = getattr(state8, "SCB", None)
+        yield from ((f"{name}.{key}", value) for key, value in found.items() if isinstance(value, torch.Tensor))
+
+
+def load_base(
+    text: str = "default", precision: str = "int4", device: str = "auto", *, for_training: bool = False
+) -> LoadedBase:
     """Load a base.
 
     Args:
@@ -79,16 +96,17 @@ def load_base(text: str = "default", precision: str = "int4", device: str = "aut
 
 
 def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(precision), device_map={"": device})
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = whole_model(folder, dtype=compute_dtype(precision), device_map={"": device})
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except torch.OutOfMemoryError as error:
-        raise BaseError(f"{folder.name} does not fit into the memory of {device}", next_step="Use --precision int4, or a smaller base") from error
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BaseError(f"{folder} can't be loaded: {lines[0]}", next_step="Remove that folder and try again, or check that transformers can load it") from error
+        text = f"{folder.name} does not fit into the memory of {device}"
+        raise BaseError(text, next_step="Use --precision int4, or a smaller base") from error
+    except UNREADABLE as error:
+        text = f"{folder} can't be loaded: {first_line(error)}"
+        raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -102,7 +120,7 @@ def _keep_gradients(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # torch types attributes as tensors
 
 
 def _facts(config: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:

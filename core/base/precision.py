@@ -31,7 +31,7 @@ def check_precision(name: str) -> Precision:
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of activations. int8 computes in float16, since bitsandbytes casts to it anyway (and warns if it must)."""
+    """The dtype of activations. int8 computes in float16, to which bitsandbytes casts anyway (and warns)."""
     import torch
 
     return {
@@ -84,10 +84,14 @@ def _check_cuda(device: torch.device, precision: Precision) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise PrecisionError("no CUDA device is available here", next_step="Use --device cpu, or install a CUDA build of torch")
+        raise PrecisionError(
+            "no CUDA device is available here", next_step="Use --device cpu, or install a CUDA build of torch"
+        )
     count = torch.cuda.device_count()
     if device.index is not None and device.index >= count:
-        raise PrecisionError(f"there is no {device}: this machine has {count}", next_step=f"Use cuda:0 to cuda:{count - 1}")
+        raise PrecisionError(
+            f"there is no {device}: this machine has {count}", next_step=f"Use cuda:0 to cuda:{count - 1}"
+        )
     if precision in ("bfloat16", "int4") and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name(device)
         raise PrecisionError(f"{name} does not compute in bfloat16", next_step="Use --precision float16 or int8")

@@ -7,6 +7,7 @@ A folder without that file, or whose files have other sizes than it says, is not
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,24 +16,25 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from lora_rt.core.base import default
 from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, quantization_config
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.quiet import hush
+from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model
 from lora_rt.core.base.source import BaseError, BaseSource, identify_folder, sha256_file
-from lora_rt.registry.card import BaseIdentity
 from lora_rt.registry import home
+from lora_rt.registry.card import BaseIdentity
 
 MANIFEST = "lora-rt-base.json"
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedBase:
-    """A folder that transformers loads as it is. `quantize` is True where the folder is dense and stays so on disk."""
+    """A folder that transformers loads as it is, and which base it holds."""
 
     folder: Path
     identity: BaseIdentity
@@ -71,7 +73,8 @@ def _prepare_folder(dense: Path, identity: BaseIdentity, precision: Precision) -
     """Dense precisions read the folder itself; a quantized one is made once, unless the folder is quantized already."""
     kept = _quantization_of(dense)
     if kept is not None and kept != precision:
-        raise BaseError(f"{dense.name} is already quantized to {kept}", next_step=f"Use --precision {kept}, or a dense copy of it")
+        advice = f"Use --precision {kept}, or a dense copy of it" if kept in QUANTIZED else "Give a dense copy of it"
+        raise BaseError(f"{dense.name} is already quantized to {kept}", next_step=advice)
     if kept is not None or precision not in QUANTIZED:
         return PreparedBase(dense, identity)
     return _keep(identity, precision, lambda folder: _quantize(dense, folder, precision))
@@ -82,7 +85,7 @@ def _quantization_of(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise BaseError(f"{folder}/config.json is not JSON: {error}", next_step="Fetch the model again") from error
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not quantization:
         return None
     if quantization.get("load_in_4bit"):
@@ -116,8 +119,17 @@ def _build(family: Path, folder: Path, identity: BaseIdentity, build: Callable[[
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(ready, folder)
+    except (OSError, SafetensorError) as error:
+        raise _explain(error, family) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _explain(error: Exception, family: Path) -> BaseError:
+    """safetensors reports a full disk in words of its own."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return BaseError(f"there is no room on the disk under {family}", next_step="Free some space and try again")
+    return BaseError(f"the base can't be kept under {family}: {first_line(error)}", next_step="Look at that folder")
 
 
 def _write_manifest(folder: Path, identity: BaseIdentity) -> None:
@@ -133,23 +145,23 @@ def _is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / MANIFEST).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
     hush()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
     with step(f"converting {gguf.name}"):
-        where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         try:
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=dense_dtype)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-        except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError) as error:
-            raise BaseError(f"{gguf.name} can't be read as a GGUF model: {_first_line(error)}", next_step="Fetch it again, or give a folder") from error
+            model = whole_model(gguf.parent, gguf_file=gguf.name, dtype=dense_dtype)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        except UNREADABLE as error:
+            text = f"{gguf.name} can't be read as a GGUF model: {first_line(error)}"
+            raise BaseError(text, next_step="Fetch it again, or give a folder") from error
         # It is dense by now; without this, transformers refuses to save what came out of a GGUF file.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -164,16 +176,16 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
     """Quantize at loading and save before any forward: bitsandbytes repacks 4-bit weights in place at the first one."""
     hush()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     with step(f"quantizing to {precision} (once; the result is kept)"):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                dense, quantization_config=quantization_config(precision), dtype=compute_dtype(precision)
-            )
-            tokenizer = AutoTokenizer.from_pretrained(dense)
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise BaseError(f"{dense} can't be loaded: {_first_line(error)}", next_step="Check that transformers can load it") from error
+            how = quantization_config(precision)
+            model = whole_model(dense, quantization_config=how, dtype=compute_dtype(precision))
+            tokenizer = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)
+        except UNREADABLE as error:
+            text = f"{dense} can't be loaded: {first_line(error)}"
+            raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -181,28 +193,33 @@ def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
 def _fetch_hub(source: BaseSource) -> tuple[Path, BaseIdentity]:
     """The repository's snapshot in the Hub's own cache; its progress bars and its tokens are the Hub client's."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     name = f"{source.text}@{source.revision}" if source.revision else source.text
     try:
         folder = Path(snapshot_download(source.text, revision=source.revision, allow_patterns=wanted))
     except GatedRepoError as error:
-        raise BaseError(f"{name} is gated", next_step=f"Accept its terms on the Hub, then: hf auth login") from error
+        raise BaseError(f"{name} is gated", next_step="Accept its terms on the Hub, then: hf auth login") from error
     except RevisionNotFoundError as error:
-        raise BaseError(f"{source.text} has no revision {source.revision!r}", next_step="Leave the revision out, or look it up on the Hub") from error
+        text = f"{source.text} has no revision {source.revision!r}"
+        raise BaseError(text, next_step="Leave the revision out, or look it up on the Hub") from error
     except RepositoryNotFoundError as error:
-        raise BaseError(f"there is no model {name} on the Hub, or it is private", next_step="Check the spelling, or: hf auth login") from error
+        text = f"there is no model {name} on the Hub, or it is private"
+        raise BaseError(text, next_step="Check the spelling, or: hf auth login") from error
     except LocalEntryNotFoundError as error:
-        raise BaseError(f"{name} is not cached and the Hub can't be reached", next_step="Check the network, or give --base a folder") from error
+        text = f"{name} is not cached and the Hub can't be reached"
+        raise BaseError(text, next_step="Check the network, or give --base a folder") from error
     except (HfHubHTTPError, OSError) as error:
-        raise BaseError(f"{name} can't be downloaded: {_first_line(error)}", next_step="Try again") from error
+        raise BaseError(f"{name} can't be downloaded: {first_line(error)}", next_step="Try again") from error
     if not (folder / "config.json").is_file():
-        raise BaseError(f"{name} holds no transformers model (no config.json)", next_step="Give the id of a causal language model")
+        text = f"{name} holds no transformers model (no config.json)"
+        raise BaseError(text, next_step="Give the id of a causal language model")
     revision = folder.name
     return folder, BaseIdentity(id=source.text, revision=revision, digest=identify_folder(folder).digest)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

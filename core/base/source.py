@@ -44,7 +44,10 @@ def parse_base(text: str) -> BaseSource:
         return _folder(text, path.resolve())
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise BaseError(f"{text} is a file but not a GGUF file", next_step="Give the folder that holds the model, or a .gguf file")
+            raise BaseError(
+                f"{text} is a file but not a GGUF file",
+                next_step="Give the folder that holds the model, or a .gguf file",
+            )
         return BaseSource("gguf", text, path.resolve())
     if looks_local:
         raise BaseError(f"there is no base at {text}", next_step="Give a folder with a config.json, or a .gguf file")

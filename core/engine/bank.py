@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,22 +36,27 @@ class ResidentAdapter:
     card: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def ranks(self) -> frozenset[int]:
+        """The different ranks among its sites."""
+        return frozenset(factors.a.shape[0] for factors in self.factors.values())
+
     @property
     def rank(self) -> int:
         """The largest rank among its sites."""
-        return max(factors.a.shape[0] for factors in self.factors.values())
+        return max(self.ranks)
 
 
 class AdapterBank:
     """Residents over one model.
 
-    Factors are kept in float32 on a CPU, where few rows make a bfloat16 matmul the slower one, and in the base's compute
-    dtype on a GPU. Adding and removing replaces the table of residents; plans made before keep what they were made of.
+    Factors are kept in float32 on a CPU, where few rows make a bfloat16 matmul the slower one, and in the base's
+    compute dtype on a GPU. Adding and removing replaces the table of residents; plans made before keep what they were
+    made of.
     """
 
-    def __init__(self, model: Any, layers: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self.topology = survey(model)
-        self.layers = layers
         self.device = model.device
         self.dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.residents: Mapping[str, ResidentAdapter] = {}
@@ -68,6 +74,8 @@ class AdapterBank:
         moved = {name: self._moved(factors) for name, factors in adapter.factors.items()}
         resident = ResidentAdapter(adapter.name, moved, adapter.mode, adapter.card, adapter.state)
         with self._lock:
+            if (replaced := self.residents.get(adapter.name)) is not None:
+                self._drop_stacks(replaced)
             self.residents = {**self.residents, adapter.name: resident}
 
     def remove(self, name: str) -> None:
@@ -77,27 +85,42 @@ class AdapterBank:
             BankError: it is not resident.
         """
         with self._lock:
-            gone = self._get(name)
+            self._drop_stacks(_get(self.residents, name))
             self.residents = {key: value for key, value in self.residents.items() if key != name}
-            for key in [key for key in self._stacks if gone in key]:
-                del self._stacks[key]
 
-    def plan(self, rows: Sequence[Mapping[str, float]], gates: Mapping[str, Gate | None] | None = None) -> Plan | None:
+    def plan(
+        self,
+        rows: Sequence[Mapping[str, float]],
+        gates: Mapping[str, Gate | None] | None = None,
+        residents: Mapping[str, ResidentAdapter] | None = None,
+    ) -> Plan | None:
         """The plan of one batch, or None where no row uses an adapter.
 
         Args:
             rows: per row of the batch, resident name -> weight. A single row stands for a batch of any size.
             gates: resident name -> gate, for residents that have one.
+            residents: the residents as they were when the request began, where they may have changed since.
+
+        Raises:
+            BankError: an adapter is not resident, a weight is too large, or a gate has another rank than its adapter.
         """
         names = list(dict.fromkeys(name for row in rows for name, weight in row.items() if weight != 0.0))
         if not names:
             return None
-        active = tuple(self._get(name) for name in names)
+        table = self.residents if residents is None else residents
+        active = tuple(_get(table, name) for name in names)
+        chosen = [(gates or {}).get(name) for name in names]
+        _check_gates(active, chosen)
+        return Plan(self.topology, self._stack(active), self._weights(names, rows), chosen)
+
+    def _weights(self, names: Sequence[str], rows: Sequence[Mapping[str, float]]) -> Tensor:
+        """(rows, K), or (1, K) where all rows are alike."""
         alike = all(row == rows[0] for row in rows)
         table = [[row.get(name, 0.0) for name in names] for row in (rows[:1] if alike else rows)]
-        weights = torch.tensor(table, dtype=self.dtype, device=self.device)
-        chosen = [(gates or {}).get(name) for name in names]
-        return Plan(self.topology, self._stack(active), weights, chosen, self.layers)
+        largest = max(abs(weight) for row in table for weight in row)
+        if not largest <= torch.finfo(self.dtype).max:
+            raise BankError(f"the weight {largest:g} is too large to compute with", next_step="Use weights around 1")
+        return torch.tensor(table, dtype=self.dtype, device=self.device)
 
     def _stack(self, active: tuple[ResidentAdapter, ...]) -> Stack:
         """The stacked factors of a set, made when first used. A stack of one adapter shares its memory."""
@@ -107,16 +130,15 @@ class AdapterBank:
                 return self._stacks[active]
         built = stack(self.topology, [adapter.factors for adapter in active])
         with self._lock:
-            self._stacks[active] = built
+            if all(self.residents.get(adapter.name) is adapter for adapter in active):  # none was unloaded meanwhile
+                self._stacks[active] = built
             while len(self._stacks) > _KEPT_STACKS:
                 self._stacks.popitem(last=False)
         return built
 
-    def _get(self, name: str) -> ResidentAdapter:
-        if name not in self.residents:
-            names = ", ".join(sorted(self.residents)) or "none"
-            raise BankError(f"no adapter {name!r} is resident; there are: {names}", next_step="Load it first")
-        return self.residents[name]
+    def _drop_stacks(self, adapter: ResidentAdapter) -> None:
+        for key in [key for key in self._stacks if adapter in key]:
+            del self._stacks[key]
 
     def _moved(self, factors: Factors) -> Factors:
         def move(tensor: Tensor) -> Tensor:
@@ -138,7 +160,29 @@ class AdapterBank:
                     f"{name}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} do not fit "
                     f"({site.out_features}, {site.in_features})"
                 )
+            if factors.bias is not None and factors.bias.shape != (site.out_features,):
+                problems.append(f"{name}: the bias {tuple(factors.bias.shape)} does not fit ({site.out_features},)")
         if not adapter.factors:
             problems.append("it has no factors")
         if problems:
-            raise BankError(f"the adapter {adapter.name!r} does not fit this base", problems=problems, next_step="Use the base that it was trained on")
+            text = f"the adapter {adapter.name!r} does not fit this base"
+            raise BankError(text, problems=problems, next_step="Use the base that it was trained on")
+
+
+def _get(residents: Mapping[str, ResidentAdapter], name: str) -> ResidentAdapter:
+    if name not in residents:
+        names = ", ".join(sorted(residents)) or "none"
+        raise BankError(f"no adapter {name!r} is resident; there are: {names}", next_step="Load it first")
+    return residents[name]
+
+
+def _check_gates(adapters: Sequence[ResidentAdapter], gates: Sequence[Gate | None]) -> None:
+    problems = []
+    for adapter, gate in zip(adapters, gates, strict=True):
+        if gate is None or gate.ranks is None or gate.ranks.dim() == 0 or gate.ranks.shape[-1] == 1:
+            continue
+        if adapter.ranks != {gate.ranks.shape[-1]}:
+            ranks = ", ".join(str(rank) for rank in sorted(adapter.ranks))
+            problems.append(f"{adapter.name}: its gate has {gate.ranks.shape[-1]} ranks, its modules have {ranks}")
+    if problems:
+        raise BankError("a gate does not fit its adapter", problems=problems, next_step="Gate all ranks alike, or each")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lora_rt.core.engine.plan import base_alone
 
 _wanted: ContextVar[bool] = ContextVar("lora_rt_early", default=False)
 _DEPTH = 4  # a quarter of the blocks
@@ -18,10 +21,11 @@ class _Reached(BaseException):
 
 
 class EarlyHidden:
-    """Gives the output of the block a quarter of the way up. Its hook does nothing outside `__call__`, in any thread."""
+    """Gives the output of the block a quarter of the way up. Its hook does nothing outside `__call__`."""
 
     def __init__(self, model: Any, layers: int) -> None:
         self._model = model
+        self._positioned = "position_ids" in signature(model.forward).parameters
         blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
         blocks[max(0, layers // _DEPTH - 1)].register_forward_hook(self._stop)
 
@@ -32,11 +36,13 @@ class EarlyHidden:
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """(rows, tokens, hidden) for ids, mask and positions (rows, tokens)."""
-        arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if self._positioned:
+            arguments["position_ids"] = positions
         token = _wanted.set(True)
         try:
-            with torch.inference_mode():
-                self._model(**arguments, position_ids=positions)
+            with torch.inference_mode(), base_alone():
+                self._model(**arguments)
         except _Reached as reached:
             return reached.hidden
         finally:

@@ -6,24 +6,39 @@ one call, so that threads, and nested passes, never see each other's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import HeadAxis, Topology
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate
 
 _running: ContextVar[Pass | None] = ContextVar("lora_rt_pass", default=None)
 
 
+class PassError(LoraRtError):
+    """A layer does not get what a plan can gate."""
+
+
 def running_pass() -> Pass | None:
     """The pass that this thread is in, or None: then every layer is the base's own."""
     return _running.get()
+
+
+@contextmanager
+def base_alone() -> Iterator[None]:
+    """Within the block, no plan acts, whatever pass stands around it."""
+    token = _running.set(None)
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 class Plan:
@@ -32,139 +47,104 @@ class Plan:
     Args:
         topology: the model's sites.
         stack: the active adapters.
-        weights: (rows, K) or (1, K) where all rows are alike; the user's weights, 0 where a row does not use an adapter.
+        weights: (rows, K), or (1, K) where all rows are alike: the user's, 0 where a row does not use an adapter.
         gates: one per adapter, None for "always 1".
-        layers: how many blocks the model has.
     """
 
-    def __init__(self, topology: Topology, stack: Stack, weights: Tensor, gates: Sequence[Gate | None], layers: int) -> None:
+    def __init__(self, topology: Topology, stack: Stack, weights: Tensor, gates: Sequence[Gate | None]) -> None:
         self.topology = topology
         self.stack = stack
-        self.group_gates = _group_gates(stack, weights, gates, layers)
-        self.head_gates = {k: gate.heads for k, gate in enumerate(gates) if gate is not None and gate.heads is not None}
+        self.group_gates = rank_gates(stack, weights, gates)
+        self.head_gates = head_gates(weights, gates)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Within the block, the model's linear layers add this plan's contribution."""
-        token = _running.set(Pass(self))
+    def running(self, rows: int, tokens: int, kept: int | Tensor | None = None) -> Iterator[None]:
+        """Within the block, the model's linear layers add this plan's contribution to a batch of (rows, tokens).
+
+        `kept` says which tokens the output head gets, where it does not get all: the last n, or their indices.
+        """
+        token = _running.set(Pass(self, rows, tokens, kept))
         try:
             yield
         finally:
             _running.reset(token)
 
 
-def _group_gates(stack: Stack, weights: Tensor, gates: Sequence[Gate | None], layers: int) -> dict[int, Tensor]:
-    """Group -> the gate of its ranks, broadcastable to (batch, tokens, R)."""
-    ranked = {k: gate.ranks for k, gate in enumerate(gates) if gate is not None and gate.ranks is not None}
-    if not ranked:
-        per_pattern = [weights[:, None, owners] for owners in stack.patterns]
-        return {group: per_pattern[stacked.pattern] for group, stacked in stack.groups.items()}
-    if all(ranks.dim() < 4 or ranks.shape[-1] == 1 for ranks in ranked.values()):
-        return _layered_gates(stack, weights, ranked, layers)
-    return _ranked_gates(stack, weights, ranked, layers)
-
-
-def _layered_gates(stack: Stack, weights: Tensor, ranked: Mapping[int, Tensor], layers: int) -> dict[int, Tensor]:
-    """Gates without a rank axis of their own: one gather per pattern serves all layers."""
-    columns = [weights[None, :, None, k] * _four(ranked[k])[..., 0] if k in ranked else weights[None, :, None, k] for k in range(weights.shape[1])]
-    shape = torch.broadcast_shapes(*(column.shape for column in columns))
-    combined = torch.stack([column.expand(shape) for column in columns], dim=-1)  # (layers|1, batch|1, tokens|1, K)
-    if combined.shape[0] == 1:
-        combined = combined.expand(layers, *combined.shape[1:])
-    outside = combined.mean(0)
-    gates = {}
-    for pattern, owners in enumerate(stack.patterns):
-        per_layer, beyond = combined[..., owners], outside[..., owners]
-        for group, stacked in stack.groups.items():
-            if stacked.pattern == pattern:
-                gates[group] = beyond if stacked.layer is None else per_layer[stacked.layer]
-    return gates
-
-
-def _ranked_gates(stack: Stack, weights: Tensor, ranked: Mapping[int, Tensor], layers: int) -> dict[int, Tensor]:
-    """The general case: a gate that tells an adapter's ranks apart."""
-    gates = {}
-    for group, stacked in stack.groups.items():
-        pieces = []
-        for site in (s for s in stack.sites if s is not None and s.group == group):
-            for k, (first, last) in enumerate(site.spans):
-                weight = weights[:, None, k, None]  # (batch, 1, 1)
-                piece = weight * _at_layer(_four(ranked[k]), stacked.layer, layers) if k in ranked else weight
-                if piece.shape[-1] not in (1, last - first) and last > first:
-                    raise ValueError(f"a gate of {piece.shape[-1]} ranks over an adapter of {last - first}")
-                pieces.append(piece.expand(*piece.shape[:-1], last - first))
-        shape = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
-        gates[group] = torch.cat([piece.expand(*shape, piece.shape[-1]) for piece in pieces], dim=-1)
-    return gates
-
-
-def _four(gate: Tensor) -> Tensor:
-    """(..., rank) with missing leading axes added: (layers, batch, tokens, rank)."""
-    return gate.reshape((1,) * (4 - gate.dim()) + tuple(gate.shape))
-
-
-def _at_layer(gate: Tensor, layer: int | None, layers: int) -> Tensor:
-    """(layers|1, batch, tokens, n) -> (batch, tokens, n) of one layer; the mean of them outside the blocks."""
-    if gate.shape[0] == 1:
-        return gate[0]
-    return gate.mean(0) if layer is None else gate[layer]
-
-
 class Pass:
     """One forward pass. Remembers the last group's hidden, since q, k and v (gate and up) follow on one another."""
 
-    __slots__ = ("_gates", "_groups", "_hidden", "_input", "_plan", "_sites")
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, rows: int, tokens: int, kept: int | Tensor | None) -> None:
+        self.topology = plan.topology
         self._sites = plan.stack.sites
         self._groups = plan.stack.groups
         self._gates = plan.group_gates
+        self._heads = plan.head_gates
+        self._rows = rows
+        self._tokens = tokens
+        self._kept = slice(-kept, None) if isinstance(kept, int) else kept
+        self._group = -1
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
 
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """y (batch, tokens, out) plus the contribution of the site's adapters to x (batch, tokens, in)."""
+        """y plus the contribution of the site's adapters to x; both (batch, tokens, n) or (batch * tokens, n)."""
         site = self._sites[index]
         if site is None:
             return y
-        axis = self._plan.topology.sites[index].heads
-        if self._plan.head_gates and axis is not None:
+        if self._heads and (axis := self.topology.sites[index].heads) is not None:
             return self._add_headed(site, axis, x, y)
-        if self._input is not x:
+        if self._input is not x or self._group != site.group:
             self._hidden = self._gated(site.group, self._groups[site.group], x)
-            self._input = x
+            self._input, self._group = x, site.group
         assert self._hidden is not None
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
         return y.add_(linear(self._hidden[..., site.start : site.stop], site.b))
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
-        """g * (A x), (batch, tokens, R)."""
+        """g * (A x), in the layout of x."""
         hidden = linear(x.to(group.a.dtype), group.a, group.offset)
-        return hidden * self._gates[number]
+        return hidden * self._like(self._gates[number], x)
+
+    def _like(self, gate: Tensor, x: Tensor) -> Tensor:
+        """A gate (batch|1, tokens|1, n) in the layout of x."""
+        if x.dim() == 3:
+            whole = gate.shape[1] in (1, x.shape[1])
+            return gate if whole else gate[:, self._kept]  # the output head: it gets some of the tokens
+        if gate.shape[0] == gate.shape[1] == 1:
+            return gate[0]
+        if x.shape[0] != self._rows * self._tokens:  # e.g. an expert that is shown some of the tokens
+            raise PassError(
+                f"a layer gets {x.shape[0]} of {self._rows * self._tokens} tokens, without saying which",
+                next_step="Give all rows the same composition, or use adapters that leave the experts alone",
+            )
+        return gate.expand(self._rows, self._tokens, -1).flatten(0, 1)
 
     def _add_headed(self, site: StackedSite, axis: HeadAxis, x: Tensor, y: Tensor) -> Tensor:
-        """Heads do not lie on the rank axis: each gated adapter acts alone, with its heads scaled on B's or A's side."""
+        """Heads do not lie on the rank axis: each adapter acts alone, with its heads scaled on B's or A's side."""
         group = self._groups[site.group]
-        gate = self._gates[site.group][..., site.start : site.stop]
+        gate = self._like(self._gates[site.group], x)[..., site.start : site.stop]
         a = group.a[site.start : site.stop]
         offset = None if group.offset is None else group.offset[site.start : site.stop]
         wide = x.to(a.dtype)
         for k, (first, last) in enumerate(site.spans):
             if first == last:
                 continue
-            heads = self._heads(k, axis, group.layer)
+            heads = self._spread(k, axis, group.layer, x)
             source = wide if heads is None or axis.side == "output" else wide * heads
-            hidden = linear(source, a[first:last], None if offset is None else offset[first:last]) * gate[..., first:last]
+            hidden = (
+                linear(source, a[first:last], None if offset is None else offset[first:last]) * gate[..., first:last]
+            )
             delta = linear(hidden, site.b[:, first:last])
             y = y.add_(delta if heads is None or axis.side == "input" else delta * heads)
         return y
 
-    def _heads(self, k: int, axis: HeadAxis, layer: int | None) -> Tensor | None:
-        """Adapter k's head gate spread over the features of a site, (batch, tokens, features), or None."""
-        if k not in self._plan.head_gates:
+    def _spread(self, k: int, axis: HeadAxis, layer: int | None, x: Tensor) -> Tensor | None:
+        """Adapter k's head gate spread over the features of a site, in the layout of x, or None."""
+        if k not in self._heads:
             return None
-        heads = _at_layer(_four(self._plan.head_gates[k]), layer, 0)
+        heads = layer_of(self._heads[k], layer)
+        if heads.shape[-1] == 1:
+            return self._like(heads, x)
         if axis.pool > 1:
-            heads = heads.unflatten(-1, (-1, axis.pool)).mean(-1)
-        return heads[..., axis.index]
+            heads = heads.reshape(*heads.shape[:-1], -1, axis.pool).mean(-1)
+        return self._like(heads[..., axis.index], x)

@@ -17,13 +17,16 @@ def hook_up(topology: Topology) -> None:
     were, and no second module call is paid.
     """
     for index, site in enumerate(topology.sites):
-        site.module.forward = _with_adapters(site.module.forward, index)
+        site.module.forward = _with_adapters(site.module.forward, topology, index)
 
 
-def _with_adapters(base_forward: Callable[[Tensor], Tensor], index: int) -> Callable[[Tensor], Tensor]:
+def _with_adapters(
+    base_forward: Callable[[Tensor], Tensor], topology: Topology, index: int
+) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         y = base_forward(x)
         current = running_pass()
-        return y if current is None else current.add(index, x, y)
+        # Another model, or another bank over this one, may be in the same thread: its pass is none of ours.
+        return y if current is None or current.topology is not topology else current.add(index, x, y)
 
     return forward

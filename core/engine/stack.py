@@ -1,4 +1,4 @@
-"""The factors of a set of active adapters, stacked on the rank axis once and then reused by every plan over that set."""
+"""The factors of a set of active adapters, stacked on the rank axis once and reused by every plan over that set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.engine.topology import Topology
+
+_BIAS = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackedSite:
-    """One site: its ranks `start:stop` within its group's hidden, b (out, ranks), `spans[k]` of adapter k within them."""
+    """One site: its ranks `start:stop` in its group's hidden, b (out, ranks), `spans[k]` of adapter k within them."""
 
     group: int
     start: int
@@ -33,7 +35,7 @@ class StackedSite:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackedGroup:
-    """Sites with one input share one product with a (R, in). `pattern` tells which adapter owns each of the R ranks.
+    """Sites with one input share one product with a (R, in). `pattern` is the number of its `Pattern`.
 
     `offset` (R,) is None but where an adapter has a bias: such a bias is one more rank whose hidden value is always 1.
     """
@@ -45,15 +47,24 @@ class StackedGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pattern:
+    """What the R ranks of a group are, both (R,): `owners` the adapter of each, `slots` its number there, -1 a bias."""
+
+    owners: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Stack:
     """Everything that a plan over these adapters needs. `sites[i]` is None where none of them acts.
 
-    `patterns[p]` is (R,): the index of the owning adapter of each rank.
+    `patterns` are the few different ones among the groups; `widest` is the largest rank of an adapter at a site.
     """
 
     sites: list[StackedSite | None]
     groups: dict[int, StackedGroup]
-    patterns: list[Tensor]
+    patterns: list[Pattern]
+    widest: int
 
 
 def stack(topology: Topology, adapters: Sequence[Mapping[str, Factors]]) -> Stack:
@@ -62,8 +73,9 @@ def stack(topology: Topology, adapters: Sequence[Mapping[str, Factors]]) -> Stac
     for index, site in enumerate(topology.sites):
         if any(site.name in adapter for adapter in adapters):
             members.setdefault(site.group, []).append(index)
-    built = Stack([None] * len(topology.sites), {}, [])
-    known: dict[tuple[int, ...], int] = {}
+    widest = max(factors.a.shape[0] for adapter in adapters for factors in adapter.values())
+    built = Stack([None] * len(topology.sites), {}, [], widest)
+    known: dict[tuple[tuple[int, int], ...], int] = {}
     for group, indices in members.items():
         _stack_group(topology, adapters, group, indices, built, known)
     return built
@@ -75,32 +87,30 @@ def _stack_group(
     group: int,
     indices: list[int],
     built: Stack,
-    known: dict[tuple[int, ...], int],
+    known: dict[tuple[tuple[int, int], ...], int],
 ) -> None:
     rows: list[Tensor] = []
-    owners: list[int] = []
-    constant: list[bool] = []
+    ranks: list[tuple[int, int]] = []  # (adapter, slot) of each
     for index in indices:
-        site = topology.sites[index]
-        start, columns, spans = len(owners), [], []
+        start, columns, spans = len(ranks), [], []
         for k, adapter in enumerate(adapters):
-            first = len(owners) - start
-            if (factors := adapter.get(site.name)) is not None:
+            first = len(ranks) - start
+            if (factors := adapter.get(topology.sites[index].name)) is not None:
                 rows.append(factors.a)
                 columns.append(factors.b)
-                owners += [k] * factors.a.shape[0]
-                constant += [False] * factors.a.shape[0]
+                ranks += [(k, slot) for slot in range(factors.a.shape[0])]
                 if factors.bias is not None:
                     rows.append(torch.zeros_like(factors.a[:1]))
                     columns.append(factors.bias[:, None])
-                    owners.append(k)
-                    constant.append(True)
-            spans.append((first, len(owners) - start))
+                    ranks.append((k, _BIAS))
+            spans.append((first, len(ranks) - start))
         b = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-        built.sites[index] = StackedSite(group, start, len(owners), b, tuple(spans))
+        built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans))
     a = rows[0] if len(rows) == 1 else torch.cat(rows)
-    pattern = known.setdefault(tuple(owners), len(known))
+    pattern = known.setdefault(tuple(ranks), len(known))
     if pattern == len(built.patterns):
-        built.patterns.append(torch.tensor(owners, device=a.device))
+        owners, slots = torch.tensor(ranks, device=a.device).unbind(1)
+        built.patterns.append(Pattern(owners, slots))
+    constant = [slot == _BIAS for _, slot in ranks]
     offset = torch.tensor(constant, device=a.device).to(a.dtype) if any(constant) else None
     built.groups[group] = StackedGroup(a, pattern, topology.sites[indices[0]].layer, offset)

@@ -28,7 +28,7 @@ class HeadAxis:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One linear layer. `layer` is its block's number or None outside the blocks; `group` unites sites with one input."""
+    """One linear layer. `layer` is its block's number, or None outside; `group` unites sites with one input."""
 
     name: str
     module: nn.Module
@@ -107,7 +107,7 @@ def survey(model: Any) -> Topology:
 def _site(name: str, module: nn.Module, group: int, model: Any) -> Site:
     out_features, in_features = features(module)
     number = re.search(r"\.(\d+)\.", name)
-    heads = _head_axis(name, out_features, in_features, model.config.get_text_config(), module.weight.device)  # type: ignore[union-attr,arg-type]
+    heads = _head_axis(name, out_features, in_features, model.config.get_text_config(), module.weight.device)  # type: ignore[arg-type]
     return Site(name, module, out_features, in_features, int(number[1]) if number else None, group, heads)
 
 

@@ -10,6 +10,8 @@ from lora_rt.errors import LoraRtError
 Prompt = str | Sequence[Mapping[str, str]]
 """A user message, or a list of chat messages {"role": ..., "content": ...}."""
 
+_FORM = 'Each message is {"role": "system" | "user" | "assistant", "content": text}'
+
 
 class PromptError(LoraRtError):
     """A prompt that can't become tokens."""
@@ -19,11 +21,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens of a prompt, up to and including the opening of the answer.
 
     Raises:
-        PromptError: it is empty, or the template refuses the messages.
+        PromptError: it is empty, is neither of the two, or the template refuses the messages.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if not messages:
-        raise PromptError("the prompt has no messages", next_step="Give a text, or at least one chat message")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt)
     if not tokenizer.chat_template:
         text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in messages)
         ids = [int(i) for i in tokenizer(text).input_ids]
@@ -34,6 +34,22 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return ids
 
 
+def _messages(prompt: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        text = f"a prompt is a {type(prompt).__name__}"
+        raise PromptError(text, next_step="Give a text, or a list of chat messages")
+    problems = [f"message {n}: {message!r:.200}" for n, message in enumerate(prompt, 1) if not _is_message(message)]
+    if problems:
+        raise PromptError("the prompt holds what is no chat message", problems=problems, next_step=_FORM)
+    if not prompt:
+        raise PromptError("the prompt has no messages", next_step="Give a text, or at least one chat message")
+    return [dict(message) for message in prompt]
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
 def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     import jinja2
 
@@ -42,7 +58,7 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     except (jinja2.TemplateError, KeyError, TypeError) as error:
         raise PromptError(
             f"the base's chat template refuses these messages: {error}",
-            next_step='Each message is {"role": "system" | "user" | "assistant", "content": text}',
+            next_step=_FORM,
         ) from error
     return [int(i) for i in tokenizer(rendered, add_special_tokens=False).input_ids]
 

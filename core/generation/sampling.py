@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lora_rt.errors import LoraRtError
 
+_COLDEST = 1e-4  # below it, dividing by the temperature leaves the range of float32, and the best token always wins
+_LARGEST_SEED = 2**63 - 1
+
 
 class SamplingError(LoraRtError):
     """Sampling settings that make no sense."""
@@ -53,7 +56,23 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return not self.temperature
+        return self.temperature is None or self.temperature < _COLDEST
+
+
+def seeds_per_row(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:
+    """One seed per row; a single one stands for all of them.
+
+    Raises:
+        SamplingError: a list of another length, or what is no seed.
+    """
+    seeds = [seed] * rows if seed is None or isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise SamplingError(f"{len(seeds)} seeds for {rows} rows", next_step="Give one for all, or one per row")
+    bad = [s for s in seeds if s is not None and not (isinstance(s, int) and 0 <= s <= _LARGEST_SEED)]
+    if bad:
+        text = f"{bad[0]!r} is no seed"
+        raise SamplingError(text, next_step=f"Use a whole number from 0 to {_LARGEST_SEED}, or None")
+    return seeds
 
 
 class Chooser:
@@ -63,7 +82,12 @@ class Chooser:
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int | None], end_ids: Sequence[int]) -> None:
-        from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        from transformers.generation.logits_process import (
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
 
         self._sampling = sampling
         self._end_ids = list(end_ids)
@@ -79,8 +103,16 @@ class Chooser:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def choose(self, logits: Tensor, answers: Sequence[Sequence[int]]) -> list[int]:
-        """One token per row; logits (rows, vocab) of the last position, `answers` what each row has said so far."""
+        """One token per row; logits (rows, vocab) of the last position, `answers` what each row has said so far.
+
+        Raises:
+            SamplingError: the logits of a row are not numbers.
+        """
         scores = logits.float()
+        if bool(scores.isnan().any()):
+            rows = [str(row) for row, broken in enumerate(scores.isnan().any(-1).tolist()) if broken]
+            text = f"the model's output is not a number any more (row {', '.join(rows)})"
+            raise SamplingError(text, next_step="Use smaller weights, or a precision with more range")
         if self._penalty is None and self._sampling.greedy:
             return [int(i) for i in self._with_minimum(scores, answers).argmax(-1).tolist()]
         return [self._choose_row(row, scores[row : row + 1], answers) for row in range(len(answers))]

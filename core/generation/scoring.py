@@ -34,5 +34,24 @@ def answer_nll(
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     first = min(len(prompt) for prompt in prompts) - 1
     logits = decoder.logits(ids, mask, planner, columns=torch.arange(first, width - 1, device=device))
-    losses = cross_entropy(logits.flatten(0, 1).float(), ids[:, first + 1 :].flatten(), reduction="none").view(len(rows), -1)
-    return [losses[i, len(p) - 1 - first : len(p) - 1 - first + len(a)].cpu() for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+    wanted = ids[:, first + 1 :].flatten()
+    losses = cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="none").view(len(rows), -1)
+    starts = [len(prompt) - 1 - first for prompt in prompts]
+    return [losses[i, start : start + len(answers[i])].cpu() for i, start in enumerate(starts)]
+
+
+def choices_nll(
+    decoder: Decoder,
+    planners: tuple[Planner, Planner],
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """`answer_nll` of several answers to one prompt, which is read once; planners as in `Decoder.continuations`."""
+    width = max(len(answer) for answer in answers)
+    ids = torch.tensor([[*answer, *[pad_id] * (width - len(answer))] for answer in answers], device=device)
+    mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in answers], device=device)
+    logits = decoder.continuations(prompt, ids, mask, planners)
+    losses = cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape)
+    return [losses[i, : len(answer)].cpu() for i, answer in enumerate(answers)]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, without special ones; spaces are not tidied, which would depend on what follows."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class TextStream:
@@ -35,4 +41,4 @@ class TextStream:
         return self._decode(len(self._ids))[len(self._decode(self._read)) :]
 
     def _decode(self, end: int) -> str:
-        return str(self._tokenizer.decode(self._ids[self._start : end], skip_special_tokens=True))
+        return text_of(self._tokenizer, self._ids[self._start : end])
