@@ -28,7 +28,7 @@ class LiveLine(TrainerCallback):  # type: ignore[misc]
         self._tokens_per_step = tokens_per_step
         self._started = 0.0
         self._first_step = 0
-        self._loss = float("nan")
+        self._loss = "-"  # the loop reports a step's loss after the step's end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started, self._first_step = time.perf_counter(), state.global_step
@@ -36,16 +36,17 @@ class LiveLine(TrainerCallback):  # type: ignore[misc]
         self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self._loss = (logs or {}).get("loss", self._loss)
+        if logs and "loss" in logs:
+            self._loss = f"{logs['loss']:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step - self._first_step
         speed = done * self._tokens_per_step / max(time.perf_counter() - self._started, 1e-9)
-        self._progress.update(self._task, completed=state.global_step, loss=f"{self._loss:.3f}", speed=f"{speed:.0f}")
+        self._progress.update(self._task, completed=state.global_step, loss=self._loss, speed=f"{speed:.0f}")
         every = max(1, state.max_steps // _PLAIN_LINES)
         if not self._console.is_terminal and state.global_step % every == 0:
             left = (state.max_steps - state.global_step) * (time.perf_counter() - self._started) / done
-            self._console.print(f"step {state.global_step}/{state.max_steps}  loss {self._loss:.3f}  {speed:.0f} tokens/s  left {left:.0f} s")
+            self._console.print(f"step {state.global_step}/{state.max_steps}  loss {self._loss}  {speed:.0f} tokens/s  left {left:.0f} s")
 
     def stop(self) -> None:
         """Give the terminal back, however the run ended."""

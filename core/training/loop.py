@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.errors import LoraRtError
@@ -23,7 +24,7 @@ class TrainingDivergedError(LoraRtError):
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, Any]]):
-    """Encoded sequences as the Trainer wants them; "length" lets it batch sequences of like length."""
+    """Encoded sequences as the Trainer wants them; "length" lets the sampler batch those of like length."""
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
         self._encoded = encoded
@@ -58,6 +59,31 @@ class Collator:
         return {**batch, "extra": extra} if extra else batch
 
 
+class LengthGrouped(torch.utils.data.Sampler[int]):
+    """Shuffles, with sequences of like length in one batch; the order is a function of seed and epoch alone.
+
+    transformers' own sampler draws from the global generator, whose state in the middle of an epoch is not that at its
+    beginning: a resumed run would go on through another order than the one that it had begun.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = list(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop at the start of each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+
+
 class ModeTrainer(Trainer):  # type: ignore[misc]
     """Asks the objective for the loss of each batch."""
 
@@ -68,6 +94,11 @@ class ModeTrainer(Trainer):  # type: ignore[misc]
         # Our loss is the mean of its own batch, whatever the model would do with `num_items_in_batch`.
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+        rows = self.train_dataset
+        lengths = [rows[index]["length"] for index in range(len(rows))]
+        return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The mean loss of a batch.

@@ -75,6 +75,7 @@ def _objective(settings: TrainSettings, modes: ModeHost, base: LoadedBase) -> Ob
         options=settings.options,
         prompt_ids=lambda text: prompt_ids(base.tokenizer, text),
         answer_ids=lambda text: answer_ids(base.tokenizer, text),
+        scene_types=settings.scene_types,
     )
     objective = modes.objective(settings.mode, context)
     if objective is None:
@@ -173,8 +174,6 @@ class _Run:
             max_grad_norm=1.0,
             seed=self.settings.seed,
             data_seed=self.settings.seed,
-            train_sampling_strategy="group_by_length",
-            length_column_name="length",
             remove_unused_columns=False,
             logging_steps=1,
             logging_nan_inf_filter=False,
