@@ -14,14 +14,26 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="One composition per argument: emotion, or 'emotion:0.7 logic:0.3'.")],
-    data: Annotated[list[str], typer.Option("--data", metavar="NAME=F.jsonl", help="A data set; may be given several times.")],
+    specs: Annotated[
+        list[str],
+        typer.Argument(metavar="SPEC...", help="One composition per argument: emotion, or 'emotion:0.7 logic:0.3'."),
+    ],
+    data: Annotated[
+        list[str], typer.Option("--data", metavar="NAME=F.jsonl", help="A data set; may be given several times.")
+    ],
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix into this file.")] = None,
-    bridge: Annotated[bool, typer.Option("--bridge", help="SPECs are bridges: measure both directions, beside controls.")] = False,
-    one_direction: Annotated[str | None, typer.Option("--one-direction", metavar="REF", help="For --bridge: an adapter of scene -> text alone.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix into this file.")
+    ] = None,
+    bridge: Annotated[
+        bool, typer.Option("--bridge", help="SPECs are bridges: measure both directions, beside controls.")
+    ] = False,
+    one_direction: Annotated[
+        str | None,
+        typer.Option("--one-direction", metavar="REF", help="For --bridge: an adapter of scene -> text alone."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="For --bridge: of candidates and of random controls.")] = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -52,7 +64,9 @@ def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
 
     wrong = [item for item in data if not item.partition("=")[0] or not item.partition("=")[2]]
     if wrong:
-        raise DataError(f"--data {wrong[0]!r} names no file", next_step="Write it as NAME=FILE, for instance --data emotion=F.jsonl")
+        raise DataError(
+            f"--data {wrong[0]!r} names no file", next_step="Write it as NAME=FILE, for instance --data emotion=F.jsonl"
+        )
     return {name: read_pairs(Path(path), ("scene", "text")) for name, _, path in (item.partition("=") for item in data)}
 
 

@@ -10,4 +10,6 @@ Base = Annotated[str, typer.Option("--base", help='"default", a folder, a .gguf 
 Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16, float16, int8 or int4.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
-Specs = Annotated[list[str], typer.Argument(metavar="SPEC...", help="Terms name:weight, for instance emotion:0.7 logic:0.3.")]
+Specs = Annotated[
+    list[str], typer.Argument(metavar="SPEC...", help="Terms name:weight, for instance emotion:0.7 logic:0.3.")
+]

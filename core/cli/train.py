@@ -15,26 +15,42 @@ if TYPE_CHECKING:
 
 
 def train(
-    register: Annotated[str, typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name.")],
+    register: Annotated[
+        str, typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name.")
+    ],
     mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")],
-    data: Annotated[Path, typer.Option("--data", metavar="F.jsonl", help='One example per line: {"scene": "...", "text": "..."}.')],
-    held_out: Annotated[Path | None, typer.Option("--held-out", metavar="F.jsonl", help="Examples to measure on; a tenth of the data if left out.")] = None,
+    data: Annotated[
+        Path, typer.Option("--data", metavar="F.jsonl", help='One example per line: {"scene": "...", "text": "..."}.')
+    ],
+    held_out: Annotated[
+        Path | None,
+        typer.Option("--held-out", metavar="F.jsonl", help="Examples to measure on; a tenth of the data if left out."),
+    ] = None,
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     r: Annotated[int, typer.Option("--r", help="Rank.")] = 16,
     alpha: Annotated[float, typer.Option("--alpha", help="Scale; the adapter acts with alpha/r.")] = 32,
-    target_modules: Annotated[str, typer.Option("--target-modules", help="Layer names, comma-separated, or all-linear.")] = "q_proj,v_proj",
+    target_modules: Annotated[
+        str, typer.Option("--target-modules", help="Layer names, comma-separated, or all-linear.")
+    ] = "q_proj,v_proj",
     dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
     learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of a cosine schedule.")] = 1e-3,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per step.")] = 8,
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the mode; may be given several times.")] = None,
-    scene_types: Annotated[str, typer.Option("--scene-types", help="Scene types the adapter is for, comma-separated.")] = "",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="An option of the mode; may be given several times."),
+    ] = None,
+    scene_types: Annotated[
+        str, typer.Option("--scene-types", help="Scene types the adapter is for, comma-separated.")
+    ] = "",
     licence: Annotated[str, typer.Option("--licence", help="The adapter's licence, e.g. Apache-2.0.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same run.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Put the adapter there instead of into the store.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Put the adapter there instead of into the store.")
+    ] = None,
 ) -> None:
     """Train an adapter for REGISTER on JSON lines and publish it with its card."""
     from lora_rt.core.training.settings import TrainSettings
@@ -72,7 +88,10 @@ def _into_store(settings: TrainSettings, resume: bool) -> tuple[str, TrainResult
 
     store = Store()
     if not is_name(settings.register):
-        raise SettingsError(f"{settings.register!r} is not a name that an adapter can have", next_step="Use letters, digits, '.', '_' and '-'")
+        raise SettingsError(
+            f"{settings.register!r} is not a name that an adapter can have",
+            next_step="Use letters, digits, '.', '_' and '-'",
+        )
     with store.staging() as folder:
         result = run(settings, load_modes(), folder, resume=resume)
         published = store.publish(folder, settings.register, source="trained here", revision=None)
@@ -110,7 +129,10 @@ def _report(where: str, result: TrainResult, out: Path | None) -> None:
     from lora_rt.core.cli.console import out as console
 
     loss = f"held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} nats per token"
-    console.print(f"trained [bold]{escape(where)}[/]: {loss}, {result.steps} steps, {result.tokens_per_second:.0f} tokens/s", soft_wrap=True)
+    console.print(
+        f"trained [bold]{escape(where)}[/]: {loss}, {result.steps} steps, {result.tokens_per_second:.0f} tokens/s",
+        soft_wrap=True,
+    )
     spec = (str(out) if out.is_absolute() else f"./{out}") if out else result.card.register
     console.print(f'try it: lora-rt compose {escape(spec)} -p "..."', soft_wrap=True)
 

@@ -38,7 +38,10 @@ class Matrix:
 
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """95% bootstrap intervals of each mean, over examples."""
-        return {data: {spec: ratio_interval(x.sums, x.tokens) for spec, x in row.items()} for data, row in self.losses.items()}
+        return {
+            data: {spec: ratio_interval(x.sums, x.tokens) for spec, x in row.items()}
+            for data, row in self.losses.items()
+        }
 
     def document(self) -> dict[str, Any]:
         """The JSON form (see the public contract)."""
@@ -49,7 +52,9 @@ class Matrix:
         }
 
 
-def text_losses(runtime: Runtime, examples: Sequence[Mapping[str, Any]], composition: Composition | str | None) -> TextLosses:
+def text_losses(
+    runtime: Runtime, examples: Sequence[Mapping[str, Any]], composition: Composition | str | None
+) -> TextLosses:
     """The loss of every example's "text" after its "scene" as the prompt.
 
     Rows of like length share a batch, so that little is spent on padding.
@@ -58,7 +63,9 @@ def text_losses(runtime: Runtime, examples: Sequence[Mapping[str, Any]], composi
     sums, tokens = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        losses = runtime.answer_nll([examples[i]["scene"] for i in chosen], [examples[i]["text"] for i in chosen], composition)
+        losses = runtime.answer_nll(
+            [examples[i]["scene"] for i in chosen], [examples[i]["text"] for i in chosen], composition
+        )
         for i, loss in zip(chosen, losses, strict=True):
             sums[i], tokens[i] = float(loss.sum()), len(loss)
     return TextLosses(sums, tokens)

@@ -43,6 +43,8 @@ def plot_matrix(matrix: Matrix, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise PlotError(f"{path} can't be written: {error}", next_step="Give a path that ends in .png, .svg or .pdf") from error
+        raise PlotError(
+            f"{path} can't be written: {error}", next_step="Give a path that ends in .png, .svg or .pdf"
+        ) from error
     finally:
         pyplot.close(figure)

@@ -14,7 +14,9 @@ def matrix_table(matrix: Matrix) -> Table:
     """Rows are data sets, columns the base and the compositions; the lowest loss of a row is underlined."""
     intervals = matrix.intervals()
     specs = list(next(iter(matrix.losses.values())))
-    table = Table(title="negative log-likelihood, nats per response token (95% interval)", title_justify="left", title_style="")
+    table = Table(
+        title="negative log-likelihood, nats per response token (95% interval)", title_justify="left", title_style=""
+    )
     table.add_column("data")
     for spec in specs:
         table.add_column(escape(spec), justify="right")

@@ -39,7 +39,7 @@ def fresh_adapter(base: LoadedBase, settings: TrainSettings) -> Any:
 
 
 def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folder: Path) -> None:
-    """Write adapter_config.json, adapter_model.safetensors (bfloat16) and, where the mode has state, mode.safetensors."""
+    """Write adapter_config.json, adapter_model.safetensors (bfloat16) and, for a mode with state, mode.safetensors."""
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     # Only here: while it trains, PEFT looks a hub id up on the Hub at every checkpoint.
@@ -47,7 +47,11 @@ def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folde
     config.revision = base.revision
     config.save_pretrained(folder)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({k: v.to(SAVED_DTYPE).contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.to(SAVED_DTYPE).contiguous() for k, v in tensors.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
     if state is not None:
         save_file({k: v.contiguous() for k, v in state.state_dict().items()}, folder / _STATE)
 

@@ -17,7 +17,9 @@ class DataError(LoraRtError):
     """A data file that can't be used; `problems` has every bad line with its number."""
 
 
-def read_pairs(path: Path, fields: Sequence[str], check: Callable[[dict[str, Any]], list[str]] | None = None) -> list[dict[str, Any]]:
+def read_pairs(
+    path: Path, fields: Sequence[str], check: Callable[[dict[str, Any]], list[str]] | None = None
+) -> list[dict[str, Any]]:
     """The examples of a JSONL file, one object per line; blank lines are skipped.
 
     Args:
@@ -52,7 +54,9 @@ def read_pairs(path: Path, fields: Sequence[str], check: Callable[[dict[str, Any
     return examples
 
 
-def _read_line(line: bytes, fields: Sequence[str], check: Callable[[dict[str, Any]], list[str]] | None) -> dict[str, Any] | list[str]:
+def _read_line(
+    line: bytes, fields: Sequence[str], check: Callable[[dict[str, Any]], list[str]] | None
+) -> dict[str, Any] | list[str]:
     """The example of one line, or what is wrong with it."""
     try:
         value = json.loads(line.decode("utf-8"))

@@ -20,7 +20,8 @@ class LiveLine(TrainerCallback):  # type: ignore[misc]
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -46,7 +47,8 @@ class LiveLine(TrainerCallback):  # type: ignore[misc]
         every = max(1, state.max_steps // _PLAIN_LINES)
         if not self._console.is_terminal and state.global_step % every == 0:
             left = (state.max_steps - state.global_step) * (time.perf_counter() - self._started) / done
-            self._console.print(f"step {state.global_step}/{state.max_steps}  loss {self._loss}  {speed:.0f} tokens/s  left {left:.0f} s")
+            place = f"step {state.global_step}/{state.max_steps}"
+            self._console.print(f"{place}  loss {self._loss}  {speed:.0f} tokens/s  left {left:.0f} s")
 
     def stop(self) -> None:
         """Give the terminal back, however the run ended."""

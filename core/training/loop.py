@@ -100,7 +100,9 @@ class ModeTrainer(Trainer):  # type: ignore[misc]
         lengths = [rows[index]["length"] for index in range(len(rows))]
         return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The mean loss of a batch.
 
         Raises:

@@ -79,7 +79,10 @@ def _objective(settings: TrainSettings, modes: ModeHost, base: LoadedBase) -> Ob
     )
     objective = modes.objective(settings.mode, context)
     if objective is None:
-        raise SettingsError(f"the mode {settings.mode!r} trains nothing", next_step=f"Use a mode with an objective; see: lora-rt plugins")
+        raise SettingsError(
+            f"the mode {settings.mode!r} trains nothing",
+            next_step="Use a mode with an objective; see: lora-rt plugins",
+        )
     return objective
 
 
@@ -89,7 +92,9 @@ def _examples(settings: TrainSettings, objective: Objective) -> tuple[list[dict[
     if settings.held_out is not None:
         return examples, read_pairs(settings.held_out, objective.fields, objective.check)
     if len(examples) < 2:
-        raise SettingsError("one example is too few to train and to hold out", next_step="Give more, or name a --held-out file")
+        raise SettingsError(
+            "one example is too few to train and to hold out", next_step="Give more, or name a --held-out file"
+        )
     order = random.Random(settings.seed).sample(range(len(examples)), len(examples))
     count = max(1, round(len(examples) * _HELD_OUT_SHARE))
     aside = set(order[:count])
@@ -97,7 +102,14 @@ def _examples(settings: TrainSettings, objective: Objective) -> tuple[list[dict[
 
 
 class _Run:
-    def __init__(self, settings: TrainSettings, base: LoadedBase, objective: Objective, training: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        base: LoadedBase,
+        objective: Objective,
+        training: list[dict[str, Any]],
+        held_out: list[dict[str, Any]],
+    ) -> None:
         self.settings = settings
         self.base = base
         self.objective = objective
@@ -122,7 +134,9 @@ class _Run:
                 if all(label == IGNORE for label in item.labels):
                     problems.append(f"example {number}: no token carries loss")
         if problems:
-            raise SettingsError("some examples can't be trained on", problems=problems, next_step="Shorten or remove them")
+            raise SettingsError(
+                "some examples can't be trained on", problems=problems, next_step="Shorten or remove them"
+            )
         return encoded
 
     def execute(self, folder: Path, *, resume: bool) -> TrainResult:
@@ -154,7 +168,10 @@ class _Run:
             forget(self.checkpoint_folder)
             return None
         if found is None:
-            raise SettingsError("there is no checkpoint of a run with these settings and this data", next_step="Start it without --resume")
+            raise SettingsError(
+                "there is no checkpoint of a run with these settings and this data",
+                next_step="Start it without --resume",
+            )
         restore_state(found, self.objective.state)
         return found
 

@@ -65,7 +65,11 @@ class TrainSettings:
 
     def fingerprint(self, data_digest: str) -> str:
         """Twelve hex digits that two runs share exactly if one can resume the other."""
-        plain = {key: str(value) for key, value in asdict(self).items() if key not in ("data", "held_out", "device", "licence")}
+        plain = {
+            key: str(value)
+            for key, value in asdict(self).items()
+            if key not in ("data", "held_out", "device", "licence")
+        }
         return hashlib.sha256(json.dumps([plain, data_digest], sort_keys=True).encode()).hexdigest()[:12]
 
 

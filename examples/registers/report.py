@@ -91,17 +91,30 @@ def greedy(runtime: Runtime, scenes: Sequence[str], composition: str) -> list[st
     return texts
 
 
-def generations(runtime: Runtime, scenes: Sequence[str], classifier: Pipeline, adapters: dict[str, str]) -> dict[str, Any]:
+def generations(
+    runtime: Runtime, scenes: Sequence[str], classifier: Pipeline, adapters: dict[str, str]
+) -> dict[str, Any]:
     """Whether greedy texts sound like their register, and whether two scenes ever give one text."""
     result = {}
     for register in REGISTERS:
         texts = greedy(runtime, scenes, adapters[register])
         right = float(np.mean(classifier.predict(texts) == register))
-        result[register] = {"classified_right": right, "distinct": len(set(texts)), "of": len(texts), "samples": dict(zip(scenes[:6], texts, strict=False))}
+        result[register] = {
+            "classified_right": right,
+            "distinct": len(set(texts)),
+            "of": len(texts),
+            "samples": dict(zip(scenes[:6], texts, strict=False)),
+        }
     return result
 
 
-def knob(runtime: Runtime, held: dict[str, list[dict[str, Any]]], classifier: Pipeline, adapters: dict[str, str], pair: tuple[str, str]) -> dict[str, Any]:
+def knob(
+    runtime: Runtime,
+    held: dict[str, list[dict[str, Any]]],
+    classifier: Pipeline,
+    adapters: dict[str, str],
+    pair: tuple[str, str],
+) -> dict[str, Any]:
     """`a:w b:1-w`: does the difference of the two losses, and the classifier's share, move with w?"""
     first, second = pair
     differences, shares = [], []

@@ -16,7 +16,11 @@ from lora_rt.core.evaluation.table import matrix_table
 from lora_rt.core.generation.prompts import answer_ids, prompt_ids
 from support.tiny import Zoo
 
-EXAMPLES = [{"scene": "ab", "text": "some text"}, {"scene": "a longer scene", "text": "x"}, {"scene": "c", "text": "yz yz"}]
+EXAMPLES = [
+    {"scene": "ab", "text": "some text"},
+    {"scene": "a longer scene", "text": "x"},
+    {"scene": "c", "text": "yz yz"},
+]
 
 
 def test_losses_equal_those_read_off_the_logits(zoo: Zoo) -> None:
@@ -53,7 +57,9 @@ def small_matrix() -> Matrix:
     def losses(nats: float) -> TextLosses:
         return TextLosses(np.array([nats * 10, nats * 20]), np.array([10, 20]))
 
-    return Matrix({"emotion": {BASE: losses(5.0), "emotion": losses(3.5)}, "logic": {BASE: losses(4.0), "emotion": losses(4.4)}})
+    return Matrix(
+        {"emotion": {BASE: losses(5.0), "emotion": losses(3.5)}, "logic": {BASE: losses(4.0), "emotion": losses(4.4)}}
+    )
 
 
 def test_the_table_marks_the_best_cell_of_each_row() -> None:

@@ -20,7 +20,15 @@ def test_the_layers_hold() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("statement", ["import lora_rt", "import lora_rt.core.cli.app", "import lora_rt.plugins.contract", "import lora_rt.plugins.modes.output_only"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import lora_rt",
+        "import lora_rt.core.cli.app",
+        "import lora_rt.plugins.contract",
+        "import lora_rt.plugins.modes.output_only",
+    ],
+)
 def test_a_light_import_pulls_in_nothing_heavy(statement: str) -> None:
     code = f"import sys; {statement}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

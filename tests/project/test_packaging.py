@@ -40,13 +40,24 @@ def test_nothing_of_ours_is_installed_outside_lora_rt() -> None:
 
 def test_every_entry_point_of_the_project_is_installed() -> None:
     for group, points in PROJECT["project"]["entry-points"].items():
-        installed = {point.name: point.value for point in entry_points(group=group) if point.dist and point.dist.name == "lora-rt"}
+        installed = {
+            point.name: point.value
+            for point in entry_points(group=group)
+            if point.dist and point.dist.name == "lora-rt"
+        }
         assert installed == points
 
 
 def test_every_dependency_and_tool_is_pinned_in_the_constraints() -> None:
-    pinned = {line.partition("==")[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    wanted = [*PROJECT["project"]["dependencies"], *(d for extra in PROJECT["project"]["optional-dependencies"].values() for d in extra)]
+    pinned = {
+        line.partition("==")[0].lower().replace("-", "_")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    wanted = [
+        *PROJECT["project"]["dependencies"],
+        *(d for extra in PROJECT["project"]["optional-dependencies"].values() for d in extra),
+    ]
     names = {d.split(">=")[0].split("[")[0].lower().replace("-", "_") for d in wanted} - {"lora_rt"}
     assert names - pinned == set()
 

@@ -38,8 +38,10 @@ def test_training_lowers_the_held_out_loss(settings: Make, folder: Path, precisi
     assert result.loss_after < result.loss_before - 0.3
 
 
-def test_the_held_out_loss_still_moves_after_an_evaluation_in_the_middle(settings: Make, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation before training repacks 4-bit weights into a layout without a gradient, unless that is forbidden."""
+def test_the_held_out_loss_still_moves_after_an_evaluation_in_the_middle(
+    settings: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation before training would repack 4-bit weights into a layout that has no gradient."""
     losses = []
     measured = run_module._Run.held_out_loss
     monkeypatch.setattr(run_module._Run, "held_out_loss", lambda self: losses.append(measured(self)) or losses[-1])
@@ -106,7 +108,9 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module.Checkpoints, "on_step_end", on_step_end)
 
 
-def test_an_interrupted_run_resumes_to_the_adapter_of_an_undisturbed_one(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_to_the_adapter_of_an_undisturbed_one(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()

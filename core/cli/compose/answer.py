@@ -26,7 +26,9 @@ def answer(request: ComposeRequest, *, as_json: bool) -> None:
 def speak(runtime: Runtime, request: ComposeRequest, prompt: Any) -> str:
     """Stream an answer to standard output and return it."""
     pieces = []
-    for piece in runtime.stream(prompt, request.composition, scene=request.scene, seed=request.seed, **request.sampling()):
+    for piece in runtime.stream(
+        prompt, request.composition, scene=request.scene, seed=request.seed, **request.sampling()
+    ):
         pieces.append(piece)
         out.print(piece, end="", markup=False, soft_wrap=True)
         out.file.flush()
@@ -39,9 +41,12 @@ def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
     lines = []
     for info, weight in _terms(runtime, request):
         revision = f"@{info.revision[:12]}" if info.revision else ""
-        lines.append(f"[bold]{escape(info.name)}[/]:{weight:g}  [dim]{info.mode}, rank {info.rank}, {escape(info.source)}{revision}, sha256 {info.sha256[:12]}[/]")
+        origin = f"{info.mode}, rank {info.rank}, {info.source}{revision}, sha256 {info.sha256[:12]}"
+        lines.append(f"[bold]{escape(info.name)}[/]:{weight:g}  [dim]{escape(origin)}[/]")
     facts = runtime.base
-    lines.append(f"[dim]over {escape(facts.id)} ({facts.precision}), temperature {request.temperature:g}, seed {request.seed}[/]")
+    lines.append(
+        f"[dim]over {escape(facts.id)} ({facts.precision}), temperature {request.temperature:g}, seed {request.seed}[/]"
+    )
     for line in lines:
         err.print(line, soft_wrap=True)
 
@@ -53,10 +58,19 @@ def _terms(runtime: Runtime, request: ComposeRequest) -> list[tuple[Any, float]]
 def _document(runtime: Runtime, request: ComposeRequest) -> dict[str, Any]:
     assert request.prompt is not None
     started = time.perf_counter()
-    text = runtime.generate(request.prompt, request.composition, scenes=request.scene, seed=request.seed, **request.sampling())
+    text = runtime.generate(
+        request.prompt, request.composition, scenes=request.scene, seed=request.seed, **request.sampling()
+    )
     seconds = time.perf_counter() - started
     terms = [
-        {"name": info.name, "weight": weight, "mode": info.mode, "source": info.source, "revision": info.revision, "sha256": info.sha256}
+        {
+            "name": info.name,
+            "weight": weight,
+            "mode": info.mode,
+            "source": info.source,
+            "revision": info.revision,
+            "sha256": info.sha256,
+        }
         for info, weight in _terms(runtime, request)
     ]
     return {

@@ -12,15 +12,21 @@ from lora_rt.core.cli import options
 
 def compose(
     specs: options.Specs,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; standard input or a chat if left out.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="The prompt; standard input or a chat if left out.")
+    ] = None,
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     scene: Annotated[str | None, typer.Option("--scene", help="The scene type, for modes that gate by it.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
-    seed: Annotated[int | None, typer.Option("--seed", help="Makes the answer repeatable; a new one each time if left out.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Base, each register alone and the composition side by side.")] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Makes the answer repeatable; a new one each time if left out.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Base, each register alone and the composition side by side.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Let a weighted composition of registers speak."""

@@ -26,7 +26,11 @@ def compare_answers(request: ComposeRequest, *, as_json: bool) -> None:
     compositions = [Composition.of(spec) for spec in specs]
     with err.status(f"{len(specs)} answers in one batch"):
         texts = runtime.generate(
-            [request.prompt] * len(specs), compositions, scenes=[request.scene] * len(specs), seed=request.seed, **request.sampling()
+            [request.prompt] * len(specs),
+            compositions,
+            scenes=[request.scene] * len(specs),
+            seed=request.seed,
+            **request.sampling(),
         )
     columns = [(spec or "base", text) for spec, text in zip(specs, texts, strict=True)]
     if as_json:

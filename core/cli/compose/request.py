@@ -36,7 +36,9 @@ class ComposeRequest:
     seed: int
 
     @classmethod
-    def checked(cls, spec: str, prompt: str | None, *, seed: int | None, needs_prompt: bool, **settings: Any) -> ComposeRequest:
+    def checked(
+        cls, spec: str, prompt: str | None, *, seed: int | None, needs_prompt: bool, **settings: Any
+    ) -> ComposeRequest:
         """The request, its names looked up.
 
         Raises:
@@ -44,11 +46,15 @@ class ComposeRequest:
         """
         composition = Composition.parse(spec)
         if prompt is not None and not prompt.strip():
-            raise ComposeError("the prompt is empty", next_step='Give one with -p "...", or type lora-rt compose without it to chat')
+            raise ComposeError(
+                "the prompt is empty", next_step='Give one with -p "...", or type lora-rt compose without it to chat'
+            )
         if prompt is None and needs_prompt:
             raise ComposeError("there is no prompt", next_step='Give one with -p "..."')
         look_up(composition)
-        request = cls(composition=composition, prompt=prompt, seed=secrets.randbits(31) if seed is None else seed, **settings)
+        request = cls(
+            composition=composition, prompt=prompt, seed=secrets.randbits(31) if seed is None else seed, **settings
+        )
         _check_settings(request)
         return request
 
@@ -97,4 +103,6 @@ def look_up(composition: Composition) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        raise ComposeError(f"{len(problems)} terms can't be used", problems=[f"{e.message}. {e.next_step}" for e in problems])
+        raise ComposeError(
+            f"{len(problems)} terms can't be used", problems=[f"{e.message}. {e.next_step}" for e in problems]
+        )
