@@ -16,6 +16,7 @@ from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.quiet import hush
 from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model
+from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
@@ -68,7 +69,7 @@ def load_base(
         text: "default", a folder, a GGUF file, or a hub id with an optional @revision.
         precision: float32, bfloat16, float16, int8 or int4.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        for_training: keep 4-bit weights in the layout whose matmul has a gradient (see `_keep_gradients`).
+        for_training: keep 4-bit weights in the layout whose matmul has a gradient (see `forbid_repacking`).
 
     Raises:
         BaseError, PrecisionError: with what to do next.
@@ -81,8 +82,9 @@ def load_base(
         model, tokenizer = _read(prepared.folder, chosen, target)
         model.requires_grad_(False)
         model.eval()
+        forbid_uneven_repacking(model)
         if for_training:
-            _keep_gradients(model)
+            forbid_repacking(model)
     return LoadedBase(
         model=model,
         tokenizer=tokenizer,
@@ -110,17 +112,6 @@ def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
-
-
-def _keep_gradients(model: nn.Module) -> None:
-    """Forbid bitsandbytes to repack 4-bit weights for its CPU inference kernel, which has no autograd.
-
-    Otherwise the first evaluation in eval mode repacks them, and training goes on without a gradient and without an
-    error. Must run before the first forward pass.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # torch types attributes as tensors
 
 
 def _facts(config: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:

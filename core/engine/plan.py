@@ -93,12 +93,15 @@ class Pass:
             return y
         if self._heads and (axis := self.topology.sites[index].heads) is not None:
             return self._add_headed(site, axis, x, y)
-        if self._input is not x or self._group != site.group:
+        # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
+        return y.add_(linear(self._shared(site, x)[..., site.start : site.stop], site.b))
+
+    def _shared(self, site: StackedSite, x: Tensor) -> Tensor:
+        """The gated hidden of the site's group, made by the first of its sites."""
+        if self._hidden is None or self._input is not x or self._group != site.group:
             self._hidden = self._gated(site.group, self._groups[site.group], x)
             self._input, self._group = x, site.group
-        assert self._hidden is not None
-        # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        return y.add_(linear(self._hidden[..., site.start : site.stop], site.b))
+        return self._hidden
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x."""
@@ -121,22 +124,25 @@ class Pass:
 
     def _add_headed(self, site: StackedSite, axis: HeadAxis, x: Tensor, y: Tensor) -> Tensor:
         """Heads do not lie on the rank axis: each adapter acts alone, with its heads scaled on B's or A's side."""
-        group = self._groups[site.group]
-        gate = self._like(self._gates[site.group], x)[..., site.start : site.stop]
-        a = group.a[site.start : site.stop]
-        offset = None if group.offset is None else group.offset[site.start : site.stop]
-        wide = x.to(a.dtype)
         for k, (first, last) in enumerate(site.spans):
             if first == last:
                 continue
-            heads = self._spread(k, axis, group.layer, x)
-            source = wide if heads is None or axis.side == "output" else wide * heads
-            hidden = (
-                linear(source, a[first:last], None if offset is None else offset[first:last]) * gate[..., first:last]
-            )
+            ranks = slice(site.start + first, site.start + last)
+            heads = self._spread(k, axis, self._groups[site.group].layer, x)
+            if heads is not None and axis.side == "input":
+                hidden, heads = self._alone(site.group, ranks, x, heads), None
+            else:
+                hidden = self._shared(site, x)[..., ranks]
             delta = linear(hidden, site.b[:, first:last])
-            y = y.add_(delta if heads is None or axis.side == "input" else delta * heads)
+            y = y.add_(delta if heads is None else delta * heads)
         return y
+
+    def _alone(self, number: int, ranks: slice, x: Tensor, heads: Tensor) -> Tensor:
+        """The gated hidden of one adapter, whose heads stand on its input side."""
+        group = self._groups[number]
+        offset = None if group.offset is None else group.offset[ranks]
+        hidden = linear(x.to(group.a.dtype) * heads, group.a[ranks], offset)
+        return hidden * self._like(self._gates[number], x)[..., ranks]
 
     def _spread(self, k: int, axis: HeadAxis, layer: int | None, x: Tensor) -> Tensor | None:
         """Adapter k's head gate spread over the features of a site, in the layout of x, or None."""

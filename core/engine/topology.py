@@ -92,7 +92,7 @@ def survey(model: Any) -> Topology:
         for name, module in linears.items()
     ]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # no inference mode: what is repacked now has to serve passes with gradients as well
             model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
     finally:
         for handle in handles:

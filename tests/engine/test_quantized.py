@@ -1,0 +1,126 @@
+"""Over int4 and int8 bases: exact to the precision of that base's own matmul, and the base keeps every byte."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lora_rt.core.runtime import Runtime
+from support.tiny import MLP, TARGETS, Zoo, deltas, some_ids, spec
+
+IDS = some_ids(rows=2, tokens=7)
+QUANTIZED = ("int4", "int8")
+
+
+def terms(zoo: Zoo) -> list[tuple[Path, float]]:
+    targets = [*TARGETS["llama"], *MLP["llama"]]
+    return [
+        (zoo.adapter("llama", seed=1, targets=targets), 0.7),
+        (zoo.adapter("llama", seed=2, r=3, use_rslora=True, targets=targets), -0.4),
+    ]
+
+
+@pytest.fixture(params=QUANTIZED)
+def runtime(zoo: Zoo, request: pytest.FixtureRequest) -> Runtime:
+    made = zoo.runtime("llama", request.param)
+    for adapter, _ in terms(zoo):
+        zoo.load(made, adapter)
+    return made
+
+
+def reference(runtime: Runtime, base: Path, composition: list[tuple[Path, float]]) -> Tensor:
+    """The same quantized base, to whose layers' outputs the dense change is added in float32 and rounded once."""
+    model = copy.copy(runtime._base.model)
+    changes: dict[str, Tensor] = {}
+    for adapter, weight in composition:
+        for name, (change, _) in deltas(base, adapter).items():
+            changes[name] = changes.get(name, torch.zeros_like(change)) + weight * change
+
+    def added(change: Tensor) -> Callable[..., Tensor]:
+        return lambda _m, given, out: (out.float() + given[0].float() @ change.T).to(out.dtype)
+
+    handles = [model.get_submodule(name).register_forward_hook(added(change)) for name, change in changes.items()]
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=IDS).logits
+    for handle in handles:
+        handle.remove()
+    return logits.float()
+
+
+def test_the_change_is_exact_to_the_base_s_own_precision(runtime: Runtime, zoo: Zoo) -> None:
+    wanted = reference(runtime, zoo.base("llama"), terms(zoo))
+    base = runtime.logits(IDS).float()
+    found = runtime.logits(IDS, compositions=spec(terms(zoo))).float()
+    assert (wanted - base).abs().max() > 0.5
+    assert (found - wanted).abs().max() < 0.05 * (wanted - base).abs().max()
+    assert (found - wanted).abs().mean() < 0.01
+
+
+def test_load_generate_and_unload_leave_every_byte_of_the_base(runtime: Runtime, zoo: Zoo) -> None:
+    before = runtime.base_digest()
+    name = runtime.load_adapter(str(zoo.adapter("llama", seed=3)), name="passing")
+    runtime.generate(["one", "a longer prompt"], [f"{name}:1.5", None], max_new_tokens=4)
+    runtime.unload_adapter(name)
+    assert runtime.base_digest() == before
+
+
+def test_the_float32_base_keeps_every_byte(zoo: Zoo) -> None:
+    runtime = zoo.runtime("llama", fresh=True)
+    before = runtime.base_digest()
+    name = runtime.load_adapter(str(zoo.adapter("llama", seed=3)))
+    runtime.generate(["one", "a longer prompt"], [f"{name}:1.5", None], max_new_tokens=4)
+    runtime.unload_adapter(name)
+    assert runtime.base_digest() == before
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_the_digest_covers_the_scales_of_a_quantized_base(zoo: Zoo, precision: str) -> None:
+    runtime = zoo.runtime("llama", precision, fresh=True)
+    before = runtime.base_digest()
+    module = runtime._base.model.model.layers[0].mlp.up_proj
+    scale = module.weight.quant_state.absmax if precision == "int4" else module.state.SCB
+    scale.flatten()[0] += 1
+    assert runtime.base_digest() != before
+
+
+def test_none_rows_are_the_base_bit_for_bit(runtime: Runtime, zoo: Zoo) -> None:
+    mixed = runtime.logits(IDS, compositions=[spec(terms(zoo)), None])
+    assert torch.equal(mixed[1], runtime.logits(IDS)[1])
+
+
+def test_a_row_in_a_batch_is_the_row_alone(zoo: Zoo) -> None:
+    runtime = zoo.runtime("llama", "int4")
+    for adapter, _ in terms(zoo):
+        zoo.load(runtime, adapter)
+    mixed = runtime.logits(IDS, compositions=[spec(terms(zoo)), spec(terms(zoo)[:1])])
+    alone = runtime.logits(IDS[1:], compositions=spec(terms(zoo)[:1]))
+    assert_close(mixed[1:].float(), alone.float(), atol=0.06, rtol=0.02)
+
+
+NOISELESS = """
+import sys, warnings
+from lora_rt.core.runtime import Runtime
+for precision in ("int4", "int8", "bfloat16", "float16"):
+    runtime = Runtime.load(sys.argv[1], precision=precision, device="cpu")
+    name = runtime.load_adapter(sys.argv[2])
+    runtime.generate(["one", "two and more"], [name, None], max_new_tokens=3, temperature=0.5, seed=1)
+    "".join(runtime.stream("x", name, max_new_tokens=3))
+    runtime.unload_adapter(name)
+"""
+
+
+def test_no_library_speaks_to_the_user(zoo: Zoo) -> None:
+    """Quantizing, loading and generating at four precisions, with every warning an error."""
+    command = [sys.executable, "-W", "error", "-W", "ignore:.*torch.jit.*:DeprecationWarning", "-c", NOISELESS]
+    done = subprocess.run(
+        [*command, str(zoo.base("llama")), str(zoo.adapter("llama", seed=1))], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

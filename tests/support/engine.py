@@ -1,0 +1,42 @@
+"""The engine alone, over a tiny model: a bank, and logits under plans, without prompts, modes or a runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lora_rt.core.adapters import read_adapter
+from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+from lora_rt.core.engine.plan import Plan
+from lora_rt.core.generation.decode import Decoder
+from lora_rt.plugins.contract import Gate
+from lora_rt.registry.inspection import inspect_adapter
+
+
+class Engine:
+    """One model and its bank. `add` makes an adapter resident under its folder's name."""
+
+    def __init__(self, base: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self.bank = AdapterBank(self.model, torch.float32)
+        self.decoder = Decoder(self.model, pad_id=0, end_ids=[2])
+
+    def read(self, adapter: Path) -> ResidentAdapter:
+        shapes = self.bank.topology.shapes
+        return read_adapter(inspect_adapter(adapter, name=adapter.name, linears=shapes), adapter.name)
+
+    def add(self, *adapters: Path) -> None:
+        for adapter in adapters:
+            self.bank.add(self.read(adapter))
+
+    def plan(
+        self, weights: Mapping[str, float] | Sequence[Mapping[str, float]], gates: Mapping[str, Gate] | None = None
+    ) -> Plan | None:
+        return self.bank.plan([weights] if isinstance(weights, Mapping) else weights, gates)
+
+    def logits(self, ids: Tensor, plan: Plan | None, columns: Tensor | None = None) -> Tensor:
+        return self.decoder.logits(ids, torch.ones_like(ids), lambda info: plan, columns)
