@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lora_rt.core.composition import Composition
-from lora_rt.core.residents import Residents
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import BaseFacts, ComposeContext, SceneType, TermFacts
-from lora_rt.plugins.manager import ModeHost
+from lora_rt.plugins.contract import SceneType
 
 Compositions = Composition | str | None | Sequence[Composition | str | None]
 
@@ -20,10 +18,34 @@ class RequestError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Resident name -> weight, and the registered scene type."""
+    """What one row of a request is under.
+
+    `weights` by resident name; `layers` is added to them, one number per layer, where a named composition says so.
+    `scene_type` is the caller's or the registered one. `phases` are the rows to go on as once activation texts have
+    appeared, by the set of those that have (see `lora_rt.core.timeline`); empty where nothing changes.
+    """
 
     weights: Mapping[str, float]
     scene_type: SceneType = None
+    prompt: str | None = None
+    layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    phases: Mapping[frozenset[str], Row] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that act, now or in a later phase."""
+        now = [name for name, weight in self.weights.items() if weight != 0.0]
+        later = [name for phase in self.phases.values() for name in phase.names]
+        return list(dict.fromkeys([*now, *self.layers, *later]))
+
+    @property
+    def texts(self) -> list[str]:
+        """The activation texts that it waits for."""
+        return sorted({text for seen in self.phases for text in seen})
+
+    def phase(self, seen: Iterable[str]) -> Row:
+        """The row to go on as when these texts have appeared."""
+        return self.phases.get(frozenset(seen), self)
 
 
 def per_row(value: Compositions, rows: int) -> list[Composition | None]:
@@ -49,47 +71,6 @@ def scenes_per_row(scenes: Sequence[SceneType] | str | None, rows: int) -> list[
     if scenes is None or isinstance(scenes, str):
         return [scenes] * rows
     if len(scenes) != rows:
-        raise RequestError(
-            f"{len(scenes)} scene types for {rows} rows", next_step="Give one per row, None where it is not known"
-        )
+        text = f"{len(scenes)} scene types for {rows} rows"
+        raise RequestError(text, next_step="Give one per row, None where it is not known")
     return list(scenes)
-
-
-class Weigher:
-    """Turns compositions into weights, asking each term's mode."""
-
-    def __init__(self, residents: Residents, modes: ModeHost, base: BaseFacts) -> None:
-        self._residents = residents
-        self._modes = modes
-        self._base = base
-
-    def rows(
-        self, compositions: Sequence[Composition | None], scenes: Sequence[SceneType], prompts: Sequence[str | None]
-    ) -> list[Row]:
-        """One row each."""
-        return [self._row(c, scene, prompt) for c, scene, prompt in zip(compositions, scenes, prompts, strict=True)]
-
-    def _row(self, composition: Composition | None, scene: SceneType, prompt: str | None) -> Row:
-        if composition is None:
-            return Row({}, scene)
-        found = self._residents.ensure(composition)
-        terms = [TermFacts(i.name, weight, i.mode, i.card.model_dump() if i.card else {}) for i, weight in found]
-        weights = self._decided(terms, scene, prompt)
-        summed: dict[str, float] = {}
-        for term, weight in zip(terms, weights, strict=True):
-            summed[term.name] = summed.get(term.name, 0.0) + weight
-        return Row(summed, scene)
-
-    def _decided(self, terms: Sequence[TermFacts], scene: SceneType, prompt: str | None) -> list[float]:
-        """The user's weights, except where a term's mode says otherwise."""
-        weights = [term.weight for term in terms]
-        for mode in dict.fromkeys(term.mode for term in terms):
-            if not self._modes.implements(mode, "lora_rt_compose"):
-                continue
-            mine = [index for index, term in enumerate(terms) if term.mode == mode]
-            context = ComposeContext(terms=terms, mine=mine, prompt=prompt, scene_type=scene, base=self._base)
-            decided = self._modes.weights(mode, context)
-            if decided is not None:
-                for index, weight in zip(mine, decided, strict=True):
-                    weights[index] = weight
-        return weights

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from lora_rt.core.adapters import read_adapter
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.composition import Composition
 from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.mixing import Part, expanded
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.card import AdapterCard
@@ -37,6 +40,17 @@ class AdapterInfo:
     sha256: str
     why: str
     card: AdapterCard | None
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A term whose adapter is resident. `layers` multiply its weight, one per layer, where a named composition says."""
+
+    info: AdapterInfo
+    weight: float
+    after: str | None = None
+    layers: tuple[float, ...] = ()
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Residents:
@@ -88,11 +102,19 @@ class Residents:
         Raises:
             LoraRtError: terms that can't be loaded; all of them are named.
         """
-        found: list[tuple[AdapterInfo, float]] = []
+        return [(item.info, item.weight) for item in self.present(composition)]
+
+    def present(self, composition: Composition) -> list[Present]:
+        """Every term with its adapter resident; a named composition stands there as its terms.
+
+        Raises:
+            LoraRtError: terms that can't be loaded; all of them are named.
+        """
+        found: list[Present] = []
         failures: list[LoraRtError] = []
         for term in composition.terms:
             try:
-                found.append((self._resident(term.reference), term.weight))
+                found += [self._present(part) for part in expanded(term, self._registry.mixes, self._base)]
             except LoraRtError as error:
                 failures.append(error)
         if len(failures) == 1:
@@ -101,6 +123,15 @@ class Residents:
             problems = [f"{error.message}. {error.next_step}" for error in failures]
             raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
         return found
+
+    def _present(self, part: Part) -> Present:
+        info = self._resident(part.reference)
+        if part.sha256 and info.sha256 != part.sha256:
+            text = (
+                f"{part.mix!r} was tuned for other files of {info.name!r}: {part.sha256[:12]}, not {info.sha256[:12]}"
+            )
+            raise ResidentError(text, next_step="Tune it again with: lora-rt tune")
+        return Present(info, part.weight, part.after, part.layers, self._bank.residents[info.name].state)
 
     def _resident(self, reference: Reference) -> AdapterInfo:
         with self._lock:

@@ -19,8 +19,11 @@ from lora_rt.core.generation.sampling import Sampling, seeds_per_row
 from lora_rt.core.generation.scoring import answer_nll, choices_nll
 from lora_rt.core.generation.text import TextStream, text_of
 from lora_rt.core.planner import RowPlanner
-from lora_rt.core.requests import Compositions, RequestError, Row, Weigher, per_row, scenes_per_row
+from lora_rt.core.registrar import Registrar
+from lora_rt.core.requests import Compositions, RequestError, Row, per_row, scenes_per_row
 from lora_rt.core.residents import AdapterInfo, Residents
+from lora_rt.core.timeline import Timeline
+from lora_rt.core.weigher import Weigher
 from lora_rt.plugins.contract import BaseFacts, SceneType
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry.reference import Reference
@@ -43,7 +46,8 @@ class Runtime:
         self._bank = AdapterBank(base.model, base.dtype)
         self._early = EarlyHidden(base.model, base.facts.layers)
         self._residents = Residents(base, self._bank, modes, registry)
-        self._weigher = Weigher(self._residents, modes, base.facts)
+        self._registrar = Registrar(self._bank, modes, base.facts, self._early)
+        self._weigher = Weigher(self._residents, modes, base.facts, self._registrar)
         padding = base.tokenizer.pad_token_id
         self._pad_id = 0 if padding is None else int(padding)  # it is masked: any token will do
         self._decoder = Decoder(base.model, self._pad_id, _end_ids(base))
@@ -196,7 +200,8 @@ class Runtime:
             compositions, scenes: as in `generate`.
         """
         ids, mask = given_batch(input_ids, attention_mask, self.base.vocab_size, self._base.device)
-        rows = self._rows(compositions, scenes, [None] * len(ids))
+        real = [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
+        rows = self._rows(compositions, scenes, [None] * len(ids), real)
         return self._decoder.logits(ids, mask, self._planner(rows))
 
     def answer_nll(
@@ -212,7 +217,7 @@ class Runtime:
         """
         ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         texts = [answer_ids(self.tokenizer, answer) for answer in answers]
-        rows = self._rows(compositions, scenes, [p if isinstance(p, str) else None for p in prompts])
+        rows = self._rows(compositions, scenes, prompts, ids)
         return answer_nll(self._decoder, self._planner(rows), ids, texts, self._pad_id, self._base.device)
 
     def choices_nll(
@@ -227,7 +232,7 @@ class Runtime:
             return []
         ids = prompt_ids(self.tokenizer, prompt)
         texts = [answer_ids(self.tokenizer, answer) for answer in answers]
-        (row,) = self._rows([composition], [scene], [prompt if isinstance(prompt, str) else None])
+        (row,) = self._rows([composition], [scene], [prompt], [ids])
         planners = self._planner([row]), self._planner([row] * len(texts))
         return choices_nll(self._decoder, planners, ids, texts, self._pad_id, self._base.device)
 
@@ -241,18 +246,24 @@ class Runtime:
     ) -> Iterator[list[int | None]]:
         sampling.check()
         seeds = seeds_per_row(seed, len(prompts))
-        rows = self._rows(compositions, scenes, [p if isinstance(p, str) else None for p in prompts])
         ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        rows = self._rows(compositions, scenes, prompts, ids)
         return self._decoder.decode(ids, self._planner(rows), sampling, seeds)
 
     def _rows(
-        self, compositions: Compositions, scenes: Sequence[SceneType] | str | None, prompts: Sequence[str | None]
+        self,
+        compositions: Compositions,
+        scenes: Sequence[SceneType] | str | None,
+        prompts: Sequence[Prompt | None],
+        ids: Sequence[Sequence[int]],
     ) -> list[Row]:
         count = len(prompts)
-        return self._weigher.rows(per_row(compositions, count), scenes_per_row(scenes, count), prompts)
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        return self._weigher.rows(per_row(compositions, count), scenes_per_row(scenes, count), texts, ids)
 
     def _planner(self, rows: Sequence[Row]) -> RowPlanner:
-        return RowPlanner(rows, self._bank, self._modes, self._base.facts, self._early)
+        timeline = Timeline(rows, self.tokenizer.decode)
+        return RowPlanner(rows, self._bank, self._modes, self._base.facts, self._early, timeline)
 
 
 def _end_ids(base: LoadedBase) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_rt.registry.card import BaseIdentity
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
+from lora_rt.registry.mixes import Mixes
 from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
 from lora_rt.registry.reference import Reference
@@ -38,6 +39,7 @@ class Registry:
         self.store = Store(home)
         self.folder = (project or Path.cwd()).absolute()
         self.pinned = PinnedNames(self.folder, self.store)
+        self.mixes = Mixes(self.store.root / "mixes")
         self.sources = tuple(sources)
 
     def resolve(

@@ -6,17 +6,21 @@ mode should do the same and import torch inside its hooks.
 
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract.composing import ComposeContext, TermFacts
+from lora_rt.plugins.contract.directions import DIRECTIONS, Direction, direction_of, prompt_for
 from lora_rt.plugins.contract.facts import BaseFacts, SceneType
 from lora_rt.plugins.contract.gating import Gate, GateContext
 from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
 from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext
 from lora_rt.plugins.contract.options import OptionError, read_options
+from lora_rt.plugins.contract.scenes import Registration, SceneContext
 
 __all__ = [
+    "DIRECTIONS",
     "IGNORE",
     "LORA_RT_API",
     "BaseFacts",
     "ComposeContext",
+    "Direction",
     "Encoded",
     "Example",
     "Gate",
@@ -25,9 +29,13 @@ __all__ = [
     "Objective",
     "ObjectiveContext",
     "OptionError",
+    "Registration",
+    "SceneContext",
     "SceneType",
     "TermFacts",
+    "direction_of",
     "hookimpl",
     "hookspec",
+    "prompt_for",
     "read_options",
 ]

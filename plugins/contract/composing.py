@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from lora_rt.plugins.contract.facts import BaseFacts, SceneType
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class TermFacts:
-    """One term of the request: the resident name, the weight that the user gave, its mode and its register.json."""
+    """One term of the request: the resident name, the weight that the user gave, its mode and its register.json.
+
+    `state` are the tensors of its mode.safetensors.
+    """
 
     name: str
     weight: float
     mode: str
     card: Mapping[str, Any]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

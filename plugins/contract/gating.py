@@ -44,8 +44,9 @@ class GateContext:
     `input_ids` and `positions` are (batch, tokens) of this pass alone (with a KV cache: the new tokens); `positions`
     counts from each row's first real token. `prompt_lengths` is (batch,): tokens from there on were generated.
     `active[row]` is False for rows whose composition does not use this adapter: what is returned for them is ignored.
-    `scene_types[row]` is what the caller registered. `hidden()` gives the base's early hidden state of this pass,
-    (batch, tokens, hidden), with no adapter applied; it is computed when first called.
+    `scene_types[row]` is what the caller registered. `prompts[row]` is the user message, or None for a chat and for
+    bare token ids (see `direction_of`). `hidden()` gives the base's early hidden state of this pass, (batch, tokens,
+    hidden), with no adapter applied; it is computed when first called.
     """
 
     adapter: str
@@ -60,3 +61,4 @@ class GateContext:
     scene_types: Sequence[SceneType]
     hidden: Callable[[], Tensor]
     uniform_rank: bool = True
+    prompts: Sequence[str | None] = ()

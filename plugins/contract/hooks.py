@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_rt.plugins.contract.composing import ComposeContext
     from lora_rt.plugins.contract.gating import Gate, GateContext
     from lora_rt.plugins.contract.objective import Objective, ObjectiveContext
+    from lora_rt.plugins.contract.scenes import Registration, SceneContext
 
 LORA_RT_API = 1
 """The version of this contract. A plugin module states the one that it was written for under the same name."""
@@ -39,6 +40,16 @@ def lora_rt_gate(context: GateContext) -> Gate | None:
     Runs in the request's own thread (under torch's inference mode) and without a time limit, since it is on the hot
     path; after 10 s the log and `lora-rt plugins` say that the request is waiting for it. It may be called from several
     threads at once.
+    """
+
+
+@hookspec(firstresult=True)
+def lora_rt_scene(context: SceneContext) -> Registration | None:
+    """Fires once per request with rows whose scene type the caller left open: the scene types of their prompts.
+
+    What it returns is what `lora_rt_compose` and `lora_rt_gate` then see; None leaves the rows without a scene type. Of
+    several adapters of a row, the first whose mode has this hook is asked. Runs in a thread of its own and is given up
+    after 10 s.
     """
 
 

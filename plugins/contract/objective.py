@@ -41,7 +41,8 @@ class ObjectiveContext:
 
     `prompt_ids(user_message)` renders one user message through the base's chat template, up to and including the
     opening of the answer; where the base has no template, the text as it is. `answer_ids(text)` are the tokens of an
-    answer with the end-of-turn token behind it. `options` are the mode's own options, as given to `train`.
+    answer with the end-of-turn token behind it. `options` are the mode's own options, as given to `train`, and
+    `scene_types` those that the adapter is to know (`--scene-types`).
     """
 
     register: str
@@ -50,6 +51,7 @@ class ObjectiveContext:
     options: Mapping[str, str]
     prompt_ids: Callable[[str], list[int]]
     answer_ids: Callable[[str], list[int]]
+    scene_types: Sequence[str] = ()
 
 
 class Objective:
@@ -74,5 +76,12 @@ class Objective:
         """The scalar loss of a batch, or None for the mean cross entropy per labelled token.
 
         logits (batch, tokens, vocab), labels (batch, tokens) unshifted, `extra` one (batch,) tensor per key.
+        """
+        return None
+
+    def ranks(self, extra: Mapping[str, Tensor], rank: int) -> Tensor | None:
+        """The gate on the adapter's ranks while it trains, or None for "always 1"; the twin of `lora_rt_gate`.
+
+        Returns (batch, rank), on the device of the tensors in `extra`, which are as in `loss`.
         """
         return None

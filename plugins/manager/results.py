@@ -56,7 +56,8 @@ def _gate_part(name: str, tensor: object, full: tuple[int, ...], context: GateCo
         raise ResultError(f"{name} is complex")
     if tensor.device != context.input_ids.device:
         raise ResultError(f"{name} is on {tensor.device}, and this pass on {context.input_ids.device}")
-    gate = tensor.detach()
+    # Where gates are fitted, gradients are on and lead through the gate to the state of the mode.
+    gate = tensor if torch.is_grad_enabled() else tensor.detach()
     # The gate multiplies float32 or bfloat16 weights; a float64 one would turn the whole layer into float64.
     if gate.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         gate = gate.float()

@@ -1,0 +1,55 @@
+"""Examples of prompts and answers as tokens, in batches of like length."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.core.training.data import read_pairs
+
+_POOL = 8  # batches whose examples are sorted by length together
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One example: tokens of prompt and answer, and the scene type where its line states one."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    scene_type: str | None = None
+
+
+def read_items(path: Path, base: LoadedBase, *, typed: bool) -> tuple[list[Item], list[dict[str, Any]]]:
+    """The examples of a JSONL file, as tokens and as they stand there.
+
+    Args:
+        path: lines {"scene", "text"}, with "scene_type" where `typed`.
+        base: whose tokens.
+        typed: whether every line must have a scene type.
+
+    Raises:
+        DataError: listing every bad line.
+    """
+    lines = read_pairs(path, ("scene", "text", "scene_type") if typed else ("scene", "text"))
+    return [_item(line, base) for line in lines], lines
+
+
+def _item(line: Mapping[str, Any], base: LoadedBase) -> Item:
+    prompt = prompt_ids(base.tokenizer, line["scene"])
+    return Item(prompt, answer_ids(base.tokenizer, line["text"]), line.get("scene_type"))
+
+
+def batches(items: Sequence[Item], size: int, rng: random.Random) -> Iterator[list[Item]]:
+    """All items once, in random order, with those of like length in one batch."""
+    order = rng.sample(list(items), len(items))
+    pools = [order[start : start + size * _POOL] for start in range(0, len(order), size * _POOL)]
+    cut: list[list[Item]] = []
+    for pool in pools:
+        pool.sort(key=lambda item: len(item.prompt) + len(item.answer))
+        cut += [pool[start : start + size] for start in range(0, len(pool), size)]
+    yield from rng.sample(cut, len(cut))

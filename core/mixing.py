@@ -1,0 +1,56 @@
+"""Named compositions inside compositions: `my-mix:0.5` stands for its terms, each weight times 0.5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.composition import Term
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.mixes import Mix, Mixes
+from lora_rt.registry.reference import Reference
+
+
+class MixError(LoraRtError):
+    """A named composition that can't be used here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One adapter of a term: the term's own, or one of a named composition's with the digest that it was tuned for."""
+
+    reference: Reference
+    weight: float
+    after: str | None
+    layers: tuple[float, ...] = ()
+    sha256: str = ""
+    mix: str = ""
+
+
+def mix_of(term: Term, mixes: Mixes) -> Mix | None:
+    """The named composition that a term means, or None where it means an adapter."""
+    reference = term.reference
+    return mixes.get(reference.target) if reference.kind == "name" and reference.revision is None else None
+
+
+def expanded(term: Term, mixes: Mixes, base: LoadedBase) -> list[Part]:
+    """The adapters of a term.
+
+    Raises:
+        MixError: it was tuned for another base.
+    """
+    mix = mix_of(term, mixes)
+    if mix is None:
+        return [Part(term.reference, term.weight, term.after)]
+    problems = []
+    if mix.base != base.identity.id:
+        problems.append(f"it is for {mix.base}, in use is {base.identity.id}")
+    if any(len(item.layers) not in (0, base.facts.layers) for item in mix.terms):
+        problems.append(f"it has weights for another number of layers than {base.facts.layers}")
+    if problems:
+        text = f"the composition {mix.name!r} does not fit this base: {'; '.join(problems)}"
+        raise MixError(text, next_step=f"Use --base {mix.base}, or tune it again")
+    return [
+        Part(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, mix.name)
+        for i in mix.terms
+    ]

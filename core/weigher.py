@@ -1,0 +1,101 @@
+"""From compositions and scenes to the rows of a request: each term's mode decides its weight, in every phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from lora_rt.core.activation import scene_turns
+from lora_rt.core.composition import Composition
+from lora_rt.core.registrar import Registrar
+from lora_rt.core.requests import RequestError, Row
+from lora_rt.core.residents import Present, Residents
+from lora_rt.plugins.contract import BaseFacts, ComposeContext, SceneType, TermFacts
+from lora_rt.plugins.manager import ModeHost
+
+_MOST_TEXTS = 4  # each doubles the phases of a row
+
+
+class Weigher:
+    """Turns compositions into weights, asking each term's mode."""
+
+    def __init__(
+        self,
+        residents: Residents,
+        modes: ModeHost,
+        base: BaseFacts,
+        registrar: Registrar,
+    ) -> None:
+        self._residents = residents
+        self._modes = modes
+        self._base = base
+        self._registrar = registrar
+
+    def rows(
+        self,
+        compositions: Sequence[Composition | None],
+        scenes: Sequence[SceneType],
+        prompts: Sequence[str | None],
+        ids: Sequence[Sequence[int]],
+    ) -> list[Row]:
+        """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is registered."""
+        found = [[] if c is None else self._residents.present(c) for c in compositions]
+        names = [[item.info.name for item in row] for row in found]
+        known = self._registrar.registered(names, scenes, ids)
+        return [self._row(*parts) for parts in zip(found, known, prompts, strict=True)]
+
+    def _row(self, found: Sequence[Present], scene: SceneType, prompt: str | None) -> Row:
+        turns = scene_turns(scene) if isinstance(scene, str) and "[" in scene else [(None, scene)]
+        if not turns:
+            raise RequestError(f"{scene!r} is no scene", next_step="Write a scene type, or: logic body[So:]")
+        texts = list(dict.fromkeys(t for t in [*(item.after for item in found), *(after for after, _ in turns)] if t))
+        if len(texts) > _MOST_TEXTS:
+            text = f"a row waits for {len(texts)} texts"
+            raise RequestError(text, next_step=f"Let it wait for at most {_MOST_TEXTS}")
+        phases = {
+            frozenset(seen): self._phase(found, turns, frozenset(seen), prompt)
+            for count in range(len(texts) + 1)
+            for seen in combinations(texts, count)
+        }
+        first = phases.pop(frozenset())
+        return replace(first, phases=phases) if phases else first
+
+    def _phase(
+        self,
+        found: Sequence[Present],
+        turns: Sequence[tuple[str | None, SceneType]],
+        seen: frozenset[str],
+        prompt: str | None,
+    ) -> Row:
+        """The row while exactly these texts have appeared."""
+        scene = next((kind for after, kind in reversed(turns) if after is None or after in seen), None)
+        awake = [item for item in found if item.after is None or item.after in seen]
+        weights: dict[str, float] = {}
+        layers: dict[str, tuple[float, ...]] = {}
+        for item, weight in zip(awake, self._decided(awake, scene, prompt), strict=True):
+            name = item.info.name
+            if item.layers:
+                before = layers.get(name, (0.0,) * len(item.layers))
+                layers[name] = tuple(b + weight * x for b, x in zip(before, item.layers, strict=True))
+            else:
+                weights[name] = weights.get(name, 0.0) + weight
+        return Row(weights, scene, prompt, layers)
+
+    def _decided(self, found: Sequence[Present], scene: SceneType, prompt: str | None) -> list[float]:
+        """The user's weights, except where a term's mode says otherwise."""
+        terms = [
+            TermFacts(i.info.name, i.weight, i.info.mode, i.info.card.model_dump() if i.info.card else {}, i.state)
+            for i in found
+        ]
+        weights = [term.weight for term in terms]
+        for mode in dict.fromkeys(term.mode for term in terms):
+            if not self._modes.implements(mode, "lora_rt_compose"):
+                continue
+            mine = [index for index, term in enumerate(terms) if term.mode == mode]
+            context = ComposeContext(terms=terms, mine=mine, prompt=prompt, scene_type=scene, base=self._base)
+            decided = self._modes.weights(mode, context)
+            if decided is not None:
+                for index, weight in zip(mine, decided, strict=True):
+                    weights[index] = weight
+        return weights

@@ -1,0 +1,83 @@
+"""Makes the context mode's data out of the corpus in examples/registers: data.py FOLDER
+
+The training scenes are parted: adapters learn on the first half, gates and registrar on the second, so that the gates
+are fitted on texts that no adapter has seen. A prompt that ends in the first sentence of its text shows which
+register it is in, and the answer is the rest of the text; every other example of an adapter, and every neutral example
+of the gates, has the bare scene as its prompt, which shows none.
+
+    adapters/<register>.jsonl   {"scene", "text"}
+    gates.jsonl                 {"scene", "text", "scene_type"}, scene_type "neutral" for bare scenes
+    heldout.jsonl               the same, of the held-out scenes, without the neutral ones
+    turning.jsonl               {"scene", "text", "turn", "scene_types"}: after the words `turn` the register changes
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+CORPUS = Path(__file__).parent.parent / "registers"
+REGISTERS = ("logic", "emotion", "body", "archetype")
+TURNS = (("logic", "body"), ("emotion", "archetype"))
+ADAPTER_SCENES = 188
+
+
+def corpus(split: str) -> dict[str, list[dict[str, Any]]]:
+    """Register -> its examples, in the same order of scenes for all."""
+    paths = {register: CORPUS / split / f"{register}.jsonl" for register in REGISTERS}
+    return {register: [json.loads(line) for line in path.open(encoding="utf-8")] for register, path in paths.items()}
+
+
+def parted(text: str) -> tuple[str, str]:
+    """The first sentence (or clause, where there is one sentence) of a text, and the rest."""
+    found = re.search(r"[.!?]['”\"]?\s+", text) or re.search(r"[;:,]\s+", text)
+    assert found is not None, text
+    return text[: found.end()].strip(), text[found.end() :].strip()
+
+
+def begun(example: dict[str, Any]) -> dict[str, Any]:
+    """An example whose prompt ends in its first sentence."""
+    first, rest = parted(example["text"])
+    return {"scene": f"{example['scene']}\n\n{first}", "text": rest}
+
+
+def bare(example: dict[str, Any]) -> dict[str, Any]:
+    """An example whose prompt is its scene alone."""
+    return {"scene": example["scene"], "text": example["text"]}
+
+
+def turning(first: dict[str, Any], second: dict[str, Any], types: tuple[str, str]) -> dict[str, Any]:
+    """A text that changes its register at a sentence boundary; its last words before that are `turn`."""
+    example = begun(first)
+    text = f"{example['text']} {second['text']}"
+    return {"scene": example["scene"], "text": text, "turn": example["text"][-24:], "scene_types": list(types)}
+
+
+def write(path: Path, examples: Iterable[dict[str, Any]]) -> None:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples), encoding="utf-8")
+
+
+def make(folder: Path) -> None:
+    """Write all files."""
+    training, held_out = corpus("train"), corpus("heldout")
+    for register in REGISTERS:
+        mine = training[register][:ADAPTER_SCENES]
+        write(folder / "adapters" / f"{register}.jsonl", (begun(e) if i % 2 else bare(e) for i, e in enumerate(mine)))
+    kept = {register: training[register][ADAPTER_SCENES:] for register in REGISTERS}
+    gates = [{**begun(e), "scene_type": r} for row in zip(*kept.values(), strict=True) for r, e in zip(REGISTERS, row)]
+    gates += [{**bare(e), "scene_type": "neutral"} for i, e in enumerate(kept[REGISTERS[0]])]
+    write(folder / "gates.jsonl", gates)
+    held = zip(*held_out.values(), strict=True)
+    write(folder / "heldout.jsonl", ({**begun(e), "scene_type": r} for row in held for r, e in zip(REGISTERS, row)))
+    turns = (turning(a, b, pair) for pair in TURNS for a, b in zip(held_out[pair[0]], held_out[pair[1]], strict=True))
+    write(folder / "turning.jsonl", turns)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

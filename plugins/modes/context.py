@@ -1,0 +1,182 @@
+"""context: a filter inside attention, by scene type.
+
+For every scene type t that the adapter knows, layer l and attention head h there is a factor
+
+    gate[t, l, h] = 2 * sigmoid(theta[t, l, h])        0 is "suppressed", 1 "as weighted", 2 "amplified"
+
+on the adapter's contribution to that head (`Gate.heads`). theta starts at 0, so an untrained gate is exactly 1 and the
+composition static. Over several types with shares p the factor is the mixture sum_t p_t * gate[t]; text that belongs
+to none of them is the type "neutral", whose gate is always 1. `scale[t]`, likewise 1 at the start, multiplies the
+user's weight of the term: with it a mix whose weights suit neutral text can still let one register speak alone.
+
+Where the caller names no scene type, a linear classifier on the base's early hidden state gives the shares, once per
+request. State: "theta" (types, layers, heads), "scale" (types,) as logarithm, "registrar" (types + 1, hidden + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_rt.plugins.contract import (
+    IGNORE,
+    ComposeContext,
+    Encoded,
+    Example,
+    Gate,
+    GateContext,
+    LoraRtError,
+    Objective,
+    ObjectiveContext,
+    Registration,
+    SceneContext,
+    SceneType,
+    hookimpl,
+    read_options,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LORA_RT_API = 1
+NEUTRAL = "neutral"
+
+
+class SceneTypeError(LoraRtError):
+    """A scene type that the adapter does not know, or none where some are needed."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """`heads=no` gives one factor per layer instead of one per attention head."""
+
+    heads: bool = True
+
+
+class SceneToText(Objective):
+    """Cross entropy of the text's tokens, given the scene. The state is fitted later, with the adapters frozen."""
+
+    def __init__(self, context: ObjectiveContext, options: Options) -> None:
+        if not context.scene_types or NEUTRAL in context.scene_types:
+            raise SceneTypeError(
+                f"a context adapter needs the scene types that its gate is to tell apart, without {NEUTRAL!r}",
+                next_step="Name them, for instance: --scene-types logic,emotion,body,archetype",
+            )
+        self._context = context
+        self.state = _untrained(context, options)
+
+    def encode(self, example: Example) -> list[Encoded]:
+        """One sequence: prompt(scene) + text, loss on the text alone."""
+        prompt = self._context.prompt_ids(example["scene"])
+        answer = self._context.answer_ids(example["text"])
+        return [Encoded(input_ids=[*prompt, *answer], labels=[IGNORE] * len(prompt) + answer)]
+
+
+def _untrained(context: ObjectiveContext, options: Options) -> Any:
+    """Zeros throughout: gates and scales of exactly 1, and a registrar that finds every type equally likely."""
+    from torch import nn, zeros
+
+    types, base = len(context.scene_types), context.base
+    shapes = {
+        "theta": (types, base.layers, base.heads if options.heads else 1),
+        "scale": (types,),
+        "registrar": (types + 1, base.hidden_size + 1),
+    }
+    state = nn.Module()
+    for name, shape in shapes.items():
+        state.register_buffer(name, zeros(shape))
+    return state
+
+
+@hookimpl
+def lora_rt_objective(context: ObjectiveContext) -> Objective:
+    """The objective of the adapter's own training run."""
+    return SceneToText(context, read_options(context.options, Options))
+
+
+@hookimpl
+def lora_rt_scene(context: SceneContext) -> Registration | None:
+    """The softmax of a linear map of the prompt's mean early hidden state.
+
+    Each token's state is brought to length 1 first: a few tokens of a prompt have states a thousand times the others'.
+    """
+    import torch
+
+    types = _types(context.card)
+    if "registrar" not in context.state or not types:
+        return None
+    directions = torch.nn.functional.normalize(context.hidden.float(), dim=-1)
+    mask = context.mask[..., None].float()
+    mean = (directions * mask).sum(1) / mask.sum(1).clamp(min=1)
+    weights = context.state["registrar"].to(mean)
+    scores = mean @ weights[:, :-1].T + weights[:, -1]
+    return Registration([*types, NEUTRAL], scores.softmax(-1))
+
+
+@hookimpl
+def lora_rt_compose(context: ComposeContext) -> Sequence[float] | None:
+    """The user's weight times the scale of the row's scene type; the user's own where no type is known."""
+    if context.scene_type is None:
+        return None
+    return [_scaled(context.terms[i].weight, context, i) for i in context.mine]
+
+
+def _scaled(weight: float, context: ComposeContext, index: int) -> Any:
+    import torch
+
+    term = context.terms[index]
+    scale = term.state.get("scale")
+    if scale is None or not (torch.is_grad_enabled() or bool(scale.any())):
+        return weight
+    shares = _shares([context.scene_type], _types(term.card), term.name).to(scale)[0]
+    return weight * (shares[:-1] @ scale.exp() + shares[-1])
+
+
+@hookimpl
+def lora_rt_gate(context: GateContext) -> Gate | None:
+    """The mixture of the gates of each row's scene types; "always 1" where nothing was trained or no type is known."""
+    import torch
+
+    theta = context.state.get("theta")
+    types = _types(context.card)
+    known = [kind if active else None for kind, active in zip(context.scene_types, context.active, strict=True)]
+    if theta is None or not types or all(kind is None for kind in known):
+        return None
+    if not torch.is_grad_enabled() and not bool(theta.any()):
+        return None
+    theta = theta.to(context.input_ids.device)
+    shares = _shares(known, types, context.adapter).to(theta)
+    # (rows, types) x (types, layers, heads) -> (layers, rows, heads); what is not one of the types keeps a gate of 1.
+    mixed = torch.einsum("rt,tlh->lrh", shares[:, :-1], 2 * theta.sigmoid()) + shares[:, -1, None]
+    gate = mixed[:, :, None, :]
+    return Gate(heads=gate) if gate.shape[-1] > 1 else Gate(ranks=gate)
+
+
+def _types(card: Mapping[str, Any]) -> list[str]:
+    return list(card.get("scene_types", ()))
+
+
+def _shares(kinds: Sequence[SceneType], types: Sequence[str], adapter: str) -> Tensor:
+    """(rows, types + 1), each row adding up to 1; the last column is neutral's, as is a row without a type.
+
+    Raises:
+        SceneTypeError: a type that the adapter does not know.
+    """
+    import torch
+
+    names = [*types, NEUTRAL]
+    rows = [_distribution(kind) for kind in kinds]
+    strange = sorted({name for row in rows for name in row} - set(names))
+    if strange:
+        raise SceneTypeError(
+            f"the adapter {adapter!r} does not know the scene type {strange[0]!r}",
+            next_step=f"Use one of: {', '.join(names)}",
+        )
+    return torch.tensor([[row.get(name, 0.0) for name in names] for row in rows])
+
+
+def _distribution(kind: SceneType) -> Mapping[str, float]:
+    if kind is None:
+        return {NEUTRAL: 1.0}
+    return {kind: 1.0} if isinstance(kind, str) else kind
