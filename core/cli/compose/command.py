@@ -32,7 +32,7 @@ def compose(
     """Let a weighted composition of registers speak."""
     from lora_rt.core.cli.compose.request import ComposeRequest
 
-    text = sys.stdin.read() if prompt is None and not sys.stdin.isatty() else prompt
+    text = _piped() if prompt is None else prompt
     request = ComposeRequest.checked(
         " ".join(specs),
         text,
@@ -57,3 +57,8 @@ def compose(
         from lora_rt.core.cli.compose.answer import answer
 
         answer(request, as_json=as_json)
+
+
+def _piped() -> str | None:
+    """What is piped into the command, or None where a person sits at a terminal."""
+    return None if sys.stdin.isatty() else sys.stdin.read()

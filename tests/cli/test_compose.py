@@ -1,0 +1,195 @@
+"""`lora-rt compose`: one answer, JSON, side by side, a chat, and what is said to wrong things."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_rt.core.runtime import Runtime
+from lora_rt.registry.store import Store
+from support.cli import Cli
+from support.tiny import Zoo
+
+
+@pytest.fixture
+def tiny(zoo: Zoo) -> list[str]:
+    """Options that choose a tiny base and short answers."""
+    return ["--base", str(zoo.base("llama")), "--precision", "float32", "--max-new-tokens", "8"]
+
+
+@pytest.fixture
+def adapters(zoo: Zoo) -> tuple[str, str]:
+    return str(zoo.adapter("llama", seed=1)), str(zoo.adapter("llama", seed=2))
+
+
+def test_an_answer_goes_to_standard_output_and_everything_else_to_standard_error(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str]
+) -> None:
+    done = cli("compose", f"{adapters[0]}:0.7", f"{adapters[1]}:0.3", "-p", "ab", "--seed", "1", *tiny)
+    name = Path(adapters[0]).name
+    assert done.code == 0
+    assert done.out.strip()
+    assert name not in done.out
+    assert f"{name}:0.7" in done.err
+    assert "seed 1" in done.err
+
+
+def test_what_is_printed_is_what_the_runtime_generates(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], zoo: Zoo
+) -> None:
+    done = cli("compose", f"{adapters[0]}:0.7", "-p", "ab", "--temperature", "0", *tiny)
+    runtime = zoo.runtime("llama")
+    same = runtime.generate(
+        "ab", f"{adapters[0]}:0.7", max_new_tokens=8, repetition_penalty=1.1, top_p=0.9, temperature=0
+    )
+    assert done.out.rstrip("\n") == same
+
+
+def test_json_is_one_document_in_the_contracts_form(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
+    done = cli("compose", f"{adapters[0]}:0.7", "--json", "--seed", "3", *tiny, stdin="ab\n")
+    document = json.loads(done.out)
+    assert set(document) == {"prompt", "text", "base", "precision", "seed", "terms", "tokens", "seconds"}
+    assert document["prompt"].strip() == "ab"
+    assert (document["precision"], document["seed"]) == ("float32", 3)
+    (term,) = document["terms"]
+    assert set(term) == {"name", "weight", "mode", "source", "revision", "sha256"}
+    assert (term["weight"], term["mode"], len(term["sha256"])) == (0.7, "output-only", 64)
+
+
+def test_one_seed_gives_one_text(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
+    texts = [
+        json.loads(cli("compose", adapters[0], "-p", "ab", "--json", "--seed", s, *tiny).out)["text"] for s in "112"
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_compare_shows_the_base_each_part_and_the_whole(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
+    spec = f"{adapters[0]}:0.7 {adapters[1]}:0.3"
+    document = json.loads(cli("compose", spec, "-p", "ab", "--compare", "--json", *tiny).out)
+    assert [column["spec"] for column in document["columns"]] == ["base", *adapters, spec]
+    assert len({column["text"] for column in document["columns"]}) > 1
+
+
+def test_compare_draws_every_column(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
+    done = cli("compose", adapters[0], "-p", "ab", "--compare", *tiny)
+    assert "base" in done.out
+    assert done.code == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("emotion:x", "'x' is not a number"),
+        ("emotion::1", "emotion::1"),
+        ("emotion:", "no weight follows the colon"),
+        (":1", "no name stands before the colon"),
+        ("emotion:nan", "not a finite number"),
+        ("emotion:inf", "not a finite number"),
+        ("emotoin", "there is no adapter 'emotoin'"),
+        ("../nowhere", "../nowhere"),
+        ("a/b/c", "org/repo"),
+    ],
+)
+def test_a_bad_spec_gets_one_line_and_exit_code_1(cli: Cli, spec: str, named: str) -> None:
+    done = cli("compose", spec, "-p", "ab")
+    assert done.code == 1
+    assert named in done.err
+    assert done.err.count("\n") == 1
+    assert done.out == ""
+
+
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(
+    cli: Cli, zoo: Zoo, adapters: tuple[str, str]
+) -> None:
+    store = Store()
+    with store.staging() as folder:
+        for file in Path(adapters[0]).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        store.publish(folder, "melancholy", source="a test", revision=None)
+    assert "melancholy" in cli("compose", "melancoly", "-p", "ab").err
+
+
+def test_every_bad_term_is_named_at_once(cli: Cli) -> None:
+    err = cli("compose", "a:x", "b:y", "-p", "ab").err
+    assert "'a:x'" in err
+    assert "'b:y'" in err
+
+
+def test_an_adapter_for_another_base_is_refused_with_both_named(cli: Cli, zoo: Zoo, tiny: list[str]) -> None:
+    other = str(zoo.adapter("llama", mode="output-only", changes={"hidden_size": 32, "head_dim": 8}))
+    done = cli("compose", other, "-p", "ab", *tiny)
+    assert done.code == 1
+    assert zoo.base("llama").name in done.err
+
+
+@pytest.mark.parametrize("arguments", [["-p", ""], ["-p", "  "], []])
+def test_an_empty_prompt_is_refused(cli: Cli, adapters: tuple[str, str], arguments: list[str]) -> None:
+    done = cli("compose", adapters[0], *arguments)
+    assert done.code == 1
+    assert "the prompt is empty" in done.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--precision", "int3", "there is no precision 'int3'"),
+        ("--base", "./nowhere", "there is no base at ./nowhere"),
+        ("--temperature", "-1", "temperature is -1"),
+        ("--max-new-tokens", "0", "max_new_tokens is 0"),
+        ("--device", "tpu", "'tpu'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(
+    cli: Cli, adapters: tuple[str, str], option: str, value: str, named: str
+) -> None:
+    done = cli("compose", adapters[0], "-p", "ab", option, value)
+    assert done.code == 1
+    assert named in done.err
+
+
+def test_usage_errors_have_exit_code_2(cli: Cli) -> None:
+    assert cli("compose").code == 2
+    assert cli("compose", "emotion", "--no-such-option").code == 2
+    assert cli("no-such-command").code == 2
+
+
+class Typing:
+    """A person at a terminal."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self._lines: Iterator[str] = iter(lines)
+
+    def __call__(self, _prompt: str = "") -> str:
+        try:
+            return next(self._lines)
+        except StopIteration:
+            raise EOFError from None
+
+
+def test_a_chat_keeps_the_conversation_and_changes_the_mix(
+    cli: Cli, zoo: Zoo, tiny: list[str], adapters: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[str], str]] = []
+    stream = Runtime.stream
+
+    def listen(self: Runtime, prompt: list[dict[str, str]], composition: object, **options: object) -> Iterator[str]:
+        asked.append(([message["content"] for message in prompt], str(composition)))
+        return stream(self, prompt, composition, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Runtime, "stream", listen)
+    monkeypatch.setattr(
+        "builtins.input",
+        Typing(["ab", f"/weights {adapters[1]}:0.5", "/weights nobody", "/dance", "cd", "/quit", "never"]),
+    )
+    monkeypatch.setattr(sys, "stdin", sys.__stdin__)
+    monkeypatch.setattr("lora_rt.core.cli.compose.command._piped", lambda: None)
+    done = cli("compose", adapters[0], *tiny)
+    assert done.code == 0
+    assert [spec for _, spec in asked] == [adapters[0], f"{adapters[1]}:0.5"]
+    assert (asked[1][0][0], asked[1][0][-1], len(asked[1][0])) == ("ab", "cd", 3)
+    assert "there is no adapter 'nobody'" in done.err
+    assert "there is no /dance" in done.err

@@ -1,0 +1,106 @@
+"""`lora-rt train` and `lora-rt eval`, as a user chains them: train, compose, evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support.cli import Cli
+from support.tiny import Zoo
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    lines = [json.dumps({"scene": f"scene {number}", "text": "abcabc"}) for number in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def tiny(zoo: Zoo) -> list[str]:
+    return ["--base", str(zoo.base("llama")), "--precision", "float32"]
+
+
+RUN = ["--r", "4", "--alpha", "8", "--lr", "0.02", "--epochs", "2", "--batch-size", "4"]
+
+
+def test_what_is_trained_is_listed_composed_and_measured_under_its_name(cli: Cli, data: Path, tiny: list[str]) -> None:
+    trained = cli("train", "letters", "--mode", "output-only", "--data", str(data), *RUN, *tiny)
+    assert trained.code == 0
+    assert "held-out loss" in trained.out
+    (listed,) = [item for item in json.loads(cli("list", "--json").out) if item["name"] == "letters"]
+    assert (listed["register"], listed["mode"], listed["source"]) == ("letters", "output-only", "trained here")
+    assert cli("compose", "letters", "-p", "scene 1", "--max-new-tokens", "4", *tiny).code == 0
+    document = json.loads(cli("eval", "letters", "letters:0.5", "--data", f"mine={data}", "--json", *tiny).out)
+    nll = document["nll"]["mine"]
+    assert nll["letters"] < nll["letters:0.5"] < nll["base"]
+    assert document["examples"] == {"mine": 16}
+
+
+def test_out_puts_the_adapter_into_a_folder_and_not_into_the_store(
+    cli: Cli, data: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "made" / "letters"
+    assert (
+        cli("train", "letters", "--mode", "output-only", "--data", str(data), "--out", str(out), *RUN, *tiny).code == 0
+    )
+    assert {file.name for file in out.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "register.json",
+    }
+    assert "letters" not in [item["name"] for item in json.loads(cli("list", "--json").out)]
+    again = cli("train", "letters", "--mode", "output-only", "--data", str(data), "--out", str(out), *RUN, *tiny)
+    assert again.code == 1
+    assert "not empty" in again.err
+
+
+def test_bad_data_is_named_line_by_line_before_anything_is_trained(cli: Cli, tiny: list[str], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"scene": "a"}\n{\n{"scene": "a", "text": "b"}\n')
+    done = cli("train", "x", "--mode", "output-only", "--data", str(bad), *tiny)
+    assert done.code == 1
+    assert 'line 1: "text" is missing' in done.err
+    assert "line 2: not JSON" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--mode", "no-such-mode"], "no-such-mode"),
+        (["--mode", "output-only", "--target-modules", "q_porj"], "the nearest is 'q_proj'"),
+        (["--mode", "output-only", "--option", "x"], "KEY=VALUE"),
+        (["--mode", "output-only", "--r", "0"], "r is 0"),
+        (["--mode", "output-only", "--resume"], "no checkpoint"),
+    ],
+)
+def test_a_run_that_cannot_be_is_explained(
+    cli: Cli, data: Path, tiny: list[str], arguments: list[str], named: str
+) -> None:
+    done = cli("train", "x", "--data", str(data), *arguments, *tiny)
+    assert done.code == 1
+    assert named in done.err
+
+
+def test_a_register_that_is_no_name_is_refused_before_the_base_is_loaded(cli: Cli, data: Path) -> None:
+    done = cli("train", "../x", "--mode", "output-only", "--data", str(data))
+    assert done.code == 1
+    assert "is not a name" in done.err
+
+
+@pytest.mark.parametrize(
+    ("item", "named"), [("emotion", "NAME=FILE"), ("emotion=", "NAME=FILE"), ("a=none.jsonl", "can't be read")]
+)
+def test_eval_explains_data_that_it_cannot_read(cli: Cli, zoo: Zoo, tiny: list[str], item: str, named: str) -> None:
+    done = cli("eval", str(zoo.adapter("llama")), "--data", item, *tiny)
+    assert done.code == 1
+    assert named in done.err
+
+
+def test_eval_draws_its_matrix(cli: Cli, zoo: Zoo, data: Path, tiny: list[str], tmp_path: Path) -> None:
+    done = cli("eval", str(zoo.adapter("llama")), "--data", f"mine={data}", "--plot", str(tmp_path / "m.png"), *tiny)
+    assert done.code == 0
+    assert "mine" in done.out
+    assert (tmp_path / "m.png").stat().st_size > 1000
