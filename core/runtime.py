@@ -202,7 +202,8 @@ class Runtime:
         ids, mask = given_batch(input_ids, attention_mask, self.base.vocab_size, self._base.device)
         real = [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
         rows = self._rows(compositions, scenes, [None] * len(ids), real)
-        return self._decoder.logits(ids, mask, self._planner(rows))
+        # A copy made here is an ordinary tensor; one that inference mode made could not be changed.
+        return self._decoder.logits(ids, mask, self._planner(rows)).clone()
 
     def answer_nll(
         self,
@@ -235,6 +236,20 @@ class Runtime:
         (row,) = self._rows([composition], [scene], [prompt], [ids])
         planners = self._planner([row]), self._planner([row] * len(texts))
         return choices_nll(self._decoder, planners, ids, texts, self._pad_id, self._base.device)
+
+    def register_scenes(self, prompts: Sequence[Prompt], adapter: str) -> list[dict[str, float]]:
+        """The scene types of prompts by the registrar of a resident adapter: type -> share, each adding up to 1.
+
+        Raises:
+            LoraRtError: the adapter is not resident, or its mode registers no scenes.
+        """
+        if adapter not in self.adapters:
+            raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
+        found = self._registrar.ask(adapter, [prompt_ids(self.tokenizer, prompt) for prompt in prompts])
+        if found is None:
+            text = f"the mode {self.adapters[adapter].mode!r} of {adapter!r} registers no scenes"
+            raise RequestError(text, next_step="Use an adapter of the mode context")
+        return [dict(zip(found.types, shares, strict=True)) for shares in found.probabilities.tolist()]
 
     def _decode(
         self,

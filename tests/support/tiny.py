@@ -67,7 +67,8 @@ def config_of(architecture: str, **changes: Any) -> Any:
     """A configuration with hidden 64, two layers and four heads, over two key/value heads where the model has them."""
     import transformers as t
 
-    common = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | changes
+    tokens = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    common = tokens | {"tie_word_embeddings": False} | changes  # a tied random model says one token for ever
     usual = {
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
