@@ -9,6 +9,8 @@ import numpy as np
 from lora_rt.core.evaluation.matrix import BASE, Matrix
 from lora_rt.errors import LoraRtError
 
+_LONGEST_LABEL = 32
+
 
 class PlotError(LoraRtError):
     """The picture can't be drawn or written."""
@@ -34,8 +36,8 @@ def plot_matrix(matrix: Matrix, path: Path) -> None:
     reach = max(float(np.abs(gains).max()), 0.1)
     figure, axes = pyplot.subplots(figsize=(1.6 + 1.15 * len(specs), 1.4 + 0.62 * len(names)), layout="constrained")
     image = axes.imshow(gains, cmap="RdYlGn", vmin=-reach, vmax=reach, aspect="auto")
-    axes.set_xticks(range(len(specs)), specs, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(specs)), [_short(spec) for spec in specs], rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
     for (row, column), loss in np.ndenumerate(losses):
         axes.text(column, row, f"{loss:.2f}", ha="center", va="center")
     figure.colorbar(image, label="gain over the base, nats per token")
@@ -48,3 +50,8 @@ def plot_matrix(matrix: Matrix, path: Path) -> None:
         ) from error
     finally:
         pyplot.close(figure)
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for the matrix: of a long one (a path) the end, which tells it from its neighbours."""
+    return label if len(label) <= _LONGEST_LABEL else "..." + label[3 - _LONGEST_LABEL :]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -66,3 +70,9 @@ def test_the_version_is_stated_once_in_two_places_that_agree() -> None:
     import lora_rt
 
     assert lora_rt.__version__ == PROJECT["project"]["version"]
+
+
+def test_the_example_projects_lock_fits_what_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "examples/project")
+    done = subprocess.run([sys.executable, "-m", "lora_rt", "lock", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,89 @@
+"""The four registers that ship, over the real default base at int4: they load by name and do what they say.
+
+The base is fetched once and kept in pytest's cache folder. The full report, with intervals, is `make report`; here a few
+held-out scenes are enough to see that what is shipped is what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_rt.core.evaluation.matrix import TextLosses, text_losses
+from lora_rt.core.runtime import Runtime
+
+ROOT = Path(__file__).parents[2]
+REGISTERS = ("logic", "emotion", "body", "archetype")
+SCENES = 6
+
+
+@pytest.fixture(scope="module")
+def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_RT_HOME", str(request.config.cache.mkdir("lora-rt-home")))
+        torch.set_num_threads(2)
+        yield Runtime.load("default")
+    torch.set_num_threads(1)
+
+
+def held_out(register: str) -> list[dict[str, Any]]:
+    lines = (ROOT / f"examples/registers/heldout/{register}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:SCENES]]
+
+
+@pytest.fixture(scope="module")
+def losses(runtime: Runtime) -> dict[str, dict[str, TextLosses]]:
+    """Register of the text -> "base" or adapter -> losses."""
+    columns = {"base": None, **{name: name for name in REGISTERS}}
+    return {text: {c: text_losses(runtime, held_out(text), spec) for c, spec in columns.items()} for text in REGISTERS}
+
+
+@pytest.mark.parametrize("register", REGISTERS)
+def test_a_register_gains_on_its_own_texts_and_more_than_the_others(
+    register: str, losses: dict[str, dict[str, TextLosses]]
+) -> None:
+    row = losses[register]
+    assert row["base"].mean - row[register].mean > 0.9
+    assert min(row[other].mean for other in REGISTERS if other != register) - row[register].mean > 0.3
+
+
+@pytest.mark.parametrize("register", REGISTERS)
+def test_a_register_uses_its_scene(register: str, runtime: Runtime, losses: dict[str, dict[str, TextLosses]]) -> None:
+    examples = held_out(register)
+    shifted = [{**e, "scene": examples[(i + 1) % SCENES]["scene"]} for i, e in enumerate(examples)]
+    assert text_losses(runtime, shifted, register).mean - losses[register][register].mean > 0.2
+
+
+def test_the_mix_is_a_knob(runtime: Runtime) -> None:
+    emotion, logic = held_out("emotion"), held_out("logic")
+    differences = []
+    for w in (0.0, 0.5, 1.0):
+        spec = f"emotion:{w} logic:{1 - w}"
+        differences.append(text_losses(runtime, emotion, spec).mean - text_losses(runtime, logic, spec).mean)
+    assert differences[0] > differences[1] > differences[2]
+
+
+def test_greedy_answers_to_two_scenes_are_two_texts(runtime: Runtime) -> None:
+    scenes = [example["scene"] for example in held_out("body")]
+    texts = runtime.generate(scenes, "body", max_new_tokens=24)
+    assert len(set(texts)) == SCENES
+
+
+def test_where_a_register_comes_from_is_said(runtime: Runtime) -> None:
+    runtime.ensure("logic")
+    info = runtime.adapters["logic"]
+    assert info.source.startswith("shipped with lora-rt")
+    assert (info.mode, info.register, info.rank) == ("output-only", "logic", 8)
+
+
+def test_no_register_changes_the_base(runtime: Runtime) -> None:
+    before = runtime.base_digest()
+    runtime.generate("rain", "emotion:0.7 logic:0.3", max_new_tokens=4)
+    runtime.unload_adapter("emotion")
+    assert runtime.base_digest() == before
