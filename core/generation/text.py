@@ -9,8 +9,13 @@ _REPLACEMENT = "\ufffd"
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of tokens, without special ones; spaces are not tidied, which would depend on what follows."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    """The text of an answer, without special tokens: what streaming it gives.
+
+    Decoding all at once would differ where the bytes of an answer are no text: some tokenizers then take back what
+    they made of the bytes before.
+    """
+    stream = TextStream(tokenizer)
+    return "".join([*(stream.push(token) for token in ids), stream.rest()])
 
 
 class TextStream:
@@ -41,4 +46,6 @@ class TextStream:
         return self._decode(len(self._ids))[len(self._decode(self._read)) :]
 
     def _decode(self, end: int) -> str:
-        return text_of(self._tokenizer, self._ids[self._start : end])
+        ids = self._ids[self._start : end]
+        # Spaces are not tidied: that depends on what follows.
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

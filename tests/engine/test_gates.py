@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,36 +54,39 @@ def spread(architecture: str, leaf: str, heads: Tensor) -> tuple[Tensor | float,
     return 1.0, 1.0
 
 
+def changed(architecture: str, path: str, module: Any, weight: float, gate: Gate) -> Callable[..., Tensor]:
+    """A hook that adds one adapter's change to one layer's output."""
+    a, b = module.lora_A["default"].weight, module.lora_B["default"]
+    ranks, heads = (torch.ones(1) if part is None else part for part in (gate.ranks, gate.heads))
+    layer = next(int(part) for part in path.split(".") if part.isdigit())
+    ranks = torch.broadcast_to(ranks, (LAYERS, ROWS, TOKENS, a.shape[0]))[layer]
+    heads = torch.broadcast_to(heads, (LAYERS, ROWS, TOKENS, HEADS))[layer]
+    leaf = "attn.c_proj" if path.endswith("attn.c_proj") else path.split(".")[-1]
+
+    def hook(_module: Any, given: Any, out: Tensor) -> Tensor:
+        x, y = given[0].reshape(ROWS, TOKENS, -1), out.reshape(ROWS, TOKENS, -1).clone()
+        for row in range(ROWS):
+            for token in range(TOKENS):
+                g = ranks[row, token]
+                before, after = spread(architecture, leaf, heads[row, token])
+                change = b.weight @ (g * (a @ (before * x[row, token])))
+                if b.bias is not None:
+                    change = change + g.mean() * b.bias
+                y[row, token] += weight * module.scaling["default"] * after * change
+        return y.reshape(out.shape)
+
+    return hook
+
+
 def by_hand(base: Path, architecture: str, weights: Mapping[Path, float], gates: Mapping[Path, Gate]) -> Tensor:
     """Logits of a model to whose layers every adapter's change is added, row by row and token by token."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     for adapter, weight in weights.items():
         gate = gates.get(adapter, Gate())
-        heads = torch.broadcast_to(torch.ones(1) if gate.heads is None else gate.heads, (LAYERS, ROWS, TOKENS, HEADS))
         for name, module in peft_model(base, adapter).named_modules():
-            if not hasattr(module, "lora_A"):
-                continue
-            a, b = module.lora_A["default"].weight, module.lora_B["default"]
-            ranks = torch.broadcast_to(
-                torch.ones(1) if gate.ranks is None else gate.ranks, (LAYERS, ROWS, TOKENS, a.shape[0])
-            )
-            path = name.removeprefix("base_model.model.")
-            leaf = "attn.c_proj" if path.endswith("attn.c_proj") else path.split(".")[-1]
-            layer = next(int(part) for part in path.split(".") if part.isdigit())
-
-            def hook(_module, given, out, a=a, b=b, ranks=ranks[layer], heads=heads[layer], leaf=leaf, s=module.scaling["default"], weight=weight):  # type: ignore[no-untyped-def]  # fmt: skip
-                x, y = given[0].reshape(ROWS, TOKENS, -1), out.reshape(ROWS, TOKENS, -1).clone()
-                for row in range(ROWS):
-                    for token in range(TOKENS):
-                        g = ranks[row, token]
-                        before, after = spread(architecture, leaf, heads[row, token])
-                        change = b.weight @ (g * (a @ (before * x[row, token])))
-                        if b.bias is not None:
-                            change = change + g.mean() * b.bias
-                        y[row, token] += weight * s * after * change
-                return y.reshape(out.shape)
-
-            model.get_submodule(path).register_forward_hook(hook)
+            if hasattr(module, "lora_A"):
+                path = name.removeprefix("base_model.model.")
+                model.get_submodule(path).register_forward_hook(changed(architecture, path, module, weight, gate))
     with torch.no_grad():
         logits: Tensor = model(input_ids=IDS).logits
     return logits

@@ -91,12 +91,9 @@ def config_of(architecture: str, **changes: Any) -> Any:
             return t.GemmaConfig(**{**grouped, "num_key_value_heads": 1, "head_dim": 32, **common})
         case "gpt2":
             return t.GPT2Config(
-                n_embd=HIDDEN,
-                n_layer=LAYERS,
-                n_head=HEADS,
-                n_positions=256,
-                n_inner=96,
-                **{"initializer_range": 0.1, **common},
+                **{"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256, "n_inner": 96}
+                | {"initializer_range": 0.1}
+                | common
             )
         case "opt":
             return t.OPTConfig(
@@ -253,7 +250,7 @@ class Zoo:
     def adapter(
         self, architecture: str, *, mode: str | None = None, changes: Mapping[str, Any] | None = None, **options: Any
     ) -> Path:
-        """The folder of an adapter for that architecture (with `changes` of its configuration), on attention by default."""
+        """The folder of an adapter for that architecture, with `changes` of its configuration."""
         options = {"targets": TARGETS[architecture], **options}
         key = json.dumps(["adapter", architecture, mode, changes, options], sort_keys=True, default=str)
         if key not in self._made:
