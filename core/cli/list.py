@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lora_rt.core.cli.options import Json
+
+
+if TYPE_CHECKING:
+    from lora_rt.registry.resolved import Resolved
 
 
 def list_adapters(as_json: Json = False) -> None:
@@ -32,8 +38,17 @@ def list_adapters(as_json: Json = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("name", "register", "mode", "base", "source", "revision", "sha256")
-    for row in rows:
-        short = {**row, "revision": (row["revision"] or "")[:12], "sha256": (row["sha256"] or "")[:12]}
-        table.add_row(*(escape(value or "") for value in short.values()))
+    short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)]
+    shown = [column for column in rows[0] if any(row[column] for row in short)]
+    table = Table()
+    for column in shown:
+        table.add_column(column, no_wrap=column in ("name", "mode", "sha256"), overflow="fold")
+    for row in short:
+        table.add_row(*(escape(row[column] or "") for column in shown))
     out.print(table)
+
+
+def _shortened(item: Resolved) -> dict[str, str]:
+    """What a terminal has no room for in full; `--json` and `show` have it."""
+    base = item.card.base.id if item.card else ""
+    return {"base": base.rpartition("/")[2], "revision": (item.revision or "")[:12], "sha256": item.sha256[:12]}

@@ -1,7 +1,7 @@
 """The four registers that ship, over the real default base at int4: they load by name and do what they say.
 
-The base is fetched once and kept in pytest's cache folder. The full report, with intervals, is `make report`; here a few
-held-out scenes are enough to see that what is shipped is what was measured.
+The base is fetched once and kept in pytest's cache folder. The full report, with intervals, is `make report`; here a
+few held-out scenes are enough to see that what is shipped is what was measured.
 """
 
 from __future__ import annotations
