@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from lora_rt.core.cli.options import Json
 
-
 if TYPE_CHECKING:
     from lora_rt.registry.resolved import Resolved
 
