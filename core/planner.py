@@ -53,6 +53,13 @@ class RowPlanner:
         weights, combined = merged(self._names, variants, gates, self._bank.device)
         return self._bank.plan(weights, combined, self._residents)
 
+    def combined(self, info: PassInfo) -> Mapping[str, Gate]:
+        """The gate of each adapter in this pass with its weights in it."""
+        hidden = cache(lambda: self._hidden(info))
+        variants = self._timeline.variants(info)
+        gates = [self.gates(variant.rows, info, hidden) for variant in variants]
+        return merged(self._names, variants, gates, self._bank.device)[1]
+
     def gates(self, rows: Sequence[Row], info: PassInfo, hidden: Callable[[], torch.Tensor]) -> dict[str, Gate | None]:
         """What the modes say to this pass, by the name of each adapter that one of the rows uses."""
         return {

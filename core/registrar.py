@@ -1,4 +1,4 @@
-"""Scene registration: the scene types of prompts, where the caller gave none. Once per request, before the first pass."""
+"""Scene registration: the scene types of prompts, where the caller gave none; once per request, before it begins."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lora_rt.core.composition import Composition
 from lora_rt.errors import LoraRtError
@@ -42,6 +42,15 @@ class Row:
     def texts(self) -> list[str]:
         """The activation texts that it waits for."""
         return sorted({text for seen in self.phases for text in seen})
+
+    def only(self, name: str) -> Row:
+        """The same with a single one of its adapters."""
+        return replace(
+            self,
+            weights={key: weight for key, weight in self.weights.items() if key == name},
+            layers={key: layers for key, layers in self.layers.items() if key == name},
+            phases={seen: phase.only(name) for seen, phase in self.phases.items()},
+        )
 
     def phase(self, seen: Iterable[str]) -> Row:
         """The row to go on as when these texts have appeared."""

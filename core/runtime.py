@@ -12,6 +12,7 @@ from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.composition import Composition, Term
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.early import EarlyHidden
+from lora_rt.core.explaining import Explanation, explain
 from lora_rt.core.generation.batch import given_batch
 from lora_rt.core.generation.decode import Decoder
 from lora_rt.core.generation.prompts import Prompt, answer_ids, prompt_ids
@@ -250,6 +251,19 @@ class Runtime:
             text = f"the mode {self.adapters[adapter].mode!r} of {adapter!r} registers no scenes"
             raise RequestError(text, next_step="Use an adapter of the mode context")
         return [dict(zip(found.types, shares, strict=True)) for shares in found.probabilities.tolist()]
+
+    def explain(
+        self, prompt: Prompt, composition: Composition | str, *, scene: SceneType = None, answer: str = ""
+    ) -> Explanation:
+        """How much each adapter adds, by layer, head and token, while the base reads a prompt and the answer behind it.
+
+        Raises:
+            LoraRtError: no adapter acts, or the composition can't be used.
+        """
+        ids = prompt_ids(self.tokenizer, prompt)
+        (row,) = self._rows([Composition.of(composition)], [scene], [prompt], [ids])
+        tokens = [*ids, *(int(i) for i in self.tokenizer(answer, add_special_tokens=False).input_ids)]
+        return explain(self._base.model, self._bank, lambda one: self._planner([one]), row, tokens)
 
     def _decode(
         self,

@@ -16,14 +16,17 @@ from lora_rt.core.cli import (
     pull,
     push,
     rm,
+    scene,
     search,
     show,
     sync,
     train,
+    tune,
     uninstall,
     verify,
 )
 from lora_rt.core.cli import eval as eval_command
+from lora_rt.core.cli import explain as explain_command
 from lora_rt.core.cli import list as list_command
 from lora_rt.core.cli.failures import explain
 from lora_rt.core.cli.plugin_commands import CommandGroup
@@ -42,6 +45,9 @@ app = typer.Typer(
 app.command("compose")(compose.compose)
 app.command("train")(train.train)
 app.command("eval")(eval_command.evaluate)
+app.command("tune")(tune.tune)
+app.command("explain")(explain_command.explain)
+app.command("scene")(scene.scene)
 app.add_typer(bridge.app, name="bridge")
 app.command("list")(list_command.list_adapters)
 app.command("show")(show.show)

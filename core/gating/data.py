@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,15 @@ def _item(line: Mapping[str, Any], base: LoadedBase) -> Item:
     return Item(prompt, answer_ids(base.tokenizer, line["text"]), line.get("scene_type"))
 
 
-def batches(items: Sequence[Item], size: int, rng: random.Random) -> Iterator[list[Item]]:
+def steps(items: Sequence[Item], size: int, epochs: float, seed: int) -> Iterator[list[Item]]:
+    """The batches of so many passes over the items, each in another random order, the last one perhaps cut short."""
+    rng = random.Random(seed)
+    count = max(1, round(epochs * -(-len(items) // size)))
+    endless = chain.from_iterable(_batches(items, size, rng) for _ in repeat(None))
+    return islice(endless, count)
+
+
+def _batches(items: Sequence[Item], size: int, rng: random.Random) -> Iterator[list[Item]]:
     """All items once, in random order, with those of like length in one batch."""
     order = rng.sample(list(items), len(items))
     pools = [order[start : start + size * _POOL] for start in range(0, len(order), size * _POOL)]

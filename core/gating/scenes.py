@@ -7,7 +7,6 @@ Whatever a hook leaves out of its result gets no gradient and stays as it is.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_rt.core.gating.data import Item, batches
+from lora_rt.core.gating.data import Item, steps
 from lora_rt.core.gating.frozen import Frozen
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, SceneContext, TermFacts
@@ -34,13 +33,13 @@ class SceneSettings:
     `registrar_steps` are full passes over the prompts. Learning rates are Adam's.
     """
 
-    epochs: int = 2
+    epochs: float = 1
     batch_size: int = 8
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     keep: float = 0.02
     registrar_steps: int = 150
-    registrar_rate: float = 0.3
-    registrar_decay: float = 1e-4
+    registrar_rate: float = 1.0
+    registrar_decay: float = 1e-6
     seed: int = 0
 
 
@@ -84,7 +83,7 @@ class SceneFit:
         self.types = next(iter(types.values()))
 
     def fit_registrar(self, advance: Callable[[float], None] = lambda _loss: None) -> float:
-        """Fit the registrar of the first adapter, give it to all that are like it; the share of prompts it gets right."""
+        """Fit the first adapter's registrar and give it to all that are like it; the share of prompts it gets right."""
         features = [self._features(batch) for batch in _chunks(self._items, 32)]
         name, state = self._names[0], self.states[self._names[0]]
         optimizer = torch.optim.Adam(state.values(), lr=self._settings.registrar_rate)
@@ -114,16 +113,15 @@ class SceneFit:
         for leaf in leaves:
             leaf.grad = None
         optimizer = torch.optim.Adam(leaves, lr=self._settings.learning_rate)
-        rng, losses = random.Random(self._settings.seed), []
-        for _ in range(self._settings.epochs):
-            for batch in batches(items, self._settings.batch_size, rng):
-                gates, distance = self._gates(batch)
-                total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
-                optimizer.zero_grad()
-                (total / count + self._settings.keep * distance).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                losses.append(float(total) / count)
-                advance(losses[-1])
+        losses = []
+        for batch in steps(items, self._settings.batch_size, self._settings.epochs, self._settings.seed):
+            gates, distance = self._gates(batch)
+            total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
+            optimizer.zero_grad()
+            (total / count + self._settings.keep * distance).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(total.detach()) / count)
+            advance(losses[-1])
         return losses
 
     def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:

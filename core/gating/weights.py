@@ -6,7 +6,6 @@ few examples and a few dozen steps are enough. Nothing is normalised: weights ma
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_rt.core.gating.data import Item, batches
+from lora_rt.core.gating.data import Item, steps
 from lora_rt.core.gating.frozen import Frozen
 from lora_rt.plugins.contract import Gate
 
@@ -27,7 +26,7 @@ class TuneSettings:
     """`learning_rate` is Adam's on the weights themselves; `pull` penalises the squared distance from the start."""
 
     per: Per = "adapter"
-    epochs: int = 3
+    epochs: float = 3
     batch_size: int = 8
     learning_rate: float = 0.03
     pull: float = 0.01
@@ -57,17 +56,16 @@ def tune(
     weights = {name: torch.full((depth,), w, device=device, requires_grad=True) for name, w in start.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
     before = mean_loss(frozen, items, weights)
-    rng, losses = random.Random(settings.seed), []
-    for _ in range(settings.epochs):
-        for batch in batches(items, settings.batch_size, rng):
-            total, count = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
-            loss = total / count
-            distance = torch.stack([(value - start[name]).square().mean() for name, value in weights.items()]).sum()
-            optimizer.zero_grad()
-            (loss + settings.pull * distance).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(float(loss))
-            advance(losses[-1])
+    losses = []
+    for batch in steps(items, settings.batch_size, settings.epochs, settings.seed):
+        total, count = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
+        loss = total / count
+        distance = torch.stack([(value - start[name]).square().mean() for name, value in weights.items()]).sum()
+        optimizer.zero_grad()
+        (loss + settings.pull * distance).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        advance(losses[-1])
     after = mean_loss(frozen, items, weights)
     return Tuned({name: value.tolist() for name, value in weights.items()}, before, after, losses)
 

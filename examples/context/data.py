@@ -70,11 +70,13 @@ def make(folder: Path) -> None:
         mine = training[register][:ADAPTER_SCENES]
         write(folder / "adapters" / f"{register}.jsonl", (begun(e) if i % 2 else bare(e) for i, e in enumerate(mine)))
     kept = {register: training[register][ADAPTER_SCENES:] for register in REGISTERS}
-    gates = [{**begun(e), "scene_type": r} for row in zip(*kept.values(), strict=True) for r, e in zip(REGISTERS, row)]
-    gates += [{**bare(e), "scene_type": "neutral"} for i, e in enumerate(kept[REGISTERS[0]])]
+    rows = zip(*kept.values(), strict=True)
+    gates = [{**begun(e), "scene_type": r} for row in rows for r, e in zip(REGISTERS, row, strict=True)]
+    gates += [{**bare(e), "scene_type": "neutral"} for e in kept[REGISTERS[0]]]
     write(folder / "gates.jsonl", gates)
     held = zip(*held_out.values(), strict=True)
-    write(folder / "heldout.jsonl", ({**begun(e), "scene_type": r} for row in held for r, e in zip(REGISTERS, row)))
+    typed = ({**begun(e), "scene_type": r} for row in held for r, e in zip(REGISTERS, row, strict=True))
+    write(folder / "heldout.jsonl", typed)
     turns = (turning(a, b, pair) for pair in TURNS for a, b in zip(held_out[pair[0]], held_out[pair[1]], strict=True))
     write(folder / "turning.jsonl", turns)
 

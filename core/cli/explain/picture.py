@@ -1,0 +1,58 @@
+"""The heat maps as a picture: layer x register, and layer x head of each register."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_rt.core.evaluation.plot import PlotError
+
+if TYPE_CHECKING:
+    from lora_rt.core.explaining import Explanation
+
+
+def draw(explanation: Explanation, path: Path) -> None:
+    """Write a PNG (or whatever the suffix says).
+
+    Raises:
+        PlotError: matplotlib is not installed, or the file can't be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PlotError("--png needs matplotlib", next_step="Install it with: pip install 'lora-rt[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = explanation.names
+    heights = [len(names), *[explanation.heads.shape[2]] * len(names)]
+    figure, axes = pyplot.subplots(
+        len(heights),
+        1,
+        figsize=(9, 1.2 + 0.22 * sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
+        sharex=True,
+    )
+    image = axes[0].imshow(explanation.layers.numpy(), aspect="auto", cmap="inferno", vmin=0)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_title("what each register adds, relative to the base")
+    figure.colorbar(image, ax=axes[0])
+    for index, name in enumerate(names):
+        part = axes[index + 1].imshow(
+            explanation.heads[index].T.numpy(),
+            aspect="auto",
+            cmap="inferno",
+            vmin=0,
+            vmax=float(explanation.heads.max()),
+        )
+        axes[index + 1].set_ylabel(f"{name}\nhead")
+        figure.colorbar(part, ax=axes[index + 1])
+    axes[-1].set_xlabel("layer")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        next_step = "Give a path that ends in .png, .svg or .pdf"
+        raise PlotError(f"{path} can't be written: {error}", next_step=next_step) from error
+    finally:
+        pyplot.close(figure)

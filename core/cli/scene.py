@@ -1,0 +1,52 @@
+"""`lora-rt scene`: which scene type a text belongs to, as a context adapter registers it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_rt.core.cli import options
+
+
+def scene(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt whose scene type is to be registered.")],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", metavar="REF", help="Whose registrar; the first context adapter by name.")
+    ] = None,
+    base: options.Base = "default",
+    precision: options.Precision = "int4",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Show the distribution over scene types that the gates would see."""
+    from rich.markup import escape
+
+    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.core.runtime import Runtime
+
+    reference = adapter or _first_able()
+    runtime = Runtime.load(base, precision=precision, device=device)
+    name = runtime.ensure(reference)
+    (shares,) = runtime.register_scenes([text], name)
+    if as_json:
+        print_json({"text": text, "adapter": name, "scene_types": shares})
+        return
+    width = max(len(kind) for kind in shares)
+    for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
+        out.print(f"{escape(kind.ljust(width))}  {share:6.1%}  {'█' * round(40 * share)}", soft_wrap=True)
+
+
+def _first_able() -> str:
+    from lora_rt.core.requests import RequestError
+    from lora_rt.plugins.manager import load_modes
+    from lora_rt.registry.registry import Registry
+
+    modes = load_modes()
+    able = set(modes.providers("lora_rt_scene"))
+    for item in Registry(sources=modes.sources()).installed():
+        if item.card is not None and item.card.mode in able:
+            return item.name
+    raise RequestError(
+        "no installed adapter registers scenes", next_step="Name one with --adapter, or train one with --mode context"
+    )

@@ -1,0 +1,154 @@
+"""Which register acted where: the size of each adapter's contribution in every layer, head and token of one pass.
+
+The pass is run under its real plan. Beside it, every layer is asked once more for each adapter alone, with the same
+weight and gate: what it adds is its contribution. Sizes are relative to the base's own output of the same layers:
+
+    share[adapter, layer, token] = |sum of what it adds| / |what the base gives|       (norms over features and sites)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.engine.plan import Pass, Plan
+from lora_rt.core.engine.topology import Site
+from lora_rt.core.generation.batch import positions_of
+from lora_rt.core.generation.decode import PassInfo
+from lora_rt.core.planner import RowPlanner
+from lora_rt.core.requests import Row
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import Gate, SceneType
+
+
+class NothingToExplainError(LoraRtError):
+    """A pass in which only the base acts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Relative sizes of what each adapter added, 0 where it did nothing.
+
+    `layers` (adapters, layers); `heads` (adapters, layers, heads) of the attention's q, k and v; `tokens` (adapters,
+    tokens), for `ids` (tokens,). `factors` (adapters, layers, heads) are weight times gate, averaged over the tokens.
+    `scene_type` is the one that the gates saw at the start.
+    """
+
+    names: list[str]
+    ids: list[int]
+    scene_type: SceneType
+    layers: Tensor
+    heads: Tensor
+    tokens: Tensor
+    factors: Tensor
+
+
+def explain(
+    model: Any, bank: AdapterBank, planner: Callable[[Row], RowPlanner], row: Row, ids: list[int]
+) -> Explanation:
+    """Run one row and measure what each of its adapters adds.
+
+    Raises:
+        NothingToExplainError: no adapter acts at any token.
+    """
+    whole = torch.tensor([ids], device=bank.device)
+    mask = torch.ones_like(whole)
+    info = PassInfo(whole, positions_of(mask), whole, mask, mask.sum(1))
+    plan = planner(row)(info)
+    alone = {name: own for name in row.names if (own := planner(row.only(name))(info)) is not None}
+    if plan is None or not alone:
+        text = "no adapter acts on this text"
+        raise NothingToExplainError(text, next_step="Give a weight other than 0, and a text in which its words appear")
+    config = model.config.get_text_config()
+    probe = Probe(bank, plan, alone, len(ids), int(config.num_attention_heads))
+    probe.run(model, input_ids=whole)
+    factors = [_factors(planner(row.only(name)).combined(info)[name], probe.depth, probe.heads) for name in alone]
+    return probe.explanation(ids, row.scene_type, torch.stack(factors))
+
+
+def _factors(gate: Gate, layers: int, heads: int) -> Tensor:
+    """(layers, heads): what multiplies the adapter, averaged over ranks and tokens."""
+    assert gate.ranks is not None
+    values = gate.ranks.mean(-1, keepdim=True)
+    values = values if gate.heads is None else values * gate.heads
+    return values.expand(layers, 1, values.shape[2], heads).mean(2)[:, 0].float().cpu()
+
+
+class Probe:
+    """Measures one pass over one row. Its hooks see each layer's input and output, and are removed afterwards."""
+
+    def __init__(self, bank: AdapterBank, plan: Plan, alone: Mapping[str, Plan], tokens: int, heads: int) -> None:
+        self._bank = bank
+        self._plan = plan
+        self._alone = {name: Pass(own, 1, tokens, None) for name, own in alone.items()}
+        depth = 1 + max((s.layer for s in bank.topology.sites if s.layer is not None), default=0)
+        self.depth, self.heads = depth, heads
+        self._added = torch.zeros(len(alone), depth, tokens)
+        self._base = torch.zeros(depth, tokens)
+        self._added_heads = torch.zeros(len(alone), depth, heads)
+        self._base_heads = torch.zeros(depth, heads)
+
+    def run(self, model: Any, **arguments: Any) -> None:
+        """The pass, under its plan."""
+        ids = arguments["input_ids"]
+        handles = [
+            site.module.register_forward_hook(self._hook(index, site))
+            for index, site in enumerate(self._bank.topology.sites)
+            if site.layer is not None
+        ]
+        try:
+            with torch.inference_mode(), self._plan.running(*ids.shape):
+                model(**arguments, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, index: int, site: Site) -> Any:
+        def hook(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._note(index, site, inputs[0], output)
+
+        return hook
+
+    def _note(self, index: int, site: Site, x: Tensor, y: Tensor) -> None:
+        assert site.layer is not None
+        rest = y.detach().float().clone()
+        for k, own in enumerate(self._alone.values()):
+            added = own.add(index, x, torch.zeros_like(y, dtype=torch.float32))
+            rest -= added
+            self._added[k, site.layer] += _square(added)
+            if site.heads is not None and site.heads.side == "output":
+                self._added_heads[k, site.layer] += self._by_head(site, added)
+        self._base[site.layer] += _square(rest)
+        if site.heads is not None and site.heads.side == "output":
+            self._base_heads[site.layer] += self._by_head(site, rest)
+
+    def _by_head(self, site: Site, values: Tensor) -> Tensor:
+        """The sum of squares of each head, (heads,); a key/value head counts for each of its query heads."""
+        assert site.heads is not None
+        squares = values.reshape(-1, values.shape[-1]).square().sum(0)
+        few = torch.zeros(int(site.heads.index.max()) + 1, device=squares.device)
+        few.index_add_(0, site.heads.index, squares)
+        return few.repeat_interleave(site.heads.pool).cpu()
+
+    def explanation(self, ids: list[int], scene_type: SceneType, factors: Tensor) -> Explanation:
+        """What the pass showed."""
+        floor = 1e-12
+        return Explanation(
+            names=list(self._alone),
+            ids=ids,
+            scene_type=scene_type,
+            layers=(self._added.sum(-1) / self._base.sum(-1).clamp(min=floor)).sqrt(),
+            heads=(self._added_heads / self._base_heads.clamp(min=floor)).sqrt(),
+            tokens=(self._added.sum(1) / self._base.sum(0).clamp(min=floor)).sqrt(),
+            factors=factors,
+        )
+
+
+def _square(values: Tensor) -> Tensor:
+    """(1, tokens, n) or (tokens, n) -> (tokens,)"""
+    return values.reshape(-1, values.shape[-1]).square().sum(-1).cpu()

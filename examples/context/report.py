@@ -1,0 +1,203 @@
+"""Measures the context mode on held-out scenes and writes report.json beside this file: report.py DATA ADAPTERS MIX
+
+DATA is the folder that data.py made, ADAPTERS the folder of the fitted adapters, MIX the static weights that the gates
+were fitted around, e.g. logic:0.35,emotion:0.35,body:0.35,archetype:0.35. All losses are nats per answer token.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_rt import Runtime
+from lora_rt.core.activation import written
+
+REGISTERS = ("logic", "emotion", "body", "archetype")
+GRID = (0.2, 0.25, 0.35, 0.5)
+SEED = 0
+BATCH = 16
+RESAMPLES = 4000
+
+Losses = NDArray[np.float64]  # (examples, 2): summed nats, tokens
+
+
+def losses(runtime: Runtime, examples: Sequence[Mapping[str, Any]], spec: Any, scene: Any) -> Losses:
+    """`spec(example)` and `scene(example)` say under what each example's text is scored."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["scene"]) + len(examples[i]["text"]))
+    result = np.zeros((len(examples), 2))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        rows = [examples[i] for i in chosen]
+        found = runtime.answer_nll(
+            [e["scene"] for e in rows],
+            [e["text"] for e in rows],
+            [spec(e) for e in rows],
+            scenes=[scene(e) for e in rows],
+        )
+        for i, loss in zip(chosen, found, strict=True):
+            result[i] = float(loss.sum()), len(loss)
+    return result
+
+
+def mean(table: Losses) -> float:
+    """Nats per token."""
+    return float(table[:, 0].sum() / table[:, 1].sum())
+
+
+def resampled(groups: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Indices of examples, for whole scenes drawn with replacement."""
+    rng = np.random.default_rng(SEED)
+    members = [np.flatnonzero(groups == scene) for scene in np.unique(groups)]
+    return [np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]) for _ in range(RESAMPLES)]
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """The middle 95%."""
+    return [round(float(x), 4) for x in np.quantile(values, [0.025, 0.975])]
+
+
+def compared(
+    tables: Mapping[str, Losses], groups: NDArray[np.int64], best: str, oracle: str
+) -> dict[str, dict[str, Any]]:
+    """Per row of the table: its loss, its paired gain over the best static mix, and its share of the way to the oracle."""
+    draws = resampled(groups)
+    rows = {}
+    for name, table in tables.items():
+        gain = [mean(tables[best][d]) - mean(table[d]) for d in draws]
+        whole = [mean(tables[best][d]) - mean(tables[oracle][d]) for d in draws]
+        rows[name] = {
+            "nll": round(mean(table), 4),
+            "gain_over_best_static": round(mean(tables[best]) - mean(table), 4),
+            "gain_ci": interval(gain),
+            "way_to_oracle": round((mean(tables[best]) - mean(table)) / (mean(tables[best]) - mean(tables[oracle])), 3),
+            "way_ci": interval([a / b for a, b in zip(gain, whole, strict=True)]),
+        }
+    return rows
+
+
+def constant(value: Any) -> Callable[[Any], Any]:
+    """A spec or scene that is the same for all."""
+    return lambda _example: value
+
+
+def uniform(weight: float) -> str:
+    """All four at one weight."""
+    return " ".join(f"{register}:{weight}" for register in REGISTERS)
+
+
+def shuffled(examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """A wrong type for every example, drawn by the seed."""
+    rng = np.random.default_rng(SEED)
+    others = {r: [other for other in REGISTERS if other != r] for r in REGISTERS}
+    return {id(e): str(rng.choice(others[e["scene_type"]])) for e in examples}
+
+
+def held_out(runtime: Runtime, examples: list[dict[str, Any]], mix: str) -> dict[str, Any]:
+    """The first table: texts of one register."""
+    wrong = shuffled(examples)
+    even = dict.fromkeys(REGISTERS, 1 / len(REGISTERS))
+    neutral = constant("neutral")
+    statics = {f"static {w} each": losses(runtime, examples, constant(uniform(w)), neutral) for w in GRID}
+    statics[f"static {mix}"] = losses(runtime, examples, constant(mix), neutral)
+    best = min(statics, key=lambda name: mean(statics[name]))
+    tables = {
+        "base": losses(runtime, examples, constant(None), neutral),
+        **statics,
+        "oracle: the register alone": losses(runtime, examples, lambda e: e["scene_type"], neutral),
+        "gate, true type": losses(runtime, examples, constant(mix), lambda e: e["scene_type"]),
+        "gate, registered type": losses(runtime, examples, constant(mix), constant(None)),
+        "gate, shuffled type": losses(runtime, examples, constant(mix), lambda e: wrong[id(e)]),
+        "mean gate": losses(runtime, examples, constant(mix), constant(even)),
+    }
+    groups = np.arange(len(examples)) // len(REGISTERS)
+    registered = registered_types(runtime, examples)
+    right = [max(shares, key=shares.get) == e["scene_type"] for shares, e in zip(registered, examples, strict=True)]
+    return {
+        "texts": len(examples),
+        "best_static": best,
+        "rows": compared(tables, groups, best, "oracle: the register alone"),
+        "registered_right": round(float(np.mean(right)), 4),
+    }
+
+
+def registered_types(runtime: Runtime, examples: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """What the registrar makes of every prompt."""
+    return [
+        shares
+        for start in range(0, len(examples), BATCH)
+        for shares in runtime.register_scenes([e["scene"] for e in examples[start : start + BATCH]], REGISTERS[0])
+    ]
+
+
+def turning(runtime: Runtime, examples: list[dict[str, Any]], mix: str) -> dict[str, Any]:
+    """The harder table: texts whose register changes at a sentence boundary."""
+    neutral = constant("neutral")
+
+    def pair(weight: float) -> Callable[[Any], str]:
+        return lambda e: " ".join(f"{r}:{weight}" for r in e["scene_types"])
+
+    singles = [losses(runtime, examples, constant(register), neutral) for register in REGISTERS]
+    oracle = np.stack(singles)[np.argmin([s[:, 0] for s in singles], axis=0), np.arange(len(examples))]
+    statics = {f"static {w} each": losses(runtime, examples, constant(uniform(w)), neutral) for w in (0.25, 0.35)}
+    statics["static, the text's two registers at 0.5"] = losses(runtime, examples, pair(0.5), neutral)
+    best = min(statics, key=lambda name: mean(statics[name]))
+    tables = {
+        **statics,
+        "oracle: one register per text": oracle,
+        "gate, first type throughout": losses(runtime, examples, constant(mix), lambda e: e["scene_types"][0]),
+        "gate per segment": losses(runtime, examples, constant(mix), segments),
+        "oracle per segment: each register alone, waking": losses(runtime, examples, waking, neutral),
+    }
+    groups = np.arange(len(examples)) % (len(examples) // 2)
+    rows = compared(tables, groups, best, "oracle: one register per text")
+    draws = resampled(groups)
+    ahead = [mean(oracle[d]) - mean(tables["gate per segment"][d]) for d in draws]
+    return {
+        "texts": len(examples),
+        "best_static": best,
+        "rows": rows,
+        "gate_per_segment_ahead_of_oracle": {
+            "mean": round(mean(oracle) - mean(tables["gate per segment"]), 4),
+            "ci": interval(ahead),
+        },
+    }
+
+
+def segments(example: Mapping[str, Any]) -> str:
+    """A scene that turns at the sentence boundary."""
+    first, second = example["scene_types"]
+    return f"{first} {second}{written(example['turn'])}"
+
+
+def waking(example: Mapping[str, Any]) -> str:
+    """The first register until the sentence boundary, the second from there on."""
+    first, second = example["scene_types"]
+    turn = written(example["turn"])
+    return f"{first}:1 {first}:-1{turn} {second}:1{turn}"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    data, adapters, mix = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].replace(",", " ")
+    runtime = Runtime.load("default")
+    for register in REGISTERS:
+        runtime.load_adapter(str((adapters / register).absolute()), register)
+    started = time.perf_counter()
+    read = {n: [json.loads(line) for line in (data / f"{n}.jsonl").open()] for n in ("heldout", "turning")}
+    report = {"seed": SEED, "mix": mix, "heldout": held_out(runtime, read["heldout"], mix)}
+    print(json.dumps(report, indent=1), flush=True)
+    report["turning"] = turning(runtime, read["turning"], mix)
+    report["seconds"] = round(time.perf_counter() - started)
+    (Path(__file__).parent / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["turning"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

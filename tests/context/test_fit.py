@@ -1,0 +1,171 @@
+"""Weights, gates and registrar learn by gradient through the engine's plan; base and adapters stay as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lora_rt.core.cli.app import app
+from lora_rt.core.composition import Composition
+from lora_rt.core.gating.data import Item
+from lora_rt.core.gating.scenes import GatingError, SceneFit, SceneSettings
+from lora_rt.core.gating.session import Job, open_job
+from lora_rt.core.gating.weights import TuneSettings, mean_loss, tune
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.registry import Registry
+from support.tiny import Zoo
+
+Made = Callable[..., Path]
+
+
+def job(zoo: Zoo, spec: str, data: Path = Path("none")) -> Job:
+    return Job(Composition.parse(spec), data, str(zoo.base("llama")), "float32", "cpu")
+
+
+def items(zoo: Zoo) -> list[Item]:
+    """Prompts of x are of type logic and of y of type body; answers likewise differ."""
+    letters = {"logic": (200, 201), "body": (100, 101), "neutral": (150, 151)}
+    return [
+        Item([1, first, first, 20 + n], [second, first, 2], kind)
+        for n in range(4)
+        for kind, (first, second) in letters.items()
+    ]
+
+
+def test_fitting_changes_the_state_and_nothing_else(zoo: Zoo, made: Made) -> None:
+    frozen, weights, _ = open_job(job(zoo, f"{made('logic', gates=None)}:0.5 {made('body', seed=2)}:0.5"), Registry())
+    digest = frozen.base.digest()
+    factors = {n: {s: f.b.clone() for s, f in a.factors.items()} for n, a in frozen.bank.residents.items()}
+    fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=10, learning_rate=0.2, registrar_steps=40))
+    right = fit.fit_registrar()
+    before = {name: {key: value.detach().clone() for key, value in s.items()} for name, s in fit.states.items()}
+    losses = fit.fit_gates()
+    assert right == 1.0
+    assert sum(losses[-3:]) < sum(losses[:3])
+    for name, state in fit.states.items():
+        assert not torch.equal(state["theta"], before[name]["theta"])
+        assert not torch.equal(state["scale"], before[name]["scale"])
+        assert torch.equal(state["registrar"], before[name]["registrar"])
+    assert torch.equal(fit.states["logic"]["registrar"], fit.states["body"]["registrar"])
+    assert frozen.base.digest() == digest
+    for name, adapter in frozen.bank.residents.items():
+        assert all(torch.equal(f.b, factors[name][s]) and not f.b.requires_grad for s, f in adapter.factors.items())
+
+
+def test_a_fit_begins_at_the_static_mix(zoo: Zoo, made: Made) -> None:
+    spec = f"{made('logic', gates=None)}:0.5 {made('body', gates=None)}:-0.3"
+    frozen, weights, _ = open_job(job(zoo, spec), Registry())
+    fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=0.01, batch_size=12))
+    static = mean_loss(
+        frozen, [i for i in items(zoo) if i.scene_type != "neutral"], {n: torch.tensor([w]) for n, w in weights.items()}
+    )
+    assert fit.fit_gates()[0] == pytest.approx(static, abs=1e-4)
+
+
+def test_a_penalty_keeps_the_gates_near_the_static_mix(zoo: Zoo, made: Made) -> None:
+    distances = []
+    for keep in (0.0, 30.0):
+        frozen, weights, _ = open_job(job(zoo, f"{made(f'logic{keep:g}', gates=None)}:0.5"), Registry())
+        fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=5, keep=keep))
+        fit.fit_gates()
+        (state,) = fit.states.values()
+        distances.append(float((2 * state["theta"].detach().sigmoid() - 1).abs().mean()))
+    assert distances[1] < distances[0] / 2
+
+
+def test_weights_find_the_composition_that_wrote_the_answers(zoo: Zoo) -> None:
+    """The answers are the greedy ones of `first`: from an even mix on, its weight rises and the other's falls."""
+    first, second = zoo.adapter("llama", seed=1, r=8), zoo.adapter("llama", seed=2, r=8)
+    frozen, weights, _ = open_job(job(zoo, f"{first}:0.5 {second}:0.5"), Registry())
+    runtime = zoo.runtime("llama", fresh=True)
+    name = runtime.load_adapter(str(first))
+    data = []
+    for seed in range(6):
+        prompt = [1, *range(20 + 7 * seed, 26 + 7 * seed)]
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(runtime.logits([ids], compositions=f"{name}:1.5")[0, -1].argmax()))
+        data.append(Item(prompt, ids[len(prompt) :]))
+    for per in ("adapter", "layer"):
+        tuned = tune(frozen, weights, data, TuneSettings(per=per, epochs=15, learning_rate=0.05, pull=0.0))
+        good, bad = (sum(tuned.weights[path.name]) / len(tuned.weights[path.name]) for path in (first, second))
+        assert good > 0.6
+        assert bad < 0.45
+        assert tuned.loss_after < tuned.loss_before
+
+
+def write(path: Path, lines: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def invoke(*arguments: str) -> dict[str, object]:
+    result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+LINES = [{"scene": f"x{n}", "text": "abc", "scene_type": "logic"} for n in range(3)]
+LINES += [{"scene": f"y{n}", "text": "cba", "scene_type": "body"} for n in range(3)]
+
+
+@pytest.mark.parametrize("per", ["adapter", "layer"])
+def test_a_tuned_composition_resolves_like_an_adapter(
+    zoo: Zoo, tmp_path: Path, per: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapters = [zoo.adapter("llama", seed=seed) for seed in (1, 2)]
+    data = write(tmp_path / "mix.jsonl", LINES)
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    spec = [f"{adapters[0]}:0.5", f"{adapters[1]}:-0.5"]
+    mix = invoke("tune", *spec, "--data", str(data), "--per", per, "--name", "mine", "--epochs", "2", *base)
+    assert mix["name"] == "mine"
+    runtime = zoo.runtime("llama", fresh=True)
+    ids = runtime.tokenizer("hello", return_tensors="pt").input_ids
+    named = runtime.logits(ids, compositions="mine:0.5")
+    terms: list[dict[str, object]] = mix["terms"]  # type: ignore[assignment]
+    if per == "adapter":
+        same = " ".join(f"{term['reference']}:{float(str(term['weight'])) / 2!r}" for term in terms)
+        assert torch.allclose(named, runtime.logits(ids, compositions=same), atol=1e-5)
+    else:
+        assert [len(term["layers"]) for term in terms] == [2, 2]  # type: ignore[arg-type]
+        assert not torch.allclose(named, runtime.logits(ids), atol=1e-4)
+    saved = Registry().mixes.get("mine")
+    assert saved is not None
+    wrong = saved.terms[0].model_copy(update={"sha256": "0" * 64})
+    Registry().mixes.save(saved.model_copy(update={"name": "stale", "terms": (wrong,)}))
+    with pytest.raises(LoraRtError, match="was tuned for other files"):
+        runtime.logits(ids, compositions="stale")
+
+
+def test_fitted_adapters_are_published_with_their_state_in_the_card(zoo: Zoo, made: Made, tmp_path: Path) -> None:
+    folder = made("logic", gates=None)
+    data = write(tmp_path / "mix.jsonl", LINES)
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    out = tmp_path / "fitted"
+    invoke("tune", f"{folder}:0.5", "--data", str(data), "--per", "scene", "--out", str(out), "--lr", "0.3", *base)
+    state = load_file(out / "logic" / "mode.safetensors")
+    assert bool(state["theta"].any())
+    card = json.loads((out / "logic" / "register.json").read_text())
+    assert card["state"]["theta"] == {"dtype": "F32", "shape": [2, 2, 4]}
+    assert "gates_nll_last" in card["metrics"]
+    runtime = zoo.runtime("llama", fresh=True)
+    runtime.load_adapter(str(out / "logic"), "logic")
+    (shares,) = runtime.register_scenes(["x7"], "logic")
+    assert max(shares, key=lambda kind: shares[kind]) == "logic"
+    given = runtime.answer_nll(["x7"], ["abc"], "logic", scenes=[shares])[0]
+    assert torch.allclose(runtime.answer_nll(["x7"], ["abc"], "logic")[0], given, atol=1e-5)
+
+
+def test_adapters_without_gates_are_named(zoo: Zoo) -> None:
+    frozen, weights, _ = open_job(job(zoo, f"{zoo.adapter('llama')}"), Registry())
+    with pytest.raises(GatingError, match="gates can't be fitted") as caught:
+        SceneFit(frozen, weights, items(zoo), SceneSettings())
+    assert "its mode is output-only" in caught.value.problems[0]
