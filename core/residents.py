@@ -52,6 +52,11 @@ class Present:
     layers: tuple[float, ...] = ()
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def mean_weight(self) -> float:
+        """Its weight, averaged over the layers where it differs between them."""
+        return self.weight * (sum(self.layers) / len(self.layers) if self.layers else 1.0)
+
 
 class Residents:
     """The resident adapters of one base. Safe to use from several threads."""
@@ -102,7 +107,7 @@ class Residents:
         Raises:
             LoraRtError: terms that can't be loaded; all of them are named.
         """
-        return [(item.info, item.weight) for item in self.present(composition)]
+        return [(item.info, item.mean_weight) for item in self.present(composition)]
 
     def present(self, composition: Composition) -> list[Present]:
         """Every term with its adapter resident; a named composition stands there as its terms.

@@ -103,6 +103,17 @@ class Runtime:
         parsed = Reference.parse(reference) if isinstance(reference, str) else reference
         return self._residents.ensure(Composition((Term(parsed),)))[0][0].name
 
+    def terms(self, composition: Composition | str) -> list[tuple[AdapterInfo, float]]:
+        """The adapters of a composition, made resident where they are not, and their weights.
+
+        Named compositions are resolved; of weights per layer it is the mean.
+
+        Raises:
+            LoraRtError: terms that can't be loaded; all of them are named.
+        """
+        given = Composition.parse(composition) if isinstance(composition, str) else composition
+        return self._residents.ensure(given)
+
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; the base is untouched.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora_rt.core.cli.options import Json
 
 if TYPE_CHECKING:
+    from lora_rt.registry.mixes import Mix
     from lora_rt.registry.resolved import Resolved
 
 
@@ -15,7 +16,8 @@ def list_adapters(as_json: Json = False) -> None:
     from lora_rt.core.cli.console import err, out, print_json
     from lora_rt.registry.registry import Registry
 
-    items = Registry().installed()
+    registry = Registry()
+    items = registry.installed()
     rows = [
         {
             "name": item.name,
@@ -28,17 +30,18 @@ def list_adapters(as_json: Json = False) -> None:
         }
         for item in items
     ]
+    mixes = [_mix_row(mix) for name in registry.mixes.names() if (mix := registry.mixes.get(name)) is not None]
     if as_json:
-        print_json(rows)
+        print_json(rows + mixes)
         return
-    if not rows:
+    if not rows + mixes:
         err.print("no adapters yet; pull one (lora-rt search) or train one (lora-rt train)")
         return
     from rich.markup import escape
     from rich.table import Table
 
-    short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)]
-    shown = [column for column in rows[0] if any(row[column] for row in short)]
+    short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)] + mixes
+    shown = [column for column in short[0] if any(row[column] for row in short)]
     table = Table()
     for column in shown:
         table.add_column(column, no_wrap=column in ("name", "mode", "sha256"), overflow="fold")
@@ -51,3 +54,16 @@ def _shortened(item: Resolved) -> dict[str, str]:
     """What a terminal has no room for in full; `--json` and `show` have it."""
     base = item.card.base.id if item.card else ""
     return {"base": base.rpartition("/")[2], "revision": (item.revision or "")[:12], "sha256": item.sha256[:12]}
+
+
+def _mix_row(mix: Mix) -> dict[str, str | None]:
+    """A named composition (`lora-rt tune`) among the adapters: it is used by name like one."""
+    return {
+        "name": mix.name,
+        "register": None,
+        "mode": "composition",
+        "base": mix.base,
+        "source": "tuned here: " + " ".join(term.reference for term in mix.terms),
+        "revision": None,
+        "sha256": None,
+    }

@@ -15,32 +15,45 @@ def rm(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name in the store.")],
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove an adapter from the store, for all bases."""
-    import sys
-
+    """Remove an adapter, for all bases, or a named composition from the store."""
     from rich.markup import escape
 
     from lora_rt.core.cli.console import err, out
-    from lora_rt.registry.errors import StoreError
     from lora_rt.registry.registry import Registry
 
     registry = Registry()
+    mix = registry.mixes.get(name)
     records = registry.store.records.named(name)
-    if not records:
+    if not records and mix is None:
         raise _not_in_store(registry.installed(), name)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise StoreError(
-                f"removing {name!r} needs a yes, and nobody can be asked", next_step=f"lora-rt rm {name} -y"
-            )
-        sources = ", ".join(f"{record.source} for {record.base or 'any base'}" for record in records)
-        if not typer.confirm(f"Remove {name} ({sources})?", err=True):
-            err.print("nothing was removed")
-            return
+    sources = ", ".join(f"{record.source} for {record.base or 'any base'}" for record in records)
+    if not yes and not _agreed(name, sources or "a composition"):
+        err.print("nothing was removed")
+        return
+    if mix is not None:
+        registry.mixes.remove(name)
+        out.print(f"removed the composition [bold]{escape(name)}[/]", soft_wrap=True)
+    if not records:
+        return
     for item in registry.store.remove(name):
         out.print(
             f"removed [bold]{escape(item.name)}[/] ({escape(item.source)}, sha256 {item.sha256[:12]})", soft_wrap=True
         )
+
+
+def _agreed(name: str, what: str) -> bool:
+    """Whether the person at the terminal says yes.
+
+    Raises:
+        StoreError: there is nobody to ask.
+    """
+    import sys
+
+    from lora_rt.registry.errors import StoreError
+
+    if not sys.stdin.isatty():
+        raise StoreError(f"removing {name!r} needs a yes, and nobody can be asked", next_step=f"lora-rt rm {name} -y")
+    return typer.confirm(f"Remove {name} ({what})?", err=True)
 
 
 def _not_in_store(installed: list[Resolved], name: str) -> StoreError:

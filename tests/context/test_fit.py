@@ -169,3 +169,41 @@ def test_adapters_without_gates_are_named(zoo: Zoo) -> None:
     with pytest.raises(GatingError, match="gates can't be fitted") as caught:
         SceneFit(frozen, weights, items(zoo), SceneSettings())
     assert "its mode is output-only" in caught.value.problems[0]
+
+
+def test_a_named_composition_is_listed_composed_and_removed(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = zoo.adapter("llama", seed=1)
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    data = write(tmp_path / "mix.jsonl", LINES)
+    invoke("tune", f"{adapter}:0.5", "--data", str(data), "--per", "layer", "--name", "mine", "--epochs", "1", *base)
+    (listed,) = [row for row in invoke_list() if row["name"] == "mine"]
+    assert listed["mode"] == "composition"
+    composed = invoke("compose", "mine:0.5", "-p", "hello", "--max-new-tokens", "4", "--seed", "1", *base)
+    terms: list[dict[str, object]] = composed["terms"]  # type: ignore[assignment]
+    assert [term["name"] for term in terms] == [adapter.name]
+    runtime = zoo.runtime("llama", fresh=True)
+    settings = {"max_new_tokens": 4, "seed": 1, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.15}
+    assert composed["text"] == runtime.generate("hello", "mine:0.5", **settings)
+    assert CliRunner().invoke(app, ["rm", "mine", "-y"]).exit_code == 0
+    assert "mine" not in [row["name"] for row in invoke_list()]
+    with pytest.raises(LoraRtError, match="there is no adapter 'mine'"):
+        runtime.generate("hello", "mine")
+
+
+def invoke_list() -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
+    return found
+
+
+def test_after_on_the_command_line_lets_all_terms_wait(zoo: Zoo) -> None:
+    adapter = zoo.adapter("llama", seed=1)
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    common = ["-p", "hello", "--max-new-tokens", "6", "--temperature", "0", "--seed", "1", *base]
+    waiting = invoke("compose", f"{adapter}:3", "--after", "never", *common)
+    plain = invoke("compose", f"{adapter}:0", *common)
+    speaking = invoke("compose", f"{adapter}:3", "--after", "hello", *common)
+    assert waiting["text"] == plain["text"]
+    assert speaking["text"] != plain["text"]

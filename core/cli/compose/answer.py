@@ -52,7 +52,7 @@ def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
 
 
 def _terms(runtime: Runtime, request: ComposeRequest) -> list[tuple[Any, float]]:
-    return [(runtime.adapters[runtime.ensure(term.reference)], term.weight) for term in request.composition.terms]
+    return list(runtime.terms(request.composition))
 
 
 def _document(runtime: Runtime, request: ComposeRequest) -> dict[str, Any]:

@@ -46,8 +46,7 @@ class Chat:
         """Change the mix; the conversation goes on."""
         if spec:
             composition = Composition.parse(spec)
-            for term in composition.terms:
-                self.runtime.ensure(term.reference)
+            self.runtime.terms(composition)
             self.request = replace(self.request, composition=composition)
         show_terms(self.runtime, self.request)
 

@@ -19,6 +19,9 @@ def compose(
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     scene: Annotated[str | None, typer.Option("--scene", help="The scene type, for modes that gate by it.")] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="TEXT", help="Let the adapters wake up where this has appeared.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     seed: Annotated[
@@ -40,6 +43,7 @@ def compose(
         precision=precision,
         device=device,
         scene=scene,
+        after=after,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

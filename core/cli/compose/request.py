@@ -10,7 +10,10 @@ from lora_rt.core.composition import Composition
 from lora_rt.errors import LoraRtError
 
 if TYPE_CHECKING:
+    from lora_rt.core.composition import Term
     from lora_rt.core.runtime import Runtime
+    from lora_rt.registry.reference import Reference
+    from lora_rt.registry.registry import Registry
 
 # Chosen by reading: greedy text of a small base loops, and without a penalty its samples circle around one phrase.
 TOP_P = 0.9
@@ -37,7 +40,7 @@ class ComposeRequest:
 
     @classmethod
     def checked(
-        cls, spec: str, prompt: str | None, *, seed: int | None, needs_prompt: bool, **settings: Any
+        cls, spec: str, prompt: str | None, *, seed: int | None, needs_prompt: bool, after: str | None, **settings: Any
     ) -> ComposeRequest:
         """The request, its names looked up.
 
@@ -45,6 +48,8 @@ class ComposeRequest:
             LoraRtError: a bad spec, a name that nothing has, or no prompt where one is needed.
         """
         composition = Composition.parse(spec)
+        if after:
+            composition = composition.waking(after)
         if prompt is not None and not prompt.strip():
             raise ComposeError(
                 "the prompt is empty", next_step='Give one with -p "...", or type lora-rt compose without it to chat'
@@ -63,8 +68,7 @@ class ComposeRequest:
         from lora_rt.core.runtime import Runtime
 
         runtime = Runtime.load(self.base, precision=self.precision, device=self.device)
-        for term in self.composition.terms:
-            runtime.ensure(term.reference)
+        runtime.terms(self.composition)
         return runtime
 
     def sampling(self) -> dict[str, Any]:
@@ -94,10 +98,10 @@ def look_up(composition: Composition) -> None:
 
     registry = Registry(sources=load_modes().sources())
     problems: list[LoraRtError] = []
-    for term in composition.terms:
-        if term.reference.kind != "hub":
+    for reference in (r for term in composition.terms for r in _references(term, registry)):
+        if reference.kind != "hub":
             try:
-                registry.resolve(term.reference)
+                registry.resolve(reference)
             except LoraRtError as error:
                 problems.append(error)
     if len(problems) == 1:
@@ -106,3 +110,12 @@ def look_up(composition: Composition) -> None:
         raise ComposeError(
             f"{len(problems)} terms can't be used", problems=[f"{e.message}. {e.next_step}" for e in problems]
         )
+
+
+def _references(term: Term, registry: Registry) -> list[Reference]:
+    """The adapters of a term: its own, or those of a named composition."""
+    from lora_rt.core.mixing import mix_of
+    from lora_rt.registry.reference import Reference
+
+    mix = mix_of(term, registry.mixes)
+    return [term.reference] if mix is None else [Reference.parse(item.reference) for item in mix.terms]
