@@ -110,7 +110,8 @@ class Workshop:
         """The mode's objective, of a run with the workshop's options unless told otherwise."""
         from lora_rt.plugins.testing.contexts import objective_context
 
-        objective = self.host.objective(self.mode, objective_context(**({"options": self.options} | changed)))
+        settings = {"options": self.options, "scene_types": tuple(self.scene_types)}
+        objective = self.host.objective(self.mode, objective_context(**(settings | changed)))
         assert objective is not None, "lora_rt_objective returned None: this mode can't be trained"
         return objective
 
