@@ -15,7 +15,7 @@ from lora_rt.core.base.precision import Precision, check_precision, choose_devic
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.quiet import hush
-from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model
+from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.plugins.contract import BaseFacts
@@ -98,11 +98,9 @@ def load_base(
 
 
 def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
     try:
         model = whole_model(folder, dtype=compute_dtype(precision), device_map={"": device})
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = whole_tokenizer(folder)
     except torch.OutOfMemoryError as error:
         text = f"{folder.name} does not fit into the memory of {device}"
         raise BaseError(text, next_step="Use --precision int4, or a smaller base") from error

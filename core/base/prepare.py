@@ -24,7 +24,7 @@ from lora_rt.core.base import default
 from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, quantization_config
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.quiet import hush
-from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model
+from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
 from lora_rt.core.base.source import BaseError, BaseSource, identify_folder, sha256_file
 from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
@@ -152,13 +152,12 @@ def _is_whole(folder: Path) -> bool:
 def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
     hush()
     import torch
-    from transformers import AutoTokenizer
 
     dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
     with step(f"converting {gguf.name}"):
         try:
             model = whole_model(gguf.parent, gguf_file=gguf.name, dtype=dense_dtype)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+            tokenizer = whole_tokenizer(gguf.parent, gguf_file=gguf.name)
         except UNREADABLE as error:
             text = f"{gguf.name} can't be read as a GGUF model: {first_line(error)}"
             raise BaseError(text, next_step="Fetch it again, or give a folder") from error
@@ -176,13 +175,11 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
     """Quantize at loading and save before any forward: bitsandbytes repacks 4-bit weights in place at the first one."""
     hush()
-    from transformers import AutoTokenizer
-
     with step(f"quantizing to {precision} (once; the result is kept)"):
         try:
             how = quantization_config(precision)
             model = whole_model(dense, quantization_config=how, dtype=compute_dtype(precision))
-            tokenizer = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)
+            tokenizer = whole_tokenizer(dense)
         except UNREADABLE as error:
             text = f"{dense} can't be loaded: {first_line(error)}"
             raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
