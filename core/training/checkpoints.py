@@ -71,7 +71,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the first Ctrl-C asks for a checkpoint after the current step, a second one stops at once."""
+        """Within the block a first Ctrl-C asks for a checkpoint after the current step, a second one stops at once."""
 
         def ask(_number: int, _frame: FrameType | None) -> None:
             if self.interrupted:
