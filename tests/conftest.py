@@ -45,7 +45,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """Tiny models and adapters, made once for all tests. torch gets one thread: their matrices are too small for two."""
+    """Tiny models and adapters, made once for all tests. torch gets one thread: their matrices are too small."""
     import torch
 
     from support.tiny import Zoo

@@ -52,8 +52,8 @@ def _versions() -> list[Check]:
     import platform
     from importlib import metadata
 
-    from lora_rt.version import __version__
     from lora_rt.registry.health import Check
+    from lora_rt.version import __version__
 
     checks = [Check("lora-rt", "ok", f"{__version__}, Python {platform.python_version()}")]
     for package in PACKAGES:
