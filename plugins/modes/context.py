@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_rt.plugins.contract import (
     IGNORE,
+    BaseFacts,
     ComposeContext,
     Encoded,
     Example,
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 LORA_RT_API = 1
 NEUTRAL = "neutral"
+
+
+class StateError(LoraRtError):
+    """A state that does not belong to the adapter's scene types, or not to this base."""
 
 
 class SceneTypeError(LoraRtError):
@@ -77,16 +82,40 @@ def _untrained(context: ObjectiveContext, options: Options) -> Any:
     """Zeros throughout: gates and scales of exactly 1, and a registrar that finds every type equally likely."""
     from torch import nn, zeros
 
-    types, base = len(context.scene_types), context.base
-    shapes = {
-        "theta": (types, base.layers, base.heads if options.heads else 1),
-        "scale": (types,),
-        "registrar": (types + 1, base.hidden_size + 1),
-    }
     state = nn.Module()
-    for name, shape in shapes.items():
-        state.register_buffer(name, zeros(shape))
+    for name, (shape, *narrow) in _shapes(len(context.scene_types), context.base).items():
+        state.register_buffer(name, zeros(shape if options.heads or not narrow else narrow[0]))
     return state
+
+
+def _shapes(types: int, base: BaseFacts) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each tensor of the state may have."""
+    return {
+        "theta": [(types, base.layers, base.heads), (types, base.layers, 1)],
+        "scale": [(types,)],
+        "registrar": [(types + 1, base.hidden_size + 1)],
+    }
+
+
+def _read(
+    name: str, state: Mapping[str, Tensor], card: Mapping[str, Any], base: BaseFacts, adapter: str
+) -> Tensor | None:
+    """A tensor of the state; None where the adapter has none, or knows no scene types.
+
+    Raises:
+        StateError: it has another shape than scene types and base give it.
+    """
+    types = len(_types(card))
+    tensor = state.get(name)
+    if tensor is None or not types:
+        return None
+    allowed = _shapes(types, base)[name]
+    if tuple(tensor.shape) not in allowed:
+        raise StateError(
+            f"{name!r} in the state of {adapter!r} has the shape {tuple(tensor.shape)}, not {allowed[0]}",
+            next_step="Fit it again with: lora-rt tune --per scene",
+        )
+    return tensor
 
 
 @hookimpl
@@ -103,15 +132,15 @@ def lora_rt_scene(context: SceneContext) -> Registration | None:
     """
     import torch
 
-    types = _types(context.card)
-    if "registrar" not in context.state or not types:
+    registrar = _read("registrar", context.state, context.card, context.base, context.adapter)
+    if registrar is None:
         return None
     directions = torch.nn.functional.normalize(context.hidden.float(), dim=-1)
     mask = context.mask[..., None].float()
     mean = (directions * mask).sum(1) / mask.sum(1).clamp(min=1)
-    weights = context.state["registrar"].to(mean)
+    weights = registrar.to(mean)
     scores = mean @ weights[:, :-1].T + weights[:, -1]
-    return Registration([*types, NEUTRAL], scores.softmax(-1))
+    return Registration([*_types(context.card), NEUTRAL], scores.softmax(-1))
 
 
 @hookimpl
@@ -126,7 +155,7 @@ def _scaled(weight: float, context: ComposeContext, index: int) -> Any:
     import torch
 
     term = context.terms[index]
-    scale = term.state.get("scale")
+    scale = _read("scale", term.state, term.card, context.base, term.name)
     if scale is None or not (torch.is_grad_enabled() or bool(scale.any())):
         return weight
     shares = _shares([context.scene_type], _types(term.card), term.name).to(scale)[0]
@@ -138,15 +167,14 @@ def lora_rt_gate(context: GateContext) -> Gate | None:
     """The mixture of the gates of each row's scene types; "always 1" where nothing was trained or no type is known."""
     import torch
 
-    theta = context.state.get("theta")
-    types = _types(context.card)
+    theta = _read("theta", context.state, context.card, context.base, context.adapter)
     known = [kind if active else None for kind, active in zip(context.scene_types, context.active, strict=True)]
-    if theta is None or not types or all(kind is None for kind in known):
+    if theta is None or all(kind is None for kind in known):
         return None
     if not torch.is_grad_enabled() and not bool(theta.any()):
         return None
     theta = theta.to(context.input_ids.device)
-    shares = _shares(known, types, context.adapter).to(theta)
+    shares = _shares(known, _types(context.card), context.adapter).to(theta)
     # (rows, types) x (types, layers, heads) -> (layers, rows, heads); what is not one of the types keeps a gate of 1.
     mixed = torch.einsum("rt,tlh->lrh", shares[:, :-1], 2 * theta.sigmoid()) + shares[:, -1, None]
     gate = mixed[:, :, None, :]

@@ -104,6 +104,14 @@ def test_an_unknown_scene_type_is_refused_with_those_that_are_known(runtime: Run
     assert caught.value.next_step == "Use one of: logic, body, neutral"
 
 
+def test_a_state_of_another_shape_is_the_adapter_s_fault(runtime: Runtime, made: Made) -> None:
+    runtime.load_adapter(str(made("logic", gates=3, heads=HEADS + 1)), "logic")
+    with pytest.raises(
+        LoraRtError, match=r"'theta' in the state of 'logic' has the shape \(2, 2, 5\), not \(2, 2, 4\)"
+    ):
+        runtime.logits(some_ids(), compositions="logic", scenes="body")
+
+
 def test_the_weight_is_rescaled_by_the_registered_scene(runtime: Runtime, made: Made) -> None:
     from lora_rt.plugins.contract import ComposeContext, TermFacts
     from lora_rt.plugins.modes.context import lora_rt_compose
