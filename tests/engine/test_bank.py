@@ -187,6 +187,35 @@ def test_the_base_s_names_parameters_and_state_stay_as_they_were(engine: Engine,
     assert all(torch.equal(found[key], fresh[key]) for key in fresh)
 
 
+class Copying(nn.Module):
+    """A layer that gets a copy of its input in short passes, as `contiguous()` copies one shape and not another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x.clone() if x.shape[1] == 2 else x)
+        return out
+
+
+def test_layers_that_share_an_input_in_some_passes_alone_do_not_share_their_adapters(zoo: Zoo) -> None:
+    model = Engine(zoo.base("llama")).model
+    for block in model.model.layers:
+        block.mlp.up_proj = Copying(block.mlp.up_proj)
+    bank = AdapterBank(model, torch.float32)
+    sites = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj.inner"]
+    factors = {site: Factors(torch.randn(2, 64) * 0.1, torch.randn(96, 2) * 0.1) for site in sites}
+    kind = type(Engine(zoo.base("llama")).read(adapter(zoo, 1)))
+    bank.add(kind("both", factors, "output-only"))
+    decoder = Decoder(model, 0, [2])
+    found = decoder.logits(IDS, torch.ones_like(IDS), lambda info: bank.plan([{"both": 0.5}]))
+    with torch.no_grad():
+        for site in sites:
+            model.get_submodule(site).weight += 0.5 * factors[site].b @ factors[site].a
+    assert_close(found, decoder.logits(IDS, torch.ones_like(IDS), lambda info: None), **EXACT)
+
+
 class Experts(nn.Module):
     """A layer that is shown the tokens of one row alone, as an expert is that the router sends some tokens to."""
 
