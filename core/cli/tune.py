@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lora_rt.registry.mixes import Mix
 
 
+_PLAIN_EVERY = 10
+
+
 class Per(StrEnum):
     """What is learned: a weight per adapter, per adapter and layer, or gates per scene type."""
 
@@ -113,7 +116,7 @@ def _show(mix: Mix) -> None:
 
 
 class _Progress:
-    """A live line in a terminal, nothing elsewhere."""
+    """A live line in a terminal, a plain line now and then elsewhere."""
 
     def __enter__(self) -> _Progress:
         from rich.status import Status
@@ -121,6 +124,7 @@ class _Progress:
         from lora_rt.core.cli.console import err
 
         self._steps = 0
+        self._console = err
         self._status = Status("reading", console=err)
         self._status.start()
         return self
@@ -131,4 +135,7 @@ class _Progress:
     def advance(self, what: str, loss: float) -> None:
         """One step is done."""
         self._steps += 1
-        self._status.update(f"{what}: step {self._steps}, loss {loss:.3f}")
+        line = f"{what}: step {self._steps}, loss {loss:.3f}"
+        self._status.update(line)
+        if not self._console.is_terminal and self._steps % _PLAIN_EVERY == 0:
+            self._console.print(line)

@@ -1,7 +1,10 @@
-"""Measures the context mode on held-out scenes and writes report.json beside this file: report.py DATA ADAPTERS MIX
+"""Measures the context mode on held-out scenes and writes report.json beside this file.
+
+    report.py DATA ADAPTERS MIX [SCENES]
 
 DATA is the folder that data.py made, ADAPTERS the folder of the fitted adapters, MIX the static weights that the gates
-were fitted around, e.g. logic:0.35,emotion:0.35,body:0.35,archetype:0.35. All losses are nats per answer token.
+were fitted around, e.g. logic:0.35,emotion:0.35,body:0.35,archetype:0.35, SCENES how many of the held-out scenes are
+measured (all of them if left out). All losses are nats per answer token.
 """
 
 from __future__ import annotations
@@ -191,7 +194,11 @@ def main() -> None:
         runtime.load_adapter(str((adapters / register).absolute()), register)
     started = time.perf_counter()
     read = {n: [json.loads(line) for line in (data / f"{n}.jsonl").open()] for n in ("heldout", "turning")}
-    report = {"seed": SEED, "mix": mix, "heldout": held_out(runtime, read["heldout"], mix)}
+    scenes = int(sys.argv[4]) if len(sys.argv) > 4 else len(read["heldout"]) // len(REGISTERS)
+    whole = len(read["turning"]) // 2
+    read["heldout"] = read["heldout"][: scenes * len(REGISTERS)]
+    read["turning"] = [*read["turning"][:scenes], *read["turning"][whole : whole + scenes]]
+    report = {"seed": SEED, "mix": mix, "scenes": scenes, "heldout": held_out(runtime, read["heldout"], mix)}
     print(json.dumps(report, indent=1), flush=True)
     report["turning"] = turning(runtime, read["turning"], mix)
     report["seconds"] = round(time.perf_counter() - started)
