@@ -40,7 +40,7 @@ def registry_checks(registry: Registry, *, clean: bool = False) -> list[Check]:
 def _home(home: Path) -> Check:
     place = next(path for path in (home, *home.parents) if path.exists())
     free = f"{shutil.disk_usage(place).free / 2**30:.0f} GiB free"
-    if not os.access(place, os.W_OK):
+    if not place.is_dir() or not os.access(place, os.W_OK):
         return Check("home", "broken", f"{home} can not be written", "Set LORA_RT_HOME to a folder of yours")
     return Check("home", "ok", f"{home}, {free}")
 

@@ -131,8 +131,8 @@ class Registry:
             have = [item.revision or item.sha256[:12] for item in self.installed() if item.name == reference.target]
             text = f"there is no revision {reference.revision!r} of {reference.target!r}; there is {', '.join(have)}"
         elif near:
-            text += f", near are {', '.join(near)}"
-        return UnknownAdapterError(text, next_step="lora-rt list")
+            text += f"; did you mean {' or '.join(repr(name) for name in near)}?"
+        return UnknownAdapterError(text, next_step="See: lora-rt list")
 
 
 def _read_shipped(item: Shipped) -> list[Resolved]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -75,6 +76,8 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def run() -> None:
     """Run the command line and exit: 0 success, 1 an explained failure, 2 usage."""
+    # The Hub's client speaks of every retry; what came of them is our line to say.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         app()
     except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 
 from rich.markup import escape
 
@@ -27,13 +28,26 @@ def explain(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         _line(f"no room on the disk for {error.filename or 'what was being written'}", "Free some space and try again")
         return 1
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        _line(f"{error.filename}: {error.strerror}", _about_path(str(error.filename)))
+        return 1
     return None
+
+
+def _about_path(path: str) -> str:
+    """What to do about a path that can't be used; where it is ours, the home is to blame."""
+    from lora_rt.registry.home import home
+
+    if Path(path).is_relative_to(home()):
+        return "Set LORA_RT_HOME to a folder that you can write"
+    return "Check the path and its permissions"
 
 
 def _line(message: str, next_step: str, problems: tuple[str, ...] = ()) -> None:
     text = f"[bold red]error:[/] {escape(message)}"
     if next_step:
-        text += f". [bold]{escape(next_step)}[/]"
-    err.print(text, soft_wrap=True)
-    for problem in problems:
-        err.print(f"  - {escape(problem)}", soft_wrap=True)
+        text += f"{'' if message.endswith('?') else '.'} [bold]{escape(next_step)}[/]"
+    # Whole words in a terminal, one line for whoever searches a log.
+    err.print(text, soft_wrap=not err.is_terminal)
+    for problem in (p for p in problems if p not in message):
+        err.print(f"  - {escape(problem)}", soft_wrap=not err.is_terminal)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.batch import pad_left, positions_of
-from lora_rt.core.generation.sampling import Chooser, Sampling
+from lora_rt.core.generation.choosing import Chooser
+from lora_rt.core.generation.sampling import Sampling
 from lora_rt.errors import LoraRtError
 
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lora_rt.core.generation.sampling import Chooser, Sampling, SamplingError, seeds_per_row
+from lora_rt.core.generation.choosing import Chooser
+from lora_rt.core.generation.sampling import Sampling, SamplingError, seeds_per_row
 
 END = 3
 SCORES = torch.tensor([[2.0, 1.0, 0.5, 3.0]])

@@ -107,9 +107,9 @@ def test_a_shipped_adapter_for_this_base_is_found_behind_an_installed_one_for_an
 
 def test_an_unknown_name_gets_the_nearest_ones(registry: Registry) -> None:
     _publish(registry, "melancholy")
-    with pytest.raises(UnknownAdapterError, match="no adapter 'melancoly', near are melancholy") as error:
+    with pytest.raises(UnknownAdapterError, match="no adapter 'melancoly'; did you mean 'melancholy'") as error:
         registry.resolve("melancoly")
-    assert error.value.next_step == "lora-rt list"
+    assert error.value.next_step == "See: lora-rt list"
 
 
 def test_a_revision_of_a_name_is_the_beginning_of_its_digest(registry: Registry) -> None:

@@ -41,14 +41,14 @@ def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
     lines = []
     for info, weight in _terms(runtime, request):
         revision = f"@{info.revision[:12]}" if info.revision else ""
-        origin = f"{info.mode}, rank {info.rank}, {info.source}{revision}, sha256 {info.sha256[:12]}"
+        origin = f"{info.mode}, {info.source}{revision}, sha256 {info.sha256[:8]}"
         lines.append(f"[bold]{escape(info.name)}[/]:{weight:g}  [dim]{escape(origin)}[/]")
     facts = runtime.base
     lines.append(
         f"[dim]over {escape(facts.id)} ({facts.precision}), temperature {request.temperature:g}, seed {request.seed}[/]"
     )
     for line in lines:
-        err.print(line, soft_wrap=True)
+        err.print(line, soft_wrap=not err.is_terminal)
 
 
 def _terms(runtime: Runtime, request: ComposeRequest) -> list[tuple[Any, float]]:

@@ -25,7 +25,7 @@ def compose(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Makes the answer repeatable; a new one each time if left out.")
+        int | None, typer.Option("--seed", min=0, help="Makes the answer repeatable; a new one each time if left out.")
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Base, each register alone and the composition side by side.")
@@ -65,4 +65,4 @@ def compose(
 
 def _piped() -> str | None:
     """What is piped into the command, or None where a person sits at a terminal."""
-    return None if sys.stdin.isatty() else sys.stdin.read()
+    return None if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")

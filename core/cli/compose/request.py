@@ -65,8 +65,10 @@ class ComposeRequest:
 
     def load(self) -> Runtime:
         """The runtime of this request, with its adapters resident."""
-        from lora_rt.core.runtime import Runtime
+        from lora_rt.core.base.progress import step
 
+        with step("starting"):
+            from lora_rt.core.runtime import Runtime
         runtime = Runtime.load(self.base, precision=self.precision, device=self.device)
         runtime.terms(self.composition)
         return runtime

@@ -1,0 +1,59 @@
+"""Failures of the machine are explained like any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support.cli import Cli
+from support.tiny import Zoo
+
+
+@pytest.mark.parametrize("command", [["list"], ["compose", "x", "-p", "ab"], ["doctor"]])
+def test_a_home_that_is_a_file_is_no_traceback(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "file"))
+    assert cli(*command).code in (0, 1)
+
+
+def test_a_home_that_cannot_be_written_is_named_with_what_to_do(
+    cli: Cli, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "file" / "home"))
+    done = cli(
+        "compose", str(zoo.adapter("llama")), "-p", "ab", "--base", str(zoo.base("llama")), "--precision", "int4"
+    )
+    assert done.code == 1
+    assert "Set LORA_RT_HOME to a folder that you can write" in done.err
+    assert done.err.strip().count("\n") == 0
+
+
+def test_doctor_says_that_a_home_which_is_a_file_is_broken(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "file"))
+    checks = {check["name"]: check for check in json.loads(cli("doctor", "--json").out)}
+    assert checks["home"]["status"] == "broken"
+
+
+def test_a_piped_prompt_is_the_prompt_that_was_typed(cli: Cli, zoo: Zoo) -> None:
+    tiny = [
+        "--base",
+        str(zoo.base("llama")),
+        "--precision",
+        "float32",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        "--seed",
+        "1",
+    ]
+    piped = json.loads(cli("compose", str(zoo.adapter("llama")), *tiny, stdin="spare key\n").out)
+    typed = json.loads(cli("compose", str(zoo.adapter("llama")), "-p", "spare key", *tiny).out)
+    assert (piped["prompt"], piped["text"]) == (typed["prompt"], typed["text"])
