@@ -20,8 +20,8 @@ from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.topology import Site
 from lora_rt.core.generation.batch import positions_of
 from lora_rt.core.generation.decode import PassInfo
-from lora_rt.core.planner import RowPlanner
-from lora_rt.core.requests import Row
+from lora_rt.core.requests.planner import RowPlanner
+from lora_rt.core.requests.rows import Row
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, SceneType
 

@@ -19,12 +19,12 @@ from lora_rt.core.generation.prompts import Prompt, answer_ids, prompt_ids
 from lora_rt.core.generation.sampling import Sampling, seeds_per_row
 from lora_rt.core.generation.scoring import answer_nll, choices_nll
 from lora_rt.core.generation.text import TextStream, text_of
-from lora_rt.core.planner import RowPlanner
-from lora_rt.core.registrar import Registrar
-from lora_rt.core.requests import Compositions, RequestError, Row, per_row, scenes_per_row
-from lora_rt.core.residents import AdapterInfo, Residents
-from lora_rt.core.timeline import Timeline
-from lora_rt.core.weigher import Weigher
+from lora_rt.core.requests.planner import RowPlanner
+from lora_rt.core.requests.registrar import Registrar
+from lora_rt.core.requests.rows import Compositions, RequestError, Row, per_row, scenes_per_row
+from lora_rt.core.requests.timeline import Timeline
+from lora_rt.core.requests.weigher import Weigher
+from lora_rt.core.residency.residents import AdapterInfo, Residents
 from lora_rt.plugins.contract import BaseFacts, SceneType
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry.reference import Reference

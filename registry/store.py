@@ -125,7 +125,7 @@ class Store:
         with self._lock():
             found = self.records.named(name)
             if not found:
-                raise StoreError(f"the store has no adapter {name!r}", next_step="lora-rt list")
+                raise StoreError(f"the store has no adapter {name!r}", next_step="See: lora-rt list")
             removed = [self.resolved(record) for record in found]
             for path in sorted((self.records.folder / name).glob("*.json")):
                 self.records.remove(name, path.stem)

@@ -35,7 +35,7 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
     items = registry.installed()
     unknown = [name for name in names if name not in {item.name for item in items}]
     if unknown:
-        raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="lora-rt list")
+        raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="See: lora-rt list")
     verdicts = [_check(item, offline) for item in items if not names or item.name in names]
     if not names and (registry.folder / LOCK_FILE).exists():
         verdicts.append(Verdict(LOCK_FILE, str(registry.folder), tuple(check_lock(registry)), todo="lora-rt lock"))

@@ -38,7 +38,7 @@ def scene(
 
 
 def _first_able() -> str:
-    from lora_rt.core.requests import RequestError
+    from lora_rt.core.requests.rows import RequestError
     from lora_rt.plugins.manager import load_modes
     from lora_rt.registry.registry import Registry
 

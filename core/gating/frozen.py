@@ -15,8 +15,8 @@ from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.early import EarlyHidden
 from lora_rt.core.gating.data import Item
 from lora_rt.core.generation.batch import positions_of
-from lora_rt.core.registrar import Registrar
-from lora_rt.core.residents import Residents
+from lora_rt.core.requests.registrar import Registrar
+from lora_rt.core.residency.residents import Residents
 from lora_rt.plugins.contract import Gate
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.registry import Registry

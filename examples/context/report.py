@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_rt import Runtime
-from lora_rt.core.activation import written
+from lora_rt.core.composition.activation import written
 
 REGISTERS = ("logic", "emotion", "body", "archetype")
 GRID = (0.25, 0.5)

@@ -13,7 +13,7 @@ from lora_rt.core.generation.batch import BatchError
 from lora_rt.core.generation.decode import LengthError
 from lora_rt.core.generation.prompts import PromptError
 from lora_rt.core.generation.sampling import Sampling, SamplingError
-from lora_rt.core.requests import RequestError
+from lora_rt.core.requests.rows import RequestError
 from lora_rt.core.runtime import Runtime
 from lora_rt.registry.registry import Registry
 from support.tiny import VOCAB, Zoo, mode_host, some_ids

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lora_rt.core.adapters import read_adapter
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.decode import Decoder
+from lora_rt.core.residency.reading import read_adapter
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.inspection import inspect_adapter
 

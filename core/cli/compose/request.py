@@ -116,7 +116,7 @@ def look_up(composition: Composition) -> None:
 
 def _references(term: Term, registry: Registry) -> list[Reference]:
     """The adapters of a term: its own, or those of a named composition."""
-    from lora_rt.core.mixing import mix_of
+    from lora_rt.core.composition.mixing import mix_of
     from lora_rt.registry.reference import Reference
 
     mix = mix_of(term, registry.mixes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.generation.decode import PassInfo
-from lora_rt.core.requests import Row
+from lora_rt.core.requests.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from lora_rt.core.engine.early import EarlyHidden
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.batch import positions_of
 from lora_rt.core.generation.decode import PassInfo
-from lora_rt.core.merging import merged
-from lora_rt.core.requests import Row
-from lora_rt.core.timeline import Timeline
+from lora_rt.core.requests.merging import merged
+from lora_rt.core.requests.rows import Row
+from lora_rt.core.requests.timeline import Timeline
 from lora_rt.plugins.contract import BaseFacts, Gate, GateContext
 from lora_rt.plugins.manager import ModeHost
 

@@ -2,7 +2,7 @@
 
 A term is `reference[:weight]`, the weight 1 if left out and any finite number otherwise; terms are separated by spaces,
 `+` or `,`. Weights are absolute: nothing is normalised. `emotion logic:0.5[So:]` lets logic wake up where "So:" has
-appeared in the prompt or the answer (see `lora_rt.core.activation`).
+appeared in the prompt or the answer (see `lora_rt.core.composition.activation`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_rt.core import activation
+from lora_rt.core.composition import activation
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.reference import Reference
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from lora_rt.core.activation import scene_turns
 from lora_rt.core.composition import Composition
-from lora_rt.core.registrar import Registrar
-from lora_rt.core.requests import RequestError, Row
-from lora_rt.core.residents import Present, Residents
+from lora_rt.core.composition.activation import scene_turns
+from lora_rt.core.requests.registrar import Registrar
+from lora_rt.core.requests.rows import RequestError, Row
+from lora_rt.core.residency.residents import Present, Residents
 from lora_rt.plugins.contract import BaseFacts, ComposeContext, SceneType, TermFacts
 from lora_rt.plugins.manager import ModeHost
 

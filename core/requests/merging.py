@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_rt.core.requests import Row
-from lora_rt.core.timeline import Variant
+from lora_rt.core.requests.rows import Row
+from lora_rt.core.requests.timeline import Variant
 from lora_rt.plugins.contract import Gate
 
 

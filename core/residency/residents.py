@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora_rt.core.adapters import read_adapter
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.composition import Composition
+from lora_rt.core.composition.mixing import Part, expanded
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.mixing import Part, expanded
+from lora_rt.core.residency.reading import read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.card import AdapterCard

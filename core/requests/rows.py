@@ -22,7 +22,7 @@ class Row:
 
     `weights` by resident name; `layers` is added to them, one number per layer, where a named composition says so.
     `scene_type` is the caller's or the registered one. `phases` are the rows to go on as once activation texts have
-    appeared, by the set of those that have (see `lora_rt.core.timeline`); empty where nothing changes.
+    appeared, by the set of those that have (see `lora_rt.core.requests.timeline`); empty where nothing changes.
     """
 
     weights: Mapping[str, float]
