@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import typer
@@ -78,6 +79,8 @@ def run() -> None:
     """Run the command line and exit: 0 success, 1 an explained failure, 2 usage."""
     # The Hub's client speaks of every retry; what came of them is our line to say.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # bitsandbytes hands functions to torch.compile while it is imported, which costs a second and is never used here.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         app()
     except BaseException as error:
