@@ -40,7 +40,7 @@ def plot_matrix(matrix: Matrix, path: Path) -> None:
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     for (row, column), loss in np.ndenumerate(losses):
         axes.text(column, row, f"{loss:.2f}", ha="center", va="center")
-    figure.colorbar(image, label="gain over the base, nats per token")
+    figure.colorbar(image, label="gain, nats")
     axes.set_title("negative log-likelihood per response token")
     try:
         figure.savefig(path, dpi=150)
