@@ -3,7 +3,7 @@
     python examples/registers/report.py [ADAPTER...]
 
 An ADAPTER is `register=reference`; by default each register's own name. Everything is measured on texts and scenes that
-no adapter was trained on. Needs the package's extra "examples" (scikit-learn, for the independent word classifier).
+no adapter was trained on. Needs scikit-learn for the independent word classifier; `make report` installs it.
 """
 
 from __future__ import annotations
