@@ -49,16 +49,16 @@ class Explanation:
 
 
 def explain(
-    model: Any, bank: AdapterBank, planner: Callable[[Row], RowPlanner], row: Row, ids: list[int]
+    model: Any, bank: AdapterBank, planner: Callable[[Row], RowPlanner], row: Row, ids: list[int], prompt_length: int
 ) -> Explanation:
-    """Run one row and measure what each of its adapters adds.
+    """Run one row and measure what each of its adapters adds; the first `prompt_length` of the ids are the prompt.
 
     Raises:
         NothingToExplainError: no adapter acts at any token.
     """
     whole = torch.tensor([ids], device=bank.device)
     mask = torch.ones_like(whole)
-    info = PassInfo(whole, positions_of(mask), whole, mask, mask.sum(1))
+    info = PassInfo(whole, positions_of(mask), whole, mask, torch.tensor([prompt_length], device=bank.device))
     plan = planner(row)(info)
     alone = {name: own for name in row.names if (own := planner(row.only(name))(info)) is not None}
     if plan is None or not alone:

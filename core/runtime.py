@@ -274,7 +274,7 @@ class Runtime:
         ids = prompt_ids(self.tokenizer, prompt)
         (row,) = self._rows([Composition.of(composition)], [scene], [prompt], [ids])
         tokens = [*ids, *(int(i) for i in self.tokenizer(answer, add_special_tokens=False).input_ids)]
-        return explain(self._base.model, self._bank, lambda one: self._planner([one]), row, tokens)
+        return explain(self._base.model, self._bank, lambda one: self._planner([one]), row, tokens, len(ids))
 
     def _decode(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_rt.core.generation.decode import Decoder, Planner
+from lora_rt.core.engine.plan import Plan
+from lora_rt.core.generation.decode import Decoder, PassInfo, Planner
 
 
 def answer_nll(
@@ -33,11 +35,21 @@ def answer_nll(
     ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     first = min(len(prompt) for prompt in prompts) - 1
-    logits = decoder.logits(ids, mask, planner, columns=torch.arange(first, width - 1, device=device))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    logits = decoder.logits(ids, mask, _told(planner, lengths), columns=torch.arange(first, width - 1, device=device))
     wanted = ids[:, first + 1 :].flatten()
     losses = cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="none").view(len(rows), -1)
     starts = [len(prompt) - 1 - first for prompt in prompts]
     return [losses[i, start : start + len(answers[i])].cpu() for i, start in enumerate(starts)]
+
+
+def _told(planner: Planner, lengths: Tensor) -> Planner:
+    """The planner, told where the prompts end, (rows,): in a pass over whole rows a gate can't see it otherwise."""
+
+    def plan(info: PassInfo) -> Plan | None:
+        return planner(replace(info, prompt_lengths=lengths))
+
+    return plan
 
 
 def choices_nll(

@@ -1,0 +1,71 @@
+"""The likelihood of an answer is that with which generation would have said it, whatever a gate makes of the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lora_rt.core.generation.decode import Decoder
+from lora_rt.core.generation.prompts import prompt_ids
+from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.generation.scoring import answer_nll
+from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+from support.tiny import Zoo, mode_host
+
+PROMPTS = ["ab", "a longer prompt"]
+EXACT: Any = {"atol": 1e-4, "rtol": 0.0}
+
+
+class Fading:
+    """Comes in over four tokens of the answer; while the prompt is read it is off."""
+
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]  # a hook of a module has no self
+        answered = context.positions - (context.prompt_lengths[:, None] - 1)
+        return Gate(ranks=(answered / 4).clamp(0, 1)[..., None])
+
+
+@pytest.fixture
+def fading(zoo: Zoo) -> Runtime:
+    """A runtime with an adapter "fading" that makes a large difference."""
+    runtime = zoo.runtime_with(mode_host(fading=Fading), "llama")
+    runtime.load_adapter(str(zoo.adapter("llama", mode="fading", seed=3)), name="fading")
+    return runtime
+
+
+def test_scoring_an_answer_gives_the_likelihood_that_generation_saw(fading: Runtime) -> None:
+    spec, seen = "fading:8", []
+    model = fading._base.model
+    handle = model.register_forward_hook(lambda _model, _inputs, out: seen.append(out.logits[:, -1].float()))
+    tokens = list(fading._decode(PROMPTS, spec, None, Sampling(max_new_tokens=8), 0))
+    handle.remove()
+    answers = [[step[row] for step in tokens if step[row] is not None] for row in range(len(PROMPTS))]
+    assert all(len(answer) > 4 for answer in answers)
+
+    ids = [prompt_ids(fading.tokenizer, prompt) for prompt in PROMPTS]
+    planner = fading._planner(fading._rows(spec, None, PROMPTS, ids))
+    decoder: Decoder = fading._decoder
+    found = answer_nll(decoder, planner, ids, answers, fading._pad_id, torch.device("cpu"))  # type: ignore[arg-type]
+    for row, answer in enumerate(answers):
+        stepwise = torch.stack(
+            [-logits[row].log_softmax(-1)[token] for logits, token in zip(seen[: len(answer)], answer, strict=True)]
+        )
+        assert_close(found[row], stepwise, **EXACT)
+
+
+def test_one_answer_scored_alone_among_choices_and_in_a_batch_is_the_same(fading: Runtime) -> None:
+    together = fading.answer_nll(PROMPTS, ["abcdefgh", "xy"], "fading:8")
+    assert_close(together[0], fading.choices_nll(PROMPTS[0], ["abcdefgh"], "fading:8")[0], **EXACT)
+    assert_close(together[1], fading.choices_nll(PROMPTS[1], ["xy"], "fading:8")[0], **EXACT)
+
+
+def test_what_explains_an_answer_sees_where_the_prompt_ends(fading: Runtime) -> None:
+    """While the prompt is read the gate is 0 (at its last token, too); behind it the adapter adds something."""
+    prompt = len(prompt_ids(fading.tokenizer, "ab"))
+    added = fading.explain("ab", "fading", answer="cdefgh").tokens[0]
+    assert not bool(added[:prompt].any())
+    assert bool((added[prompt:] > 0).all())
