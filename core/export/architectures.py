@@ -1,0 +1,128 @@
+"""How llama.cpp calls the layers of a model, and in which order it keeps their rows.
+
+llama.cpp rotates neighbouring pairs of a head's features in some architectures, where transformers rotates the first
+half against the second; a converted model has the rows of its query and key projections reordered accordingly, and so
+must an adapter's B. The facts are those of llama.cpp's converters (`conversion/*.py` in its repository), architecture
+by architecture; one that is not in the table is refused, since a wrong order gives a file that loads and is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.export.errors import ExportError
+
+Rows = Callable[[Any, str, int], Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """`name` is llama.cpp's. `rows(config, module, out_features)`: which row of ours is each of llama.cpp's."""
+
+    name: str
+    rows: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one linear layer lies in a converted model: its tensor, and the order of its rows (None: as they are)."""
+
+    tensor: str
+    rows: Tensor | None
+
+
+def places(config: Any, modules: Iterable[tuple[str, int]]) -> tuple[str, dict[str, Place]]:
+    """llama.cpp's name of the architecture, and the place of every module.
+
+    Args:
+        config: the base's transformers configuration.
+        modules: (path in the base, out_features) of each.
+
+    Raises:
+        ExportError: the architecture is not known here, or llama.cpp has no such tensor; all of them are named.
+    """
+    import gguf
+
+    architecture = architecture_of(config)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(number, int(config.num_hidden_layers))
+    found: dict[str, Place] = {}
+    problems = []
+    for module, out_features in modules:
+        tensor = names.get_name(module)
+        if tensor is None:
+            problems.append(f"{module}: llama.cpp's {architecture.name!r} has no tensor for it")
+        elif tensor == "output" and config.tie_word_embeddings:
+            problems.append(f"{module}: it is tied to the embedding, and a converted model has no tensor of its own")
+        else:
+            found[module] = Place(f"{tensor}.weight", architecture.rows(config, module, out_features))
+    if problems:
+        raise ExportError(
+            f"{len(problems)} layers of this composition have no place in a GGUF model",
+            next_step="Use --format peft or --format merged",
+            problems=problems,
+        )
+    return architecture.name, found
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The entry of a configuration's model type.
+
+    Raises:
+        ExportError: there is none.
+    """
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ExportError(
+            f"GGUF adapters are written for {known}; the base is a {config.model_type}",
+            next_step="Use --format peft, or --format merged and convert that with llama.cpp",
+        )
+    return found
+
+
+def _as_they_are(config: Any, module: str, out_features: int) -> None:
+    return None
+
+
+def _rotary_pairs(config: Any, module: str, out_features: int) -> Tensor | None:
+    """Query and key rows of each head, from [first half | second half] to pairs that lie side by side."""
+    leaf = module.rpartition(".")[2]
+    if leaf not in ("q_proj", "k_proj"):
+        return None
+    heads = config.num_attention_heads
+    if leaf == "k_proj":
+        heads = getattr(config, "num_key_value_heads", None) or heads
+    return torch.arange(out_features).reshape(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def _whole_projections(config: Any, module: str, out_features: int) -> Tensor | None:
+    """GPT-NeoX keeps [q k v] of each head; llama.cpp all of q, then all of k, then all of v."""
+    if not module.endswith("query_key_value"):
+        return None
+    return torch.arange(out_features).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
+
+
+ARCHITECTURES = {
+    "arcee": Architecture("arcee", _rotary_pairs),
+    "gemma": Architecture("gemma", _as_they_are),
+    "gemma2": Architecture("gemma2", _as_they_are),
+    "gemma3_text": Architecture("gemma3", _as_they_are),
+    "gpt2": Architecture("gpt2", _as_they_are),  # its weights are transposed, factors of an adapter are not
+    "gpt_neox": Architecture("gptneox", _whole_projections),
+    "granite": Architecture("granite", _rotary_pairs),
+    "llama": Architecture("llama", _rotary_pairs),
+    "mistral": Architecture("llama", _rotary_pairs),
+    "phi": Architecture("phi2", _as_they_are),
+    "phi3": Architecture("phi3", _as_they_are),
+    "qwen2": Architecture("qwen2", _as_they_are),
+    "qwen3": Architecture("qwen3", _as_they_are),
+    "smollm3": Architecture("smollm3", _rotary_pairs),
+    "starcoder2": Architecture("starcoder2", _as_they_are),
+}
+"""By the model type of transformers."""

@@ -1,0 +1,107 @@
+"""One adapter as a GGUF file, which llama.cpp (`--lora`) and Ollama (`ADAPTER`) load over a GGUF base.
+
+The format is llama.cpp's (`src/llama-adapter.cpp`): for a weight tensor T of the base there are `T.lora_a` (rank, in)
+and `T.lora_b` (out, rank), rows as in the converted base (see `architectures.py`). llama.cpp adds
+
+    scale * alpha / rank * B A x        with the rank of each tensor; without alpha, if that is 0
+
+Our factors have their scaling folded in, so alpha / rank must be 1: alpha is the rank where all tensors share one, and
+0 where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.engine.stack import Factors
+from lora_rt.core.export.architectures import places
+from lora_rt.core.export.errors import ExportError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def write_gguf_adapter(
+    path: Path,
+    factors: Mapping[str, Factors],
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    name: str = "",
+    base: str = "",
+    licence: str = "",
+) -> None:
+    """Write factors as one GGUF adapter.
+
+    Args:
+        path: the file, conventionally ending in .gguf; one that is there is overwritten.
+        factors: by module path in the base, as `lora_rt.core.residency.reading.read_adapter` gives them: a (rank, in),
+            b (out, rank) with every scaling and weight folded in.
+        config: the base's transformers configuration (`AutoConfig.from_pretrained(folder)`, `model.config`).
+        dtype: float32, float16 or bfloat16.
+        name, base, licence: what the file says of itself; left out where empty.
+
+    Raises:
+        ExportError: the architecture or a layer has no counterpart in llama.cpp, or the adapter has biases, which the
+            format can't hold.
+    """
+    _refuse_biases(factors)
+    architecture, where = places(config, [(module, item.b.shape[0]) for module, item in factors.items()])
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _alpha(factors))
+    _describe(writer, name, base, licence)
+    for module, item in factors.items():
+        place = where[module]
+        b = item.b if place.rows is None else item.b[place.rows]
+        _add(writer, f"{place.tensor}.lora_a", item.a, dtype)
+        _add(writer, f"{place.tensor}.lora_b", b, dtype)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _refuse_biases(factors: Mapping[str, Factors]) -> None:
+    biased = [f"{module}: it has a bias" for module, item in factors.items() if item.bias is not None]
+    if biased:
+        raise ExportError(
+            f"a GGUF adapter holds no biases, and {len(biased)} layers have one",
+            next_step="Use --format peft or --format merged",
+            problems=biased,
+        )
+
+
+def _alpha(factors: Mapping[str, Factors]) -> float:
+    ranks = {item.a.shape[0] for item in factors.values()}
+    return float(ranks.pop()) if len(ranks) == 1 else 0.0
+
+
+def _describe(writer: Any, name: str, base: str, licence: str) -> None:
+    if name:
+        writer.add_name(name)
+    if licence:
+        writer.add_license(licence)
+    if base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base)
+
+
+def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    import gguf
+
+    values = tensor.detach().cpu().to(dtype).contiguous()
+    if dtype is torch.bfloat16:  # numpy has no such type
+        kind = gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(name, values.view(torch.uint8).numpy(), raw_dtype=kind)
+    else:
+        writer.add_tensor(name, values.numpy())
