@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lora_rt.registry.errors import OccupiedFolderError
 
 
 def sync_file(path: Path) -> None:
@@ -37,6 +43,31 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which appears as `target` when the block has ended well and is gone when it has not.
+
+    Raises:
+        OccupiedFolderError: something is there already, and it is no empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OccupiedFolderError(f"{target} is there and not empty", next_step="Give a new folder")
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+    try:
+        yield scratch
+        for file in (path for path in scratch.rglob("*") if path.is_file()):
+            sync_file(file)
+        if target.exists():
+            target.rmdir()
+        scratch.chmod(0o755)  # mkdtemp keeps others out
+        os.rename(scratch, target)
+        sync_folder(parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def abandoned(folder: Path, name: str = "*") -> list[Path]:

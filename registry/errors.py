@@ -35,3 +35,7 @@ class ProjectError(LoraRtError):
 
 class HubError(LoraRtError):
     """The Hub did not give what was asked: not found, no access, no network, or an answer that can not be trusted."""
+
+
+class OccupiedFolderError(LoraRtError):
+    """A folder that is to be made anew is there and holds something."""

@@ -89,7 +89,7 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         identity=prepared.identity,
-        facts=_facts(model.config, prepared.identity, chosen),
+        facts=base_facts(model.config, prepared.identity, chosen),
         folder=prepared.folder,
         precision=chosen,
         device=target,
@@ -112,7 +112,8 @@ def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any
     return model, tokenizer
 
 
-def _facts(config: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:
+def base_facts(config: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:
+    """The facts about a base, from its transformers configuration."""
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     hidden = int(text.hidden_size)

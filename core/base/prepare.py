@@ -61,6 +61,20 @@ def prepare_base(source: BaseSource, precision: Precision) -> PreparedBase:
     return _prepare_folder(dense, identity, precision)
 
 
+def locate_base(source: BaseSource) -> PreparedBase:
+    """The folder of a base whose configuration is wanted and not its weights: any precision that is there will do.
+
+    Raises:
+        BaseError: as `prepare_base`.
+    """
+    if source.kind == "hub":
+        return PreparedBase(*_fetch_hub(source))
+    if source.kind == "folder":
+        assert source.path is not None
+        return PreparedBase(source.path, identify_folder(source.path))
+    return prepare_base(source, "int4")  # the form in which compose will want it
+
+
 def _prepare_default(precision: Precision) -> PreparedBase:
     def build(folder: Path) -> None:
         gguf = default.fetch_gguf(home.bases() / "downloads")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.composition import Term
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.mixes import Mix, Mixes
 from lora_rt.registry.reference import Reference
 
@@ -26,6 +26,16 @@ class Part:
     sha256: str = ""
     mix: str = ""
 
+    def check_pin(self, name: str, sha256: str) -> None:
+        """Compare the digest of the adapter that was found with the one that the weights were tuned for.
+
+        Raises:
+            MixError: they differ.
+        """
+        if self.sha256 and sha256 != self.sha256:
+            text = f"{self.mix!r} was tuned for other files of {name!r}: {self.sha256[:12]}, not {sha256[:12]}"
+            raise MixError(text, next_step="Tune it again with: lora-rt tune")
+
 
 def mix_of(term: Term, mixes: Mixes) -> Mix | None:
     """The named composition that a term means, or None where it means an adapter."""
@@ -33,7 +43,7 @@ def mix_of(term: Term, mixes: Mixes) -> Mix | None:
     return mixes.get(reference.target) if reference.kind == "name" and reference.revision is None else None
 
 
-def expanded(term: Term, mixes: Mixes, base: LoadedBase) -> list[Part]:
+def expanded(term: Term, mixes: Mixes, base: BaseFacts) -> list[Part]:
     """The adapters of a term.
 
     Raises:
@@ -43,10 +53,10 @@ def expanded(term: Term, mixes: Mixes, base: LoadedBase) -> list[Part]:
     if mix is None:
         return [Part(term.reference, term.weight, term.after)]
     problems = []
-    if mix.base != base.identity.id:
-        problems.append(f"it is for {mix.base}, in use is {base.identity.id}")
-    if any(len(item.layers) not in (0, base.facts.layers) for item in mix.terms):
-        problems.append(f"it has weights for another number of layers than {base.facts.layers}")
+    if mix.base != base.id:
+        problems.append(f"it is for {mix.base}, in use is {base.id}")
+    if any(len(item.layers) not in (0, base.layers) for item in mix.terms):
+        problems.append(f"it has weights for another number of layers than {base.layers}")
     if problems:
         text = f"the composition {mix.name!r} does not fit this base: {'; '.join(problems)}"
         raise MixError(text, next_step=f"Use --base {mix.base}, or tune it again")

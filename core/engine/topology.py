@@ -67,6 +67,12 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(columns), int(rows)
 
 
+def block_number(name: str) -> int | None:
+    """The number of the block that a layer of this name lies in; None outside the blocks (an output head)."""
+    number = re.search(r"\.(\d+)\.", name)
+    return int(number[1]) if number else None
+
+
 def survey(model: Any) -> Topology:
     """Run one short forward pass and note which linear layers read the very same tensor.
 
@@ -106,9 +112,8 @@ def survey(model: Any) -> Topology:
 
 def _site(name: str, module: nn.Module, group: int, model: Any) -> Site:
     out_features, in_features = features(module)
-    number = re.search(r"\.(\d+)\.", name)
     heads = _head_axis(name, out_features, in_features, model.config.get_text_config(), module.weight.device)  # type: ignore[arg-type]
-    return Site(name, module, out_features, in_features, int(number[1]) if number else None, group, heads)
+    return Site(name, module, out_features, in_features, block_number(name), group, heads)
 
 
 def _head_axis(name: str, out_features: int, in_features: int, config: Any, device: torch.device) -> HeadAxis | None:

@@ -119,7 +119,7 @@ class Residents:
         failures: list[LoraRtError] = []
         for term in composition.terms:
             try:
-                found += [self._present(part) for part in expanded(term, self._registry.mixes, self._base)]
+                found += [self._present(part) for part in expanded(term, self._registry.mixes, self._base.facts)]
             except LoraRtError as error:
                 failures.append(error)
         if len(failures) == 1:
@@ -131,11 +131,7 @@ class Residents:
 
     def _present(self, part: Part) -> Present:
         info = self._resident(part.reference)
-        if part.sha256 and info.sha256 != part.sha256:
-            text = (
-                f"{part.mix!r} was tuned for other files of {info.name!r}: {part.sha256[:12]}, not {info.sha256[:12]}"
-            )
-            raise ResidentError(text, next_step="Tune it again with: lora-rt tune")
+        part.check_pin(info.name, info.sha256)
         return Present(info, part.weight, part.after, part.layers, self._bank.residents[info.name].state)
 
     def _resident(self, reference: Reference) -> AdapterInfo:
