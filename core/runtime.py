@@ -197,6 +197,25 @@ class Runtime:
         if rest := text.rest():
             yield rest
 
+    def decode(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        compositions: Compositions = None,
+        scenes: Sequence[SceneType] | str | None = None,
+        *,
+        seed: Seeds = None,
+        **sampling: Any,
+    ) -> Iterator[list[int | None]]:
+        """`generate` on token ids, one list of ids per row: yields each step's token per row, None where it has ended.
+
+        Takes the sampling settings of `generate` by name.
+        """
+        chosen = Sampling(**sampling)
+        chosen.check()
+        seeds = seeds_per_row(seed, len(input_ids))
+        rows = self._rows(compositions, scenes, [None] * len(input_ids), input_ids)
+        return self._decoder.decode(input_ids, self._planner(rows), chosen, seeds)
+
     def logits(
         self,
         input_ids: Tensor | Sequence[Sequence[int]],
