@@ -9,6 +9,7 @@ import sys
 import typer
 
 from lora_rt.core.cli import (
+    bench,
     bridge,
     compose,
     doctor,
@@ -63,6 +64,7 @@ app.command("sync")(sync.sync)
 app.command("plugins")(plugins.plugins)
 app.command("install", context_settings=install.SETTINGS)(install.install)
 app.command("uninstall")(uninstall.uninstall)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

@@ -1,0 +1,61 @@
+"""What all systems of a run share: the base's weights, the adapters, the prompts and the device's clock."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.benchmark.adapters import Shelf
+from lora_rt.core.benchmark.workloads import Workload
+
+_ORDINARY = 0.1  # of the vocabulary: what comes before may be special tokens
+
+
+class Lab:
+    """One base, whose model nobody hooks up or wraps: every system gets a module tree of its own over its weights."""
+
+    def __init__(self, base: LoadedBase, folder: Path, *, on_disk: bool = True) -> None:
+        """`folder` takes adapters and other files; `on_disk` says that other processes can load `base.folder`."""
+        self.base = base
+        self.folder = folder
+        self.on_disk = on_disk
+        self.shelf = Shelf(base.model, folder / "adapters")
+        with torch.no_grad():  # bitsandbytes repacks at the first forward, once for all trees, and not in inference mode
+            base.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=base.device), use_cache=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.base.device
+
+    def model(self) -> Any:
+        """A module tree of its own over the very same weights, so that the base alone stays free of anyone's hooks."""
+        return twin(self.base.model)
+
+    def prompts(self, workload: Workload) -> list[list[int]]:
+        """Random tokens, (rows, prompt tokens), the same ones for everybody."""
+        size = self.base.facts.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        shape = (workload.rows, workload.prompt_tokens)
+        ids = torch.randint(int(size * _ORDINARY), size, shape, generator=generator)
+        return [[int(i) for i in row] for row in ids]
+
+    def now(self) -> float:
+        """Seconds, once all work that was given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def twin(model: Any) -> Any:
+    """A copy of a model's modules over the same parameters and buffers, quantization scales included."""
+    shared: list[Any] = [*model.parameters(), *model.buffers(), model.config, model.generation_config]
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            shared.append(state)
+    return copy.deepcopy(model, memo={id(thing): thing for thing in shared})

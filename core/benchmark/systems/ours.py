@@ -1,0 +1,92 @@
+"""lora-rt itself, through its runtime: residents, planner and decoder as every request has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_rt.core.benchmark.lab import Lab
+from lora_rt.core.benchmark.numbers import Sample
+from lora_rt.core.benchmark.systems.greedy import timed, wanted_steps
+from lora_rt.core.benchmark.systems.system import Repeat
+from lora_rt.core.benchmark.workloads import Mix, Workload
+from lora_rt.core.generation.decode import PassInfo
+from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.manager import load_modes
+from lora_rt.registry.registry import Registry
+
+_CHANGES = 10
+
+
+class Ours:
+    """One batch, every row under its own composition."""
+
+    name = "ours"
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._residents: dict[str, Path] = {}
+
+    @cached_property
+    def _runtime(self) -> Runtime:
+        modes = load_modes()
+        base = replace(self._lab.base, model=self._lab.model())
+        return Runtime(base, modes, Registry(project=self._lab.folder))
+
+    def reason(self, workload: Workload) -> str | None:
+        """It does all of them."""
+        return None
+
+    def prepare(self, workload: Workload) -> Repeat:
+        """Makes exactly the workload's adapters resident."""
+        self._reside(workload)
+        if workload.kind == "change":
+            return self._change(workload)
+        return lambda: timed(self._lab, workload, self._steps(workload, wanted_steps(workload)))
+
+    def tokens(self, workload: Workload) -> Sequence[Sequence[int]]:
+        """What each row says under its composition."""
+        self._reside(workload)
+        steps = list(self._steps(workload, workload.new_tokens + 1))
+        return [list(row) for row in zip(*steps, strict=True)]
+
+    def _steps(self, workload: Workload, steps: int) -> Iterator[Any]:
+        specs = [spec(mix) for mix in workload.mixes]
+        prompts = self._lab.prompts(workload)
+        return self._runtime.decode(prompts, specs, max_new_tokens=steps, min_new_tokens=steps)
+
+    def _reside(self, workload: Workload) -> None:
+        wanted = self._lab.shelf.paths(workload)
+        for name in [name for name, path in self._residents.items() if wanted.get(name) != path]:
+            self._runtime.unload_adapter(name)
+            del self._residents[name]
+        for name, path in wanted.items():
+            if name not in self._residents:
+                self._runtime.load_adapter(str(path), name)
+                self._residents[name] = path
+
+    def _change(self, workload: Workload) -> Repeat:
+        """From the text of a composition to the plan that a forward pass runs under, each composition a new one."""
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self._lab.device)
+        info = PassInfo(ids, ids, ids, torch.ones_like(ids), torch.ones_like(ids[0]))
+        numbers = count()
+
+        def repeat() -> Sample:
+            texts = [spec(workload.mix(next(numbers))) for _ in range(_CHANGES)]
+            start = self._lab.now()
+            for text in texts:
+                self._runtime._planner(self._runtime._rows([text], None, [None], [[0]]))(info)
+            return Sample((self._lab.now() - start) / _CHANGES)
+
+        return repeat
+
+
+def spec(mix: Mix) -> str | None:
+    """The text of a composition."""
+    return " ".join(f"{name}:{weight}" for name, weight in mix) or None

@@ -1,0 +1,141 @@
+"""What is measured, as data: the rows of the table."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_rt.errors import LoraRtError
+
+Kind = Literal["decode", "prefill", "change", "cold", "training"]
+Mix = tuple[tuple[str, float], ...]
+"""One row's composition: resident name and weight of each term; empty is the base alone."""
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = {"qv": ("q_proj", "v_proj"), "qkvo": ATTENTION, "all": ("all-linear",)}
+
+
+class WorkloadError(LoraRtError):
+    """A workload or system that does not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One row of the table.
+
+    Args:
+        name, title: for options, and for people.
+        kind: "decode" times the steps behind the prompt, "prefill" the prompt and the first token, "change" the way from
+            one composition to the next, "cold" a process from its start to the first token, "training" a short run.
+        rows, prompt_tokens, new_tokens: the batch; every prompt has the same length.
+        resident, active: adapters in memory, and how many of them each row uses.
+        distinct: every row has a composition of its own.
+        weighted: terms have weights; otherwise all are 1.
+        targets, rank: of every adapter.
+    """
+
+    name: str
+    title: str
+    kind: Kind = "decode"
+    rows: int = 1
+    resident: int = 4
+    active: int = 4
+    distinct: bool = False
+    weighted: bool = True
+    targets: tuple[str, ...] = ATTENTION
+    rank: int = 16
+    prompt_tokens: int = 32
+    new_tokens: int = 32
+
+    @property
+    def mixes(self) -> list[Mix]:
+        """The composition of each row."""
+        return [self.mix(row if self.distinct else 0) for row in range(self.rows)]
+
+    @property
+    def differs(self) -> bool:
+        """Whether two rows have different compositions."""
+        return len(set(self.mixes)) > 1
+
+    def mix(self, number: int) -> Mix:
+        """The number-th composition. Compositions go round the residents; the weights are around 1/active."""
+        chosen = [(number * self.active + term) % self.resident for term in range(self.active)]
+        return tuple(
+            (resident_name(index), self._weight(number, term) if self.weighted else 1.0)
+            for term, index in enumerate(chosen)
+        )
+
+    def _weight(self, number: int, term: int) -> float:
+        share = 0.5 + (0.618 * (number * self.active + term + 1)) % 1.0  # 0.5 to 1.5, no two rows alike
+        return round(share / self.active, 4)
+
+
+def resident_name(index: int) -> str:
+    """reg00, reg01, ..."""
+    return f"reg{index:02d}"
+
+
+DEFAULT = (
+    Workload("base-only", "decode 1 row, no adapter active", active=0),
+    Workload("row1-k2", "decode 1 row, 2 of 4 active", active=2),
+    Workload("row1-k4", "decode 1 row, 4 active"),
+    Workload("rows16-single", "decode 16 rows, one adapter each", rows=16, active=1, distinct=True, weighted=False),
+    Workload("rows16-mixes", "decode 16 rows, 16 compositions", rows=16, distinct=True),
+    Workload("rows16-k64", "decode 16 rows, 2 of 64 each", rows=16, resident=64, active=2, distinct=True),
+    Workload("prefill", "prefill 4 x 512 tokens, 4 active", kind="prefill", rows=4, prompt_tokens=512),
+    Workload("change-weights", "new weights, 4 active", kind="change"),
+    Workload("change-adapters", "other adapters, 4 of 64", kind="change", resident=64),
+    Workload("cold", "process start to first token", kind="cold", resident=2, active=2),
+    Workload("training", "training steps", kind="training"),
+)
+
+QUICK = (
+    Workload("quick-row1", "decode 1 row, 2 of 4 active", active=2, new_tokens=8),
+    Workload("quick-rows4", "decode 4 rows, 4 compositions", rows=4, distinct=True, new_tokens=8),
+    Workload("quick-prefill", "prefill 2 x 64 tokens, 4 active", kind="prefill", rows=2, prompt_tokens=64),
+    Workload("quick-change", "new weights, 4 active", kind="change"),
+)
+
+SWEEP = tuple(
+    Workload(
+        f"rows{rows}-k{resident}-{name}",
+        f"{rows} rows, {min(resident, 2)} of {resident}, {name}",
+        rows=rows,
+        resident=resident,
+        active=min(resident, 2),
+        distinct=True,
+        targets=targets,
+        new_tokens=16,
+    )
+    for name, targets in TARGETS.items()
+    for resident in (1, 2, 4, 16, 64)
+    for rows in (1, 4, 16, 32)
+)
+
+
+def choose_workloads(wanted: Sequence[str], default: Sequence[Workload] = DEFAULT) -> list[Workload]:
+    """The workloads of these names or patterns (`rows16-*`), in their own order; the default set for none.
+
+    Raises:
+        WorkloadError: a name or pattern that fits none; all of them are named, with the nearest.
+    """
+    if not wanted:
+        return list(default)
+    known = {workload.name: workload for workload in (*DEFAULT, *QUICK, *SWEEP)}
+    fitting = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
+    refuse_unknown("workload", [p for p in wanted if not fnmatch.filter(known, p)], [w.name for w in DEFAULT + QUICK])
+    return [known[name] for name in fitting]
+
+
+def refuse_unknown(what: str, unknown: Sequence[str], known: Sequence[str]) -> None:
+    """Raises WorkloadError where `unknown` has names, each with the nearest known one."""
+    if not unknown:
+        return
+    problems = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        problems.append(f"no {what} is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+    raise WorkloadError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")
