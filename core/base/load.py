@@ -41,13 +41,13 @@ class LoadedBase:
         Not of `state_dict()`: asking bitsandbytes for that repacks 4-bit weights.
         """
         total = hashlib.sha256()
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers(), *_scales(self.model)]:
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers(), *scales(self.model)]:
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             total.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return total.hexdigest()
 
 
-def _scales(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def scales(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """bitsandbytes keeps the scales of its weights beside them, neither as parameters nor as buffers."""
     for name, module in model.named_modules():
         found: dict[str, object] = {}

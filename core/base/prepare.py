@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from lora_rt.core.base import default
+from lora_rt.core.base import default, hub
 from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, quantization_config
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.quiet import hush
@@ -204,33 +204,11 @@ def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
 def _fetch_hub(source: BaseSource) -> tuple[Path, BaseIdentity]:
     """The repository's snapshot in the Hub's own cache; its progress bars and its tokens are the Hub client's."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    name = f"{source.text}@{source.revision}" if source.revision else source.text
-    try:
+    with hub.explained(source):
         folder = Path(snapshot_download(source.text, revision=source.revision, allow_patterns=wanted))
-    except GatedRepoError as error:
-        raise BaseError(f"{name} is gated", next_step="Accept its terms on the Hub, then: hf auth login") from error
-    except RevisionNotFoundError as error:
-        text = f"{source.text} has no revision {source.revision!r}"
-        raise BaseError(text, next_step="Leave the revision out, or look it up on the Hub") from error
-    except RepositoryNotFoundError as error:
-        text = f"there is no model {name} on the Hub, or it is private"
-        raise BaseError(text, next_step="Check the spelling, or: hf auth login") from error
-    except LocalEntryNotFoundError as error:
-        text = f"{name} is not cached and the Hub can't be reached"
-        raise BaseError(text, next_step="Check the network, or give --base a folder") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise BaseError(f"{name} can't be downloaded: {first_line(error)}", next_step="Try again") from error
     if not (folder / "config.json").is_file():
-        text = f"{name} holds no transformers model (no config.json)"
-        raise BaseError(text, next_step="Give the id of a causal language model")
+        raise hub.no_model(source)
     revision = folder.name
     return folder, BaseIdentity(id=source.text, revision=revision, digest=identify_folder(folder).digest)

@@ -23,19 +23,27 @@ _STATE = "mode.safetensors"
 
 def fresh_adapter(base: LoadedBase, settings: TrainSettings) -> Any:
     """The base with a new adapter (a PeftModel); B starts at zero, so its first outputs are the base's."""
-    linears = find_linears(base.model)
-    head = base.model.get_output_embeddings()
-    names = [name for name, module in linears.items() if module is not head]
+    torch.manual_seed(settings.seed)
+    return with_adapter(base.model, settings)
+
+
+def adaptable(model: Any) -> dict[str, nn.Module]:
+    """Name -> module of the linear layers that `--target-modules` can mean: all but the output head."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in find_linears(model).items() if module is not head}
+
+
+def with_adapter(model: Any, settings: TrainSettings) -> Any:
+    """The model with a new adapter in it; works on the meta device as well."""
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
-        target_modules=choose_targets(settings.target_modules, names),
+        target_modules=choose_targets(settings.target_modules, list(adaptable(model))),
         lora_dropout=settings.dropout,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    torch.manual_seed(settings.seed)
-    return get_peft_model(base.model, config)
+    return get_peft_model(model, config)
 
 
 def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folder: Path) -> None:
