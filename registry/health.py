@@ -11,6 +11,7 @@ from typing import Literal
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home as home_folders
 from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.packages import Unreadable, unreadable
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.records import read
 from lora_rt.registry.registry import Registry
@@ -32,6 +33,7 @@ class Check:
 def registry_checks(registry: Registry, *, clean: bool = False) -> list[Check]:
     """Every finding about what the registry keeps; `clean` removes left-overs first. No requests."""
     checks = [_home(registry.store.root.parent), *_bases(registry.store.root.parent)]
+    checks += [_damaged(item) for item in unreadable()]
     checks += [_shipped(item) for item in shipped()]
     checks += [*_records(registry), *_project(registry), _leftovers(registry, clean), _hub()]
     return checks
@@ -55,6 +57,11 @@ def _bases(home: Path) -> list[Check]:
 
 def _size(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+
+
+def _damaged(item: Unreadable) -> Check:
+    detail = f"its entry_points.txt in {item.folder} is damaged, and other packages fail because of it: {item.reason}"
+    return Check(f"package {item.package}", "broken", detail, item.todo)
 
 
 def _shipped(item: Shipped) -> Check:

@@ -8,13 +8,14 @@ The value is never imported. Its folder is found by walking down from the packag
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from lora_rt.registry.files import CONFIG
+from lora_rt.registry.packages import package_of, points_of
 from lora_rt.registry.reference import is_name
 
 GROUP = "lora_rt.adapters"
@@ -31,14 +32,13 @@ class Shipped:
 
 
 def shipped() -> list[Shipped]:
-    """Every entry point of the group, by name and package, usable or not."""
-    points = importlib.metadata.entry_points(group=GROUP)
-    found = [_read(point) for point in points]
+    """Every entry point of the group, by name and package, usable or not; `doctor` names packages that are damaged."""
+    found = [_read(point) for point in points_of(GROUP)[0]]
     return sorted(found, key=lambda item: (item.name, item.package))
 
 
-def _read(point: importlib.metadata.EntryPoint) -> Shipped:
-    package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
+def _read(point: EntryPoint) -> Shipped:
+    package = " ".join(package_of(point)).strip()
     if not is_name(point.name):
         return Shipped(point.name, package, None, "is not a name that an adapter can have")
     if not all(part.isidentifier() or part.replace("-", "_").isidentifier() for part in point.value.split(".")):

@@ -83,6 +83,10 @@ def run() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # bitsandbytes hands functions to torch.compile while it is imported, which costs a second and is never used here.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # pydantic and torch look through all installed packages for plugins of theirs, and fail with a damaged one; here
+    # none of those is used.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         app()
     except BaseException as error:

@@ -83,10 +83,13 @@ def _devices() -> list[Check]:
 
 def _plugins() -> list[Check]:
     from lora_rt.core.cli.plugin_commands import examined_modes
+    from lora_rt.plugins.manager.finding import NAMELESS
     from lora_rt.registry.health import Check
 
     checks = []
     for record in examined_modes().records:
+        if record.name == NAMELESS:
+            continue  # its package is named already
         if record.status == "ok":
             checks.append(Check(f"mode {record.name}", "ok", f"{record.package} {record.version}"))
         else:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.markup import escape
@@ -15,6 +18,8 @@ from lora_rt.errors import LoraRtError
 
 def explain(error: BaseException) -> int | None:
     """Print what an expected failure means; the exit code, or None where the error is a defect of ours."""
+    if _about_packages(error):
+        return 1
     if isinstance(error, LoraRtError):
         _line(error.message, error.next_step, error.problems)
         return 1
@@ -32,6 +37,30 @@ def explain(error: BaseException) -> int | None:
         _line(f"{error.filename}: {error.strerror}", _about_path(str(error.filename)))
         return 1
     return None
+
+
+def _about_packages(error: BaseException) -> bool:
+    """Say so where a damaged package is to blame: libraries that ask all packages for entry points fail because of it.
+
+    Also where it became an error of ours on its way, which then blames something else.
+    """
+    place = str(Path(importlib.metadata.__file__).parent)
+    if not any(frame.filename.startswith(place) for frame in _frames(error)):
+        return False
+    from lora_rt.registry.packages import unreadable
+
+    damaged = unreadable()
+    if not damaged:
+        return False
+    names = " and ".join(f"{item.package} in {item.folder}" for item in damaged)
+    _line(f"the entry_points.txt of {names} is damaged", damaged[0].todo)
+    return True
+
+
+def _frames(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
+    while error is not None:
+        yield from traceback.extract_tb(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _about_path(path: str) -> str:

@@ -33,17 +33,20 @@ class Brought:
 
 def brought() -> set[Brought]:
     """Everything that the packages that are on the disk now bring; nothing is imported."""
-    from lora_rt.plugins.manager.finding import installed, package_of
+    from lora_rt.plugins.manager import GROUP as MODES
+    from lora_rt.registry.packages import package_of, points_of
     from lora_rt.registry.shipped import GROUP as ADAPTERS
 
     importlib.invalidate_caches()
-    modes = {Brought("mode", point.name, *package_of(point)) for point in installed()[0]}
-    return modes | {Brought("adapter", point.name, *package_of(point)) for point in installed(ADAPTERS)[0]}
+    kinds = {"mode": MODES, "adapter": ADAPTERS}
+    return {
+        Brought(kind, point.name, *package_of(point)) for kind, group in kinds.items() for point in points_of(group)[0]
+    }
 
 
 def of_packages(things: set[Brought], packages: Sequence[str]) -> set[Brought]:
     """Those that come from these packages, however their names are spelled."""
-    from lora_rt.plugins.manager.finding import canonical
+    from lora_rt.registry.packages import canonical
 
     wanted = {canonical(package) for package in packages}
     return {thing for thing in things if canonical(thing.package) in wanted}

@@ -41,7 +41,8 @@ def uninstall(
 def _check(packages: list[str], things: set[Brought]) -> None:
     """Refuse what is no plugin: pip would remove torch just as readily."""
     from lora_rt.core.cli import pip
-    from lora_rt.plugins.manager.finding import OURS, canonical
+    from lora_rt.plugins.manager.finding import OURS
+    from lora_rt.registry.packages import canonical
 
     problems = []
     for package in packages:

@@ -1,6 +1,6 @@
 """Loads mode plugins, isolates the broken ones, and calls the hooks of exactly one mode.
 
-    finding.py    which entry points are installed, read package by package
+    finding.py    which entry points are installed, in which order they count
     loading.py    each imported alone, in a thread that is given up after a time limit
     surface.py    what a plugin offers: its API version, its hooks, their arguments
     host.py       the loaded modes, and the calls of their hooks

@@ -14,11 +14,12 @@ import pluggy
 
 from lora_rt.plugins.contract import hooks
 from lora_rt.plugins.manager import failures
-from lora_rt.plugins.manager.finding import canonical, in_order, installed, package_of
+from lora_rt.plugins.manager.finding import in_order, installed
 from lora_rt.plugins.manager.host import ModeHost
 from lora_rt.plugins.manager.limits import IMPORT, Limits, within
 from lora_rt.plugins.manager.record import PluginRecord, describe
 from lora_rt.plugins.manager.surface import Hook, SurfaceError, hooks_of
+from lora_rt.registry.packages import canonical, package_of
 
 BLOCK_VARIABLE = "LORA_RT_BLOCK_PLUGINS"
 

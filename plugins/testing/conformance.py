@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from lora_rt.plugins.manager import GROUP, load_modes
 from lora_rt.plugins.testing.contexts import gate_context
 from lora_rt.plugins.testing.hosts import host_of
 from lora_rt.plugins.testing.workshop import EXAMPLES, Workshop
+from lora_rt.registry.packages import points_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,7 +243,7 @@ class Conformance:
     def _module_name(self, mode: str) -> str:
         if isinstance(self.mode, ModuleType):
             return self.mode.__name__
-        return next(point for point in entry_points(group=GROUP) if point.name == mode).module
+        return next(point for point in points_of(GROUP)[0] if point.name == mode).module
 
     @staticmethod
     def _needs_objective(workshop: Workshop) -> None:

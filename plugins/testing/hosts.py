@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from lora_rt.plugins.manager import GROUP, ModeHost, load_modes
+from lora_rt.registry.packages import points_of
 
 
 class _Package:
@@ -34,5 +35,5 @@ class InlinePoint(EntryPoint):
 
 def host_of(plugin: Any, name: str = "mine", *, builtin: bool = True) -> ModeHost:
     """A host with this module or object as a mode, beside the installed ones (or alone)."""
-    others = [point for point in entry_points(group=GROUP) if point.name != name] if builtin else []
+    others = [point for point in points_of(GROUP)[0] if point.name != name] if builtin else []
     return load_modes([*others, InlinePoint(name, lambda: plugin)], blocked=())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.cli import Cli
+from support.plugins import torn_package
 from support.tiny import Zoo
 
 
@@ -57,3 +58,37 @@ def test_a_piped_prompt_is_the_prompt_that_was_typed(cli: Cli, zoo: Zoo) -> None
     piped = json.loads(cli("compose", str(zoo.adapter("llama")), *tiny, stdin="spare key\n").out)
     typed = json.loads(cli("compose", str(zoo.adapter("llama")), "-p", "spare key", *tiny).out)
     assert (piped["prompt"], piped["text"]) == (typed["prompt"], typed["text"])
+
+
+def test_one_torn_package_hides_no_adapter_and_doctor_names_it(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torn_package(tmp_path, monkeypatch)
+    assert "logic" in [row["name"] for row in json.loads(cli("list", "--json").out)]
+    assert cli("verify", "logic", "--offline").code == 0
+    checks = {check["name"]: check for check in json.loads(cli("doctor", "--json").out)}
+    found = checks["package torn-mode"]
+    assert (found["status"], found["todo"]) == ("broken", "python -m pip uninstall torn-mode")
+    assert str(tmp_path / "site") in found["detail"]
+    assert "shipped logic" in checks
+
+
+def test_a_library_that_fails_because_of_a_torn_package_is_not_blamed(
+    cli: Cli, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import entry_points
+
+    from lora_rt.core.base.source import BaseError
+
+    def load(*_: object) -> None:
+        try:
+            entry_points(group="a.library")
+        except Exception as error:
+            raise BaseError("the base can't be loaded") from error
+
+    torn_package(tmp_path, monkeypatch)
+    monkeypatch.setattr("lora_rt.core.runtime.load_base", load)
+    done = cli("compose", str(zoo.adapter("llama")), "-p", "ab", "--base", str(zoo.base("llama")))
+    assert done.code == 1
+    assert f"the entry_points.txt of torn-mode in {tmp_path / 'site'} is damaged" in done.err
+    assert done.err.strip().count("\n") == 0

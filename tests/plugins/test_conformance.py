@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from lora_rt.plugins.contract import Encoded, Gate, Objective, hookimpl
-from lora_rt.plugins.manager.finding import installed, package_of
+from lora_rt.plugins.manager.finding import installed
 from lora_rt.plugins.testing import Conformance, conformance, host_of
 from lora_rt.plugins.testing.workshop import EXAMPLES, Workshop
+from lora_rt.registry.packages import package_of
 from support.plugins import plugin
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fade-in-mode" / "fade_in_mode.py"

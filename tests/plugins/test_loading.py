@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from lora_rt.core.cli.app import app
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import hookimpl
 from lora_rt.plugins.manager import BLOCK_VARIABLE, GROUP, SECONDS_VARIABLE, ModeHost, UnknownModeError, load_modes
-from lora_rt.plugins.manager.finding import _one_by_one
+from lora_rt.plugins.manager.finding import installed as installed_modes
 from lora_rt.plugins.testing import objective_context
-from support.plugins import plugin, point
+from support.plugins import plugin, point, torn_package
 
 
 def lora_rt_gate(context: Any) -> None:
@@ -215,17 +216,11 @@ def test_the_reason_names_the_line_of_the_plugin(tmp_path: Any, monkeypatch: pyt
     assert reason.endswith("(tripping_mode.py, line 3)")
 
 
-def test_a_package_with_unreadable_entry_points_is_named() -> None:
-    class Package:
-        metadata = {"Name": "torn-mode", "Version": "1"}  # noqa: RUF012
-
-        @property
-        def entry_points(self) -> Any:
-            raise TypeError("Pair.__new__() missing 1 required positional argument")
-
-    points, records = _one_by_one([Package()], "lora_rt.modes")  # type: ignore[list-item]
-    assert points == []
-    assert [(record.package, record.status) for record in records] == [("torn-mode", "broken")]
+def test_a_package_with_unreadable_entry_points_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torn_package(tmp_path, monkeypatch)
+    points, records = installed_modes()
+    assert "output-only" in [point.name for point in points]
+    assert [(record.package, record.version, record.status) for record in records] == [("torn-mode", "1", "broken")]
     assert "its entry points can't be read: TypeError" in records[0].reason
 
 

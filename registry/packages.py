@@ -1,0 +1,78 @@
+"""What installed packages offer in a group of entry points, read so that one damaged package does not hide the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+
+_UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A package whose entry points can't be read, and why."""
+
+    package: str
+    version: str
+    folder: str
+    reason: str
+
+    @property
+    def todo(self) -> str:
+        """How to get rid of it."""
+        if self.package == _UNKNOWN:
+            return f"Remove the damaged package from {self.folder}"
+        return f"python -m pip uninstall {self.package}"
+
+
+def points_of(group: str) -> tuple[list[EntryPoint], list[Unreadable]]:
+    """Every entry point of the group, and the packages whose entry points can't be read."""
+    try:
+        return list(entry_points(group=group)), []
+    except Exception:
+        # One malformed entry_points.txt anywhere on the path fails the whole query: ask package by package.
+        return one_by_one(distributions(), group)
+
+
+def one_by_one(packages: Iterable[Distribution], group: str) -> tuple[list[EntryPoint], list[Unreadable]]:
+    """`points_of` these packages, each asked alone; of several versions of one, the first on the path."""
+    points: list[EntryPoint] = []
+    unreadable: list[Unreadable] = []
+    seen: set[str] = set()
+    for package in packages:
+        name, version = identity(package)
+        if canonical(name) in seen:  # a later folder of the path holds another version, which Python does not use
+            continue
+        seen.add(canonical(name))
+        try:
+            points += package.entry_points.select(group=group)
+        except Exception as error:
+            unreadable.append(
+                Unreadable(name, version, str(package.locate_file("")), f"{type(error).__name__}: {error}")
+            )
+    return points, unreadable
+
+
+def unreadable() -> list[Unreadable]:
+    """Every installed package whose entry points can't be read."""
+    return points_of("")[1]
+
+
+def canonical(name: str) -> str:
+    """A package's name in the form in which two spellings of it are equal (PyPA's name normalization)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def package_of(point: EntryPoint) -> tuple[str, str]:
+    """Name and version of the package that brings an entry point."""
+    return identity(point.dist) if point.dist is not None else (_UNKNOWN, "")
+
+
+def identity(package: Distribution) -> tuple[str, str]:
+    """Name and version; a package with damaged metadata has neither."""
+    try:
+        return str(package.metadata["Name"] or _UNKNOWN), str(package.metadata["Version"] or "")
+    except Exception as error:
+        return _UNKNOWN, f"({type(error).__name__} in its metadata)"
