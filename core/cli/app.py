@@ -13,6 +13,7 @@ from lora_rt.core.cli import (
     bridge,
     compose,
     doctor,
+    export,
     install,
     lock,
     plugins,
@@ -49,6 +50,7 @@ app.command("compose")(compose.compose)
 app.command("train")(train.train)
 app.command("eval")(eval_command.evaluate)
 app.command("tune")(tune.tune)
+app.command("export")(export.export)
 app.command("explain")(explain_command.explain)
 app.command("scene")(scene.scene)
 app.add_typer(bridge.app, name="bridge")

@@ -1,5 +1,13 @@
-"""A composition as something that others load.
+"""A composition as something that others load: one PEFT adapter, one GGUF adapter, or a merged dense model.
 
-gguf.py           one GGUF file for llama.cpp and Ollama
+run.py            one export from text to folder
+outline.py        what there is to know of the base without its weights
+terms.py          which adapters, with which weight in which block
+static.py         whether what a mode does at inference can be written down as weights
+combine.py        one pair of factors per layer
+peft.py           ... as a PEFT directory
+gguf.py           ... as a GGUF file for llama.cpp and Ollama
 architectures.py  how llama.cpp names and orders a model's layers
+merged.py         ... added to the dense base
+about.py          what the export says of itself
 """

@@ -1,0 +1,112 @@
+"""`lora-rt export`: a composition as one adapter for PEFT or llama.cpp, or merged into its base."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_rt.core.cli import options
+
+if TYPE_CHECKING:
+    from lora_rt.core.export.run import Exported
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be (vllm/config/lora.py)."""
+
+
+class Format(StrEnum):
+    """What is written."""
+
+    PEFT = "peft"
+    GGUF = "gguf"
+    MERGED = "merged"
+
+
+class Dtype(StrEnum):
+    """In which precision."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+def export(
+    specs: options.Specs,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="A new folder.")],
+    to: Annotated[
+        Format, typer.Option("--format", help="One PEFT adapter, one GGUF adapter, or the base with it merged in.")
+    ] = Format.PEFT,
+    base: options.Base = "default",
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="float32 for adapters and bfloat16 for merged if left out.")
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Export adapters that gate or wait as if they were always on.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model."""
+    from lora_rt.core.base.progress import step
+    from lora_rt.core.cli.console import print_json
+    from lora_rt.core.composition import Composition
+
+    composition = Composition.parse(" ".join(specs))
+    with step("starting"):
+        import torch
+
+        from lora_rt.core.export.run import export as run
+    chosen = None if dtype is None else getattr(torch, dtype.value)
+    exported = run(composition, to.value, out, base=base, dtype=chosen, static=static)
+    if as_json:
+        print_json(exported.document())
+    else:
+        _report(exported)
+
+
+def _report(exported: Exported) -> None:
+    from rich.markup import escape
+
+    from lora_rt.core.cli.console import err, out
+    from lora_rt.core.export.about import title
+
+    for note in exported.notes:
+        err.print(f"note: {escape(note)}", soft_wrap=True)
+    facts = f"{exported.format}, rank {exported.rank} at {exported.modules} layers, {exported.dtype}"
+    out.print(
+        f"exported [bold]{escape(title(exported.terms))}[/] to {escape(str(exported.path))}: "
+        f"{facts}, {exported.size / 1e6:.1f} MB",
+        soft_wrap=True,
+    )
+    for line in _next_steps(exported):
+        out.print(escape(line), soft_wrap=True)
+
+
+def _next_steps(exported: Exported) -> list[str]:
+    from lora_rt.core.export.run import usage
+
+    where = str(exported.path) if exported.path.is_absolute() else f"./{exported.path}"
+    if exported.format == "gguf":
+        gguf = _gguf_of(exported)
+        ollama = f"with Ollama, two lines of a Modelfile: FROM {gguf} and ADAPTER {where}/adapter.gguf"
+        return [f"load it: {usage('gguf', where, gguf)}", ollama]
+    load = f"load it: {usage(exported.format, where)}"
+    if exported.format == "merged":
+        return [load, f"or convert it for llama.cpp: convert_hf_to_gguf.py {where}"]
+    fitting = next((rank for rank in VLLM_RANKS if rank >= exported.rank), None)
+    vllm = f"--max-lora-rank {fitting}" if fitting else f"it takes ranks up to {VLLM_RANKS[-1]} only"
+    return [load, f'or: lora-rt compose {where} -p "..."', f"with vLLM: {vllm}"]
+
+
+def _gguf_of(exported: Exported) -> str:
+    """The base's own GGUF file where there is one."""
+    from lora_rt.core.base import default
+    from lora_rt.registry import home
+
+    source = exported.base.source
+    if source.kind == "gguf":
+        return str(source.path)
+    fetched = home.bases() / "downloads" / Path(default.MEMBER).name
+    return str(fetched) if source.kind == "default" and fetched.is_file() else "BASE.gguf"

@@ -1,0 +1,109 @@
+"""The terms of a composition, read from disk: which adapters, and with which weight in which block of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_rt.core.composition import Composition
+from lora_rt.core.composition.mixing import Part, expanded
+from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export.outline import Outline
+from lora_rt.core.residency.reading import read_adapter
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.registry import Registry
+from lora_rt.registry.resolved import Resolved
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTerm:
+    """One adapter and its weight in every block; `after` is the text that it waits for, where it does."""
+
+    resolved: Resolved
+    adapter: ResidentAdapter
+    weights: tuple[float, ...]
+    after: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.adapter.name
+
+    @property
+    def weight(self) -> float:
+        """Its weight; the mean over the blocks where it differs between them."""
+        first = self.weights[0]
+        return first if set(self.weights) == {first} else sum(self.weights) / len(self.weights)
+
+    def weight_in(self, block: int | None) -> float:
+        """Its weight in one block; outside the blocks, as in an output head, the mean."""
+        return self.weight if block is None else self.weights[block]
+
+    def document(self) -> dict[str, Any]:
+        """The term for `--json`; `layers` only where the weight differs between them."""
+        card = self.resolved.card
+        facts = {
+            "name": self.name,
+            "weight": self.weight,
+            "mode": self.adapter.mode,
+            "source": self.resolved.source,
+            "revision": self.resolved.revision,
+            "sha256": self.resolved.sha256,
+            "licence": card.licence if card else "",
+        }
+        return facts if len(set(self.weights)) == 1 else {**facts, "layers": list(self.weights)}
+
+
+def read_terms(composition: Composition, registry: Registry, base: Outline) -> list[ExportTerm]:
+    """Every term, named compositions expanded and repeated adapters united, inspected and read.
+
+    Raises:
+        LoraRtError: terms that can't be used with this base; all of them are named.
+    """
+    found: list[ExportTerm] = []
+    failures: list[LoraRtError] = []
+    for term in composition.terms:
+        try:
+            found += [_read(part, registry, base) for part in expanded(term, registry.mixes, base.facts)]
+        except LoraRtError as error:
+            failures.append(error)
+    raise_all(failures, f"{len(failures)} terms of {composition} can't be exported")
+    return _united(found)
+
+
+def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
+    """Raise what was collected: one as it is, several as one that names them all, none not at all."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        steps = list(dict.fromkeys(error.next_step for error in failures))
+        if len(steps) == 1:
+            raise ExportError(summary, problems=[error.message for error in failures], next_step=steps[0])
+        raise ExportError(summary, problems=[f"{error.message}. {error.next_step}" for error in failures])
+
+
+def _read(part: Part, registry: Registry, base: Outline) -> ExportTerm:
+    resolved = registry.resolve(part.reference, base.identity)
+    part.check_pin(resolved.name, resolved.sha256)
+    inspected = inspect_adapter(
+        resolved.folder, name=resolved.name, linears=base.linears, base=base.identity, sha256=resolved.sha256
+    )
+    layers = part.layers or (1.0,) * base.facts.layers
+    weights = tuple(part.weight * factor for factor in layers)
+    return ExportTerm(resolved, read_adapter(inspected, resolved.name), weights, part.after)
+
+
+def _united(terms: Sequence[ExportTerm]) -> list[ExportTerm]:
+    """The same adapter twice is one adapter with both weights: its rank counts once."""
+    kept: dict[tuple[str, str | None], ExportTerm] = {}
+    for term in terms:
+        key = term.resolved.sha256, term.after
+        if key in kept:
+            total = tuple(a + b for a, b in zip(kept[key].weights, term.weights, strict=True))
+            kept[key] = replace(kept[key], weights=total)
+        else:
+            kept[key] = term
+    return list(kept.values())
