@@ -57,16 +57,17 @@ class Mixes:
             return None
         try:
             with open_plain(self.folder / f"{name}.json", MEGABYTE) as (file, _):
-                return Mix.model_validate(strict_json.loads(file.read()))
+                # A file that was copied by hand is a composition of its new name.
+                return Mix.model_validate(strict_json.loads(file.read())).model_copy(update={"name": name})
         except FileNotFoundError:
             return None
         except (UnusableFileError, strict_json.InvalidJsonError, ValidationError) as error:
             text = f"the composition {name!r} in the store is damaged"
-            raise StoreError(text, next_step=f"Remove {self.folder / f'{name}.json'} and tune it again") from error
+            raise StoreError(text, next_step=f"lora-rt rm {name}, and tune it again") from error
 
     def names(self) -> list[str]:
-        """The names of all mixes, sorted."""
-        return sorted(path.stem for path in self.folder.glob("*.json"))
+        """The names of all mixes, readable or not, sorted."""
+        return sorted(path.stem for path in self.folder.glob("*.json") if is_name(path.stem))
 
     def save(self, mix: Mix) -> None:
         """Write a mix, whole or not at all; one of the same name is replaced.

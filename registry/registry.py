@@ -124,8 +124,12 @@ class Registry:
         return item
 
     def _unknown(self, reference: Reference) -> UnknownAdapterError:
+        mixes = self.mixes.names()
+        if reference.target in mixes:
+            text = f"{reference.target!r} is a composition, and here an adapter is needed"
+            return UnknownAdapterError(text, next_step=f"lora-rt show {reference.target} lists its adapters")
         names = self.names()
-        near = difflib.get_close_matches(reference.target, names, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(reference.target, [*names, *mixes], n=3, cutoff=0.5)
         text = f"there is no adapter {reference.text!r}"
         if reference.target in names:
             have = [item.revision or item.sha256[:12] for item in self.installed() if item.name == reference.target]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from lora_rt.core.composition import Term
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import BaseFacts
-from lora_rt.registry.mixes import Mix, Mixes
+from lora_rt.registry.mixes import Mix
 from lora_rt.registry.reference import Reference
 
 
 class MixError(LoraRtError):
     """A named composition that can't be used here."""
+
+
+class Named(Protocol):
+    """Where named compositions are found: `lora_rt.registry.mixes.Mixes`, or what stands in front of it."""
+
+    def get(self, name: str) -> Mix | None:
+        """The composition of a name, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +45,13 @@ class Part:
             raise MixError(text, next_step="Tune it again with: lora-rt tune")
 
 
-def mix_of(term: Term, mixes: Mixes) -> Mix | None:
+def mix_of(term: Term, mixes: Named) -> Mix | None:
     """The named composition that a term means, or None where it means an adapter."""
     reference = term.reference
     return mixes.get(reference.target) if reference.kind == "name" and reference.revision is None else None
 
 
-def expanded(term: Term, mixes: Mixes, base: BaseFacts) -> list[Part]:
+def expanded(term: Term, mixes: Named, base: BaseFacts) -> list[Part]:
     """The adapters of a term.
 
     Raises:

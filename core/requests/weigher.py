@@ -40,7 +40,7 @@ class Weigher:
         ids: Sequence[Sequence[int]],
     ) -> list[Row]:
         """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is registered."""
-        found = [[] if c is None else self._residents.present(c) for c in compositions]
+        found = self._residents.all_present(compositions)
         names = [[item.info.name for item in row] for row in found]
         known = self._registrar.registered(names, scenes, ids)
         return [self._row(*parts) for parts in zip(found, known, prompts, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.composition import Composition
 from lora_rt.core.composition.mixing import Part, expanded
 from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.residency.names import RequestNames
 from lora_rt.core.residency.reading import read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
@@ -68,6 +69,7 @@ class Residents:
         self._registry = registry
         self._lock = threading.RLock()
         self._aliases: dict[str, str] = {}  # text of a reference -> the resident name it was given
+        self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
         self.infos: Mapping[str, AdapterInfo] = {}
 
     def load(self, reference: Reference | str, name: str | None = None) -> str:
@@ -81,13 +83,8 @@ class Residents:
             text = f"{name!r} is not a name that an adapter can have"
             raise ResidentError(text, next_step="Use letters, digits, '.', '_' and '-'")
         with self._lock:
-            resolved = self._registry.resolve(parsed, self._base.identity)
-            resident = name or self._free_name(resolved)
-            self._make_resident(resolved, resident)
-            # Another reference may have led to an adapter that had this name before.
-            self._aliases = {text: other for text, other in self._aliases.items() if other != resident}
-            if name is None:
-                self._aliases[parsed.text] = resident
+            resident = self._load(parsed, name)
+            self._given |= {resident}
         return resident
 
     def unload(self, name: str) -> None:
@@ -98,6 +95,7 @@ class Residents:
         """
         with self._lock:
             self._bank.remove(name)
+            self._given -= {name}
             self.infos = {key: info for key, info in self.infos.items() if key != name}
             self._aliases = {text: resident for text, resident in self._aliases.items() if resident != name}
 
@@ -110,16 +108,26 @@ class Residents:
         return [(item.info, item.mean_weight) for item in self.present(composition)]
 
     def present(self, composition: Composition) -> list[Present]:
-        """Every term with its adapter resident; a named composition stands there as its terms.
+        """`all_present` of one composition."""
+        return self.all_present([composition])[0]
+
+    def all_present(self, compositions: Sequence[Composition | None]) -> list[list[Present]]:
+        """Every term of each row with its adapter resident; a named composition stands there as its terms.
+
+        A name is looked up once, so that it means one thing in all rows. No composition, no terms.
 
         Raises:
-            LoraRtError: terms that can't be loaded; all of them are named.
+            LoraRtError: terms that can't be loaded; all of the row's are named.
         """
+        names = RequestNames(self._registry.mixes, self._given)
+        return [[] if composition is None else self._of_row(composition, names) for composition in compositions]
+
+    def _of_row(self, composition: Composition, names: RequestNames) -> list[Present]:
         found: list[Present] = []
         failures: list[LoraRtError] = []
         for term in composition.terms:
             try:
-                found += [self._present(part) for part in expanded(term, self._registry.mixes, self._base.facts)]
+                found += [self._present(part) for part in expanded(term, names, self._base.facts)]
             except LoraRtError as error:
                 failures.append(error)
         if len(failures) == 1:
@@ -130,7 +138,7 @@ class Residents:
         return found
 
     def _present(self, part: Part) -> Present:
-        info = self._resident(part.reference)
+        info = self._pinned(part) if part.sha256 else self._resident(part.reference)
         part.check_pin(info.name, info.sha256)
         return Present(info, part.weight, part.after, part.layers, self._bank.residents[info.name].state)
 
@@ -138,9 +146,28 @@ class Residents:
         with self._lock:
             if reference.kind == "name" and reference.revision is None and reference.target in self.infos:
                 return self.infos[reference.target]
-            # Named first: loading replaces the table of infos.
-            name = self._aliases.get(reference.text) or self.load(reference)
-            return self.infos[name]
+            return self._found(reference)
+
+    def _pinned(self, part: Part) -> AdapterInfo:
+        """The adapter that a named composition was tuned for: a caller's own of that name is another one."""
+        with self._lock:
+            same = next((info for info in self.infos.values() if info.sha256 == part.sha256), None)
+            return same or self._found(part.reference)
+
+    def _found(self, reference: Reference) -> AdapterInfo:
+        # Named first: loading replaces the table of infos.
+        name = self._aliases.get(reference.text) or self._load(reference, None)
+        return self.infos[name]
+
+    def _load(self, reference: Reference, name: str | None) -> str:
+        resolved = self._registry.resolve(reference, self._base.identity)
+        resident = name or self._free_name(resolved)
+        self._make_resident(resolved, resident)
+        # Another reference may have led to an adapter that had this name before.
+        self._aliases = {text: other for text, other in self._aliases.items() if other != resident}
+        if name is None:
+            self._aliases[reference.text] = resident
+        return resident
 
     def _free_name(self, resolved: Resolved) -> str:
         """The adapter's own name, or that with part of its digest where another adapter has it."""
