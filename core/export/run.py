@@ -19,7 +19,7 @@ from lora_rt.core.export.merged import write_merged
 from lora_rt.core.export.outline import Outline, outline
 from lora_rt.core.export.peft import write_peft_adapter
 from lora_rt.core.export.static import check_static
-from lora_rt.core.export.terms import ExportTerm, read_terms
+from lora_rt.core.export.terms import ExportTerm, raise_all, read_terms
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry import durable, files
 from lora_rt.registry.card import write_card
@@ -93,8 +93,9 @@ def export(
         shape = outline(base)
         if to == "gguf":
             architecture_of(shape.config)
-        terms = read_terms(given, registry or Registry(sources=modes.sources()), shape)
-        notes = [] if static else check_static(terms, modes, shape)
+        terms, failures = read_terms(given, registry or Registry(sources=modes.sources()), shape)
+        notes, dynamic = ([], []) if static else check_static(terms, modes, shape)
+        raise_all([*failures, *dynamic], f"{len(failures) + len(dynamic)} terms of {given} can't be exported")
         factors = combine(terms, shape)
         chosen = dtype or (torch.bfloat16 if to == "merged" else torch.float32)
         _write(to, folder, factors, terms, shape, chosen, static)

@@ -13,7 +13,7 @@ import torch
 
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.outline import Outline
-from lora_rt.core.export.terms import ExportTerm, raise_all
+from lora_rt.core.export.terms import ExportTerm
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import DIRECTIONS, ComposeContext, GateContext, SceneType, TermFacts, prompt_for
 from lora_rt.plugins.manager import ModeHost
@@ -21,12 +21,8 @@ from lora_rt.plugins.manager import ModeHost
 _TOKENS, _PROMPT = 6, 3
 
 
-def check_static(terms: Sequence[ExportTerm], modes: ModeHost, base: Outline) -> list[str]:
-    """Notes on adapters whose mode could act at inference, and did not when it was asked.
-
-    Raises:
-        LoraRtError: terms without a static equivalent; all of them are named.
-    """
+def check_static(terms: Sequence[ExportTerm], modes: ModeHost, base: Outline) -> tuple[list[str], list[LoraRtError]]:
+    """Notes on adapters whose mode could act at inference and did not when asked; and terms that are not static."""
     failures: list[LoraRtError] = [_dynamic(t.name, f"it waits for {t.after!r}") for t in terms if t.after]
     notes = []
     for term in terms:
@@ -39,8 +35,7 @@ def check_static(terms: Sequence[ExportTerm], modes: ModeHost, base: Outline) ->
             failures.append(_dynamic(term.name, why))
         elif any(modes.implements(term.adapter.mode, hook) for hook in ("lora_rt_gate", "lora_rt_compose")):
             notes.append(f"{term.name}: its mode {term.adapter.mode!r} can act at inference, and leaves this one alone")
-    raise_all(failures, f"{len(failures)} terms have no static equivalent")
-    return notes
+    return notes, failures
 
 
 def _dynamic(name: str, why: str) -> ExportError:

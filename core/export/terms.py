@@ -57,12 +57,10 @@ class ExportTerm:
         return facts if len(set(self.weights)) == 1 else {**facts, "layers": list(self.weights)}
 
 
-def read_terms(composition: Composition, registry: Registry, base: Outline) -> list[ExportTerm]:
-    """Every term, named compositions expanded and repeated adapters united, inspected and read.
-
-    Raises:
-        LoraRtError: terms that can't be used with this base; all of them are named.
-    """
+def read_terms(
+    composition: Composition, registry: Registry, base: Outline
+) -> tuple[list[ExportTerm], list[LoraRtError]]:
+    """Every term, named compositions expanded and repeated adapters united, inspected and read; and what failed."""
     found: list[ExportTerm] = []
     failures: list[LoraRtError] = []
     for term in composition.terms:
@@ -70,8 +68,7 @@ def read_terms(composition: Composition, registry: Registry, base: Outline) -> l
             found += [_read(part, registry, base) for part in expanded(term, registry.mixes, base.facts)]
         except LoraRtError as error:
             failures.append(error)
-    raise_all(failures, f"{len(failures)} terms of {composition} can't be exported")
-    return _united(found)
+    return _united(found), failures
 
 
 def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
@@ -79,10 +76,8 @@ def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
     if len(failures) == 1:
         raise failures[0]
     if failures:
-        steps = list(dict.fromkeys(error.next_step for error in failures))
-        if len(steps) == 1:
-            raise ExportError(summary, problems=[error.message for error in failures], next_step=steps[0])
-        raise ExportError(summary, problems=[f"{error.message}. {error.next_step}" for error in failures])
+        lines = [line for error in failures for line in (str(error).splitlines()[0], *error.problems)]
+        raise ExportError(summary, problems=lines, next_step="See to each of these:")
 
 
 def _read(part: Part, registry: Registry, base: Outline) -> ExportTerm:
