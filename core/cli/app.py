@@ -16,6 +16,7 @@ from lora_rt.core.cli import (
     export,
     install,
     lock,
+    plan,
     plugins,
     pull,
     push,
@@ -67,6 +68,7 @@ app.command("plugins")(plugins.plugins)
 app.command("install", context_settings=install.SETTINGS)(install.install)
 app.command("uninstall")(uninstall.uninstall)
 app.command("bench")(bench.bench)
+app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 
 

@@ -33,6 +33,13 @@ def adaptable(model: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in find_linears(model).items() if module is not head}
 
 
+def targets(model: Any, settings: TrainSettings) -> list[str]:
+    """The full names of the layers that an adapter of these settings acts on."""
+    names = list(adaptable(model))
+    wanted = choose_targets(settings.target_modules, names)
+    return [name for name in names if name.rsplit(".", 1)[-1] in wanted]
+
+
 def with_adapter(model: Any, settings: TrainSettings) -> Any:
     """The model with a new adapter in it; works on the meta device as well."""
     config = LoraConfig(

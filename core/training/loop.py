@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_rt.core.training.ranks import RankGates
+from lora_rt.core.training.settings import SettingsError
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 
@@ -85,38 +86,84 @@ class LengthGrouped(torch.utils.data.Sampler[int]):
 
 
 class ModeTrainer(Trainer):  # type: ignore[misc]
-    """Asks the objective for the loss of each batch."""
+    """Asks the objective for the loss of each batch, and runs it in as many parts as the memory wants.
 
-    def __init__(self, *args: Any, objective: Objective, gates: RankGates, **kwargs: Any) -> None:
+    The parts are ours and not the Trainer's: its accumulation takes the mean of their means, and counts its steps and
+    groups its sequences by them. Here a step is a step, whatever it is run in.
+    """
+
+    def __init__(
+        self, *args: Any, objective: Objective, gates: RankGates, accumulation: int = 1, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
         self.gates = gates
-        # Our loss is the mean of its own batch, whatever the model would do with `num_items_in_batch`.
-        self.loss_is_scaled_for_ga = False
-        self.model_accepts_loss_kwargs = False
+        self.accumulation = accumulation
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
         rows = self.train_dataset
         lengths = [rows[index]["length"] for index in range(len(rows))]
         return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The mean loss of a batch.
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The gradients of one batch; gives its loss.
 
         Raises:
-            TrainingDivergedError: it is NaN or infinite.
+            TrainingDivergedError: the loss is NaN or infinite.
         """
-        with self.gates.over(inputs):
-            loss = batch_loss(model, inputs, self.objective)
+        model.train()
+        whole = self._prepare_inputs(inputs)
+        parts = split(whole, -(-self.args.train_batch_size // self.accumulation))
+        counts = [(part["labels"][:, 1:] != IGNORE).sum() for part in parts]
+        total = torch.zeros((), device=whole["labels"].device)
+        for part, count in zip(parts, counts, strict=True):
+            # The gates stand until the backward pass is over: checkpointing runs the forward pass again in it.
+            with self.gates.over(part):
+                loss = batch_loss(model, part, self.objective)
+                if len(parts) > 1:
+                    loss = loss * (count / sum(counts).clamp(min=1))
+                self._check(loss)
+                self.accelerator.backward(loss)
+            total += loss.detach().float()
+        return total
+
+    def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):
             step = self.state.global_step + 1
             raise TrainingDivergedError(
                 f"the loss became {loss.item()} at step {step}; the run is stopped and nothing is published",
                 next_step="Try a smaller --lr, or another --precision",
             )
-        return (loss, None) if return_outputs else loss
+
+
+def split(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
+    """A batch in parts of at most so many rows, each without the padding that only the other parts need."""
+    if len(batch["labels"]) <= rows:
+        return [dict(batch)]
+    parts = []
+    for start in range(0, len(batch["labels"]), rows):
+        some = slice(start, start + rows)
+        tokens = int(batch["attention_mask"][some].sum(1).max())
+        part = {key: value[some, :tokens] for key, value in batch.items() if key != "extra"}
+        if "extra" in batch:
+            part["extra"] = {key: value[some] for key, value in batch["extra"].items()}
+        parts.append(part)
+    return parts
+
+
+def checkpointed(model: Any) -> None:
+    """Let every block keep its input alone and run again in the backward pass.
+
+    Raises:
+        SettingsError: the model can't.
+    """
+    base = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        text = f"{type(base).__name__} has no gradient checkpointing"
+        raise SettingsError(text, next_step="Use --no-gradient-checkpointing and a smaller --batch-size")
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers asks for the embeddings' gradients too, which only the reentrant kind of checkpoint needs.
+    base.disable_input_require_grads()
 
 
 def batch_loss(model: nn.Module, inputs: Mapping[str, Any], objective: Objective) -> Tensor:
@@ -141,14 +188,17 @@ def label_nll(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tens
     Only the columns in which some row has a label go through the output head: with a vocabulary of 50,000 and a small
     model that is a fifth of the step.
     """
-    targets = inputs["labels"][:, 1:]
-    columns = (targets != IGNORE).any(0).nonzero().flatten()
+    return nll_at(model, inputs, (inputs["labels"][:, 1:] != IGNORE).any(0).nonzero().flatten())
+
+
+def nll_at(model: nn.Module, inputs: Mapping[str, Any], columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, where the columns (of the labels without the first) are known; (columns,) int64."""
     arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
     if _keeps_logits(model):
         logits = model(**arguments, logits_to_keep=columns).logits
     else:
         logits = model(**arguments).logits[:, columns]
-    kept = targets[:, columns]
+    kept = inputs["labels"][:, 1:][:, columns]
     losses = cross_entropy(logits.flatten(0, 1).float(), kept.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view(kept.shape).sum(1), (kept != IGNORE).sum(1)
 

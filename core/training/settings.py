@@ -8,10 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from lora_rt.errors import LoraRtError
 
 ALL_LINEAR = "all-linear"
+Optimizer = Literal["adamw", "paged-adamw-8bit"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 
 class SettingsError(LoraRtError):
@@ -24,6 +27,8 @@ class TrainSettings:
 
     `learning_rate` is the peak of a cosine schedule with 5% warm-up; `batch_size` counts sequences per optimizer step.
     `held_out` is a file of examples that are not trained on; without one, a tenth of the data is set aside.
+    `optimizer`, `gradient_checkpointing` and `accumulation` (the number of parts in which the sequences of a step are
+    run, one after the other) are picked by the run where they are None.
     """
 
     register: str
@@ -44,6 +49,9 @@ class TrainSettings:
     licence: str = ""
     scene_types: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
+    optimizer: str | None = None
+    gradient_checkpointing: bool | None = None
+    accumulation: int | None = None
 
     def check(self) -> None:
         """Raises SettingsError with everything that is out of range."""
@@ -60,16 +68,29 @@ class TrainSettings:
             problems.append(f"epochs is {self.epochs}; it must be above 0")
         if not 1 <= self.batch_size <= 4096:
             problems.append(f"the batch size is {self.batch_size}; it must be at least 1")
+        if self.optimizer not in (None, *OPTIMIZERS):
+            problems.append(f"there is no optimizer {self.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
+        if self.accumulation is not None and (self.accumulation < 1 or self.batch_size % self.accumulation):
+            problems.append(
+                f"accumulation is {self.accumulation}; it must divide the batch size, {self.batch_size}, without a rest"
+            )
         if problems:
             raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
 
-    def fingerprint(self, data_digest: str) -> str:
-        """Twelve hex digits that two runs share exactly if one can resume the other."""
-        plain = {
-            key: str(value)
-            for key, value in asdict(self).items()
-            if key not in ("data", "held_out", "device", "licence")
-        }
+    def fingerprint(self, data_digest: str, optimizer: Optimizer = "adamw") -> str:
+        """Twelve hex digits that two runs share exactly if one can resume the other.
+
+        What is computed must be the same, not in which portions: checkpointing and accumulation may differ. Plain AdamW
+        leaves no trace in it, so that runs from before there was a choice can go on.
+
+        Args:
+            data_digest: of the training data.
+            optimizer: the one that the run came to.
+        """
+        apart = ("data", "held_out", "device", "licence", "optimizer", "gradient_checkpointing", "accumulation")
+        plain = {key: str(value) for key, value in asdict(self).items() if key not in apart}
+        if optimizer != "adamw":
+            plain["optimizer"] = optimizer
         return hashlib.sha256(json.dumps([plain, data_digest], sort_keys=True).encode()).hexdigest()[:12]
 
 
