@@ -11,6 +11,7 @@ from typing import Literal
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home as home_folders
 from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.locked_mixes import read_locked_mixes
 from lora_rt.registry.packages import Unreadable, unreadable
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.records import read
@@ -18,6 +19,7 @@ from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import changes
 from lora_rt.registry.shipped import Shipped, shipped
 from lora_rt.registry.sync import check_lock
+from lora_rt.registry.verify import COMPOSITION, check_mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ def registry_checks(registry: Registry, *, clean: bool = False) -> list[Check]:
     checks = [_home(registry.store.root.parent), *_bases(registry.store.root.parent)]
     checks += [_damaged(item) for item in unreadable()]
     checks += [_shipped(item) for item in shipped()]
-    checks += [*_records(registry), *_project(registry), _leftovers(registry, clean), _hub()]
+    checks += [*_records(registry), *_mixes(registry), *_project(registry), _leftovers(registry, clean), _hub()]
     return checks
 
 
@@ -89,9 +91,19 @@ def _records(registry: Registry) -> list[Check]:
     return checks
 
 
+def _mixes(registry: Registry) -> list[Check]:
+    checks = []
+    for name in registry.mixes.names():
+        verdict = check_mix(registry, name)
+        status: Literal["ok", "note", "broken"] = "broken" if verdict.problems else "note" if verdict.notes else "ok"
+        detail = "; ".join([*verdict.problems, *verdict.notes]) or verdict.source.removeprefix(f"{COMPOSITION} ")
+        checks.append(Check(f"{COMPOSITION} {name}", status, detail, verdict.todo))
+    return checks
+
+
 def _project(registry: Registry) -> list[Check]:
     try:
-        if not registry.pinned.sources():
+        if not registry.pinned.sources() and not read_locked_mixes(registry.folder):
             return []
         problems = check_lock(registry)
     except LoraRtError as error:

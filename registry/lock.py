@@ -14,6 +14,8 @@ TOML in a stable order, made for version control:
     [adapter.files]
     "adapter_config.json" = "..."
     "adapter_model.safetensors" = "..."
+
+Named compositions follow (see `lora_rt.registry.locked_mixes`).
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_rt.registry import durable, files
+from lora_rt.registry import durable, files, locked_mixes
 from lora_rt.registry.errors import InvalidReferenceError, ProjectError
 from lora_rt.registry.files import LIMITS
+from lora_rt.registry.mixes import Mix
 from lora_rt.registry.project import LOCK_FILE, read_toml
 from lora_rt.registry.reference import Reference, is_commit, is_name
 from lora_rt.registry.strict_json import shown
@@ -75,9 +78,9 @@ def read_lock(folder: Path) -> list[Locked] | None:
     return sorted(_locked(entry) for entry in entries)
 
 
-def write_lock(folder: Path, entries: Sequence[Locked]) -> bool:
+def write_lock(folder: Path, entries: Sequence[Locked], mixes: Sequence[Mix] = ()) -> bool:
     """Write the lock, whole or not at all; whether anything changed."""
-    text = render(entries)
+    text = render(entries, mixes)
     path = folder / LOCK_FILE
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
@@ -85,8 +88,8 @@ def write_lock(folder: Path, entries: Sequence[Locked]) -> bool:
     return True
 
 
-def render(entries: Sequence[Locked]) -> str:
-    """The lock as text; the same entries give the same text in any order."""
+def render(entries: Sequence[Locked], mixes: Sequence[Mix] = ()) -> str:
+    """The lock as text; the same entries and compositions give the same text in any order."""
     import tomlkit
 
     document = tomlkit.document()
@@ -102,6 +105,8 @@ def render(entries: Sequence[Locked]) -> str:
         table["files"] = dict(sorted(entry.files.items()))
         tables.append(table)
     document["adapter"] = tables
+    if mixes:
+        document[locked_mixes.KEY] = locked_mixes.tables(mixes)
     return tomlkit.dumps(document)
 
 

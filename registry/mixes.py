@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lora_rt.registry import durable, strict_json
 from lora_rt.registry.card import Digest, Finite, Text
 from lora_rt.registry.errors import StoreError
-from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain
+from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain, sha256_bytes
 from lora_rt.registry.reference import is_name
 
 
@@ -27,6 +27,11 @@ class MixTerm(BaseModel):
     weight: Finite = 1.0
     layers: tuple[Finite, ...] = ()
 
+    @property
+    def mean_weight(self) -> float:
+        """Its weight, averaged over the layers where it differs between them."""
+        return self.weight * (sum(self.layers) / len(self.layers) if self.layers else 1.0)
+
 
 class Mix(BaseModel):
     """A named composition and what it was tuned on."""
@@ -39,6 +44,16 @@ class Mix(BaseModel):
     data_sha256: Digest = ""
     seed: int | None = None
     metrics: dict[Text, Finite] = Field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of what it does: its base, and its terms in their order with their weights."""
+        facts = {"base": self.base, "terms": [term.model_dump(mode="json") for term in self.terms]}
+        return sha256_bytes(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
+
+    def __str__(self) -> str:
+        """Its terms as people write them; of weights per layer the mean."""
+        return " ".join(f"{term.reference}:{term.mean_weight:.4g}" for term in self.terms)
 
 
 class Mixes:

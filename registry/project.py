@@ -1,4 +1,6 @@
-"""`lora-rt.toml`, a project's own names:
+"""`lora-rt.toml`, a project's own names, and the named compositions (`lora-rt tune`) that belong to it:
+
+compositions = ["my-mix"]
 
 [adapters]
 emotion = "someone/emotion-lora@v1"
@@ -26,6 +28,7 @@ class Project:
 
     folder: Path
     adapters: dict[str, tuple[Reference, ...]]
+    compositions: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -69,11 +72,15 @@ def read_project(folder: Path) -> Project | None:
             adapters[name] = _sources(name, value)
         except InvalidReferenceError as error:
             problems.append(f"{name}: {error.message}")
+    compositions = document.get("compositions", [])
+    if not isinstance(compositions, list) or not all(isinstance(n, str) and is_name(n) for n in compositions):
+        problems.append('compositions: it is no list of names; write compositions = ["my-mix"] above [adapters]')
     if problems:
         raise ProjectError(
             f"{PROJECT_FILE} has {len(problems)} wrong entries", next_step=f"Correct {PROJECT_FILE}", problems=problems
         )
-    return Project(folder, adapters)
+    assert isinstance(compositions, list)
+    return Project(folder, adapters, tuple(dict.fromkeys(compositions)))
 
 
 def _sources(name: str, value: object) -> tuple[Reference, ...]:

@@ -11,24 +11,28 @@ from lora_rt.registry.hub.download import Report, silent
 from lora_rt.registry.hub.pull import holder_of, install, obtain
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked, read_lock, write_lock
+from lora_rt.registry.mixes import Mix
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, Project, read_project
 from lora_rt.registry.records import Record
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved, changes
+from lora_rt.registry.sync_mixes import install_mixes, mix_differences, mixes_to_lock
 
 
 def make_lock(registry: Registry, *, offline: bool = False, report: Report = silent) -> tuple[list[Locked], bool]:
-    """Pin everything that the project names and write the lock; the entries, and whether the lock changed.
+    """Pin everything that the project names and write the lock; the adapters' entries, and whether the lock changed.
 
     Entries that are locked already and whose source did not change stay as they are. Without a `lora-rt.toml`, what was
-    pulled into the store is pinned.
+    pulled into the store is pinned. Named compositions are locked beside them.
     """
     project = read_project(registry.folder)
     old = read_lock(registry.folder) or []
+    mixes: list[Mix] = []
     if project is None:
+        mixes = mixes_to_lock(registry, None)
         entries = [_of_record(record) for record in registry.store.records.all() if record.source.startswith("hub ")]
-        if not entries:
+        if not entries and not mixes:
             raise ProjectError(
                 f"there is no {PROJECT_FILE} here and nothing was pulled from the Hub, so there is nothing to lock",
                 next_step=f'Write {PROJECT_FILE}: [adapters] and lines such as emotion = "someone/emotion-lora@v1"',
@@ -39,7 +43,8 @@ def make_lock(registry: Registry, *, offline: bool = False, report: Report = sil
             for name, sources in project.adapters.items()
             for source in sources
         ]
-    return sorted(entries), write_lock(registry.folder, entries)
+        mixes = mixes_to_lock(registry, project)  # after the adapters were fetched, which are its terms
+    return sorted(entries), write_lock(registry.folder, entries, mixes)
 
 
 def check_lock(registry: Registry) -> list[str]:
@@ -49,6 +54,7 @@ def check_lock(registry: Registry) -> list[str]:
         return [f"there is no {LOCK_FILE}"]
     project = read_project(registry.folder)
     problems = _differences(project, entries) if project else []
+    problems += mix_differences(registry, project)
     for entry in entries:
         if entry.reference.kind == "path":
             folder = registry.folder / Path(entry.reference.target).expanduser()
@@ -59,7 +65,7 @@ def check_lock(registry: Registry) -> list[str]:
 def sync(
     registry: Registry, *, frozen: bool = False, offline: bool = False, report: Report = silent
 ) -> tuple[list[Resolved], bool]:
-    """Install exactly what the lock says; what is installed then, and whether the lock was changed for it.
+    """Install exactly what the lock says; the adapters installed then, and whether the lock was changed for it.
 
     `frozen` refuses to change the lock; `offline` asks nobody.
 
@@ -80,7 +86,9 @@ def sync(
     entries = read_lock(registry.folder)
     if entries is None:
         raise ProjectError(f"there is no {LOCK_FILE} here", next_step="lora-rt lock")
-    return [_install(registry, entry, offline, report) for entry in entries], changed
+    found = [_install(registry, entry, offline, report) for entry in entries]
+    install_mixes(registry)
+    return found, changed
 
 
 def _install(registry: Registry, entry: Locked, offline: bool, report: Report) -> Resolved:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_rt.registry.errors import HubError, RejectedAdapterError, UnknownAdapterError
+from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
 from lora_rt.registry.hub.remote import commit_of
 from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.mix_check import clashing, mix_problems
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.reference import is_commit
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved, changes
 from lora_rt.registry.sync import check_lock
 
+COMPOSITION = "composition"
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found about one adapter, or about the lock. It is sound where there are no problems."""
+    """What was found about one adapter, one named composition, or the lock. It is sound where there are no problems."""
 
     name: str
     source: str
@@ -27,19 +30,35 @@ class Verdict:
 
 
 def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = False) -> list[Verdict]:
-    """Check the named adapters, or everything that is installed together with the lock.
+    """Check the named adapters and compositions, or everything that is installed together with the lock.
 
     Raises:
         UnknownAdapterError: a name leads nowhere.
     """
     items = registry.installed()
-    unknown = [name for name in names if name not in {item.name for item in items}]
+    mixes = registry.mixes.names()
+    unknown = [name for name in names if name not in {*mixes, *(item.name for item in items)}]
     if unknown:
         raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="See: lora-rt list")
     verdicts = [_check(item, offline) for item in items if not names or item.name in names]
+    verdicts += [check_mix(registry, name) for name in mixes if not names or name in names]
     if not names and (registry.folder / LOCK_FILE).exists():
         verdicts.append(Verdict(LOCK_FILE, str(registry.folder), tuple(check_lock(registry)), todo="lora-rt lock"))
     return verdicts
+
+
+def check_mix(registry: Registry, name: str) -> Verdict:
+    """Whether a named composition can be read and its adapters are those that it was tuned for; no requests."""
+    try:
+        mix = registry.mixes.get(name)
+    except StoreError as error:
+        return Verdict(name, COMPOSITION, (error.message,), todo=error.next_step)
+    if mix is None:
+        return Verdict(name, COMPOSITION, ("it is gone",))
+    problems = mix_problems(registry, mix)
+    notes = [f"an adapter ({source}) has the same name; the composition is used" for source in clashing(registry, name)]
+    todo = f"lora-rt rm {name}, and tune it again, or get its adapters back" if problems else ""
+    return Verdict(name, f"{COMPOSITION} {mix}", tuple(problems), tuple(notes), todo)
 
 
 def _check(item: Resolved, offline: bool) -> Verdict:

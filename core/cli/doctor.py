@@ -9,6 +9,7 @@ import typer
 from lora_rt.core.cli.options import Json
 
 if TYPE_CHECKING:
+    from lora_rt.plugins.manager import PluginRecord
     from lora_rt.registry.health import Check
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "huggingface_hub", "safetensors", "gguf")
@@ -22,10 +23,13 @@ def doctor(
     import dataclasses
 
     from lora_rt.core.cli.console import out, print_json
+    from lora_rt.core.cli.plugin_commands import examined_modes
     from lora_rt.registry.health import registry_checks
     from lora_rt.registry.registry import Registry
 
-    checks = [*_versions(), *_devices(), *registry_checks(Registry(), clean=clean), *_plugins()]
+    modes = examined_modes()
+    registry = Registry(sources=modes.sources())
+    checks = [*_versions(), *_devices(), *registry_checks(registry, clean=clean), *_plugins(modes.records)]
     if as_json:
         print_json([dataclasses.asdict(check) for check in checks])
     else:
@@ -81,13 +85,12 @@ def _devices() -> list[Check]:
     return checks
 
 
-def _plugins() -> list[Check]:
-    from lora_rt.core.cli.plugin_commands import examined_modes
+def _plugins(records: list[PluginRecord]) -> list[Check]:
     from lora_rt.plugins.manager.finding import NAMELESS
     from lora_rt.registry.health import Check
 
     checks = []
-    for record in examined_modes().records:
+    for record in records:
         if record.name == NAMELESS:
             continue  # its package is named already
         if record.status == "ok":

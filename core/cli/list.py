@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lora_rt.core.cli.options import Json
 
 if TYPE_CHECKING:
-    from lora_rt.registry.mixes import Mix
+    from lora_rt.registry.registry import Registry
     from lora_rt.registry.resolved import Resolved
 
 
@@ -30,7 +30,7 @@ def list_adapters(as_json: Json = False) -> None:
         }
         for item in items
     ]
-    mixes = [_mix_row(mix) for name in registry.mixes.names() if (mix := registry.mixes.get(name)) is not None]
+    mixes = [_mix_row(registry, name) for name in registry.mixes.names()]
     if as_json:
         print_json(rows + mixes)
         return
@@ -40,7 +40,8 @@ def list_adapters(as_json: Json = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)] + mixes
+    short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)]
+    short += [{**row, "sha256": (row["sha256"] or "")[:12]} for row in mixes]
     shown = [column for column in short[0] if any(row[column] for row in short)]
     table = Table()
     for column in shown:
@@ -56,14 +57,20 @@ def _shortened(item: Resolved) -> dict[str, str]:
     return {"base": base.rpartition("/")[2], "revision": (item.revision or "")[:12], "sha256": item.sha256[:12]}
 
 
-def _mix_row(mix: Mix) -> dict[str, str | None]:
+def _mix_row(registry: Registry, name: str) -> dict[str, str | None]:
     """A named composition (`lora-rt tune`) among the adapters: it is used by name like one."""
+    from lora_rt.registry.errors import StoreError
+
+    try:
+        mix = registry.mixes.get(name)
+    except StoreError:
+        mix = None  # one that is damaged must not hide the others
     return {
-        "name": mix.name,
+        "name": name,
         "register": None,
         "mode": "composition",
-        "base": mix.base,
-        "source": "tuned here: " + " ".join(term.reference for term in mix.terms),
+        "base": mix.base if mix else None,
+        "source": f"tuned here: {mix}" if mix else f"damaged; see: lora-rt verify {name}",
         "revision": None,
-        "sha256": None,
+        "sha256": mix.sha256 if mix else None,
     }

@@ -14,15 +14,17 @@ def lock(
     offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Pin every adapter of the project to a full commit and the sha256 of each file."""
+    """Pin every adapter of the project to a full commit and the sha256 of each file, and its compositions."""
     from lora_rt.core.cli.console import out, print_json
     from lora_rt.core.cli.transfer import transfer
+    from lora_rt.plugins.manager import load_modes
     from lora_rt.registry.errors import ProjectError
+    from lora_rt.registry.locked_mixes import read_locked_mixes
     from lora_rt.registry.project import LOCK_FILE
     from lora_rt.registry.registry import Registry
     from lora_rt.registry.sync import check_lock, make_lock
 
-    registry = Registry()
+    registry = Registry(sources=load_modes().sources())
     if check:
         problems = check_lock(registry)
         if as_json:
@@ -36,7 +38,10 @@ def lock(
         return
     with transfer() as report:
         entries, changed = make_lock(registry, offline=offline, report=report)
+    mixes = read_locked_mixes(registry.folder)
     if as_json:
-        print_json({"changed": changed, "adapters": [entry.name for entry in entries]})
+        adapters = [entry.name for entry in entries]
+        print_json({"changed": changed, "adapters": adapters, "compositions": [mix.name for mix in mixes]})
         return
-    out.print(f"{LOCK_FILE}: {len(entries)} adapters{'' if changed else ', unchanged'}")
+    count = f"{len(entries)} adapters" + (f", {len(mixes)} compositions" if mixes else "")
+    out.print(f"{LOCK_FILE}: {count}{'' if changed else ', unchanged'}")

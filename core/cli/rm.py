@@ -22,15 +22,15 @@ def rm(
     from lora_rt.registry.registry import Registry
 
     registry = Registry()
-    mix = registry.mixes.get(name)
+    is_mix = name in registry.mixes.names()  # a damaged one is removed like any other
     records = registry.store.records.named(name)
-    if not records and mix is None:
+    if not records and not is_mix:
         raise _not_in_store(registry.installed(), name)
-    sources = ", ".join(f"{record.source} for {record.base or 'any base'}" for record in records)
-    if not yes and not _agreed(name, sources or "a composition"):
+    sources = [f"{record.source} for {record.base or 'any base'}" for record in records]
+    if not yes and not _agreed(name, ", ".join(["a composition"] * is_mix + sources)):
         err.print("nothing was removed")
         return
-    if mix is not None:
+    if is_mix:
         registry.mixes.remove(name)
         out.print(f"removed the composition [bold]{escape(name)}[/]", soft_wrap=True)
     if not records:

@@ -10,6 +10,7 @@ from lora_rt.core.cli.options import Json
 
 if TYPE_CHECKING:
     from lora_rt.registry.inspection import InspectedAdapter
+    from lora_rt.registry.registry import Registry
     from lora_rt.registry.resolved import Resolved
 
 
@@ -18,17 +19,19 @@ def show(
     offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show an adapter: where it is, which rule led there, and what it holds."""
+    """Show an adapter or a named composition: where it is, which rule led there, and what it holds."""
     from lora_rt.core.cli.console import out, print_json
     from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.inspection import inspect_adapter
     from lora_rt.registry.registry import Registry
 
     registry = Registry(sources=load_modes().sources())
-    found = registry.resolve(reference, offline=offline)
-    inspected = inspect_adapter(found.folder, name=found.name, sha256=found.sha256)
-    others = [item for item in registry.installed() if item.name == found.name and item.sha256 != found.sha256]
-    facts = _facts(found, inspected, others)
+    mix = registry.mixes.get(reference)
+    if mix is not None:
+        from lora_rt.core.cli.show_mix import mix_facts
+
+        facts = mix_facts(registry, mix)
+    else:
+        facts = _adapter_facts(registry, reference, offline)
     if as_json:
         print_json(facts)
         return
@@ -39,6 +42,15 @@ def show(
     for key, value in facts.items():
         table.add_row(key, escape(_text(value)))
     out.print(table)
+
+
+def _adapter_facts(registry: Registry, reference: str, offline: bool) -> dict[str, Any]:
+    from lora_rt.registry.inspection import inspect_adapter
+
+    found = registry.resolve(reference, offline=offline)
+    inspected = inspect_adapter(found.folder, name=found.name, sha256=found.sha256)
+    others = [item for item in registry.installed() if item.name == found.name and item.sha256 != found.sha256]
+    return _facts(found, inspected, others)
 
 
 def _facts(found: Resolved, inspected: InspectedAdapter, others: list[Resolved]) -> dict[str, Any]:
@@ -66,6 +78,10 @@ def _facts(found: Resolved, inspected: InspectedAdapter, others: list[Resolved])
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        from lora_rt.core.cli.show_mix import term_text
+
+        return "\n".join(term_text(item) for item in value)
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     return "" if value is None else str(value)

@@ -14,22 +14,28 @@ def sync(
     offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Install exactly the adapters of the lock; without --frozen, bring the lock up to date with the project first."""
+    """Install exactly the adapters and compositions of the lock; without --frozen, first bring it up to date."""
     from rich.markup import escape
 
     from lora_rt.core.cli.console import out, print_json
     from lora_rt.core.cli.transfer import transfer
+    from lora_rt.plugins.manager import load_modes
+    from lora_rt.registry.locked_mixes import read_locked_mixes
     from lora_rt.registry.project import LOCK_FILE
     from lora_rt.registry.registry import Registry
     from lora_rt.registry.sync import sync as run
 
+    registry = Registry(sources=load_modes().sources())
     with transfer() as report:
-        found, changed = run(Registry(), frozen=frozen, offline=offline, report=report)
+        found, changed = run(registry, frozen=frozen, offline=offline, report=report)
+    mixes = read_locked_mixes(registry.folder)
     if as_json:
         rows = [{"name": i.name, "source": i.source, "revision": i.revision, "sha256": i.sha256} for i in found]
-        print_json({"changed": changed, "adapters": rows})
+        print_json({"changed": changed, "adapters": rows, "compositions": [mix.name for mix in mixes]})
         return
     if changed:
         out.print(f"{LOCK_FILE} was brought up to date")
     for item in found:
         out.print(f"[bold]{escape(item.name)}[/] {escape(item.source)} sha256 {item.sha256[:12]}", soft_wrap=True)
+    for mix in mixes:
+        out.print(f"[bold]{escape(mix.name)}[/] composition {escape(str(mix))}", soft_wrap=True)

@@ -14,14 +14,15 @@ def verify(
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub whether tags moved.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check files against their digests, adapters against the whole check, and tags against the Hub."""
+    """Check files against their digests, adapters against the whole check, compositions against their adapters."""
     import dataclasses
 
     from lora_rt.core.cli.console import out, print_json
+    from lora_rt.plugins.manager import load_modes
     from lora_rt.registry.registry import Registry
     from lora_rt.registry.verify import verify as run
 
-    verdicts = run(Registry(), names or (), offline=offline)
+    verdicts = run(Registry(sources=load_modes().sources()), names or (), offline=offline)
     if as_json:
         print_json([{**dataclasses.asdict(item), "status": "damaged" if item.problems else "ok"} for item in verdicts])
     else:

@@ -1,28 +1,13 @@
-"""Runs the command line in this process, exactly as `lora-rt` does, exit codes and all."""
+"""The command line in this process."""
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
-from support.cli import Cli, Outcome, Piped
+from support.cli import Cli, command_line
 
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`cli("compose", "emotion", stdin="...")`."""
-    from lora_rt.core.cli.app import run
-
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def invoke(*arguments: str, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["lora-rt", *arguments])
-        monkeypatch.setattr(sys, "stdin", Piped(stdin))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            run()
-        captured = capsys.readouterr()
-        return Outcome(int(caught.value.code or 0), captured.out, captured.err)
-
-    return invoke
+    return command_line(monkeypatch, capsys)

@@ -11,6 +11,7 @@ import pytest
 
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.store import Store
+from support.cli import Cli, command_line
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +49,9 @@ def registry(home: Path, tmp_path: Path) -> Registry:
     project = tmp_path / "project"
     project.mkdir()
     return Registry(home, project)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`cli("list", "--json")`."""
+    return command_line(monkeypatch, capsys)

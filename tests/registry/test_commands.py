@@ -112,7 +112,7 @@ def test_lock_and_sync(line: Line, registry: Registry, hub: LocalHub) -> None:
     (registry.folder / "lora-rt.toml").write_text(f'[adapters]\nmood = "{REPO}@v1"\n')
     assert line("lock", "--check") == 1
     assert "there is no lora-rt.lock" in line.err
-    assert line.json("lock") == {"changed": True, "adapters": ["mood"]}
+    assert line.json("lock") == {"changed": True, "adapters": ["mood"], "compositions": []}
     assert line("lock", "--check") == 0
     hub.requests.clear()
     (row,) = line.json("sync", "--frozen", "--offline")["adapters"]

@@ -1,4 +1,4 @@
-"""Named compositions in a runtime: what a name means there, how often it is looked up, and where names must be known."""
+"""Named compositions in a runtime: what a name means there, how often it is looked up, and what is refused."""
 
 from __future__ import annotations
 
