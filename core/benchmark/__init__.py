@@ -1,1 +1,1 @@
-"""`lora-rt bench`: ours, the base alone and its peers, on the same base, prompts and adapters, interleaved in one run."""
+"""`lora-rt bench`: lora-rt, the base alone and its peers on the same base, prompts and adapters, in one run."""

@@ -26,6 +26,11 @@ class Shelf:
         self._inner = {name: module for name, module in self._linears.items() if module is not head}
         self._folder = folder
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The base's linear layers by path, (out_features, in_features)."""
+        return {name: features(module) for name, module in self._linears.items()}
+
     def paths(self, workload: Workload) -> dict[str, Path]:
         """Resident name -> PEFT directory, of all residents of the workload."""
         return {

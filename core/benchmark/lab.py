@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.benchmark.adapters import Shelf
+from lora_rt.core.benchmark.origin import Origin
 from lora_rt.core.benchmark.workloads import Workload
 
 _ORDINARY = 0.1  # of the vocabulary: what comes before may be special tokens
@@ -19,19 +19,32 @@ _ORDINARY = 0.1  # of the vocabulary: what comes before may be special tokens
 class Lab:
     """One base, whose model nobody hooks up or wraps: every system gets a module tree of its own over its weights."""
 
-    def __init__(self, base: LoadedBase, folder: Path, *, on_disk: bool = True) -> None:
-        """`folder` takes adapters and other files; `on_disk` says that other processes can load `base.folder`."""
-        self.base = base
+    def __init__(self, origin: Origin, folder: Path) -> None:
+        """Loads the base; `folder` takes adapters and other files.
+
+        Raises:
+            LoraRtError: the base can't be loaded.
+        """
+        self.origin = origin
+        self.base = origin.load()
         self.folder = folder
-        self.on_disk = on_disk
-        self.shelf = Shelf(base.model, folder / "adapters")
-        with torch.no_grad():  # bitsandbytes repacks at the first forward, once for all trees, and not in inference mode
-            base.model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=base.device), use_cache=False)
+        self.shelf = Shelf(self.base.model, folder / "adapters")
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        with (
+            torch.no_grad()
+        ):  # bitsandbytes repacks at the first forward, once for all trees, and not in inference mode
+            self.base.model(input_ids=ids, use_cache=False)
 
     @property
     def device(self) -> torch.device:
         """Where the base is."""
         return self.base.device
+
+    def reason(self, workload: Workload) -> str | None:
+        """Why no system can do this workload here."""
+        if workload.kind in ("cold", "training") and self.origin.random is not None:
+            return "a random base is not on disk"
+        return None
 
     def model(self) -> Any:
         """A module tree of its own over the very same weights, so that the base alone stays free of anyone's hooks."""

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One timed repeat: `tokens` is how many it computed, 0 where the time itself is what counts."""
+    """One timed repeat: `tokens` is how many it computed, 0 where the time, or the peak memory, is what counts."""
 
     seconds: float
     tokens: int = 0
+    megabytes: float = 0.0
 
     @property
     def speed(self) -> float:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.numbers import Sample
 from lora_rt.core.benchmark.systems.system import Repeat, System
-from lora_rt.core.benchmark.workloads import Workload
+from lora_rt.core.benchmark.workloads import PROCESSES, Workload
 
-Report = Callable[[str], None]
-"""Told of every repeat that is about to be made, for a progress line."""
+_MOST_PROCESSES = 3  # each costs seconds of loading, and they differ by little
+
+Report = Callable[[int, str], None]
+"""Told of every repeat that is about to be made, with the number of workloads that are done."""
 
 
 @dataclass
@@ -23,27 +27,38 @@ class Measured:
 
 
 def measure(
-    workloads: Sequence[Workload], systems: Sequence[System], repeats: int, report: Report
+    lab: Lab, workloads: Sequence[Workload], systems: Sequence[System], repeats: int, report: Report
 ) -> Iterator[Measured]:
     """Yields each workload's results while they still grow: whoever is interrupted keeps what there is."""
-    for workload in workloads:
+    for done, workload in enumerate(workloads):
         measured = Measured(workload)
         yield measured
-        _measure(measured, systems, repeats, report)
+        tell = partial(report, done)
+        _measure(measured, lab, systems, min(repeats, most_repeats(workload)), tell)
 
 
-def _measure(measured: Measured, systems: Sequence[System], repeats: int, report: Report) -> None:
+def most_repeats(workload: Workload) -> int:
+    """A bound on the repeats: processes are slow to start, and a peak is always the same."""
+    if workload.kind == "memory":
+        return 1
+    return _MOST_PROCESSES if workload.kind in PROCESSES else 1 << 30
+
+
+def _measure(
+    measured: Measured, lab: Lab, systems: Sequence[System], repeats: int, tell: Callable[[str], None]
+) -> None:
     workload = measured.workload
     ready: dict[str, Repeat] = {}
     for system in systems:
-        if (reason := system.reason(workload)) is not None:
+        if (reason := lab.reason(workload) or system.reason(workload)) is not None:
             measured.reasons[system.name] = reason
             continue
-        report(f"{workload.title}: {system.name} warms up")
+        tell(f"{workload.title}: {system.name} warms up")
         ready[system.name] = system.prepare(workload)
-        ready[system.name]()  # not counted: kernels are chosen, caches filled, files read
+        if workload.kind not in ("memory", "training"):
+            ready[system.name]()  # not counted: kernels are chosen, caches filled, files read
     measured.samples = {name: [] for name in ready}
     for number in range(repeats):
         for name, repeat in ready.items():
-            report(f"{workload.title}: {name}, {number + 1} of {repeats}")
+            tell(f"{workload.title}: {name}, {number + 1} of {repeats}")
             measured.samples[name].append(repeat())

@@ -5,59 +5,115 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from lora_rt.core.benchmark.session import Measured
+Row = Mapping[str, Any]
 
-_HEADS = {
-    "base": "base\nalone",
+HEADS = {
+    "base": "base",
     "generate": "base\ngenerate",
     "ours": "lora-rt",
-    "peft-set": "PEFT\nset_adapter",
+    "peft-set": "PEFT\nset",
     "peft-cat": "PEFT\ncat",
-    "peft-mixed": "PEFT\nmixed batch",
-    "llama.cpp": "llama.cpp",
+    "peft-mixed": "PEFT\nmixed",
+    "peft-trainer": "PEFT\nTrainer",
+    "llama.cpp": "llama\n.cpp",
 }
+_UNITS = {"change": "ms", "cold": "s", "memory": "MB", "training": "tokens/s"}
+_DECODING = ("decode", "prefill")
 
 
-def results_table(measured: Sequence[Measured], rows: Sequence[Mapping[str, Any]], systems: Sequence[str]) -> Table:
-    """Each cell: tokens/s (or ms, s), the ratio to the base of the same repeat, and the spread; a number in brackets
-    is the reason why there is none, written below the table.
-    """
-    cells = {(row["workload"], row["system"]): row for row in rows}
+def shown(document: Mapping[str, Any]) -> Group:
+    """Machine and versions, the table, and what its numbers in brackets stand for."""
     reasons: list[str] = []
-    table = Table(title_justify="left", caption_justify="left", padding=(0, 1), pad_edge=False)
-    table.add_column("tokens/s\n[dim]ratio to base, spread[/]")
+    cells = {(row["workload"], row["system"]): row for row in document["rows"]}
+    systems = _columns(document["rows"])
+    table = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column("tokens/s\n[dim]ratio, spread[/]", min_width=18)
     for system in systems:
-        table.add_column(_HEADS.get(system, system), justify="right")
-    for item in measured:
-        found = [cells.get((item.workload.name, system)) for system in systems]
-        if any(found):
-            table.add_row(_title(item), *(_cell(row, reasons) for row in found))
-    table.caption = "\n".join(f"({number}) {escape(reason)}" for number, reason in enumerate(reasons, 1))
-    return table
+        table.add_column(HEADS.get(system, escape(system)), justify="right")
+    previous = ""
+    for item in document["workloads"]:
+        found = [cells.get((item["name"], system)) for system in systems]
+        if item["kind"] == "training" or not any(found):
+            continue
+        if previous in _DECODING and item["kind"] not in _DECODING:
+            table.add_section()
+        previous = item["kind"]
+        table.add_row(_title(item), *(_cell(row, reasons) for row in found))
+    lines: list[RenderableType] = [Text(line) for line in _machine(document)]
+    lines += [table] if table.row_count else []
+    lines += [Text(f"({number}) {reason}") for number, reason in enumerate(reasons, 1)]
+    lines += [Text(line) for line in _absent(document["rows"], systems)]
+    return Group(*lines, *_training(document))
 
 
-def _title(item: Measured) -> str:
-    unit = {"change": " [dim](ms)[/]", "cold": " [dim](s)[/]"}.get(item.workload.kind, "")
-    return escape(item.workload.title) + unit
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """The systems that have a number in the table; training stands below it."""
+    return list(dict.fromkeys(row["system"] for row in rows if row["kind"] != "training" and row["reason"] is None))
 
 
-def _cell(row: Mapping[str, Any] | None, reasons: list[str]) -> str:
+def _absent(rows: Sequence[Row], systems: Sequence[str]) -> list[str]:
+    """A line for each system without a column, where all that kept it out is one and the same reason."""
+    why: dict[str, set[str]] = {}
+    for row in rows:
+        if row["system"] not in systems and row["kind"] != "training":
+            why.setdefault(row["system"], set()).add(row["reason"])
+    return [
+        f"{HEADS.get(system, system).replace(chr(10), '')}: {reasons.pop()}"
+        for system, reasons in why.items()
+        if len(reasons) == 1 and system != "peft-trainer"
+    ]
+
+
+def _machine(document: Mapping[str, Any]) -> list[str]:
+    facts = document["machine"]
+    device = facts.get("gpu", facts["cpu"])
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    where = f"{device}, {facts['threads']} threads of {facts['cores']} cores, {facts['memory_gib']} GiB"
+    return [f"{document['base']} ({document['precision']}) on {where}", versions, ""]
+
+
+def _title(item: Mapping[str, Any]) -> str:
+    unit = _UNITS.get(item["kind"])
+    return escape(item["title"]) + (f"\n[dim]{unit}[/]" if unit else "")
+
+
+def _cell(row: Row | None, reasons: list[str]) -> str:
     if row is None:
         return ""
-    if row["seconds"] is None:
+    if row["reason"] is not None:
         if row["reason"] not in reasons:
             reasons.append(row["reason"])
         return f"[dim]({reasons.index(row['reason']) + 1})[/]"
     ratio = "" if row["ratio_to_base"] is None else f"{row['ratio_to_base']:.2f} "
-    return f"{_value(row)}\n[dim]{ratio}±{row['spread'] * 100:.0f}%[/]"
+    repeated = f"±{row['spread'] * 100:.0f}%" if row["repeats"] > 1 else ""
+    return f"{_value(row)}\n[dim]{ratio}{repeated}[/]"
 
 
-def _value(row: Mapping[str, Any]) -> str:
+def _value(row: Row) -> str:
     if row["kind"] == "change":
         return f"{row['seconds'] * 1000:.2f}"
     if row["kind"] == "cold":
         return f"{row['seconds']:.2f}"
-    return f"{row['tokens_per_s']:.0f}" if row["tokens_per_s"] >= 100 else f"{row['tokens_per_s']:.1f}"
+    value = float(row["megabytes"] or row["tokens_per_s"])
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _training(document: Mapping[str, Any]) -> list[Text]:
+    """A line for each training workload: its columns are others."""
+    lines = []
+    for item in document["workloads"]:
+        parts = [
+            f"{HEADS[row['system']].replace(chr(10), ' ')} {_value(row)} tokens/s"
+            + ("" if row["ratio"] is None or row["system"] == row["reference"] else f" ({row['ratio']:.2f} of it)")
+            for row in document["rows"]
+            if row["workload"] == item["name"] and row["kind"] == "training" and row["tokens_per_s"]
+        ]
+        if parts:
+            lines.append(Text(f"{item['title']}: {', '.join(reversed(parts))}"))
+    return lines

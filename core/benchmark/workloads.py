@@ -10,7 +10,10 @@ from typing import Literal
 
 from lora_rt.errors import LoraRtError
 
-Kind = Literal["decode", "prefill", "change", "cold", "training"]
+Kind = Literal["decode", "prefill", "change", "cold", "memory", "training"]
+PROCESSES: tuple[Kind, ...] = ("cold", "memory", "training")
+"""Kinds that need processes of their own."""
+
 Mix = tuple[tuple[str, float], ...]
 """One row's composition: resident name and weight of each term; empty is the base alone."""
 
@@ -28,8 +31,9 @@ class Workload:
 
     Args:
         name, title: for options, and for people.
-        kind: "decode" times the steps behind the prompt, "prefill" the prompt and the first token, "change" the way from
-            one composition to the next, "cold" a process from its start to the first token, "training" a short run.
+        kind: what is timed. "decode": the steps behind the prompt. "prefill": the prompt and the first token. "change":
+            the way from one composition to the next. "cold": a process from its start to its first token. "memory": no
+            time, but the peak of a process that decodes. "training": a short run.
         rows, prompt_tokens, new_tokens: the batch; every prompt has the same length.
         resident, active: adapters in memory, and how many of them each row uses.
         distinct: every row has a composition of its own.
@@ -89,6 +93,7 @@ DEFAULT = (
     Workload("change-weights", "new weights, 4 active", kind="change"),
     Workload("change-adapters", "other adapters, 4 of 64", kind="change", resident=64),
     Workload("cold", "process start to first token", kind="cold", resident=2, active=2),
+    Workload("memory", "peak memory, 16 rows", kind="memory", rows=16),
     Workload("training", "training steps", kind="training"),
 )
 

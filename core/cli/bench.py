@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,39 +12,67 @@ import typer
 from lora_rt.core.cli import options
 
 if TYPE_CHECKING:
+    from lora_rt.core.benchmark.origin import Origin
     from lora_rt.core.benchmark.workloads import Workload
 
-SYSTEMS = ("base", "generate", "ours", "peft-set", "peft-cat", "peft-mixed")
+SYSTEMS = ("base", "generate", "ours", "peft-set", "peft-cat", "peft-mixed", "peft-trainer", "llama.cpp")
+_INTERRUPTED = 130
 
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A small set, for a first look.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="The grid of rows, residents and targets; takes long.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="The grid of rows, residents and targets; takes long.")
+    ] = False,
     workloads: Annotated[
-        str, typer.Option("--workloads", metavar="NAME,...", help="Of these names or patterns alone (rows16-*).")
+        str, typer.Option("--workloads", metavar="NAME,...", help="These alone, by name or pattern (rows16-*).")
     ] = "",
-    systems: Annotated[str, typer.Option("--systems", metavar="NAME,...", help=f"{', '.join(SYSTEMS)}.")] = "",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="How often everything is measured.")] = 5,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of the processor; all if left out.")] = None,
+    systems: Annotated[
+        str, typer.Option("--systems", metavar="NAME,...", help=f"These alone, of: {', '.join(SYSTEMS)}.")
+    ] = "",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="How often each is measured.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of the processor; torch's default if left out.")
+    ] = None,
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
+    random_base: Annotated[
+        str | None,
+        typer.Option("--random-base", metavar="SIZE", help="A base of random weights instead: tiny, 7b or 13b."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="F.png", help="Draw the ratios into this file.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure lora-rt beside the base alone and PEFT, on the same base, prompts and adapters, interleaved."""
-    chosen = _workloads(quick, sweep, workloads)
-    names = _systems(systems)
-    document, shown = _run(chosen, names, repeats, threads, base, precision, device)
+    """Measure lora-rt beside the base alone, PEFT and llama.cpp: the same base, prompts and adapters, interleaved."""
     from lora_rt.core.cli.console import out, print_json
 
+    chosen = _workloads(quick, sweep, workloads)
+    names = _systems(systems)
+    origin = _origin(base, precision, device, random_base)
+    if plot is not None:
+        from lora_rt.core.benchmark.plot import check_plot
+
+        check_plot(plot)
+    document, whole = _run(origin, chosen, names, repeats, threads)
     if as_json:
         print_json(document)
     else:
-        out.print(shown)
+        from lora_rt.core.benchmark.table import shown
+
+        out.print(shown(document))
+    if plot is not None:
+        from lora_rt.core.benchmark.plot import draw
+
+        draw(document, plot)
+    if not whole:
+        raise typer.Exit(_INTERRUPTED)
 
 
 def _split(text: str) -> list[str]:
-    return [name for name in text.replace(",", " ").split() if name]
+    return text.replace(",", " ").split()
 
 
 def _workloads(quick: bool, sweep: bool, names: str) -> list[Workload]:
@@ -52,6 +82,7 @@ def _workloads(quick: bool, sweep: bool, names: str) -> list[Workload]:
 
 
 def _systems(names: str) -> list[str]:
+    """In the order of the table."""
     from lora_rt.core.benchmark.workloads import refuse_unknown
 
     wanted = _split(names) or list(SYSTEMS)
@@ -59,50 +90,54 @@ def _systems(names: str) -> list[str]:
     return [name for name in SYSTEMS if name in wanted]
 
 
+def _origin(base: str, precision: str, device: str, random_base: str | None) -> Origin:
+    from lora_rt.core.base.precision import check_precision
+    from lora_rt.core.benchmark.origin import Origin
+    from lora_rt.core.benchmark.random_base import check_size
+
+    if random_base is not None:
+        if base != "default":
+            raise typer.BadParameter("there can be one base: --base or --random-base")
+        check_size(random_base)
+    return Origin(base, check_precision(precision), device, random_base)
+
+
 def _run(
-    chosen: list[Workload],
-    names: list[str],
-    repeats: int,
-    threads: int | None,
-    base: str,
-    precision: str,
-    device: str,
-) -> tuple[dict[str, Any], Any]:
+    origin: Origin, chosen: list[Workload], names: list[str], repeats: int, threads: int | None
+) -> tuple[dict[str, Any], bool]:
+    """The document, and whether it is whole: of an interrupted run it has what there was."""
     import tempfile
 
     import torch
-    from rich.progress import Progress
 
-    from lora_rt.core.base.load import load_base
     from lora_rt.core.benchmark.lab import Lab
-    from lora_rt.core.benchmark.machine import machine, versions
-    from lora_rt.core.benchmark.results import rows, settings
+    from lora_rt.core.benchmark.results import document
     from lora_rt.core.benchmark.session import Measured, measure
     from lora_rt.core.benchmark.systems.all import make_systems
-    from lora_rt.core.benchmark.table import results_table
-    from lora_rt.core.cli.console import err
 
     if threads is not None:
         torch.set_num_threads(threads)
     measured: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="lora-rt-bench-") as folder:
-        lab = Lab(load_base(base, precision, device), Path(folder))
+        lab = Lab(origin, Path(folder))
         systems = make_systems(names, lab)
-        with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-            task = progress.add_task("measuring", total=len(chosen) * len(systems) * (repeats + 1))
-            report = lambda what: progress.update(task, advance=1, description=what)  # noqa: E731
+        with _progress(len(chosen)) as report:
             try:
-                for item in measure(chosen, systems, repeats, report):
+                for item in measure(lab, chosen, systems, repeats, report):
                     measured.append(item)
             except KeyboardInterrupt:
-                pass
-    found = rows(measured, names)
-    document = {
-        "machine": machine(lab.device),
-        "versions": versions(),
-        "base": lab.base.identity.id,
-        "precision": precision,
-        "workloads": settings(measured),
-        "rows": found,
-    }
-    return document, results_table(measured, found, names)
+                return document(lab, measured, names), False
+    return document(lab, measured, names), True
+
+
+@contextmanager
+def _progress(workloads: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar over the workloads on standard error; told of every repeat."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from lora_rt.core.cli.console import err
+
+    columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("", total=workloads)
+        yield lambda done, what: progress.update(task, completed=done, description=what)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.systems.base import BaseAlone
 from lora_rt.core.benchmark.systems.generate import Generate
+from lora_rt.core.benchmark.systems.llama_cpp import LlamaCpp
 from lora_rt.core.benchmark.systems.ours import Ours
 from lora_rt.core.benchmark.systems.peft import Peft, PeftConcatenated, PeftMixedBatch, PeftSetAdapter
+from lora_rt.core.benchmark.systems.peft_trainer import PeftTrainer
 from lora_rt.core.benchmark.systems.system import System
 
 
@@ -22,5 +24,7 @@ def make_systems(names: Sequence[str], lab: Lab) -> list[System]:
         PeftSetAdapter(lab, peft),
         PeftConcatenated(lab, peft),
         PeftMixedBatch(lab, peft),
+        PeftTrainer(lab),
+        LlamaCpp(lab),
     ]
     return [system for system in systems if system.name in names]

@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from lora_rt.core.benchmark.lab import Lab
+from lora_rt.core.benchmark.processes.cold import bare_repeat
+from lora_rt.core.benchmark.processes.memory import memory_repeat
 from lora_rt.core.benchmark.systems.greedy import greedy_repeat, greedy_tokens
 from lora_rt.core.benchmark.systems.system import Repeat
 from lora_rt.core.benchmark.workloads import Workload
@@ -29,7 +31,11 @@ class BaseAlone:
         return {"change": "has no composition", "training": "trains nothing"}.get(workload.kind)
 
     def prepare(self, workload: Workload) -> Repeat:
-        """The plain loop."""
+        """The plain loop, or a process of its own."""
+        if workload.kind == "cold":
+            return bare_repeat(self._lab)
+        if workload.kind == "memory":
+            return memory_repeat(self._lab, self.name, workload)
         return greedy_repeat(self._lab, self._model, workload)
 
     def tokens(self, workload: Workload) -> Sequence[Sequence[int]]:

@@ -13,6 +13,9 @@ import torch
 
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.numbers import Sample
+from lora_rt.core.benchmark.processes.cold import compose_repeat
+from lora_rt.core.benchmark.processes.memory import memory_repeat
+from lora_rt.core.benchmark.processes.training import training_repeat
 from lora_rt.core.benchmark.systems.greedy import timed, wanted_steps
 from lora_rt.core.benchmark.systems.system import Repeat
 from lora_rt.core.benchmark.workloads import Mix, Workload
@@ -44,7 +47,13 @@ class Ours:
         return None
 
     def prepare(self, workload: Workload) -> Repeat:
-        """Makes exactly the workload's adapters resident."""
+        """Makes exactly the workload's adapters resident, here or in a process of its own."""
+        if workload.kind == "cold":
+            return compose_repeat(self._lab, workload)
+        if workload.kind == "memory":
+            return memory_repeat(self._lab, self.name, workload)
+        if workload.kind == "training":
+            return training_repeat(self._lab, workload, "ours")
         self._reside(workload)
         if workload.kind == "change":
             return self._change(workload)

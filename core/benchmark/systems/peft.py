@@ -11,6 +11,8 @@ from typing import Any
 
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.numbers import Sample
+from lora_rt.core.benchmark.processes.cold import bare_repeat
+from lora_rt.core.benchmark.processes.memory import memory_repeat
 from lora_rt.core.benchmark.systems.greedy import greedy_repeat, greedy_tokens
 from lora_rt.core.benchmark.systems.system import Repeat
 from lora_rt.core.benchmark.workloads import Mix, Workload
@@ -84,10 +86,14 @@ class PeftSetAdapter:
         """One composition is the state of the model."""
         if workload.differs:
             return "cannot mix weights in a batch"
-        return "trains by its Trainer" if workload.kind == "training" else None
+        return "trains by the Trainer" if workload.kind == "training" else None
 
     def prepare(self, workload: Workload) -> Repeat:
-        """The plain loop, with the composition set before each repeat and outside of its time."""
+        """The plain loop, with the composition set before each repeat and outside of its time; or a process."""
+        if workload.kind == "cold":
+            return bare_repeat(self._lab, workload)
+        if workload.kind == "memory":
+            return memory_repeat(self._lab, self.name, workload)
         model = self._peft.reside(workload)
         if workload.kind == "change":
             return _changes(self._lab, workload, self._peft.activate, self._peft.activate)
@@ -137,7 +143,9 @@ class PeftConcatenated:
         return "as set_adapter" if workload.kind in ("cold", "training") else None
 
     def prepare(self, workload: Workload) -> Repeat:
-        """The plain loop; the mix is made before each repeat and outside of its time."""
+        """The plain loop; the mix is made before each repeat and outside of its time. Or a process."""
+        if workload.kind == "memory":
+            return memory_repeat(self._lab, self.name, workload)
         model = self._peft.reside(workload)
         if workload.kind == "change":
             return _changes(self._lab, workload, self._peft.concatenate, lambda _: self._peft.forget_mix(), times=1)

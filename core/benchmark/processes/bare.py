@@ -1,0 +1,54 @@
+"""A bare script: transformers, and PEFT where adapters are named, from the import to the first token.
+
+    python bare.py FOLDER DTYPE DEVICE PROMPT [NAME=WEIGHT=ADAPTER ...]
+
+It is what lora-rt's cold start is compared with, and imports nothing of lora-rt.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Load, read the prompt, and print the first token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, dtype, device, prompt, *adapters = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": device})
+    if adapters:
+        model = with_adapters(model, [adapter.split("=", 2) for adapter in adapters])
+    model.eval()
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    given = {key: inputs[key].to(device) for key in ("input_ids", "attention_mask")}
+    output = model.generate(**given, max_new_tokens=1, do_sample=False)
+    print(repr(tokenizer.decode(output[0, given["input_ids"].shape[1] :])), flush=True)
+
+
+def with_adapters(model: Any, adapters: list[list[str]]) -> Any:
+    """A PeftModel with all of them active; each is [name, weight, folder]."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    model = PeftModel.from_pretrained(model, adapters[0][2], adapter_name=adapters[0][0])
+    for name, _, path in adapters[1:]:
+        model.load_adapter(path, name)
+    model.base_model.set_adapter([name for name, _, _ in adapters], inference_mode=True)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight, _ in adapters:
+                module.set_scale(name, float(weight))
+    return model
+
+
+if __name__ == "__main__":
+    main()
