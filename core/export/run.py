@@ -20,7 +20,7 @@ from lora_rt.core.export.outline import Outline, outline
 from lora_rt.core.export.peft import write_peft_adapter
 from lora_rt.core.export.static import check_static
 from lora_rt.core.export.terms import ExportTerm, raise_all, read_terms
-from lora_rt.plugins.manager import load_modes
+from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import durable, files
 from lora_rt.registry.card import write_card
 from lora_rt.registry.inspection import inspect_adapter
@@ -72,6 +72,7 @@ def export(
     dtype: torch.dtype | None = None,
     static: bool = False,
     registry: Registry | None = None,
+    modes: ModeHost | None = None,
 ) -> Exported:
     """Write a composition as something that others load.
 
@@ -83,18 +84,19 @@ def export(
         dtype: of what is saved; float32 for adapters and bfloat16 for a merged model if left out.
         static: export gated and waiting adapters as if they were always on, instead of refusing them.
         registry: where names resolve; that of the working directory by default.
+        modes: whose hooks are asked whether they act at inference; the installed ones by default.
 
     Raises:
         LoraRtError: a term can't be used or has no static equivalent, or the format can't hold the composition.
     """
     given = Composition.parse(composition) if isinstance(composition, str) else composition
-    modes = load_modes()
+    host = modes or load_modes()
     with durable.new_folder(out) as folder:
         shape = outline(base)
         if to == "gguf":
             architecture_of(shape.config)
-        terms, failures = read_terms(given, registry or Registry(sources=modes.sources()), shape)
-        notes, dynamic = ([], []) if static else check_static(terms, modes, shape)
+        terms, failures = read_terms(given, registry or Registry(sources=host.sources()), shape)
+        notes, dynamic = ([], []) if static else check_static(terms, host, shape)
         raise_all([*failures, *dynamic], f"{len(failures) + len(dynamic)} terms of {given} can't be exported")
         factors = combine(terms, shape)
         chosen = dtype or (torch.bfloat16 if to == "merged" else torch.float32)
