@@ -54,7 +54,8 @@ class AdapterCard(BaseModel):
     """What `register.json` says.
 
     `state` lists every tensor of `mode.safetensors`; it is empty where the mode keeps none. `training` holds the
-    settings of the run. `metrics` are plain numbers by name, for instance `gain_nats_per_token`.
+    settings of the run. `metrics` are plain numbers by name, for instance `gain_nats_per_token`. `lora_rt` is the
+    version that wrote it. Nothing here writes `created`: the same run then gives the same bytes, and one digest.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -17,11 +17,16 @@ from lora_rt.registry.card import read_card, write_card
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
 from lora_rt.registry.mixes import Mix, MixTerm
+from lora_rt.registry.reference import is_name
 from lora_rt.registry.registry import Registry
+from lora_rt.version import __version__
 
 
 def check_name(name: str, registry: Registry) -> None:
     """Raises StoreError where a composition can't have this name: an adapter has it, or it is none."""
+    if not is_name(name):
+        text = f"{name[:80]!r} is not a name that a composition can have"
+        raise StoreError(text, next_step="Use letters, digits, '.', '_' and '-'")
     if name in registry.names():
         text = f"{name!r} is the name of an adapter"
         raise StoreError(text, next_step="Give the composition another one with --name")
@@ -51,5 +56,5 @@ def write_fitted(source: Path, target: Path, state: Mapping[str, Tensor], metric
     save_file({**kept, **fitted}, target / STATE)
     card = read_card(source)
     assert card is not None  # an adapter without a card has no mode with a state
-    changes = {"metrics": {**card.metrics, **metrics}, "state": described_state(target)}
+    changes = {"metrics": {**card.metrics, **metrics}, "state": described_state(target), "lora_rt": __version__}
     write_card(target, card.model_copy(update=changes))

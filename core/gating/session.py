@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.composition import Composition
+from lora_rt.core.composition.mixing import expanded
 from lora_rt.core.gating.data import read_items
 from lora_rt.core.gating.frozen import Frozen
 from lora_rt.core.gating.saving import check_name, save_mix, write_fitted
@@ -19,6 +20,7 @@ from lora_rt.core.gating.weights import TuneSettings, tune
 from lora_rt.core.training.data import digest_of
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry.mixes import Mix
+from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
 Advance = Callable[[str, float], None]
@@ -48,6 +50,8 @@ class Fitted:
 def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], dict[str, str]]:
     """Base and adapters in memory, their first weights and their references, both by resident name.
 
+    A named composition stands for its adapters, with the weights that it gives them (of weights per layer the mean).
+
     Raises:
         GatingError: one adapter stands twice, or a term wakes up later.
     """
@@ -56,14 +60,20 @@ def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], di
     weights: dict[str, float] = {}
     references: dict[str, str] = {}
     for term in job.composition.terms:
-        ((info, weight),) = frozen.residents.ensure(Composition((term,)))
-        if term.after is not None or info.name in weights:
-            text = f"the term {term} can't be tuned: it wakes up later, or its adapter stands twice"
-            raise GatingError(text, next_step="Name every adapter once, without a bracket")
-        weights[info.name] = weight
-        reference = term.reference
-        references[info.name] = str(Path(reference.target).absolute()) if reference.kind == "path" else reference.text
+        parts = expanded(term, registry.mixes, base.facts)
+        for part, item in zip(parts, frozen.residents.present(Composition((term,))), strict=True):
+            name = item.info.name
+            if term.after is not None or name in weights:
+                text = f"the term {term} can't be tuned: it wakes up later, or its adapter stands twice"
+                raise GatingError(text, next_step="Name every adapter once, without a bracket")
+            weights[name] = item.mean_weight
+            references[name] = _lasting(part.reference)
     return frozen, weights, references
+
+
+def _lasting(reference: Reference) -> str:
+    """The reference in a form that means the same in another working directory."""
+    return str(Path(reference.target).expanduser().absolute()) if reference.kind == "path" else reference.text
 
 
 def tune_mix(job: Job, name: str, settings: TuneSettings, advance: Advance) -> Mix:

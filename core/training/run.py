@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from rich.console import Console
 
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.generation.prompts import answer_ids, prompt_ids
@@ -17,17 +18,19 @@ from lora_rt.core.training.adapter import described_state, fresh_adapter, write_
 from lora_rt.core.training.checkpoints import Checkpoints, forget, newest_whole, restore_state
 from lora_rt.core.training.data import digest_of, read_pairs
 from lora_rt.core.training.live import LiveLine
-from lora_rt.core.training.loop import Collator, ModeTrainer, Sequences, label_nll
+from lora_rt.core.training.loop import Collator, ModeTrainer, Sequences, checkpointed, label_nll
+from lora_rt.core.training.portions import pick_portions
 from lora_rt.core.training.ranks import RankGates
-from lora_rt.core.training.settings import SettingsError, TrainSettings
+from lora_rt.core.training.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry import home
 from lora_rt.registry.card import AdapterCard, write_card
+from lora_rt.version import __version__
 
 _HELD_OUT_SHARE = 0.1
-_EVALUATION_BATCH = 16
+_OPTIMIZERS: Mapping[Optimizer, str] = {"adamw": "adamw_torch_fused", "paged-adamw-8bit": "paged_adamw_8bit"}
 _CHECKPOINT_STEPS = 20  # what a power cut costs at most; writing one takes a fraction of a second
 
 
@@ -118,11 +121,15 @@ class _Run:
         self.examples = len(training)
         self.training = self._encode(training)
         self.held_out = self._encode(held_out)
+        self.portions = pick_portions(settings, base, objective, [*self.training, *self.held_out])
         self.model = fresh_adapter(base, settings)
+        if self.portions.checkpointing:
+            checkpointed(self.model)
         self.gates = RankGates(self.model, objective, settings.r)
         if objective.state is not None:
             self.model.add_module("lora_rt_mode_state", objective.state.to(base.device))
-        self.checkpoint_folder = home.checkpoints() / f"{settings.register}-{settings.fingerprint(self.data_digest)}"
+        fingerprint = settings.fingerprint(self.data_digest, self.portions.optimizer)
+        self.checkpoint_folder = home.checkpoints() / f"{settings.register}-{fingerprint}"
 
     def _encode(self, examples: Sequence[dict[str, Any]]) -> list[Encoded]:
         limit = int(getattr(self.base.model.config, "max_position_embeddings", 1 << 30))
@@ -141,6 +148,8 @@ class _Run:
         return encoded
 
     def execute(self, folder: Path, *, resume: bool) -> TrainResult:
+        if self.portions.why:
+            Console(stderr=True, highlight=False).print(self.portions.why, markup=False, soft_wrap=True)
         before = self.held_out_loss()
         checkpoint = self._checkpoint(resume)
         trainer, checkpoints, live = self._trainer()
@@ -184,6 +193,7 @@ class _Run:
         arguments = TrainingArguments(
             output_dir=str(self.checkpoint_folder),
             per_device_train_batch_size=self.settings.batch_size,
+            optim=_OPTIMIZERS[self.portions.optimizer],
             num_train_epochs=self.settings.epochs,
             learning_rate=self.settings.learning_rate,
             lr_scheduler_type="cosine",
@@ -212,21 +222,26 @@ class _Run:
             callbacks=[checkpoints, live],
             objective=self.objective,
             gates=self.gates,
+            accumulation=self.portions.accumulation,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer, checkpoints, live
 
     def held_out_loss(self) -> float:
-        """Mean negative log-likelihood per labelled token of the held-out examples, in nats."""
+        """Mean negative log-likelihood per labelled token of the held-out examples, in nats.
+
+        As many at once as in a part of a training step: without gradients they take less than that.
+        """
         collate = Collator(int(self.base.tokenizer.pad_token_id))
         ordered = sorted(self.held_out, key=lambda item: len(item.input_ids))
         rows = Sequences(ordered)
+        size = -(-self.settings.batch_size // self.portions.accumulation)
         training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for start in range(0, len(rows), _EVALUATION_BATCH):
-                batch = collate([rows[i] for i in range(start, min(start + _EVALUATION_BATCH, len(rows)))])
+            for start in range(0, len(rows), size):
+                batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
                 moved = send_to_device(batch, self.base.device)
                 with self.gates.over(moved):
                     sums, counts = label_nll(self.model, moved)
@@ -254,8 +269,12 @@ class _Run:
                 "learning_rate": settings.learning_rate,
                 "epochs": settings.epochs,
                 "batch_size": settings.batch_size,
+                "optimizer": self.portions.optimizer,
+                "accumulation": self.portions.accumulation,
+                "gradient_checkpointing": self.portions.checkpointing,
                 "precision": settings.precision,
                 "examples": self.examples,
                 **{f"option {key}": value for key, value in settings.options.items()},
             },
+            lora_rt=__version__,
         )

@@ -193,6 +193,25 @@ def test_a_named_composition_is_listed_composed_and_removed(
         runtime.generate("hello", "mine")
 
 
+def test_a_composition_is_tuned_further_as_its_adapters(zoo: Zoo, tmp_path: Path) -> None:
+    adapters = [zoo.adapter("llama", seed=seed) for seed in (1, 2)]
+    data = write(tmp_path / "mix.jsonl", LINES)
+    common = ["--data", str(data), "--epochs", "1", "--base", str(zoo.base("llama")), "--precision", "float32"]
+    first = invoke("tune", *map(str, adapters), "--name", "mine", "--per", "layer", *common)
+    again = invoke("tune", "mine:0.5", "--name", "mine", "--lr", "0.000001", *common)
+    for before, after in zip(first["terms"], again["terms"], strict=True):  # type: ignore[call-overload]
+        assert (after["reference"], after["sha256"]) == (before["reference"], before["sha256"])
+        assert after["weight"] == pytest.approx(sum(before["layers"]) / len(before["layers"]) / 2, abs=1e-3)
+    assert zoo.runtime("llama", fresh=True).generate("x", "mine", max_new_tokens=1) is not None
+
+
+def test_a_name_that_a_composition_can_not_have_is_refused_before_anything_is_loaded(zoo: Zoo, tmp_path: Path) -> None:
+    data = write(tmp_path / "mix.jsonl", LINES)
+    result = CliRunner().invoke(app, ["tune", "x", "--data", str(data), "--name", "a b", "--base", str(tmp_path)])
+    assert isinstance(result.exception, LoraRtError)
+    assert "'a b' is not a name that a composition can have" in result.exception.message
+
+
 def invoke_list() -> list[dict[str, object]]:
     found: list[dict[str, object]] = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import lora_rt.version
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.training import run as run_module
 from lora_rt.core.training.checkpoints import newest_whole
@@ -60,6 +61,7 @@ def test_the_trained_adapter_is_what_the_runtime_then_measures(settings: Make, f
     assert after < before - 0.3
     assert read_card(folder) == result.card
     assert result.card.metrics["held_out_nll_after"] == pytest.approx(result.loss_after, abs=1e-3)
+    assert (result.card.lora_rt, result.card.created) == (lora_rt.version.__version__, "")
 
 
 def test_one_seed_gives_one_adapter(settings: Make, tmp_path: Path) -> None:
