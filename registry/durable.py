@@ -60,10 +60,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         for file in (path for path in scratch.rglob("*") if path.is_file()):
+            file.chmod(0o644)  # safetensors keeps others out, and so does mkdtemp
             sync_file(file)
         if target.exists():
             target.rmdir()
-        scratch.chmod(0o755)  # mkdtemp keeps others out
+        scratch.chmod(0o755)
         os.rename(scratch, target)
         sync_folder(parent)
     finally:
