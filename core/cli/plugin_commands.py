@@ -51,6 +51,20 @@ def examined_modes() -> ModeHost:
     return modes
 
 
+def subcommands_of(mode: str) -> list[str]:
+    """The commands of the group that has a mode's name: they are how its adapters are used. None where there is none.
+
+    Asks the mode's own plugin alone.
+    """
+    from lora_rt.core.cli.app import app
+    from lora_rt.plugins.manager import load_modes
+
+    command = typer.main.get_group(app).commands.get(mode)
+    if command is None and mode in (modes := load_modes()).providers(_HOOK):
+        command = _commands_of(modes, mode).get(mode)
+    return list(getattr(command, "commands", {}))
+
+
 def plugin_commands(modes: ModeHost, ours: Collection[str]) -> dict[str, Any]:
     """Name -> command of everything that plugins add; what is refused is noted in the plugin's record.
 

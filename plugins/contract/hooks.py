@@ -66,6 +66,7 @@ def lora_rt_commands(app: typer.Typer) -> None:
     """Fires when a command is not one of ours, and for `lora-rt --help`: add subcommands to `app`.
 
     `app` is this plugin's own and empty. A command that has the name of one of ours is left out. Given up after 5 s.
+    Where a group of commands has the mode's name, `lora-rt compose` points to it when an adapter of the mode speaks.
     """
 
 

@@ -193,3 +193,14 @@ def test_a_chat_keeps_the_conversation_and_changes_the_mix(
     assert (asked[1][0][0], asked[1][0][-1], len(asked[1][0])) == ("ab", "cd", 3)
     assert "there is no adapter 'nobody'" in done.err
     assert "there is no /dance" in done.err
+
+
+def test_an_adapter_whose_mode_has_commands_says_so_beside_the_answer_and_not_in_json(
+    cli: Cli, tiny: list[str], zoo: Zoo
+) -> None:
+    bridge = str(zoo.adapter("llama", mode="bridge", seed=1))
+    done = cli("compose", bridge, "-p", "ab", *tiny)
+    assert "bridge has commands of its own: lora-rt bridge compress|expand|roundtrip|cycle" in done.err
+    assert "of its own" not in done.out
+    assert "of its own" not in cli("compose", str(zoo.adapter("llama", seed=1)), "-p", "ab", *tiny).err
+    assert cli("compose", bridge, "-p", "ab", "--json", *tiny).err == ""

@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
+from lora_rt.core.cli.plugin_commands import subcommands_of
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import SECONDS_VARIABLE, PluginError
 from support.plugins import plugin, point
@@ -72,6 +73,20 @@ def test_a_plugin_adds_a_group_of_commands(installed: Any) -> None:
     installed(point(plugin(lora_rt_commands)))
     assert run(app, ["greetings", "hello", "world"]).stdout == "hello world\n"
     assert isinstance(run(app, ["greetings", "failing"]).exception, PluginError)
+
+
+def test_a_group_that_has_the_modes_name_is_how_its_adapters_are_used(installed: Any) -> None:
+    def lora_rt_commands(app: typer.Typer) -> None:
+        inner = typer.Typer()
+        inner.command()(hello)
+        app.add_typer(inner, name="greeting")
+        app.command("single")(hello)
+
+    made = plugin(lora_rt_commands)
+    installed(point(made, "greeting"), point(made, "single"))
+    assert subcommands_of("greeting") == ["hello"]
+    assert subcommands_of("single") == subcommands_of("output-only") == subcommands_of("nobody") == []
+    assert "compress" in subcommands_of("bridge")
 
 
 def test_a_command_of_ours_loads_no_plugin(installed: Any) -> None:

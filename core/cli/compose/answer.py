@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.plugin_commands import subcommands_of
 from lora_rt.core.runtime import Runtime
 
 
@@ -39,10 +40,14 @@ def speak(runtime: Runtime, request: ComposeRequest, prompt: Any) -> str:
 def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
     """Which adapters speak, with which weight, and where each came from; on standard error."""
     lines = []
-    for info, weight in _terms(runtime, request):
+    terms = _terms(runtime, request)
+    for info, weight in terms:
         revision = f"@{info.revision[:12]}" if info.revision else ""
         origin = f"{info.mode}, {info.source}{revision}, sha256 {info.sha256[:8]}"
         lines.append(f"[bold]{escape(info.name)}[/]:{weight:g}  [dim]{escape(origin)}[/]")
+    for mode in dict.fromkeys(info.mode for info, _ in terms):
+        if names := subcommands_of(mode):
+            lines.append(f"[dim]{escape(mode)} has commands of its own: lora-rt {escape(mode)} {'|'.join(names)}[/]")
     facts = runtime.base
     lines.append(
         f"[dim]over {escape(facts.id)} ({facts.precision}), temperature {request.temperature:g}, seed {request.seed}[/]"
