@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from lora_rt.core.cli.options import Json
+from lora_rt.core.cli import options
 
 
 def lock(
     check: Annotated[bool, typer.Option("--check", help="Only say whether the lock fits; change nothing.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
-    as_json: Json = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Pin every adapter of the project to a full commit and the sha256 of each file, and its compositions."""
     from lora_rt.core.cli.console import out, print_json

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_rt.core.cli.options import Json
+from lora_rt.core.cli import options
 
 
 def pull(
@@ -14,8 +14,8 @@ def pull(
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Its name here; the repository's if left out.")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
-    as_json: Json = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Pull an adapter from the Hub, pinned to a full commit and checked before it is installed."""
     from rich.markup import escape

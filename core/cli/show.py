@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_rt.core.cli.options import Json
+from lora_rt.core.cli import options
 
 if TYPE_CHECKING:
     from lora_rt.registry.inspection import InspectedAdapter
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def show(
     reference: Annotated[str, typer.Argument(metavar="REF", help="A name, org/repo, or a path; with @revision.")],
-    offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
-    as_json: Json = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show an adapter or a named composition: where it is, which rule led there, and what it holds."""
     from lora_rt.core.cli.console import out, print_json

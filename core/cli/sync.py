@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from lora_rt.core.cli.options import Json
+from lora_rt.core.cli import options
 
 
 def sync(
     frozen: Annotated[bool, typer.Option("--frozen", help="Refuse to change the lock.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Make no request.")] = False,
-    as_json: Json = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Install exactly the adapters and compositions of the lock; without --frozen, first bring it up to date."""
     from rich.markup import escape

@@ -30,7 +30,7 @@ def tune(
     specs: Annotated[
         list[str], typer.Argument(metavar="SPEC...", help="The adapters; their weights here are where it starts from.")
     ],
-    data: Annotated[Path, typer.Option("--data", metavar="F.jsonl", help='Lines {"scene": "...", "text": "..."}.')],
+    data: options.Data,
     per: Annotated[Per, typer.Option("--per", help="What is learned; scene needs a scene_type in every line.")] = (
         Per.ADAPTER
     ),
@@ -46,7 +46,7 @@ def tune(
         float | None, typer.Option("--lr", min=1e-6, max=10, help="Adam's: 0.03 on weights, 0.1 on gates if left out.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples per step.")] = 8,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
     """Learn from examples how much each adapter should say, with base and adapters frozen."""

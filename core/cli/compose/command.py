@@ -18,7 +18,7 @@ def compose(
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
-    scene: Annotated[str | None, typer.Option("--scene", help="The scene type, for modes that gate by it.")] = None,
+    scene: options.Scene = None,
     after: Annotated[
         str | None, typer.Option("--after", metavar="TEXT", help="Let the adapters wake up where this has appeared.")
     ] = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def explain(
     specs: options.Specs,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to look at.")],
-    scene: Annotated[str | None, typer.Option("--scene", help="The scene type; registered if left out.")] = None,
+    scene: options.Scene = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=0, help="Also look at a greedy answer of so many tokens.")
     ] = 0,
