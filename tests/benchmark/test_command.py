@@ -1,0 +1,84 @@
+"""The command: one document or one table, refusals before anything is loaded, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_rt.core.benchmark import session
+from support.cli import Cli
+
+TINY = ("bench", "--random-base", "tiny", "--precision", "float32", "--device", "cpu", "--repeats", "2")
+
+
+def test_json_has_the_contracts_keys_and_a_row_for_every_system(cli: Cli, tmp_path: Path) -> None:
+    picture = tmp_path / "ratios.png"
+    done = cli(*TINY, "--quick", "--json", "--plot", str(picture))
+    assert done.code == 0
+    document = json.loads(done.out)
+    assert {"machine", "versions", "rows"} <= set(document)
+    assert {"torch", "transformers", "peft", "lora-rt"} <= set(document["versions"])
+    for row in document["rows"]:
+        assert {"workload", "system", "tokens_per_s", "ratio_to_base", "spread"} <= set(row)
+        assert (row["reason"] is None) == (row["seconds"] is not None)
+    speeds = {(row["workload"], row["system"]): row for row in document["rows"]}
+    assert speeds["quick-row1", "base"]["ratio_to_base"] == 1.0
+    assert speeds["quick-row1", "ours"]["tokens_per_s"] > 0
+    assert speeds["quick-rows4", "peft-set"]["reason"] == "cannot mix weights in a batch"
+    assert speeds["quick-change", "ours"]["tokens_per_s"] is None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_fits_a_hundred_columns_and_gives_reasons(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    done = cli(*TINY, "--workloads", "quick-rows4,quick-change", "--systems", "base,ours,peft-set")
+    assert done.code == 0
+    assert max(len(line) for line in done.out.splitlines()) <= 100
+    assert "cannot mix weights in a batch" in done.out
+    assert "random-tiny (float32)" in done.out
+    assert "torch" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workloads", "row1-k3"], ["row1-k3", "row1-k2", "prefill"]),
+        (["--systems", "pefft-set"], ["pefft-set", "peft-set"]),
+        (["--random-base", "70b"], ["70b", "13b"]),
+        (["--precision", "int3"], ["int3", "int4"]),
+        (["--plot", "no-such-folder/x.png"], ["no-such-folder/x.png"]),
+        (["--plot", "x.docx"], ["x.docx", ".png"]),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_anything_is_loaded(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.setattr("lora_rt.core.benchmark.lab.Lab.__init__", lambda *_: pytest.fail("it was loaded"))
+    done = cli("bench", *arguments)
+    assert done.code == 1
+    assert not [word for word in words if word not in done.err]
+
+
+def test_two_bases_are_one_too_many(cli: Cli) -> None:
+    assert cli("bench", "--base", "x/y", "--random-base", "tiny").code == 2
+
+
+def test_an_interrupted_run_prints_what_there_is_and_says_so_by_its_exit_code(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = session.measure
+
+    def interrupted(*arguments: Any) -> Iterator[session.Measured]:
+        for number, item in enumerate(measure(*arguments)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(session, "measure", interrupted)
+    done = cli(*TINY, "--workloads", "quick-row1,quick-rows4", "--systems", "base,ours", "--json")
+    assert done.code == 130
+    assert {row["workload"] for row in json.loads(done.out)["rows"]} == {"quick-row1"}

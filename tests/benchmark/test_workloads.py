@@ -1,0 +1,52 @@
+"""The workloads are what their names say, and names that nobody knows are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_rt.core.benchmark.workloads import (
+    DEFAULT,
+    QUICK,
+    SWEEP,
+    Workload,
+    WorkloadError,
+    choose_workloads,
+    resident_name,
+)
+
+BY_NAME = {workload.name: workload for workload in (*DEFAULT, *QUICK, *SWEEP)}
+
+
+def test_no_two_workloads_share_a_name() -> None:
+    assert len(BY_NAME) == len(DEFAULT) + len(QUICK) + len(SWEEP)
+
+
+@pytest.mark.parametrize("workload", BY_NAME.values(), ids=lambda workload: workload.name)
+def test_every_row_uses_as_many_residents_as_it_says(workload: Workload) -> None:
+    residents = {resident_name(index) for index in range(workload.resident)}
+    for mix in workload.mixes:
+        assert len({name for name, _ in mix}) == workload.active
+        assert {name for name, _ in mix} <= residents
+    if workload.weighted:  # sixteen rows with one of four adapters each can't all be different without weights
+        assert len(set(workload.mixes)) == (workload.rows if workload.distinct else 1)
+
+
+def test_sixteen_rows_of_two_among_sixty_four_use_thirty_two_different_adapters() -> None:
+    used = [name for mix in BY_NAME["rows16-k64"].mixes for name, _ in mix]
+    assert len(set(used)) == 32
+
+
+def test_the_sweep_is_the_whole_grid() -> None:
+    grid = {(workload.rows, workload.resident, workload.targets) for workload in SWEEP}
+    assert {rows for rows, _, _ in grid} == {1, 4, 16, 32}
+    assert {resident for _, resident, _ in grid} == {1, 2, 4, 16, 64}
+    assert len(grid) == 4 * 5 * 3
+
+
+def test_patterns_choose_and_unknown_names_are_all_refused_with_the_nearest() -> None:
+    assert [workload.name for workload in choose_workloads(["row1-k*"])] == ["row1-k2", "row1-k4"]
+    with pytest.raises(WorkloadError) as caught:
+        choose_workloads(["row1-k2", "prefil", "nothing-like-it"])
+    assert [problem for problem in caught.value.problems if "prefill" in problem]
+    assert len(caught.value.problems) == 2
+    assert "rows16-mixes" in caught.value.next_step
