@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class Lab:
             torch.no_grad()
         ):  # bitsandbytes repacks at the first forward, once for all trees, and not in inference mode
             self.base.model(input_ids=ids, use_cache=False)
+
+    def elsewhere(self) -> Origin:
+        """The same base for another process, which need not find the home where it is prepared."""
+        if self.origin.random is not None:
+            return self.origin
+        return replace(self.origin, base=str(self.base.folder))
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,10 @@ from lora_rt.core.benchmark.systems.generate import Generate
 from lora_rt.core.benchmark.systems.greedy import greedy_tokens
 from lora_rt.core.benchmark.systems.llama_cpp import LlamaCpp
 from lora_rt.core.benchmark.systems.ours import Ours
-from lora_rt.core.benchmark.systems.peft import Peft, PeftConcatenated, PeftMixedBatch, PeftSetAdapter
+from lora_rt.core.benchmark.systems.peft.concatenated import PeftConcatenated
+from lora_rt.core.benchmark.systems.peft.mixed_batch import PeftMixedBatch
+from lora_rt.core.benchmark.systems.peft.model import Peft
+from lora_rt.core.benchmark.systems.peft.set_adapter import PeftSetAdapter
 from lora_rt.core.benchmark.workloads import Workload
 
 ONE_MIX = Workload("one", "one", rows=3, active=2, prompt_tokens=9, new_tokens=12, rank=8)

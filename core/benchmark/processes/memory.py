@@ -20,7 +20,7 @@ from lora_rt.core.benchmark.workloads import Workload
 
 def memory_repeat(lab: Lab, system: str, workload: Workload) -> Repeat:
     """Runs the workload once in a new process."""
-    question = {"system": system, "origin": asdict(lab.origin), "workload": asdict(workload)}
+    question = {"system": system, "origin": asdict(lab.elsewhere()), "workload": asdict(workload)}
 
     def repeat() -> Sample:
         answer = answer_of(__name__, question, lab.folder)

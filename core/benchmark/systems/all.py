@@ -9,8 +9,11 @@ from lora_rt.core.benchmark.systems.base import BaseAlone
 from lora_rt.core.benchmark.systems.generate import Generate
 from lora_rt.core.benchmark.systems.llama_cpp import LlamaCpp
 from lora_rt.core.benchmark.systems.ours import Ours
-from lora_rt.core.benchmark.systems.peft import Peft, PeftConcatenated, PeftMixedBatch, PeftSetAdapter
-from lora_rt.core.benchmark.systems.peft_trainer import PeftTrainer
+from lora_rt.core.benchmark.systems.peft.concatenated import PeftConcatenated
+from lora_rt.core.benchmark.systems.peft.mixed_batch import PeftMixedBatch
+from lora_rt.core.benchmark.systems.peft.model import Peft
+from lora_rt.core.benchmark.systems.peft.set_adapter import PeftSetAdapter
+from lora_rt.core.benchmark.systems.peft.trainer import PeftTrainer
 from lora_rt.core.benchmark.systems.system import System
 
 
