@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.peft import shortest_names
 from lora_rt.core.export.run import export
+from lora_rt.errors import LoraRtError
 from lora_rt.registry.mixes import Mix, MixTerm
 from lora_rt.registry.registry import Registry
 from support.exports import Export
@@ -89,6 +90,13 @@ def test_weights_per_layer_are_kept(zoo: Zoo, exported: Export, pool: list[Path]
     ranks = [len(tensors[f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_A.weight"]) for n in (0, 1)]
     assert ranks == [6, 10]
     assert done.document()["terms"][0]["layers"] == [0.0, 0.4]
+
+
+def test_a_named_composition_tuned_for_other_files_is_refused(zoo: Zoo, exported: Export, pool: list[Path]) -> None:
+    stale = MixTerm(reference=str(pool[0]), sha256="0" * 64)
+    Registry().mixes.save(Mix(name="stale", base=zoo.base("llama").name, terms=(stale,)))
+    with pytest.raises(LoraRtError, match="was tuned for other files"):
+        exported("stale")
 
 
 def test_the_scaling_is_one_at_every_rank(exported: Export, pool: list[Path]) -> None:
