@@ -38,6 +38,21 @@ def train(
     learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of a cosine schedule.")] = 1e-3,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per step.")] = 8,
+    accumulation: Annotated[
+        int | None,
+        typer.Option("--accumulation", help="Run a step's sequences in so many parts; picked by the free memory."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Compute activations twice instead of keeping them; picked by the free memory.",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option("--optimizer", help="adamw or paged-adamw-8bit; the latter on CUDA, the former on a CPU."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     option: Annotated[
         list[str] | None,
@@ -70,6 +85,9 @@ def train(
         learning_rate=learning_rate,
         epochs=epochs,
         batch_size=batch_size,
+        accumulation=accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
         seed=seed,
         options=_options(option or []),
         scene_types=tuple(_words(scene_types)),

@@ -32,7 +32,7 @@ class PlanError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class BaseConfig:
-    """A base's name and transformers' configuration of it, free of any quantization."""
+    """A base's name and transformers' configuration of it."""
 
     name: str
     config: Any
@@ -58,8 +58,6 @@ def read_config(base: str) -> BaseConfig:
     except UNREADABLE as error:
         text = f"the configuration of {base} can't be read: {first_line(error)}"
         raise BaseError(text, next_step="Give a causal language model that transformers knows") from error
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
     return BaseConfig(name, config)
 
 

@@ -79,17 +79,12 @@ def plan_memory(base: BaseConfig, precisions: Sequence[Precision], workload: Wor
     """
     workload.check()
     model = skeleton(base.config, "float32")
-    try:
-        planned = _planned(base.config, precisions, workload)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        text = f"{type(model).__name__} can't be planned without its weights: {str(error).strip().splitlines()[0]}"
-        raise PlanError(text, next_step="Load it and look: lora-rt bench") from error
     return MemoryPlan(
         base=base,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         workload=workload,
         process=process_bytes() if workload.device == "cpu" else 0,
-        precisions=planned,
+        precisions=_planned(base.config, precisions, workload),
     )
 
 

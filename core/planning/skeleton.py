@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.load import scales
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
+from lora_rt.core.base.reading import first_line
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.planning.config import PlanError
 
@@ -31,8 +33,11 @@ def skeleton(config: Any, precision: Precision) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    dense = copy.deepcopy(config)
+    if getattr(dense, "quantization_config", None) is not None:
+        del dense.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=compute_dtype(precision))
+        model = AutoModelForCausalLM.from_config(dense, dtype=compute_dtype(precision))
     if (how := quantization_config(precision)) is not None:
         quantizer = AutoHfQuantizer.from_config(how, pre_quantized=True)
         quantizer.preprocess_model(model, device_map=None)
@@ -59,14 +64,27 @@ def over_blocks(config: Any, precision: Precision, measure: Callable[[Any, nn.Mo
     """What `measure` says of the model and its blocks; from two and three of them where all are alike.
 
     Every number has to grow by the same with each further block.
+
+    Raises:
+        PlanError: the model computes with what only its data tells, such as which expert a token goes to.
     """
     model = skeleton(config, precision)
     blocks = blocks_of(model)
     layers = len(blocks)
-    if layers <= max(TRACED) or not uniform(blocks):
-        return list(measure(model, blocks))
-    few, more = (measure(*_cut(config, precision, count)) for count in TRACED)
+    with _explained(type(model).__name__):
+        if layers <= max(TRACED) or not uniform(blocks):
+            return list(measure(model, blocks))
+        few, more = (measure(*_cut(config, precision, count)) for count in TRACED)
     return [a + (b - a) * (layers - TRACED[0]) for a, b in zip(few, more, strict=True)]
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        text = f"{model} can't be run without its weights: {first_line(error)}"
+        raise PlanError(text, next_step="Load it and look at the memory that it takes") from error
 
 
 def _cut(config: Any, precision: Precision, count: int) -> tuple[Any, nn.ModuleList]:

@@ -48,6 +48,7 @@ def with_adapter(model: Any, settings: TrainSettings) -> Any:
         target_modules=choose_targets(settings.target_modules, list(adaptable(model))),
         lora_dropout=settings.dropout,
         bias="none",
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in adaptable(model).values()),
         task_type=TaskType.CAUSAL_LM,
     )
     return get_peft_model(model, config)

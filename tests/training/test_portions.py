@@ -1,0 +1,198 @@
+"""However a step is portioned, it computes the same; and what is picked is what fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_rt.core.base.load import load_base
+from lora_rt.core.training import portions as portions_module
+from lora_rt.core.training import run as run_module
+from lora_rt.core.training.loop import Collator, split
+from lora_rt.core.training.run import train
+from lora_rt.core.training.settings import SettingsError, TrainSettings
+from lora_rt.plugins.contract import IGNORE
+from lora_rt.plugins.manager import load_modes
+
+Make = Callable[..., TrainSettings]
+LENGTHS = (40, 1, 2, 30, 3, 17, 1, 5)
+
+
+@pytest.fixture
+def uneven(settings: Make, tmp_path: Path) -> Make:
+    """Settings over texts of very different lengths: the mean of the parts' means is not the mean of all tokens."""
+    data = tmp_path / "uneven.jsonl"
+    letters = "abcdefghijklmnopqrstuvwxyz" * 2
+    lines = [json.dumps({"scene": f"scene {n}", "text": letters[n : n + size]}) for n, size in enumerate(LENGTHS)]
+    data.write_text("\n".join(lines))
+
+    def make(**changes: Any) -> TrainSettings:
+        plain = {"data": data, "held_out": data, "batch_size": len(LENGTHS), "dropout": 0.0, "epochs": 1}
+        return settings(**{**plain, "target_modules": ("all-linear",), **changes})
+
+    return make
+
+
+def one_step(settings: TrainSettings) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the first batch, from factors that are not zero."""
+    modes = load_modes()
+    base = load_base(settings.base, settings.precision, "cpu", for_training=True)
+    objective = run_module._objective(settings, modes, base)
+    run = run_module._Run(settings, base, objective, *run_module._examples(settings, objective))
+    generator = torch.Generator().manual_seed(1)
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(0, 0.1, generator=generator)
+    trainer, _, live = run._trainer()
+    live.stop()
+    batch = Collator(0)([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
+    torch.manual_seed(2)
+    loss = float(trainer.training_step(run.model, batch))
+    return loss, {name: p.grad for name, p in trained.items() if p.grad is not None}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    assert max(float(gradient.abs().max()) for gradient in a.values()) > 1e-4
+    for name, gradient in a.items():
+        assert torch.allclose(gradient, b[name], rtol=1e-3, atol=tolerance), name
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(uneven: Make, parts: int) -> None:
+    whole, gradients = one_step(uneven(accumulation=1))
+    loss, in_parts = one_step(uneven(accumulation=parts))
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert_same(gradients, in_parts, 1e-6)
+
+
+def test_the_mean_of_the_parts_means_would_be_another_loss(uneven: Make) -> None:
+    """So the test above can fail: on this data the two differ by far more than it allows."""
+    settings = uneven(accumulation=1)
+    halves = []
+    lines = settings.data.read_text().splitlines()
+    for number, half in enumerate((lines[:4], lines[4:])):
+        file = settings.data.with_name(f"half-{number}.jsonl")
+        file.write_text("\n".join(half))
+        halves.append(one_step(uneven(accumulation=1, data=file, batch_size=4))[0])
+    assert abs(sum(halves) / 2 / one_step(settings)[0] - 1) > 5e-4
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4", "int8"])
+def test_checkpointing_gives_the_same_gradients(uneven: Make, precision: str) -> None:
+    chosen = {"precision": precision, "dropout": 0.2, "accumulation": 2}
+    loss, gradients = one_step(uneven(gradient_checkpointing=False, **chosen))
+    again, recomputed = one_step(uneven(gradient_checkpointing=True, **chosen))
+    assert again == loss
+    assert_same(gradients, recomputed, 1e-7)
+
+
+def test_checkpointing_runs_again_under_the_gates_of_the_ranks(uneven: Make) -> None:
+    chosen = {"mode": "bridge", "options": {"reserve": "0.25"}, "accumulation": 1}
+    loss, gradients = one_step(uneven(gradient_checkpointing=False, **chosen))
+    again, recomputed = one_step(uneven(gradient_checkpointing=True, **chosen))
+    assert again == loss
+    assert_same(gradients, recomputed, 1e-7)
+
+
+def test_parts_keep_every_row_and_lose_only_padding() -> None:
+    items = [
+        {"input_ids": torch.arange(1, n + 1), "labels": torch.arange(n), "extra": {"direction": n}} for n in (5, 4, 2)
+    ]
+    batch = Collator(0)(items)
+    parts = split(batch, 2)
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 5), (1, 2)]
+    assert [part["extra"]["direction"].tolist() for part in parts] == [[5, 4], [2]]
+    labels = torch.cat([part["labels"].flatten() for part in parts])
+    assert (labels != IGNORE).sum() == (batch["labels"] != IGNORE).sum()
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the memory that is free."""
+    return lambda size: monkeypatch.setattr(portions_module, "free_bytes", lambda _device: size)
+
+
+def needs(settings: TrainSettings) -> dict[tuple[int, bool], int]:
+    """Bytes that each way of running it takes, by the plan."""
+    modes = load_modes()
+    base = load_base(settings.base, settings.precision, "cpu", for_training=True)
+    objective = run_module._objective(settings, modes, base)
+    training, held_out = run_module._examples(settings, objective)
+    sequences = [item for example in [*training, *held_out] for item in objective.encode(example)]
+    ways = [(1, False), (2, False), (4, False), (1, True)]
+    return {way: portions_module._need(settings, base, sequences, "adamw", *way) for way in ways}
+
+
+def test_what_is_picked_is_the_first_that_fits_and_is_said(
+    uneven: Make, free: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"batch_size": 4, "target_modules": ("q_proj",)}
+    need = needs(uneven(**small))
+    assert need[1, False] > need[2, False] > need[4, False]
+    assert need[1, False] > need[1, True]
+    cases = [
+        (need[1, False] * 2, 1, False, ""),
+        (int(need[2, False] / 0.79), 2, False, "picked the batch in 2 parts"),
+        (1000, 4, True, "may not fit"),
+    ]
+    for number, (size, parts, checkpointing, said) in enumerate(cases):
+        free(size)
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        card = train(uneven(**small), load_modes(), out).card
+        assert (card.training["accumulation"], card.training["gradient_checkpointing"]) == (parts, checkpointing)
+        assert card.training["optimizer"] == "adamw"
+        err = capsys.readouterr().err
+        assert said in err
+        assert ("memory:" in err) == bool(said)
+
+
+def test_what_the_user_says_is_not_overruled(uneven: Make, free: Callable[[int], None], tmp_path: Path) -> None:
+    free(1000)
+    out = tmp_path / "out"
+    out.mkdir()
+    card = train(uneven(accumulation=2, gradient_checkpointing=False), load_modes(), out).card
+    assert (card.training["accumulation"], card.training["gradient_checkpointing"]) == (2, False)
+
+
+def test_a_mode_with_a_loss_of_its_own_is_never_run_in_parts(uneven: Make, free: Callable[[int], None]) -> None:
+    own = {"mode": "bridge", "options": {"prompt-loss": "0.1"}}
+    free(1000)
+    modes = load_modes()
+    settings = uneven(**own)
+    base = load_base(settings.base, settings.precision, "cpu", for_training=True)
+    objective = run_module._objective(settings, modes, base)
+    sequences = [item for example in run_module._examples(settings, objective)[0] for item in objective.encode(example)]
+    picked = portions_module.pick_portions(settings, base, objective, sequences)
+    assert (picked.accumulation, picked.checkpointing) == (1, True)
+    with pytest.raises(SettingsError, match="loss of its own"):
+        portions_module.pick_portions(uneven(**own, accumulation=2), base, objective, sequences)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"accumulation": 3}, "must divide the batch size"),
+        ({"optimizer": "sgd"}, "no optimizer 'sgd'"),
+        ({"optimizer": "paged-adamw-8bit"}, "cpu has no paged optimizer"),
+    ],
+)
+def test_portions_that_cannot_be_are_refused(uneven: Make, tmp_path: Path, changes: Any, named: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        train(uneven(**changes), load_modes(), tmp_path)
+    assert named in str(caught.value)
+
+
+def test_a_run_from_before_there_was_a_choice_can_be_resumed() -> None:
+    """The fingerprint is that of the release before; portions do not change it, another optimizer does."""
+    settings = TrainSettings("letters", "output-only", Path("x.jsonl"), accumulation=2, gradient_checkpointing=True)
+    assert settings.fingerprint("0" * 64) == "4448c752805d"
+    assert settings.fingerprint("0" * 64, "paged-adamw-8bit") != "4448c752805d"
