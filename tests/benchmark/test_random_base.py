@@ -16,6 +16,8 @@ def test_a_random_base_answers_with_finite_logits_in_every_precision(precision: 
         logits = base.model(input_ids=torch.arange(300, 320)[None]).logits
     assert bool(logits.isfinite().all())
     assert base.facts.precision == precision
+    stored = base.model.model.layers[0].mlp.up_proj.weight.dtype
+    assert stored == {"int4": torch.uint8, "int8": torch.int8}.get(precision, base.dtype)
     assert not any(tensor.is_meta for tensor in [*base.model.parameters(), *base.model.buffers()])
 
 

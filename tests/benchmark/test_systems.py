@@ -11,7 +11,6 @@ from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.systems.base import BaseAlone
 from lora_rt.core.benchmark.systems.generate import Generate
 from lora_rt.core.benchmark.systems.greedy import greedy_tokens
-from lora_rt.core.benchmark.systems.llama_cpp import LlamaCpp
 from lora_rt.core.benchmark.systems.ours import Ours
 from lora_rt.core.benchmark.systems.peft.concatenated import PeftConcatenated
 from lora_rt.core.benchmark.systems.peft.mixed_batch import PeftMixedBatch
@@ -112,7 +111,3 @@ def test_changes_are_timed_in_ours_and_in_peft(lab: Lab) -> None:
     for system in (Ours(lab), PeftSetAdapter(lab, peft), PeftConcatenated(lab, peft)):
         assert system.prepare(change)().seconds > 0
     assert PeftSetAdapter(lab, peft).tokens(ONE_MIX) == Ours(lab).tokens(ONE_MIX)
-
-
-def test_llama_cpp_says_what_it_lacks_or_says_tokens(lab: Lab) -> None:
-    assert LlamaCpp(lab).reason(ONE_MIX) in ("llama-cpp-python is not installed", "no GGUF file of this base here")
