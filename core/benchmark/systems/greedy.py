@@ -5,7 +5,7 @@ Tokens stay on the device until the end: the loop gives its models the best that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,7 @@ def greedy_tokens(lab: Lab, model: Any, workload: Workload, **arguments: Any) ->
 def greedy_repeat(lab: Lab, model: Any, workload: Workload, **arguments: Any) -> Repeat:
     """The repeat of a decode or prefill workload."""
     prompts = lab.prompts(workload)
-
-    def steps() -> Iterator[Any]:
-        return greedy_steps(model, prompts, wanted_steps(workload), **arguments)
-
-    return lambda: timed(lab, workload, steps())
+    return lambda: timed(lab, workload, lambda: greedy_steps(model, prompts, wanted_steps(workload), **arguments))
 
 
 def wanted_steps(workload: Workload) -> int:
@@ -53,9 +49,10 @@ def wanted_steps(workload: Workload) -> int:
     return 1 if workload.kind == "prefill" else workload.new_tokens + 1
 
 
-def timed(lab: Lab, workload: Workload, steps: Iterator[Any]) -> Sample:
-    """Times the first step of a loop as prefill, or all others as decoding."""
+def timed(lab: Lab, workload: Workload, begin: Callable[[], Iterator[Any]]) -> Sample:
+    """Times the beginning and the first step of a loop as prefill, or all other steps as decoding."""
     start = lab.now()
+    steps = begin()
     next(steps)
     first = lab.now()
     if workload.kind == "prefill":

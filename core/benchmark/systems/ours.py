@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -57,18 +57,20 @@ class Ours:
         self._reside(workload)
         if workload.kind == "change":
             return self._change(workload)
-        return lambda: timed(self._lab, workload, self._steps(workload, wanted_steps(workload)))
+        begin = self._decoding(workload, wanted_steps(workload))
+        return lambda: timed(self._lab, workload, begin)
 
     def tokens(self, workload: Workload) -> Sequence[Sequence[int]]:
         """What each row says under its composition."""
         self._reside(workload)
-        steps = list(self._steps(workload, workload.new_tokens + 1))
+        steps = list(self._decoding(workload, workload.new_tokens + 1)())
         return [list(row) for row in zip(*steps, strict=True)]
 
-    def _steps(self, workload: Workload, steps: int) -> Iterator[Any]:
+    def _decoding(self, workload: Workload, steps: int) -> Callable[[], Iterator[Any]]:
+        """Begins the request, from the texts of its compositions on."""
         specs = [spec(mix) for mix in workload.mixes]
         prompts = self._lab.prompts(workload)
-        return self._runtime.decode(prompts, specs, max_new_tokens=steps, min_new_tokens=steps)
+        return lambda: self._runtime.decode(prompts, specs, max_new_tokens=steps, min_new_tokens=steps)
 
     def _reside(self, workload: Workload) -> None:
         wanted = self._lab.shelf.paths(workload)
