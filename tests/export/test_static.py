@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.training.adapter import described_state
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, hookimpl
+from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, direction_of, hookimpl
 from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card
 from lora_rt.registry.errors import OccupiedFolderError
 from support.exports import Export
@@ -43,13 +43,19 @@ class Curious:
         return Gate(ranks=torch.zeros(1)) if context.hidden().sum() > 0 else None
 
 
+class OneWay:
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate | None:  # type: ignore[misc]
+        return Gate(ranks=torch.zeros(1)) if "compress" in map(direction_of, context.prompts) else None
+
+
 class Doubling:
     @hookimpl
     def lora_rt_compose(context: ComposeContext) -> Sequence[float]:  # type: ignore[misc]
         return [2 * context.terms[index].weight for index in context.mine]
 
 
-HOOKS = {"fading": Fading, "quiet": Quiet, "curious": Curious, "doubling": Doubling}
+HOOKS = {"fading": Fading, "quiet": Quiet, "curious": Curious, "one-way": OneWay, "doubling": Doubling}
 
 
 def stateful(zoo: Zoo, folder: Path, mode: str, state: Mapping[str, torch.Tensor], **card: Any) -> Path:
@@ -74,7 +80,7 @@ def matches(zoo: Zoo, out: Path, terms: Sequence[tuple[Path, float]]) -> None:
     assert_close(found, dense_logits(zoo.base("llama"), terms, IDS), atol=1e-4, rtol=0.0)
 
 
-@pytest.mark.parametrize("mode", ["fading", "curious", "doubling"])
+@pytest.mark.parametrize("mode", ["fading", "curious", "one-way", "doubling"])
 def test_a_mode_that_acts_is_refused_by_name(zoo: Zoo, exported: Export, tmp_path: Path, mode: str) -> None:
     adapter = zoo.adapter("llama", seed=1, mode=mode)
     with pytest.raises(ExportError, match=f"{adapter.name}.* has no static equivalent: its mode '{mode}'") as caught:
