@@ -55,7 +55,7 @@ class Doubling:
         return [2 * context.terms[index].weight for index in context.mine]
 
 
-HOOKS = {"fading": Fading, "quiet": Quiet, "curious": Curious, "one-way": OneWay, "doubling": Doubling}
+HOOKS = {"fading": Fading, "quiet": Quiet, "curious": Curious, "oneway": OneWay, "doubling": Doubling}
 
 
 def stateful(zoo: Zoo, folder: Path, mode: str, state: Mapping[str, torch.Tensor], **card: Any) -> Path:
@@ -80,7 +80,7 @@ def matches(zoo: Zoo, out: Path, terms: Sequence[tuple[Path, float]]) -> None:
     assert_close(found, dense_logits(zoo.base("llama"), terms, IDS), atol=1e-4, rtol=0.0)
 
 
-@pytest.mark.parametrize("mode", ["fading", "curious", "one-way", "doubling"])
+@pytest.mark.parametrize("mode", ["fading", "curious", "oneway", "doubling"])
 def test_a_mode_that_acts_is_refused_by_name(zoo: Zoo, exported: Export, tmp_path: Path, mode: str) -> None:
     adapter = zoo.adapter("llama", seed=1, mode=mode)
     with pytest.raises(ExportError, match=f"{adapter.name}.* has no static equivalent: its mode '{mode}'") as caught:
