@@ -129,8 +129,11 @@ def _print(made: MemoryPlan) -> None:
     adapter = f"adapters of rank {w.r} on {', '.join(w.target_modules)}"
     out.print(f"[bold]{escape(made.base.name)}[/]: {facts}; {escape(adapter)}", soft_wrap=True)
     size = f"{w.batch} x {w.seq} tokens on {'a CPU' if w.device == 'cpu' else 'a CUDA device'}; GiB"
+    out.print()
     out.print(_table(f"inference, {size}", _inference_rows(made)))
-    out.print(_table(f"training, {size}", _training_rows(made)))
+    out.print()
+    out.print(_table(f"training, {size} (* with gradient checkpointing)", _training_rows(made)))
+    out.print()
     for line in _fit_lines(made):
         out.print(escape(line), soft_wrap=True)
     out.print(escape(_summary(made)), soft_wrap=True)
@@ -140,9 +143,9 @@ def _table(title: str, rows: list[dict[str, str]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row.values())
     return table
@@ -154,7 +157,7 @@ def _inference_rows(made: MemoryPlan) -> list[dict[str, str]]:
             "weights": memory.weights,
             "adapters": memory.adapters + memory.stacked,
             "KV cache": memory.kv_cache,
-            "activations": memory.activations + memory.workspace,
+            "activ.": memory.activations + memory.workspace,
             **({"process": made.process} if made.process else {}),
             "total": memory.total + made.process,
         }
@@ -167,12 +170,12 @@ def _training_rows(made: MemoryPlan) -> list[dict[str, str]]:
         return {
             "weights": memory.weights,
             "adapter": memory.adapter,
-            "gradients": memory.gradients,
+            "grads": memory.gradients,
             "optimizer": memory.optimizer,
-            "activations": memory.activations + memory.workspace,
+            "activ.": memory.activations + memory.workspace,
             **({"process": made.process} if made.process else {}),
             "peak": memory.peak + made.process,
-            "checkpointed": None if again is None else again.peak + made.process,
+            "peak*": None if again is None else again.peak + made.process,
         }
 
     return [{"precision": i.precision, **_shown(row(i.training, i.checkpointed))} for i in made.precisions]

@@ -9,7 +9,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_rt.core.base.precision import Precision, compute_dtype
@@ -99,7 +99,7 @@ def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int)
     if "logits_to_keep" in signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
     running = nullcontext() if plan is None else plan.running(rows, tokens, 1)
-    with LiveMemory([*resident(model), *_tensors_of(plan)]) as live, torch.inference_mode(), running:
+    with LiveMemory([*resident(model), *([] if plan is None else plan.tensors())]) as live, torch.inference_mode(), running:
         kept = model(**arguments).past_key_values.layers[:layers]
     cache = sum(tensor.untyped_storage().nbytes() for layer in kept for tensor in (layer.keys, layer.values))
     per_token = [(layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2] for layer in kept]
@@ -122,13 +122,6 @@ def _plan(
         }
         bank.add(ResidentAdapter(name, made, "output-only"))
     return bank.plan([dict.fromkeys(names, 1.0)])
-
-
-def _tensors_of(plan: Plan | None) -> list[Tensor]:
-    if plan is None:
-        return []
-    groups = [group.a for group in plan.stack.groups.values()]
-    return [*groups, *(site.b for site in plan.stack.sites if site is not None), *plan.group_gates.values()]
 
 
 def _repack(layers: Sequence[Any], dtype: torch.dtype) -> None:

@@ -31,7 +31,7 @@ def read_pairs(
         DataError: the file can't be read, is empty, or has bad lines.
     """
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which some editors put before UTF-8
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}", next_step="Give a JSONL file") from error
     examples: list[dict[str, Any]] = []
@@ -74,6 +74,8 @@ def _read_line(
             problems.append(f'"{name}" is not a text')
         elif not value[name].strip():
             problems.append(f'"{name}" is empty')
+        elif any("\ud800" <= letter <= "\udfff" for letter in value[name]):
+            problems.append(f'"{name}" holds half of a surrogate pair')
     if not problems and check is not None:
         problems = check(value)
     return problems or value

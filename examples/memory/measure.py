@@ -1,9 +1,10 @@
 """Holds `lora-rt plan` against real runs: the high-water mark of the memory of `lora-rt train`, in fresh processes.
 
-    python examples/memory/measure.py         prints planned beside measured, and writes report.json beside this file
-    python examples/memory/measure.py 0 2     the same for some of the cases
+    python examples/memory/measure.py          plans, runs, prints both side by side, and writes report.json beside this
+    python examples/memory/measure.py plan     plans alone; what was measured before stays
+    python examples/memory/measure.py 0 2      runs some of the cases alone
 
-Each run is six steps of the default base at int4, on sequences of one length. The mark is the kernel's own
+Each run is two steps of the default base at int4, on sequences of one length. The mark is the kernel's own
 (`ru_maxrss`, of a process that ended). This file imports nothing large, since a child starts with its parent's mark.
 """
 
@@ -14,90 +15,92 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEPS = 6
+STEPS = 2  # the first one has the activations, the second one the optimizer's state beside them
 REPORT = Path(__file__).with_name("report.json")
-CASES: tuple[tuple[int, int, tuple[str, ...]], ...] = (
-    (4, 128, ()),
-    (8, 384, ()),
-    (8, 384, ("--accumulation", "4")),
-    (8, 384, ("--gradient-checkpointing",)),
-)
 _TOKENS = """
-import json, sys
+import json
 from lora_rt.core.base.precision import check_precision
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.reading import whole_tokenizer
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.generation.prompts import answer_ids, prompt_ids
 tokenizer = whole_tokenizer(prepare_base(parse_base("default"), check_precision("int4")).folder)
-print(json.dumps([len(prompt_ids(tokenizer, "rain")), len(answer_ids(tokenizer, "rain" + " rain" * 49))]))
+print(json.dumps([len(prompt_ids(tokenizer, "rain")), len(answer_ids(tokenizer, "rain" + " rain" * 49)) - 50]))
 """
 
 
-def tokens() -> tuple[int, int]:
-    """Of the prompt, and of an answer of fifty words."""
-    done = subprocess.run([sys.executable, "-c", _TOKENS], capture_output=True, text=True, check=True)
-    prompt, answer = json.loads(done.stdout)
-    return prompt, answer
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    seq: int
+    accumulation: int = 1
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = f", in {self.accumulation} parts" if self.accumulation > 1 else ""
+        return f"{self.batch} x {self.seq}{parts}{', checkpointed' if self.checkpointing else ''}"
 
 
-def write_data(folder: Path, seq: int, rows: int, prompt: int, extra: int) -> Path:
-    """Lines whose sequences all have `seq` tokens: a word is a token, and `extra` tokens of an answer are none."""
-    text = "rain" + " rain" * (seq - prompt - extra - 1)
-    file = folder / f"{seq}-{rows}.jsonl"
+CASES = (Case(4, 128), Case(8, 256), Case(8, 256, accumulation=4), Case(8, 256, checkpointing=True))
+
+
+def plan(case: Case, prompt: int) -> int:
+    """Bytes, by `lora-rt plan`."""
+    command = [sys.executable, "-m", "lora_rt", "plan", "default", "--precision", "int4", "--device", "cpu", "--json"]
+    command += ["--batch", str(case.batch // case.accumulation), "--seq", str(case.seq)]
+    command += ["--labels", str(case.seq - prompt)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kind = "training_checkpointed" if case.checkpointing else "training"
+    planned: int = json.loads(done.stdout)["precisions"]["int4"][kind]["peak"]
+    return planned
+
+
+def write_data(file: Path, rows: int, words: int) -> Path:
+    """Lines of so many words, each of which is a token."""
+    text = "rain" + " rain" * (words - 1)
     file.write_text("".join(json.dumps({"scene": "rain", "text": text}) + "\n" for _ in range(rows)))
     return file
 
 
-def high_water_mark(command: list[str]) -> int:
-    """Bytes: the most that the process had in memory at once."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+def run(case: Case, prompt: int, end: int) -> int:
+    """Bytes: the most that `lora-rt train` had in memory at once."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, words = Path(name), case.seq - prompt - end
+        command = [sys.executable, "-m", "lora_rt", "train", "rain", "--mode", "output-only", "--device", "cpu"]
+        command += ["--data", str(write_data(folder / "data.jsonl", case.batch * STEPS, words))]
+        command += ["--held-out", str(write_data(folder / "held-out.jsonl", 1, words)), "--epochs", "1"]
+        command += ["--batch-size", str(case.batch), "--accumulation", str(case.accumulation)]
+        command += ["--gradient-checkpointing" if case.checkpointing else "--no-gradient-checkpointing"]
+        process = subprocess.Popen([*command, "--out", str(folder / "out")], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
+        raise SystemExit(f"the run {case.name} failed with {process.returncode}")
     return usage.ru_maxrss * 1024
 
 
-def measure(folder: Path, batch: int, seq: int, options: tuple[str, ...], sizes: tuple[int, int]) -> dict[str, Any]:
-    prompt, answer = sizes
-    data = write_data(folder, seq, batch * STEPS, prompt, answer - 50)
-    held_out = write_data(folder, seq, batch, prompt, answer - 50)
-    out = folder / f"out-{batch}-{seq}{''.join(options)}"
-    train = [sys.executable, "-m", "lora_rt", "train", "rain", "--mode", "output-only", "--device", "cpu"]
-    train += ["--data", str(data), "--held-out", str(held_out), "--batch-size", str(batch), "--epochs", "1"]
-    train += ["--accumulation", "1", "--no-gradient-checkpointing", *options, "--out", str(out)]
-    parts = int(options[1]) if options[:1] == ("--accumulation",) else 1
-    plan = [sys.executable, "-m", "lora_rt", "plan", "default", "--precision", "int4", "--device", "cpu", "--json"]
-    plan += ["--batch", str(batch // parts), "--seq", str(seq), "--labels", str(seq - prompt)]
-    document = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
-    kind = "training_checkpointed" if "--gradient-checkpointing" in options else "training"
-    planned = document["precisions"]["int4"][kind]["peak"]
-    measured = high_water_mark(train)
-    return {
-        "labels": seq - prompt,
-        "planned": planned,
-        "measured": measured,
-        "error": round(planned / measured - 1, 3),
-    }
-
-
 def main() -> None:
-    chosen = [int(word) for word in sys.argv[1:]] or range(len(CASES))
-    report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    rows = report.get("rows", {})
-    with tempfile.TemporaryDirectory() as scratch:
-        sizes = tokens()
-        for case in chosen:
-            batch, seq, options = CASES[case]
-            name = f"{batch} x {seq} {' '.join(options)}".strip()
-            row = rows[name] = measure(Path(scratch), batch, seq, options, sizes)
-            told = f"{row['planned'] / 2**20:7.0f} MiB planned {row['measured'] / 2**20:7.0f} MiB measured"
-            print(f"{name:34} {told}  {row['error']:+.1%}", flush=True)
-    report = {"base": "default", "precision": "int4", "device": "cpu", "steps": STEPS, "rows": rows}
+    words = sys.argv[1:]
+    report: dict[str, Any] = json.loads(REPORT.read_text()) if REPORT.exists() else {"rows": {}}
+    if words in ([], ["plan"]):
+        done = subprocess.run([sys.executable, "-c", _TOKENS], capture_output=True, text=True, check=True)
+        prompt, end = json.loads(done.stdout)
+        report |= {"base": "default", "precision": "int4", "device": "cpu", "prompt": prompt, "end": end}
+        for case in CASES:
+            report["rows"].setdefault(case.name, {})["planned"] = plan(case, prompt)
+    for number in range(len(CASES)) if not words else [] if words == ["plan"] else [int(word) for word in words]:
+        row = report["rows"][CASES[number].name]
+        row["measured"] = run(CASES[number], report["prompt"], report["end"])
+    for name, row in report["rows"].items():
+        if "measured" in row:
+            row["error"] = round(row["planned"] / row["measured"] - 1, 3)
+            sizes = f"{row['planned'] / 2**20:7.0f} MiB planned {row['measured'] / 2**20:7.0f} MiB measured"
+            print(f"{name:24} {sizes}  {row['error']:+.1%}")
     REPORT.write_text(json.dumps(report, indent=2) + "\n")
 
 
