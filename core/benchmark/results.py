@@ -17,15 +17,21 @@ TRAINER = "peft-trainer"
 
 
 def document(lab: Lab, measured: Sequence[Measured], systems: Sequence[str]) -> dict[str, Any]:
-    """Machine, versions, the workloads as data, and the rows."""
+    """Machine, versions, the systems in the order of the table, the workloads as data, and the rows."""
     return {
         "machine": machine(lab.device),
         "versions": versions(),
         "base": lab.base.identity.id,
         "precision": lab.base.precision,
-        "workloads": [asdict(item.workload) for item in measured],
+        "systems": list(systems),
+        "workloads": settings(measured),
         "rows": rows(measured, systems),
     }
+
+
+def settings(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """The workloads as data, so that a document says what its rows are."""
+    return [asdict(item.workload) for item in measured]
 
 
 def rows(measured: Sequence[Measured], systems: Sequence[str]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def shown(document: Mapping[str, Any]) -> Group:
     """Machine and versions, the table, and what its numbers in brackets stand for."""
     reasons: list[str] = []
     cells = {(row["workload"], row["system"]): row for row in document["rows"]}
-    systems = _columns(document["rows"])
+    systems = _columns(document)
     table = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("tokens/s\n[dim]ratio, spread[/]", min_width=18)
     for system in systems:
@@ -52,9 +52,10 @@ def shown(document: Mapping[str, Any]) -> Group:
     return Group(*lines, *_training(document))
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def _columns(document: Mapping[str, Any]) -> list[str]:
     """The systems that have a number in the table; training stands below it."""
-    return list(dict.fromkeys(row["system"] for row in rows if row["kind"] != "training" and row["reason"] is None))
+    found = {row["system"] for row in document["rows"] if row["kind"] != "training" and row["reason"] is None}
+    return [system for system in document["systems"] if system in found]
 
 
 def _absent(rows: Sequence[Row], systems: Sequence[str]) -> list[str]:
@@ -64,7 +65,7 @@ def _absent(rows: Sequence[Row], systems: Sequence[str]) -> list[str]:
         if row["system"] not in systems and row["kind"] != "training":
             why.setdefault(row["system"], set()).add(row["reason"])
     return [
-        f"{HEADS.get(system, system).replace(chr(10), '')}: {reasons.pop()}"
+        f"{system}: {reasons.pop()}"
         for system, reasons in why.items()
         if len(reasons) == 1 and system != "peft-trainer"
     ]
@@ -105,15 +106,20 @@ def _value(row: Row) -> str:
 
 
 def _training(document: Mapping[str, Any]) -> list[Text]:
-    """A line for each training workload: its columns are others."""
+    """A line for each system of each training workload: what it is compared with is no column of the table."""
     lines = []
     for item in document["workloads"]:
-        parts = [
-            f"{HEADS[row['system']].replace(chr(10), ' ')} {_value(row)} tokens/s"
-            + ("" if row["ratio"] is None or row["system"] == row["reference"] else f" ({row['ratio']:.2f} of it)")
-            for row in document["rows"]
-            if row["workload"] == item["name"] and row["kind"] == "training" and row["tokens_per_s"]
-        ]
-        if parts:
-            lines.append(Text(f"{item['title']}: {', '.join(reversed(parts))}"))
+        found = [row for row in document["rows"] if row["workload"] == item["name"] and row["kind"] == "training"]
+        speeds = {row["system"]: row for row in found if row["tokens_per_s"]}
+        for system, row in speeds.items():
+            text = f"{item['title']}: {_name(system)} {_value(row)} tokens/s"
+            if system != row["reference"] and row["ratio"] is not None:
+                text += f", {row['ratio']:.2f} times {_name(row['reference'])} ({_value(speeds[row['reference']])})"
+            elif len(speeds) > 1:
+                continue
+            lines.append(Text(text))
     return lines
+
+
+def _name(system: str) -> str:
+    return HEADS.get(system, system).replace("\n", " ")

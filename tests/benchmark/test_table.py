@@ -1,0 +1,82 @@
+"""The table says what was measured, in which unit, beside what, and why something was not."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from lora_rt.core.benchmark.numbers import Sample
+from lora_rt.core.benchmark.results import rows, settings
+from lora_rt.core.benchmark.session import Measured
+from lora_rt.core.benchmark.table import shown
+from lora_rt.core.benchmark.workloads import Workload
+
+SYSTEMS = ("base", "ours", "peft-set", "peft-trainer", "llama.cpp")
+MISSING = {"llama.cpp": "llama-cpp-python is not installed"}
+
+
+def text_of(*items: Measured, columns: int = 100) -> str:
+    document: dict[str, Any] = {
+        "machine": {"cpu": "a processor", "threads": 2, "cores": 4, "memory_gib": 8.0},
+        "versions": {"torch": "2.9"},
+        "base": "some/base",
+        "precision": "int4",
+        "systems": SYSTEMS,
+        "workloads": settings(items),
+        "rows": rows(items, SYSTEMS),
+    }
+    console = Console(width=columns, file=io.StringIO())
+    console.print(shown(document))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def decode() -> Measured:
+    return Measured(
+        Workload("d", "decode 16 rows"),
+        {"base": [Sample(1.0, 500)], "ours": [Sample(1.25, 500)]},
+        {"peft-set": "cannot mix weights in a batch", **MISSING},
+    )
+
+
+def test_machine_and_versions_stand_above_the_numbers() -> None:
+    first, second, *_ = text_of(decode()).splitlines()
+    assert first.startswith("some/base (int4) on a processor, 2 threads of 4 cores")
+    assert second.startswith("torch 2.9")
+
+
+def test_a_reason_is_a_number_in_the_cell_and_a_line_below() -> None:
+    other = Measured(Workload("e", "decode 1 row"), {"base": [Sample(1.0, 50)], "peft-set": [Sample(2.0, 50)]})
+    text = text_of(decode(), other)
+    assert "0.80" in text
+    row = next(line for line in text.splitlines() if "decode 16 rows" in line)
+    assert "(1)" in row
+    assert "(1) cannot mix weights in a batch" in text
+
+
+def test_a_system_that_could_do_nothing_is_a_line_and_no_column() -> None:
+    text = text_of(decode())
+    assert "llama.cpp: llama-cpp-python is not installed" in text
+    assert "llama\n" not in text
+
+
+def test_milliseconds_seconds_and_megabytes_are_called_so() -> None:
+    change = Measured(Workload("c", "new weights", kind="change"), {"ours": [Sample(0.00042)]})
+    cold = Measured(Workload("s", "start", kind="cold"), {"base": [Sample(2.0)], "ours": [Sample(2.5)]})
+    memory = Measured(Workload("m", "peak", kind="memory"), {"ours": [Sample(1.0, megabytes=512.4)]})
+    lines = [line.split() for line in text_of(change, cold, memory).splitlines()]
+    assert ["new", "weights", "0.42"] in lines
+    assert ["start", "2.00", "2.50"] in lines
+    assert ["s", "1.00", "0.80"] in lines
+    assert ["peak", "512"] in lines
+
+
+def test_training_stands_beside_plain_peft_below_the_table() -> None:
+    item = Measured(
+        Workload("t", "training steps", kind="training"),
+        {"ours": [Sample(1.0, 1200)], "peft-trainer": [Sample(1.0, 1000)]},
+        {"base": "trains nothing"},
+    )
+    assert "training steps: lora-rt 1200 tokens/s, 1.20 times PEFT Trainer (1000)" in text_of(item)
