@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.plan import Pass, Plan
+from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.topology import Site
 from lora_rt.core.generation.batch import positions_of
 from lora_rt.core.generation.decode import PassInfo
@@ -85,7 +85,7 @@ class Probe:
     def __init__(self, bank: AdapterBank, plan: Plan, alone: Mapping[str, Plan], tokens: int, heads: int) -> None:
         self._bank = bank
         self._plan = plan
-        self._alone = {name: Pass(own, 1, tokens, None) for name, own in alone.items()}
+        self._alone = {name: own.begin(1, tokens, None) for name, own in alone.items()}
         depth = 1 + max((s.layer for s in bank.topology.sites if s.layer is not None), default=0)
         self.depth, self.heads = depth, heads
         self._added = torch.zeros(len(alone), depth, tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rt.core.engine.kept import Kept
+from lora_rt.core.engine.lanes import LanePlan, Lanes, Membership, gather, pay_off
 from lora_rt.core.engine.plan import Plan
+from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.engine.site import hook_up
 from lora_rt.core.engine.stack import Factors, Stack, stack
 from lora_rt.core.engine.topology import survey
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate
 
-_KEPT_STACKS = 16
+_ROOM = 256 * 2**20  # bytes of stacks and lanes that are kept, or as many as the residents take themselves
 
 
 class BankError(LoraRtError):
@@ -46,6 +48,12 @@ class ResidentAdapter:
         """The largest rank among its sites."""
         return max(self.ranks)
 
+    @cached_property
+    def nbytes(self) -> int:
+        """The memory of its factors."""
+        tensors = [t for factors in self.factors.values() for t in (factors.a, factors.b, factors.bias)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 class AdapterBank:
     """Residents over one model.
@@ -60,7 +68,7 @@ class AdapterBank:
         self.device = model.device
         self.dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.residents: Mapping[str, ResidentAdapter] = {}
-        self._stacks: OrderedDict[tuple[ResidentAdapter, ...], Stack] = OrderedDict()
+        self._laid_out = Kept()
         self._lock = threading.Lock()
         hook_up(self.topology)
 
@@ -74,9 +82,10 @@ class AdapterBank:
         moved = {name: self._moved(factors) for name, factors in adapter.factors.items()}
         resident = ResidentAdapter(adapter.name, moved, adapter.mode, adapter.card, adapter.state)
         with self._lock:
-            if (replaced := self.residents.get(adapter.name)) is not None:
-                self._drop_stacks(replaced)
+            replaced = self.residents.get(adapter.name)
             self.residents = {**self.residents, adapter.name: resident}
+        if replaced is not None:
+            self._laid_out.drop(replaced)
 
     def remove(self, name: str) -> None:
         """Forget an adapter.
@@ -85,8 +94,9 @@ class AdapterBank:
             BankError: it is not resident.
         """
         with self._lock:
-            self._drop_stacks(_get(self.residents, name))
+            removed = _get(self.residents, name)
             self.residents = {key: value for key, value in self.residents.items() if key != name}
+        self._laid_out.drop(removed)
 
     def plan(
         self,
@@ -111,7 +121,11 @@ class AdapterBank:
         active = tuple(_get(table, name) for name in names)
         chosen = [(gates or {}).get(name) for name in names]
         _check_gates(active, chosen)
-        return Plan(self.topology, self._stack(active), self._weights(names, rows), chosen)
+        weights = self._weights(names, rows)
+        members = tuple(tuple(k for k, name in enumerate(names) if row.get(name, 0.0) != 0.0) for row in rows)
+        if all(gate is None for gate in chosen) and pay_off([adapter.rank for adapter in active], members):
+            return LanePlan(self.topology, self._lanes(active, members), weights)
+        return SharedPlan(self.topology, self._stack(active), weights, chosen)
 
     def _weights(self, names: Sequence[str], rows: Sequence[Mapping[str, float]]) -> Tensor:
         """(rows, K), or (1, K) where all rows are alike."""
@@ -123,22 +137,29 @@ class AdapterBank:
         return torch.tensor(table, dtype=self.dtype, device=self.device)
 
     def _stack(self, active: tuple[ResidentAdapter, ...]) -> Stack:
-        """The stacked factors of a set, made when first used. A stack of one adapter shares its memory."""
-        with self._lock:
-            if active in self._stacks:
-                self._stacks.move_to_end(active)
-                return self._stacks[active]
-        built = stack(self.topology, [adapter.factors for adapter in active])
-        with self._lock:
-            if all(self.residents.get(adapter.name) is adapter for adapter in active):  # none was unloaded meanwhile
-                self._stacks[active] = built
-            while len(self._stacks) > _KEPT_STACKS:
-                self._stacks.popitem(last=False)
-        return built
+        """The stacked factors of a set. A stack of one adapter shares its memory."""
 
-    def _drop_stacks(self, adapter: ResidentAdapter) -> None:
-        for key in [key for key in self._stacks if adapter in key]:
-            del self._stacks[key]
+        def build() -> tuple[Stack, int]:
+            built = stack(self.topology, [adapter.factors for adapter in active])
+            return built, sum(adapter.nbytes for adapter in active) if len(active) > 1 else 0
+
+        return self._laid_out.get(active, frozenset(active), build, self._room(), lambda: self._here(active))
+
+    def _lanes(self, active: tuple[ResidentAdapter, ...], members: Membership) -> Lanes:
+        """The factors of a set as the rows of a batch use them."""
+
+        def build() -> tuple[Lanes, int]:
+            built = gather(self.topology, [adapter.factors for adapter in active], members)
+            return built, sum(active[k].nbytes for row in members for k in row)
+
+        key = (active, members)
+        return self._laid_out.get(key, frozenset(active), build, self._room(), lambda: self._here(active))
+
+    def _here(self, active: tuple[ResidentAdapter, ...]) -> bool:
+        return all(self.residents.get(adapter.name) is adapter for adapter in active)
+
+    def _room(self) -> int:
+        return max(_ROOM, sum(resident.nbytes for resident in self.residents.values()))
 
     def _moved(self, factors: Factors) -> Factors:
         def move(tensor: Tensor) -> Tensor:

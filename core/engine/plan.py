@@ -1,4 +1,4 @@
-"""A plan: the gates of one batch over one stack; and the single forward pass that runs under it.
+"""What the linear layers are told during a forward pass: a plan, and the pass that runs under it.
 
 The plan is an argument of the pass, not a setting of the model: it stands in a context variable for the duration of
 one call, so that threads, and nested passes, never see each other's.
@@ -6,18 +6,15 @@ one call, so that threads, and nested passes, never see each other's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor
-from torch.nn.functional import linear
 
-from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
-from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
-from lora_rt.core.engine.topology import HeadAxis, Topology
+from lora_rt.core.engine.topology import Topology
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import Gate
 
 _running: ContextVar[Pass | None] = ContextVar("lora_rt_pass", default=None)
 
@@ -41,21 +38,29 @@ def base_alone() -> Iterator[None]:
         _running.reset(token)
 
 
-class Plan:
-    """Weights and gates of a batch over a stack.
+class Pass(ABC):
+    """One forward pass of a batch under a plan."""
 
-    Args:
-        topology: the model's sites.
-        stack: the active adapters.
-        weights: (rows, K), or (1, K) where all rows are alike: the user's, 0 where a row does not use an adapter.
-        gates: one per adapter, None for "always 1".
-    """
+    topology: Topology
 
-    def __init__(self, topology: Topology, stack: Stack, weights: Tensor, gates: Sequence[Gate | None]) -> None:
-        self.topology = topology
-        self.stack = stack
-        self.group_gates = rank_gates(stack, weights, gates)
-        self.head_gates = head_gates(weights, gates)
+    @abstractmethod
+    def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
+        """y plus what the adapters of a site make of x; both (batch, tokens, n) or (batch * tokens, n).
+
+        y is the layer's fresh output, and may be changed in place.
+        """
+
+
+class Plan(ABC):
+    """The weights and gates of a batch over its active adapters. Immutable; any number of passes may run under it."""
+
+    @abstractmethod
+    def begin(self, rows: int, tokens: int, kept: int | Tensor | None) -> Pass:
+        """A pass of a batch (rows, tokens); see `running`."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All that a plan keeps in memory."""
 
     @contextmanager
     def running(self, rows: int, tokens: int, kept: int | Tensor | None = None) -> Iterator[None]:
@@ -63,94 +68,8 @@ class Plan:
 
         `kept` says which tokens the output head gets, where it does not get all: the last n, or their indices.
         """
-        token = _running.set(Pass(self, rows, tokens, kept))
+        token = _running.set(self.begin(rows, tokens, kept))
         try:
             yield
         finally:
             _running.reset(token)
-
-
-class Pass:
-    """One forward pass. Remembers the last group's hidden, since q, k and v (gate and up) follow on one another."""
-
-    def __init__(self, plan: Plan, rows: int, tokens: int, kept: int | Tensor | None) -> None:
-        self.topology = plan.topology
-        self._sites = plan.stack.sites
-        self._groups = plan.stack.groups
-        self._gates = plan.group_gates
-        self._heads = plan.head_gates
-        self._rows = rows
-        self._tokens = tokens
-        self._kept = slice(-kept, None) if isinstance(kept, int) else kept
-        self._group = -1
-        self._input: Tensor | None = None
-        self._hidden: Tensor | None = None
-
-    def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the contribution of the site's adapters to x; both (batch, tokens, n) or (batch * tokens, n)."""
-        site = self._sites[index]
-        if site is None:
-            return y
-        if self._heads and (axis := self.topology.sites[index].heads) is not None:
-            return self._add_headed(site, axis, x, y)
-        # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        return y.add_(linear(self._shared(site, x)[..., site.start : site.stop], site.b))
-
-    def _shared(self, site: StackedSite, x: Tensor) -> Tensor:
-        """The gated hidden of the site's group, made by the first of its sites."""
-        if self._hidden is None or self._input is not x or self._group != site.group:
-            self._hidden = self._gated(site.group, self._groups[site.group], x)
-            self._input, self._group = x, site.group
-        return self._hidden
-
-    def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
-        """g * (A x), in the layout of x."""
-        hidden = linear(x.to(group.a.dtype), group.a, group.offset)
-        return hidden * self._like(self._gates[number], x)
-
-    def _like(self, gate: Tensor, x: Tensor) -> Tensor:
-        """A gate (batch|1, tokens|1, n) in the layout of x."""
-        if x.dim() == 3:
-            whole = gate.shape[1] in (1, x.shape[1])
-            return gate if whole else gate[:, self._kept]  # the output head: it gets some of the tokens
-        if gate.shape[0] == gate.shape[1] == 1:
-            return gate[0]
-        if x.shape[0] != self._rows * self._tokens:  # e.g. an expert that is shown some of the tokens
-            raise PassError(
-                f"a layer gets {x.shape[0]} of {self._rows * self._tokens} tokens, without saying which",
-                next_step="Give all rows the same composition, or use adapters that leave the experts alone",
-            )
-        return gate.expand(self._rows, self._tokens, -1).flatten(0, 1)
-
-    def _add_headed(self, site: StackedSite, axis: HeadAxis, x: Tensor, y: Tensor) -> Tensor:
-        """Heads do not lie on the rank axis: each adapter acts alone, with its heads scaled on B's or A's side."""
-        for k, (first, last) in enumerate(site.spans):
-            if first == last:
-                continue
-            ranks = slice(site.start + first, site.start + last)
-            heads = self._spread(k, axis, self._groups[site.group].layer, x)
-            if heads is not None and axis.side == "input":
-                hidden, heads = self._alone(site.group, ranks, x, heads), None
-            else:
-                hidden = self._shared(site, x)[..., ranks]
-            delta = linear(hidden, site.b[:, first:last])
-            y = y.add_(delta if heads is None else delta * heads)
-        return y
-
-    def _alone(self, number: int, ranks: slice, x: Tensor, heads: Tensor) -> Tensor:
-        """The gated hidden of one adapter, whose heads stand on its input side."""
-        group = self._groups[number]
-        offset = None if group.offset is None else group.offset[ranks]
-        hidden = linear(x.to(group.a.dtype) * heads, group.a[ranks], offset)
-        return hidden * self._like(self._gates[number], x)[..., ranks]
-
-    def _spread(self, k: int, axis: HeadAxis, layer: int | None, x: Tensor) -> Tensor | None:
-        """Adapter k's head gate spread over the features of a site, in the layout of x, or None."""
-        if k not in self._heads:
-            return None
-        heads = layer_of(self._heads[k], layer)
-        if heads.shape[-1] == 1:
-            return self._like(heads, x)
-        if axis.pool > 1:
-            heads = heads.reshape(*heads.shape[:-1], -1, axis.pool).mean(-1)
-        return self._like(heads[..., axis.index], x)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
+from lora_rt.core.engine.direct import Forward, direct_forward
 from lora_rt.core.engine.plan import running_pass
 from lora_rt.core.engine.topology import Topology
 
@@ -17,12 +16,10 @@ def hook_up(topology: Topology) -> None:
     were, and no second module call is paid.
     """
     for index, site in enumerate(topology.sites):
-        site.module.forward = _with_adapters(site.module.forward, topology, index)
+        site.module.forward = _with_adapters(direct_forward(site.module), topology, index)
 
 
-def _with_adapters(
-    base_forward: Callable[[Tensor], Tensor], topology: Topology, index: int
-) -> Callable[[Tensor], Tensor]:
+def _with_adapters(base_forward: Forward, topology: Topology, index: int) -> Forward:
     def forward(x: Tensor) -> Tensor:
         y = base_forward(x)
         current = running_pass()

@@ -99,7 +99,11 @@ def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int)
     if "logits_to_keep" in signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
     running = nullcontext() if plan is None else plan.running(rows, tokens, 1)
-    with LiveMemory([*resident(model), *([] if plan is None else plan.tensors())]) as live, torch.inference_mode(), running:
+    with (
+        LiveMemory([*resident(model), *([] if plan is None else plan.tensors())]) as live,
+        torch.inference_mode(),
+        running,
+    ):
         kept = model(**arguments).past_key_values.layers[:layers]
     cache = sum(tensor.untyped_storage().nbytes() for layer in kept for tensor in (layer.keys, layer.values))
     per_token = [(layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2] for layer in kept]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lora_rt.core.engine import plan as plan_module
+from lora_rt.core.engine import shared
 from lora_rt.core.engine.bank import AdapterBank, BankError
 from lora_rt.core.engine.early import EarlyHidden
 from lora_rt.core.engine.plan import PassError, base_alone, running_pass
@@ -39,13 +39,13 @@ def adapter(zoo: Zoo, seed: int) -> Path:
 def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The out-features of every matmul that the engine makes."""
     found: list[int] = []
-    own: Callable[..., Tensor] = plan_module.linear
+    own: Callable[..., Tensor] = shared.linear
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         found.append(weight.shape[0])
         return own(x, weight, bias)
 
-    monkeypatch.setattr(plan_module, "linear", counted)
+    monkeypatch.setattr(shared, "linear", counted)
     return found
 
 
@@ -110,7 +110,7 @@ def test_a_stack_that_is_made_while_its_adapter_is_unloaded_is_not_kept(engine: 
     residents = engine.bank.residents
     engine.bank.remove(name)
     assert engine.bank.plan([{name: 1.0}], residents=residents) is not None
-    assert not engine.bank._stacks
+    assert not len(engine.bank._laid_out)
 
 
 def test_every_mismatch_of_an_adapter_is_named(engine: Engine) -> None:
