@@ -115,17 +115,23 @@ class ModeTrainer(Trainer):  # type: ignore[misc]
         whole = self._prepare_inputs(inputs)
         parts = split(whole, -(-self.args.train_batch_size // self.accumulation))
         counts = [(part["labels"][:, 1:] != IGNORE).sum() for part in parts]
-        total = torch.zeros((), device=whole["labels"].device)
-        for part, count in zip(parts, counts, strict=True):
-            # The gates stand until the backward pass is over: checkpointing runs the forward pass again in it.
-            with self.gates.over(part):
-                loss = batch_loss(model, part, self.objective)
-                if len(parts) > 1:
-                    loss = loss * (count / sum(counts).clamp(min=1))
-                self._check(loss)
-                self.accelerator.backward(loss)
-            total += loss.detach().float()
-        return total
+        shares = [count / sum(counts).clamp(min=1) for count in counts] if len(parts) > 1 else [None]
+        losses = [self._backward(model, part, share) for part, share in zip(parts, shares, strict=True)]
+        return torch.stack(losses).sum()
+
+    def _backward(self, model: nn.Module, part: Mapping[str, Any], share: Tensor | None) -> Tensor:
+        """Add the gradients of one part of a batch, of which it has that share of the labels; gives its loss.
+
+        A function of its own, so that nothing of one part's graph is alive when the next one is run.
+        """
+        # The gates stand until the backward pass is over: checkpointing runs the forward pass again in it.
+        with self.gates.over(part):
+            loss = batch_loss(model, part, self.objective)
+            if share is not None:
+                loss = loss * share
+            self._check(loss)
+            self.accelerator.backward(loss)
+        return loss.detach().float()
 
     def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.load import load_base
+from lora_rt.core.planning.live import LiveMemory
+from lora_rt.core.planning.skeleton import resident
 from lora_rt.core.training import portions as portions_module
 from lora_rt.core.training import run as run_module
 from lora_rt.core.training.loop import Collator, split
@@ -39,23 +41,34 @@ def uneven(settings: Make, tmp_path: Path) -> Make:
     return make
 
 
-def one_step(settings: TrainSettings) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the first batch, from factors that are not zero."""
+def run_of(settings: TrainSettings) -> Any:
+    """A run before its first step, its factors not zero."""
     modes = load_modes()
     base = load_base(settings.base, settings.precision, "cpu", for_training=True)
     objective = run_module._objective(settings, modes, base)
     run = run_module._Run(settings, base, objective, *run_module._examples(settings, objective))
     generator = torch.Generator().manual_seed(1)
-    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for parameter in trained.values():
-            parameter.normal_(0, 0.1, generator=generator)
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=generator)
+    return run
+
+
+def first_batch(run: Any) -> tuple[Any, dict[str, Any]]:
+    """The trainer, and all its sequences as one batch."""
     trainer, _, live = run._trainer()
     live.stop()
-    batch = Collator(0)([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
+    return trainer, Collator(0)([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
+
+
+def one_step(settings: TrainSettings) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the first batch."""
+    run = run_of(settings)
+    trainer, batch = first_batch(run)
     torch.manual_seed(2)
     loss = float(trainer.training_step(run.model, batch))
-    return loss, {name: p.grad for name, p in trained.items() if p.grad is not None}
+    return loss, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
@@ -100,6 +113,23 @@ def test_checkpointing_runs_again_under_the_gates_of_the_ranks(uneven: Make) -> 
     again, recomputed = one_step(uneven(gradient_checkpointing=True, **chosen))
     assert again == loss
     assert_same(gradients, recomputed, 1e-7)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_no_part_holds_on_to_the_memory_of_the_one_before(uneven: Make, tmp_path: Path, precision: str) -> None:
+    """Half as large a part takes about half as much, and not what the part before had as well."""
+    data = tmp_path / "even.jsonl"
+    data.write_text("\n".join(json.dumps({"scene": "scene", "text": "abc" * 10}) for _ in LENGTHS))
+    peaks = {}
+    for parts in (4, 8):
+        settings = uneven(data=data, held_out=data, precision=precision, accumulation=parts)
+        run = run_of(settings)
+        trainer, batch = first_batch(run)
+        with LiveMemory(resident(run.model)) as live:
+            trainer.training_step(run.model, batch)
+        gradients = sum(p.grad.nbytes for p in run.model.parameters() if p.grad is not None)
+        peaks[parts] = live.peak - gradients
+    assert peaks[8] < 0.6 * peaks[4]
 
 
 def test_parts_keep_every_row_and_lose_only_padding() -> None:
