@@ -1,23 +1,28 @@
 """Measures the context mode on held-out scenes and writes report.json beside this file.
 
-    report.py DATA ADAPTERS MIX [SCENES]
+    report.py DATA ADAPTERS MIX TUNED [SCENES]
 
 DATA is the folder that data.py made, ADAPTERS the folder of the fitted adapters, MIX the static weights that the gates
-were fitted around, e.g. logic:0.35,emotion:0.35,body:0.35,archetype:0.35, SCENES how many of the held-out scenes are
-measured (all of them if left out). All losses are nats per answer token.
+were fitted around, e.g. logic:0.35,emotion:0.35,body:0.35,archetype:0.35, TUNED the static weights that `lora-rt tune`
+found on the same data, SCENES how many of the held-out scenes are measured (all of them if left out). All losses are
+nats per answer token.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from lora_rt import Runtime
 from lora_rt.core.composition.activation import written
@@ -102,13 +107,29 @@ def shuffled(examples: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     return {id(e): str(rng.choice(others[e["scene_type"]])) for e in examples}
 
 
-def held_out(runtime: Runtime, examples: list[dict[str, Any]], mix: str) -> dict[str, Any]:
+def load_ablated(runtime: Runtime, adapters: Path, left_out: str, suffix: str) -> None:
+    """The fitted adapters once more, with a tensor of their state as it was before the fit."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for register in REGISTERS:
+            folder = Path(shutil.copytree(adapters / register, Path(scratch) / register))
+            state = load_file(folder / "mode.safetensors")
+            save_file({**state, left_out: torch.zeros_like(state[left_out])}, folder / "mode.safetensors")
+            runtime.load_adapter(str(folder), f"{register}-{suffix}")
+
+
+def renamed(mix: str, suffix: str) -> str:
+    """A mix over the adapters of `load_ablated`."""
+    return " ".join(term.replace(":", f"-{suffix}:") for term in mix.split())
+
+
+def held_out(runtime: Runtime, examples: list[dict[str, Any]], mix: str, tuned: str) -> dict[str, Any]:
     """The first table: texts of one register."""
     wrong = shuffled(examples)
     even = dict.fromkeys(REGISTERS, 1 / len(REGISTERS))
     neutral = constant("neutral")
     statics = {f"static {w} each": losses(runtime, examples, constant(uniform(w)), neutral) for w in GRID}
     statics[f"static {mix}"] = losses(runtime, examples, constant(mix), neutral)
+    statics[f"static, tuned: {tuned}"] = losses(runtime, examples, constant(tuned), neutral)
     best = min(statics, key=lambda name: mean(statics[name]))
     tables = {
         "base": losses(runtime, examples, constant(None), neutral),
@@ -118,6 +139,12 @@ def held_out(runtime: Runtime, examples: list[dict[str, Any]], mix: str) -> dict
         "gate, registered type": losses(runtime, examples, constant(mix), constant(None)),
         "gate, shuffled type": losses(runtime, examples, constant(mix), lambda e: wrong[id(e)]),
         "mean gate": losses(runtime, examples, constant(mix), constant(even)),
+        "scale of each type alone": losses(
+            runtime, examples, constant(renamed(mix, "scale")), lambda e: e["scene_type"]
+        ),
+        "gates of layers and heads alone": losses(
+            runtime, examples, constant(renamed(mix, "gates")), lambda e: e["scene_type"]
+        ),
     }
     groups = np.arange(len(examples)) // len(REGISTERS)
     registered = registered_types(runtime, examples)
@@ -190,17 +217,26 @@ def waking(example: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print and write."""
-    data, adapters, mix = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].replace(",", " ")
+    data, adapters = Path(sys.argv[1]), Path(sys.argv[2])
+    mix, tuned = (argument.replace(",", " ") for argument in sys.argv[3:5])
     runtime = Runtime.load("default")
     for register in REGISTERS:
         runtime.load_adapter(str((adapters / register).absolute()), register)
+    load_ablated(runtime, adapters, left_out="theta", suffix="scale")
+    load_ablated(runtime, adapters, left_out="scale", suffix="gates")
     started = time.perf_counter()
     read = {n: [json.loads(line) for line in (data / f"{n}.jsonl").open()] for n in ("heldout", "turning")}
-    scenes = int(sys.argv[4]) if len(sys.argv) > 4 else len(read["heldout"]) // len(REGISTERS)
+    scenes = int(sys.argv[5]) if len(sys.argv) > 5 else len(read["heldout"]) // len(REGISTERS)
     whole = len(read["turning"]) // 2
     read["heldout"] = read["heldout"][: scenes * len(REGISTERS)]
     read["turning"] = [*read["turning"][:scenes], *read["turning"][whole : whole + scenes]]
-    report = {"seed": SEED, "mix": mix, "scenes": scenes, "heldout": held_out(runtime, read["heldout"], mix)}
+    report = {
+        "seed": SEED,
+        "mix": mix,
+        "tuned": tuned,
+        "scenes": scenes,
+        "heldout": held_out(runtime, read["heldout"], mix, tuned),
+    }
     print(json.dumps(report, indent=1), flush=True)
     report["turning"] = turning(runtime, read["turning"], mix)
     report["seconds"] = round(time.perf_counter() - started)
