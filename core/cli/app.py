@@ -91,6 +91,8 @@ def run() -> None:
     # none of those is used.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    if sys.stdout is None:  # closed by the caller (`>&-`): what is printed goes nowhere
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         app()
     except BaseException as error:

@@ -38,11 +38,12 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
+    from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import out, print_json
     from lora_rt.core.composition import Composition
 
-    for spec in specs:
-        Composition.parse(spec)
+    for composition in [Composition.parse(spec) for spec in specs]:
+        look_up(composition)
     if bridge:
         _evaluate_bridges(specs, _read(data), base, precision, device, one_direction, seed, as_json)
         return

@@ -22,10 +22,15 @@ def scene(
     """Show the distribution over scene types that the gates would see."""
     from rich.markup import escape
 
+    from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.runtime import Runtime
+    from lora_rt.core.composition import Composition, Term
+    from lora_rt.registry.reference import Reference
 
     reference = adapter or _first_able()
+    look_up(Composition((Term(Reference.parse(reference)),)))
+    from lora_rt.core.runtime import Runtime
+
     runtime = Runtime.load(base, precision=precision, device=device)
     name = runtime.ensure(reference)
     (shares,) = runtime.register_scenes([text], name)

@@ -50,11 +50,15 @@ def tune(
     as_json: options.Json = False,
 ) -> None:
     """Learn from examples how much each adapter should say, with base and adapters frozen."""
+    from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import print_json
     from lora_rt.core.composition import Composition
+
+    composition = Composition.parse(" ".join(specs))
+    look_up(composition)
     from lora_rt.core.gating.session import Job
 
-    job = Job(Composition.parse(" ".join(specs)), data, base, precision, device)
+    job = Job(composition, data, base, precision, device)
     if per is Per.SCENE:
         fitted = _scenes(job, out, epochs, learning_rate or 0.1, batch_size, seed)
         if as_json:

@@ -25,19 +25,18 @@ class Item:
     scene_type: str | None = None
 
 
-def read_items(path: Path, base: LoadedBase, *, typed: bool) -> tuple[list[Item], list[dict[str, Any]]]:
-    """The examples of a JSONL file, as tokens and as they stand there.
-
-    Args:
-        path: lines {"scene", "text"}, with "scene_type" where `typed`.
-        base: whose tokens.
-        typed: whether every line must have a scene type.
+def read_lines(path: Path, *, typed: bool) -> list[dict[str, Any]]:
+    """The examples of a JSONL file as they stand there: {"scene", "text"}, with "scene_type" where `typed`.
 
     Raises:
         DataError: listing every bad line.
     """
-    lines = read_pairs(path, ("scene", "text", "scene_type") if typed else ("scene", "text"))
-    return [_item(line, base) for line in lines], lines
+    return read_pairs(path, ("scene", "text", "scene_type") if typed else ("scene", "text"))
+
+
+def as_items(lines: Sequence[Mapping[str, Any]], base: LoadedBase) -> list[Item]:
+    """The examples in a base's tokens."""
+    return [_item(line, base) for line in lines]
 
 
 def _item(line: Mapping[str, Any], base: LoadedBase) -> Item:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_rt.core.gating.data import Item, steps
 from lora_rt.core.gating.frozen import Frozen
+from lora_rt.core.generation.batch import positions_of
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, SceneContext, TermFacts
 
@@ -109,6 +110,9 @@ class SceneFit:
     def fit_gates(self, advance: Callable[[float], None] = lambda _loss: None) -> list[float]:
         """Fit the gates on the examples of the types that the adapters know; each step's loss, nats per token."""
         items = [item for item in self._items if item.scene_type in self.types]
+        if not items:
+            text = f"no line of the data has a scene type of these adapters: {', '.join(self.types)}"
+            raise GatingError(text, next_step="Give examples of these types")
         leaves = [value for state in self.states.values() for value in state.values()]
         for leaf in leaves:
             leaf.grad = None
@@ -139,12 +143,12 @@ class SceneFit:
                 rank=self._frozen.bank.residents[name].rank,
                 uniform_rank=len(self._frozen.bank.residents[name].ranks) == 1,
                 input_ids=ids,
-                positions=torch.zeros_like(ids),
-                prompt_lengths=mask.sum(1),
+                positions=positions_of(mask),
+                prompt_lengths=torch.tensor([len(item.prompt) for item in batch], device=ids.device),
                 active=[True] * len(batch),
                 scene_types=[item.scene_type for item in batch],
                 prompts=[None] * len(batch),
-                hidden=lambda: self._frozen.early(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)).clone(),
+                hidden=lambda: self._frozen.early(ids, mask, positions_of(mask)).clone(),
             )
             gate = self._frozen.modes.gate(self._mode(name), context) or Gate()
             for part in (gate.ranks, gate.heads):

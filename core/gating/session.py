@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_rt.core.base.load import load_base
 from lora_rt.core.composition import Composition
 from lora_rt.core.composition.mixing import expanded
-from lora_rt.core.gating.data import read_items
+from lora_rt.core.gating.data import as_items, read_lines
 from lora_rt.core.gating.frozen import Frozen
 from lora_rt.core.gating.saving import check_name, save_mix, write_fitted
 from lora_rt.core.gating.scenes import GatingError, SceneFit, SceneSettings
@@ -84,9 +84,9 @@ def tune_mix(job: Job, name: str, settings: TuneSettings, advance: Advance) -> M
     """
     registry = Registry(sources=load_modes().sources())
     check_name(name, registry)
+    lines = read_lines(job.data, typed=False)
     frozen, weights, references = open_job(job, registry)
-    items, lines = read_items(job.data, frozen.base, typed=False)
-    tuned = tune(frozen, weights, items, settings, lambda loss: advance("weights", loss))
+    tuned = tune(frozen, weights, as_items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
     mix = save_mix(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
     registry.mixes.save(mix)
     return mix
@@ -99,11 +99,11 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
         LoraRtError: data, base or adapters can't be used, or a folder is there already.
     """
     registry = Registry(sources=load_modes().sources())
+    lines = read_lines(job.data, typed=True)
     frozen, weights, references = open_job(job, registry)
     if out is not None and (there := [name for name in weights if (out / name).exists()]):
         raise GatingError(f"{out / there[0]} is there already", next_step="Give a new folder with --out")
-    items, _ = read_items(job.data, frozen.base, typed=True)
-    fit = SceneFit(frozen, weights, items, settings)
+    fit = SceneFit(frozen, weights, as_items(lines, frozen.base), settings)
     registered = fit.fit_registrar(lambda loss: advance("registrar", loss))
     losses = fit.fit_gates(lambda loss: advance("gates", loss))
     window = max(1, len(losses) // 10)

@@ -15,10 +15,18 @@ from torch import Tensor
 
 from lora_rt.core.gating.data import Item, steps
 from lora_rt.core.gating.frozen import Frozen
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate
 
 Per = Literal["adapter", "layer"]
 _EVALUATED = 16
+
+
+_LARGEST = 1e6  # far beyond every weight under which a text is one, and its square is a number in float32
+
+
+class TuneError(LoraRtError):
+    """Weights that can't be tuned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +58,24 @@ def tune(
     settings: TuneSettings,
     advance: Callable[[float], None] = lambda _loss: None,
 ) -> Tuned:
-    """Fit weights to the examples. `start` has the first weights by resident name; `advance` hears each step's loss."""
+    """Fit weights to the examples. `start` has the first weights by resident name; `advance` hears each step's loss.
+
+    Raises:
+        TuneError: the weights, or the loss, are no numbers that can be computed with.
+    """
+    _check_numbers(start)
     depth = frozen.base.facts.layers if settings.per == "layer" else 1
     device = frozen.bank.device
     weights = {name: torch.full((depth,), w, device=device, requires_grad=True) for name, w in start.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
     before = mean_loss(frozen, items, weights)
-    losses = []
+    losses: list[float] = []
     for batch in steps(items, settings.batch_size, settings.epochs, settings.seed):
         total, count = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
         loss = total / count
+        if not bool(loss.isfinite()):
+            text = f"the loss is {float(loss.detach())} at step {len(losses) + 1}"
+            raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
         distance = torch.stack([(value - start[name]).square().mean() for name, value in weights.items()]).sum()
         optimizer.zero_grad()
         (loss + settings.pull * distance).backward()  # type: ignore[no-untyped-call]
@@ -67,7 +83,15 @@ def tune(
         losses.append(float(loss.detach()))
         advance(losses[-1])
     after = mean_loss(frozen, items, weights)
+    _check_numbers({name: float(value.detach().abs().max()) for name, value in weights.items()})
     return Tuned({name: value.tolist() for name, value in weights.items()}, before, after, losses)
+
+
+def _check_numbers(weights: Mapping[str, float]) -> None:
+    problems = [f"{name}:{weight:g}" for name, weight in weights.items() if not abs(weight) < _LARGEST]
+    if problems:
+        text = f"weights are too large: {', '.join(problems)}"
+        raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
 
 
 def mean_loss(frozen: Frozen, items: Sequence[Item], weights: Mapping[str, Tensor]) -> float:

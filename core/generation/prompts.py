@@ -21,9 +21,11 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens of a prompt, up to and including the opening of the answer.
 
     Raises:
-        PromptError: it is empty, is neither of the two, or the template refuses the messages.
+        PromptError: it is empty, is neither of the two, is no text, or the template refuses the messages.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt)
+    for message in messages:
+        _check_text(message["content"], "the prompt")
     if not tokenizer.chat_template:
         text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in messages)
         ids = [int(i) for i in tokenizer(text).input_ids]
@@ -63,7 +65,21 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return [int(i) for i in tokenizer(rendered, add_special_tokens=False).input_ids]
 
 
+def _check_text(text: str, what: str) -> None:
+    """Tokenizers fail on half of a surrogate pair: bytes of a command line that are not UTF-8, or a cut emoji."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"character {error.start + 1} is {text[error.start]!a}"
+        raise PromptError(f"{what} is no Unicode text: {where}", next_step="Give it in UTF-8") from error
+
+
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of an answer with the end of the turn behind it, as training wants them."""
+    """The tokens of an answer with the end of the turn behind it, as training wants them.
+
+    Raises:
+        PromptError: it is no text.
+    """
+    _check_text(text, "the answer")
     ids = [int(i) for i in tokenizer(text, add_special_tokens=False).input_ids]
     return [*ids, int(tokenizer.eos_token_id)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,35 @@ def test_a_library_that_fails_because_of_a_torn_package_is_not_blamed(
     assert done.code == 1
     assert f"the entry_points.txt of torn-mode in {tmp_path / 'site'} is damaged" in done.err
     assert done.err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "nobody", "-p", "x"],
+        ["scene", "x", "--adapter", "nobody"],
+        ["eval", "nobody", "--data", "x=none.jsonl"],
+        ["tune", "nobody", "--data", "none.jsonl"],
+        ["bridge", "expand", "x", "--adapter", "nobody"],
+    ],
+)
+def test_a_wrong_name_is_found_before_a_base_is_loaded(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("lora_rt.core.runtime.load_base", load)
+    monkeypatch.setattr("lora_rt.core.gating.session.load_base", load)
+    done = cli(*command)
+    assert done.code == 1
+    assert "there is no adapter 'nobody'" in done.err
+
+
+def test_a_closed_standard_output_is_no_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", None)
+        done = cli("list", "--json")
+        assert sys.stdout is not None
+        sys.stdout.close()
+    assert (done.code, done.err) == (0, "")

@@ -18,6 +18,7 @@ from lora_rt.core.gating.scenes import GatingError, SceneFit, SceneSettings
 from lora_rt.core.gating.session import Job, open_job
 from lora_rt.core.gating.weights import TuneSettings, mean_loss, tune
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import GateContext
 from lora_rt.registry.registry import Registry
 from support.tiny import Zoo
 
@@ -193,6 +194,30 @@ def test_a_named_composition_is_listed_composed_and_removed(
         runtime.generate("hello", "mine")
 
 
+@pytest.mark.parametrize("weight", ["1e300", "1e30"])
+def test_weights_that_nothing_can_be_computed_with_are_refused(zoo: Zoo, weight: str) -> None:
+    frozen, weights, _ = open_job(job(zoo, f"{zoo.adapter('llama', seed=1)}:{weight}"), Registry())
+    with pytest.raises(LoraRtError, match="weights are too large"):
+        tune(frozen, weights, items(zoo), TuneSettings())
+
+
+def test_gates_without_an_example_of_their_types_are_refused(zoo: Zoo, made: Made) -> None:
+    frozen, weights, _ = open_job(job(zoo, f"{made('logic', gates=None)}"), Registry())
+    neutral = [item for item in items(zoo) if item.scene_type == "neutral"]
+    with pytest.raises(GatingError, match="no line of the data has a scene type of these adapters: logic, body"):
+        SceneFit(frozen, weights, neutral, SceneSettings()).fit_gates()
+
+
+def test_a_fit_tells_the_gates_where_the_prompts_end(zoo: Zoo, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen, weights, _ = open_job(job(zoo, f"{made('logic', gates=None)}"), Registry())
+    seen: list[GateContext] = []
+    gate = frozen.modes.gate
+    monkeypatch.setattr(frozen.modes, "gate", lambda mode, context: seen.append(context) or gate(mode, context))
+    SceneFit(frozen, weights, items(zoo), SceneSettings(batch_size=4)).fit_gates()
+    assert all(context.prompt_lengths.tolist() == [4] * 4 for context in seen)
+    assert all(context.positions[0].tolist() == list(range(7)) for context in seen)
+
+
 def test_a_composition_is_tuned_further_as_its_adapters(zoo: Zoo, tmp_path: Path) -> None:
     adapters = [zoo.adapter("llama", seed=seed) for seed in (1, 2)]
     data = write(tmp_path / "mix.jsonl", LINES)
@@ -207,7 +232,7 @@ def test_a_composition_is_tuned_further_as_its_adapters(zoo: Zoo, tmp_path: Path
 
 def test_a_name_that_a_composition_can_not_have_is_refused_before_anything_is_loaded(zoo: Zoo, tmp_path: Path) -> None:
     data = write(tmp_path / "mix.jsonl", LINES)
-    result = CliRunner().invoke(app, ["tune", "x", "--data", str(data), "--name", "a b", "--base", str(tmp_path)])
+    result = CliRunner().invoke(app, ["tune", "logic", "--data", str(data), "--name", "a b", "--base", str(tmp_path)])
     assert isinstance(result.exception, LoraRtError)
     assert "'a b' is not a name that a composition can have" in result.exception.message
 

@@ -46,6 +46,14 @@ def test_messages_that_the_template_refuses_are_explained(runtime: Runtime) -> N
         runtime.generate([[{"role": "king", "content": "x"}]], max_new_tokens=1)
 
 
+def test_what_is_no_unicode_text_is_refused(zoo: Zoo) -> None:
+    runtime = zoo.runtime("llama")
+    with pytest.raises(PromptError, match=r"the prompt is no Unicode text: character 2 is '\\udcff'"):
+        runtime.generate("a\udcff", max_new_tokens=1)
+    with pytest.raises(PromptError, match="the answer is no Unicode text"):
+        runtime.answer_nll(["a"], ["\ud83c"])
+
+
 def test_an_empty_prompt_is_refused_where_no_template_surrounds_it(zoo: Zoo) -> None:
     with pytest.raises(PromptError, match="empty"):
         zoo.runtime("llama", chat=False).generate("", max_new_tokens=1)

@@ -28,6 +28,14 @@ def test_bytes_that_are_no_utf8_are_a_bad_line_and_not_a_crash(tmp_path: Path) -
         read_pairs(file, ("scene", "text"))
 
 
+def test_half_of_a_surrogate_pair_is_a_bad_line_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b'\n{"scene": "a", "text": "\\ud83c"}\n')
+    with pytest.raises(DataError) as caught:
+        read_pairs(file, ("scene", "text"))
+    assert caught.value.problems == ('line 2: "text" holds half of a surrogate pair',)
+
+
 def test_any_language_is_read(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(GOOD, encoding="utf-8")

@@ -32,11 +32,14 @@ def explain(
     as_json: options.Json = False,
 ) -> None:
     """Show how much each register adds to the base, layer by layer."""
+    from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import out, print_json
     from lora_rt.core.composition import Composition
-    from lora_rt.core.runtime import Runtime
 
     composition = Composition.parse(" ".join(specs))
+    look_up(composition)
+    from lora_rt.core.runtime import Runtime
+
     runtime = Runtime.load(base, precision=precision, device=device)
     answer = ""
     if max_new_tokens:
