@@ -143,7 +143,9 @@ def _table(title: str, rows: list[dict[str, str]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1)
+    )
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
@@ -172,7 +174,7 @@ def _training_rows(made: MemoryPlan) -> list[dict[str, str]]:
             "adapter": memory.adapter,
             "grads": memory.gradients,
             "optimizer": memory.optimizer,
-            "activ.": memory.activations + memory.workspace,
+            "activ.": memory.per_batch + memory.workspace,
             **({"process": made.process} if made.process else {}),
             "peak": memory.peak + made.process,
             "peak*": None if again is None else again.peak + made.process,

@@ -72,5 +72,5 @@ def _choices(plan: MemoryPlan, use: Use) -> list[_Choice]:
         for memory in (item.training, item.checkpointed):
             if memory is not None:
                 again = memory is item.checkpointed
-                found.append(_Choice(item.precision, again, memory.fixed, memory.activations / rows))
+                found.append(_Choice(item.precision, again, memory.fixed, memory.per_batch / rows))
     return found

@@ -46,7 +46,7 @@ class Case:
         return f"{self.batch} x {self.seq}{parts}{', checkpointed' if self.checkpointing else ''}"
 
 
-CASES = (Case(4, 128), Case(8, 256), Case(8, 256, accumulation=4), Case(8, 256, checkpointing=True))
+CASES = (Case(4, 128), Case(8, 192), Case(4, 256, accumulation=2), Case(8, 256, checkpointing=True))
 
 
 def plan(case: Case, prompt: int) -> int:
