@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _KERNEL = "gemv_4bit_inference_cpu_nf4_bf16"
+_NOWHERE = -1
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -35,29 +37,49 @@ def direct_forward(module: nn.Module) -> Forward:
 def _short(module: Any, state: Any, own: Forward) -> Forward | None:
     """One call of the kernel: out (rows, N) = x (rows, K) times the packed weight."""
     kernel = _kernel()
-    weight, scales = module.weight, state.absmax
     plain = module.bias is None and state.quant_type == "nf4" and not state.nested
-    if kernel is None or not plain or not module.compute_dtype == scales.dtype == torch.bfloat16:
+    if kernel is None or not plain or not module.compute_dtype == state.absmax.dtype == torch.bfloat16:
         return None
-    features = int(state.shape[0])
-    packed = weight.data  # kept alive, so that its address can't come to belong to anything else
-    address = packed.data_ptr()
+    weight, features = module.weight, int(state.shape[0])
     n, k, block = (ctypes.c_int64(int(number)) for number in (*state.shape, state.blocksize))
-    b, absmax = ctypes.c_void_p(address), ctypes.c_void_p(scales.data_ptr())
+    packed = _Packed.of(weight)
     integer, pointer, wanted = ctypes.c_int64, ctypes.c_void_p, torch.bfloat16
 
     def forward(x: Tensor) -> Tensor:
-        # Another weight, or another layout of it, comes with a state dict that is asked for or a model that is moved.
-        if weight.data_ptr() != address or x.dtype is not wanted or x.requires_grad or not x.is_contiguous():
+        nonlocal packed
+        if x.dtype is not wanted or x.requires_grad or not x.is_contiguous():
             return own(x)
+        if weight.data_ptr() != packed.address:
+            y = own(x)  # which packs the weight again, where it was unpacked
+            packed = _Packed.of(weight)
+            return y
         *rows, inputs = x.shape
         out = x.new_empty(*rows, features)
         count = integer(x.numel() // inputs)
-        kernel(count, n, k, pointer(x.data_ptr()), b, absmax, pointer(out.data_ptr()), block, k, n)
+        kernel(count, n, k, pointer(x.data_ptr()), packed.b, packed.scales, pointer(out.data_ptr()), block, k, n)
         return out
 
-    forward.__dict__["holds"] = (packed, scales)
     return forward
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Where a packed weight and its scales lie. They are kept alive: their addresses can't come to be anything else's.
+
+    A state dict that is asked for, or a model that is moved, puts other tensors in their place.
+    """
+
+    address: int
+    b: ctypes.c_void_p
+    scales: ctypes.c_void_p
+    held: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, weight: Any) -> _Packed:
+        state = weight.quant_state
+        address = weight.data_ptr() if getattr(state, "packing_format_for_cpu", False) else _NOWHERE
+        held = weight.data, state.absmax
+        return cls(address, ctypes.c_void_p(address), ctypes.c_void_p(state.absmax.data_ptr()), held)
 
 
 def _kernel() -> Callable[..., None] | None:

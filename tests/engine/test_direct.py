@@ -49,13 +49,27 @@ def test_inputs_that_the_kernel_does_not_take_go_the_layer_s_own_way() -> None:
 
 
 @needs_packing
-def test_a_weight_that_is_unpacked_for_a_state_dict_is_not_read_as_if_it_were_packed() -> None:
+def test_a_weight_that_is_unpacked_for_a_state_dict_is_packed_again_and_goes_the_short_way_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = layer()
+    long: list[int] = []
+    own = module.forward
+
+    def counted(x: Tensor) -> Tensor:
+        long.append(1)
+        result: Tensor = own(x)
+        return result
+
+    monkeypatch.setattr(module, "forward", counted)
     short = direct_forward(module)
     with torch.no_grad():
         wanted = short(given(2, 128))
+        long.clear()
         module.state_dict()
-        assert torch.equal(short(given(2, 128)), wanted)
+        for _ in range(3):
+            assert torch.equal(short(given(2, 128)), wanted)
+    assert len(long) == 1
 
 
 @pytest.mark.parametrize("other", [nn.Linear(128, 64), layer(bias=True), layer(quant_type="fp4")])
