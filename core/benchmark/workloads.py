@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,8 +66,14 @@ class Workload:
         return len(set(self.mixes)) > 1
 
     def mix(self, number: int) -> Mix:
-        """The number-th composition. Compositions go round the residents; the weights are around 1/active."""
+        """The number-th composition; the weights are around 1/active.
+
+        The rows of a batch go round the residents. Changes draw theirs, so that hardly any set comes twice: what was
+        laid out for a set is kept.
+        """
         chosen = [(number * self.active + term) % self.resident for term in range(self.active)]
+        if self.kind == "change":
+            chosen = random.Random(number).sample(range(self.resident), self.active)
         return tuple(
             (resident_name(index), self._weight(number, term) if self.weighted else 1.0)
             for term, index in enumerate(chosen)

@@ -118,26 +118,12 @@ def _into_store(settings: TrainSettings, resume: bool) -> tuple[str, TrainResult
 
 def _into_folder(settings: TrainSettings, out: Path, resume: bool) -> tuple[str, TrainResult]:
     """The folder appears only when the run has ended well."""
-    import os
-    import shutil
-    import tempfile
-
     from lora_rt.core.training.run import train as run
-    from lora_rt.core.training.settings import SettingsError
     from lora_rt.plugins.manager import load_modes
+    from lora_rt.registry.durable import new_folder
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError(f"{out} is there and not empty", next_step="Give a new folder with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_folder(out) as scratch:
         result = run(settings, load_modes(), scratch, resume=resume)
-        if out.exists():
-            out.rmdir()
-        scratch.chmod(0o755)  # mkdtemp keeps others out
-        os.rename(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return str(out), result
 
 

@@ -137,11 +137,11 @@ class AdapterBank:
         return torch.tensor(table, dtype=self.dtype, device=self.device)
 
     def _stack(self, active: tuple[ResidentAdapter, ...]) -> Stack:
-        """The stacked factors of a set. A stack of one adapter shares its memory."""
+        """The stacked factors of a set. That of one adapter shares its memory, where no two layers share an input."""
 
         def build() -> tuple[Stack, int]:
             built = stack(self.topology, [adapter.factors for adapter in active])
-            return built, sum(adapter.nbytes for adapter in active) if len(active) > 1 else 0
+            return built, sum(tensor.nbytes for tensor in built.tensors())
 
         return self._laid_out.get(active, frozenset(active), build, self._room(), lambda: self._here(active))
 
@@ -150,7 +150,7 @@ class AdapterBank:
 
         def build() -> tuple[Lanes, int]:
             built = gather(self.topology, [adapter.factors for adapter in active], members)
-            return built, sum(active[k].nbytes for row in members for k in row)
+            return built, sum(tensor.nbytes for tensor in built.tensors())
 
         key = (active, members)
         return self._laid_out.get(key, frozenset(active), build, self._room(), lambda: self._here(active))

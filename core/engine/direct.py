@@ -40,23 +40,25 @@ def _short(module: Any, state: Any, own: Forward) -> Forward | None:
     plain = module.bias is None and state.quant_type == "nf4" and not state.nested
     if kernel is None or not plain or not module.compute_dtype == state.absmax.dtype == torch.bfloat16:
         return None
-    weight, features = module.weight, int(state.shape[0])
+    parameters, features, width = module._parameters, int(state.shape[0]), int(state.shape[1])
     n, k, block = (ctypes.c_int64(int(number)) for number in (*state.shape, state.blocksize))
-    packed = _Packed.of(weight)
+    packed = _Packed.of(module.weight)
     integer, pointer, wanted = ctypes.c_int64, ctypes.c_void_p, torch.bfloat16
 
     def forward(x: Tensor) -> Tensor:
         nonlocal packed
-        if x.dtype is not wanted or x.requires_grad or not x.is_contiguous():
+        now, weight = packed, parameters["weight"]  # `now` keeps the memory that the kernel reads
+        *rows, inputs = x.shape
+        fits = x.dtype is wanted and x.is_cpu and inputs == width and x.is_contiguous() and not x.requires_grad
+        if not fits or not x.numel():
             return own(x)
-        if weight.data_ptr() != packed.address:
+        if weight is not now.weight or weight.data_ptr() != now.address:
             y = own(x)  # which packs the weight again, where it was unpacked
             packed = _Packed.of(weight)
             return y
-        *rows, inputs = x.shape
         out = x.new_empty(*rows, features)
-        count = integer(x.numel() // inputs)
-        kernel(count, n, k, pointer(x.data_ptr()), packed.b, packed.scales, pointer(out.data_ptr()), block, k, n)
+        count = integer(x.numel() // width)
+        kernel(count, n, k, pointer(x.data_ptr()), now.b, now.scales, pointer(out.data_ptr()), block, k, n)
         return out
 
     return forward
@@ -69,6 +71,7 @@ class _Packed:
     A state dict that is asked for, or a model that is moved, puts other tensors in their place.
     """
 
+    weight: Any
     address: int
     b: ctypes.c_void_p
     scales: ctypes.c_void_p
@@ -77,9 +80,10 @@ class _Packed:
     @classmethod
     def of(cls, weight: Any) -> _Packed:
         state = weight.quant_state
-        address = weight.data_ptr() if getattr(state, "packing_format_for_cpu", False) else _NOWHERE
+        packed = weight.is_cpu and getattr(state, "packing_format_for_cpu", False)
+        address = weight.data_ptr() if packed else _NOWHERE
         held = weight.data, state.absmax
-        return cls(address, ctypes.c_void_p(address), ctypes.c_void_p(state.absmax.data_ptr()), held)
+        return cls(weight, address, ctypes.c_void_p(address), ctypes.c_void_p(state.absmax.data_ptr()), held)
 
 
 def _kernel() -> Callable[..., None] | None:

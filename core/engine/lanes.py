@@ -9,13 +9,12 @@ The weights are an argument of the gathered factors: they can change without gat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_rt.core.engine.dtypes import in_dtype_for
 from lora_rt.core.engine.plan import Pass, PassError, Plan
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import Topology
@@ -53,6 +52,10 @@ class Lanes:
     sites: list[LaneSite | None]
     groups: dict[int, LaneGroup]
 
+    def tensors(self) -> list[Tensor]:
+        """A of every group and B of every site."""
+        return [*(group.a for group in self.groups.values()), *(site.b for site in self.sites if site is not None)]
+
 
 def pay_off(ranks: Sequence[int], rows: Membership) -> bool:
     """Whether lanes are cheaper than a shared stack: their factors are read once a row, a stack's once a batch.
@@ -84,38 +87,43 @@ def _gather_group(
     indices: list[int],
     lanes: Lanes,
 ) -> None:
-    first = next(a[topology.sites[i].name] for i in indices for a in adapters if topology.sites[i].name in a)
-    widths = [max(sum(_ranks(adapters[k], topology.sites[i].name) for k in row) for row in rows) for i in indices]
-    a = first.a.new_zeros(len(rows), sum(widths), first.a.shape[1])
+    sites = [topology.sites[index] for index in indices]
+    like = next(adapter[site.name].a for site in sites for adapter in adapters if site.name in adapter)
+    widths = [max(at + _ranks(f) for _, at, _, f in _placed(adapters, rows, site.name)) for site in sites]
+    a = like.new_zeros(len(rows), sum(widths), like.shape[1])
+    offset = like.new_zeros(len(rows), sum(widths), 1)
     owners = torch.full((len(rows), sum(widths)), len(adapters))
-    offset = first.a.new_zeros(len(rows), sum(widths), 1)
     start = 0
-    for index, width in zip(indices, widths, strict=True):
-        site = topology.sites[index]
-        b = first.b.new_zeros(len(rows), site.out_features, width)
-        for row, used in enumerate(rows):
-            at = 0
-            for k in used:
-                if (factors := adapters[k].get(site.name)) is None:
-                    continue
-                rank = factors.a.shape[0]
-                a[row, start + at : start + at + rank] = factors.a
-                b[row, :, at : at + rank] = factors.b
-                if factors.bias is not None:
-                    offset[row, start + at + rank] = 1.0
-                    b[row, :, at + rank] = factors.bias
-                width_here = _ranks(adapters[k], site.name)
-                owners[row, start + at : start + at + width_here] = k
-                at += width_here
+    for index, site, width in zip(indices, sites, widths, strict=True):
+        b = like.new_zeros(len(rows), site.out_features, width)
+        for row, at, k, factors in _placed(adapters, rows, site.name):
+            rank = factors.a.shape[0]
+            a[row, start + at : start + at + rank] = factors.a
+            b[row, :, at : at + rank] = factors.b
+            owners[row, start + at : start + at + _ranks(factors)] = k
+            if factors.bias is not None:
+                offset[row, start + at + rank] = 1.0
+                b[row, :, at + rank] = factors.bias
         lanes.sites[index] = LaneSite(group, start, start + width, b)
         start += width
     lanes.groups[group] = LaneGroup(a, owners.to(a.device), offset if bool(offset.any()) else None)
 
 
-def _ranks(adapter: Mapping[str, Factors], site: str) -> int:
-    """How many ranks an adapter takes at a site; a bias takes one."""
-    factors = adapter.get(site)
-    return 0 if factors is None else factors.a.shape[0] + (factors.bias is not None)
+def _placed(
+    adapters: Sequence[Mapping[str, Factors]], rows: Membership, site: str
+) -> Iterator[tuple[int, int, int, Factors]]:
+    """Row, first rank on its lane, adapter and factors, for all that act at a site."""
+    for row, used in enumerate(rows):
+        at = 0
+        for k in used:
+            if (factors := adapters[k].get(site)) is not None:
+                yield row, at, k, factors
+                at += _ranks(factors)
+
+
+def _ranks(factors: Factors) -> int:
+    """How many ranks factors take on a lane; a bias takes one."""
+    return factors.a.shape[0] + (factors.bias is not None)
 
 
 class LanePlan(Plan):
@@ -133,9 +141,7 @@ class LanePlan(Plan):
 
     def tensors(self) -> list[Tensor]:
         """The gathered factors and the gates."""
-        a = [group.a for group in self.lanes.groups.values()]
-        b = [site.b for site in self.lanes.sites if site is not None]
-        return [*a, *b, *self.gates.values()]
+        return [*self.lanes.tensors(), *self.gates.values()]
 
 
 class LanePass(Pass):
@@ -159,18 +165,16 @@ class LanePass(Pass):
         if self._hidden is None or self._input is not x or self._group != site.group:
             self._hidden = self._gated(site.group, x)
             self._input, self._group = x, site.group
-        delta = torch.bmm(in_dtype_for(x, site.b), self._hidden[:, site.start : site.stop]).transpose(1, 2)
+        delta = torch.bmm(site.b, self._hidden[:, site.start : site.stop]).transpose(1, 2)
         return y.add_(delta if y.dim() == 3 else delta.flatten(0, 1))
 
     def _gated(self, number: int, x: Tensor) -> Tensor:
         """g * (A x^T), (rows, R, tokens)."""
         group = self._lanes.groups[number]
-        rows = self._by_row(x)
-        a = in_dtype_for(x, group.a)
-        hidden = torch.bmm(a, rows.to(a.dtype).transpose(1, 2))
+        hidden = torch.bmm(group.a, self._by_row(x).to(group.a.dtype).transpose(1, 2))
         if group.offset is not None:
             hidden += group.offset
-        return (hidden * self._gates[number]).to(a.dtype)
+        return hidden * self._gates[number]
 
     def _by_row(self, x: Tensor) -> Tensor:
         """(rows, tokens, n), from that or from (rows * tokens, n)."""

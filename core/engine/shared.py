@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_rt.core.engine.dtypes import in_dtype_for
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.plan import Pass, PassError, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
@@ -41,9 +40,7 @@ class SharedPlan(Plan):
 
     def tensors(self) -> list[Tensor]:
         """The stack's factors and the gates."""
-        a = [group.a for group in self.stack.groups.values()]
-        b = [site.b for site in self.stack.sites if site is not None]
-        return [*a, *b, *self.group_gates.values()]
+        return [*self.stack.tensors(), *self.group_gates.values()]
 
 
 class SharedPass(Pass):
@@ -70,7 +67,7 @@ class SharedPass(Pass):
         if self._heads and (axis := self.topology.sites[index].heads) is not None:
             return self._add_headed(site, axis, x, y)
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        return y.add_(linear(self._shared(site, x)[..., site.start : site.stop], in_dtype_for(x, site.b)))
+        return y.add_(linear(self._shared(site, x)[..., site.start : site.stop], site.b))
 
     def _shared(self, site: StackedSite, x: Tensor) -> Tensor:
         """The gated hidden of the site's group, made by the first of its sites."""
@@ -81,9 +78,8 @@ class SharedPass(Pass):
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x."""
-        a = in_dtype_for(x, group.a)
-        hidden = linear(x.to(a.dtype), a, group.offset)
-        return (hidden * self._like(self._gates[number], x)).to(a.dtype)
+        hidden = linear(x.to(group.a.dtype), group.a, group.offset)
+        return hidden * self._like(self._gates[number], x)
 
     def _like(self, gate: Tensor, x: Tensor) -> Tensor:
         """A gate (batch|1, tokens|1, n) in the layout of x."""

@@ -66,6 +66,10 @@ class Stack:
     patterns: list[Pattern]
     widest: int
 
+    def tensors(self) -> list[Tensor]:
+        """A of every group and B of every site."""
+        return [*(group.a for group in self.groups.values()), *(site.b for site in self.sites if site is not None)]
+
 
 def stack(topology: Topology, adapters: Sequence[Mapping[str, Factors]]) -> Stack:
     """Lay the adapters side by side at every site where at least one of them acts."""

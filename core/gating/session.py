@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from lora_rt.core.gating.scenes import GatingError, SceneFit, SceneSettings
 from lora_rt.core.gating.weights import TuneSettings, tune
 from lora_rt.core.training.data import digest_of
 from lora_rt.plugins.manager import load_modes
+from lora_rt.registry.durable import new_folder
 from lora_rt.registry.mixes import Mix
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
@@ -123,12 +121,6 @@ def _publish(
         with registry.store.staging() as folder:
             write_fitted(source, folder, fit.states[name], metrics)
             return registry.store.publish(folder, name, source="fitted here", revision=None).name
-    out.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
-    try:
+    with new_folder(out / name) as scratch:
         write_fitted(source, scratch, fit.states[name], metrics)
-        scratch.chmod(0o755)  # mkdtemp keeps others out
-        os.rename(scratch, out / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return str(out / name)

@@ -82,7 +82,7 @@ def plan_inference(
     return InferenceMemory(
         weights=weights,
         adapters=resident_bytes,
-        stacked=resident_bytes if adapters > 1 else 0,  # the stack of one adapter shares its memory
+        stacked=resident_bytes if adapters > 1 else 0,  # that of one adapter mostly shares its memory
         kv_cache=_kv_cache(config, per_token, tokens),
         activations=activations,
         workspace=largest_dequantized(skeleton(config, precision), precision),

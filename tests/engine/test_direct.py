@@ -89,3 +89,17 @@ def test_a_build_without_the_kernel_is_served_all_the_same(monkeypatch: pytest.M
     monkeypatch.setattr(direct, "_KERNEL", "no_such_symbol")
     module = layer()
     assert direct_forward(module) == module.forward
+
+
+@needs_packing
+def test_a_weight_that_is_replaced_is_the_one_that_counts() -> None:
+    module = layer()
+    short = direct_forward(module)
+    torch.manual_seed(7)
+    other = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
+    with torch.no_grad():
+        other(given(1, 128))
+        before = short(given(2, 128))
+        module.weight = other.weight
+        assert torch.equal(short(given(2, 128)), other(given(2, 128)))
+        assert not torch.equal(short(given(2, 128)), before)

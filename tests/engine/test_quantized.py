@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.contract import Gate
+from lora_rt.registry.registry import Registry
 from support.tiny import MLP, TARGETS, Zoo, deltas, some_ids, spec
 
 IDS = some_ids(rows=2, tokens=7)
@@ -103,6 +105,30 @@ def test_a_row_in_a_batch_is_the_row_alone(zoo: Zoo) -> None:
     mixed = runtime.logits(IDS, compositions=[spec(terms(zoo)), spec(terms(zoo)[:1])])
     alone = runtime.logits(IDS[1:], compositions=spec(terms(zoo)[:1]))
     assert_close(mixed[1:].float(), alone.float(), atol=0.06, rtol=0.02)
+
+
+def test_two_banks_over_one_quantized_model_both_act(zoo: Zoo) -> None:
+    runtime = zoo.runtime("llama", "int4", fresh=True)
+    name = runtime.load_adapter(str(zoo.adapter("llama", seed=1)))
+    wanted = runtime.logits(IDS, compositions=name)
+    second = Runtime(runtime._base, runtime._modes, Registry())
+    other = second.load_adapter(str(zoo.adapter("llama", seed=2)))
+    assert torch.equal(runtime.logits(IDS, compositions=name), wanted)
+    assert not torch.equal(second.logits(IDS, compositions=other), second.logits(IDS))
+
+
+def test_a_long_prompt_under_biases_and_head_gates_is_what_its_beginning_is_alone(zoo: Zoo) -> None:
+    runtime = zoo.runtime("llama", "bfloat16")
+    name = runtime.load_adapter(str(zoo.adapter("llama", seed=4, r=4, lora_bias=True)), name="biased")
+    ids = some_ids(rows=1, tokens=100)
+    gate = Gate(heads=torch.tensor([0.2, 0.8, 1.4, 2.0])[None, None, None])
+    plan = runtime._bank.plan([{name: 0.7}], {name: gate})
+    assert plan is not None
+    found = []
+    for tokens in (100, 40):
+        with plan.running(1, tokens), torch.inference_mode():
+            found.append(runtime._base.model(input_ids=ids[:, :tokens]).logits[:, :40].float())
+    assert_close(found[0], found[1], atol=0.06, rtol=0.02)
 
 
 NOISELESS = """
