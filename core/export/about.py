@@ -23,7 +23,7 @@ def licence(terms: Sequence[ExportTerm]) -> str:
     return " AND ".join(dict.fromkeys(stated)) if all(stated) else ""
 
 
-def card(terms: Sequence[ExportTerm], base: Outline, *, static: bool) -> AdapterCard:
+def card(terms: Sequence[ExportTerm], base: Outline, *, left_out: bool) -> AdapterCard:
     """The card of a composition that became one adapter: mode output-only, `training` lists what it was made of."""
     made_of = {f"adapter {number}": _short(_line(term)) for number, term in enumerate(terms, start=1)}
     return AdapterCard(
@@ -31,17 +31,17 @@ def card(terms: Sequence[ExportTerm], base: Outline, *, static: bool) -> Adapter
         mode="output-only",
         base=base.identity,
         licence=_short(licence(terms)),
-        training={"exported_from": _short(title(terms)), "gates_left_out": static, **made_of},
+        training={"exported_from": _short(title(terms)), "gates_left_out": left_out, **made_of},
         lora_rt=__version__,
     )
 
 
-def readme(terms: Sequence[ExportTerm], base: Outline, use: str, *, static: bool) -> str:
+def readme(terms: Sequence[ExportTerm], base: Outline, use: str, *, left_out: bool) -> str:
     """The README.md: what it is, what it was made of, how to load it."""
     lines = [f"# {title(terms)}", ""]
     lines += [f"A composition of LoRA adapters over {base.identity.id}, exported by lora-rt {__version__}.", ""]
     lines += [f"- {_line(term)}" for term in terms]
-    if static:
+    if left_out:
         lines += ["", "Gates and activation texts of these adapters were left out: they act as if always on."]
     lines += ["", "## Use", "", "```", use, "```", ""]
     return "\n".join(lines)

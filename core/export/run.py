@@ -96,12 +96,15 @@ def export(
         if to == "gguf":
             architecture_of(shape.config)
         terms, failures = read_terms(given, registry or Registry(sources=host.sources()), shape)
-        notes, dynamic = ([], []) if static else check_static(terms, host, shape)
+        notes, dynamic = check_static(terms, host, shape)
+        left_out = static and bool(dynamic)
+        if static:
+            dynamic = []
         raise_all([*failures, *dynamic], f"{len(failures) + len(dynamic)} terms of {given} can't be exported")
         factors = combine(terms, shape)
         chosen = dtype or (torch.bfloat16 if to == "merged" else torch.float32)
-        _write(to, folder, factors, terms, shape, chosen, static)
-        text = about.readme(terms, shape, usage(to, "THIS_FOLDER"), static=static)
+        _write(to, folder, factors, terms, shape, chosen, left_out)
+        text = about.readme(terms, shape, usage(to, "THIS_FOLDER"), left_out=left_out)
         (folder / files.README).write_text(text, encoding="utf-8")
         digests, size = _digests(folder)
     return Exported(
@@ -112,7 +115,7 @@ def export(
         dtype=str(chosen).removeprefix("torch."),
         rank=max(item.a.shape[0] for item in factors.values()),
         modules=len(factors),
-        static=static,
+        static=left_out,
         notes=notes,
         sha256=files.combined(digests),
         size=size,
@@ -135,7 +138,7 @@ def _write(
     terms: Sequence[ExportTerm],
     base: Outline,
     dtype: torch.dtype,
-    static: bool,
+    left_out: bool,
 ) -> None:
     if to == "merged":
         write_merged(folder, factors, base, dtype)
@@ -151,7 +154,7 @@ def _write(
         )
     else:
         write_peft_adapter(folder, rounded(factors, dtype), base)
-        write_card(folder, about.card(terms, base, static=static))
+        write_card(folder, about.card(terms, base, left_out=left_out))
         # The composition that is written has to pass what every adapter has to pass that is loaded.
         inspect_adapter(folder, name="export", linears=base.linears, base=base.identity)
 
