@@ -15,4 +15,9 @@ for register in logic emotion body archetype; do
 done
 # The folder must be absolute, or begin with ./ as every path in a composition does.
 "$lora_rt" tune $spec --per scene --data "$out/data/gates.jsonl" --epochs 0.5 --seed 0 --out "$out/fitted"
-"$python" "$here/report.py" "$out/data" "$out/fitted" logic:0.35,emotion:0.35,body:0.35,archetype:0.35
+# What static weights can do at best on the same data, to compare with.
+"$lora_rt" tune $spec --per adapter --name context-static --data "$out/data/gates.jsonl" --epochs 0.3 --json >"$out/static.json"
+tuned=$("$python" -c 'import json, sys
+terms = json.load(open(sys.argv[1]))["terms"]
+print(",".join("%s:%.3f" % (term["reference"].rsplit("/", 1)[-1], term["weight"]) for term in terms))' "$out/static.json")
+"$python" "$here/report.py" "$out/data" "$out/fitted" logic:0.35,emotion:0.35,body:0.35,archetype:0.35 "$tuned"
