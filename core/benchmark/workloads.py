@@ -72,7 +72,7 @@ class Workload:
         laid out for a set is kept.
         """
         chosen = [(number * self.active + term) % self.resident for term in range(self.active)]
-        if self.kind == "change":
+        if self.kind == "change" and self.active < self.resident:
             chosen = random.Random(number).sample(range(self.resident), self.active)
         return tuple(
             (resident_name(index), self._weight(number, term) if self.weighted else 1.0)

@@ -114,7 +114,8 @@ class AdapterBank:
         Raises:
             BankError: an adapter is not resident, a weight is too large, or a gate has another rank than its adapter.
         """
-        names = list(dict.fromkeys(name for row in rows for name, weight in row.items() if weight != 0.0))
+        # Sorted: however a request orders its terms, it finds what was laid out for the same adapters.
+        names = sorted({name for row in rows for name, weight in row.items() if weight != 0.0})
         if not names:
             return None
         table = self.residents if residents is None else residents

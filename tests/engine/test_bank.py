@@ -14,6 +14,7 @@ from lora_rt.core.engine import shared
 from lora_rt.core.engine.bank import AdapterBank, BankError
 from lora_rt.core.engine.early import EarlyHidden
 from lora_rt.core.engine.plan import PassError, base_alone, running_pass
+from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.generation.batch import positions_of
 from lora_rt.core.generation.decode import Decoder
@@ -111,6 +112,15 @@ def test_a_stack_that_is_made_while_its_adapter_is_unloaded_is_not_kept(engine: 
     engine.bank.remove(name)
     assert engine.bank.plan([{name: 1.0}], residents=residents) is not None
     assert not len(engine.bank._laid_out)
+
+
+def test_the_order_of_the_terms_makes_no_difference(engine: Engine, zoo: Zoo) -> None:
+    one, other = (adapter(zoo, seed).name for seed in (1, 2))
+    first, again = engine.plan({one: 0.3, other: 0.9}), engine.plan({other: 0.9, one: 0.3})
+    assert isinstance(first, SharedPlan)
+    assert isinstance(again, SharedPlan)
+    assert first.stack is again.stack
+    assert torch.equal(engine.logits(IDS, first), engine.logits(IDS, again))
 
 
 def test_every_mismatch_of_an_adapter_is_named(engine: Engine) -> None:
