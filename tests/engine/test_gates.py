@@ -284,4 +284,4 @@ def test_a_rank_gate_of_another_rank_is_refused(zoo: Zoo) -> None:
     gates = {adapter.name: Gate(torch.ones(RANK + 1)), uneven.name: Gate(torch.ones(RANK))}
     with pytest.raises(BankError) as caught:
         engine.plan(weights, gates)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == [adapter.name, uneven.name]
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {adapter.name, uneven.name}
