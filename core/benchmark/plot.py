@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.benchmark.table import HEADS
-from lora_rt.core.evaluation.plot import PlotError
+from lora_rt.core.evaluation.plot import PlotError, without_a_screen
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _BAR = 0.8
@@ -19,11 +19,7 @@ def check_plot(path: Path) -> None:
     Raises:
         PlotError: matplotlib is not installed, or the path can't be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PlotError("--plot needs matplotlib", next_step="Install it with: pip install 'lora-rt[plot]'") from error
-    matplotlib.use("Agg")
+    without_a_screen("--plot")
     if path.suffix not in _SUFFIXES or not path.absolute().parent.is_dir():
         raise PlotError(f"{path} can't be written", next_step="Give a path in a folder that is there, ending in .png")
 

@@ -69,12 +69,8 @@ def pay_off(ranks: Sequence[int], rows: Membership) -> bool:
 
 def gather(topology: Topology, adapters: Sequence[Mapping[str, Factors]], rows: Membership) -> Lanes:
     """Lay the adapters of each row on its lane, at every site where at least one of them acts."""
-    members: dict[int, list[int]] = {}
-    for index, site in enumerate(topology.sites):
-        if any(site.name in adapter for adapter in adapters):
-            members.setdefault(site.group, []).append(index)
     lanes = Lanes([None] * len(topology.sites), {})
-    for group, indices in members.items():
+    for group, indices in topology.groups_of(adapters).items():
         _gather_group(topology, adapters, rows, group, indices, lanes)
     return lanes
 

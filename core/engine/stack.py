@@ -73,14 +73,10 @@ class Stack:
 
 def stack(topology: Topology, adapters: Sequence[Mapping[str, Factors]]) -> Stack:
     """Lay the adapters side by side at every site where at least one of them acts."""
-    members: dict[int, list[int]] = {}
-    for index, site in enumerate(topology.sites):
-        if any(site.name in adapter for adapter in adapters):
-            members.setdefault(site.group, []).append(index)
     widest = max(factors.a.shape[0] for adapter in adapters for factors in adapter.values())
     built = Stack([None] * len(topology.sites), {}, [], widest)
     known: dict[tuple[tuple[int, int], ...], int] = {}
-    for group, indices in members.items():
+    for group, indices in topology.groups_of(adapters).items():
         _stack_group(topology, adapters, group, indices, built, known)
     return built
 

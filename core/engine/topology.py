@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,14 @@ class Topology:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Site name -> (out_features, in_features)."""
         return {site.name: (site.out_features, site.in_features) for site in self.sites}
+
+    def groups_of(self, adapters: Sequence[Container[str]]) -> dict[int, list[int]]:
+        """Group -> the indices of its sites, of those where at least one of the adapters acts."""
+        members: dict[int, list[int]] = {}
+        for index, site in enumerate(self.sites):
+            if any(site.name in adapter for adapter in adapters):
+                members.setdefault(site.group, []).append(index)
+        return members
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,17 +16,27 @@ class PlotError(LoraRtError):
     """The picture can't be drawn or written."""
 
 
+def without_a_screen(option: str) -> None:
+    """Let matplotlib draw into files alone.
+
+    Raises:
+        PlotError: it is not installed; `option` is what asked for it.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        text = f"{option} needs matplotlib"
+        raise PlotError(text, next_step="Install it with: pip install 'lora-rt[plot]'") from error
+    matplotlib.use("Agg")
+
+
 def plot_matrix(matrix: Matrix, path: Path) -> None:
     """Write a PNG (or whatever the suffix says).
 
     Raises:
         PlotError: matplotlib is not installed, or the file can't be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PlotError("--plot needs matplotlib", next_step="Install it with: pip install 'lora-rt[plot]'") from error
-    matplotlib.use("Agg")
+    without_a_screen("--plot")
     from matplotlib import pyplot
 
     names = list(matrix.losses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_rt.core.evaluation.plot import PlotError
+from lora_rt.core.evaluation.plot import PlotError, without_a_screen
 
 if TYPE_CHECKING:
     from lora_rt.core.explaining import Explanation
@@ -17,11 +17,7 @@ def draw(explanation: Explanation, path: Path) -> None:
     Raises:
         PlotError: matplotlib is not installed, or the file can't be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise PlotError("--png needs matplotlib", next_step="Install it with: pip install 'lora-rt[plot]'") from error
-    matplotlib.use("Agg")
+    without_a_screen("--png")
     from matplotlib import pyplot
 
     names = explanation.names
