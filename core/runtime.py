@@ -9,22 +9,22 @@ from typing import Any, overload
 from torch import Tensor
 
 from lora_rt.core.base.load import LoadedBase, load_base
-from lora_rt.core.composition import Composition, Term
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.early import EarlyHidden
-from lora_rt.core.explaining import Explanation, explain
+from lora_rt.core.engine.hidden_states import EarlyHidden
 from lora_rt.core.generation.batch import given_batch
 from lora_rt.core.generation.decode import Decoder
 from lora_rt.core.generation.prompts import Prompt, answer_ids, prompt_ids
 from lora_rt.core.generation.sampling import Sampling, seeds_per_row
 from lora_rt.core.generation.scoring import answer_nll, choices_nll
 from lora_rt.core.generation.text import TextStream, text_of
+from lora_rt.core.requests.composition import Composition, Term
+from lora_rt.core.requests.explaining import Explanation, explain
 from lora_rt.core.requests.planner import RowPlanner
-from lora_rt.core.requests.registrar import Registrar
+from lora_rt.core.requests.residents import AdapterInfo, Residents
 from lora_rt.core.requests.rows import Compositions, RequestError, Row, per_row, scenes_per_row
+from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.core.requests.timeline import Timeline
 from lora_rt.core.requests.weigher import Weigher
-from lora_rt.core.residency.residents import AdapterInfo, Residents
 from lora_rt.plugins.contract import BaseFacts, SceneType
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry.reference import Reference
@@ -47,8 +47,8 @@ class Runtime:
         self._bank = AdapterBank(base.model, base.dtype)
         self._early = EarlyHidden(base.model, base.facts.layers)
         self._residents = Residents(base, self._bank, modes, registry)
-        self._registrar = Registrar(self._bank, modes, base.facts, self._early)
-        self._weigher = Weigher(self._residents, modes, base.facts, self._registrar)
+        self._classifier = SceneClassifier(self._bank, modes, base.facts, self._early)
+        self._weigher = Weigher(self._residents, modes, base.facts, self._classifier)
         padding = base.tokenizer.pad_token_id
         self._pad_id = 0 if padding is None else int(padding)  # it is masked: any token will do
         self._decoder = Decoder(base.model, self._pad_id, _end_ids(base))
@@ -269,14 +269,14 @@ class Runtime:
         return choices_nll(self._decoder, planners, ids, texts, self._pad_id, self._base.device)
 
     def register_scenes(self, prompts: Sequence[Prompt], adapter: str) -> list[dict[str, float]]:
-        """The scene types of prompts by the registrar of a resident adapter: type -> share, each adding up to 1.
+        """The scene types of prompts by the classifier of a resident adapter: type -> share, each adding up to 1.
 
         Raises:
             LoraRtError: the adapter is not resident, or its mode registers no scenes.
         """
         if adapter not in self.adapters:
             raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
-        found = self._registrar.ask(adapter, [prompt_ids(self.tokenizer, prompt) for prompt in prompts])
+        found = self._classifier.ask(adapter, [prompt_ids(self.tokenizer, prompt) for prompt in prompts])
         if found is None:
             text = f"the mode {self.adapters[adapter].mode!r} of {adapter!r} registers no scenes"
             raise RequestError(text, next_step="Use an adapter of the mode context")

@@ -11,7 +11,7 @@ from typing import Literal
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home as home_folders
 from lora_rt.registry.inspection import inspect_adapter
-from lora_rt.registry.locked_mixes import read_locked_mixes
+from lora_rt.registry.locked_compositions import read_locked_compositions
 from lora_rt.registry.packages import Unreadable, unreadable
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.records import read
@@ -93,7 +93,7 @@ def _records(registry: Registry) -> list[Check]:
 
 def _mixes(registry: Registry) -> list[Check]:
     checks = []
-    for name in registry.mixes.names():
+    for name in registry.compositions.names():
         verdict = check_mix(registry, name)
         status: Literal["ok", "note", "broken"] = "broken" if verdict.problems else "note" if verdict.notes else "ok"
         detail = "; ".join([*verdict.problems, *verdict.notes]) or verdict.source.removeprefix(f"{COMPOSITION} ")
@@ -103,7 +103,7 @@ def _mixes(registry: Registry) -> list[Check]:
 
 def _project(registry: Registry) -> list[Check]:
     try:
-        if not registry.pinned.sources() and not read_locked_mixes(registry.folder):
+        if not registry.pinned.sources() and not read_locked_compositions(registry.folder):
             return []
         problems = check_lock(registry)
     except LoraRtError as error:

@@ -15,7 +15,7 @@ TOML in a stable order, made for version control:
     "adapter_config.json" = "..."
     "adapter_model.safetensors" = "..."
 
-Named compositions follow (see `lora_rt.registry.locked_mixes`).
+Named compositions follow (see `lora_rt.registry.locked_compositions`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_rt.registry import durable, files, locked_mixes
+from lora_rt.registry import durable, files, locked_compositions
+from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import InvalidReferenceError, ProjectError
 from lora_rt.registry.files import LIMITS
-from lora_rt.registry.mixes import Mix
 from lora_rt.registry.project import LOCK_FILE, read_toml
 from lora_rt.registry.reference import Reference, is_commit, is_name
 from lora_rt.registry.strict_json import shown
@@ -78,7 +78,7 @@ def read_lock(folder: Path) -> list[Locked] | None:
     return sorted(_locked(entry) for entry in entries)
 
 
-def write_lock(folder: Path, entries: Sequence[Locked], mixes: Sequence[Mix] = ()) -> bool:
+def write_lock(folder: Path, entries: Sequence[Locked], mixes: Sequence[NamedComposition] = ()) -> bool:
     """Write the lock, whole or not at all; whether anything changed."""
     text = render(entries, mixes)
     path = folder / LOCK_FILE
@@ -88,7 +88,7 @@ def write_lock(folder: Path, entries: Sequence[Locked], mixes: Sequence[Mix] = (
     return True
 
 
-def render(entries: Sequence[Locked], mixes: Sequence[Mix] = ()) -> str:
+def render(entries: Sequence[Locked], mixes: Sequence[NamedComposition] = ()) -> str:
     """The lock as text; the same entries and compositions give the same text in any order."""
     import tomlkit
 
@@ -106,7 +106,7 @@ def render(entries: Sequence[Locked], mixes: Sequence[Mix] = ()) -> str:
         tables.append(table)
     document["adapter"] = tables
     if mixes:
-        document[locked_mixes.KEY] = locked_mixes.tables(mixes)
+        document[locked_compositions.KEY] = locked_compositions.tables(mixes)
     return tomlkit.dumps(document)
 
 

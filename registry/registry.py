@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.card import BaseIdentity
+from lora_rt.registry.compositions import NamedCompositions
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
-from lora_rt.registry.mixes import Mixes
 from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
 from lora_rt.registry.reference import Reference
@@ -39,7 +39,7 @@ class Registry:
         self.store = Store(home)
         self.folder = (project or Path.cwd()).absolute()
         self.pinned = PinnedNames(self.folder, self.store)
-        self.mixes = Mixes(self.store.root / "mixes")
+        self.compositions = NamedCompositions(self.store.root / "mixes")
         self.sources = tuple(sources)
 
     def resolve(
@@ -124,7 +124,7 @@ class Registry:
         return item
 
     def _unknown(self, reference: Reference) -> UnknownAdapterError:
-        mixes = self.mixes.names()
+        mixes = self.compositions.names()
         if reference.target in mixes:
             text = f"{reference.target!r} is a composition, and here an adapter is needed"
             return UnknownAdapterError(text, next_step=f"lora-rt show {reference.target} lists its adapters")

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import ChangedAdapterError, ProjectError
 from lora_rt.registry.hub.download import Report, silent
 from lora_rt.registry.hub.pull import holder_of, install, obtain
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked, read_lock, write_lock
-from lora_rt.registry.mixes import Mix
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, Project, read_project
 from lora_rt.registry.records import Record
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved, changes
-from lora_rt.registry.sync_mixes import install_mixes, mix_differences, mixes_to_lock
+from lora_rt.registry.sync_compositions import install_mixes, mix_differences, mixes_to_lock
 
 
 def make_lock(registry: Registry, *, offline: bool = False, report: Report = silent) -> tuple[list[Locked], bool]:
@@ -28,7 +28,7 @@ def make_lock(registry: Registry, *, offline: bool = False, report: Report = sil
     """
     project = read_project(registry.folder)
     old = read_lock(registry.folder) or []
-    mixes: list[Mix] = []
+    mixes: list[NamedComposition] = []
     if project is None:
         mixes = mixes_to_lock(registry, None)
         entries = [_of_record(record) for record in registry.store.records.all() if record.source.startswith("hub ")]

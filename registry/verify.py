@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_rt.registry.composition_check import clashing, mix_problems
 from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
 from lora_rt.registry.hub.remote import commit_of
 from lora_rt.registry.inspection import inspect_adapter
-from lora_rt.registry.mix_check import clashing, mix_problems
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.reference import is_commit
 from lora_rt.registry.registry import Registry
@@ -36,7 +36,7 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
         UnknownAdapterError: a name leads nowhere.
     """
     items = registry.installed()
-    mixes = registry.mixes.names()
+    mixes = registry.compositions.names()
     unknown = [name for name in names if name not in {*mixes, *(item.name for item in items)}]
     if unknown:
         raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="See: lora-rt list")
@@ -50,7 +50,7 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
 def check_mix(registry: Registry, name: str) -> Verdict:
     """Whether a named composition can be read and its adapters are those that it was tuned for; no requests."""
     try:
-        mix = registry.mixes.get(name)
+        mix = registry.compositions.get(name)
     except StoreError as error:
         return Verdict(name, COMPOSITION, (error.message,), todo=error.next_step)
     if mix is None:

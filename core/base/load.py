@@ -14,9 +14,9 @@ from torch import nn
 from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.quiet import hush
 from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
+from lora_rt.core.base.silence import silence_libraries
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
@@ -77,7 +77,7 @@ def load_base(
     chosen = check_precision(precision)
     target = choose_device(device, chosen)
     prepared = prepare_base(parse_base(text), chosen)
-    hush()
+    silence_libraries()
     with step(f"loading {prepared.identity.id} ({chosen})"):
         model, tokenizer = _read(prepared.folder, chosen, target)
         model.requires_grad_(False)

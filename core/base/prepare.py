@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from lora_rt.core.base import default, hub
 from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, quantization_config
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.quiet import hush
 from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
+from lora_rt.core.base.silence import silence_libraries
 from lora_rt.core.base.source import BaseError, BaseSource, identify_folder, sha256_file
 from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
@@ -164,7 +164,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
-    hush()
+    silence_libraries()
     import torch
 
     dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
@@ -188,7 +188,7 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
 
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
     """Quantize at loading and save before any forward: bitsandbytes repacks 4-bit weights in place at the first one."""
-    hush()
+    silence_libraries()
     with step(f"quantizing to {precision} (once; the result is kept)"):
         try:
             how = quantization_config(precision)

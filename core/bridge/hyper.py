@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
-from lora_rt.core.composition import Composition
+from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Direction, prompt_for

@@ -40,7 +40,7 @@ def evaluate(
     """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
     from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.composition import Composition
+    from lora_rt.core.requests.composition import Composition
 
     for composition in [Composition.parse(spec) for spec in specs]:
         look_up(composition)

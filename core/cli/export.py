@@ -51,7 +51,7 @@ def export(
     """Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model."""
     from lora_rt.core.base.progress import step
     from lora_rt.core.cli.console import print_json
-    from lora_rt.core.composition import Composition
+    from lora_rt.core.requests.composition import Composition
 
     composition = Composition.parse(" ".join(specs))
     with step("starting"):

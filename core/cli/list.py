@@ -30,7 +30,7 @@ def list_adapters(as_json: Json = False) -> None:
         }
         for item in items
     ]
-    mixes = [_mix_row(registry, name) for name in registry.mixes.names()]
+    mixes = [_mix_row(registry, name) for name in registry.compositions.names()]
     if as_json:
         print_json(rows + mixes)
         return
@@ -62,7 +62,7 @@ def _mix_row(registry: Registry, name: str) -> dict[str, str | None]:
     from lora_rt.registry.errors import StoreError
 
     try:
-        mix = registry.mixes.get(name)
+        mix = registry.compositions.get(name)
     except StoreError:
         mix = None  # one that is damaged must not hide the others
     return {

@@ -9,10 +9,10 @@ import typer
 from lora_rt.core.cli.options import Json
 
 if TYPE_CHECKING:
-    from lora_rt.core.planning.fit import Fit, Use
-    from lora_rt.core.planning.inference import InferenceMemory
-    from lora_rt.core.planning.plan import MemoryPlan, Workload
-    from lora_rt.core.planning.training import TrainingMemory
+    from lora_rt.core.memory.estimate import MemoryPlan, Workload
+    from lora_rt.core.memory.fit import Fit, Use
+    from lora_rt.core.memory.inference import InferenceMemory
+    from lora_rt.core.memory.training import TrainingMemory
 
 
 def plan(
@@ -40,8 +40,8 @@ def plan(
     """Tell the memory of a base, from its configuration alone: weights, adapters, KV cache, training."""
     from lora_rt.core.base.precision import PRECISIONS, check_precision
     from lora_rt.core.cli.console import print_json
-    from lora_rt.core.planning.config import read_config
-    from lora_rt.core.planning.plan import Workload, plan_memory
+    from lora_rt.core.memory.config import read_config
+    from lora_rt.core.memory.estimate import Workload, plan_memory
 
     workload = Workload(
         device=_device(device),
@@ -62,7 +62,7 @@ def plan(
 
 
 def _device(name: str) -> Literal["cpu", "cuda"]:
-    from lora_rt.core.planning.config import PlanError
+    from lora_rt.core.memory.config import PlanError
 
     if name == "auto":
         import torch
@@ -79,7 +79,7 @@ def _document(made: MemoryPlan) -> dict[str, Any]:
     """Sizes in bytes."""
     import dataclasses
 
-    from lora_rt.core.planning.fit import DEVICES_GB
+    from lora_rt.core.memory.fit import DEVICES_GB
 
     return {
         "base": made.base.name,
@@ -113,7 +113,7 @@ def _training_document(memory: TrainingMemory | None, process: int) -> dict[str,
 def _fit_document(made: MemoryPlan, use: Use, size: int) -> dict[str, Any] | None:
     import dataclasses
 
-    from lora_rt.core.planning.fit import best_fit
+    from lora_rt.core.memory.fit import best_fit
 
     fit = best_fit(made, use, size)
     return None if fit is None else dataclasses.asdict(fit)
@@ -194,7 +194,7 @@ def gib(size: int) -> str:
 
 
 def _fit_lines(made: MemoryPlan) -> list[str]:
-    from lora_rt.core.planning.fit import DEVICES_GB, best_fit
+    from lora_rt.core.memory.fit import DEVICES_GB, best_fit
 
     lines = []
     for size in DEVICES_GB:

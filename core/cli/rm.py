@@ -22,7 +22,7 @@ def rm(
     from lora_rt.registry.registry import Registry
 
     registry = Registry()
-    is_mix = name in registry.mixes.names()  # a damaged one is removed like any other
+    is_mix = name in registry.compositions.names()  # a damaged one is removed like any other
     records = registry.store.records.named(name)
     if not records and not is_mix:
         raise _not_in_store(registry.installed(), name)
@@ -31,7 +31,7 @@ def rm(
         err.print("nothing was removed")
         return
     if is_mix:
-        registry.mixes.remove(name)
+        registry.compositions.remove(name)
         out.print(f"removed the composition [bold]{escape(name)}[/]", soft_wrap=True)
     if not records:
         return

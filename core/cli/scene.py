@@ -12,7 +12,8 @@ from lora_rt.core.cli import options
 def scene(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt whose scene type is to be registered.")],
     adapter: Annotated[
-        str | None, typer.Option("--adapter", metavar="REF", help="Whose registrar; the first context adapter by name.")
+        str | None,
+        typer.Option("--adapter", metavar="REF", help="Whose classifier; the first context adapter by name."),
     ] = None,
     base: options.Base = "default",
     precision: options.Precision = "int4",
@@ -24,7 +25,7 @@ def scene(
 
     from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.composition import Composition, Term
+    from lora_rt.core.requests.composition import Composition, Term
     from lora_rt.registry.reference import Reference
 
     reference = adapter or _first_able()

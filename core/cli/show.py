@@ -25,9 +25,9 @@ def show(
     from lora_rt.registry.registry import Registry
 
     registry = Registry(sources=load_modes().sources())
-    mix = registry.mixes.get(reference)
+    mix = registry.compositions.get(reference)
     if mix is not None:
-        from lora_rt.core.cli.show_mix import mix_facts
+        from lora_rt.core.cli.show_composition import mix_facts
 
         facts = mix_facts(registry, mix)
     else:
@@ -79,7 +79,7 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {item}" for key, item in value.items())
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        from lora_rt.core.cli.show_mix import term_text
+        from lora_rt.core.cli.show_composition import term_text
 
         return "\n".join(term_text(item) for item in value)
     if isinstance(value, list):

@@ -11,8 +11,8 @@ import typer
 from lora_rt.core.cli import options
 
 if TYPE_CHECKING:
-    from lora_rt.core.gating.session import Fitted, Job
-    from lora_rt.registry.mixes import Mix
+    from lora_rt.core.tuning.session import Fitted, Job
+    from lora_rt.registry.compositions import NamedComposition
 
 
 _PLAIN_EVERY = 10
@@ -52,11 +52,11 @@ def tune(
     """Learn from examples how much each adapter should say, with base and adapters frozen."""
     from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import print_json
-    from lora_rt.core.composition import Composition
+    from lora_rt.core.requests.composition import Composition
 
     composition = Composition.parse(" ".join(specs))
     look_up(composition)
-    from lora_rt.core.gating.session import Job
+    from lora_rt.core.tuning.session import Job
 
     job = Job(composition, data, base, precision, device)
     if per is Per.SCENE:
@@ -71,9 +71,11 @@ def tune(
         _show(mix)
 
 
-def _mix(job: Job, name: str, per: Per, epochs: float, learning_rate: float, batch_size: int, seed: int) -> Mix:
-    from lora_rt.core.gating.session import tune_mix
-    from lora_rt.core.gating.weights import TuneSettings
+def _mix(
+    job: Job, name: str, per: Per, epochs: float, learning_rate: float, batch_size: int, seed: int
+) -> NamedComposition:
+    from lora_rt.core.tuning.session import tune_mix
+    from lora_rt.core.tuning.weights import TuneSettings
 
     kind: Literal["adapter", "layer"] = "layer" if per is Per.LAYER else "adapter"
     settings = TuneSettings(kind, epochs, batch_size, learning_rate, seed=seed)
@@ -85,8 +87,8 @@ def _scenes(job: Job, out: Path | None, epochs: float, learning_rate: float, bat
     from rich.markup import escape
 
     from lora_rt.core.cli.console import err
-    from lora_rt.core.gating.scenes import SceneSettings
-    from lora_rt.core.gating.session import fit_scenes
+    from lora_rt.core.tuning.scenes import SceneSettings
+    from lora_rt.core.tuning.session import fit_scenes
 
     settings = SceneSettings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     with _Progress() as progress:
@@ -102,7 +104,7 @@ def _losses(fitted: Fitted) -> tuple[float, float]:
     return fitted.loss_first, fitted.loss_last
 
 
-def _show(mix: Mix) -> None:
+def _show(mix: NamedComposition) -> None:
     from rich.markup import escape
     from rich.table import Table
 

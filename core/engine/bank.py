@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_rt.core.engine.kept import Kept
 from lora_rt.core.engine.lanes import LanePlan, Lanes, Membership, gather, pay_off
+from lora_rt.core.engine.lru import LRUCache
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.engine.site import hook_up
@@ -68,7 +68,7 @@ class AdapterBank:
         self.device = model.device
         self.dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.residents: Mapping[str, ResidentAdapter] = {}
-        self._laid_out = Kept()
+        self._laid_out = LRUCache()
         self._lock = threading.Lock()
         hook_up(self.topology)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lora_rt.core.engine.direct import Forward, direct_forward
+from lora_rt.core.engine.cpu_4bit import Forward, direct_forward
 from lora_rt.core.engine.plan import running_pass
 from lora_rt.core.engine.topology import Topology
 

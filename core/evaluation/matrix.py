@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_rt.core.composition import Composition
 from lora_rt.core.evaluation.bootstrap import Interval, ratio_interval
+from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 
 BASE = "base"

@@ -39,7 +39,7 @@ def write_gguf_adapter(
 
     Args:
         path: the file, conventionally ending in .gguf; one that is there is overwritten.
-        factors: by module path in the base, as `lora_rt.core.residency.reading.read_adapter` gives them: a (rank, in),
+        factors: by module path in the base, as `lora_rt.core.requests.reading.read_adapter` gives them: a (rank, in),
             b (out, rank) with every scaling and weight folded in.
         config: the base's transformers configuration (`AutoConfig.from_pretrained(folder)`, `model.config`).
         dtype: float32, float16 or bfloat16.

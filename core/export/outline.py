@@ -9,8 +9,8 @@ import torch
 
 from lora_rt.core.base.load import base_facts
 from lora_rt.core.base.prepare import locate_base
-from lora_rt.core.base.quiet import hush
 from lora_rt.core.base.reading import UNREADABLE, first_line
+from lora_rt.core.base.silence import silence_libraries
 from lora_rt.core.base.source import BaseError, BaseSource, parse_base
 from lora_rt.core.engine.topology import features, find_linears
 from lora_rt.plugins.contract import BaseFacts
@@ -40,7 +40,7 @@ def outline(text: str) -> Outline:
     Raises:
         BaseError: it can't be found, or is no model that transformers knows.
     """
-    hush()
+    silence_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from lora_rt.core.composition import Composition
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export import about
 from lora_rt.core.export.architectures import architecture_of
@@ -20,6 +19,7 @@ from lora_rt.core.export.outline import Outline, outline
 from lora_rt.core.export.peft import write_peft_adapter
 from lora_rt.core.export.static import check_static
 from lora_rt.core.export.terms import ExportTerm, raise_all, read_terms
+from lora_rt.core.requests.composition import Composition
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import durable, files
 from lora_rt.registry.card import write_card

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_rt.core.composition import Composition
-from lora_rt.core.composition.mixing import Part, expanded
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.outline import Outline
-from lora_rt.core.residency.reading import read_adapter
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.named import Part, expanded
+from lora_rt.core.requests.reading import read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.registry import Registry
@@ -65,7 +65,7 @@ def read_terms(
     failures: list[LoraRtError] = []
     for term in composition.terms:
         try:
-            found += [_read(part, registry, base) for part in expanded(term, registry.mixes, base.facts)]
+            found += [_read(part, registry, base) for part in expanded(term, registry.compositions, base.facts)]
         except LoraRtError as error:
             failures.append(error)
     return _united(found), failures

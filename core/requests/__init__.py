@@ -1,9 +1,18 @@
-"""From what a caller asks for to the plan of every forward pass.
+"""The text of a composition -> rows of a batch -> the plan of each forward pass.
 
-rows.py       one composition and scene per row of a batch
-registrar.py  scene types that nobody gave, from the prompt
-weigher.py    each term's mode decides its weight
-timeline.py   what changes while a text grows
-merging.py    phases and layers that share a pass, as gates
-planner.py    static weights once, gates anew for every pass
+composition.py       `emotion:0.7 logic:0.3`: terms, weights, and the text given back
+activation.py        the bracket that says from which words on a term acts
+named.py             named compositions inside compositions
+names.py             what a name means while one request is read
+residents.py         the adapters in memory, loaded where they are not
+reading.py           the files of an adapter as factors
+rows.py              one composition and scene per row of a batch
+scene_classifier.py  scene types that nobody gave, from the prompt
+weigher.py           each term's mode decides its weight
+timeline.py          what changes while a text grows
+merging.py           phases and layers that share a pass, as gates
+planner.py           static weights once, gates anew for every pass
+explaining.py        how much each adapter adds, by layer, head and token
+
+Importing `composition` needs neither torch nor transformers.
 """

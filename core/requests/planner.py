@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.early import EarlyHidden
+from lora_rt.core.engine.hidden_states import EarlyHidden
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.batch import positions_of
 from lora_rt.core.generation.decode import PassInfo

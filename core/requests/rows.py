@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_rt.core.composition import Composition
+from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import SceneType
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from lora_rt.core.composition import Composition
-from lora_rt.core.composition.activation import scene_turns
-from lora_rt.core.requests.registrar import Registrar
+from lora_rt.core.requests.activation import scene_turns
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.residents import Present, Residents
 from lora_rt.core.requests.rows import RequestError, Row
-from lora_rt.core.residency.residents import Present, Residents
+from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.plugins.contract import BaseFacts, ComposeContext, SceneType, TermFacts
 from lora_rt.plugins.manager import ModeHost
 
@@ -25,12 +25,12 @@ class Weigher:
         residents: Residents,
         modes: ModeHost,
         base: BaseFacts,
-        registrar: Registrar,
+        classifier: SceneClassifier,
     ) -> None:
         self._residents = residents
         self._modes = modes
         self._base = base
-        self._registrar = registrar
+        self._classifier = classifier
 
     def rows(
         self,
@@ -42,7 +42,7 @@ class Weigher:
         """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is registered."""
         found = self._residents.all_present(compositions)
         names = [[item.info.name for item in row] for row in found]
-        known = self._registrar.registered(names, scenes, ids)
+        known = self._classifier.registered(names, scenes, ids)
         return [self._row(*parts) for parts in zip(found, known, prompts, strict=True)]
 
     def _row(self, found: Sequence[Present], scene: SceneType, prompt: str | None) -> Row:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_rt.core.planning.config import PlanError
-from lora_rt.core.planning.process import free_bytes
-from lora_rt.core.planning.training import plan_training
+from lora_rt.core.memory.config import PlanError
+from lora_rt.core.memory.process import free_bytes
+from lora_rt.core.memory.training import plan_training
 from lora_rt.core.training.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 

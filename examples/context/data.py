@@ -1,6 +1,6 @@
 """Makes the context mode's data out of the corpus in examples/registers: data.py FOLDER
 
-The training scenes are parted: adapters learn on the first half, gates and registrar on the second, so that the gates
+The training scenes are parted: adapters learn on the first half, gates and classifier on the second, so that the gates
 are fitted on texts that no adapter has seen. A prompt that ends in the first sentence of its text shows which
 register it is in, and the answer is the rest of the text; every other example of an adapter, and every neutral example
 of the gates, has the bare scene as its prompt, which shows none.

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from lora_rt import Runtime
-from lora_rt.core.composition.activation import written
+from lora_rt.core.requests.activation import written
 
 REGISTERS = ("logic", "emotion", "body", "archetype")
 GRID = (0.25, 0.5)
@@ -158,7 +158,7 @@ def held_out(runtime: Runtime, examples: list[dict[str, Any]], mix: str, tuned: 
 
 
 def registered_types(runtime: Runtime, examples: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """What the registrar makes of every prompt."""
+    """What the classifier makes of every prompt."""
     return [
         shares
         for start in range(0, len(examples), BATCH)

@@ -12,7 +12,7 @@ from lora_rt.plugins.contract.gating import Gate, GateContext
 from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
 from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext
 from lora_rt.plugins.contract.options import OptionError, read_options
-from lora_rt.plugins.contract.scenes import Registration, SceneContext
+from lora_rt.plugins.contract.scenes import Registration, SceneContext, ScenePrediction
 
 __all__ = [
     "DIRECTIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "OptionError",
     "Registration",
     "SceneContext",
+    "ScenePrediction",
     "SceneType",
     "TermFacts",
     "direction_of",

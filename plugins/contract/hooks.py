@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_rt.plugins.contract.composing import ComposeContext
     from lora_rt.plugins.contract.gating import Gate, GateContext
     from lora_rt.plugins.contract.objective import Objective, ObjectiveContext
-    from lora_rt.plugins.contract.scenes import Registration, SceneContext
+    from lora_rt.plugins.contract.scenes import SceneContext, ScenePrediction
 
 LORA_RT_API = 1
 """The version of this contract. A plugin module states the one that it was written for under the same name."""
@@ -44,7 +44,7 @@ def lora_rt_gate(context: GateContext) -> Gate | None:
 
 
 @hookspec(firstresult=True)
-def lora_rt_scene(context: SceneContext) -> Registration | None:
+def lora_rt_scene(context: SceneContext) -> ScenePrediction | None:
     """Fires once per request with rows whose scene type the caller left open: the scene types of their prompts.
 
     What it returns is what `lora_rt_compose` and `lora_rt_gate` then see; None leaves the rows without a scene type. Of

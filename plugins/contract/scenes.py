@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Registration:
+class ScenePrediction:
     """`probabilities[row, i]` of `types[i]`: (batch, types), not negative, each row adds up to 1."""
 
     types: Sequence[str]
     probabilities: Tensor
+
+
+Registration = ScenePrediction
+"""The name under which modes written for earlier versions know it."""
 
 
 @dataclass(frozen=True, slots=True)

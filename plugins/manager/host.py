@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         GateContext,
         Objective,
         ObjectiveContext,
-        Registration,
         SceneContext,
+        ScenePrediction,
     )
 
 Find = Callable[[str, Any], Any]
@@ -83,13 +83,13 @@ class ModeHost:
         )
         return gate
 
-    def scene(self, mode: str, context: SceneContext) -> Registration | None:
+    def scene(self, mode: str, context: SceneContext) -> ScenePrediction | None:
         """The checked scene types of the rows of a request, or None for none.
 
         Raises:
             UnknownModeError, PluginError: as `call`.
         """
-        registration: Registration | None = self._answer(
+        registration: ScenePrediction | None = self._answer(
             mode, "lora_rt_scene", lambda value: results.checked_registration(value, context), context=context
         )
         return registration

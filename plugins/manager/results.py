@@ -14,8 +14,8 @@ from lora_rt.plugins.contract import (
     GateContext,
     Objective,
     ObjectiveContext,
-    Registration,
     SceneContext,
+    ScenePrediction,
 )
 
 if TYPE_CHECKING:
@@ -70,17 +70,17 @@ def _gate_part(name: str, tensor: object, full: tuple[int, ...], context: GateCo
     return gate
 
 
-def checked_registration(value: object, context: SceneContext) -> Registration | None:
+def checked_registration(value: object, context: SceneContext) -> ScenePrediction | None:
     """One distribution over the named types per row, on the device of the hidden states."""
     import torch
 
     if value is None:
         return None
-    if not isinstance(value, Registration):
-        raise ResultError(f"it returned a {type(value).__name__}, not a Registration")
+    if not isinstance(value, ScenePrediction):
+        raise ResultError(f"it returned a {type(value).__name__}, not a ScenePrediction")
     types = list(value.types)
     if not types or not all(isinstance(name, str) and name for name in types) or len(set(types)) < len(types):
-        raise ResultError(f"Registration.types is {value.types!r:.80}, not a list of different names")
+        raise ResultError(f"ScenePrediction.types is {value.types!r:.80}, not a list of different names")
     shares, wanted = value.probabilities, (len(context.hidden), len(types))
     if not isinstance(shares, torch.Tensor) or tuple(shares.shape) != wanted:
         shape = tuple(shares.shape) if isinstance(shares, torch.Tensor) else type(shares).__name__

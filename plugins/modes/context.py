@@ -30,8 +30,8 @@ from lora_rt.plugins.contract import (
     LoraRtError,
     Objective,
     ObjectiveContext,
-    Registration,
     SceneContext,
+    ScenePrediction,
     SceneType,
     hookimpl,
     read_options,
@@ -79,7 +79,7 @@ class SceneToText(Objective):
 
 
 def _untrained(context: ObjectiveContext, options: Options) -> Any:
-    """Zeros throughout: gates and scales of exactly 1, and a registrar that finds every type equally likely."""
+    """Zeros throughout: gates and scales of exactly 1, and a classifier that finds every type equally likely."""
     from torch import nn, zeros
 
     state = nn.Module()
@@ -125,22 +125,22 @@ def lora_rt_objective(context: ObjectiveContext) -> Objective:
 
 
 @hookimpl
-def lora_rt_scene(context: SceneContext) -> Registration | None:
+def lora_rt_scene(context: SceneContext) -> ScenePrediction | None:
     """The softmax of a linear map of the prompt's mean early hidden state.
 
     Each token's state is brought to length 1 first: a few tokens of a prompt have states a thousand times the others'.
     """
     import torch
 
-    registrar = _read("registrar", context.state, context.card, context.base, context.adapter)
-    if registrar is None:
+    classifier = _read("registrar", context.state, context.card, context.base, context.adapter)
+    if classifier is None:
         return None
     directions = torch.nn.functional.normalize(context.hidden.float(), dim=-1)
     mask = context.mask[..., None].float()
     mean = (directions * mask).sum(1) / mask.sum(1).clamp(min=1)
-    weights = registrar.to(mean)
+    weights = classifier.to(mean)
     scores = mean @ weights[:, :-1].T + weights[:, -1]
-    return Registration([*_types(context.card), NEUTRAL], scores.softmax(-1))
+    return ScenePrediction([*_types(context.card), NEUTRAL], scores.softmax(-1))
 
 
 @hookimpl

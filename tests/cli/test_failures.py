@@ -112,7 +112,7 @@ def test_a_wrong_name_is_found_before_a_base_is_loaded(
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr("lora_rt.core.runtime.load_base", load)
-    monkeypatch.setattr("lora_rt.core.gating.session.load_base", load)
+    monkeypatch.setattr("lora_rt.core.tuning.session.load_base", load)
     done = cli(*command)
     assert done.code == 1
     assert "there is no adapter 'nobody'" in done.err

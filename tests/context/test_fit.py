@@ -1,4 +1,4 @@
-"""Weights, gates and registrar learn by gradient through the engine's plan; base and adapters stay as they are."""
+"""Weights, gates and classifier learn by gradient through the engine's plan; base and adapters stay as they are."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
-from lora_rt.core.composition import Composition
-from lora_rt.core.gating.data import Item
-from lora_rt.core.gating.scenes import GatingError, SceneFit, SceneSettings
-from lora_rt.core.gating.session import Job, open_job
-from lora_rt.core.gating.weights import TuneSettings, mean_loss, tune
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.tuning.data import Item
+from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
+from lora_rt.core.tuning.session import Job, open_job
+from lora_rt.core.tuning.weights import TuneSettings, mean_loss, tune
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import GateContext
 from lora_rt.registry.registry import Registry
@@ -44,7 +44,7 @@ def test_fitting_changes_the_state_and_nothing_else(zoo: Zoo, made: Made) -> Non
     digest = frozen.base.digest()
     factors = {n: {s: f.b.clone() for s, f in a.factors.items()} for n, a in frozen.bank.residents.items()}
     fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=10, learning_rate=0.2, registrar_steps=40))
-    right = fit.fit_registrar()
+    right = fit.fit_classifier()
     before = {name: {key: value.detach().clone() for key, value in s.items()} for name, s in fit.states.items()}
     losses = fit.fit_gates()
     assert right == 1.0
@@ -138,10 +138,10 @@ def test_a_tuned_composition_resolves_like_an_adapter(
     else:
         assert [len(term["layers"]) for term in terms] == [2, 2]  # type: ignore[arg-type]
         assert not torch.allclose(named, runtime.logits(ids), atol=1e-4)
-    saved = Registry().mixes.get("mine")
+    saved = Registry().compositions.get("mine")
     assert saved is not None
     wrong = saved.terms[0].model_copy(update={"sha256": "0" * 64})
-    Registry().mixes.save(saved.model_copy(update={"name": "stale", "terms": (wrong,)}))
+    Registry().compositions.save(saved.model_copy(update={"name": "stale", "terms": (wrong,)}))
     with pytest.raises(LoraRtError, match="was tuned for other files"):
         runtime.logits(ids, compositions="stale")
 

@@ -10,7 +10,7 @@ import torch
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import Registration, SceneContext, hookimpl
+from lora_rt.plugins.contract import SceneContext, ScenePrediction, hookimpl
 from lora_rt.plugins.modes import context as mode
 from support.tiny import Zoo, mode_host, some_ids
 
@@ -26,7 +26,7 @@ class Counted:
     lora_rt_compose = mode.lora_rt_compose
 
     @hookimpl
-    def lora_rt_scene(context: SceneContext) -> Registration | None:  # type: ignore[misc]  # becomes a module's function
+    def lora_rt_scene(context: SceneContext) -> ScenePrediction | None:  # type: ignore[misc]  # becomes a module's function
         Counted.rows.append(len(context.hidden))
         return mode.lora_rt_scene(context)
 
@@ -80,7 +80,7 @@ def test_the_base_alone_and_modes_without_a_registrar_pay_nothing(
     zoo: Zoo, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = runtime.load_adapter(str(zoo.adapter("llama")))
-    monkeypatch.setattr(runtime._registrar, "features", lambda _prompts: pytest.fail("the early state was computed"))
+    monkeypatch.setattr(runtime._classifier, "features", lambda _prompts: pytest.fail("the early state was computed"))
     runtime.logits(some_ids(), compositions=name)
     runtime.logits(some_ids())
     monkeypatch.undo()

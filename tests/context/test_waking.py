@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_rt.core.composition import Composition, InvalidCompositionError
-from lora_rt.core.composition.activation import scene_turns
+from lora_rt.core.requests.activation import scene_turns
+from lora_rt.core.requests.composition import Composition, InvalidCompositionError
 from lora_rt.core.runtime import Runtime
 from support.tiny import Zoo
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from lora_rt.core.engine import shared
 from lora_rt.core.engine.bank import AdapterBank, BankError
-from lora_rt.core.engine.early import EarlyHidden
+from lora_rt.core.engine.hidden_states import EarlyHidden
 from lora_rt.core.engine.plan import PassError, base_alone, running_pass
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.engine.stack import Factors

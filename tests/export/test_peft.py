@@ -19,7 +19,7 @@ from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.peft import shortest_names
 from lora_rt.core.export.run import export
 from lora_rt.errors import LoraRtError
-from lora_rt.registry.mixes import Mix, MixTerm
+from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.registry import Registry
 from support.exports import Export
 from support.tiny import Zoo, dense_logits, peft_model, some_ids
@@ -77,9 +77,9 @@ def test_other_architectures(zoo: Zoo, exported: Export, architecture: str) -> N
 def test_weights_per_layer_are_kept(zoo: Zoo, exported: Export, pool: list[Path]) -> None:
     """Not their mean: in one layer the first adapter is off, and its rank is gone there."""
     base = zoo.base("llama")
-    first = MixTerm(reference=str(pool[0]), weight=2.0, layers=(0.0, 0.4))
-    second = MixTerm(reference=str(pool[5]), layers=(-0.5, 1.0))  # has an output head, outside of all layers
-    Registry().mixes.save(Mix(name="mine", base=base.name, terms=(first, second)))
+    first = NamedTerm(reference=str(pool[0]), weight=2.0, layers=(0.0, 0.4))
+    second = NamedTerm(reference=str(pool[5]), layers=(-0.5, 1.0))  # has an output head, outside of all layers
+    Registry().compositions.save(NamedComposition(name="mine", base=base.name, terms=(first, second)))
     done = exported(f"mine:0.5 {pool[1]}:0.25")
     runtime = zoo.runtime("llama", fresh=True)
     wanted = runtime.logits(IDS, compositions=f"mine:0.5 {pool[1]}:0.25")
@@ -93,8 +93,8 @@ def test_weights_per_layer_are_kept(zoo: Zoo, exported: Export, pool: list[Path]
 
 
 def test_a_named_composition_tuned_for_other_files_is_refused(zoo: Zoo, exported: Export, pool: list[Path]) -> None:
-    stale = MixTerm(reference=str(pool[0]), sha256="0" * 64)
-    Registry().mixes.save(Mix(name="stale", base=zoo.base("llama").name, terms=(stale,)))
+    stale = NamedTerm(reference=str(pool[0]), sha256="0" * 64)
+    Registry().compositions.save(NamedComposition(name="stale", base=zoo.base("llama").name, terms=(stale,)))
     with pytest.raises(LoraRtError, match="was tuned for other files"):
         exported("stale")
 

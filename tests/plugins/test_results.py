@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_rt.plugins.contract import IGNORE, Encoded, Gate, LoraRtError, Objective, Registration
+from lora_rt.plugins.contract import IGNORE, Encoded, Gate, LoraRtError, Objective, ScenePrediction
 from lora_rt.plugins.manager import ModeHost, PluginError
 from lora_rt.plugins.testing import compose_context, gate_context, host_of, objective_context, scene_context
 from support.plugins import plugin
@@ -120,14 +120,14 @@ def shares(*rows: tuple[float, ...]) -> torch.Tensor:
 
 
 BAD_REGISTRATIONS = {
-    "a name": ("body", "it returned a str, not a Registration"),
-    "no types": (Registration([], torch.ones(2, 0)), "Registration.types is []"),
-    "one type twice": (Registration(["a", "a"], shares((0.5, 0.5), (1, 0))), "not a list of different names"),
-    "no tensor": (Registration(["a"], [[1.0], [1.0]]), "probabilities is list"),  # type: ignore[arg-type]
-    "one row too few": (Registration(["a"], shares((1,))), "probabilities is (1, 1), not a tensor of shape (2, 1)"),
-    "negative": (Registration(["a", "b"], shares((-1, 2), (1, 0))), "negative or do not add up to 1"),
-    "more than 1": (Registration(["a", "b"], shares((1, 1), (1, 0))), "negative or do not add up to 1"),
-    "NaN": (Registration(["a", "b"], shares((math.nan, 1), (1, 0))), "negative or do not add up to 1"),
+    "a name": ("body", "it returned a str, not a ScenePrediction"),
+    "no types": (ScenePrediction([], torch.ones(2, 0)), "ScenePrediction.types is []"),
+    "one type twice": (ScenePrediction(["a", "a"], shares((0.5, 0.5), (1, 0))), "not a list of different names"),
+    "no tensor": (ScenePrediction(["a"], [[1.0], [1.0]]), "probabilities is list"),  # type: ignore[arg-type]
+    "one row too few": (ScenePrediction(["a"], shares((1,))), "probabilities is (1, 1), not a tensor of shape (2, 1)"),
+    "negative": (ScenePrediction(["a", "b"], shares((-1, 2), (1, 0))), "negative or do not add up to 1"),
+    "more than 1": (ScenePrediction(["a", "b"], shares((1, 1), (1, 0))), "negative or do not add up to 1"),
+    "NaN": (ScenePrediction(["a", "b"], shares((math.nan, 1), (1, 0))), "negative or do not add up to 1"),
 }
 
 
@@ -139,7 +139,7 @@ def test_scene_types_of_nonsense_are_refused(case: str) -> None:
 
 
 def test_scene_types_are_distributions_or_none() -> None:
-    given = Registration(["body", "logic"], shares((0.25, 0.75), (1, 0)))
+    given = ScenePrediction(["body", "logic"], shares((0.25, 0.75), (1, 0)))
     assert returning("lora_rt_scene", given).scene("mine", scene_context(2)) is given
     assert returning("lora_rt_scene", None).scene("mine", scene_context(2)) is None
 

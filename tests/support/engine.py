@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.decode import Decoder
-from lora_rt.core.residency.reading import read_adapter
+from lora_rt.core.requests.reading import read_adapter
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.inspection import inspect_adapter
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.load import load_base
-from lora_rt.core.planning.live import LiveMemory
-from lora_rt.core.planning.skeleton import resident
+from lora_rt.core.memory.live import LiveMemory
+from lora_rt.core.memory.skeleton import resident
 from lora_rt.core.training import portions as portions_module
 from lora_rt.core.training import run as run_module
 from lora_rt.core.training.loop import Collator, split

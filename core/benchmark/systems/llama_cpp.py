@@ -23,7 +23,7 @@ from lora_rt.core.benchmark.numbers import Sample
 from lora_rt.core.benchmark.systems.system import Repeat
 from lora_rt.core.benchmark.workloads import Mix, Workload
 from lora_rt.core.export.gguf import write_gguf_adapter
-from lora_rt.core.residency.reading import read_adapter
+from lora_rt.core.requests.reading import read_adapter
 from lora_rt.registry import home
 from lora_rt.registry.inspection import inspect_adapter
 

@@ -127,7 +127,7 @@ def cycle(
 def _bridge(adapter: str, base: str, precision: str, device: str) -> HyperBridge:
     """The bridge; what can be wrong with its name is found out before the base is loaded."""
     from lora_rt.core.cli.compose.request import look_up
-    from lora_rt.core.composition import Composition
+    from lora_rt.core.requests.composition import Composition
 
     composition = Composition.parse(adapter)
     look_up(composition)

@@ -11,7 +11,7 @@ from lora_rt.core.cli.compose.answer import show_terms, speak
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.failures import explain
-from lora_rt.core.composition import Composition
+from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from lora_rt.core.cli.compose.answer import show_terms
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
-from lora_rt.core.composition import Composition
+from lora_rt.core.requests.composition import Composition
 
 _NARROWEST_COLUMN = 22
 

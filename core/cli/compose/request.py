@@ -6,11 +6,11 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_rt.core.composition import Composition
+from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import LoraRtError
 
 if TYPE_CHECKING:
-    from lora_rt.core.composition import Term
+    from lora_rt.core.requests.composition import Term
     from lora_rt.core.runtime import Runtime
     from lora_rt.registry.reference import Reference
     from lora_rt.registry.registry import Registry
@@ -116,8 +116,8 @@ def look_up(composition: Composition) -> None:
 
 def _references(term: Term, registry: Registry) -> list[Reference]:
     """The adapters of a term: its own, or those of a named composition."""
-    from lora_rt.core.composition.mixing import mix_of
+    from lora_rt.core.requests.named import named_composition
     from lora_rt.registry.reference import Reference
 
-    mix = mix_of(term, registry.mixes)
+    mix = named_composition(term, registry.compositions)
     return [term.reference] if mix is None else [Reference.parse(item.reference) for item in mix.terms]

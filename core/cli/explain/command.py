@@ -10,7 +10,7 @@ import typer
 from lora_rt.core.cli import options
 
 if TYPE_CHECKING:
-    from lora_rt.core.explaining import Explanation
+    from lora_rt.core.requests.explaining import Explanation
     from lora_rt.core.runtime import Runtime
 
 
@@ -34,7 +34,7 @@ def explain(
     """Show how much each register adds to the base, layer by layer."""
     from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.composition import Composition
+    from lora_rt.core.requests.composition import Composition
 
     composition = Composition.parse(" ".join(specs))
     look_up(composition)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_rt.core.evaluation.plot import PlotError, without_a_screen
 
 if TYPE_CHECKING:
-    from lora_rt.core.explaining import Explanation
+    from lora_rt.core.requests.explaining import Explanation
 
 
 def draw(explanation: Explanation, path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora_rt.core.explaining import Explanation
+    from lora_rt.core.requests.explaining import Explanation
 
 # From dark to bright; a terminal without colours still tells the blocks apart.
 _SHADES = ((" ", "grey15"), ("░", "blue"), ("▒", "cyan"), ("▓", "yellow"), ("█", "bright_red"))

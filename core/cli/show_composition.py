@@ -1,0 +1,42 @@
+"""`lora-rt show` of a named composition: its terms, what it was tuned on, and whether its adapters are the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_rt.registry.compositions import NamedComposition, NamedTerm
+    from lora_rt.registry.registry import Registry
+
+
+def mix_facts(registry: Registry, mix: NamedComposition) -> dict[str, Any]:
+    """What there is to know of it, in the order in which it is shown."""
+    from lora_rt.registry.composition_check import clashing, mix_problems
+
+    hidden = [f"an adapter of this name ({source}) is hidden by it" for source in clashing(registry, mix.name)]
+    return {
+        "name": mix.name,
+        "mode": "composition",
+        "base": mix.base,
+        "source": "tuned here",
+        "why": f"{mix.name!r} is a composition in the store",
+        "sha256": mix.sha256,
+        "terms": [_term(term) for term in mix.terms],
+        "metrics": dict(mix.metrics),
+        "data_sha256": mix.data_sha256,
+        "seed": mix.seed,
+        "problems": mix_problems(registry, mix),
+        "also": hidden,
+    }
+
+
+def _term(term: NamedTerm) -> dict[str, Any]:
+    facts = {"reference": term.reference, "weight": term.weight, "sha256": term.sha256}
+    return {**facts, "layers": list(term.layers)} if term.layers else facts
+
+
+def term_text(term: dict[str, Any]) -> str:
+    """One term in one line."""
+    layers = term.get("layers")
+    per = f", {len(layers)} layers from {min(layers):.3f} to {max(layers):.3f}" if layers else ""
+    return f"{term['reference']}:{term['weight']:.4g}{per}, sha256 {term['sha256'][:12]}"

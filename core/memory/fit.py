@@ -1,0 +1,76 @@
+"""What fits on a device of so many gigabytes: the precision that loses least, and how much of it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_rt.core.base.precision import PRECISIONS, Precision
+from lora_rt.core.memory.estimate import MemoryPlan
+
+DEVICES_GB = (24, 48, 80)
+"""In units of 10^9 bytes. Cards of these names have a few per cent more; that is for the driver and for gaps."""
+
+Use = Literal["inference", "training"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The best that fits.
+
+    `batch` and `seq` are the wanted ones where those fit, else the most that does. `most` is the largest batch at this
+    `seq`, `size` the bytes of (batch, seq).
+    """
+
+    precision: Precision
+    checkpointing: bool
+    batch: int
+    seq: int
+    most: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    precision: Precision
+    checkpointing: bool
+    fixed: int
+    per_row: float
+
+
+def best_fit(plan: MemoryPlan, use: Use, gigabytes: int) -> Fit | None:
+    """The first precision, from float32 down, in which the workload fits; else as much of it as the smallest allows.
+
+    Memory beyond what is fixed is taken to grow with rows and with tokens in proportion. None: not one token fits.
+    """
+    room = gigabytes * 10**9 - plan.process
+    batch, seq = plan.workload.batch, plan.workload.seq
+    choices = _choices(plan, use)
+    for choice in choices:
+        most = int((room - choice.fixed) / choice.per_row)
+        if most >= batch:
+            size = choice.fixed + round(choice.per_row * batch) + plan.process
+            return Fit(choice.precision, choice.checkpointing, batch, seq, most, size)
+    last = min(choices, key=lambda choice: choice.fixed + choice.per_row)
+    rows = int((room - last.fixed) / last.per_row)
+    tokens = seq if rows >= 1 else int(seq * (room - last.fixed) / last.per_row)
+    if tokens < 1:
+        return None
+    rows = max(rows, 1)
+    size = last.fixed + round(last.per_row * rows * tokens / seq) + plan.process
+    return Fit(last.precision, last.checkpointing, rows, tokens, rows, size)
+
+
+def _choices(plan: MemoryPlan, use: Use) -> list[_Choice]:
+    """In the order of preference: what loses less comes first, and checkpointing, which takes time, second."""
+    found = []
+    for item in sorted(plan.precisions, key=lambda item: PRECISIONS.index(item.precision)):
+        rows = plan.workload.batch
+        if use == "inference":
+            found.append(_Choice(item.precision, False, item.inference.fixed, item.inference.per_batch / rows))
+            continue
+        for memory in (item.training, item.checkpointed):
+            if memory is not None:
+                again = memory is item.checkpointed
+                found.append(_Choice(item.precision, again, memory.fixed, memory.per_batch / rows))
+    return found

@@ -1,0 +1,144 @@
+"""What inference takes: weights, resident adapters, the KV cache, and the most that a prefill needs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lora_rt.core.base.precision import Precision, compute_dtype
+from lora_rt.core.base.repacking import forbid_repacking
+from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+from lora_rt.core.engine.plan import Plan
+from lora_rt.core.engine.stack import Factors
+from lora_rt.core.engine.topology import features
+from lora_rt.core.memory.live import LiveMemory
+from lora_rt.core.memory.skeleton import (
+    Device,
+    bytes_of,
+    largest_dequantized,
+    materialise,
+    over_blocks,
+    resident,
+    skeleton,
+)
+from lora_rt.core.training.adapter import adaptable, targets
+from lora_rt.core.training.settings import TrainSettings
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceMemory:
+    """Bytes. `stacked` is the copy of several adapters side by side that a plan over them works with."""
+
+    weights: int
+    adapters: int
+    stacked: int
+    kv_cache: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.per_batch
+
+    @property
+    def fixed(self) -> int:
+        """What does not grow with the batch."""
+        return self.weights + self.adapters + self.stacked + self.workspace
+
+    @property
+    def per_batch(self) -> int:
+        """What grows with rows and tokens."""
+        return self.kv_cache + self.activations
+
+
+def plan_inference(
+    config: Any, precision: Precision, device: Device, settings: TrainSettings, *, adapters: int, rows: int, tokens: int
+) -> InferenceMemory:
+    """The memory of a prefill of (rows, tokens) under `adapters` adapters of these settings, all of them in use."""
+
+    def measure(model: Any, blocks: nn.ModuleList) -> tuple[int, ...]:
+        linears = adaptable(model)
+        names = targets(model, settings)
+        factors = {name: features(linears[name]) for name in names}
+        with FakeTensorMode():
+            materialise(model, device)
+            packable = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+            forbid_repacking(model)  # packed layers go straight to a kernel, which wants real memory
+            plan = _plan(model, precision, device, factors, adapters, settings.r)
+            per_token, activations = _prefill(model, plan, rows, tokens, len(blocks))
+            _repack(packable, compute_dtype(precision))
+            return bytes_of(model), sum(sum(shape) for shape in factors.values()), per_token, activations
+
+    weights, features_of_all, per_token, activations = over_blocks(config, precision, measure)
+    item = (torch.float32 if device == "cpu" else compute_dtype(precision)).itemsize
+    resident_bytes = adapters * settings.r * features_of_all * item
+    return InferenceMemory(
+        weights=weights,
+        adapters=resident_bytes,
+        stacked=resident_bytes if adapters > 1 else 0,  # that of one adapter mostly shares its memory
+        kv_cache=_kv_cache(config, per_token, tokens),
+        activations=activations,
+        workspace=largest_dequantized(skeleton(config, precision), precision),
+    )
+
+
+def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int) -> tuple[int, int]:
+    """Bytes that a token takes in a layer's cache, all rows together, and the peak beside what was there and the cache.
+
+    The first number is the mean over the layers, where they differ.
+    """
+    ids = torch.zeros((rows, tokens), dtype=torch.long)
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
+    if "logits_to_keep" in signature(model.forward).parameters:
+        arguments["logits_to_keep"] = 1
+    running = nullcontext() if plan is None else plan.running(rows, tokens, 1)
+    with (
+        LiveMemory([*resident(model), *([] if plan is None else plan.tensors())]) as live,
+        torch.inference_mode(),
+        running,
+    ):
+        kept = model(**arguments).past_key_values.layers[:layers]
+    cache = sum(tensor.untyped_storage().nbytes() for layer in kept for tensor in (layer.keys, layer.values))
+    per_token = [(layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2] for layer in kept]
+    return round(sum(per_token) / layers), live.peak - cache
+
+
+def _plan(
+    model: Any, precision: Precision, device: Device, factors: dict[str, tuple[int, int]], adapters: int, rank: int
+) -> Plan | None:
+    """A plan with every adapter in use, made as the runtime makes it; None where there are none."""
+    bank = AdapterBank(model, compute_dtype(precision))
+    if device != "cpu":
+        bank.dtype = compute_dtype(precision)
+    names = [str(number) for number in range(adapters)]
+    for name in names:
+        made = {
+            site: Factors(torch.empty(rank, factors[site][1]), torch.empty(factors[site][0], rank))
+            for site in bank.topology.by_name
+            if site in factors
+        }
+        bank.add(ResidentAdapter(name, made, "output-only"))
+    return bank.plan([dict.fromkeys(names, 1.0)])
+
+
+def _repack(layers: Sequence[Any], dtype: torch.dtype) -> None:
+    """Let bitsandbytes repack 4-bit weights, as the runtime's first forward pass does."""
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+        with torch.no_grad():
+            type(layer).forward(layer, torch.empty((1, 1, layer.in_features), dtype=dtype))
+
+
+def _kv_cache(config: Any, per_token: int, tokens: int) -> int:
+    """Bytes of all layers: a layer with a sliding window of w keeps the last w - 1 tokens."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers or [None] * int(config.get_text_config().num_hidden_layers)
+    return per_token * sum(min(tokens, getattr(layer, "sliding_window", tokens + 1) - 1) for layer in layers)

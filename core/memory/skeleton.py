@@ -1,0 +1,178 @@
+"""A base without its weights: fake tensors of the shapes and dtypes that loading would give, and no memory behind them.
+
+The skeleton is transformers' own on the meta device, with the layers replaced by its own quantizer. Fake tensors
+(`torch._subclasses.fake_tensor`, what torch.compile reasons with) then take the place of its parameters; unlike those
+of the meta device they say that they are on a CPU, so that attention and dropout take the path that they really take.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_rt.core.base.load import scales
+from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
+from lora_rt.core.base.reading import first_line
+from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
+from lora_rt.core.memory.config import PlanError
+
+Device = Literal["cpu", "cuda"]
+TRACED = (2, 3)
+"""A model whose blocks are alike is run with so many of them: the first, the last, and one in between."""
+_NESTED_BLOCK = 256  # bitsandbytes quantizes the scales of 4-bit weights in blocks of this many
+
+
+def skeleton(config: Any, precision: Precision) -> Any:
+    """The model of a configuration on the meta device: eval mode, frozen, its layers those of the precision."""
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    dense = copy.deepcopy(config)
+    if getattr(dense, "quantization_config", None) is not None:
+        del dense.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense, dtype=compute_dtype(precision))
+    if (how := quantization_config(precision)) is not None:
+        quantizer = AutoHfQuantizer.from_config(how, pre_quantized=True)
+        quantizer.preprocess_model(model, device_map=None)
+        quantizer.postprocess_model(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """The model's transformer blocks.
+
+    Raises:
+        PlanError: it does not keep them in one list.
+    """
+    count = int(model.config.get_text_config().num_hidden_layers)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    text = f"{type(model).__name__} does not keep its {count} blocks in one list"
+    raise PlanError(text, next_step="Plan a model that does")
+
+
+def over_blocks(config: Any, precision: Precision, measure: Callable[[Any, nn.ModuleList], Sequence[int]]) -> list[int]:
+    """What `measure` says of the model and its blocks; from two and three of them where all are alike.
+
+    Every number has to grow by the same with each further block.
+
+    Raises:
+        PlanError: the model computes with what only its data tells, such as which expert a token goes to.
+    """
+    model = skeleton(config, precision)
+    blocks = blocks_of(model)
+    layers = len(blocks)
+    with _explained(type(model).__name__):
+        if layers <= max(TRACED) or not uniform(blocks):
+            return list(measure(model, blocks))
+        few, more = (measure(*_cut(config, precision, count)) for count in TRACED)
+    return [a + (b - a) * (layers - TRACED[0]) for a, b in zip(few, more, strict=True)]
+
+
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        text = f"{model} can't be run without its weights: {first_line(error)}"
+        raise PlanError(text, next_step="Load it and look at the memory that it takes") from error
+
+
+def _cut(config: Any, precision: Precision, count: int) -> tuple[Any, nn.ModuleList]:
+    model = skeleton(config, precision)
+    blocks = blocks_of(model)
+    del blocks[count:]
+    return model, blocks
+
+
+def uniform(blocks: nn.ModuleList) -> bool:
+    """Whether all blocks have parameters of the same names, shapes and dtypes."""
+    kinds = {tuple((name, p.shape, p.dtype) for name, p in block.named_parameters()) for block in blocks}
+    return len(kinds) == 1
+
+
+def materialise(model: Any, device: Device, *, for_training: bool = False) -> None:
+    """Put fake tensors in place of the meta device's, as `load_base` would leave the model on that device.
+
+    Has to run under a FakeTensorMode. Tied parameters stay tied.
+    """
+    fakes: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = fakes.setdefault(id(parameter), _fake(module, name, parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        if hasattr(module, "init_8bit_state"):
+            module.state.CB, module.state.SCB = module.weight.data, torch.empty(module.out_features)
+            module.weight.CB = module.weight.SCB = None
+            module.state.threshold = 0.0  # how many columns are outliers depends on the data; they are few
+    forbid_uneven_repacking(model)
+    if for_training or device != "cpu":
+        forbid_repacking(model)
+
+
+def _fake(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
+    if name == "weight" and type(parameter).__name__ == "Params4bit":
+        return _fake_4bit(module, parameter)
+    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
+
+
+def _fake_4bit(module: Any, parameter: Any) -> nn.Parameter:
+    """Two weights in a byte, a scale of one byte for each block, and the scales of the scales in float32."""
+    from bitsandbytes.functional import QuantState
+
+    shape = torch.Size((module.out_features, module.in_features))
+    blocks = -(-shape.numel() // parameter.blocksize)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // _NESTED_BLOCK)),
+        blocksize=_NESTED_BLOCK,
+        code=torch.empty(256),
+        dtype=torch.float32,
+    )
+    weight = nn.Parameter(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+    attributes = {
+        "compress_statistics": parameter.compress_statistics,
+        "quant_type": parameter.quant_type,
+        "quant_state": QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8),
+            shape=shape,
+            code=torch.empty(16),
+            blocksize=parameter.blocksize,
+            quant_type=parameter.quant_type,
+            dtype=module.compute_dtype,
+            offset=torch.empty(()),
+            state2=nested,
+        ),
+    }
+    for name, value in attributes.items():
+        setattr(weight, name, value)
+    return weight
+
+
+def resident(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a model keeps: parameters, buffers and the scales of quantized weights."""
+    yield from chain(model.parameters(), model.buffers(), (tensor for _, tensor in scales(model)))
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all that a model keeps, what is shared counted once; of a real model as well as of a fake one."""
+    sizes = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in resident(model))}
+    return sum(sizes.values())
+
+
+def largest_dequantized(model: nn.Module, precision: Precision) -> int:
+    """Bytes of the largest quantized layer in the compute dtype: its matmul unpacks it, unseen by PyTorch."""
+    quantized = [m for m in model.modules() if type(m).__module__.startswith("bitsandbytes") and hasattr(m, "weight")]
+    sizes = [m.in_features * m.out_features for m in quantized if isinstance(m, nn.Linear)]
+    return max(sizes, default=0) * compute_dtype(precision).itemsize

@@ -1,0 +1,74 @@
+"""Named compositions inside compositions: `my-mix:0.5` stands for its terms, each weight times 0.5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from lora_rt.core.requests.composition import Term
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import BaseFacts
+from lora_rt.registry.compositions import NamedComposition
+from lora_rt.registry.reference import Reference
+
+
+class NamedCompositionError(LoraRtError):
+    """A named composition that can't be used here."""
+
+
+class NamedLookup(Protocol):
+    """Where named compositions are found: the store, or what stands in front of it for one request."""
+
+    def get(self, name: str) -> NamedComposition | None:
+        """The composition of a name, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One adapter of a term: the term's own, or one of a named composition's with the digest that it was tuned for."""
+
+    reference: Reference
+    weight: float
+    after: str | None
+    layers: tuple[float, ...] = ()
+    sha256: str = ""
+    mix: str = ""
+
+    def check_pin(self, name: str, sha256: str) -> None:
+        """Compare the digest of the adapter that was found with the one that the weights were tuned for.
+
+        Raises:
+            NamedCompositionError: they differ.
+        """
+        if self.sha256 and sha256 != self.sha256:
+            text = f"{self.mix!r} was tuned for other files of {name!r}: {self.sha256[:12]}, not {sha256[:12]}"
+            raise NamedCompositionError(text, next_step="Tune it again with: lora-rt tune")
+
+
+def named_composition(term: Term, mixes: NamedLookup) -> NamedComposition | None:
+    """The named composition that a term means, or None where it means an adapter."""
+    reference = term.reference
+    return mixes.get(reference.target) if reference.kind == "name" and reference.revision is None else None
+
+
+def expanded(term: Term, mixes: NamedLookup, base: BaseFacts) -> list[Part]:
+    """The adapters of a term.
+
+    Raises:
+        NamedCompositionError: it was tuned for another base.
+    """
+    mix = named_composition(term, mixes)
+    if mix is None:
+        return [Part(term.reference, term.weight, term.after)]
+    problems = []
+    if mix.base != base.id:
+        problems.append(f"it is for {mix.base}, in use is {base.id}")
+    if any(len(item.layers) not in (0, base.layers) for item in mix.terms):
+        problems.append(f"it has weights for another number of layers than {base.layers}")
+    if problems:
+        text = f"the composition {mix.name!r} does not fit this base: {'; '.join(problems)}"
+        raise NamedCompositionError(text, next_step=f"Use --base {mix.base}, or tune it again")
+    return [
+        Part(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, mix.name)
+        for i in mix.terms
+    ]

@@ -1,0 +1,202 @@
+"""Which adapters a runtime holds: resolves references, checks them against the base, and makes them resident."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.named import Part, expanded
+from lora_rt.core.requests.names import RequestNames
+from lora_rt.core.requests.reading import read_adapter
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.manager import ModeHost
+from lora_rt.registry.card import AdapterCard
+from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.registry import Registry
+from lora_rt.registry.resolved import Resolved
+
+
+class ResidentError(LoraRtError):
+    """An adapter that is not resident, or a name that can't be given."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """A resident adapter, for people and tables. `rank` is the largest among its modules; `modules` counts them."""
+
+    name: str
+    register: str
+    mode: str
+    rank: int
+    modules: int
+    source: str
+    revision: str | None
+    sha256: str
+    why: str
+    card: AdapterCard | None
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A term whose adapter is resident. `layers` multiply its weight, one per layer, where a named composition says."""
+
+    info: AdapterInfo
+    weight: float
+    after: str | None = None
+    layers: tuple[float, ...] = ()
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mean_weight(self) -> float:
+        """Its weight, averaged over the layers where it differs between them."""
+        return self.weight * (sum(self.layers) / len(self.layers) if self.layers else 1.0)
+
+
+class Residents:
+    """The resident adapters of one base. Safe to use from several threads."""
+
+    def __init__(self, base: LoadedBase, bank: AdapterBank, modes: ModeHost, registry: Registry) -> None:
+        self._base = base
+        self._bank = bank
+        self._modes = modes
+        self._registry = registry
+        self._lock = threading.RLock()
+        self._aliases: dict[str, str] = {}  # text of a reference -> the resident name it was given
+        self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
+        self.infos: Mapping[str, AdapterInfo] = {}
+
+    def load(self, reference: Reference | str, name: str | None = None) -> str:
+        """Make an adapter resident and return its name.
+
+        Raises:
+            LoraRtError: it can't be resolved, is refused by the inspection, or its mode is not installed.
+        """
+        parsed = reference if isinstance(reference, Reference) else Reference.parse(reference)
+        if name is not None and not is_name(name):
+            text = f"{name!r} is not a name that an adapter can have"
+            raise ResidentError(text, next_step="Use letters, digits, '.', '_' and '-'")
+        with self._lock:
+            resident = self._load(parsed, name)
+            self._given |= {resident}
+        return resident
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            BankError: it is not resident.
+        """
+        with self._lock:
+            self._bank.remove(name)
+            self._given -= {name}
+            self.infos = {key: info for key, info in self.infos.items() if key != name}
+            self._aliases = {text: resident for text, resident in self._aliases.items() if resident != name}
+
+    def ensure(self, composition: Composition) -> list[tuple[AdapterInfo, float]]:
+        """The adapter and the weight of every term, loading what is not resident yet.
+
+        Raises:
+            LoraRtError: terms that can't be loaded; all of them are named.
+        """
+        return [(item.info, item.mean_weight) for item in self.present(composition)]
+
+    def present(self, composition: Composition) -> list[Present]:
+        """`all_present` of one composition."""
+        return self.all_present([composition])[0]
+
+    def all_present(self, compositions: Sequence[Composition | None]) -> list[list[Present]]:
+        """Every term of each row with its adapter resident; a named composition stands there as its terms.
+
+        A name is looked up once, so that it means one thing in all rows. No composition, no terms.
+
+        Raises:
+            LoraRtError: terms that can't be loaded; all of the row's are named.
+        """
+        names = RequestNames(self._registry.compositions, self._given)
+        return [[] if composition is None else self._of_row(composition, names) for composition in compositions]
+
+    def _of_row(self, composition: Composition, names: RequestNames) -> list[Present]:
+        found: list[Present] = []
+        failures: list[LoraRtError] = []
+        for term in composition.terms:
+            try:
+                found += [self._present(part) for part in expanded(term, names, self._base.facts)]
+            except LoraRtError as error:
+                failures.append(error)
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            problems = [f"{error.message}. {error.next_step}" for error in failures]
+            raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
+        return found
+
+    def _present(self, part: Part) -> Present:
+        info = self._pinned(part) if part.sha256 else self._resident(part.reference)
+        part.check_pin(info.name, info.sha256)
+        return Present(info, part.weight, part.after, part.layers, self._bank.residents[info.name].state)
+
+    def _resident(self, reference: Reference) -> AdapterInfo:
+        with self._lock:
+            if reference.kind == "name" and reference.revision is None and reference.target in self.infos:
+                return self.infos[reference.target]
+            return self._found(reference)
+
+    def _pinned(self, part: Part) -> AdapterInfo:
+        """The adapter that a named composition was tuned for: a caller's own of that name is another one."""
+        with self._lock:
+            same = next((info for info in self.infos.values() if info.sha256 == part.sha256), None)
+            return same or self._found(part.reference)
+
+    def _found(self, reference: Reference) -> AdapterInfo:
+        # Named first: loading replaces the table of infos.
+        name = self._aliases.get(reference.text) or self._load(reference, None)
+        return self.infos[name]
+
+    def _load(self, reference: Reference, name: str | None) -> str:
+        resolved = self._registry.resolve(reference, self._base.identity)
+        resident = name or self._free_name(resolved)
+        self._make_resident(resolved, resident)
+        # Another reference may have led to an adapter that had this name before.
+        self._aliases = {text: other for text, other in self._aliases.items() if other != resident}
+        if name is None:
+            self._aliases[reference.text] = resident
+        return resident
+
+    def _free_name(self, resolved: Resolved) -> str:
+        """The adapter's own name, or that with part of its digest where another adapter has it."""
+        taken = self.infos.get(resolved.name)
+        if taken is None or taken.sha256 == resolved.sha256:
+            return resolved.name
+        return f"{resolved.name}-{resolved.sha256[:8]}"
+
+    def _make_resident(self, resolved: Resolved, name: str) -> None:
+        inspected = inspect_adapter(
+            resolved.folder,
+            name=resolved.name,
+            linears=self._bank.topology.shapes,
+            base=self._base.identity,
+            sha256=resolved.sha256,
+        )
+        self._modes.require(inspected.mode)
+        adapter = read_adapter(inspected, name)
+        self._bank.add(adapter)
+        info = AdapterInfo(
+            name=name,
+            register=inspected.card.register if inspected.card else name,
+            mode=inspected.mode,
+            rank=adapter.rank,
+            modules=len(adapter.factors),
+            source=resolved.source,
+            revision=resolved.revision,
+            sha256=resolved.sha256,
+            why=resolved.why,
+            card=inspected.card,
+        )
+        self.infos = {**self.infos, name: info}

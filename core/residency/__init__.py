@@ -1,1 +1,0 @@
-"""From references to adapters in memory: resolved, inspected, read, and resident in the engine's bank."""

@@ -1,0 +1,60 @@
+"""What a fit leaves behind: a named composition in the store, or adapters whose mode has learned."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_rt.core.training.adapter import described_state
+from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.weights import Tuned
+from lora_rt.registry.card import read_card, write_card
+from lora_rt.registry.compositions import NamedComposition, NamedTerm
+from lora_rt.registry.errors import StoreError
+from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
+from lora_rt.registry.reference import is_name
+from lora_rt.registry.registry import Registry
+from lora_rt.version import __version__
+
+
+def check_name(name: str, registry: Registry) -> None:
+    """Raises StoreError where a composition can't have this name: an adapter has it, or it is none."""
+    if not is_name(name):
+        text = f"{name[:80]!r} is not a name that a composition can have"
+        raise StoreError(text, next_step="Use letters, digits, '.', '_' and '-'")
+    if name in registry.names():
+        text = f"{name!r} is the name of an adapter"
+        raise StoreError(text, next_step="Give the composition another one with --name")
+
+
+def save_mix(name: str, references: Mapping[str, str], frozen: Frozen, tuned: Tuned, **facts: Any) -> NamedComposition:
+    """A mix of the tuned weights; `references` are those by which the resident names are found again."""
+    terms = [
+        NamedTerm(
+            reference=references[resident],
+            sha256=frozen.residents.infos[resident].sha256,
+            weight=1.0 if len(weights) > 1 else weights[0],
+            layers=tuple(weights) if len(weights) > 1 else (),
+        )
+        for resident, weights in tuned.weights.items()
+    ]
+    metrics = {"nll_before": round(tuned.loss_before, 4), "nll_after": round(tuned.loss_after, 4)}
+    return NamedComposition(name=name, base=frozen.base.identity.id, terms=tuple(terms), metrics=metrics, **facts)
+
+
+def write_fitted(source: Path, target: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
+    """Copy an adapter into an empty folder with another state and further metrics in its card."""
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(source / name, target / name)
+    kept = load_file(source / STATE)
+    fitted = {key: value.detach().cpu().to(kept[key].dtype).contiguous() for key, value in state.items()}
+    save_file({**kept, **fitted}, target / STATE)
+    card = read_card(source)
+    assert card is not None  # an adapter without a card has no mode with a state
+    changes = {"metrics": {**card.metrics, **metrics}, "state": described_state(target), "lora_rt": __version__}
+    write_card(target, card.model_copy(update=changes))

@@ -1,0 +1,228 @@
+"""A mode's gates and classifier, fitted by scene type with its adapters frozen.
+
+The mode's own hooks are the functions, the tensors of its state what is fitted: `lora_rt_scene` by the cross entropy of
+the types of prompts, then `lora_rt_gate` and `lora_rt_compose` by the likelihood of the answers under their true types.
+Whatever a hook leaves out of its result gets no gradient and stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.generation.batch import positions_of
+from lora_rt.core.tuning.data import Item, steps
+from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, SceneContext, TermFacts
+
+State = dict[str, Tensor]
+
+
+class GatingError(LoraRtError):
+    """Adapters or data that gates can't be fitted to."""
+
+
+@dataclass(frozen=True, slots=True)
+class SceneSettings:
+    """`keep` is the weight of the mean squared distance of the gates from 1, the static mix.
+
+    `registrar_steps` are full passes over the prompts. Learning rates are Adam's.
+    """
+
+    epochs: float = 1
+    batch_size: int = 8
+    learning_rate: float = 0.1
+    keep: float = 0.02
+    registrar_steps: int = 150
+    registrar_rate: float = 1.0
+    registrar_decay: float = 1e-6
+    seed: int = 0
+
+
+class SceneFit:
+    """One fit over the adapters of a composition.
+
+    Args:
+        frozen: base and adapters.
+        start: resident name -> weight of the static mix.
+        items: examples with scene types. Those of a type in `neutral` teach the classifier alone.
+    """
+
+    def __init__(
+        self, frozen: Frozen, start: Mapping[str, float], items: Sequence[Item], settings: SceneSettings
+    ) -> None:
+        self._frozen = frozen
+        self._start = start
+        self._settings = settings
+        self._items = items
+        residents = frozen.bank.residents
+        self._names = [name for name in start if frozen.modes.implements(residents[name].mode, "lora_rt_gate")]
+        self.states: dict[str, State] = {
+            name: {
+                key: value.detach().to(frozen.bank.device).float().clone().requires_grad_()
+                for key, value in residents[name].state.items()
+                if value.is_floating_point()
+            }
+            for name in self._names
+        }
+        self._check()
+
+    def _check(self) -> None:
+        types = {name: tuple(self._card(name).get("scene_types", ())) for name in self._names}
+        problems = [f"{name} has no gates: its mode is {self._mode(name)}" for name in self._start if name not in types]
+        problems += [f"{name} keeps no state or knows no scene types" for name, t in types.items() if not t]
+        if len(set(types.values())) > 1:
+            problems.append("they know different scene types")
+        if problems:
+            text = "gates can't be fitted to these adapters"
+            raise GatingError(text, problems=problems, next_step="Train them with --mode context and one --scene-types")
+        self.types = next(iter(types.values()))
+
+    def fit_classifier(self, advance: Callable[[float], None] = lambda _loss: None) -> float:
+        """Fit the first adapter's classifier and give it to all that are like it.
+
+        Returns:
+            The share of prompts that it gets right.
+        """
+        features = [self._features(batch) for batch in _chunks(self._items, 32)]
+        name, state = self._names[0], self.states[self._names[0]]
+        optimizer = torch.optim.Adam(state.values(), lr=self._settings.registrar_rate)
+        for _ in range(self._settings.registrar_steps):
+            optimizer.zero_grad()
+            total = torch.zeros(())
+            for (hidden, mask), batch in zip(features, _chunks(self._items, 32), strict=True):
+                chosen = self._log_shares(name, hidden, mask).gather(1, self._targets(name, batch)[:, None])
+                (-chosen.sum() / len(self._items)).backward()  # type: ignore[no-untyped-call]
+                total = total - chosen.detach().sum().cpu() / len(self._items)
+            touched = {key: value for key, value in state.items() if value.grad is not None}
+            for value in touched.values():
+                assert value.grad is not None
+                value.grad += self._settings.registrar_decay * value.detach()
+            optimizer.step()
+            advance(float(total))
+        for other in self._names[1:]:
+            for key, value in touched.items():
+                if key in self.states[other] and self.states[other][key].shape == value.shape:
+                    self.states[other][key].data.copy_(value.data)
+        return self._accuracy(name, features)
+
+    def fit_gates(self, advance: Callable[[float], None] = lambda _loss: None) -> list[float]:
+        """Fit the gates on the examples of the types that the adapters know; each step's loss, nats per token."""
+        items = [item for item in self._items if item.scene_type in self.types]
+        if not items:
+            text = f"no line of the data has a scene type of these adapters: {', '.join(self.types)}"
+            raise GatingError(text, next_step="Give examples of these types")
+        leaves = [value for state in self.states.values() for value in state.values()]
+        for leaf in leaves:
+            leaf.grad = None
+        optimizer = torch.optim.Adam(leaves, lr=self._settings.learning_rate)
+        losses = []
+        for batch in steps(items, self._settings.batch_size, self._settings.epochs, self._settings.seed):
+            gates, distance = self._gates(batch)
+            total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
+            optimizer.zero_grad()
+            (total / count + self._settings.keep * distance).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(total.detach()) / count)
+            advance(losses[-1])
+        return losses
+
+    def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:
+        """The gates of a batch with the weights in them, and their mean squared distance from 1."""
+        ids, mask, _ = self._frozen.tensors(batch)
+        weights = self._weights(batch)
+        distance = torch.zeros((), device=ids.device)
+        gates: dict[str, Gate | None] = {}
+        for name in self._start:
+            context = GateContext(
+                adapter=name,
+                card=self._card(name),
+                state=self.states[name],
+                base=self._frozen.base.facts,
+                rank=self._frozen.bank.residents[name].rank,
+                uniform_rank=len(self._frozen.bank.residents[name].ranks) == 1,
+                input_ids=ids,
+                positions=positions_of(mask),
+                prompt_lengths=torch.tensor([len(item.prompt) for item in batch], device=ids.device),
+                active=[True] * len(batch),
+                scene_types=[item.scene_type for item in batch],
+                prompts=[None] * len(batch),
+                hidden=lambda: self._frozen.early(ids, mask, positions_of(mask)).clone(),
+            )
+            gate = self._frozen.modes.gate(self._mode(name), context) or Gate()
+            for part in (gate.ranks, gate.heads):
+                distance = distance if part is None else distance + (part - 1).square().mean()
+            ranks = weights[name] if gate.ranks is None else weights[name] * gate.ranks
+            gates[name] = Gate(ranks=ranks, heads=gate.heads)
+        return gates, distance
+
+    def _weights(self, batch: Sequence[Item]) -> dict[str, Tensor]:
+        """Resident name -> its weight as the mode decides, (1, rows, 1, 1), with the gradient to the state."""
+        by_type = {kind: self._decided(kind) for kind in dict.fromkeys(item.scene_type for item in batch)}
+        rows = torch.stack([by_type[item.scene_type] for item in batch])
+        return {name: rows[None, :, index, None, None] for index, name in enumerate(self._start)}
+
+    def _decided(self, kind: str | None) -> Tensor:
+        """(adapters,)"""
+        terms = [
+            TermFacts(name, weight, self._mode(name), self._card(name), self.states[name])
+            for name, weight in self._start.items()
+        ]
+        values: list[Tensor | float] = list(self._start.values())
+        for mode in dict.fromkeys(term.mode for term in terms):
+            mine = [index for index, term in enumerate(terms) if term.mode == mode]
+            context = ComposeContext(terms=terms, mine=mine, prompt=None, scene_type=kind, base=self._frozen.base.facts)
+            # Unchecked: a check would turn the tensors, which carry the gradient, into numbers.
+            decided = self._frozen.modes.call(mode, "lora_rt_compose", context=context)
+            for index, value in zip(mine, decided if decided is not None else [], strict=decided is not None):
+                values[index] = value
+        device = self._frozen.bank.device
+        return torch.stack([torch.as_tensor(value, device=device, dtype=torch.float32) for value in values])
+
+    def _features(self, batch: Sequence[Item]) -> tuple[Tensor, Tensor]:
+        """Hidden states that a gradient may be led past: those of an inference pass may not be kept for one."""
+        hidden, mask = self._frozen.classifier.features([item.prompt for item in batch])
+        return hidden.clone(), mask
+
+    def _log_shares(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:
+        registration = self._frozen.modes.scene(self._mode(name), self._context(name, hidden, mask))
+        if registration is None:
+            text = f"the mode {self._mode(name)!r} registers no scenes"
+            raise GatingError(text, next_step="Name the scene type with --scene")
+        self._columns = list(registration.types)
+        return registration.probabilities.clamp(min=1e-9).log()
+
+    def _context(self, name: str, hidden: Tensor, mask: Tensor) -> SceneContext:
+        facts = self._frozen.base.facts
+        return SceneContext(name, self._card(name), self.states[name], facts, hidden, mask)
+
+    def _targets(self, name: str, batch: Sequence[Item]) -> Tensor:
+        strange = sorted({str(item.scene_type) for item in batch} - set(self._columns))
+        if strange:
+            text = f"the data has the scene type {strange[0]!r}, which {name} does not know"
+            raise GatingError(text, next_step=f"Use: {', '.join(self._columns)}")
+        indices = [self._columns.index(str(item.scene_type)) for item in batch]
+        return torch.tensor(indices, device=self._frozen.bank.device)
+
+    def _accuracy(self, name: str, features: Sequence[tuple[Tensor, Tensor]]) -> float:
+        right = 0
+        with torch.no_grad():
+            for (hidden, mask), batch in zip(features, _chunks(self._items, 32), strict=True):
+                found = self._log_shares(name, hidden, mask).argmax(1)
+                right += int((found == self._targets(name, batch)).sum())
+        return right / len(self._items)
+
+    def _card(self, name: str) -> Mapping[str, Any]:
+        return self._frozen.bank.residents[name].card
+
+    def _mode(self, name: str) -> str:
+        return self._frozen.bank.residents[name].mode
+
+
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,126 @@
+"""From what the command line says to a finished fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_rt.core.base.load import load_base
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.named import expanded
+from lora_rt.core.training.data import digest_of
+from lora_rt.core.tuning.data import as_items, read_lines
+from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.saving import check_name, save_mix, write_fitted
+from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
+from lora_rt.core.tuning.weights import TuneSettings, tune
+from lora_rt.plugins.manager import load_modes
+from lora_rt.registry.compositions import NamedComposition
+from lora_rt.registry.durable import new_folder
+from lora_rt.registry.reference import Reference
+from lora_rt.registry.registry import Registry
+
+Advance = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be fitted: a composition whose weights are the start, the data, and the base."""
+
+    composition: Composition
+    data: Path
+    base: str
+    precision: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What was fitted by scene: where each adapter went, the share of prompts registered right, and the losses."""
+
+    places: Sequence[str]
+    registered: float
+    loss_first: float
+    loss_last: float
+
+
+def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], dict[str, str]]:
+    """Base and adapters in memory, their first weights and their references, both by resident name.
+
+    A named composition stands for its adapters, with the weights that it gives them (of weights per layer the mean).
+
+    Raises:
+        GatingError: one adapter stands twice, or a term wakes up later.
+    """
+    base = load_base(job.base, job.precision, job.device, for_training=True)
+    frozen = Frozen(base, load_modes(), registry)
+    weights: dict[str, float] = {}
+    references: dict[str, str] = {}
+    for term in job.composition.terms:
+        parts = expanded(term, registry.compositions, base.facts)
+        for part, item in zip(parts, frozen.residents.present(Composition((term,))), strict=True):
+            name = item.info.name
+            if term.after is not None or name in weights:
+                text = f"the term {term} can't be tuned: it wakes up later, or its adapter stands twice"
+                raise GatingError(text, next_step="Name every adapter once, without a bracket")
+            weights[name] = item.mean_weight
+            references[name] = _lasting(part.reference)
+    return frozen, weights, references
+
+
+def _lasting(reference: Reference) -> str:
+    """The reference in a form that means the same in another working directory."""
+    return str(Path(reference.target).expanduser().absolute()) if reference.kind == "path" else reference.text
+
+
+def tune_mix(job: Job, name: str, settings: TuneSettings, advance: Advance) -> NamedComposition:
+    """Find weights for the data and save them as a named composition.
+
+    Raises:
+        LoraRtError: the name is taken, or data, base or adapters can't be used.
+    """
+    registry = Registry(sources=load_modes().sources())
+    check_name(name, registry)
+    lines = read_lines(job.data, typed=False)
+    frozen, weights, references = open_job(job, registry)
+    tuned = tune(frozen, weights, as_items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
+    mix = save_mix(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
+    registry.compositions.save(mix)
+    return mix
+
+
+def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Advance) -> Fitted:
+    """Fit gates and classifier, and publish the adapters anew: into the store, or as folders in `out`.
+
+    Raises:
+        LoraRtError: data, base or adapters can't be used, or a folder is there already.
+    """
+    registry = Registry(sources=load_modes().sources())
+    lines = read_lines(job.data, typed=True)
+    frozen, weights, references = open_job(job, registry)
+    if out is not None and (there := [name for name in weights if (out / name).exists()]):
+        raise GatingError(f"{out / there[0]} is there already", next_step="Give a new folder with --out")
+    fit = SceneFit(frozen, weights, as_items(lines, frozen.base), settings)
+    registered = fit.fit_classifier(lambda loss: advance("classifier", loss))
+    losses = fit.fit_gates(lambda loss: advance("gates", loss))
+    window = max(1, len(losses) // 10)
+    first, last = sum(losses[:window]) / window, sum(losses[-window:]) / window
+    metrics = {"gates_nll_first": round(first, 4), "gates_nll_last": round(last, 4), "registered": round(registered, 4)}
+    places = [
+        _publish(name, registry.resolve(references[name], frozen.base.identity).folder, out, registry, fit, metrics)
+        for name in weights
+    ]
+    return Fitted(places, registered, first, last)
+
+
+def _publish(
+    name: str, source: Path, out: Path | None, registry: Registry, fit: SceneFit, metrics: dict[str, float]
+) -> str:
+    if out is None:
+        with registry.store.staging() as folder:
+            write_fitted(source, folder, fit.states[name], metrics)
+            return registry.store.publish(folder, name, source="fitted here", revision=None).name
+    with new_folder(out / name) as scratch:
+        write_fitted(source, scratch, fit.states[name], metrics)
+    return str(out / name)

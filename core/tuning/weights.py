@@ -1,0 +1,110 @@
+"""Weights for a target, by gradient: one number per adapter, or one per adapter and layer.
+
+LoraHub (Huang et al. 2023) searches such weights without gradients; here the engine's gate is differentiable, so a
+few examples and a few dozen steps are enough. Nothing is normalised: weights may become negative or larger than 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.tuning.data import Item, steps
+from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import Gate
+
+Per = Literal["adapter", "layer"]
+_EVALUATED = 16
+
+
+_LARGEST = 1e6  # far beyond every weight under which a text is one, and its square is a number in float32
+
+
+class TuneError(LoraRtError):
+    """Weights that can't be tuned."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """`learning_rate` is Adam's on the weights themselves; `pull` penalises the squared distance from the start."""
+
+    per: Per = "adapter"
+    epochs: float = 3
+    batch_size: int = 8
+    learning_rate: float = 0.03
+    pull: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Resident name -> weights, one or one per layer; the losses in nats per answer token before and after."""
+
+    weights: Mapping[str, Sequence[float]]
+    loss_before: float
+    loss_after: float
+    losses: Sequence[float] = field(default=())
+
+
+def tune(
+    frozen: Frozen,
+    start: Mapping[str, float],
+    items: Sequence[Item],
+    settings: TuneSettings,
+    advance: Callable[[float], None] = lambda _loss: None,
+) -> Tuned:
+    """Fit weights to the examples. `start` has the first weights by resident name; `advance` hears each step's loss.
+
+    Raises:
+        TuneError: the weights, or the loss, are no numbers that can be computed with.
+    """
+    _check_numbers(start)
+    depth = frozen.base.facts.layers if settings.per == "layer" else 1
+    device = frozen.bank.device
+    weights = {name: torch.full((depth,), w, device=device, requires_grad=True) for name, w in start.items()}
+    optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
+    before = mean_loss(frozen, items, weights)
+    losses: list[float] = []
+    for batch in steps(items, settings.batch_size, settings.epochs, settings.seed):
+        total, count = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
+        loss = total / count
+        if not bool(loss.isfinite()):
+            text = f"the loss is {float(loss.detach())} at step {len(losses) + 1}"
+            raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
+        distance = torch.stack([(value - start[name]).square().mean() for name, value in weights.items()]).sum()
+        optimizer.zero_grad()
+        (loss + settings.pull * distance).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        advance(losses[-1])
+    after = mean_loss(frozen, items, weights)
+    _check_numbers({name: float(value.detach().abs().max()) for name, value in weights.items()})
+    return Tuned({name: value.tolist() for name, value in weights.items()}, before, after, losses)
+
+
+def _check_numbers(weights: Mapping[str, float]) -> None:
+    problems = [f"{name}:{weight:g}" for name, weight in weights.items() if not abs(weight) < _LARGEST]
+    if problems:
+        text = f"weights are too large: {', '.join(problems)}"
+        raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
+
+
+def mean_loss(frozen: Frozen, items: Sequence[Item], weights: Mapping[str, Tensor]) -> float:
+    """Nats per answer token of all examples."""
+    ordered = sorted(items, key=lambda item: len(item.prompt) + len(item.answer))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(ordered), _EVALUATED):
+            batch = ordered[start : start + _EVALUATED]
+            loss, tokens = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
+            total, count = total + float(loss), count + tokens
+    return total / count
+
+
+def _gates(weights: Mapping[str, Tensor]) -> dict[str, Gate | None]:
+    return {name: Gate(ranks=value[:, None, None, None]) for name, value in weights.items()}
