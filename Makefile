@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files -co --exclude-standard core plugins registry)
 REGISTERS := logic emotion body archetype
 
-.PHONY: demo test check format docs registers report clean
+.PHONY: demo test quick check format docs registers report clean
 
 demo: $(VENV)/installed
 	$(BIN)/lora-rt compose emotion:0.7 logic:0.3 --compare --seed 3 -p "rain, tin roof, unpaid bill"
 
 test: $(VENV)/ready
 	$(BIN)/pytest
+
+quick: $(VENV)/ready
+	$(BIN)/pytest -m "not slow"
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

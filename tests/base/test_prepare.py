@@ -147,6 +147,7 @@ def test_a_full_disk_is_explained(zoo: Zoo, monkeypatch: pytest.MonkeyPatch, fai
     assert caught.value.next_step
 
 
+@pytest.mark.slow
 def test_two_processes_that_need_one_base_make_it_once(zoo: Zoo) -> None:
     script = (
         "import sys\n"

@@ -16,6 +16,8 @@ from lora_rt.core.benchmark.processes.memory import memory_repeat, peak_megabyte
 from lora_rt.core.benchmark.systems.ours import Ours
 from lora_rt.core.benchmark.workloads import Workload
 
+pytestmark = pytest.mark.slow
+
 SMALL = Workload("small", "small", rows=2, resident=2, active=2, prompt_tokens=4, new_tokens=2, rank=4)
 
 

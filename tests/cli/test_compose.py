@@ -67,11 +67,17 @@ def test_one_seed_gives_one_text(cli: Cli, tiny: list[str], adapters: tuple[str,
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_compare_shows_the_base_each_part_and_the_whole(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
-    spec = f"{adapters[0]}:0.7 {adapters[1]}:0.3"
-    document = json.loads(cli("compose", spec, "-p", "ab", "--compare", "--json", *tiny).out)
-    assert [column["spec"] for column in document["columns"]] == ["base", *adapters, spec]
-    assert len({column["text"] for column in document["columns"]}) > 1
+def test_compare_shows_the_base_each_part_and_the_whole(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], zoo: Zoo
+) -> None:
+    spec = f"{adapters[0]}:3 {adapters[1]}:-3"
+    document = json.loads(cli("compose", spec, "-p", "ab", "--compare", "--json", "--seed", "1", *tiny).out)
+    specs = [column["spec"] for column in document["columns"]]
+    assert specs == ["base", f"{adapters[0]}:3", f"{adapters[1]}:-3", spec] or specs == ["base", *adapters, spec]
+    settings = {"max_new_tokens": 8, "seed": 1, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+    wanted = zoo.runtime("llama").generate(["ab"] * 4, [None, *specs[1:]], **settings)
+    assert [column["text"] for column in document["columns"]] == wanted
+    assert len(set(wanted)) > 1
 
 
 def test_compare_draws_every_column(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:

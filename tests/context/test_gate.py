@@ -25,7 +25,7 @@ def test_an_untrained_gate_equals_the_static_composition_bit_for_bit(zoo: Zoo, r
         assert torch.equal(gated, runtime.logits(ids, compositions="plain:0.8"))
 
 
-def test_neutral_text_is_under_the_static_composition_bit_for_bit(zoo: Zoo, runtime: Runtime, made: Made) -> None:
+def test_neutral_text_is_under_the_static_composition(zoo: Zoo, runtime: Runtime, made: Made) -> None:
     runtime.load_adapter(str(made("logic", gates=3)), "logic")
     runtime.load_adapter(str(zoo.adapter("llama", seed=1)), "plain")
     ids = some_ids()

@@ -83,6 +83,7 @@ def test_planned_weights_for_training_are_those_that_are_loaded_for_it(
     assert plan.weights == pytest.approx(bytes_of(loaded.model), rel=CLOSE)
 
 
+@pytest.mark.slow
 def test_the_default_base_is_planned_without_a_file_and_rightly(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,8 +52,8 @@ for _point in installed()[0]:
 
 
 def test_every_built_in_mode_is_tested() -> None:
-    """The loop above found something."""
-    assert {"TestBridge", "TestOutputOnly"} <= globals().keys()
+    """The loop above found each of the three."""
+    assert {"TestBridge", "TestContext", "TestOutputOnly"} <= globals().keys()
 
 
 @pytest.mark.parametrize(("position", "expected"), [(0, 0.2), (2, 0.2), (3, 0.4), (5, 0.8), (6, 1.0), (9, 1.0)])

@@ -20,6 +20,8 @@ from lora_rt.core.cli.pip import Brought, PipError
 from lora_rt.plugins.testing import tiny_base
 from lora_rt.registry.inspection import inspect_adapter
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fade-in-mode"
 FADE = Brought("mode", "fade-in", "fade-in-mode", "0.1.0")
 OURS = Brought("mode", "output-only", "lora-rt", "0.1.0")

@@ -16,6 +16,8 @@ import pytest
 from lora_rt.core.evaluation.matrix import TextLosses, text_losses
 from lora_rt.core.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 REGISTERS = ("logic", "emotion", "body", "archetype")
 SCENES = 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -24,10 +23,8 @@ def _inspect(folder: Path, name: str = "good") -> InspectedAdapter:
 
 
 def _refusal(folder: Path) -> RejectedAdapterError:
-    start = time.perf_counter()
     with pytest.raises(RejectedAdapterError) as first:
         _inspect(folder)
-    assert time.perf_counter() - start < 1
     tracemalloc.start()
     try:
         with pytest.raises(RejectedAdapterError):
