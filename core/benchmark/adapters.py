@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_rt.core.benchmark.workloads import Workload, resident_name
 from lora_rt.core.engine.topology import features, find_linears
-from lora_rt.core.training.settings import choose_targets
+from lora_rt.core.step.settings import choose_targets
 
 _B_SIZE = 0.01  # small beside a base's own outputs: the text stays finite under any weights
 

@@ -10,8 +10,8 @@ import typer
 from lora_rt.core.cli import options
 
 if TYPE_CHECKING:
+    from lora_rt.core.step.settings import TrainSettings
     from lora_rt.core.training.run import TrainResult
-    from lora_rt.core.training.settings import TrainSettings
 
 
 def train(
@@ -68,7 +68,7 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter for REGISTER on JSON lines and publish it with its card."""
-    from lora_rt.core.training.settings import TrainSettings
+    from lora_rt.core.step.settings import TrainSettings
 
     settings = TrainSettings(
         register=register,
@@ -98,8 +98,8 @@ def train(
 
 
 def _into_store(settings: TrainSettings, resume: bool) -> tuple[str, TrainResult]:
+    from lora_rt.core.step.settings import SettingsError
     from lora_rt.core.training.run import train as run
-    from lora_rt.core.training.settings import SettingsError
     from lora_rt.plugins.manager import load_modes
     from lora_rt.registry.reference import is_name
     from lora_rt.registry.store import Store
@@ -146,7 +146,7 @@ def _words(text: str) -> list[str]:
 
 
 def _options(pairs: list[str]) -> dict[str, str]:
-    from lora_rt.core.training.settings import SettingsError
+    from lora_rt.core.step.settings import SettingsError
 
     wrong = [pair for pair in pairs if not pair.partition("=")[0] or "=" not in pair]
     if wrong:

@@ -13,7 +13,7 @@ from lora_rt.core.memory.inference import InferenceMemory, plan_inference
 from lora_rt.core.memory.process import process_bytes
 from lora_rt.core.memory.skeleton import Device, skeleton
 from lora_rt.core.memory.training import TrainingMemory, plan_training
-from lora_rt.core.training.settings import Optimizer, TrainSettings
+from lora_rt.core.step.settings import Optimizer, TrainSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_rt.core.base.precision import Precision, compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
@@ -28,8 +27,9 @@ from lora_rt.core.memory.skeleton import (
     resident,
     skeleton,
 )
-from lora_rt.core.training.adapter import adaptable, targets
-from lora_rt.core.training.settings import TrainSettings
+from lora_rt.core.memory.upstream import FakeTensorMode
+from lora_rt.core.step.adapter import adaptable, targets
+from lora_rt.core.step.settings import TrainSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from lora_rt.core.memory.upstream import TorchDispatchMode, storage_key, tree_iter
 
 
 class LiveMemory(TorchDispatchMode):
@@ -40,7 +40,7 @@ class LiveMemory(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, *, counts: bool = True) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in self._counted:
             return
         self._counted[key] = storage.nbytes() if counts else 0

@@ -21,6 +21,7 @@ from lora_rt.core.base.precision import Precision, compute_dtype, quantization_c
 from lora_rt.core.base.reading import first_line
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.memory.config import PlanError
+from lora_rt.core.memory.upstream import quantize_layers, storage_key
 
 Device = Literal["cpu", "cuda"]
 TRACED = (2, 3)
@@ -31,7 +32,6 @@ _NESTED_BLOCK = 256  # bitsandbytes quantizes the scales of 4-bit weights in blo
 def skeleton(config: Any, precision: Precision) -> Any:
     """The model of a configuration on the meta device: eval mode, frozen, its layers those of the precision."""
     from transformers import AutoModelForCausalLM
-    from transformers.quantizers.auto import AutoHfQuantizer
 
     dense = copy.deepcopy(config)
     if getattr(dense, "quantization_config", None) is not None:
@@ -39,9 +39,7 @@ def skeleton(config: Any, precision: Precision) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(dense, dtype=compute_dtype(precision))
     if (how := quantization_config(precision)) is not None:
-        quantizer = AutoHfQuantizer.from_config(how, pre_quantized=True)
-        quantizer.preprocess_model(model, device_map=None)
-        quantizer.postprocess_model(model)
+        quantize_layers(model, how)
     model.requires_grad_(False)
     return model.eval()
 
@@ -167,7 +165,7 @@ def resident(model: nn.Module) -> Iterator[Tensor]:
 
 def bytes_of(model: nn.Module) -> int:
     """Bytes of all that a model keeps, what is shared counted once; of a real model as well as of a fake one."""
-    sizes = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in resident(model))}
+    sizes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in resident(model)}
     return sum(sizes.values())
 
 

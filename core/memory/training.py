@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_rt.core.base.precision import Precision
 from lora_rt.core.memory.live import LiveMemory
@@ -20,9 +19,10 @@ from lora_rt.core.memory.skeleton import (
     resident,
     skeleton,
 )
-from lora_rt.core.training.adapter import with_adapter
-from lora_rt.core.training.loop import checkpointed, nll_at
-from lora_rt.core.training.settings import Optimizer, TrainSettings
+from lora_rt.core.memory.upstream import FakeTensorMode
+from lora_rt.core.step.adapter import checkpointed, with_adapter
+from lora_rt.core.step.loss import nll_at
+from lora_rt.core.step.settings import Optimizer, TrainSettings
 
 _STATE_BYTES = 8  # AdamW's two moments in float32, per trained weight
 _STATE_BYTES_8BIT = 2 + 2 * 4 / 256  # the two moments in a byte each, a float32 scale for every 256 of them

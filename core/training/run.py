@@ -14,14 +14,15 @@ from rich.console import Console
 
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.generation.prompts import answer_ids, prompt_ids
-from lora_rt.core.training.adapter import described_state, fresh_adapter, write_adapter
+from lora_rt.core.memory.portions import pick_portions
+from lora_rt.core.step.adapter import checkpointed, described_state, fresh_adapter, write_adapter
+from lora_rt.core.step.loss import label_nll
+from lora_rt.core.step.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.core.training.checkpoints import Checkpoints, forget, newest_whole, restore_state
 from lora_rt.core.training.data import digest_of, read_pairs
 from lora_rt.core.training.live import LiveLine
-from lora_rt.core.training.loop import Collator, ModeTrainer, Sequences, checkpointed, label_nll
-from lora_rt.core.training.portions import pick_portions
 from lora_rt.core.training.ranks import RankGates
-from lora_rt.core.training.settings import Optimizer, SettingsError, TrainSettings
+from lora_rt.core.training.trainer import Collator, ModeTrainer, Sequences
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
 from lora_rt.plugins.manager import ModeHost

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_rt.core.training.adapter import described_state
+from lora_rt.core.step.adapter import described_state
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.weights import Tuned
 from lora_rt.registry.card import read_card, write_card

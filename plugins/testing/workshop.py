@@ -116,8 +116,8 @@ class Workshop:
         return objective
 
     def _train(self, mode: str, folder: Path) -> TrainResult:
+        from lora_rt.core.step.settings import TrainSettings
         from lora_rt.core.training.run import train
-        from lora_rt.core.training.settings import TrainSettings
 
         data = self.folder / "data.jsonl"
         data.write_text("".join(json.dumps(example) + "\n" for example in self.examples), encoding="utf-8")

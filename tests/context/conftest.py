@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_rt.core.runtime import Runtime
-from lora_rt.core.training.adapter import described_state
+from lora_rt.core.step.adapter import described_state
 from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card
 from support.tiny import HEADS, HIDDEN, LAYERS, Zoo
 

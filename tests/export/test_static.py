@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from lora_rt.core.export.errors import ExportError
-from lora_rt.core.training.adapter import described_state
+from lora_rt.core.step.adapter import described_state
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, direction_of, hookimpl
 from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card

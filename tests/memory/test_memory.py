@@ -18,9 +18,9 @@ from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import bytes_of, resident
 from lora_rt.core.memory.training import TrainingMemory, plan_training
 from lora_rt.core.runtime import Runtime
-from lora_rt.core.training.adapter import with_adapter
-from lora_rt.core.training.loop import checkpointed, label_nll
-from lora_rt.core.training.settings import TrainSettings
+from lora_rt.core.step.adapter import checkpointed, with_adapter
+from lora_rt.core.step.loss import label_nll
+from lora_rt.core.step.settings import TrainSettings
 from support.tiny import Zoo
 
 CLOSE = 0.01

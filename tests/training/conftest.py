@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_rt.core.training.settings import TrainSettings
+from lora_rt.core.step.settings import TrainSettings
 from support.tiny import Zoo
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.load import load_base
+from lora_rt.core.memory import portions as portions_module
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import resident
-from lora_rt.core.training import portions as portions_module
+from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.core.training import run as run_module
-from lora_rt.core.training.loop import Collator, split
 from lora_rt.core.training.run import train
-from lora_rt.core.training.settings import SettingsError, TrainSettings
+from lora_rt.core.training.trainer import Collator, split
 from lora_rt.plugins.contract import IGNORE
 from lora_rt.plugins.manager import load_modes
 

@@ -12,11 +12,12 @@ import torch
 
 import lora_rt.version
 from lora_rt.core.runtime import Runtime
+from lora_rt.core.step.loss import label_nll
+from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.core.training import run as run_module
 from lora_rt.core.training.checkpoints import newest_whole
-from lora_rt.core.training.loop import TrainingDivergedError, label_nll
 from lora_rt.core.training.run import InterruptedRunError, train
-from lora_rt.core.training.settings import SettingsError, TrainSettings
+from lora_rt.core.training.trainer import TrainingDivergedError
 from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, ObjectiveContext, hookimpl
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry import home

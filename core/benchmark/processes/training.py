@@ -61,8 +61,8 @@ def _text(dice: random.Random, words: int) -> str:
 
 def train_ours(question: dict[str, Any], folder: Path) -> tuple[float, int]:
     """Seconds and tokens of the training loop of `lora-rt train`."""
+    from lora_rt.core.step.settings import TrainSettings
     from lora_rt.core.training.run import train
-    from lora_rt.core.training.settings import TrainSettings
     from lora_rt.plugins.manager import load_modes
 
     settings = TrainSettings(

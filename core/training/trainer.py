@@ -1,21 +1,18 @@
-"""transformers' Trainer with the mode's loss: logits only where labels are, and a stop at the first bad number."""
+"""transformers' Trainer with the mode's loss, a batch in parts, and a stop at the first bad number."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from lora_rt.core.step.loss import batch_loss
 from lora_rt.core.training.ranks import RankGates
-from lora_rt.core.training.settings import SettingsError
+from lora_rt.core.training.upstream import LengthGroupedTrainer
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 
@@ -60,32 +57,7 @@ class Collator:
         return {**batch, "extra": extra} if extra else batch
 
 
-class LengthGrouped(torch.utils.data.Sampler[int]):
-    """Shuffles, with sequences of like length in one batch; the order is a function of seed and epoch alone.
-
-    transformers' own sampler draws from the global generator, whose state in the middle of an epoch is not that at its
-    beginning: a resumed run would go on through another order than the one that it had begun.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = list(lengths)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the training loop at the start of each epoch."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
-
-
-class ModeTrainer(Trainer):  # type: ignore[misc]
+class ModeTrainer(LengthGroupedTrainer):
     """Asks the objective for the loss of each batch, and runs it in as many parts as the memory wants.
 
     The parts are ours and not the Trainer's: its accumulation takes the mean of their means, and counts its steps and
@@ -99,11 +71,6 @@ class ModeTrainer(Trainer):  # type: ignore[misc]
         self.objective = objective
         self.gates = gates
         self.accumulation = accumulation
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        rows = self.train_dataset
-        lengths = [rows[index]["length"] for index in range(len(rows))]
-        return LengthGrouped(lengths, self.args.train_batch_size, self.args.seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The gradients of one batch; gives its loss.
@@ -155,60 +122,3 @@ def split(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
             part["extra"] = {key: value[some] for key, value in batch["extra"].items()}
         parts.append(part)
     return parts
-
-
-def checkpointed(model: Any) -> None:
-    """Let every block keep its input alone and run again in the backward pass.
-
-    Raises:
-        SettingsError: the model can't.
-    """
-    base = model.get_base_model()
-    if not base.supports_gradient_checkpointing:
-        text = f"{type(base).__name__} has no gradient checkpointing"
-        raise SettingsError(text, next_step="Use --no-gradient-checkpointing and a smaller --batch-size")
-    base.activation_checkpointing_enable({"use_reentrant": False})
-    # transformers asks for the embeddings' gradients too, which only the reentrant kind of checkpoint needs.
-    base.disable_input_require_grads()
-
-
-def batch_loss(model: nn.Module, inputs: Mapping[str, Any], objective: Objective) -> Tensor:
-    """The objective's own loss, or the mean cross entropy per labelled token of the batch."""
-    labels = inputs["labels"]
-    if type(objective).loss is Objective.loss:
-        total, count = label_nll(model, inputs)
-        return total.sum() / count.sum().clamp(min=1)
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    loss = objective.loss(logits, labels, inputs.get("extra", {}))
-    return plain_loss(logits, labels) if loss is None else loss
-
-
-def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy per labelled token; logits (batch, tokens, vocab), labels (batch, tokens) unshifted."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
-
-
-def label_nll(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Per row: the summed negative log-likelihood of its labels in nats, and how many there are; both (batch,).
-
-    Only the columns in which some row has a label go through the output head: with a vocabulary of 50,000 and a small
-    model that is a fifth of the step.
-    """
-    return nll_at(model, inputs, (inputs["labels"][:, 1:] != IGNORE).any(0).nonzero().flatten())
-
-
-def nll_at(model: nn.Module, inputs: Mapping[str, Any], columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, where the columns (of the labels without the first) are known; (columns,) int64."""
-    arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-    if _keeps_logits(model):
-        logits = model(**arguments, logits_to_keep=columns).logits
-    else:
-        logits = model(**arguments).logits[:, columns]
-    kept = inputs["labels"][:, 1:][:, columns]
-    losses = cross_entropy(logits.flatten(0, 1).float(), kept.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view(kept.shape).sum(1), (kept != IGNORE).sum(1)
-
-
-def _keeps_logits(model: Any) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.topology import find_linears
-from lora_rt.core.training.settings import TrainSettings, choose_targets
+from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targets
 from lora_rt.registry.card import BaseIdentity, StateTensor
 
 SAVED_DTYPE = torch.bfloat16
@@ -52,6 +52,21 @@ def with_adapter(model: Any, settings: TrainSettings) -> Any:
         task_type=TaskType.CAUSAL_LM,
     )
     return get_peft_model(model, config)
+
+
+def checkpointed(model: Any) -> None:
+    """Let every block keep its input alone and run again in the backward pass.
+
+    Raises:
+        SettingsError: the model can't.
+    """
+    base = model.get_base_model()
+    if not base.supports_gradient_checkpointing:
+        text = f"{type(base).__name__} has no gradient checkpointing"
+        raise SettingsError(text, next_step="Use --no-gradient-checkpointing and a smaller --batch-size")
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers asks for the embeddings' gradients too, which only the reentrant kind of checkpoint needs.
+    base.disable_input_require_grads()
 
 
 def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lora_rt.core.memory.config import PlanError
 from lora_rt.core.memory.process import free_bytes
 from lora_rt.core.memory.training import plan_training
-from lora_rt.core.training.settings import Optimizer, SettingsError, TrainSettings
+from lora_rt.core.step.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 
 if TYPE_CHECKING:

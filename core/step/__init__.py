@@ -1,0 +1,8 @@
+"""One step of training, which a run repeats and the memory estimate runs once without weights.
+
+    settings.py   what a run is told; knows no torch
+    adapter.py    PEFT's LoRA on a base, with gradient checkpointing, and the adapter's files
+    loss.py       the loss of a batch, with logits only where labels are
+
+Knows the base and the engine's topology; neither the Trainer, nor where data comes from, nor where an adapter goes.
+"""

@@ -1,0 +1,54 @@
+"""The loss of a batch: the mode's own, or the cross entropy of its labels, with logits only where labels are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lora_rt.plugins.contract import IGNORE, Objective
+
+
+def batch_loss(model: nn.Module, inputs: Mapping[str, Any], objective: Objective) -> Tensor:
+    """The objective's own loss, or the mean cross entropy per labelled token of the batch."""
+    labels = inputs["labels"]
+    if type(objective).loss is Objective.loss:
+        total, count = label_nll(model, inputs)
+        return total.sum() / count.sum().clamp(min=1)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    loss = objective.loss(logits, labels, inputs.get("extra", {}))
+    return plain_loss(logits, labels) if loss is None else loss
+
+
+def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy per labelled token; logits (batch, tokens, vocab), labels (batch, tokens) unshifted."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def label_nll(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Per row: the summed negative log-likelihood of its labels in nats, and how many there are; both (batch,).
+
+    Only the columns in which some row has a label go through the output head: with a vocabulary of 50,000 and a small
+    model that is a fifth of the step.
+    """
+    return nll_at(model, inputs, (inputs["labels"][:, 1:] != IGNORE).any(0).nonzero().flatten())
+
+
+def nll_at(model: nn.Module, inputs: Mapping[str, Any], columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, where the columns (of the labels without the first) are known; (columns,) int64."""
+    arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+    if _keeps_logits(model):
+        logits = model(**arguments, logits_to_keep=columns).logits
+    else:
+        logits = model(**arguments).logits[:, columns]
+    kept = inputs["labels"][:, 1:][:, columns]
+    losses = cross_entropy(logits.flatten(0, 1).float(), kept.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(kept.shape).sum(1), (kept != IGNORE).sum(1)
+
+
+def _keeps_logits(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
