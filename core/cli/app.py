@@ -1,4 +1,4 @@
-"""The typer application: the table of commands, and how a failure of any of them ends."""
+"""The typer application: our commands and those of plugins, and how a failure of any of them ends."""
 
 from __future__ import annotations
 
@@ -8,75 +8,24 @@ import sys
 
 import typer
 
-from lora_rt.core.cli import (
-    bench,
-    bridge,
-    compose,
-    doctor,
-    export,
-    install,
-    lock,
-    plan,
-    plugins,
-    pull,
-    push,
-    rm,
-    scene,
-    search,
-    show,
-    sync,
-    train,
-    tune,
-    uninstall,
-    verify,
-)
-from lora_rt.core.cli import eval as eval_command
-from lora_rt.core.cli import explain as explain_command
-from lora_rt.core.cli import list as list_command
 from lora_rt.core.cli.failures import explain
-from lora_rt.core.cli.plugin_commands import CommandGroup
+from lora_rt.core.cli.group import CommandGroup
+from lora_rt.version import __version__
 
 app = typer.Typer(
     name="lora-rt",
     cls=CommandGroup,
     help="One quantized base model, several LoRA registers composed over it.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
-
-# One line per command, in the order of --help; each command lives in the file of its name.
-app.command("compose")(compose.compose)
-app.command("train")(train.train)
-app.command("eval")(eval_command.evaluate)
-app.command("tune")(tune.tune)
-app.command("export")(export.export)
-app.command("explain")(explain_command.explain)
-app.command("scene")(scene.scene)
-app.add_typer(bridge.app, name="bridge")
-app.command("list")(list_command.list_adapters)
-app.command("show")(show.show)
-app.command("pull")(pull.pull)
-app.command("push")(push.push)
-app.command("search")(search.search)
-app.command("rm")(rm.rm)
-app.command("verify")(verify.verify)
-app.command("lock")(lock.lock)
-app.command("sync")(sync.sync)
-app.command("plugins")(plugins.plugins)
-app.command("install", context_settings=install.SETTINGS)(install.install)
-app.command("uninstall")(uninstall.uninstall)
-app.command("bench")(bench.bench)
-app.command("plan")(plan.plan)
-app.command("doctor")(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def _options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
-        from lora_rt.version import __version__
-
         typer.echo(f"lora-rt {__version__}")
         raise typer.Exit
 
@@ -94,7 +43,7 @@ def run() -> None:
     if sys.stdout is None:  # closed by the caller (`>&-`): what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        app()
+        app(prog_name="lora-rt")
     except BaseException as error:
         code = explain(error)
         if code is None:

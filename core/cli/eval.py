@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def evaluate(
     specs: Annotated[
         list[str],
-        typer.Argument(metavar="SPEC...", help="One composition per argument: emotion, or 'emotion:0.7 logic:0.3'."),
+        typer.Argument(metavar="SPEC", help="One composition per argument: emotion, or 'emotion:0.7 logic:0.3'."),
     ],
     data: Annotated[
         list[str], typer.Option("--data", metavar="NAME=F.jsonl", help="A data set; may be given several times.")

@@ -17,7 +17,7 @@ SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 def install(
     packages: Annotated[
         list[str],
-        typer.Argument(metavar="PACKAGE...", help="Names, folders, wheels or URLs, and options of pip."),
+        typer.Argument(metavar="PACKAGE", help="Names, folders, wheels or URLs, and options of pip."),
     ],
 ) -> None:
     """Install plugin packages with pip, and say which modes and adapters they brought."""

@@ -12,7 +12,7 @@ Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16, 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
 Specs = Annotated[
-    list[str], typer.Argument(metavar="SPEC...", help="Terms name:weight, for instance emotion:0.7 logic:0.3.")
+    list[str], typer.Argument(metavar="SPEC", help="Terms name:weight, for instance emotion:0.7 logic:0.3.")
 ]
 Scene = Annotated[
     str | None, typer.Option("--scene", help="The scene type, for modes that gate by it; registered if left out.")

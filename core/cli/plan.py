@@ -37,7 +37,7 @@ def plan(
     adapters: Annotated[int, typer.Option("--adapters", help="Adapters resident for inference.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Tell the memory of a base, from its configuration alone: weights, adapters, KV cache, training."""
+    """Estimate the memory that a base takes, from its configuration alone: weights, adapters, KV cache, training."""
     from lora_rt.core.base.precision import PRECISIONS, check_precision
     from lora_rt.core.cli.console import print_json
     from lora_rt.core.memory.config import read_config

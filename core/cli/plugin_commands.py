@@ -1,52 +1,28 @@
-"""Commands that plugins add. Ours come first and load no plugin; the rest is asked for where a name is none of ours."""
+"""Commands that plugins add. They are asked for where a name is none of ours."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+
+from lora_rt.core.cli.table import COMMANDS, load
 
 if TYPE_CHECKING:
     from lora_rt.plugins.manager import ModeHost
 
 _HOOK = "lora_rt_commands"
 _PANEL = "Commands of plugins"
-_HELP_SECONDS = 2.0  # what `--help` waits for one plugin
-
-
-class CommandGroup(TyperGroup):
-    """The group of all commands: ours, and those of plugins where they are needed."""
-
-    _theirs: dict[str, Any] | None = None
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command by name; only a name that is none of ours loads the plugins."""
-        ours = super().get_command(ctx, cmd_name)
-        return ours if ours is not None else self._plugin_commands(math.inf).get(cmd_name)
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Our names, then the plugins'; slow plugins are left out of the help."""
-        return [*super().list_commands(ctx), *self._plugin_commands(_HELP_SECONDS)]
-
-    def _plugin_commands(self, patience: float) -> dict[str, Any]:
-        if self._theirs is None:
-            from lora_rt.plugins.manager import load_modes
-
-            self._theirs = plugin_commands(load_modes(patience=patience), self.commands)
-        return self._theirs
 
 
 def examined_modes() -> ModeHost:
     """The loaded modes after a look at their commands and sources: the records name what is wrong there, too."""
-    from lora_rt.core.cli.app import app
     from lora_rt.plugins.manager import load_modes
 
     modes = load_modes()
-    plugin_commands(modes, typer.main.get_group(app).commands)
+    plugin_commands(modes, COMMANDS)
     modes.sources()
     return modes
 
@@ -56,10 +32,9 @@ def subcommands_of(mode: str) -> list[str]:
 
     Asks the mode's own plugin alone.
     """
-    from lora_rt.core.cli.app import app
     from lora_rt.plugins.manager import load_modes
 
-    command = typer.main.get_group(app).commands.get(mode)
+    command = load(mode) if mode in COMMANDS else None
     if command is None and mode in (modes := load_modes()).providers(_HOOK):
         command = _commands_of(modes, mode).get(mode)
     return list(getattr(command, "commands", {}))

@@ -10,7 +10,7 @@ from lora_rt.core.cli.options import Json
 
 
 def search(
-    word: Annotated[str, typer.Argument(metavar="[WORD]", help="Part of a name.")] = "",
+    word: Annotated[str, typer.Argument(metavar="WORD", help="Part of a name.")] = "",
     base: Annotated[str | None, typer.Option("--base", help="Only adapters of this base, a hub id.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Any PEFT adapter, not only those made with lora-rt.")] = False,
     as_json: Json = False,

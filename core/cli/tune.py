@@ -28,7 +28,7 @@ class Per(StrEnum):
 
 def tune(
     specs: Annotated[
-        list[str], typer.Argument(metavar="SPEC...", help="The adapters; their weights here are where it starts from.")
+        list[str], typer.Argument(metavar="SPEC", help="The adapters; their weights here are where it starts from.")
     ],
     data: options.Data,
     per: Annotated[Per, typer.Option("--per", help="What is learned; scene needs a scene_type in every line.")] = (

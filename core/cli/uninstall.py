@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def uninstall(
-    packages: Annotated[list[str], typer.Argument(metavar="PACKAGE...", help="Packages that bring modes or adapters.")],
+    packages: Annotated[list[str], typer.Argument(metavar="PACKAGE", help="Packages that bring modes or adapters.")],
 ) -> None:
     """Uninstall plugin packages with pip, and say which modes and adapters went.
 

@@ -10,7 +10,7 @@ from lora_rt.core.cli.options import Json
 
 
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="All if left out.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="All if left out.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub whether tags moved.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -23,12 +23,8 @@ Candidates = Annotated[
     int, typer.Option("--candidates", min=1, help="Texts per scene; the one that compresses back best is kept.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the candidates after the first.")]
-Texts = Annotated[
-    list[str] | None, typer.Argument(metavar="[TEXT]...", help="Standard input, a line each, if left out.")
-]
-Scenes = Annotated[
-    list[str] | None, typer.Argument(metavar="[SCENE]...", help="Standard input, a line each, if left out.")
-]
+Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Standard input, a line each, if left out.")]
+Scenes = Annotated[list[str] | None, typer.Argument(metavar="SCENE", help="Standard input, a line each, if left out.")]
 
 
 class Side(StrEnum):
@@ -74,7 +70,7 @@ def expand(
 
 @app.command()
 def roundtrip(
-    items: Annotated[list[str] | None, typer.Argument(metavar="[ITEM]...", help="Standard input if left out.")] = None,
+    items: Annotated[list[str] | None, typer.Argument(metavar="ITEM", help="Standard input if left out.")] = None,
     start: Annotated[Side, typer.Option("--from", help="What the items are.")] = Side.scene,
     data: Data = None,
     candidates: Candidates = 1,

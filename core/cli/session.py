@@ -1,0 +1,62 @@
+"""What one run of the command line opens once and all of its parts share: modes, registry, and a runtime over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_rt.core.runtime import Runtime
+    from lora_rt.plugins.manager import ModeHost
+    from lora_rt.registry.registry import Registry
+
+_session: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+class Session:
+    """Modes and registry are opened when they are first asked for."""
+
+    @cached_property
+    def modes(self) -> ModeHost:
+        """The installed modes."""
+        from lora_rt.plugins.manager import load_modes
+
+        return load_modes()
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The registry of the home and the working directory, with the sources of plugins."""
+        from lora_rt.registry.registry import Registry
+
+        return Registry(sources=self.modes.sources())
+
+    def runtime(self, base: str, precision: str, device: str) -> Runtime:
+        """A base in memory, with these modes and this registry.
+
+        Raises:
+            LoraRtError: with what went wrong and what to do.
+        """
+        from lora_rt.core.base.progress import step
+
+        with step("starting"):
+            from lora_rt.core import runtime
+        return runtime.Runtime(runtime.load_base(base, precision, device), self.modes, self.registry)
+
+
+def session() -> Session:
+    """The session of this run; outside of a run, a new one."""
+    return _session.get() or Session()
+
+
+@contextmanager
+def new_session() -> Iterator[Session]:
+    """One run: everything inside shares what is opened."""
+    made = Session()
+    token = _session.set(made)
+    try:
+        yield made
+    finally:
+        _session.reset(token)
