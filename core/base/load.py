@@ -16,6 +16,7 @@ from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
+from lora_rt.core.base.shape import heads_of, layers_of
 from lora_rt.core.base.silence import silence_libraries
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.plugins.contract import BaseFacts
@@ -114,18 +115,16 @@ def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any
 
 def base_facts(config: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:
     """The facts about a base, from its transformers configuration."""
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    hidden = int(text.hidden_size)
+    text, heads = config.get_text_config(), heads_of(config)
     return BaseFacts(
         id=identity.id,
         revision=identity.revision,
         digest=identity.digest,
         precision=precision,
-        layers=int(text.num_hidden_layers),
-        hidden_size=hidden,
-        heads=heads,
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
+        layers=layers_of(config),
+        hidden_size=int(text.hidden_size),
+        heads=heads.queries,
+        kv_heads=heads.keys,
+        head_dim=heads.size,
         vocab_size=int(text.vocab_size),
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.shape import ForwardPass, blocks_of
 from lora_rt.core.engine.plan import base_alone
 
 _wanted: ContextVar[bool] = ContextVar("lora_rt_early", default=False)
@@ -25,9 +25,8 @@ class EarlyHidden:
 
     def __init__(self, model: Any, layers: int) -> None:
         self._model = model
-        self._positioned = "position_ids" in signature(model.forward).parameters
-        blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
-        blocks[max(0, layers // _DEPTH - 1)].register_forward_hook(self._stop)
+        self._pass = ForwardPass.of(model)
+        blocks_of(model)[max(0, layers // _DEPTH - 1)].register_forward_hook(self._stop)
 
     @staticmethod
     def _stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
@@ -37,7 +36,7 @@ class EarlyHidden:
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """(rows, tokens, hidden) for ids, mask and positions (rows, tokens)."""
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if self._positioned:
+        if self._pass.takes_positions:
             arguments["position_ids"] = positions
         token = _wanted.set(True)
         try:

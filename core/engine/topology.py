@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.shape import Heads, heads_of
+
 Side = Literal["output", "input"]
 
 
@@ -120,18 +122,16 @@ def survey(model: Any) -> Topology:
 
 def _site(name: str, module: nn.Module, group: int, model: Any) -> Site:
     out_features, in_features = features(module)
-    heads = _head_axis(name, out_features, in_features, model.config.get_text_config(), module.weight.device)  # type: ignore[arg-type]
+    heads = _head_axis(name, out_features, in_features, heads_of(model.config), model.device)
     return Site(name, module, out_features, in_features, block_number(name), group, heads)
 
 
-def _head_axis(name: str, out_features: int, in_features: int, config: Any, device: torch.device) -> HeadAxis | None:
+def _head_axis(name: str, out_features: int, in_features: int, own: Heads, device: torch.device) -> HeadAxis | None:
     """The heads of an attention projection, by its name and width; None for every other layer."""
     *parents, leaf = name.split(".")
     if not parents or "att" not in parents[-1]:
         return None
-    heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads, kv_heads, size = own.queries, own.keys, own.size
 
     def each(count: int) -> Tensor:
         return torch.arange(count, device=device).repeat_interleave(size)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from lora_rt.core.base.shape import pad_right
 from lora_rt.core.runtime import Runtime
 
 _BATCH = 8
@@ -25,9 +25,7 @@ def raw_losses(runtime: Runtime, texts: Sequence[str]) -> NDArray[np.float64]:
     losses = np.zeros(len(rows))
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        width = max(len(row) for row in batch)
-        ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in batch])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+        ids, mask = pad_right(batch, "cpu")
         logits = runtime.logits(ids, mask)[:, :-1].flatten(0, 1).float().cpu()
         nll = cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(len(batch), -1)
         losses[start : start + len(batch)] = (nll * mask[:, 1:]).sum(1).numpy()

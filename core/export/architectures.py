@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rt.core.base.shape import heads_of
 from lora_rt.core.export.errors import ExportError
 
 Rows = Callable[[Any, str, int], Tensor | None]
@@ -95,9 +96,8 @@ def _rotary_pairs(config: Any, module: str, out_features: int) -> Tensor | None:
     leaf = module.rpartition(".")[2]
     if leaf not in ("q_proj", "k_proj"):
         return None
-    heads = config.num_attention_heads
-    if leaf == "k_proj":
-        heads = getattr(config, "num_key_value_heads", None) or heads
+    own = heads_of(config)
+    heads = own.queries if leaf == "q_proj" else own.keys
     return torch.arange(out_features).reshape(heads, 2, -1).transpose(1, 2).flatten()
 
 
@@ -105,7 +105,7 @@ def _whole_projections(config: Any, module: str, out_features: int) -> Tensor | 
     """GPT-NeoX keeps [q k v] of each head; llama.cpp all of q, then all of k, then all of v."""
     if not module.endswith("query_key_value"):
         return None
-    return torch.arange(out_features).reshape(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
+    return torch.arange(out_features).reshape(heads_of(config).queries, 3, -1).transpose(0, 1).flatten()
 
 
 ARCHITECTURES = {

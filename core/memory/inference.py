@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from lora_rt.core.base.precision import Precision, compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
+from lora_rt.core.base.shape import ForwardPass, layers_of
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.stack import Factors
@@ -95,9 +95,7 @@ def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int)
     The first number is the mean over the layers, where they differ.
     """
     ids = torch.zeros((rows, tokens), dtype=torch.long)
-    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
-    if "logits_to_keep" in signature(model.forward).parameters:
-        arguments["logits_to_keep"] = 1
+    arguments = ForwardPass.of(model).arguments(ids, torch.ones_like(ids), 1) | {"use_cache": True}
     running = nullcontext() if plan is None else plan.running(rows, tokens, 1)
     with (
         LiveMemory([*resident(model), *([] if plan is None else plan.tensors())]) as live,
@@ -140,5 +138,5 @@ def _kv_cache(config: Any, per_token: int, tokens: int) -> int:
     """Bytes of all layers: a layer with a sliding window of w keeps the last w - 1 tokens."""
     from transformers import DynamicCache
 
-    layers = DynamicCache(config=config).layers or [None] * int(config.get_text_config().num_hidden_layers)
+    layers = DynamicCache(config=config).layers or [None] * layers_of(config)
     return per_token * sum(min(tokens, getattr(layer, "sliding_window", tokens + 1) - 1) for layer in layers)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.config import PlanError
 from lora_rt.core.memory.process import free_bytes
 from lora_rt.core.memory.training import plan_training
@@ -50,7 +51,7 @@ def pick_portions(
     for way in ways:
         try:
             needs[way] = _need(settings, base, sequences, optimizer, *way)
-        except PlanError as error:
+        except (PlanError, BaseError) as error:
             return Portions(optimizer, *ways[0], why=f"memory is not planned: {error.message}")
         if needs[way] <= _SHARE * free:
             break

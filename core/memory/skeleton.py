@@ -20,6 +20,7 @@ from lora_rt.core.base.load import scales
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
 from lora_rt.core.base.reading import first_line
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
+from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.memory.config import PlanError
 from lora_rt.core.memory.upstream import quantize_layers, storage_key
 
@@ -42,20 +43,6 @@ def skeleton(config: Any, precision: Precision) -> Any:
         quantize_layers(model, how)
     model.requires_grad_(False)
     return model.eval()
-
-
-def blocks_of(model: Any) -> nn.ModuleList:
-    """The model's transformer blocks.
-
-    Raises:
-        PlanError: it does not keep them in one list.
-    """
-    count = int(model.config.get_text_config().num_hidden_layers)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    text = f"{type(model).__name__} does not keep its {count} blocks in one list"
-    raise PlanError(text, next_step="Plan a model that does")
 
 
 def over_blocks(config: Any, precision: Precision, measure: Callable[[Any, nn.ModuleList], Sequence[int]]) -> list[int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lora_rt.core.base.shape import ForwardPass
 from lora_rt.plugins.contract import IGNORE, Objective
 
 
@@ -39,16 +39,9 @@ def label_nll(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tens
 
 def nll_at(model: nn.Module, inputs: Mapping[str, Any], columns: Tensor) -> tuple[Tensor, Tensor]:
     """The same, where the columns (of the labels without the first) are known; (columns,) int64."""
-    arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-    if _keeps_logits(model):
-        logits = model(**arguments, logits_to_keep=columns).logits
-    else:
-        logits = model(**arguments).logits[:, columns]
+    forward = ForwardPass.of(model)
+    arguments = forward.arguments(inputs["input_ids"], inputs["attention_mask"], columns)
+    logits = forward.kept(model(**arguments).logits, columns)
     kept = inputs["labels"][:, 1:][:, columns]
     losses = cross_entropy(logits.flatten(0, 1).float(), kept.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view(kept.shape).sum(1), (kept != IGNORE).sum(1)
-
-
-def _keeps_logits(model: Any) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters

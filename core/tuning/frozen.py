@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.base.shape import ForwardPass, pad_right
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.hidden_states import EarlyHidden
-from lora_rt.core.generation.batch import positions_of
 from lora_rt.core.requests.residents import Residents
 from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.core.tuning.data import Item
@@ -33,16 +32,13 @@ class Frozen:
         self.bank = AdapterBank(base.model, base.dtype)
         self.early = EarlyHidden(base.model, base.facts.layers)
         self.residents = Residents(base, self.bank, modes, registry)
-        self._parameters = inspect.signature(base.model.forward).parameters
+        self._pass = ForwardPass.of(base.model)
         self.classifier = SceneClassifier(self.bank, modes, base.facts, self.early)
 
     def tensors(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and labels of a batch, all (rows, tokens), padded on the right; labels on the answers alone."""
         rows = [[*item.prompt, *item.answer] for item in items]
-        width = max(len(row) for row in rows)
-        device = self.bank.device
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        ids, mask = pad_right(rows, self.bank.device)
         labels = torch.full_like(ids, IGNORED)
         for row, item in enumerate(items):
             labels[row, len(item.prompt) : len(rows[row])] = ids[row, len(item.prompt) : len(rows[row])]
@@ -61,16 +57,11 @@ class Frozen:
         ids, mask, labels = self.tensors(items)
         columns = (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
         plan = self.bank.plan(weights, gates)
-        arguments: dict[str, object] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "position_ids" in self._parameters:
-            arguments["position_ids"] = positions_of(mask)
-        kept = columns if "logits_to_keep" in self._parameters else None
-        if kept is not None:
-            arguments["logits_to_keep"] = kept
         rows, tokens = ids.shape
+        kept = columns if self._pass.takes_columns else None
         with plan.running(rows, tokens, kept) if plan is not None else nullcontext():
-            logits = self.base.model(**arguments).logits
-        logits = logits if kept is not None else logits[:, columns]
+            logits = self.base.model(**self._pass.arguments(ids, mask, columns)).logits
+        logits = self._pass.kept(logits, columns)
         wanted = labels[:, 1:][:, columns]
         total = cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
         return total, int((wanted != IGNORED).sum())

@@ -1,0 +1,141 @@
+"""A base's facts in one place: its blocks, its heads, its context, what its forward pass takes, and rows as tensors."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_rt.core.base.source import BaseError
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The attention heads of a configuration: of queries, of keys and values, and the features of one."""
+
+    queries: int
+    keys: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """What a model's forward pass can be told, which differs from architecture to architecture."""
+
+    takes_positions: bool
+    takes_columns: bool
+
+    @classmethod
+    def of(cls, model: Any) -> ForwardPass:
+        """Read off the signature, that of the base where the model is PEFT's."""
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        names = inspect.signature(inner.forward).parameters
+        return cls("position_ids" in names, "logits_to_keep" in names)
+
+    def arguments(
+        self, ids: Tensor, mask: Tensor | None = None, columns: int | Tensor | None = None, *, cache: Any = None
+    ) -> dict[str, Any]:
+        """The arguments of a pass over rows; what the model does not take is left out.
+
+        Args:
+            ids: (rows, tokens).
+            mask: (rows, all tokens), those in the cache too; None where no row is padded, for then the kernel without
+                a mask is faster.
+            columns: the last n columns, or the indices (n,) of those whose logits are wanted; see `kept`.
+            cache: what the tokens before these left; None keeps nothing.
+        """
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+        if cache is not None:
+            given["past_key_values"] = cache
+        if mask is not None:
+            given["attention_mask"] = mask
+            if self.takes_positions:
+                given["position_ids"] = positions_of(mask)[:, -ids.shape[1] :]
+        if columns is not None and self.takes_columns:
+            given["logits_to_keep"] = columns
+        return given
+
+    def kept(self, logits: Tensor, columns: int | Tensor | None) -> Tensor:
+        """The wanted columns of the logits (rows, n, vocab) of a pass, which the model may have cut off itself."""
+        if columns is None or self.takes_columns:
+            return logits
+        return logits[:, -columns:] if isinstance(columns, int) else logits[:, columns]
+
+
+def heads_of(config: Any) -> Heads:
+    """The heads of a transformers configuration."""
+    text = config.get_text_config()
+    queries = int(text.num_attention_heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or queries)
+    return Heads(queries, keys, int(getattr(text, "head_dim", None) or text.hidden_size // queries))
+
+
+def layers_of(config: Any) -> int:
+    """How many blocks a transformers configuration asks for."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """The model's transformer blocks, from the input up.
+
+    Raises:
+        BaseError: it does not keep them in one list.
+    """
+    count = layers_of(model.config)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    text = f"{type(model).__name__} does not keep its {count} blocks in one list"
+    raise BaseError(text, next_step="Use a base that does")
+
+
+def context_of(config: Any) -> int:
+    """How many tokens a model of this configuration reads; `sys.maxsize` where nothing bounds it.
+
+    YaRN and dynamic rope scaling stretch what a configuration states. LongRoPE and Llama 3 state the stretched length
+    already, and of linear scaling it is not known which of the two is stated: there the statement counts.
+    """
+    text = config.get_text_config()
+    stated = getattr(text, "max_position_embeddings", None)
+    if not stated:
+        return sys.maxsize
+    rope = getattr(text, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") or stated
+    stretches = rope.get("rope_type") in ("yarn", "dynamic")
+    return max(int(stated), int(rope.get("factor", 1.0) * first)) if stretches else int(stated)
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device | str, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of rows, both (rows, tokens) int64, so that all begin in the first column.
+
+    What stands on padding is masked: any token that exists will do, and 0 exists in every vocabulary.
+    """
+    return _padded(rows, device, pad_id, left=False)
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """The same, so that all rows end in the last column."""
+    return _padded(rows, device, pad_id, left=True)
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], device: torch.device | str, pad_id: int, *, left: bool
+) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[number, place] = torch.as_tensor(row, dtype=torch.long)
+        mask[number, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """The position of each token counted from its row's first real token, (rows, tokens); 0 on padding before it."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
