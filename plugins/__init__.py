@@ -20,7 +20,10 @@ A mode decides what an adapter is trained for, where it acts and how it is weigh
     def lora_rt_compose(context): ...     # each row of a request: the weights of this mode's terms
 
     @hookimpl
-    def lora_rt_commands(app): ...        # subcommands of lora-rt (app is a typer.Typer)
+    def lora_rt_static(context): ...      # export: why an adapter can't be constant weights, "" where it can
+
+    @hookimpl
+    def lora_rt_commands(app, services): ...   # subcommands of lora-rt (app is a typer.Typer)
 
     @hookimpl
     def lora_rt_sources(register): ...    # further places where adapters are found by name

@@ -16,16 +16,16 @@ from lora_rt.errors import LoraRtError
 from lora_rt.version import __version__
 
 if TYPE_CHECKING:
-    from lora_rt.core.bridge.hyper import HyperBridge
     from lora_rt.core.requests.composition import Composition, Term
     from lora_rt.core.runtime import Runtime
+    from lora_rt.plugins.modes.bridge.hyper import HyperBridge
 
 __all__ = ["Composition", "HyperBridge", "LoraRtError", "Runtime", "Term", "__version__"]
 
 _HOMES = {
     "Composition": "lora_rt.core.requests.composition",
     "Term": "lora_rt.core.requests.composition",
-    "HyperBridge": "lora_rt.core.bridge.hyper",
+    "HyperBridge": "lora_rt.plugins.modes.bridge.hyper",
     "Runtime": "lora_rt.core.runtime",
 }
 

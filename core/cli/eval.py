@@ -1,4 +1,4 @@
-"""`lora-rt eval`: the register x adapter matrix on data files, or with --bridge what a bridge does on them."""
+"""`lora-rt eval`: the register x adapter matrix on data files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     specs: Annotated[
         list[str],
         typer.Argument(metavar="SPEC", help="One composition per argument: emotion, or 'emotion:0.7 logic:0.3'."),
@@ -27,14 +28,9 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix into this file.")
     ] = None,
-    bridge: Annotated[
-        bool, typer.Option("--bridge", help="SPECs are bridges: measure both directions, beside controls.")
-    ] = False,
-    one_direction: Annotated[
-        str | None,
-        typer.Option("--one-direction", metavar="REF", help="For --bridge: an adapter of scene -> text alone."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="For --bridge: of candidates and of random controls.")] = 0,
+    bridge: Annotated[bool, typer.Option("--bridge", hidden=True)] = False,
+    one_direction: Annotated[str | None, typer.Option("--one-direction", hidden=True)] = None,
+    seed: Annotated[int, typer.Option("--seed", hidden=True)] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
@@ -42,11 +38,13 @@ def evaluate(
     from lora_rt.core.cli.console import out, print_json
     from lora_rt.core.requests.composition import Composition
 
+    if bridge:
+        shared = ["--base", base, "--precision", precision, "--device", device, "--seed", str(seed)]
+        shared += ["--one-direction", one_direction] if one_direction else []
+        _measure_bridges(context, [*specs, *(word for item in data for word in ("--data", item)), *shared], as_json)
+        return
     for composition in [Composition.parse(spec) for spec in specs]:
         look_up(composition)
-    if bridge:
-        _evaluate_bridges(specs, _read(data), base, precision, device, one_direction, seed, as_json)
-        return
     matrix = _measure(specs, _read(data), base, precision, device)
     if plot is not None:
         from lora_rt.core.evaluation.plot import plot_matrix
@@ -84,36 +82,13 @@ def _measure(specs: list[str], data: dict[str, list[dict[str, Any]]], base: str,
         return measure(runtime, data, specs, lambda what: progress.update(task, advance=1, description=what))
 
 
-def _evaluate_bridges(
-    specs: list[str],
-    data: dict[str, list[dict[str, Any]]],
-    base: str,
-    precision: str,
-    device: str,
-    one_direction: str | None,
-    seed: int,
-    as_json: bool,
-) -> None:
-    from rich.progress import Progress
+def _measure_bridges(context: typer.Context, arguments: list[str], as_json: bool) -> None:
+    """What `--bridge` did before the bridge had commands of its own."""
+    from lora_rt.core.cli.console import err
 
-    from lora_rt.core.cli.console import err, out, print_json
-    from lora_rt.core.evaluation.bridge import SECTIONS, BridgeSettings, measure_bridge
-    from lora_rt.core.evaluation.bridge_table import bridge_table
-    from lora_rt.core.runtime import Runtime
-
-    runtime = Runtime.load(base, precision=precision, device=device)
-    settings = BridgeSettings(seed=seed, one_direction=one_direction)
-    found: dict[str, dict[str, Any]] = {name: {} for name in data}
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("measuring", total=len(data) * len(specs) * len(SECTIONS))
-        for name, examples in data.items():
-            for spec in specs:
-                found[name][spec] = measure_bridge(
-                    runtime, spec, examples, settings, lambda what: progress.update(task, advance=1, description=what)
-                )
-    if as_json:
-        print_json({"bridge": found, "examples": {name: len(examples) for name, examples in data.items()}})
-        return
-    for name, row in found.items():
-        for spec, document in row.items():
-            out.print(bridge_table(document, f"{spec} on {name}, {len(data[name])} pairs"))
+    err.print("[dim]eval --bridge is now: lora-rt bridge measure[/]")
+    commands: Any = context.find_root().command
+    group = commands.get_command(context, "bridge")
+    if group is None:
+        raise typer.BadParameter("the mode bridge is not there; see: lora-rt plugins")
+    group.main(["measure", *arguments, *["--json"] * as_json], "lora-rt bridge", standalone_mode=False)

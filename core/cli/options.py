@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-Base = Annotated[str, typer.Option("--base", help='"default", a folder, a .gguf file, or a hub id\\[@revision].')]
-Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16, float16, int8 or int4.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
+from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
+
+__all__ = ["Base", "Data", "Device", "Json", "Offline", "Precision", "Scene", "Seed", "Specs"]
+
 Specs = Annotated[
     list[str], typer.Argument(metavar="SPEC", help="Terms name:weight, for instance emotion:0.7 logic:0.3.")
 ]

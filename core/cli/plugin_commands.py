@@ -65,11 +65,12 @@ def plugin_commands(modes: ModeHost, ours: Collection[str]) -> dict[str, Any]:
 
 def _commands_of(modes: ModeHost, mode: str) -> dict[str, Any]:
     """What one plugin adds, built: typer reads the signatures of its functions only now."""
+    from lora_rt.core.cli.services import CommandServices
     from lora_rt.plugins.manager import PluginError
 
     app = typer.Typer()
     try:
-        modes.call(mode, _HOOK, app=app)
+        modes.call(mode, _HOOK, app=app, services=CommandServices())
     except PluginError:
         return {}  # its record says why
     try:

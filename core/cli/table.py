@@ -36,7 +36,6 @@ COMMANDS = {
     ),
     "explain": Entry("explain.command:explain", "Show how much each register adds to the base, layer by layer."),
     "scene": Entry("scene:scene", "Show the distribution over scene types that the gates would see."),
-    "bridge": Entry("bridge.commands:app", "Compress texts to scenes, expand scenes to texts."),
     "list": Entry("list:list_adapters", "List the adapters that can be used by name."),
     "show": Entry(
         "show:show",

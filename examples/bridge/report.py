@@ -4,7 +4,7 @@
 
 BRIDGE is a reference ("bridge" by default). ONE_DIRECTION is an adapter of scene -> text alone, made by
 `train.sh lora-rt OUT --option compress-weight=0`; without it the cost of the second direction is left out. The same
-figures come from `lora-rt eval bridge --bridge --data heldout=examples/bridge/heldout.jsonl`. Needs the extra "chrf".
+figures come from `lora-rt bridge measure --data heldout=examples/bridge/heldout.jsonl`. Needs the extra "chrf".
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_rt import Runtime
-from lora_rt.core.evaluation.bridge import BridgeSettings, measure_bridge
-from lora_rt.core.evaluation.bridge_table import bridge_table
+from lora_rt.plugins.modes.bridge.measure import BridgeSettings, measure_bridge
+from lora_rt.plugins.modes.bridge.table import bridge_table
 
 HERE = Path(__file__).parent
 

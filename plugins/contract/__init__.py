@@ -4,23 +4,27 @@ Modes stand on this package alone. Nothing here imports torch at run time, so th
 mode should do the same and import torch inside its hooks.
 """
 
+from importlib import import_module
+from typing import Any
+
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract.composing import ComposeContext, TermFacts
-from lora_rt.plugins.contract.directions import DIRECTIONS, Direction, direction_of, prompt_for
 from lora_rt.plugins.contract.facts import BaseFacts, SceneType
 from lora_rt.plugins.contract.gating import Gate, GateContext
 from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
-from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext
+from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext, SceneToText
 from lora_rt.plugins.contract.options import OptionError, read_options
 from lora_rt.plugins.contract.scenes import Registration, SceneContext, ScenePrediction
+from lora_rt.plugins.contract.services import AdapterFiles, Services
+from lora_rt.plugins.contract.view import AdapterView
 
 __all__ = [
-    "DIRECTIONS",
     "IGNORE",
     "LORA_RT_API",
+    "AdapterFiles",
+    "AdapterView",
     "BaseFacts",
     "ComposeContext",
-    "Direction",
     "Encoded",
     "Example",
     "Gate",
@@ -32,11 +36,20 @@ __all__ = [
     "Registration",
     "SceneContext",
     "ScenePrediction",
+    "SceneToText",
     "SceneType",
+    "Services",
     "TermFacts",
-    "direction_of",
     "hookimpl",
     "hookspec",
-    "prompt_for",
     "read_options",
 ]
+
+_OF_THE_BRIDGE = ("DIRECTIONS", "Direction", "direction_of", "prompt_for")
+
+
+def __getattr__(name: str) -> Any:
+    """What stood here before the bridge had a home of its own; modes that were written then still find it."""
+    if name not in _OF_THE_BRIDGE:
+        raise AttributeError(f"module 'lora_rt.plugins.contract' has no attribute {name!r}")
+    return getattr(import_module("lora_rt.plugins.modes.bridge.directions"), name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_rt.plugins.contract.facts import BaseFacts, SceneType
+from lora_rt.plugins.contract.view import AdapterView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,3 +36,8 @@ class ComposeContext:
     prompt: str | None
     scene_type: SceneType
     base: BaseFacts
+
+    def view(self, index: int) -> AdapterView:
+        """The adapter of one term, as the other hooks see it."""
+        term = self.terms[index]
+        return AdapterView(term.name, term.card, term.state, self.base)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_rt.plugins.contract.facts import BaseFacts, SceneType
+from lora_rt.plugins.contract.facts import SceneType
+from lora_rt.plugins.contract.view import AdapterView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,23 +37,18 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class GateContext:
+class GateContext(AdapterView):
     """What a gate may depend on. Called once per forward pass, not per layer; nothing in here may be changed.
 
-    `adapter` is the resident name, `card` its register.json, `state` the tensors of its mode.safetensors (on the CPU).
     `rank` is the largest among the adapter's modules, `uniform_rank` says whether they all have it.
     `input_ids` and `positions` are (batch, tokens) of this pass alone (with a KV cache: the new tokens); `positions`
     counts from each row's first real token. `prompt_lengths` is (batch,): tokens from there on were generated.
     `active[row]` is False for rows whose composition does not use this adapter: what is returned for them is ignored.
     `scene_types[row]` is what the caller registered. `prompts[row]` is the user message, or None for a chat and for
-    bare token ids (see `direction_of`). `hidden()` gives the base's early hidden state of this pass, (batch, tokens,
+    bare token ids. `hidden()` gives the base's early hidden state of this pass, (batch, tokens,
     hidden), with no adapter applied; it is computed when first called.
     """
 
-    adapter: str
-    card: Mapping[str, Any]
-    state: Mapping[str, Tensor]
-    base: BaseFacts
     rank: int
     input_ids: Tensor
     positions: Tensor

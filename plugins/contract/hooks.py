@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lora_rt.plugins.contract.gating import Gate, GateContext
     from lora_rt.plugins.contract.objective import Objective, ObjectiveContext
     from lora_rt.plugins.contract.scenes import SceneContext, ScenePrediction
+    from lora_rt.plugins.contract.services import Services
+    from lora_rt.plugins.contract.view import AdapterView
 
 LORA_RT_API = 1
 """The version of this contract. A plugin module states the one that it was written for under the same name."""
@@ -61,12 +63,22 @@ def lora_rt_compose(context: ComposeContext) -> Sequence[float] | None:
     """
 
 
+@hookspec(firstresult=True)
+def lora_rt_static(context: AdapterView) -> str | None:
+    """Fires when a composition is exported as constant weights: why this adapter has none, or "" where it has.
+
+    "" says that its gate is always 1 and its weight the user's. A mode with a gate or with weights of its own that does
+    not answer (None, or no such hook) counts as not static. Runs in a thread of its own and is given up after 10 s.
+    """
+
+
 @hookspec
-def lora_rt_commands(app: typer.Typer) -> None:
+def lora_rt_commands(app: typer.Typer, services: Services) -> None:
     """Fires when a command is not one of ours, and for `lora-rt --help`: add subcommands to `app`.
 
-    `app` is this plugin's own and empty. A command that has the name of one of ours is left out. Given up after 5 s.
-    Where a group of commands has the mode's name, `lora-rt compose` points to it when an adapter of the mode speaks.
+    `app` is this plugin's own and empty; `services` is what its commands need of lora-rt, and may be left out. A
+    command that has the name of one of ours is left out. Given up after 5 s. Where a group of commands has the mode's
+    name, `lora-rt compose` points to it when an adapter of the mode speaks.
     """
 
 

@@ -85,3 +85,22 @@ class Objective:
         Returns (batch, rank), on the device of the tensors in `extra`, which are as in `loss`.
         """
         return None
+
+
+class SceneToText(Objective):
+    """Cross entropy of the text's tokens, given the scene: what most modes train.
+
+    Args:
+        context: of the run.
+        state: what is kept beside the adapter, where the mode keeps something.
+    """
+
+    def __init__(self, context: ObjectiveContext, state: nn.Module | None = None) -> None:
+        self.context = context
+        self.state = state
+
+    def encode(self, example: Example) -> list[Encoded]:
+        """One sequence: prompt(scene) + text, loss on the text alone."""
+        prompt = self.context.prompt_ids(example["scene"])
+        answer = self.context.answer_ids(example["text"])
+        return [Encoded(input_ids=[*prompt, *answer], labels=[IGNORE] * len(prompt) + answer)]

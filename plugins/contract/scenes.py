@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_rt.plugins.contract.facts import BaseFacts
+from lora_rt.plugins.contract.view import AdapterView
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,16 +25,12 @@ Registration = ScenePrediction
 
 
 @dataclass(frozen=True, slots=True)
-class SceneContext:
+class SceneContext(AdapterView):
     """The prompts of the rows whose scene type is to be registered.
 
-    `adapter`, `card` and `state` are as in `GateContext`. `hidden` is the base's early hidden state of each token,
+    `hidden` is the base's early hidden state of each token,
     (batch, tokens, hidden), with no adapter applied; `mask` (batch, tokens) is 1 on real tokens and 0 on padding.
     """
 
-    adapter: str
-    card: Mapping[str, Any]
-    state: Mapping[str, Tensor]
-    base: BaseFacts
     hidden: Tensor
     mask: Tensor

@@ -24,6 +24,7 @@ from lora_rt.plugins.manager.watch import Watch
 
 if TYPE_CHECKING:
     from lora_rt.plugins.contract import (
+        AdapterView,
         ComposeContext,
         Gate,
         GateContext,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 Find = Callable[[str, Any], Any]
 _GATE = "lora_rt_gate"
+_ACTING = (_GATE, "lora_rt_compose")
 _log = logging.getLogger("lora_rt.plugins")
 
 
@@ -71,6 +73,25 @@ class ModeHost:
     def providers(self, hook: str) -> list[str]:
         """Names of the usable plugins that implement a hook, sorted."""
         return sorted(record.name for record in self.records if record.usable and hook in record.hooks)
+
+    def acting_hooks(self, mode: str) -> list[str]:
+        """The hooks by which a mode acts at inference: none is "static whatever the adapter".
+
+        Raises:
+            UnknownModeError: as `implements`.
+        """
+        return [hook for hook in _ACTING if self.implements(mode, hook)]
+
+    def why_not_static(self, mode: str, view: AdapterView) -> str:
+        """Why an adapter of a mode that acts at inference has no constant weights, "" where it has.
+
+        Raises:
+            UnknownModeError, PluginError: as `call`.
+        """
+        told = self._answer(mode, "lora_rt_static", results.checked_static, context=view)
+        if told is None:
+            return f"acts at inference ({', '.join(self.acting_hooks(mode))}) and does not say that this one is static"
+        return f"acts at inference: {told}" if told else ""
 
     def gate(self, mode: str, context: GateContext) -> Gate | None:
         """The checked gate of one adapter for one forward pass. Runs in the caller's thread, without a time limit.

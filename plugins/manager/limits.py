@@ -21,6 +21,7 @@ _SECONDS = {
     "lora_rt_objective": 60.0,
     "lora_rt_scene": 10.0,
     "lora_rt_compose": 10.0,
+    "lora_rt_static": 10.0,
     "lora_rt_commands": 5.0,
     "lora_rt_sources": 10.0,
     # Not a limit: after this long a gate is named as hanging (see watch.py).

@@ -104,6 +104,13 @@ def checked_weights(value: object, context: ComposeContext) -> list[float] | Non
     return weights
 
 
+def checked_static(value: object) -> str | None:
+    """A reason, an empty one, or None."""
+    if value is not None and not isinstance(value, str):
+        raise ResultError(f"it returned a {type(value).__name__}, not a text")
+    return value
+
+
 def checked_objective(value: object, context: ObjectiveContext, blame: Blame) -> Objective | None:
     """The objective, whose own methods from now on name the plugin when they fail."""
     if value is None:

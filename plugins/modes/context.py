@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_rt.plugins.contract import (
-    IGNORE,
+    AdapterView,
     BaseFacts,
     ComposeContext,
-    Encoded,
-    Example,
     Gate,
     GateContext,
     LoraRtError,
@@ -32,6 +30,7 @@ from lora_rt.plugins.contract import (
     ObjectiveContext,
     SceneContext,
     ScenePrediction,
+    SceneToText,
     SceneType,
     hookimpl,
     read_options,
@@ -59,25 +58,6 @@ class Options:
     heads: bool = True
 
 
-class SceneToText(Objective):
-    """Cross entropy of the text's tokens, given the scene. The state is fitted later, with the adapters frozen."""
-
-    def __init__(self, context: ObjectiveContext, options: Options) -> None:
-        if not context.scene_types or NEUTRAL in context.scene_types:
-            raise SceneTypeError(
-                f"a context adapter needs the scene types that its gate is to tell apart, without {NEUTRAL!r}",
-                next_step="Name them, for instance: --scene-types logic,emotion,body,archetype",
-            )
-        self._context = context
-        self.state = _untrained(context, options)
-
-    def encode(self, example: Example) -> list[Encoded]:
-        """One sequence: prompt(scene) + text, loss on the text alone."""
-        prompt = self._context.prompt_ids(example["scene"])
-        answer = self._context.answer_ids(example["text"])
-        return [Encoded(input_ids=[*prompt, *answer], labels=[IGNORE] * len(prompt) + answer)]
-
-
 def _untrained(context: ObjectiveContext, options: Options) -> Any:
     """Zeros throughout: gates and scales of exactly 1, and a classifier that finds every type equally likely."""
     from torch import nn, zeros
@@ -97,22 +77,20 @@ def _shapes(types: int, base: BaseFacts) -> dict[str, list[tuple[int, ...]]]:
     }
 
 
-def _read(
-    name: str, state: Mapping[str, Tensor], card: Mapping[str, Any], base: BaseFacts, adapter: str
-) -> Tensor | None:
+def _read(name: str, of: AdapterView) -> Tensor | None:
     """A tensor of the state; None where the adapter has none, or knows no scene types.
 
     Raises:
         StateError: it has another shape than scene types and base give it.
     """
-    types = len(_types(card))
-    tensor = state.get(name)
+    types = len(_types(of.card))
+    tensor = of.state.get(name)
     if tensor is None or not types:
         return None
-    allowed = _shapes(types, base)[name]
+    allowed = _shapes(types, of.base)[name]
     if tuple(tensor.shape) not in allowed:
         raise StateError(
-            f"{name!r} in the state of {adapter!r} has the shape {tuple(tensor.shape)}, not {allowed[0]}",
+            f"{name!r} in the state of {of.adapter!r} has the shape {tuple(tensor.shape)}, not {allowed[0]}",
             next_step="Fit it again with: lora-rt tune --per scene",
         )
     return tensor
@@ -120,8 +98,14 @@ def _read(
 
 @hookimpl
 def lora_rt_objective(context: ObjectiveContext) -> Objective:
-    """The objective of the adapter's own training run."""
-    return SceneToText(context, read_options(context.options, Options))
+    """The adapter's own training run; its gates are fitted later, with the adapters frozen."""
+    options = read_options(context.options, Options)
+    if not context.scene_types or NEUTRAL in context.scene_types:
+        raise SceneTypeError(
+            f"a context adapter needs the scene types that its gate is to tell apart, without {NEUTRAL!r}",
+            next_step="Name them, for instance: --scene-types logic,emotion,body,archetype",
+        )
+    return SceneToText(context, _untrained(context, options))
 
 
 @hookimpl
@@ -132,7 +116,7 @@ def lora_rt_scene(context: SceneContext) -> ScenePrediction | None:
     """
     import torch
 
-    classifier = _read("registrar", context.state, context.card, context.base, context.adapter)
+    classifier = _read("registrar", context)
     if classifier is None:
         return None
     directions = torch.nn.functional.normalize(context.hidden.float(), dim=-1)
@@ -154,11 +138,11 @@ def lora_rt_compose(context: ComposeContext) -> Sequence[float] | None:
 def _scaled(weight: float, context: ComposeContext, index: int) -> Any:
     import torch
 
-    term = context.terms[index]
-    scale = _read("scale", term.state, term.card, context.base, term.name)
+    view = context.view(index)
+    scale = _read("scale", view)
     if scale is None or not (torch.is_grad_enabled() or bool(scale.any())):
         return weight
-    shares = _shares([context.scene_type], _types(term.card), term.name).to(scale)[0]
+    shares = _shares([context.scene_type], _types(view.card), view.adapter).to(scale)[0]
     return weight * (shares[:-1] @ scale.exp() + shares[-1])
 
 
@@ -167,7 +151,7 @@ def lora_rt_gate(context: GateContext) -> Gate | None:
     """The mixture of the gates of each row's scene types; "always 1" where nothing was trained or no type is known."""
     import torch
 
-    theta = _read("theta", context.state, context.card, context.base, context.adapter)
+    theta = _read("theta", context)
     known = [kind if active else None for kind, active in zip(context.scene_types, context.active, strict=True)]
     if theta is None or all(kind is None for kind in known):
         return None
@@ -179,6 +163,13 @@ def lora_rt_gate(context: GateContext) -> Gate | None:
     mixed = torch.einsum("rt,tlh->lrh", shares[:, :-1], 2 * theta.sigmoid()) + shares[:, -1, None]
     gate = mixed[:, :, None, :]
     return Gate(heads=gate) if gate.shape[-1] > 1 else Gate(ranks=gate)
+
+
+@hookimpl
+def lora_rt_static(context: AdapterView) -> str:
+    """It is as long as nothing was fitted."""
+    fitted = [name for name in ("theta", "scale") if (tensor := _read(name, context)) is not None and tensor.any()]
+    return "its gate depends on the scene type" if fitted else ""
 
 
 def _types(card: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, ObjectiveContext, hookimpl, read_options
+from lora_rt.plugins.contract import Objective, ObjectiveContext, SceneToText, hookimpl, read_options
 
 LORA_RT_API = 1
 
@@ -16,21 +16,6 @@ LORA_RT_API = 1
 @dataclass(frozen=True)
 class Options:
     """There are none: an option that is given is a mistake, and is answered as one."""
-
-
-class SceneToText(Objective):
-    """Cross entropy of the text's tokens, given the scene."""
-
-    fields = ("scene", "text")
-
-    def __init__(self, context: ObjectiveContext) -> None:
-        self.context = context
-
-    def encode(self, example: Example) -> list[Encoded]:
-        """One sequence: prompt(scene) + text, loss on the text alone."""
-        prompt = self.context.prompt_ids(example["scene"])
-        answer = self.context.answer_ids(example["text"])
-        return [Encoded(input_ids=[*prompt, *answer], labels=[IGNORE] * len(prompt) + answer)]
 
 
 @hookimpl

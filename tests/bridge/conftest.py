@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lora_rt.core.bridge.hyper import HyperBridge
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.settings import TrainSettings
 from lora_rt.core.training.run import TrainResult, train
 from lora_rt.plugins.manager import load_modes
+from lora_rt.plugins.modes.bridge.hyper import HyperBridge
 from support.pairs import PAIRS, write_lines
 from support.tiny import Zoo
 

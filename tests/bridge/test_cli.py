@@ -1,4 +1,4 @@
-"""`lora-rt bridge` and `lora-rt eval --bridge`: where items come from, and what is printed."""
+"""`lora-rt bridge`: where items come from, and what is printed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lora_rt.core.cli.app import app
-from lora_rt.core.cli.bridge.items import ItemsError, read_items
 from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.modes.bridge.items import ItemsError, read_items
 from support.pairs import DOCUMENT, PAIRS, write_lines
 
 Run = Callable[..., Result]
@@ -25,7 +25,7 @@ def run(learned: tuple[Runtime, Path], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(Runtime, "load", lambda *args, **settings: runtime)
 
     def invoke(*arguments: str, stdin: str | None = None) -> Result:
-        options = () if arguments[0] == "eval" else ("--adapter", str(folder))
+        options = () if {"eval", "measure"} & set(arguments) else ("--adapter", str(folder))
         return CliRunner().invoke(app, [*arguments, *options], input=stdin, catch_exceptions=False)
 
     return invoke
@@ -69,9 +69,14 @@ def test_a_cycle_writes_lines_to_train_on(run: Run, tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == {"scene": "e", "text": "eeee", "direction": "compress"}
 
 
-def test_eval_measures_bridges_and_prints_one_document(run: Run, learned: tuple[Runtime, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", [False, True])
+def test_bridges_are_measured_and_one_document_is_printed(
+    run: Run, learned: tuple[Runtime, Path], tmp_path: Path, old: bool
+) -> None:
     file = write_lines(tmp_path / "pairs.jsonl", PAIRS)
-    done = run("eval", str(learned[1]), "--bridge", "--data", f"pairs={file}", "--json")
+    words = ("eval", str(learned[1]), "--bridge") if old else ("bridge", "measure", str(learned[1]))
+    done = run(*words, "--data", f"pairs={file}", "--json")
+    assert ("lora-rt bridge measure" in done.stderr) == old, "the old spelling points to the new one"
     found = json.loads(done.stdout)
     assert found["examples"] == {"pairs": 8}
     assert found["bridge"]["pairs"][str(learned[1])]["compress"]["f1"]["mean"] == 1.0

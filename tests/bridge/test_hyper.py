@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 import lora_rt
-from lora_rt.core.bridge.cycle import cycle_pairs, write_lines
-from lora_rt.core.bridge.hyper import BridgeError, HyperBridge
-from lora_rt.core.bridge.rounds import onward
 from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.modes.bridge.cycle import cycle_pairs, write_lines
+from lora_rt.plugins.modes.bridge.hyper import BridgeError, HyperBridge, onward
 from support.pairs import DOCUMENT, PAIRS
 
 SCENES, TEXTS = [pair["scene"] for pair in PAIRS], [pair["text"] for pair in PAIRS]

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from lora_rt.core.bridge.hyper import HyperBridge
-from lora_rt.core.evaluation.bridge import SECTIONS, BridgeSettings, measure_bridge
-from lora_rt.core.evaluation.bridge_table import bridge_table
-from lora_rt.core.evaluation.chrf import chrf
-from lora_rt.core.evaluation.keywords import f1, guesses, literal_and_hidden, wanted_words, words_of
-from lora_rt.core.evaluation.plain import raw_losses
 from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.modes.bridge.hyper import HyperBridge
+from lora_rt.plugins.modes.bridge.losses import raw_losses
+from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, measure_bridge
+from lora_rt.plugins.modes.bridge.table import bridge_table
+from lora_rt.plugins.modes.bridge.words import chrf, f1, guesses, literal_and_hidden, wanted_words, words_of
 from support.pairs import DOCUMENT, PAIRS
 
 TEXT = "The baker sleeps; his loaves are warm, and the oven hums."

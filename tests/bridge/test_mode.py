@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from lora_rt.core.bridge.hyper import HyperBridge
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.training.run import TrainResult
 from lora_rt.plugins.contract import (
@@ -23,6 +22,7 @@ from lora_rt.plugins.contract import (
     prompt_for,
 )
 from lora_rt.plugins.manager import load_modes
+from lora_rt.plugins.modes.bridge.hyper import HyperBridge
 from support.pairs import DOCUMENT, PAIRS
 
 FACTS = BaseFacts("tiny", None, "", "float32", 2, 64, 4, 2, 16, 1 << 21)

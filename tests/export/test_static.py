@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.step.adapter import described_state
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, direction_of, hookimpl
+from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, GateContext, hookimpl
+from lora_rt.plugins.manager import PluginError
 from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card
 from lora_rt.registry.errors import OccupiedFolderError
 from support.exports import Export
@@ -32,21 +33,33 @@ class Fading:
 
 
 class Quiet:
+    """Gates only adapters that keep something."""
+
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate | None:  # type: ignore[misc]
+        return Gate(ranks=torch.zeros(1)) if context.state else None
+
+    @hookimpl
+    def lora_rt_static(context: AdapterView) -> str:  # type: ignore[misc]
+        return "it keeps something" if context.state else ""
+
+
+class Silent:
+    """Gates where a prompt asks for it, which nobody can find out by trying."""
+
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate | None:  # type: ignore[misc]
+        return Gate(ranks=torch.zeros(1)) if "open sesame" in context.prompts else None
+
+
+class Nonsense:
     @hookimpl
     def lora_rt_gate(context: GateContext) -> None:  # type: ignore[misc]
         return None
 
-
-class Curious:
     @hookimpl
-    def lora_rt_gate(context: GateContext) -> Gate | None:  # type: ignore[misc]
-        return Gate(ranks=torch.zeros(1)) if context.hidden().sum() > 0 else None
-
-
-class OneWay:
-    @hookimpl
-    def lora_rt_gate(context: GateContext) -> Gate | None:  # type: ignore[misc]
-        return Gate(ranks=torch.zeros(1)) if "compress" in map(direction_of, context.prompts) else None
+    def lora_rt_static(context: AdapterView) -> Any:  # type: ignore[misc]
+        return True
 
 
 class Doubling:
@@ -55,7 +68,7 @@ class Doubling:
         return [2 * context.terms[index].weight for index in context.mine]
 
 
-HOOKS = {"fading": Fading, "quiet": Quiet, "curious": Curious, "oneway": OneWay, "doubling": Doubling}
+HOOKS = {"fading": Fading, "quiet": Quiet, "silent": Silent, "doubling": Doubling, "nonsense": Nonsense}
 
 
 def stateful(zoo: Zoo, folder: Path, mode: str, state: Mapping[str, torch.Tensor], **card: Any) -> Path:
@@ -80,10 +93,12 @@ def matches(zoo: Zoo, out: Path, terms: Sequence[tuple[Path, float]]) -> None:
     assert_close(found, dense_logits(zoo.base("llama"), terms, IDS), atol=1e-4, rtol=0.0)
 
 
-@pytest.mark.parametrize("mode", ["fading", "curious", "oneway", "doubling"])
+@pytest.mark.parametrize("mode", ["fading", "silent", "doubling"])
 def test_a_mode_that_acts_is_refused_by_name(zoo: Zoo, exported: Export, tmp_path: Path, mode: str) -> None:
     adapter = zoo.adapter("llama", seed=1, mode=mode)
-    with pytest.raises(ExportError, match=f"{adapter.name}.* has no static equivalent: its mode '{mode}'") as caught:
+    with pytest.raises(
+        ExportError, match=f"{adapter.name}.* has no static equivalent: its mode '{mode}' acts"
+    ) as caught:
         exported(f"{adapter}:0.5", modes=mode_host(**HOOKS))
     assert "--static" in caught.value.next_step
     assert list(tmp_path.glob("*export-*")) == []
@@ -107,14 +122,22 @@ def test_a_mode_that_could_act_and_does_not_is_exported_with_a_note(zoo: Zoo, ex
     assert done.notes == [f"{adapter.name}: its mode 'quiet' can act at inference, and leaves this one alone"]
 
 
+def test_a_mode_says_why_an_adapter_is_not_static(zoo: Zoo, exported: Export, tmp_path: Path) -> None:
+    keeping = stateful(zoo, tmp_path / "keeping", "quiet", {"x": torch.ones(1)})
+    with pytest.raises(ExportError, match="its mode 'quiet' acts at inference: it keeps something"):
+        exported(str(keeping), modes=mode_host(**HOOKS))
+    with pytest.raises(PluginError, match=r"'nonsense' .*failed in lora_rt_static: it returned a bool, not a text"):
+        exported(str(zoo.adapter("llama", seed=1, mode="nonsense")), modes=mode_host(**HOOKS))
+
+
 def test_context_gates_are_refused_and_untrained_ones_are_none(zoo: Zoo, exported: Export, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="'context' gates it"):
+    with pytest.raises(ExportError, match="'context' acts at inference: its gate depends on the scene type"):
         exported(str(context_adapter(zoo, tmp_path / "trained", 0.7)))
     matches(zoo, exported(str(context_adapter(zoo, tmp_path / "fresh", 0.0))).path, [(tmp_path / "fresh", 1.0)])
 
 
 def test_a_bridge_is_refused_where_it_reserves_ranks(zoo: Zoo, exported: Export, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="'bridge' gates it"):
+    with pytest.raises(ExportError, match="'bridge' acts at inference: a share of its ranks"):
         exported(str(stateful(zoo, tmp_path / "reserving", "bridge", {"reserve": torch.tensor(0.25)})))
     shared = zoo.adapter("llama", seed=1, mode="bridge")
     matches(zoo, exported(str(shared)).path, [(shared, 1.0)])
@@ -140,7 +163,12 @@ def test_everything_that_is_wrong_is_named_at_once(zoo: Zoo, exported: Export, p
     with pytest.raises(ExportError, match="4 terms of") as caught:
         exported(f"nobody:1 {pool[0]}:1[x] {wide} {fading}", modes=mode_host(**HOOKS))
     found = "\n".join(caught.value.problems)
-    for part in ("no adapter 'nobody'", "waits for 'x'", "(8, 128), should be (8, 64)", "gates it at inference"):
+    for part in (
+        "no adapter 'nobody'",
+        "waits for 'x'",
+        "(8, 128), should be (8, 64)",
+        "'fading' acts at inference (lora_rt_gate)",
+    ):
         assert part in found
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 from lora_rt.core.cli.app import app
 from lora_rt.core.cli.plugin_commands import subcommands_of
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.manager import SECONDS_VARIABLE, PluginError
+from lora_rt.plugins.contract import Services
+from lora_rt.plugins.manager import SECONDS_VARIABLE, PluginError, finding
 from support.plugins import plugin, point
 
 run = CliRunner().invoke
@@ -52,6 +54,28 @@ def test_a_plugin_adds_a_command(installed: Any) -> None:
     assert listed()["status"] == "ok"
 
 
+def test_a_command_gets_what_it_needs_of_lora_rt_and_may_leave_it(installed: Any, tmp_path: Path) -> None:
+    """Its own signature may stay that of an earlier version: `lora_rt_commands(app)`."""
+    data = tmp_path / "lines.jsonl"
+    data.write_text('{"scene": "rain"}\n')
+
+    def lora_rt_commands(app: typer.Typer, services: Services) -> None:
+        @app.command()
+        def scenes(file: Path) -> None:
+            services.print_json([line["scene"] for line in services.read_lines(file, ("scene",))])
+
+        @app.command()
+        def whose(adapter: str) -> None:
+            found = services.adapter(adapter)
+            services.print_json([found.name, found.mode, found.card["register"], found.folder.is_dir()])
+
+    installed(point(plugin(lora_rt_commands)), point(commands(hello), name="older"))
+    assert json.loads(run(app, ["scenes", str(data)]).stdout) == ["rain"]
+    assert json.loads(run(app, ["whose", "emotion"]).stdout) == ["emotion", "output-only", "emotion", True]
+    assert "there is no adapter 'nobody'" in str(run(app, ["whose", "nobody"]).exception)
+    assert run(app, ["hello", "world"]).stdout == "hello world\n"
+
+
 def test_the_help_shows_commands_of_plugins_behind_ours(installed: Any) -> None:
     installed(point(commands(hello)))
     text = run(app, ["--help"]).stdout
@@ -83,7 +107,8 @@ def test_a_group_that_has_the_modes_name_is_how_its_adapters_are_used(installed:
         app.command("single")(hello)
 
     made = plugin(lora_rt_commands)
-    installed(point(made, "greeting"), point(made, "single"))
+    bridge = next(point for point in finding.installed()[0] if point.name == "bridge")
+    installed(point(made, "greeting"), point(made, "single"), bridge)
     assert subcommands_of("greeting") == ["hello"]
     assert subcommands_of("single") == subcommands_of("output-only") == subcommands_of("nobody") == []
     assert "compress" in subcommands_of("bridge")

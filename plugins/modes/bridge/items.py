@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TextIO
 
-from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import LoraRtError
 
 
 class ItemsError(LoraRtError):
     """There is nothing to work on, or lines that can't be read; all of them are named."""
 
 
-def read_items(arguments: Sequence[str], data: Path | None, field: str, stdin: TextIO | None = None) -> list[str]:
+def read_items(
+    arguments: Sequence[str], data: Sequence[str] | None, field: str, stdin: TextIO | None = None
+) -> list[str]:
     """The scenes or texts.
 
     Args:
         arguments: those of the command line; taken as they are.
-        data: a JSONL file whose lines have `field`.
+        data: those of a file, where one was given.
         field: "scene" or "text".
         stdin: read where neither is given; the process's own by default. A line that is a JSON object gives its
             `field`, any other line itself.
@@ -33,7 +34,7 @@ def read_items(arguments: Sequence[str], data: Path | None, field: str, stdin: T
     if arguments:
         return list(arguments)
     if data is not None:
-        return field_of(data, field)
+        return list(data)
     stdin = stdin or sys.stdin
     lines = [] if stdin.isatty() else [line.strip() for line in stdin]
     items = _read_lines([line for line in lines if line], field)
@@ -42,17 +43,6 @@ def read_items(arguments: Sequence[str], data: Path | None, field: str, stdin: T
             f"there is no {field}", next_step="Give it as an argument, with --data F.jsonl, or on standard input"
         )
     return items
-
-
-def field_of(path: Path, field: str) -> list[str]:
-    """One field of every line of a JSONL file.
-
-    Raises:
-        DataError: it can't be read, or has bad lines.
-    """
-    from lora_rt.core.training.data import read_pairs
-
-    return [str(line[field]) for line in read_pairs(path, (field,))]
 
 
 def _read_lines(lines: Sequence[str], field: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A scene as a set of words: how many of them a prediction finds, and what a guess of the same length would find."""
+"""Two texts compared: a scene as a set of words, beside what a guess of the same length finds, and chrF."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lora_rt import LoraRtError
 
 # Articles, pronouns, auxiliaries and the commonest prepositions and conjunctions: what no scene is made of.
 _LISTED = (
@@ -56,3 +58,21 @@ def literal_and_hidden(text: str, wanted: Sequence[str]) -> tuple[list[str], lis
     """The wanted words that stand in the text as they are, and those that it inflects or paraphrases."""
     there = set(re.findall(r"\w+", text.lower()))
     return [word for word in wanted if word in there], [word for word in wanted if word not in there]
+
+
+class ChrfError(LoraRtError):
+    """sacrebleu is not installed."""
+
+
+def chrf(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """chrF (Popović 2015) as sacrebleu computes it: the score of each text against its reference, 0 to 100.
+
+    Raises:
+        ChrfError: sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise ChrfError("chrF needs sacrebleu", next_step="Install it with: pip install 'lora-rt[chrf]'") from error
+    metric = CHRF()
+    return [float(metric.sentence_score(t, [r]).score) for t, r in zip(texts, references, strict=True)]

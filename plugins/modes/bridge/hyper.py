@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
-from lora_rt.core.requests.composition import Composition
-from lora_rt.core.runtime import Runtime
-from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import Direction, prompt_for
+from lora_rt import Composition, LoraRtError
+from lora_rt.plugins.modes.bridge.directions import Direction, prompt_for
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lora_rt import Runtime
 
 Kind = Literal["pmi", "logp"]
 T = TypeVar("T")
@@ -212,3 +212,10 @@ def _paired(scene: str | Sequence[str], text: str | Sequence[str]) -> tuple[list
             f"{len(scenes)} scenes for {len(texts)} texts", next_step="Give as many of the one as of the other"
         )
     return scenes, texts
+
+
+def onward(direction: Callable[[Sequence[str]], list[str]], items: Sequence[str]) -> list[str]:
+    """What `compress` or `expand` makes of items that were made, too: of an empty one an empty one."""
+    kept = [i for i, item in enumerate(items) if item.strip()]
+    made = dict(zip(kept, direction([items[i] for i in kept]), strict=True))
+    return [made.get(i, "") for i in range(len(items))]

@@ -2,7 +2,7 @@
 
 Expanding takes the scene as it is, as an output-only adapter does, so that a bridge can be composed with the registers.
 Compressing is asked for in words that every base has in its vocabulary. Training, gates and `lora_rt.HyperBridge` all
-use these two functions, so a mode of a stranger's that trains both directions works with all of them.
+use these two functions.
 """
 
 from __future__ import annotations

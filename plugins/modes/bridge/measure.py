@@ -8,20 +8,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_rt.core.bridge.hyper import HyperBridge
-from lora_rt.core.bridge.rounds import onward
-from lora_rt.core.evaluation.bootstrap import ratio_interval
-from lora_rt.core.evaluation.chrf import chrf
-from lora_rt.core.evaluation.keywords import f1, guesses, literal_and_hidden, wanted_words, words_of
-from lora_rt.core.evaluation.matrix import TextLosses, text_losses
-from lora_rt.core.evaluation.plain import raw_losses
-from lora_rt.core.runtime import Runtime
-from lora_rt.plugins.contract import Direction
+from lora_rt.plugins.modes.bridge.directions import Direction
+from lora_rt.plugins.modes.bridge.hyper import HyperBridge, onward
+from lora_rt.plugins.modes.bridge.losses import TextLosses, interval, raw_losses, text_losses
+from lora_rt.plugins.modes.bridge.words import chrf, f1, guesses, literal_and_hidden, wanted_words, words_of
+
+if TYPE_CHECKING:
+    from lora_rt import Runtime
 
 Examples = Sequence[Mapping[str, Any]]
 Document = dict[str, Any]
@@ -213,7 +211,7 @@ def figure(values: Sequence[float] | Sequence[bool] | NDArray[Any]) -> Document:
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> Document:
-    return {"mean": float(sums.sum() / counts.sum()), "ci": list(ratio_interval(sums, counts))}
+    return {"mean": float(sums.sum() / counts.sum()), "ci": list(interval(sums, counts))}
 
 
 def _per_token(worse: TextLosses, better: TextLosses) -> Document:

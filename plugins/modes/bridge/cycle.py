@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_rt.core.bridge.hyper import BridgeError, HyperBridge
+from lora_rt.plugins.modes.bridge.hyper import BridgeError, HyperBridge
 
 
 def cycle_pairs(bridge: HyperBridge, texts: Sequence[str] = (), scenes: Sequence[str] = ()) -> list[dict[str, str]]:

@@ -1,0 +1,94 @@
+"""What plugins' commands get of lora-rt (see `lora_rt.plugins.contract.Services`)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_rt.core.cli import console
+from lora_rt.core.cli.session import session
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import AdapterFiles
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from lora_rt.core.runtime import Runtime
+    from lora_rt.registry.registry import Registry
+
+
+class CommandServices:
+    """The services of this process. Nothing heavy is imported before a command asks for it."""
+
+    @property
+    def out(self) -> Console:
+        """Standard output, for people."""
+        return console.out
+
+    @property
+    def err(self) -> Console:
+        """Standard error: notes and progress."""
+        return console.err
+
+    def print_json(self, document: Any) -> None:
+        """One JSON document on standard output and nothing else."""
+        console.print_json(document)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
+        """A bar on standard error, where that is a terminal."""
+        from rich.progress import Progress
+
+        with Progress(console=self.err, transient=True, disable=not self.err.is_terminal) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda done: bar.update(task, advance=1, description=done)
+
+    def read_lines(self, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+        """The objects of a JSONL file."""
+        from lora_rt.core.training.data import read_pairs
+
+        return read_pairs(path, fields)
+
+    def runtime(self, *compositions: str, base: str, precision: str = "int4", device: str = "auto") -> Runtime:
+        """A runtime; what can be wrong with names is found out before the base is loaded."""
+        from lora_rt.core.cli.compose.request import look_up
+        from lora_rt.core.requests.composition import Composition
+
+        for composition in [Composition.parse(text) for text in compositions]:
+            look_up(composition)
+        from lora_rt.core.runtime import Runtime
+
+        return Runtime.load(base, precision=precision, device=device)
+
+    def registry(self) -> Registry:
+        """The registry of the working directory, with the sources of plugins."""
+        return session().registry
+
+    def adapter(self, reference: str) -> AdapterFiles:
+        """The adapter that a reference means."""
+        found = self.registry().resolve(reference)
+        card = found.card.model_dump() if found.card else {}
+        return AdapterFiles(found.name, found.folder, card, found.sha256)
+
+    def copy_adapter(self, adapter: AdapterFiles, out: Path, *, mode: str, state: Mapping[str, Tensor]) -> None:
+        """Write its weights into a new folder as an adapter of another mode."""
+        from safetensors.torch import save_file
+
+        from lora_rt.core.training.adapter import described_state
+        from lora_rt.registry.card import AdapterCard, write_card
+        from lora_rt.registry.durable import new_folder
+
+        if not adapter.card:
+            text = f"the adapter {adapter.name!r} has no register.json, in which its mode could stand"
+            raise LoraRtError(text, next_step="Give one that lora-rt trained")
+        with new_folder(out) as folder:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copyfile(adapter.folder / name, folder / name)
+            if state:
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "mode.safetensors")
+            card = {**adapter.card, "mode": mode, "state": described_state(folder)}
+            write_card(folder, AdapterCard.model_validate(card))
