@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
-from lora_rt.registry import strict_json
+from lora_rt.registry import durable, strict_json
 from lora_rt.registry.errors import RejectedAdapterError
 from lora_rt.registry.files import CARD, LIMITS, UnusableFileError, open_plain
+from lora_rt.registry.models import Digest, Finite, Text, Word, problems_of
 
 SCHEMA_VERSION = 1
-
-# Cards are shown in terminals and web pages: no control characters, no line breaks.
-Text = Annotated[str, StringConstraints(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]*$")]
-Word = Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +106,10 @@ def parse_card(content: bytes) -> tuple[AdapterCard | None, list[str]]:
     try:
         return AdapterCard.model_validate(document), []
     except ValidationError as error:
-        places = [(".".join(str(part)[:60] for part in item["loc"]), item["msg"]) for item in error.errors()[:50]]
-        return None, [f"{CARD}: {strict_json.shown(place) + ': ' if place else ''}{text}" for place, text in places]
+        return None, [f"{CARD}: {problem}" for problem in problems_of(error)]
 
 
 def write_card(folder: Path, card: AdapterCard) -> None:
     """Write the card into the folder, whole or not at all."""
     text = json.dumps(card.model_dump(mode="json"), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    partial = folder / f".{CARD}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / CARD)
+    durable.write_text(folder / CARD, text)

@@ -1,24 +1,26 @@
 """Named compositions: `mixes/<name>.json` in the store. Each resolves, in a composition, like an adapter.
 
-A mix pins the adapters that its weights were found for by their digests: weights for other bytes mean nothing.
+A composition pins the adapters that its weights were found for by their digests: weights for other bytes mean nothing.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_rt.registry import durable, strict_json
-from lora_rt.registry.card import Digest, Finite, Text
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain, sha256_bytes
+from lora_rt.registry.models import Digest, Finite, Text, problems_of
 from lora_rt.registry.reference import is_name
 
 
 class NamedTerm(BaseModel):
-    """One adapter of a mix. Where `layers` is given, its weight is `weight` times that of each layer."""
+    """One adapter of a composition. Where `layers` is given, its weight is `weight` times that of each layer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,49 +59,89 @@ class NamedComposition(BaseModel):
 
 
 class NamedCompositions:
-    """The named compositions of one store."""
+    """The named compositions of one store, and those that the lock of a project brings for its own folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        locked: Callable[[], Sequence[NamedComposition]] = tuple,
+        used: Callable[[NamedComposition], None] = lambda composition: None,
+    ) -> None:
+        """
+        Args:
+            folder: where the store keeps them.
+            locked: those of the project; asked for at every question.
+            used: called with the one that is used where the project has one of its name.
+        """
         self.folder = folder
+        self._locked = locked
+        self._used = used
 
     def get(self, name: str) -> NamedComposition | None:
-        """The mix of a name, or None.
+        """The composition that a name means here, for whoever uses it; or None.
 
         Raises:
             StoreError: its file is damaged.
         """
+        found = self.look_up(name)
+        if found is not None and any(item.name == name for item in self._locked()):
+            self._used(found)
+        return found
+
+    def look_up(self, name: str) -> NamedComposition | None:
+        """The same for whoever lists what there is."""
         if not is_name(name):
             return None
+        return self.own(name) or next((item for item in self._locked() if item.name == name), None)
+
+    def own(self, name: str) -> NamedComposition | None:
+        """The store's composition of this name, or None.
+
+        Raises:
+            StoreError: its file is damaged.
+        """
+        path = self.folder / f"{name}.json"
         try:
-            with open_plain(self.folder / f"{name}.json", MEGABYTE) as (file, _):
+            with open_plain(path, MEGABYTE) as (file, _):
                 # A file that was copied by hand is a composition of its new name.
                 return NamedComposition.model_validate(strict_json.loads(file.read())).model_copy(update={"name": name})
         except FileNotFoundError:
             return None
-        except (UnusableFileError, strict_json.InvalidJsonError, ValidationError) as error:
-            text = f"the composition {name!r} in the store is damaged"
-            raise StoreError(text, next_step=f"lora-rt rm {name}, and tune it again") from error
+        except (UnusableFileError, strict_json.InvalidJsonError) as error:
+            problem = str(error)
+        except ValidationError as error:
+            problem = f"is not a composition: {problems_of(error)[0]}"
+        raise StoreError(
+            f"the composition {name!r} in the store is damaged",
+            next_step=f"lora-rt rm {name}, and tune it again",
+            problems=[f"{path} {problem}"],
+        )
 
     def names(self) -> list[str]:
-        """The names of all mixes, readable or not, sorted."""
+        """The names of all compositions, readable or not, sorted."""
+        return sorted({*self.own_names(), *(item.name for item in self._locked())})
+
+    def own_names(self) -> list[str]:
+        """Those of the store."""
         return sorted(path.stem for path in self.folder.glob("*.json") if is_name(path.stem))
 
-    def save(self, mix: NamedComposition) -> None:
-        """Write a mix, whole or not at all; one of the same name is replaced.
+    def save(self, composition: NamedComposition) -> None:
+        """Write a composition into the store, whole or not at all; one of the same name is replaced.
 
         Raises:
-            StoreError: the name is none.
+            StoreError: that is not a name.
         """
-        if not is_name(mix.name):
-            text = f"{mix.name!r} is not a name that a composition can have"
+        if not is_name(composition.name):
+            text = f"{composition.name!r} is not a name that a composition can have"
             raise StoreError(text, next_step="Use letters, digits, '.', '_' and '-'")
         self.folder.mkdir(parents=True, exist_ok=True)
-        durable.write_text(self.folder / f"{mix.name}.json", json.dumps(mix.model_dump(), indent=2) + "\n")
+        document = json.dumps(composition.model_dump(), indent=2)
+        durable.write_text(self.folder / f"{composition.name}.json", document + "\n")
 
     def remove(self, name: str) -> bool:
-        """Remove a mix; whether there was one."""
+        """Remove a composition from the store; whether there was one."""
         path = self.folder / f"{name}.json"
-        found = is_name(name) and path.exists()
+        found = is_name(name) and os.path.lexists(path)
         if found:
             path.unlink()
         return found

@@ -11,15 +11,15 @@ from typing import Literal
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home as home_folders
 from lora_rt.registry.inspection import inspect_adapter
-from lora_rt.registry.locked_compositions import read_locked_compositions
+from lora_rt.registry.lock import read_locked_compositions
 from lora_rt.registry.packages import Unreadable, unreadable
 from lora_rt.registry.project import LOCK_FILE
-from lora_rt.registry.records import read
+from lora_rt.registry.records import Damaged, Record, read
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import changes
 from lora_rt.registry.shipped import Shipped, shipped
 from lora_rt.registry.sync import check_lock
-from lora_rt.registry.verify import COMPOSITION, check_mix
+from lora_rt.registry.verify import COMPOSITION, check_composition
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def registry_checks(registry: Registry, *, clean: bool = False) -> list[Check]:
     checks = [_home(registry.store.root.parent), *_bases(registry.store.root.parent)]
     checks += [_damaged(item) for item in unreadable()]
     checks += [_shipped(item) for item in shipped()]
-    checks += [*_records(registry), *_mixes(registry), *_project(registry), _leftovers(registry, clean), _hub()]
+    checks += [*_records(registry), *_compositions(registry), *_project(registry), _leftovers(registry, clean), _hub()]
     return checks
 
 
@@ -81,8 +81,9 @@ def _records(registry: Registry) -> list[Check]:
     checks = []
     for path in registry.store.records.paths():
         record = read(path)
-        if record is None:
-            checks.append(Check(f"record {path.parent.name}", "broken", f"{path} can not be read", f"Remove {path}"))
+        if isinstance(record, Damaged):
+            checks.append(Check(f"record {record.name}", "broken", record.message, record.todo))
+        if not isinstance(record, Record):
             continue
         problems = changes(registry.store.objects / record.sha256, record.files)
         status: Literal["ok", "broken"] = "broken" if problems else "ok"
@@ -91,10 +92,10 @@ def _records(registry: Registry) -> list[Check]:
     return checks
 
 
-def _mixes(registry: Registry) -> list[Check]:
+def _compositions(registry: Registry) -> list[Check]:
     checks = []
     for name in registry.compositions.names():
-        verdict = check_mix(registry, name)
+        verdict = check_composition(registry, name)
         status: Literal["ok", "note", "broken"] = "broken" if verdict.problems else "note" if verdict.notes else "ok"
         detail = "; ".join([*verdict.problems, *verdict.notes]) or verdict.source.removeprefix(f"{COMPOSITION} ")
         checks.append(Check(f"{COMPOSITION} {name}", status, detail, verdict.todo))

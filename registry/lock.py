@@ -15,39 +15,53 @@ TOML in a stable order, made for version control:
     "adapter_config.json" = "..."
     "adapter_model.safetensors" = "..."
 
-Named compositions follow (see `lora_rt.registry.locked_compositions`).
+Named compositions follow whole, so that another machine can use them:
+
+    [[composition]]
+    name = "my-mix"
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    sha256 = "51d0..."
+
+    [[composition.terms]]
+    reference = "emotion"
+    sha256 = "9b1c..."
+    weight = 0.61
+    layers = []
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lora_rt.registry import durable, files, locked_compositions
+from pydantic import ValidationError
+
+from lora_rt.registry import durable, files
 from lora_rt.registry.compositions import NamedComposition
-from lora_rt.registry.errors import InvalidReferenceError, ProjectError
-from lora_rt.registry.files import LIMITS
+from lora_rt.registry.errors import ProjectError
+from lora_rt.registry.models import Name, Pins, SourceText, Text, problems_of, validated
 from lora_rt.registry.project import LOCK_FILE, read_toml
 from lora_rt.registry.reference import Reference, is_commit, is_name
 from lora_rt.registry.strict_json import shown
 
+T = TypeVar("T")
 VERSION = 1
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+ADAPTERS, COMPOSITIONS = "adapter", "composition"
+_ANEW = "Make it anew: lora-rt lock"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Locked:
     """One pinned adapter. `source` is the reference it came from; `revision` its commit, empty for a folder."""
 
-    name: str
-    base: str
-    source: str
-    revision: str
-    sha256: str
-    files: dict[str, str] = field(compare=False)
+    name: Name
+    base: Text
+    source: SourceText
+    revision: Text
+    sha256: Text
+    files: Pins = field(compare=False)
 
     @property
     def reference(self) -> Reference:
@@ -56,39 +70,36 @@ class Locked:
 
 
 def read_lock(folder: Path) -> list[Locked] | None:
-    """The lock of a project's folder, in order, or None where there is none.
+    """The adapters of a lock, in order, or None where the folder has no lock.
 
     Raises:
         ProjectError: `problems` names every entry that is wrong.
     """
-    document = read_toml(folder / LOCK_FILE)
-    if document is None:
-        return None
-    if document.get("version") != VERSION:
-        raise ProjectError(
-            f"{LOCK_FILE} has version {shown(document.get('version'))}, this lora-rt reads {VERSION}",
-            next_step="Make it anew: lora-rt lock",
-        )
-    entries = document.get("adapter", [])
-    if not isinstance(entries, list):
-        raise ProjectError(f"adapter in {LOCK_FILE} is no list of tables", next_step="Make it anew: lora-rt lock")
-    problems = [problem for number, entry in enumerate(entries, 1) for problem in _problems(number, entry)]
-    if problems:
-        raise ProjectError(f"{LOCK_FILE} is damaged", next_step="Make it anew: lora-rt lock", problems=problems)
-    return sorted(_locked(entry) for entry in entries)
+    document = _document(folder)
+    return None if document is None else sorted(_entries(document, ADAPTERS, _locked))
 
 
-def write_lock(folder: Path, entries: Sequence[Locked], mixes: Sequence[NamedComposition] = ()) -> bool:
+def read_locked_compositions(folder: Path) -> list[NamedComposition]:
+    """The compositions of a lock, by name; none where there is no lock.
+
+    Raises:
+        ProjectError: `problems` names every entry that is wrong.
+    """
+    found = _entries(_document(folder) or {}, COMPOSITIONS, _locked_composition)
+    return sorted(found, key=lambda composition: composition.name)
+
+
+def write_lock(folder: Path, entries: Sequence[Locked], compositions: Sequence[NamedComposition] = ()) -> bool:
     """Write the lock, whole or not at all; whether anything changed."""
-    text = render(entries, mixes)
+    text = render(entries, compositions)
     path = folder / LOCK_FILE
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return False
     durable.write_text(path, text)
     return True
 
 
-def render(entries: Sequence[Locked], mixes: Sequence[NamedComposition] = ()) -> str:
+def render(entries: Sequence[Locked], compositions: Sequence[NamedComposition] = ()) -> str:
     """The lock as text; the same entries and compositions give the same text in any order."""
     import tomlkit
 
@@ -104,41 +115,61 @@ def render(entries: Sequence[Locked], mixes: Sequence[NamedComposition] = ()) ->
         table.update({"base": entry.base, "sha256": entry.sha256})
         table["files"] = dict(sorted(entry.files.items()))
         tables.append(table)
-    document["adapter"] = tables
-    if mixes:
-        document[locked_compositions.KEY] = locked_compositions.tables(mixes)
+    document[ADAPTERS] = tables
+    if compositions:
+        document[COMPOSITIONS] = [
+            {
+                "name": item.name,
+                "base": item.base,
+                "sha256": item.sha256,
+                "terms": [term.model_dump(mode="json") for term in item.terms],
+            }
+            for item in sorted(compositions, key=lambda composition: composition.name)
+        ]
     return tomlkit.dumps(document)
 
 
-def _locked(entry: dict[str, Any]) -> Locked:
-    return Locked(**{key: entry[key] for key in ("name", "base", "source", "revision", "sha256", "files")})
+def _document(folder: Path) -> dict[str, object] | None:
+    document = read_toml(folder / LOCK_FILE)
+    if document is not None and document.get("version") != VERSION:
+        raise ProjectError(
+            f"{LOCK_FILE} has version {shown(document.get('version'))}, this lora-rt reads {VERSION}", next_step=_ANEW
+        )
+    return document
 
 
-def _problems(number: int, entry: Any) -> list[str]:
-    if not isinstance(entry, dict):
-        return [f"adapter {number} is no table"]
-    texts = ("name", "base", "source", "revision", "sha256")
-    wrong = [key for key in texts if not isinstance(entry.get(key), str)]
-    pins = entry.get("files")
-    if not isinstance(pins, dict) or not all(isinstance(value, str) for value in pins.values()):
-        wrong.append("files")
-    if wrong:
-        return [f"adapter {number} has no proper {', '.join(wrong)}"]
-    return [f"adapter {number} ({shown(entry['name'])}): {text}" for text in _value_problems(entry)]
+def _entries(document: dict[str, object], key: str, read: Callable[[Any], T]) -> list[T]:
+    """The tables of one kind, each read; all that are wrong are named at once."""
+    entries = document.get(key, [])
+    found: list[T] = []
+    problems: list[str] = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else [None], 1):
+        place = f"{key} {number}"
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            place += f" ({shown(entry['name'])})"
+        try:
+            found.append(read(entry))
+        except ValueError as error:
+            wrong = problems_of(error) if isinstance(error, ValidationError) else [str(error)]
+            problems += [f"{place}: {problem}" for problem in wrong]
+    if problems:
+        raise ProjectError(f"{LOCK_FILE} is damaged", next_step=_ANEW, problems=problems)
+    return found
 
 
-def _value_problems(entry: dict[str, Any]) -> list[str]:
-    problems = [] if is_name(entry["name"]) else ["that is not a name"]
-    try:
-        kind = Reference.parse(entry["source"]).kind
-    except InvalidReferenceError as error:
-        return [*problems, error.message]
-    if kind == "name":
-        problems.append("its source is neither a repository nor a path")
-    if kind == "hub" and not is_commit(entry["revision"]):
-        problems.append(f"its revision {shown(entry['revision'])} is not a full commit")
-    problems += [f"it pins {shown(name)}, which is never read" for name in entry["files"] if name not in LIMITS]
-    problems += [f"the sha256 of {name} is none" for name, pin in entry["files"].items() if not _SHA256.fullmatch(pin)]
-    if not problems and files.combined(entry["files"]) != entry["sha256"]:
-        problems.append("its sha256 does not follow from those of its files")
-    return problems
+def _locked(entry: Any) -> Locked:
+    locked = validated(Locked, entry)
+    if locked.reference.kind == "hub" and not is_commit(locked.revision):
+        raise ValueError(f"its revision {shown(locked.revision)} is not a full commit")
+    if files.combined(locked.files) != locked.sha256:
+        raise ValueError("its sha256 does not follow from those of its files")
+    return locked
+
+
+def _locked_composition(entry: Any) -> NamedComposition:
+    composition = NamedComposition.model_validate(entry)
+    if not is_name(composition.name):
+        raise ValueError("that is not a name")
+    if entry.get("sha256") != composition.sha256:
+        raise ValueError("its sha256 does not follow from its terms")
+    return composition

@@ -1,6 +1,7 @@
 """What the project says about names: `lora-rt.toml` where there is one, and the pins of `lora-rt.lock`.
 
-A name that is locked resolves to exactly what is locked, whatever the store has under that name.
+A name that is locked resolves to exactly what is locked, whatever the store has under that name. It does so in the
+project's folder alone: nothing here writes a name into the store.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError
-from lora_rt.registry.lock import Locked, read_lock
+from lora_rt.registry.lock import Locked, read_lock, read_locked_compositions
 from lora_rt.registry.paths import at_path, folder_of
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, read_project
 from lora_rt.registry.reference import Reference
@@ -37,6 +39,11 @@ class PinnedNames:
         for name, references in project.adapters.items():
             found[name] = [(reference, pins.get((name, reference.text)), PROJECT_FILE) for reference in references]
         return found
+
+    def compositions(self) -> list[NamedComposition]:
+        """The locked compositions that count here: those that the project lists, without a project all."""
+        locked, project = read_locked_compositions(self.folder), read_project(self.folder)
+        return [item for item in locked if project is None or item.name in project.compositions]
 
     def find(self, name: str, *, offline: bool) -> list[Resolved]:
         """The adapters of a name, one per source, installed if need be."""
@@ -65,7 +72,7 @@ class PinnedNames:
         return [replace(self.store.resolved(record), name=name, why=why) for record in records[:1]]
 
     def _obtain(self, name: str, reference: Reference, pin: Locked | None, file: str, *, offline: bool) -> Resolved:
-        from lora_rt.registry.hub.pull import install, obtain
+        from lora_rt.registry.hub.pull import install_pinned, obtain
 
         why = _why(name, reference, pin, file)
         if reference.kind == "path":
@@ -73,16 +80,7 @@ class PinnedNames:
         if pin is None:
             item = obtain(self.store, reference, name=name, offline=offline)
         else:
-            item = install(
-                self.store,
-                reference.target,
-                pin.revision,
-                name,
-                requested=reference.revision,
-                expected=pin.files,
-                offline=offline,
-                take_name=False,
-            )
+            item = install_pinned(self.store, pin, offline=offline)
         return replace(item, name=name, why=why)
 
 

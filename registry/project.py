@@ -11,12 +11,16 @@ voice = ["someone/voice-smol", "someone/voice-qwen"]     # one per base
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
-from lora_rt.registry.errors import InvalidReferenceError, ProjectError
+from pydantic import BeforeValidator, Field, ValidationError
+
+from lora_rt.registry.errors import ProjectError
 from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain
-from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.models import Name, SourceText, problems_of, validated
+from lora_rt.registry.reference import Reference
 
 PROJECT_FILE = "lora-rt.toml"
 LOCK_FILE = "lora-rt.lock"
@@ -36,11 +40,32 @@ class Project:
         return self.folder / PROJECT_FILE
 
 
+def _texts(value: Any) -> Any:
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its source is neither a text nor a list of texts")
+    return texts
+
+
+def _names(value: Any) -> Any:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError('it is not a list of names; write compositions = ["my-mix"] above [adapters]')
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    adapters: dict[Name, Annotated[list[SourceText], BeforeValidator(_texts), Field(min_length=1)]] = field(
+        default_factory=dict
+    )
+    compositions: Annotated[list[Name], BeforeValidator(_names)] = field(default_factory=list)
+
+
 def read_toml(path: Path) -> dict[str, object] | None:
     """A TOML document, or None where there is no file.
 
     Raises:
-        ProjectError: the file is not plain, too large, or no TOML.
+        ProjectError: the file is not plain, too large, or not TOML.
     """
     try:
         with open_plain(path, MEGABYTE) as (file, _):
@@ -60,36 +85,11 @@ def read_project(folder: Path) -> Project | None:
     document = read_toml(folder / PROJECT_FILE)
     if document is None:
         return None
-    table = document.get("adapters", {})
-    if not isinstance(table, dict):
-        raise ProjectError(
-            f"[adapters] of {PROJECT_FILE} is not a table", next_step="Write name = source lines under it"
-        )
-    adapters: dict[str, tuple[Reference, ...]] = {}
-    problems: list[str] = []
-    for name, value in table.items():
-        try:
-            adapters[name] = _sources(name, value)
-        except InvalidReferenceError as error:
-            problems.append(f"{name}: {error.message}")
-    compositions = document.get("compositions", [])
-    if not isinstance(compositions, list) or not all(isinstance(n, str) and is_name(n) for n in compositions):
-        problems.append('compositions: it is no list of names; write compositions = ["my-mix"] above [adapters]')
-    if problems:
-        raise ProjectError(
-            f"{PROJECT_FILE} has {len(problems)} wrong entries", next_step=f"Correct {PROJECT_FILE}", problems=problems
-        )
-    assert isinstance(compositions, list)
-    return Project(folder, adapters, tuple(dict.fromkeys(compositions)))
-
-
-def _sources(name: str, value: object) -> tuple[Reference, ...]:
-    if not is_name(name):
-        raise InvalidReferenceError(f"{name[:80]!r} is not a name that an adapter can have")
-    texts = value if isinstance(value, list) else [value]
-    references = tuple(Reference.parse(text) for text in texts if isinstance(text, str))
-    if not references or len(references) != len(texts):
-        raise InvalidReferenceError("its source is neither a text nor a list of texts")
-    if any(reference.kind == "name" for reference in references):
-        raise InvalidReferenceError("its source must be org/repo or a path, not another name")
-    return references
+    try:
+        found = validated(_Document, document)
+    except ValidationError as error:
+        problems = [problem.removeprefix("adapters.") for problem in problems_of(error)]
+        text = f"{PROJECT_FILE} has {len(problems)} wrong entries"
+        raise ProjectError(text, next_step=f"Correct {folder / PROJECT_FILE}", problems=problems) from error
+    adapters = {name: tuple(map(Reference.parse, texts)) for name, texts in found.adapters.items()}
+    return Project(folder, adapters, tuple(dict.fromkeys(found.compositions)))

@@ -13,13 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import BaseIdentity
-from lora_rt.registry.compositions import NamedCompositions
+from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
 from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
+from lora_rt.registry.project import LOCK_FILE
+from lora_rt.registry.records import Damaged, Record, read
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.resolved import Resolved, changes, read_folder
+from lora_rt.registry.shadowing import say_hidden
 from lora_rt.registry.shipped import Shipped, shipped
 from lora_rt.registry.store import Store
 
@@ -39,7 +43,9 @@ class Registry:
         self.store = Store(home)
         self.folder = (project or Path.cwd()).absolute()
         self.pinned = PinnedNames(self.folder, self.store)
-        self.compositions = NamedCompositions(self.store.root / "mixes")
+        self.compositions = NamedCompositions(
+            self.store.root / "mixes", self.pinned.compositions, self._say_what_it_hides
+        )
         self.sources = tuple(sources)
 
     def resolve(
@@ -69,17 +75,51 @@ class Registry:
         """Every name that resolves."""
         return sorted({*self.pinned.sources(), *(item.name for item in self.installed())})
 
+    def clashing(self, name: str) -> list[str]:
+        """Where adapters of a composition's name come from: in a composition they are hidden by it."""
+        return [item.source for item in self.installed() if item.name == name]
+
+    def composition_problems(self, composition: NamedComposition) -> list[str]:
+        """Every term that leads nowhere, or to other files than its weight was found for; no requests are made."""
+        base = BaseIdentity(composition.base, None, "")
+        return [problem for term in composition.terms if (problem := self._term_problem(term, base))]
+
+    def _term_problem(self, term: NamedTerm, base: BaseIdentity) -> str:
+        try:
+            found = self.resolve(term.reference, base, offline=True)
+        except LoraRtError as error:
+            return f"{term.reference}: {error.message}"
+        if term.sha256 and found.sha256 != term.sha256:
+            return f"{term.reference}: is {found.sha256[:12]} now ({found.source}), and was tuned as {term.sha256[:12]}"
+        return ""
+
     def _named(self, reference: Reference, base: BaseIdentity | None, offline: bool) -> Resolved:
         seen: list[Resolved] = []
-        for candidates in self._tiers(reference.target, base, offline):
+        for tier, candidates in enumerate(self._tiers(reference.target, base, offline)):
             fitting = [item for item in candidates if _revision_fits(item, reference.revision)]
             for item in fitting:
                 if base is None or item.card is None or item.card.base.matches(base):
+                    if tier == 0:
+                        say_hidden(item.name, item.why.partition(" is ")[2], self._hidden(item.name, item.sha256))
                     return self._whole(item)
             seen += fitting
         if seen and base is not None:
             raise _wrong_base(reference, base, seen)
         raise self._unknown(reference)
+
+    def _hidden(self, name: str, sha256: str) -> tuple[str, ...]:
+        """What the name means in other folders, where that is something else."""
+        records = [read(path) for path in self.store.records.paths_of(name)]
+        own = [item.source if isinstance(item, Record) else "damaged" for item in records if not _is(item, sha256)]
+        found = [f"your own ({source})" for source in own[:1]]
+        return (*found, *(f"the one shipped with {item.package}" for item in shipped() if item.name == name))
+
+    def _say_what_it_hides(self, composition: NamedComposition) -> None:
+        name, locked = composition.name, self.pinned.compositions()
+        if self.compositions.own(name) is None:
+            say_hidden(name, f"the composition of {LOCK_FILE}", self._hidden(name, composition.sha256))
+        elif all(item.sha256 != composition.sha256 for item in locked if item.name == name):
+            say_hidden(name, "your own composition", (f"another one in {LOCK_FILE}",))
 
     def _tiers(self, name: str, base: BaseIdentity | None, offline: bool) -> Iterator[list[Resolved]]:
         yield self.pinned.find(name, offline=offline)
@@ -124,12 +164,12 @@ class Registry:
         return item
 
     def _unknown(self, reference: Reference) -> UnknownAdapterError:
-        mixes = self.compositions.names()
-        if reference.target in mixes:
+        compositions = self.compositions.names()
+        if reference.target in compositions:
             text = f"{reference.target!r} is a composition, and here an adapter is needed"
             return UnknownAdapterError(text, next_step=f"lora-rt show {reference.target} lists its adapters")
         names = self.names()
-        near = difflib.get_close_matches(reference.target, [*names, *mixes], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(reference.target, [*names, *compositions], n=3, cutoff=0.5)
         text = f"there is no adapter {reference.text!r}"
         if reference.target in names:
             have = [item.revision or item.sha256[:12] for item in self.installed() if item.name == reference.target]
@@ -137,6 +177,10 @@ class Registry:
         elif near:
             text += f"; did you mean {' or '.join(repr(name) for name in near)}?"
         return UnknownAdapterError(text, next_step="See: lora-rt list")
+
+
+def _is(record: Record | Damaged | None, sha256: str) -> bool:
+    return isinstance(record, Record) and record.sha256 == sha256
 
 
 def _read_shipped(item: Shipped) -> list[Resolved]:

@@ -19,6 +19,7 @@ from lora_rt.registry.packages import package_of, points_of
 from lora_rt.registry.reference import is_name
 
 GROUP = "lora_rt.adapters"
+OWN_PACKAGE = "lora-rt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,12 @@ class Shipped:
 
 
 def shipped() -> list[Shipped]:
-    """Every entry point of the group, by name and package, usable or not; `doctor` names packages that are damaged."""
+    """Every entry point of the group, by name and package, usable or not; `doctor` names packages that are damaged.
+
+    Our own come first among those of one name: no package that is installed beside us changes what they mean.
+    """
     found = [_read(point) for point in points_of(GROUP)[0]]
-    return sorted(found, key=lambda item: (item.name, item.package))
+    return sorted(found, key=lambda item: (item.name, item.package.split(" ")[0] != OWN_PACKAGE, item.package))
 
 
 def _read(point: EntryPoint) -> Shipped:

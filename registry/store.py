@@ -2,6 +2,7 @@
 
     store/objects/<sha256>/      the files of one adapter, never changed after they appear
     store/names/<name>/<base>.json    which object a name means, for one base
+    store/names/@<org>--<repo>/  objects of a repository that nobody has given a name
     store/staging/<id>/          files on their way in, with <id>.lock held by the process that writes them
     store/store.lock             held for the moments in which names and objects change
 
@@ -26,8 +27,8 @@ from lora_rt.registry.card import read_card
 from lora_rt.registry.errors import RejectedAdapterError, StoreError
 from lora_rt.registry.files import LIMITS, UnusableFileError
 from lora_rt.registry.inspection import inspect_adapter
-from lora_rt.registry.records import Record, Records, base_key
-from lora_rt.registry.reference import is_name
+from lora_rt.registry.records import Record, Records, read, record_key
+from lora_rt.registry.reference import is_hub_id, is_name
 from lora_rt.registry.resolved import Resolved
 
 LOCK_SECONDS = 60
@@ -53,7 +54,7 @@ class Store:
             card = read_card(folder) if folder.is_dir() else None
         except RejectedAdapterError:
             card = None  # damaged since it was installed; whoever uses the files compares their digests
-        why = f"{record.name!r} is installed in the store, from {record.source}"
+        why = f"{record.name!r} is {'installed' if record.is_named else 'kept'} in the store, from {record.source}"
         return Resolved(
             name=record.name,
             folder=folder,
@@ -88,15 +89,17 @@ class Store:
     ) -> Resolved:
         """Install what lies in a staging folder under a name; an adapter of that name for the same base is replaced.
 
+        A name that is `org/repo` is none that anybody gave: see `lora_rt.registry.records`.
+
         Raises:
             StoreError: the name is none, differs only by case from another, or the store is busy.
             RejectedAdapterError: what lies there is no adapter that may be loaded.
         """
-        self._check_name(name)
+        self._check_name(name, source)
         inspected = inspect_adapter(staged, name=name)
         base = inspected.card.base.id if inspected.card else ""
         record = Record(name, base, source, revision, requested, inspected.sha256, dict(inspected.files))
-        key = base_key(inspected.card)
+        key = record_key(inspected.card, record)
         for file in files.present(staged):
             durable.sync_file(staged / file)
         durable.sync_folder(staged)
@@ -108,27 +111,34 @@ class Store:
         return self.resolved(record)
 
     def link(self, record: Record) -> Resolved:
-        """Write a record for an object that is in the store already: a further name, or further facts."""
-        self._check_name(record.name)
+        """Write a record for an object that is in the store already: a name or further facts.
+
+        One of the same commit without a name has done its service then.
+        """
+        self._check_name(record.name, record.source)
         with self._lock():
             self._check_case(record.name)
-            self.records.write(record, base_key(read_card(self.objects / record.sha256)))
+            self.records.write(record, record_key(read_card(self.objects / record.sha256), record))
+            for path in self.records.paths_of(record.source.removeprefix("hub ")) if record.is_named else []:
+                other = read(path)
+                if isinstance(other, Record) and (other.sha256, other.requested) == (record.sha256, record.requested):
+                    self.records.remove(path)
             self._collect()
         return self.resolved(record)
 
     def remove(self, name: str) -> list[Resolved]:
-        """Remove a name with its adapters of all bases; the removed ones.
+        """Remove a name with its adapters of all bases, damaged records too; the removed adapters.
 
         Raises:
             StoreError: there is no such name.
         """
         with self._lock():
-            found = self.records.named(name)
-            if not found:
+            paths = self.records.paths_of(name)
+            if not paths:
                 raise StoreError(f"the store has no adapter {name!r}", next_step="See: lora-rt list")
-            removed = [self.resolved(record) for record in found]
-            for path in sorted((self.records.folder / name).glob("*.json")):
-                self.records.remove(name, path.stem)
+            removed = [self.resolved(record) for path in paths if isinstance(record := read(path), Record)]
+            for path in paths:
+                self.records.remove(path)
             self._collect()
         return removed
 
@@ -196,15 +206,15 @@ class Store:
                 f"another process has held the store for {LOCK_SECONDS} s", next_step="Try again when it is done"
             ) from error
 
-    def _check_name(self, name: str) -> None:
-        if not is_name(name):
+    def _check_name(self, name: str, source: str) -> None:
+        if not is_name(name) and not (is_hub_id(name) and source == f"hub {name}"):
             raise StoreError(
                 f"{name[:80]!r} is not a name that an adapter can have",
                 next_step="Use letters, digits, '.', '_' and '-', at most 96",
             )
 
     def _check_case(self, name: str) -> None:
-        for other in {record.name for record in self.records.all()}:
+        for other in {record.name for record in self.records.all() if record.is_named}:
             if other.lower() == name.lower() and other != name:
                 raise StoreError(
                     f"the name {name!r} differs only by case from the installed {other!r}", next_step=f"Use {other!r}"

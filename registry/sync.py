@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.card import BaseIdentity
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import ChangedAdapterError, ProjectError
 from lora_rt.registry.hub.download import Report, silent
-from lora_rt.registry.hub.pull import holder_of, install, obtain
+from lora_rt.registry.hub.pull import install_pinned, obtain
 from lora_rt.registry.inspection import inspect_adapter
-from lora_rt.registry.lock import Locked, read_lock, write_lock
+from lora_rt.registry.lock import Locked, read_lock, read_locked_compositions, write_lock
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, Project, read_project
 from lora_rt.registry.records import Record
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved, changes
-from lora_rt.registry.sync_compositions import install_mixes, mix_differences, mixes_to_lock
 
 
 def make_lock(registry: Registry, *, offline: bool = False, report: Report = silent) -> tuple[list[Locked], bool]:
@@ -28,11 +29,10 @@ def make_lock(registry: Registry, *, offline: bool = False, report: Report = sil
     """
     project = read_project(registry.folder)
     old = read_lock(registry.folder) or []
-    mixes: list[NamedComposition] = []
     if project is None:
-        mixes = mixes_to_lock(registry, None)
-        entries = [_of_record(record) for record in registry.store.records.all() if record.source.startswith("hub ")]
-        if not entries and not mixes:
+        compositions = _portable_compositions(registry)
+        entries = _stored_entries(registry, old)
+        if not entries and not compositions:
             raise ProjectError(
                 f"there is no {PROJECT_FILE} here and nothing was pulled from the Hub, so there is nothing to lock",
                 next_step=f'Write {PROJECT_FILE}: [adapters] and lines such as emotion = "someone/emotion-lora@v1"',
@@ -43,8 +43,8 @@ def make_lock(registry: Registry, *, offline: bool = False, report: Report = sil
             for name, sources in project.adapters.items()
             for source in sources
         ]
-        mixes = mixes_to_lock(registry, project)  # after the adapters were fetched, which are its terms
-    return sorted(entries), write_lock(registry.folder, entries, mixes)
+        compositions = _project_compositions(registry, project)  # after the adapters were fetched, which are its terms
+    return sorted(entries), write_lock(registry.folder, entries, compositions)
 
 
 def check_lock(registry: Registry) -> list[str]:
@@ -54,7 +54,7 @@ def check_lock(registry: Registry) -> list[str]:
         return [f"there is no {LOCK_FILE}"]
     project = read_project(registry.folder)
     problems = _differences(project, entries) if project else []
-    problems += mix_differences(registry, project)
+    problems += _composition_differences(registry, project)
     for entry in entries:
         if entry.reference.kind == "path":
             folder = registry.folder / Path(entry.reference.target).expanduser()
@@ -67,6 +67,7 @@ def sync(
 ) -> tuple[list[Resolved], bool]:
     """Install exactly what the lock says; the adapters installed then, and whether the lock was changed for it.
 
+    Its names, of adapters and of compositions, hold in this folder; the names of the store stay what they are.
     `frozen` refuses to change the lock; `offline` asks nobody.
 
     Raises:
@@ -87,25 +88,15 @@ def sync(
     if entries is None:
         raise ProjectError(f"there is no {LOCK_FILE} here", next_step="lora-rt lock")
     found = [_install(registry, entry, offline, report) for entry in entries]
-    install_mixes(registry)
+    _check_compositions(registry)
     return found, changed
 
 
 def _install(registry: Registry, entry: Locked, offline: bool, report: Report) -> Resolved:
     reference = entry.reference
     if reference.kind == "hub":
-        requested = None if reference.revision in (None, "main") else reference.revision
-        return install(
-            registry.store,
-            reference.target,
-            entry.revision,
-            entry.name,
-            requested=requested,
-            expected=entry.files,
-            offline=offline,
-            take_name=holder_of(registry.store, entry.name, reference.target, entry.base) is None,
-            report=report,
-        )
+        found = install_pinned(registry.store, entry, offline=offline, report=report)
+        return replace(found, name=entry.name, requested=reference.revision)
     found = registry.resolve(reference)
     problems = changes(found.folder, entry.files)
     if problems:
@@ -130,6 +121,14 @@ def _pin(
     return Locked(name, base, source.text, found.revision or "", found.sha256, dict(found.files))
 
 
+def _stored_entries(registry: Registry, old: Sequence[Locked]) -> list[Locked]:
+    """What was pulled into the store; and what the lock has under other names and `sync` has fetched for it."""
+    records = [record for record in registry.store.records.all() if record.source.startswith("hub ")]
+    entries = [_of_record(record) for record in records if record.is_named]
+    names, here = {entry.name for entry in entries}, {record.sha256 for record in records}
+    return entries + [entry for entry in old if entry.name not in names and entry.sha256 in here]
+
+
 def _of_record(record: Record) -> Locked:
     repo = record.source.removeprefix("hub ")
     source = f"{repo}@{record.requested}" if record.requested else repo
@@ -143,3 +142,74 @@ def _differences(project: Project, entries: Sequence[Locked]) -> list[str]:
     return problems + [
         f"{name} from {source} is locked, but not in the project" for name, source in sorted(locked - named)
     ]
+
+
+def _portable_compositions(registry: Registry) -> list[NamedComposition]:
+    """The compositions whose adapters other machines can get."""
+    found = [registry.compositions.look_up(name) for name in registry.compositions.names()]
+    return [item for item in found if item is not None and _is_portable(registry, item)]
+
+
+def _is_portable(registry: Registry, composition: NamedComposition) -> bool:
+    base = BaseIdentity(composition.base, None, "")
+    try:
+        items = [registry.resolve(term.reference, base, offline=True) for term in composition.terms]
+    except LoraRtError:
+        return False
+    return all(item.source.startswith(("hub ", "shipped ")) for item in items)
+
+
+def _project_compositions(registry: Registry, project: Project) -> list[NamedComposition]:
+    """The compositions that the project names. One that is not in the store stays as it is locked.
+
+    Raises:
+        ProjectError: one is neither in the store nor locked, or has terms that can't be used; all are named.
+    """
+    locked = {item.name: item for item in read_locked_compositions(registry.folder)}
+    found: list[NamedComposition] = []
+    problems: list[str] = []
+    for name in project.compositions:
+        own = registry.compositions.own(name)
+        if own is not None:
+            problems += [f"{name}: {problem}" for problem in registry.composition_problems(own)]
+        elif name not in locked:
+            problems.append(f"{name}: there is no such composition here")
+        found += [kept] if (kept := own or locked.get(name)) is not None else []
+    if problems:
+        text = f"compositions of {PROJECT_FILE} can't be locked"
+        raise ProjectError(text, next_step="Tune them with: lora-rt tune", problems=problems)
+    return found
+
+
+def _composition_differences(registry: Registry, project: Project | None) -> list[str]:
+    """What the lock says of compositions and the project, or the store, does not."""
+    locked = {item.name: item for item in read_locked_compositions(registry.folder)}
+    problems = []
+    if project is not None:
+        problems += [f"the composition {name} is not locked" for name in project.compositions if name not in locked]
+        problems += [
+            f"the composition {name} is locked, but not in the project"
+            for name in locked
+            if name not in project.compositions
+        ]
+    for name, item in locked.items():
+        own = registry.compositions.own(name)
+        if own is not None and own.sha256 != item.sha256:
+            problems.append(f"the composition {name} is {own.sha256[:12]} here, locked is {item.sha256[:12]}")
+    return problems
+
+
+def _check_compositions(registry: Registry) -> None:
+    """Whether the locked compositions can be used with the adapters that are here.
+
+    Raises:
+        ChangedAdapterError: one is another in the store, or its adapters are missing or others; all are named.
+    """
+    problems = _composition_differences(registry, None)
+    if problems:
+        raise ChangedAdapterError(problems[0], next_step="Keep it with lora-rt lock, or remove it with lora-rt rm")
+    locked = read_locked_compositions(registry.folder)
+    broken = [f"{item.name}: {problem}" for item in locked for problem in registry.composition_problems(item)]
+    if broken:
+        text = "locked compositions can't be used with the adapters here"
+        raise ChangedAdapterError(text, next_step="Get these adapters, or tune anew", problems=broken)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_rt.registry.composition_check import clashing, mix_problems
 from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
 from lora_rt.registry.hub.remote import commit_of
 from lora_rt.registry.inspection import inspect_adapter
@@ -35,30 +34,37 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
     Raises:
         UnknownAdapterError: a name leads nowhere.
     """
-    items = registry.installed()
-    mixes = registry.compositions.names()
-    unknown = [name for name in names if name not in {*mixes, *(item.name for item in items)}]
+    items, damaged = registry.installed(), registry.store.records.damaged()
+    compositions = registry.compositions.names()
+    known = {*compositions, *(item.name for item in items), *(item.name for item in damaged)}
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="See: lora-rt list")
     verdicts = [_check(item, offline) for item in items if not names or item.name in names]
-    verdicts += [check_mix(registry, name) for name in mixes if not names or name in names]
+    verdicts += [
+        Verdict(item.name, "store", (item.message,), todo=item.todo)
+        for item in damaged
+        if not names or item.name in names
+    ]
+    verdicts += [check_composition(registry, name) for name in compositions if not names or name in names]
     if not names and (registry.folder / LOCK_FILE).exists():
         verdicts.append(Verdict(LOCK_FILE, str(registry.folder), tuple(check_lock(registry)), todo="lora-rt lock"))
     return verdicts
 
 
-def check_mix(registry: Registry, name: str) -> Verdict:
+def check_composition(registry: Registry, name: str) -> Verdict:
     """Whether a named composition can be read and its adapters are those that it was tuned for; no requests."""
     try:
-        mix = registry.compositions.get(name)
+        composition = registry.compositions.look_up(name)
     except StoreError as error:
         return Verdict(name, COMPOSITION, (error.message,), todo=error.next_step)
-    if mix is None:
+    if composition is None:
         return Verdict(name, COMPOSITION, ("it is gone",))
-    problems = mix_problems(registry, mix)
-    notes = [f"an adapter ({source}) has the same name; the composition is used" for source in clashing(registry, name)]
+    problems = registry.composition_problems(composition)
+    hidden = registry.clashing(name)
+    notes = [f"an adapter ({source}) has the same name; the composition is used" for source in hidden]
     todo = f"lora-rt rm {name}, and tune it again, or get its adapters back" if problems else ""
-    return Verdict(name, f"{COMPOSITION} {mix}", tuple(problems), tuple(notes), todo)
+    return Verdict(name, f"{COMPOSITION} {composition}", tuple(problems), tuple(notes), todo)
 
 
 def _check(item: Resolved, offline: bool) -> Verdict:

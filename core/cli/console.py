@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import Any
 
@@ -16,3 +17,22 @@ def print_json(document: Any) -> None:
     """One JSON document and nothing else, UTF-8, not wrapped and not coloured."""
     sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     sys.stdout.flush()
+
+
+class Notes(logging.Handler):
+    """Says what the registry logs (a project's name that hides another) on standard error, in one line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        from rich.markup import escape
+
+        err.print(f"[yellow]note:[/] {escape(record.getMessage())}", soft_wrap=not err.is_terminal)
+
+
+def hear_notes() -> None:
+    """Print the registry's notes from now on; each is said once for a command."""
+    from lora_rt.registry import shadowing
+
+    shadowing.say_hidden.cache_clear()
+    if not any(isinstance(handler, Notes) for handler in shadowing.LOGGER.handlers):
+        shadowing.LOGGER.addHandler(Notes())

@@ -31,6 +31,7 @@ def list_adapters(as_json: Json = False) -> None:
         for item in items
     ]
     mixes = [_mix_row(registry, name) for name in registry.compositions.names()]
+    mixes += [_damaged_row(item.name) for item in registry.store.records.damaged()]
     if as_json:
         print_json(rows + mixes)
         return
@@ -62,7 +63,7 @@ def _mix_row(registry: Registry, name: str) -> dict[str, str | None]:
     from lora_rt.registry.errors import StoreError
 
     try:
-        mix = registry.compositions.get(name)
+        mix = registry.compositions.look_up(name)
     except StoreError:
         mix = None  # one that is damaged must not hide the others
     return {
@@ -74,3 +75,9 @@ def _mix_row(registry: Registry, name: str) -> dict[str, str | None]:
         "revision": None,
         "sha256": mix.sha256 if mix else None,
     }
+
+
+def _damaged_row(name: str) -> dict[str, str | None]:
+    """An adapter whose record in the store can't be read: nothing else may seem to have its name."""
+    row = dict.fromkeys(("name", "register", "mode", "base", "source", "revision", "sha256"))
+    return {**row, "name": name, "source": f"damaged; see: lora-rt verify {name}"}

@@ -19,7 +19,7 @@ def lock(
     from lora_rt.core.cli.transfer import transfer
     from lora_rt.plugins.manager import load_modes
     from lora_rt.registry.errors import ProjectError
-    from lora_rt.registry.locked_compositions import read_locked_compositions
+    from lora_rt.registry.lock import read_locked_compositions
     from lora_rt.registry.project import LOCK_FILE
     from lora_rt.registry.registry import Registry
     from lora_rt.registry.sync import check_lock, make_lock
@@ -38,10 +38,10 @@ def lock(
         return
     with transfer() as report:
         entries, changed = make_lock(registry, offline=offline, report=report)
-    mixes = read_locked_compositions(registry.folder)
+    compositions = read_locked_compositions(registry.folder)
     if as_json:
         adapters = [entry.name for entry in entries]
-        print_json({"changed": changed, "adapters": adapters, "compositions": [mix.name for mix in mixes]})
+        print_json({"changed": changed, "adapters": adapters, "compositions": [item.name for item in compositions]})
         return
-    count = f"{len(entries)} adapters" + (f", {len(mixes)} compositions" if mixes else "")
+    count = f"{len(entries)} adapters" + (f", {len(compositions)} compositions" if compositions else "")
     out.print(f"{LOCK_FILE}: {count}{'' if changed else ', unchanged'}")

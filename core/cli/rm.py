@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from lora_rt.registry.errors import StoreError
-    from lora_rt.registry.resolved import Resolved
+    from lora_rt.registry.registry import Registry
 
 
 def rm(
@@ -19,23 +19,30 @@ def rm(
     from rich.markup import escape
 
     from lora_rt.core.cli.console import err, out
+    from lora_rt.registry.records import Record, read
     from lora_rt.registry.registry import Registry
 
     registry = Registry()
-    is_mix = name in registry.compositions.names()  # a damaged one is removed like any other
-    records = registry.store.records.named(name)
-    if not records and not is_mix:
-        raise _not_in_store(registry.installed(), name)
-    sources = [f"{record.source} for {record.base or 'any base'}" for record in records]
-    if not yes and not _agreed(name, ", ".join(["a composition"] * is_mix + sources)):
+    is_composition = name in registry.compositions.own_names()  # a damaged one is removed like any other
+    records = [read(path) for path in registry.store.records.paths_of(name)]
+    if not records and not is_composition:
+        raise _not_in_store(registry, name)
+    sources = [
+        f"{record.source} for {record.base or 'any base'}" if isinstance(record, Record) else "a damaged record"
+        for record in records
+    ]
+    if not yes and not _agreed(name, ", ".join(["a composition"] * is_composition + sources)):
         err.print("nothing was removed")
         return
-    if is_mix:
+    if is_composition:
         registry.compositions.remove(name)
         out.print(f"removed the composition [bold]{escape(name)}[/]", soft_wrap=True)
     if not records:
         return
-    for item in registry.store.remove(name):
+    removed = registry.store.remove(name)
+    if not removed:
+        out.print(f"removed the damaged record of [bold]{escape(name)}[/]", soft_wrap=True)
+    for item in removed:
         out.print(
             f"removed [bold]{escape(item.name)}[/] ({escape(item.source)}, sha256 {item.sha256[:12]})", soft_wrap=True
         )
@@ -56,10 +63,13 @@ def _agreed(name: str, what: str) -> bool:
     return typer.confirm(f"Remove {name} ({what})?", err=True)
 
 
-def _not_in_store(installed: list[Resolved], name: str) -> StoreError:
+def _not_in_store(registry: Registry, name: str) -> StoreError:
     from lora_rt.registry.errors import StoreError
+    from lora_rt.registry.project import LOCK_FILE
 
-    for item in installed:
+    if name in registry.compositions.names():
+        return StoreError(f"{name!r} is a composition of {LOCK_FILE}", next_step="Remove it there")
+    for item in registry.installed():
         if item.name == name:
             return StoreError(f"{name!r} is not in the store: {item.why}", next_step="Remove it there")
     return StoreError(f"the store has no adapter {name!r}", next_step="lora-rt list")

@@ -11,9 +11,7 @@ if TYPE_CHECKING:
 
 def mix_facts(registry: Registry, mix: NamedComposition) -> dict[str, Any]:
     """What there is to know of it, in the order in which it is shown."""
-    from lora_rt.registry.composition_check import clashing, mix_problems
-
-    hidden = [f"an adapter of this name ({source}) is hidden by it" for source in clashing(registry, mix.name)]
+    hidden = [f"an adapter of this name ({source}) is hidden by it" for source in registry.clashing(mix.name)]
     return {
         "name": mix.name,
         "mode": "composition",
@@ -25,7 +23,7 @@ def mix_facts(registry: Registry, mix: NamedComposition) -> dict[str, Any]:
         "metrics": dict(mix.metrics),
         "data_sha256": mix.data_sha256,
         "seed": mix.seed,
-        "problems": mix_problems(registry, mix),
+        "problems": registry.composition_problems(mix),
         "also": hidden,
     }
 

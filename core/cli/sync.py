@@ -20,7 +20,7 @@ def sync(
     from lora_rt.core.cli.console import out, print_json
     from lora_rt.core.cli.transfer import transfer
     from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.locked_compositions import read_locked_compositions
+    from lora_rt.registry.lock import read_locked_compositions
     from lora_rt.registry.project import LOCK_FILE
     from lora_rt.registry.registry import Registry
     from lora_rt.registry.sync import sync as run
@@ -28,14 +28,14 @@ def sync(
     registry = Registry(sources=load_modes().sources())
     with transfer() as report:
         found, changed = run(registry, frozen=frozen, offline=offline, report=report)
-    mixes = read_locked_compositions(registry.folder)
+    compositions = read_locked_compositions(registry.folder)
     if as_json:
         rows = [{"name": i.name, "source": i.source, "revision": i.revision, "sha256": i.sha256} for i in found]
-        print_json({"changed": changed, "adapters": rows, "compositions": [mix.name for mix in mixes]})
+        print_json({"changed": changed, "adapters": rows, "compositions": [item.name for item in compositions]})
         return
     if changed:
         out.print(f"{LOCK_FILE} was brought up to date")
     for item in found:
         out.print(f"[bold]{escape(item.name)}[/] {escape(item.source)} sha256 {item.sha256[:12]}", soft_wrap=True)
-    for mix in mixes:
-        out.print(f"[bold]{escape(mix.name)}[/] composition {escape(str(mix))}", soft_wrap=True)
+    for item in compositions:
+        out.print(f"[bold]{escape(item.name)}[/] composition {escape(str(item))}", soft_wrap=True)

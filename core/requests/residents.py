@@ -144,8 +144,11 @@ class Residents:
 
     def _resident(self, reference: Reference) -> AdapterInfo:
         with self._lock:
-            if reference.kind == "name" and reference.revision is None and reference.target in self.infos:
-                return self.infos[reference.target]
+            info = self.infos.get(reference.target) if reference.kind == "name" and not reference.revision else None
+            # That somebody's repository is resident as `emotion` does not make it what `emotion` means: only names
+            # that the caller gave, or that the registry knows, do.
+            if info is not None and (info.name in self._given or not info.source.startswith("hub ")):
+                return info
             return self._found(reference)
 
     def _pinned(self, part: Part) -> AdapterInfo:

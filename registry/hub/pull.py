@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from filelock import FileLock
 
@@ -12,6 +13,7 @@ from lora_rt.registry.hub.client import asks_nobody
 from lora_rt.registry.hub.download import Report, fetch, fetch_cached, silent
 from lora_rt.registry.hub.remote import commit_of, look
 from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.lock import Locked
 from lora_rt.registry.records import Record
 from lora_rt.registry.reference import Reference, is_commit, is_name
 from lora_rt.registry.resolved import Resolved
@@ -54,60 +56,68 @@ def obtain(
     offline: bool = False,
     report: Report = silent,
 ) -> Resolved:
-    """The adapter of a repository for whoever does not care under which name the store keeps it.
+    """The adapter of a repository for whoever uses it by its id: no name in the store comes to mean it.
 
     What is installed at this revision is taken as it is, unless `fresh` asks the Hub first.
     """
+    name = name or default_name(reference)
     found = [] if fresh and not (offline or asks_nobody()) else find_installed(store, reference)
     if found:
-        return store.resolved(found[0])
+        return replace(store.resolved(found[0]), name=name)
     commit = _commit(store, reference, offline)
     assert commit is not None  # offline, with nothing installed, ends in an error before this line
-    return install(
-        store,
-        reference.target,
-        commit,
-        name or default_name(reference),
-        requested=_requested(reference),
-        offline=offline,
-        take_name=False,
-        report=report,
-    )
+    item = install(store, reference.target, commit, requested=_requested(reference), offline=offline, report=report)
+    return replace(item, name=name)
 
 
 def install(
     store: Store,
     repo: str,
     commit: str,
-    name: str,
+    name: str | None = None,
     *,
     requested: str | None = None,
     expected: Mapping[str, str] | None = None,
     offline: bool = False,
-    take_name: bool = True,
     report: Report = silent,
 ) -> Resolved:
     """Install a repository at a full commit.
 
-    `expected` are the sha256 of its files where they are pinned already. Without `take_name` an adapter that has the
-    name keeps it, and this one gets a longer name in the store.
+    Without a name it is kept under the repository's id, and nothing that anybody types by name changes its meaning.
+    `expected` are the sha256 of its files where they are pinned already.
     """
     with _one_at_a_time(store, repo, commit):
         have = _installed(store, repo, commit, expected)
         if have is not None:
-            return _name_it(store, have, name, requested) if take_name else store.resolved(have)
-        if not take_name and store.records.named(name):
-            name = f"{name[:80]}-{commit[:12]}"
+            return _name_it(store, have, name, requested) if name is not None else _keep(store, have, requested)
         with store.staging() as folder:
             if offline or asks_nobody():
                 fetch_cached(repo, commit, sorted(expected) if expected else None, folder)
             else:
                 fetch(look(repo, commit), folder, report)
-            inspected = inspect_adapter(folder, name=name)
+            inspected = inspect_adapter(folder, name=name or repo)
             if expected is not None:
                 _check_files(repo, commit, inspected.files, expected)
-            _check_is_free(store, name, repo, inspected.card.base.id if inspected.card else "")
-            return store.publish(folder, name, source=source_of(repo), revision=commit, requested=requested)
+            if name is not None:
+                _check_is_free(store, name, repo, inspected.card.base.id if inspected.card else "")
+            return store.publish(folder, name or repo, source=source_of(repo), revision=commit, requested=requested)
+
+
+def install_pinned(store: Store, pin: Locked, *, offline: bool = False, report: Report = silent) -> Resolved:
+    """Install what a lock pins.
+
+    It is recorded as that commit and not as the tag that the lock names beside it: what a lock says of a tag holds in
+    its folder alone.
+    """
+    return install(
+        store,
+        pin.reference.target,
+        pin.revision,
+        requested=pin.revision,
+        expected=pin.files,
+        offline=offline,
+        report=report,
+    )
 
 
 def default_name(reference: Reference) -> str:
@@ -163,9 +173,17 @@ def _installed(store: Store, repo: str, commit: str, expected: Mapping[str, str]
     return None
 
 
+def _keep(store: Store, record: Record, requested: str | None) -> Resolved:
+    """An installed commit, recorded as what was asked for, so that the Hub need not be asked again."""
+    for other in store.records.all():
+        if (other.source, other.revision, other.requested) == (record.source, record.revision, requested):
+            return store.resolved(other)
+    return store.link(replace(record, name=record.source.removeprefix("hub "), requested=requested))
+
+
 def _name_it(store: Store, record: Record, name: str, requested: str | None) -> Resolved:
     _check_is_free(store, name, record.source.removeprefix("hub "), record.base)
-    wanted = Record(name, record.base, record.source, record.revision, requested, record.sha256, record.files)
+    wanted = replace(record, name=name, requested=requested)
     return store.resolved(record) if wanted == record else store.link(wanted)
 
 

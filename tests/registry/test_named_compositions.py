@@ -12,7 +12,7 @@ from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, ProjectError, UnknownAdapterError
 from lora_rt.registry.health import registry_checks
 from lora_rt.registry.hub.pull import pull
-from lora_rt.registry.locked_compositions import read_locked_compositions
+from lora_rt.registry.lock import read_locked_compositions
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
@@ -203,7 +203,7 @@ def test_commands_show_lock_and_sync_a_composition(
     row = next(row for row in json.loads(cli("list", "--json").out) if row["name"] == "blend")
     assert row["sha256"] == shown["sha256"]
     assert cli("verify", "blend", "--offline").code == 0
-    project.store.remove("mood")
+    project.store.remove(REPO)
     Path(project.folder / "lora-rt.toml").unlink()
     Path(project.folder / "lora-rt.lock").unlink()
     assert cli("verify", "blend", "--offline").code == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_rt.registry.card import BaseIdentity
-from lora_rt.registry.errors import StoreError
+from lora_rt.registry.errors import StoreError, UnknownAdapterError
 from lora_rt.registry.hub.pull import pull
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
@@ -37,13 +37,13 @@ def test_a_name_is_never_taken_over_for_the_same_base(hub: LocalHub, registry: R
     assert registry.resolve("voice").sha256 == first.sha256
 
 
-def test_a_repository_that_is_used_by_its_id_takes_no_name_that_is_in_use(hub: LocalHub, registry: Registry) -> None:
+def test_a_repository_that_is_used_by_its_id_takes_no_name(hub: LocalHub, registry: Registry) -> None:
     hub.commit("a/voice", adapter_files(base=SMOL))
     hub.commit("b/voice", adapter_files(base=SMOL, seed=1))
     registry.resolve("a/voice")
-    second = registry.resolve("b/voice")
-    assert second.name.startswith("voice-")
-    assert registry.resolve("voice").source == "hub a/voice"
+    assert registry.resolve("b/voice").source == "hub b/voice"
+    with pytest.raises(UnknownAdapterError):
+        registry.resolve("voice")
 
 
 def test_a_repository_without_a_revision_is_its_main_not_a_tag_that_was_pulled(

@@ -1,0 +1,84 @@
+"""What the registry's documents are made of, and what is wrong with one that is not: one way for all of them.
+
+Cards, records, the project file and the lock are read by pydantic from these types, and `problems_of` puts what it
+found into words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+
+from lora_rt.registry.errors import InvalidReferenceError
+from lora_rt.registry.files import LIMITS
+from lora_rt.registry.reference import Reference, is_name
+
+T = TypeVar("T")
+MAX_PROBLEMS = 50
+
+
+def _name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError("that is not a name (letters, digits, '.', '_' and '-', at most 96)")
+    return text
+
+
+def _source(text: str) -> str:
+    try:
+        reference = Reference.parse(text)
+    except InvalidReferenceError as error:
+        raise ValueError(error.message) from error
+    if reference.kind == "name":
+        raise ValueError("its source must be org/repo or a path, not another name")
+    return text
+
+
+def _file(name: str) -> str:
+    if name not in LIMITS:
+        raise ValueError("that file is never read")
+    return name
+
+
+# Documents are shown in terminals and web pages: no control characters, no line breaks.
+Text = Annotated[str, StringConstraints(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e]*$")]
+Word = Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, AfterValidator(_name)]
+SourceText = Annotated[Text, AfterValidator(_source)]
+Pins = dict[Annotated[str, AfterValidator(_file)], Sha256]
+"""The sha256 of every file of an adapter, by name."""
+
+
+@lru_cache(maxsize=16)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def validated(kind: type[T], document: Any) -> T:
+    """A document as what it is said to be; no type is converted into another.
+
+    Raises:
+        ValidationError: it is not; see `problems_of`.
+    """
+    value: T = _adapter(kind).validate_python(document)
+    return value
+
+
+def problems_of(error: ValidationError, place: Sequence[str | int] = ()) -> list[str]:
+    """Everything that is wrong with a document, one line each, cut where it came from a stranger.
+
+    Args:
+        error: what pydantic found.
+        place: where in a larger document the wrong part stands.
+    """
+    problems = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False)[:MAX_PROBLEMS]:
+        parts = [str(part)[:60] for part in (*place, *item["loc"]) if part != "[key]"]
+        text = item["msg"].removeprefix("Value error, ")
+        problems.append(f"{repr('.'.join(parts))[1:-1][:120]}: {text}" if parts else text)
+    return problems
