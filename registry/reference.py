@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_rt.registry.errors import InvalidReferenceError
+from lora_rt.registry.strict_json import shown
 
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(_WORD)
@@ -58,6 +59,13 @@ def is_path(text: str) -> bool:
 def is_name(text: str) -> bool:
     """Whether an adapter may be called this: letters, digits, `.`, `_`, `-`, at most 96, no separator at an end."""
     return _NAME.fullmatch(text) is not None and ".." not in text
+
+
+def name_problem(name: str) -> list[str]:
+    """A line where nothing of ours may be called this, none where it may."""
+    if is_name(name):
+        return []
+    return [f"{shown(name)} is not a name that an adapter can have: letters, digits, '.', '_' and '-', at most 96"]
 
 
 def is_hub_id(text: str) -> bool:

@@ -51,10 +51,24 @@ class Registry:
     def resolve(
         self, reference: Reference | str, base: BaseIdentity | None = None, *, offline: bool = False
     ) -> Resolved:
-        """The adapter that a reference means for this base.
+        """The adapter that a reference means for this base, its files compared with what was recorded of them.
 
         Raises:
             LoraRtError: unknown, for other bases only, not reachable, or not what was pinned.
+        """
+        item = self.find(reference, base, offline=offline)
+        problems = changes(item.folder, item.files) if item.digests.recorded is not None else []
+        item.sha256  # noqa: B018  # hashed now, so that a file that can't be is refused here
+        if problems:
+            text = f"adapter {item.name!r} in the store is damaged"
+            raise ChangedAdapterError(text, next_step=f"lora-rt verify {item.name}", problems=problems)
+        return item
+
+    def find(self, reference: Reference | str, base: BaseIdentity | None = None, *, offline: bool = False) -> Resolved:
+        """The same without a look at the weights: for whoever only asks, or reads the files once and checks them then.
+
+        Raises:
+            LoraRtError: unknown, for other bases only, or not reachable.
         """
         if isinstance(reference, str):
             reference = Reference.parse(reference)
@@ -101,7 +115,7 @@ class Registry:
                 if base is None or item.card is None or item.card.base.matches(base):
                     if tier == 0:
                         say_hidden(item.name, item.why.partition(" is ")[2], self._hidden(item.name, item.sha256))
-                    return self._whole(item)
+                    return item
             seen += fitting
         if seen and base is not None:
             raise _wrong_base(reference, base, seen)
@@ -149,19 +163,7 @@ class Registry:
         from lora_rt.registry.hub.pull import obtain
 
         item = obtain(self.store, reference, offline=offline)
-        return self._whole(replace(item, why=f"{reference.target} is a repository of the Hub"))
-
-    @staticmethod
-    def _whole(item: Resolved) -> Resolved:
-        """The item, after its files were compared with their digests."""
-        problems = changes(item.folder, item.files)
-        if problems:
-            raise ChangedAdapterError(
-                f"adapter {item.name!r} in the store is damaged",
-                next_step=f"lora-rt verify {item.name}",
-                problems=problems,
-            )
-        return item
+        return replace(item, why=f"{reference.target} is a repository of the Hub")
 
     def _unknown(self, reference: Reference) -> UnknownAdapterError:
         compositions = self.compositions.names()

@@ -25,11 +25,11 @@ from lora_rt.registry import durable, files
 from lora_rt.registry import home as home_folders
 from lora_rt.registry.card import read_card
 from lora_rt.registry.errors import RejectedAdapterError, StoreError
-from lora_rt.registry.files import LIMITS, UnusableFileError
+from lora_rt.registry.files import UnusableFileError
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.records import Record, Records, read, record_key
-from lora_rt.registry.reference import is_hub_id, is_name
-from lora_rt.registry.resolved import Resolved
+from lora_rt.registry.reference import is_hub_id, name_problem
+from lora_rt.registry.resolved import Digests, Resolved
 
 LOCK_SECONDS = 60
 
@@ -60,10 +60,9 @@ class Store:
             folder=folder,
             source=record.source,
             revision=record.revision,
-            sha256=record.sha256,
             card=card,
             why=why,
-            files=record.files,
+            digests=Digests(folder, record.name, record.files, record.sha256),
             requested=record.requested,
         )
 
@@ -160,7 +159,7 @@ class Store:
         """Move the staged files to their object. A whole object of that content stays, a damaged one is replaced."""
         self.objects.mkdir(parents=True, exist_ok=True)
         target = self.objects / record.sha256
-        for stranger in set(os.listdir(staged)) - set(LIMITS):
+        for stranger in set(os.listdir(staged)) - set(files.present(staged)):
             _remove(staged / stranger)
         if target.exists():
             if is_whole(target, record.files):
@@ -207,11 +206,10 @@ class Store:
             ) from error
 
     def _check_name(self, name: str, source: str) -> None:
-        if not is_name(name) and not (is_hub_id(name) and source == f"hub {name}"):
-            raise StoreError(
-                f"{name[:80]!r} is not a name that an adapter can have",
-                next_step="Use letters, digits, '.', '_' and '-', at most 96",
-            )
+        if is_hub_id(name) and source == f"hub {name}":
+            return
+        for problem in name_problem(name):
+            raise StoreError(problem, next_step="Choose another name")
 
     def _check_case(self, name: str) -> None:
         for other in {record.name for record in self.records.all() if record.is_named}:

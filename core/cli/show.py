@@ -47,8 +47,9 @@ def show(
 def _adapter_facts(registry: Registry, reference: str, offline: bool) -> dict[str, Any]:
     from lora_rt.registry.inspection import inspect_adapter
 
-    found = registry.resolve(reference, offline=offline)
-    inspected = inspect_adapter(found.folder, name=found.name, sha256=found.sha256)
+    found = registry.find(reference, offline=offline)
+    inspected = inspect_adapter(found.folder, name=found.name, sha256=found.digests.sha256_recorded)
+    found = found.read(inspected.files)
     others = [item for item in registry.installed() if item.name == found.name and item.sha256 != found.sha256]
     return _facts(found, inspected, others)
 

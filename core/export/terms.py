@@ -81,14 +81,19 @@ def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
 
 
 def _read(part: Part, registry: Registry, base: Outline) -> ExportTerm:
-    resolved = registry.resolve(part.reference, base.identity)
-    part.check_pin(resolved.name, resolved.sha256)
+    resolved = registry.find(part.reference, base.identity)
     inspected = inspect_adapter(
-        resolved.folder, name=resolved.name, linears=base.linears, base=base.identity, sha256=resolved.sha256
+        resolved.folder,
+        name=resolved.name,
+        linears=base.linears,
+        base=base.identity,
+        sha256=resolved.digests.sha256_recorded,
+        load=True,
     )
+    part.check_pin(resolved.name, inspected.sha256)
     layers = part.layers or (1.0,) * base.facts.layers
     weights = tuple(part.weight * factor for factor in layers)
-    return ExportTerm(resolved, read_adapter(inspected, resolved.name), weights, part.after)
+    return ExportTerm(resolved.read(inspected.files), read_adapter(inspected, resolved.name), weights, part.after)
 
 
 def _united(terms: Sequence[ExportTerm]) -> list[ExportTerm]:

@@ -13,12 +13,12 @@ from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.named import Part, expanded
 from lora_rt.core.requests.names import RequestNames
-from lora_rt.core.requests.reading import read_adapter
+from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.card import AdapterCard
-from lora_rt.registry.inspection import inspect_adapter
-from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
+from lora_rt.registry.reference import Reference, name_problem
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
 
@@ -79,9 +79,8 @@ class Residents:
             LoraRtError: it can't be resolved, is refused by the inspection, or its mode is not installed.
         """
         parsed = reference if isinstance(reference, Reference) else Reference.parse(reference)
-        if name is not None and not is_name(name):
-            text = f"{name!r} is not a name that an adapter can have"
-            raise ResidentError(text, next_step="Use letters, digits, '.', '_' and '-'")
+        for problem in name_problem(name) if name is not None else []:
+            raise ResidentError(problem, next_step="Choose another name")
         with self._lock:
             resident = self._load(parsed, name)
             self._given |= {resident}
@@ -163,31 +162,34 @@ class Residents:
         return self.infos[name]
 
     def _load(self, reference: Reference, name: str | None) -> str:
-        resolved = self._registry.resolve(reference, self._base.identity)
-        resident = name or self._free_name(resolved)
-        self._make_resident(resolved, resident)
+        """Find, check against the base and make resident, in one pass over the files."""
+        resolved = self._registry.find(reference, self._base.identity)
+        inspected = inspect_adapter(
+            resolved.folder,
+            name=resolved.name,
+            linears=self._bank.topology.shapes,
+            base=self._base.identity,
+            sha256=resolved.digests.sha256_recorded,
+            own=own_weights(self._base.model),
+            load=True,
+        )
+        self._modes.require(inspected.mode)
+        resident = name or self._free_name(inspected)
+        self._make_resident(resolved, inspected, resident)
         # Another reference may have led to an adapter that had this name before.
         self._aliases = {text: other for text, other in self._aliases.items() if other != resident}
         if name is None:
             self._aliases[reference.text] = resident
         return resident
 
-    def _free_name(self, resolved: Resolved) -> str:
+    def _free_name(self, inspected: InspectedAdapter) -> str:
         """The adapter's own name, or that with part of its digest where another adapter has it."""
-        taken = self.infos.get(resolved.name)
-        if taken is None or taken.sha256 == resolved.sha256:
-            return resolved.name
-        return f"{resolved.name}-{resolved.sha256[:8]}"
+        taken = self.infos.get(inspected.name)
+        if taken is None or taken.sha256 == inspected.sha256:
+            return inspected.name
+        return f"{inspected.name}-{inspected.sha256[:8]}"
 
-    def _make_resident(self, resolved: Resolved, name: str) -> None:
-        inspected = inspect_adapter(
-            resolved.folder,
-            name=resolved.name,
-            linears=self._bank.topology.shapes,
-            base=self._base.identity,
-            sha256=resolved.sha256,
-        )
-        self._modes.require(inspected.mode)
+    def _make_resident(self, resolved: Resolved, inspected: InspectedAdapter, name: str) -> None:
         adapter = read_adapter(inspected, name)
         self._bank.add(adapter)
         info = AdapterInfo(
@@ -198,7 +200,7 @@ class Residents:
             modules=len(adapter.factors),
             source=resolved.source,
             revision=resolved.revision,
-            sha256=resolved.sha256,
+            sha256=inspected.sha256,
             why=resolved.why,
             card=inspected.card,
         )

@@ -4,13 +4,15 @@
     JSON       strict_json            bounded, unambiguous
     config     config.py targets.py patterns.py     what is computed, on which modules; regexes cannot hang
     header     safetensors_header.py  tensor names, dtypes, shapes, offsets, before anything is allocated
-    names      modules.py             A and B of every module, against the configuration and the base
-    numbers    values.py              finite, sane, hashed
+    names      keys.py modules.py     A and B of every module, against the configuration and the base
+    numbers    values.py              finite, sane, hashed, handed on: what was checked is what is loaded
+    refusals   kinds.py               what else a folder may be (IA3, MLX, a whole model, ...), in one line
 
 Nothing here imports torch, executes a file or follows what a file names.
 """
 
-from lora_rt.registry.inspection.adapter import InspectedAdapter, inspect_adapter
+from lora_rt.registry.inspection.adapter import InspectedAdapter, OwnWeights, inspect_adapter
 from lora_rt.registry.inspection.modules import LoraModule
+from lora_rt.registry.inspection.values import RawTensor
 
-__all__ = ["InspectedAdapter", "LoraModule", "inspect_adapter"]
+__all__ = ["InspectedAdapter", "LoraModule", "OwnWeights", "RawTensor", "inspect_adapter"]

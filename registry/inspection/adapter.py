@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from lora_rt.registry import files
 from lora_rt.registry.card import AdapterCard, BaseIdentity, parse_card
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, MEGABYTE, STATE, WEIGHTS, UnusableFileError
+from lora_rt.registry.inspection import kinds
 from lora_rt.registry.inspection.bases import base_problems
 from lora_rt.registry.inspection.config import read_config
-from lora_rt.registry.inspection.modules import Linears, LoraModule, pair_modules
+from lora_rt.registry.inspection.modules import Linears, LoraModule, pair_modules, rank_problems
 from lora_rt.registry.inspection.safetensors_header import TensorEntry, read_header
 from lora_rt.registry.inspection.settings import LoraSettings
-from lora_rt.registry.inspection.values import norm_problems, read_values, value_problems
-from lora_rt.registry.reference import is_hub_id, is_name
+from lora_rt.registry.inspection.values import RawTensor, TensorFacts, norm_problems, read_values, value_problems
+from lora_rt.registry.reference import is_hub_id, name_problem
 from lora_rt.registry.strict_json import shown
 
 DEFAULT_MODE = "output-only"
@@ -25,20 +28,27 @@ MAX_SHOWN = 60
 MAX_STATE_VALUE = 1e6
 _BYTES_WORTH_READING = 256 * MEGABYTE
 
+OwnWeights = Callable[[str, RawTensor], bool | None]
+"""Whether the base's own tensor of a name equals one that an adapter's file holds; None where the base has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class InspectedAdapter:
-    """An adapter that passed. `files` maps each file's name to its sha256; `sha256` is one digest over them."""
+    """An adapter that passed.
+
+    `files` maps each file's name to its sha256; `sha256` is one digest over them. Where the inspection was asked to
+    load, `tensors` are the factors by key and `state` those of `mode.safetensors`: the very bytes that were checked.
+    """
 
     name: str
     folder: Path
-    weights: Path
     modules: tuple[LoraModule, ...]
     card: AdapterCard | None
     mode: str
-    state: Path | None
     sha256: str
     files: Mapping[str, str]
+    tensors: Mapping[str, RawTensor] = field(default_factory=dict)
+    state: Mapping[str, RawTensor] = field(default_factory=dict)
 
 
 def inspect_adapter(
@@ -48,8 +58,10 @@ def inspect_adapter(
     linears: Linears | None = None,
     base: BaseIdentity | None = None,
     sha256: str | None = None,
+    own: OwnWeights | None = None,
+    load: bool = False,
 ) -> InspectedAdapter:
-    """Check an adapter folder and say what it holds.
+    """Check an adapter folder and say what it holds, in one pass over its files.
 
     Args:
         folder: a PEFT directory from anywhere.
@@ -58,13 +70,16 @@ def inspect_adapter(
             be known without a base.
         base: the base in use; an adapter that states another one is refused.
         sha256: the digest the adapter was pinned to.
+        own: compares a tensor with the base's own: PEFT saves copies of the head and of biases beside the factors.
+            An equal one is left out; without `own` a base takes none, and without `linears` nobody can compare yet.
+        load: keep the tensors.
 
     Raises:
         RejectedAdapterError: `problems` names everything that is wrong.
         ChangedAdapterError: the adapter is sound, but not the one that was pinned.
     """
-    inspection = _Inspection(folder, linears, base)
-    problems = [] if is_name(name) or is_hub_id(name) else [f"{shown(name)} is not a name that an adapter can have"]
+    inspection = _Inspection(folder, linears, base, own, load)
+    problems = [] if is_hub_id(name) else name_problem(name)
     problems += inspection.run()
     if problems:
         raise RejectedAdapterError(_summary(name, problems), problems=_bounded(problems))
@@ -79,13 +94,13 @@ def inspect_adapter(
     return InspectedAdapter(
         name=name,
         folder=folder,
-        weights=folder / WEIGHTS,
         modules=inspection.modules,
         card=card,
         mode=card.mode if card else DEFAULT_MODE,
-        state=folder / STATE if STATE in found else None,
         sha256=combined,
         files=found,
+        tensors=inspection.tensors,
+        state=inspection.state,
     )
 
 
@@ -103,8 +118,17 @@ def _bounded(problems: Sequence[str]) -> list[str]:
 class _Inspection:
     """One run over one folder, file by file; each step returns the problems it found."""
 
-    def __init__(self, folder: Path, linears: Linears | None, base: BaseIdentity | None) -> None:
-        self.folder, self.linears, self.base = folder, linears, base
+    def __init__(
+        self,
+        folder: Path,
+        linears: Linears | None,
+        base: BaseIdentity | None,
+        own: OwnWeights | None,
+        load: bool,
+    ) -> None:
+        self.folder, self.linears, self.base, self.own, self.load = folder, linears, base, own, load
+        self.tensors: dict[str, RawTensor] = {}
+        self.state: Mapping[str, RawTensor] = {}
         self.found: dict[str, str] = {}
         self.card: AdapterCard | None = None
         self.settings: LoraSettings | None = None
@@ -118,7 +142,7 @@ class _Inspection:
         names = files.present(self.folder)
         problems = self._read_card(names) + self._read_config(names)
         problems += base_problems(self.card, self.settings, self.base)
-        problems += self._read_weights(names) + self._read_state(names)
+        problems += self._read_weights(names, bool(problems)) + self._read_state(names)
         for name in sorted(set(names) - set(self.found)):
             problems += self._hash(name)
         return problems
@@ -150,38 +174,81 @@ class _Inspection:
             self.settings, problems = read_config(content)
         return problems
 
-    def _read_weights(self, names: list[str]) -> list[str]:
-        if WEIGHTS not in names:
-            return [_missing_weights(self.folder)]
-        try:
-            with files.open_plain(self.folder / WEIGHTS, LIMITS[WEIGHTS]) as (file, size):
-                entries, problems = read_header(file, size)
-                problems = [f"{WEIGHTS} {problem}" for problem in problems]
-                if problems:
-                    self.found[WEIGHTS] = ""
-                    return problems
-                if self.settings is not None:
-                    self.modules, problems = pair_modules(entries, self.settings, self.linears)
-                if problems and size > _BYTES_WORTH_READING:
-                    self.found[WEIGHTS] = ""
-                    return [*problems, f"{WEIGHTS}: its {size:,} bytes of values were not looked at"]
-                facts, self.found[WEIGHTS] = read_values(file, entries.values())
-        except UnusableFileError as error:
-            self.found[WEIGHTS] = ""
-            return [f"{WEIGHTS} {error}"]
+    def _read_weights(self, names: list[str], is_refused: bool) -> list[str]:
+        """Headers first; the values are not read where it is known already that the file is refused and it is large."""
+        if missing := kinds.missing_weights(os.listdir(self.folder)):
+            return [missing]
+        parts = [name for name in names if name == WEIGHTS or files.shard_number(name)]
+        self.found.update(dict.fromkeys(parts, ""))
+        with ExitStack() as stack:
+            opened: dict[str, BinaryIO] = {}
+            entries: dict[str, dict[str, TensorEntry]] = {}
+            size, problems = 0, []
+            for name in parts:
+                try:
+                    opened[name], bytes_ = stack.enter_context(
+                        files.open_plain(self.folder / name, LIMITS[WEIGHTS] - size)
+                    )
+                    entries[name], wrong = read_header(opened[name], bytes_)
+                except UnusableFileError as error:
+                    return [f"{name} {error}"]
+                size += bytes_
+                problems += [f"{name} {problem}" for problem in wrong]
+            if problems:
+                return problems
+            return self._read_tensors(opened, entries, size, is_refused)
+
+    def _read_tensors(
+        self, opened: Mapping[str, BinaryIO], parts: Mapping[str, dict[str, TensorEntry]], size: int, is_refused: bool
+    ) -> list[str]:
+        entries = {key: entry for part in parts.values() for key, entry in part.items()}
+        problems = [] if len(entries) == sum(map(len, parts.values())) else ["its parts hold one tensor twice"]
+        problems += rank_problems(entries)
+        copies: Mapping[str, str] = {}
+        if self.settings is not None:
+            pairing = pair_modules(entries, self.settings, self.linears)
+            self.modules, copies = pairing.modules, pairing.copies
+            problems += pairing.problems
+        if self.linears is not None and self.own is None:
+            problems += [f"{shown(key)} is {kinds.of_tensor(key)}" for key in copies]
+        if (problems or is_refused) and size > _BYTES_WORTH_READING:
+            return [*problems, f"{WEIGHTS}: its {size:,} bytes of values were not looked at"]
+        compared = set(copies) if self.own is not None else set()
+        keep = compared | (set(entries) - set(copies) if self.load and not problems else set())
+        facts: dict[str, TensorFacts] = {}
+        for name, file in opened.items():
+            read = read_values(file, parts[name].values(), keep)
+            facts.update(read.facts)
+            self.tensors.update(read.tensors)
+            self.found[name] = read.sha256
+        problems += self._copy_problems(copies)
         wrong = value_problems(facts)
         return problems + (wrong or norm_problems(facts, self.modules))
+
+    def _copy_problems(self, copies: Mapping[str, str]) -> list[str]:
+        """Copies of the base's own tensors that are none; all of them are let go."""
+        problems = []
+        for key, name in copies.items():
+            tensor = self.tensors.pop(key, None)
+            same = self.own(name, tensor) if self.own is not None and tensor is not None else True
+            if same is None:
+                problems.append(f"{shown(key)} is {kinds.of_tensor(key)}")
+            elif not same:
+                problems.append(f"{shown(key)} is not the base's own {name}, and no adapter may replace it")
+        return problems
 
     def _read_state(self, names: list[str]) -> list[str]:
         if STATE not in names:
             return [f"{STATE} is missing, the card describes one"] if self.card and self.card.state else []
         try:
+            self.found[STATE], facts = "", {}
             with files.open_plain(self.folder / STATE, LIMITS[STATE]) as (file, size):
                 entries, problems = read_header(file, size)
                 problems += self._state_problems(entries) if not problems else []
-                facts, self.found[STATE] = ({}, "") if problems else read_values(file, entries.values())
+                if not problems:
+                    read = read_values(file, entries.values(), set(entries) if self.load else ())
+                    facts, self.found[STATE], self.state = read.facts, read.sha256, read.tensors
         except UnusableFileError as error:
-            self.found[STATE] = ""
             return [f"{STATE} {error}"]
         return [f"{STATE} {problem}" for problem in problems or value_problems(facts, MAX_STATE_VALUE)]
 
@@ -202,7 +269,7 @@ class _Inspection:
 
     def _hash(self, name: str) -> list[str]:
         try:
-            self.found[name] = files.sha256_of(self.folder / name, LIMITS[name])
+            self.found[name] = files.sha256_of(self.folder / name, files.limit_of(name) or 0)
         except UnusableFileError as error:
             return [f"{name} {error}"]
         return []
@@ -230,11 +297,3 @@ def folder_problems(folder: Path) -> list[str]:
 
 def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
     return f"{tensor[0]} {list(tensor[1])}"
-
-
-def _missing_weights(folder: Path) -> str:
-    pickles = [name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    if pickles:
-        name = shown(sorted(pickles)[0])
-        return f"{WEIGHTS} is missing; {name} is a pickle, which is never opened: save the adapter as safetensors"
-    return f"{WEIGHTS} is missing"

@@ -1,41 +1,79 @@
 """`adapter_config.json`, field by field. Everything that is wrong is collected; nothing named in it is ever imported.
 
-Fields are in three groups: those that say what the adapter computes (checked one by one), those that only describe how
-it was trained (ignored), and all others, known or not, which must be empty: a field that we do not know may change the
-mathematics, and an adapter that is loaded wrong is worse than one that is refused.
+`FIELDS` is the one table of fields. A field that is not in it must be empty (null, false, 0, "", [] or {}): what we do
+not know may change the mathematics, and an adapter that is loaded wrong is worse than one that is refused.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from lora_rt.registry import strict_json
 from lora_rt.registry.files import CONFIG
+from lora_rt.registry.inspection.kinds import of_config
+from lora_rt.registry.inspection.modules import MAX_RANK
 from lora_rt.registry.inspection.patterns import peft_key
 from lora_rt.registry.inspection.settings import LoraSettings, Pattern
 from lora_rt.registry.inspection.targets import selector
 from lora_rt.registry.strict_json import shown
 
-MAX_RANK = 4096
 MAX_SCALING = 1000.0
 MAX_PATTERNS = 10_000
 
-_CHECKED = {
+_MERGE = "merge it into its base, and extract a plain LoRA"
+_EXACT = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "init_lora_weights", "lora_bias", "bias", "base_model_name_or_path",
-    "auto_mapping", "megatron_core", "use_dora", "modules_to_save",
-}  # fmt: skip
-_DESCRIPTIVE = {
-    "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out", "eva_config",
-    "qalora_group_size", "runtime_config", "ephemeral_gpu_offload", "ensure_weight_tying",
-}  # fmt: skip
+    "auto_mapping", "megatron_core",
+)  # fmt: skip
+_INERT = (
+    "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out", "qalora_group_size",
+    "runtime_config", "ephemeral_gpu_offload", "ensure_weight_tying",
+    # how the factors were begun; what they are now stands in the tensors
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+    # written by ms-swift, Unsloth, PEFT before 0.3 and others, read by their training alone
+    "swift_type", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding",
+    "model_key_mapping", "use_merged_linear", "merge_weights", "unsloth_version", "unsloth_fixed", "model_type",
+    "torch_dtype", "dtype", "transformers_version", "library_name", "velora_config",
+)  # fmt: skip
+_REFUSED = {
+    "use_dora": f"it needs DoRA, which rescales the base's output and does not add up; {_MERGE}",
+    "modules_to_save": "it replaces layers of the base; train without it",
+    "trainable_token_indices": "it replaces rows of the base's embedding; train without it",
+    "target_parameters": "it adapts bare parameters (fused experts), which are not composed yet; train linear layers",
+    "alora_invocation_tokens": "it is an aLoRA, which wakes up at a text of its own; write term[text] and train a LoRA",
+    "layer_replication": "it makes the base deeper, and so makes another base; train without it",
+    "use_qalora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {_MERGE}",
+    "use_bdlora": f"its factors are block-diagonal, which is not composed; {_MERGE}",
+    "arrow_config": "it is a router over several LoRAs (Arrow); use the LoRAs themselves",
+    "kasa_config": f"KaSA changes the base's weights; {_MERGE}",
+    "monteclora_config": f"MonteCLoRA draws its factors anew; {_MERGE}",
+    "megatron_config": "it is for a model that Megatron splits; save it for the whole model",
+    "enable_lora": f"it adapts parts of a fused layer (MergedLinear); {_MERGE}",
+    "use_qa_lora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {_MERGE}",
+}
+
+FIELDS: Mapping[str, str] = {
+    **dict.fromkeys(_EXACT, "exact"),
+    **dict.fromkeys(_INERT, "inert"),
+    **{field: f"refused: {way_out}" for field, way_out in _REFUSED.items()},
+}
+"""Every field that is known: "exact" is checked and computed as it says, "inert" changes nothing once trained,
+"refused: ..." with the way out. What can be converted is a value of `init_lora_weights`, see `_CONVERTIBLE`."""
+
 _UNTOUCHED_BASE = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
-_CONVERTIBLE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CONVERSION = (
     "convert it to a plain LoRA with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=INITIAL)"
 )
+_CONVERTIBLE = {
+    **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERSION),
+    "loftq": f"PEFT can not convert it: {_MERGE}",
+}
+_LIBRARIES = ("transformers", "transformers_modules", "unsloth", "unsloth_compiled_cache", "peft", "trl")
+_EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 
 def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
@@ -51,7 +89,7 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
     ranks, rank_problems = _patterns(config, "rank_pattern", _rank_problem)
     alphas, alpha_problems = _patterns(config, "alpha_pattern", _alpha_problem)
     problems += [*_numbers(config), *target_problems, *rank_problems, *alpha_problems]
-    if problems or selects is None:
+    if problems:
         return None, [f"{CONFIG}: {problem}" for problem in problems]
     settings = LoraSettings(
         rank=config["r"],
@@ -62,58 +100,61 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
         selects=selects,
         rank_pattern=ranks,
         alpha_pattern=alphas,
+        biases=config.get("bias") in ("all", "lora_only"),
         base_name=config.get("base_model_name_or_path") or "",
     )
     return settings, []
 
 
 def _method(config: dict[str, Any]) -> list[str]:
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {shown(config.get('peft_type'))}, only 'LORA' is composed")
-    if config.get("use_dora"):
-        problems.append(
-            "use_dora: DoRA rescales the base's output and does not add up; merge it, and extract a plain LoRA"
-        )
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CONVERTIBLE):
-        problems.append(f"init_lora_weights is {shown(start)}, which changes the base's weights; {_CONVERSION}")
-    elif config.get("init_lora_weights") is not None and start not in _UNTOUCHED_BASE:
-        problems.append(f"init_lora_weights is {shown(config['init_lora_weights'])}, which is unknown here")
-    if config.get("modules_to_save"):
-        problems.append(f"modules_to_save replaces {shown(config['modules_to_save'])} of the base; train without it")
-    if config.get("bias") not in (None, "none"):
-        problems.append(f"bias is {shown(config['bias'])}, which replaces biases of the base; only 'none' is composed")
+    problems = [kind] if (kind := of_config(config)) else []
+    filled = [field for field in _REFUSED if config.get(field) not in _EMPTY]
+    problems += [f"{field} is {shown(config[field])}: {_REFUSED[field]}" for field in filled]
+    start = config.get("init_lora_weights")
+    name = str(start).lower()
+    way_out = next((text for begin, text in _CONVERTIBLE.items() if name.startswith(begin)), None)
+    if way_out:
+        problems.append(f"init_lora_weights is {shown(start)}, which changes the base's weights; {way_out}")
+    elif start is not None and name not in _UNTOUCHED_BASE:
+        problems.append(f"init_lora_weights is {shown(start)}, which is unknown here")
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        problems.append(f"bias is {shown(config['bias'])}, not 'none', 'all' or 'lora_only'")
     return problems
 
 
 def _surroundings(config: dict[str, Any]) -> list[str]:
     problems = []
     mapping = config.get("auto_mapping")
-    if mapping is not None and not _is_transformers(mapping):
+    if mapping not in _EMPTY and not _names_a_model(mapping):
+        libraries = ", ".join(_LIBRARIES)
         problems.append(
-            f"auto_mapping names code to import, {shown(mapping)}; only classes of transformers may stand there"
+            f"auto_mapping names code to import, {shown(mapping)}; only classes of {libraries} may be named"
         )
     if config.get("megatron_core") not in (None, "megatron.core"):
         problems.append(f"megatron_core names code to import, {shown(config['megatron_core'])}")
     name = config.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
         problems.append(f"base_model_name_or_path is {shown(name)}, not a text")
-    others = sorted(set(config) - _CHECKED - _DESCRIPTIVE)
-    filled = [field for field in others if config[field] not in (None, False, 0, "", [], {})]
+    filled = [field for field in sorted(set(config) - set(FIELDS)) if config[field] not in _EMPTY]
     problems += [f"{shown(field)} is {shown(config[field])}, which is not supported" for field in filled[:20]]
     if len(filled) > 20:
         problems.append(f"and {len(filled) - 20:,} more fields that are not supported")
     return problems
 
 
-def _is_transformers(mapping: Any) -> bool:
-    if not isinstance(mapping, dict) or set(mapping) != {"base_model_class", "parent_library"}:
+def _names_a_model(mapping: Any) -> bool:
+    """Whether this says which class was trained, in one of the known libraries. It is not imported in any case."""
+    if not isinstance(mapping, dict):
         return False
-    parts = (mapping["base_model_class"], mapping["parent_library"])
-    if not all(isinstance(part, str) for part in parts):
-        return False
-    return parts[0].isidentifier() and re.fullmatch(r"transformers\.models\.[a-z0-9_.]+", parts[1]) is not None
+    name, library = mapping.get("base_model_class"), mapping.get("parent_library")
+    others = [value for key, value in mapping.items() if key not in ("base_model_class", "parent_library")]
+    return (
+        (name is None or (isinstance(name, str) and name.isidentifier()))
+        and isinstance(library, str)
+        and re.fullmatch(r"[A-Za-z0-9_.]{1,200}", library) is not None
+        and library.partition(".")[0] in _LIBRARIES
+        and all(value is None or isinstance(value, bool | int | float | str) for value in others)
+    )
 
 
 def _numbers(config: dict[str, Any]) -> list[str]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lora_rt.registry.inspection import kinds
+from lora_rt.registry.inspection.keys import PREFIX, base_key, inner_path, lora_key, renamed
 from lora_rt.registry.inspection.safetensors_header import TensorEntry
 from lora_rt.registry.inspection.settings import LoraSettings
 from lora_rt.registry.strict_json import shown
 
-PREFIX = "base_model.model."
 FLOATS = ("F32", "F16", "BF16")
+MAX_RANK = 4096
 
-_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)")
+# What PEFT copies out of the base into an adapter's file: biases, and embedding and head when it adapts one of them.
+_COPIED = re.compile(r"(.*\.)?(base_layer\.weight|(lm_head|embed_tokens|embed_out|embed_in|wte|output)\.weight|bias)")
 _LAYER = re.compile(r"(^|\.)\d+\.")
 Linears = Mapping[str, tuple[int, int]]
 _Parts = dict[str, TensorEntry]
@@ -35,56 +39,94 @@ class LoraModule:
     bias_key: str | None
 
 
-def pair_modules(
-    entries: Mapping[str, TensorEntry], settings: LoraSettings, linears: Linears | None
-) -> tuple[tuple[LoraModule, ...], list[str]]:
-    """The adapted modules in the base's order (by name without a base), and everything that is wrong with tensors."""
-    parts, problems = _group(entries)
-    expected = _expected(settings, linears)
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What the tensors are: adapted modules, tensors that claim to be the base's own by their name in the base."""
+
+    modules: tuple[LoraModule, ...]
+    copies: Mapping[str, str]
+    problems: list[str]
+
+
+def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, linears: Linears | None) -> Pairing:
+    """The adapted modules in the base's order (by name without a base), and everything that is wrong with tensors.
+
+    A path that the base does not have is looked for under its other names (`keys.renamed`).
+    """
+    given, copies, problems = _group(entries)
+    new_paths = renamed(given, linears or ())
+    old_paths = {new_paths.get(path, path): path for path in given}
+    if len(old_paths) != len(given):
+        twice = sorted(new for new, count in Counter(new_paths.get(p, p) for p in given).items() if count > 1)
+        problems += [f"{shown(path)} is there under two names" for path in twice]
+    parts = {new: given[old] for new, old in old_paths.items()}
+    expected = _expected(settings, linears, [*parts] if new_paths else None)
     modules: list[LoraModule] = []
     for module in _ordered(parts, linears):
-        wrong = _module_problems(module, parts[module], settings, linears)
+        paths = (module, old_paths[module])
+        wrong = _module_problems(paths, parts[module], settings, linears)
         problems += wrong
         if not wrong:
-            modules.append(_lora_module(module, parts[module], settings))
+            modules.append(_lora_module(paths, parts[module], settings))
     missing = [module for module in expected or () if module not in parts and _is_required(module, settings)]
     problems += [f"{shown(module)} is to be adapted and has no tensors" for module in missing]
-    if linears is not None and not expected:
+    if not parts and not problems:
+        problems.append("it holds no factors of a LoRA")
+    if expected is not None and not expected:
         problems.append("target_modules selects no linear layer of this base")
-    return tuple(modules), problems
+    return Pairing(tuple(modules), copies, problems)
 
 
-def _group(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, _Parts], list[str]]:
+def rank_problems(entries: Mapping[str, TensorEntry]) -> list[str]:
+    """Factors of a rank beyond all use, told by the header alone, before a value is read."""
+    ranks = [
+        (key, entry.shape[0] if ".lora_A." in key else entry.shape[-1])
+        for key, entry in entries.items()
+        if len(entry.shape) == 2 and (".lora_A." in key or ".lora_B." in key)
+    ]
+    return [f"{shown(key)} is of rank {rank:,}, more than {MAX_RANK:,}" for key, rank in ranks if rank > MAX_RANK]
+
+
+def _group(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, _Parts], dict[str, str], list[str]]:
     parts: dict[str, _Parts] = {}
+    copies: dict[str, str] = {}
+    strangers: dict[str, list[str]] = {}
+    names: set[str] = set()
     problems = []
     for key, entry in entries.items():
-        found = _KEY.fullmatch(key.removeprefix(PREFIX))
+        found = lora_key(key)
         if found is None:
-            problems.append(f"{shown(key)} is {_what(key)}")
+            if _COPIED.fullmatch(key) and "lora_" not in key:
+                copies[key] = base_key(key)
+            else:
+                strangers.setdefault(kinds.of_tensor(key), []).append(key)
             continue
-        group = parts.setdefault(found["module"], {})
-        if found["part"] in group:
-            problems.append(f"{shown(key)} is there twice, with and without {PREFIX!r}")
-        group[found["part"]] = entry
+        module, part, name = found
+        group = parts.setdefault(module, {})
+        if part in group:
+            problems.append(f"{shown(key)} is there twice, with and without {PREFIX!r} or an adapter's name")
+        group[part] = entry
+        names.add(name)
         if entry.dtype not in FLOATS:
             problems.append(f"{shown(key)} is {entry.dtype}; {', '.join(FLOATS)} are loaded")
-    return parts, problems
+    if len(names) > 1:
+        problems.append(f"it holds several adapters, {shown(sorted(names))}; save each by itself")
+    for what, keys in strangers.items():
+        others = f", and {len(keys) - 3:,} more tensors are" if len(keys) > 3 else ""
+        problems += [f"{shown(key)} is {what}" for key in keys[:2]] + [f"{shown(k)}{others} {what}" for k in keys[2:3]]
+    return parts, copies, problems
 
 
-def _what(key: str) -> str:
-    if "lora_magnitude_vector" in key:
-        return "a DoRA magnitude, which does not add up; merge the adapter and extract a plain LoRA"
-    if "lora_embedding_" in key:
-        return "a LoRA of an embedding, which is not composed; train without embeddings in target_modules"
-    if "lora_" in key:
-        return "no tensor that is known of a LoRA"
-    return "a weight of the base, which no adapter may replace"
-
-
-def _expected(settings: LoraSettings, linears: Linears | None) -> dict[str, None] | None:
-    if linears is None:
+def _expected(settings: LoraSettings, linears: Linears | None, found: list[str] | None) -> dict[str, None] | None:
+    """The modules that must have tensors; None where nobody can say. `found` limits them to its part of the model."""
+    if linears is None or settings.selects is None:
         return None
-    return dict.fromkeys(module for module in linears if settings.selects(module))
+    chosen = [module for module in linears if settings.adapts(module)]
+    if found is not None:
+        # Written for another class of the model, maybe for its text part alone: other towers are not expected.
+        towers = {inner_path(module).partition(".")[0] for module in found}
+        chosen = [m for m in chosen if inner_path(m).partition(".")[0] in towers] or found
+    return dict.fromkeys(chosen)
 
 
 def _is_required(module: str, settings: LoraSettings) -> bool:
@@ -99,11 +141,12 @@ def _ordered(parts: Mapping[str, _Parts], linears: Linears | None) -> Iterable[s
 
 
 def _module_problems(
-    module: str,
+    paths: tuple[str, str],
     found: Mapping[str, TensorEntry],
     settings: LoraSettings,
     linears: Linears | None,
 ) -> list[str]:
+    module = paths[0]
     problems = [f"{shown(module)} has no {part}" for part in ("lora_A.weight", "lora_B.weight") if part not in found]
     if settings.lora_bias and "lora_B.bias" not in found:
         problems.append(f"{shown(module)} has no lora_B.bias though lora_bias is true")
@@ -111,17 +154,14 @@ def _module_problems(
         problems.append(f"{shown(module)} has a lora_B.bias though lora_bias is not true")
     if linears is not None and module not in linears:
         problems.append(f"{shown(module)} is no linear layer of this base")
-    elif not settings.selects(module):
+    elif not settings.adapts(*paths):
         problems.append(f"{shown(module)} has tensors but is not among target_modules")
     size = linears.get(module) if linears is not None else None
-    problems += _shape_problems(module, found, settings, size)
+    problems += _shape_problems(settings.rank_of(*paths), found, size)
     return problems
 
 
-def _shape_problems(
-    module: str, found: Mapping[str, TensorEntry], settings: LoraSettings, size: tuple[int, int] | None
-) -> list[str]:
-    rank = settings.rank_of(module)
+def _shape_problems(rank: int, found: Mapping[str, TensorEntry], size: tuple[int, int] | None) -> list[str]:
     out_features, in_features = size or (None, None)
     wanted: Mapping[str, tuple[int | None, ...]] = {
         "lora_A.weight": (rank, in_features),
@@ -143,12 +183,12 @@ def _shape(shape: tuple[int | None, ...]) -> str:
     return f"({', '.join('any' if size is None else str(size) for size in shape)})"
 
 
-def _lora_module(module: str, found: Mapping[str, TensorEntry], settings: LoraSettings) -> LoraModule:
+def _lora_module(paths: tuple[str, str], found: Mapping[str, TensorEntry], settings: LoraSettings) -> LoraModule:
     bias = found.get("lora_B.bias")
     return LoraModule(
-        module=module,
-        rank=settings.rank_of(module),
-        scaling=settings.scaling_of(module),
+        module=paths[0],
+        rank=settings.rank_of(*paths),
+        scaling=settings.scaling_of(*paths),
         a_key=found["lora_A.weight"].key,
         b_key=found["lora_B.weight"].key,
         bias_key=bias.key if bias else None,

@@ -14,8 +14,9 @@ Pattern = tuple[re.Pattern[str], float]
 class LoraSettings:
     """A LoRA configuration that may be used.
 
-    `selects(module)` says whether PEFT would adapt a module of that path; `all_linear` that it names no modules but
-    every linear layer. The patterns are in the file's order, the first match wins, as in PEFT.
+    `selects(module)` says whether PEFT would adapt a module of that path; None where that can't be told safely, and the
+    tensors alone decide. `all_linear` says that it names no modules but every linear layer. `biases` that biases
+    of the base were trained, where it has any. The patterns are in the file's order, the first match wins, as in PEFT.
     """
 
     rank: int
@@ -23,20 +24,25 @@ class LoraSettings:
     rslora: bool
     lora_bias: bool
     all_linear: bool
-    selects: Callable[[str], bool]
+    selects: Callable[[str], bool] | None
     rank_pattern: Sequence[Pattern]
     alpha_pattern: Sequence[Pattern]
+    biases: bool
     base_name: str
 
-    def rank_of(self, module: str) -> int:
-        """The rank that the configuration gives this module."""
-        return int(_first(self.rank_pattern, module, self.rank))
+    def adapts(self, *paths: str) -> bool:
+        """Whether a module of one of these paths may have tensors."""
+        return self.selects is None or any(self.selects(path) for path in paths)
 
-    def scaling_of(self, module: str) -> float:
+    def rank_of(self, *paths: str) -> int:
+        """The rank that the configuration gives a module, by its path here or the one in the file."""
+        return int(_first(self.rank_pattern, paths, self.rank))
+
+    def scaling_of(self, *paths: str) -> float:
         """alpha / r with the module's own r and alpha; alpha / sqrt(r) if rank-stabilised (arXiv:2312.03732)."""
-        rank = self.rank_of(module)
-        return _first(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        rank = self.rank_of(*paths)
+        return _first(self.alpha_pattern, paths, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _first(patterns: Sequence[Pattern], module: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
+def _first(patterns: Sequence[Pattern], paths: Sequence[str], default: float) -> float:
+    return next((value for pattern, value in patterns if any(pattern.match(path) for path in paths)), default)

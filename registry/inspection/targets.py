@@ -1,4 +1,8 @@
-"""Which modules a configuration adapts: `target_modules` and its neighbours, with PEFT's meaning."""
+"""Which modules a configuration adapts: `target_modules` and its neighbours, with PEFT's meaning.
+
+A pattern that can't be matched safely (lookarounds, optional groups, nested repeats) is never matched: the tensors say
+which modules are adapted, and a list or a plain pattern is only the second witness.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,10 @@ _NUMBERED = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 
 
 def selector(config: dict[str, Any]) -> tuple[Selects | None, list[str]]:
-    """A function that says of a module's path whether it is adapted, or None and what is wrong with the fields."""
+    """A function that says of a module's path whether it is adapted, and what is wrong with the fields.
+
+    None where nothing is wrong: a pattern among the fields is not one that can be matched safely.
+    """
     problems: list[str] = []
     targets = _matcher(config.get("target_modules"), "target_modules", problems)
     excludes = _matcher(config.get("exclude_modules") or [], "exclude_modules", problems)
@@ -37,7 +44,7 @@ def selector(config: dict[str, Any]) -> tuple[Selects | None, list[str]]:
 
 def _matcher(value: Any, field: str, problems: list[str]) -> Selects | None:
     if isinstance(value, str):
-        return _regex(value, field, problems)
+        return _regex(value)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         problems.append(f"{field} is {shown(value)}, not a list of module names")
         return None
@@ -59,16 +66,11 @@ def _matcher(value: Any, field: str, problems: list[str]) -> Selects | None:
     return matches
 
 
-def _regex(value: str, field: str, problems: list[str]) -> Selects | None:
-    if field == "target_modules" and value == "all-linear":
+def _regex(value: str) -> Selects | None:
+    if value == "all-linear":
         return lambda module: True
     compiled = compile_tame(value)
-    if compiled is None:
-        problems.append(
-            f"{field} is the pattern {shown(value)}, which is too complex to be matched safely; list the module names"
-        )
-        return None
-    return lambda module: compiled.fullmatch(module) is not None
+    return None if compiled is None else lambda module: compiled.fullmatch(module) is not None
 
 
 def _layers(value: Any, problems: list[str]) -> frozenset[int]:

@@ -1,13 +1,14 @@
 """The numbers in a safetensors file, in chunks of 4 MB: are they finite, and of a size that a trained adapter has?
 
-The same pass computes the file's sha256, so that what was checked is what was hashed.
+The same pass computes the file's sha256 and keeps the tensors that are asked for, so that what was checked is what was
+hashed, and what is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from lora_rt.registry.files import CHUNK
 from lora_rt.registry.inspection.modules import LoraModule
-from lora_rt.registry.inspection.safetensors_header import ITEM_BYTES, TensorEntry
+from lora_rt.registry.inspection.safetensors_header import TensorEntry
 from lora_rt.registry.strict_json import shown
 
 MAX_ABSOLUTE = 1e4
@@ -33,17 +34,40 @@ class TensorFacts:
     norm: float
 
 
-def read_values(file: BinaryIO, entries: Iterable[TensorEntry]) -> tuple[dict[str, TensorFacts], str]:
-    """Facts about every floating-point tensor, and the sha256 of the whole file, which is open at any position."""
+@dataclass(frozen=True, slots=True, eq=False)
+class RawTensor:
+    """A tensor as its bytes lay in the file, (nbytes,) uint8, with its safetensors dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFile:
+    """One pass over a safetensors file: facts about every tensor, the sha256 of the file, the tensors that are kept."""
+
+    facts: Mapping[str, TensorFacts]
+    sha256: str
+    tensors: Mapping[str, RawTensor]
+
+
+def read_values(file: BinaryIO, entries: Iterable[TensorEntry], keep: Container[str] = ()) -> ReadFile:
+    """Read the whole of a file that is open at any position, once; `keep` are the keys of tensors to keep."""
     digest = hashlib.sha256()
     file.seek(0)
     facts: dict[str, TensorFacts] = {}
+    tensors: dict[str, RawTensor] = {}
+    chunk = np.empty(CHUNK, np.uint8)
     for entry in sorted(entries, key=lambda item: item.begin):
         _hash_until(file, digest, entry.begin)
-        facts[entry.key] = _read_tensor(file, digest, entry)
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return facts, digest.hexdigest()
+        kept = np.empty(entry.end - entry.begin, np.uint8) if entry.key in keep else None
+        facts[entry.key] = _read_tensor(file, digest, entry, chunk, kept)
+        if kept is not None:
+            tensors[entry.key] = RawTensor(entry.dtype, entry.shape, kept)
+    while rest := file.read(CHUNK):
+        digest.update(rest)
+    return ReadFile(facts, digest.hexdigest(), tensors)
 
 
 def value_problems(facts: Mapping[str, TensorFacts], limit: float = MAX_ABSOLUTE) -> list[str]:
@@ -72,15 +96,22 @@ def _hash_until(file: BinaryIO, digest: hashlib._Hash, position: int) -> None:
         digest.update(chunk)
 
 
-def _read_tensor(file: BinaryIO, digest: hashlib._Hash, entry: TensorEntry) -> TensorFacts:
+def _read_tensor(
+    file: BinaryIO,
+    digest: hashlib._Hash,
+    entry: TensorEntry,
+    chunk: npt.NDArray[np.uint8],
+    kept: npt.NDArray[np.uint8] | None,
+) -> TensorFacts:
+    """Facts about the values, read into `kept` where there is one and over `chunk` again and again where not."""
     bad, largest, squares = 0, 0.0, 0.0
-    item = ITEM_BYTES[entry.dtype]
-    while (left := entry.end - file.tell()) > 0:
-        chunk = file.read(min(left, CHUNK))
-        digest.update(chunk)
-        if len(chunk) % item or not chunk:
+    for start in range(0, entry.end - entry.begin, CHUNK):
+        size = min(CHUNK, entry.end - entry.begin - start)
+        piece = chunk[:size] if kept is None else kept[start : start + size]
+        if _fill(file, piece) < size:
             return TensorFacts(bad + 1, largest, math.inf)  # the file shrank while it was read
-        values = _as_floats(chunk, entry.dtype)
+        digest.update(piece)
+        values = _as_floats(piece, entry.dtype)
         with np.errstate(all="ignore"):
             # NaN survives max and min, so that one number tells whether all are finite.
             top = max(float(values.max()), -float(values.min()), key=lambda x: (math.isnan(x), x))
@@ -92,8 +123,17 @@ def _read_tensor(file: BinaryIO, digest: hashlib._Hash, entry: TensorEntry) -> T
     return TensorFacts(bad, largest, math.sqrt(squares))
 
 
-def _as_floats(chunk: bytes, dtype: str) -> npt.NDArray[np.floating]:
+def _fill(file: BinaryIO, piece: npt.NDArray[np.uint8]) -> int:
+    """Read into the whole of an array; how many bytes there were."""
+    view, filled = memoryview(piece), 0
+    while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return filled
+
+
+def _as_floats(piece: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.floating]:
     if dtype == "BF16":
-        return (np.frombuffer(chunk, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+        return (piece.view("<u2").astype(np.uint32) << 16).view(np.float32)
     numpy_types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
-    return np.frombuffer(chunk, dtype=numpy_types.get(dtype, "i1")).astype(np.float64 if dtype == "F64" else np.float32)
+    kind = numpy_types.get(dtype, "i1")
+    return piece.view(kind).astype(np.float64 if dtype == "F64" else np.float32, copy=False)

@@ -27,7 +27,7 @@ class Engine:
 
     def read(self, adapter: Path) -> ResidentAdapter:
         shapes = self.bank.topology.shapes
-        return read_adapter(inspect_adapter(adapter, name=adapter.name, linears=shapes), adapter.name)
+        return read_adapter(inspect_adapter(adapter, name=adapter.name, linears=shapes, load=True), adapter.name)
 
     def add(self, *adapters: Path) -> None:
         for adapter in adapters:

@@ -148,7 +148,9 @@ class LlamaCpp:
         return found
 
     def _export(self, path: Path, name: str) -> Path:
-        inspected = inspect_adapter(path, name=name, linears=self._lab.shelf.shapes, base=self._lab.base.identity)
+        inspected = inspect_adapter(
+            path, name=name, linears=self._lab.shelf.shapes, base=self._lab.base.identity, load=True
+        )
         file = path / "adapter.gguf"
         write_gguf_adapter(file, read_adapter(inspected, name).factors, self._lab.base.model.config)
         return file

@@ -1,0 +1,67 @@
+"""Tensor names of adapter files, in the spellings that trainers and years have given them.
+
+    base_model.model.<module>.lora_A.weight            PEFT
+    <module>.lora_A.weight                             without its prefix
+    base_model.model.<module>.lora_A.default.weight    saved with state_dict(): the adapter's name is inside
+    _orig_mod. / _fsdp_wrapped_module. / module.       left by torch.compile, FSDP, DDP
+
+`<module>` is a path in the model that was trained. The same layer has other paths in other classes and versions:
+
+    model.language_model.layers.0...    a multimodal model since transformers 4.52
+    language_model.model.layers.0...    the same before
+    model.layers.0...                   its text part alone
+    layers.0...                         saved from the inner model
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+PREFIX = "base_model.model."
+
+_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<name>[^.]+))?\.(?P<leaf>weight|bias)")
+_SHELLS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "gpt_neox", "backbone", "llm"})
+
+
+def plain(key: str) -> str:
+    """The key without what wrapped the model: PEFT's prefix (once or twice), torch.compile, FSDP, DDP."""
+    if not key.startswith((PREFIX, "module.")) and not _SHELLS.intersection(key.split(".")):
+        return key
+    short = ".".join(part for part in key.split(".") if part not in _SHELLS).removeprefix("module.")
+    return short.removeprefix(PREFIX).removeprefix("module.").removeprefix(PREFIX)
+
+
+def lora_key(key: str) -> tuple[str, str, str] | None:
+    """(module, `lora_A.weight` | `lora_B.weight` | `lora_B.bias`, adapter's name or "") of a key; None for others."""
+    found = _KEY.fullmatch(plain(key))
+    if found is None or (found["part"], found["leaf"]) == ("lora_A", "bias"):
+        return None
+    return found["module"], f"{found['part']}.{found['leaf']}", found["name"] or ""
+
+
+def base_key(key: str) -> str:
+    """The name in the base of a tensor that is no LoRA: PEFT hides a wrapped layer's own behind `base_layer`."""
+    return plain(key).replace(".base_layer.", ".")
+
+
+def inner_path(path: str) -> str:
+    """The path without the models that are wrapped around it, by which two versions of one path are the same."""
+    parts = path.split(".")
+    start = next((i for i, part in enumerate(parts) if part not in _WRAPPERS), 0)
+    return ".".join(parts[start:])
+
+
+def renamed(modules: Iterable[str], known: Iterable[str]) -> Mapping[str, str]:
+    """For modules that are not among the known paths: the one known path that is the same layer, where there is one."""
+    paths = list(known)
+    there = set(paths)
+    strangers = [module for module in modules if module not in there] if paths else []
+    if not strangers:
+        return {}
+    by_inner: dict[str, list[str]] = {}
+    for path in paths:
+        by_inner.setdefault(inner_path(path), []).append(path)
+    found = {module: by_inner.get(inner_path(module), []) for module in strangers}
+    return {module: same[0] for module, same in found.items() if len(same) == 1}

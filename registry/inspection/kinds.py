@@ -1,0 +1,108 @@
+"""What a folder is that is not a LoRA of PEFT's form: its kind in one line, and the way out.
+
+Told by names alone: of files, of fields of the configuration, of tensors. Nothing is opened for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lora_rt.registry.files import CONFIG, PICKLES, WEIGHTS, shard_number
+from lora_rt.registry.strict_json import shown
+
+_MLX = "written by MLX, whose LoRA has other names and turned matrices; convert it to PEFT's form first"
+_DIFFUSERS = "a LoRA of an image model (diffusers), not of a language model"
+
+_METHODS = {
+    "IA3": "IA3, not LoRA",
+    "LOHA": "LoHa, not LoRA",
+    "LOKR": "LoKr, not LoRA",
+    "ADALORA": "AdaLoRA, not plain LoRA: its values are in lora_E; fold them in and save a LoRA",
+    "VERA": "VeRA, not LoRA: its matrices are drawn from a seed",
+    "XLORA": "X-LoRA, a router over several LoRAs; use the LoRAs themselves, with weights of yours",
+    "PROMPT_TUNING": "PROMPT_TUNING (prompt tuning), not LoRA",
+    "P_TUNING": "P_TUNING (prompt tuning), not LoRA",
+    "PREFIX_TUNING": "PREFIX_TUNING (prefix tuning), not LoRA",
+    "MULTITASK_PROMPT_TUNING": "MULTITASK_PROMPT_TUNING (prompt tuning), not LoRA",
+    "LN_TUNING": "LN_TUNING (layer norms), not LoRA",
+}
+_MARKS = (  # a part of a tensor's name, and what it tells
+    ("lora_magnitude_vector", "a DoRA magnitude: it needs DoRA, which does not add up; merge it, extract a plain LoRA"),
+    ("lora_embedding_", "a LoRA of an embedding, which is not composed; train without embeddings in target_modules"),
+    ("lora_E", "of AdaLoRA, not plain LoRA"),
+    ("lora_ranknum", "of AdaLoRA, not plain LoRA"),
+    ("ia3_l", "of IA3, not LoRA"),
+    ("hada_w", "of LoHa, not LoRA"),
+    ("lokr_w", "of LoKr, not LoRA"),
+    ("vera_lambda", "of VeRA, not LoRA"),
+    ("oft_", "of OFT, not LoRA"),
+    ("boft_", "of BOFT, not LoRA"),
+    ("prompt_embeddings", "of prompt tuning, not LoRA"),
+    ("internal_xlora_classifier", "of X-LoRA, a router over several LoRAs"),
+    ("lora_a", _MLX),
+    ("lora_b", _MLX),
+    ("lora_unet_", _DIFFUSERS),
+    (".lora.down", _DIFFUSERS),
+    (".lora.up", _DIFFUSERS),
+    ("lora_down", "in kohya's form, not PEFT's; convert it to PEFT's form first"),
+    ("lora_up", "in kohya's form, not PEFT's; convert it to PEFT's form first"),
+    ("lora_", "no tensor that is known of a LoRA"),
+)
+
+
+def of_tensor(key: str) -> str:
+    """What a tensor is that is no factor of a LoRA."""
+    found = next((text for mark, text in _MARKS if mark in key), None)
+    return found or "a weight of the base, which no adapter may replace"
+
+
+def of_config(config: Mapping[str, Any]) -> str:
+    """What a configuration is of, where it is of no LoRA of PEFT's; empty where it is."""
+    method = config.get("peft_type")
+    if method == "LORA":
+        return ""
+    if method is None and {"fine_tune_type", "lora_parameters", "lora_layers"} & set(config):
+        return _MLX
+    if method is None and "model_type" in config and "architectures" in config:
+        return "the configuration of a whole model, not of an adapter; use its folder with --base"
+    if isinstance(method, str) and method in _METHODS:
+        return _METHODS[method]
+    return f"peft_type is {shown(method)}, only 'LORA' is composed"
+
+
+def missing_weights(names: Iterable[str]) -> str:
+    """Why a folder with these files has no weights of an adapter, in one line."""
+    there = sorted(names)
+    if WEIGHTS in there:
+        return ""
+    counts = {shard[1] for name in there if (shard := shard_number(name))}
+    shards = {shard[0] for name in there if (shard := shard_number(name))}
+    if len(counts) > 1:
+        return f"the parts of {WEIGHTS} are of different sets"
+    if counts:
+        lacking = sorted(set(range(1, max(counts) + 1)) - shards)
+        return f"of the {max(counts)} parts of {WEIGHTS}, number {lacking[0]} is missing" if lacking else ""
+    return f"{WEIGHTS} is missing{_instead(there)}"
+
+
+def of_folder(names: Iterable[str]) -> str:
+    """What a folder without an adapter is, where that can be told from its files; empty where it can't."""
+    there = sorted(names)
+    return _instead(there).removeprefix("; ") if CONFIG not in there and WEIGHTS not in there else ""
+
+
+def _instead(names: list[str]) -> str:
+    if "adapters.safetensors" in names or "adapters.npz" in names:
+        return f"; {_MLX}"
+    if any(name.endswith(".gguf") for name in names):
+        return "; a .gguf is an adapter for llama.cpp: get the PEFT folder that it was made of"
+    pickles = [name for name in names if name.endswith(PICKLES) and name.startswith("adapter")]
+    if pickles:
+        return f"; {shown(pickles[0])} is a pickle, which is never opened: save the adapter as safetensors"
+    if any(name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", *PICKLES)) for name in names):
+        return "; it holds a whole model (merged, or all of it trained), not an adapter: use it with --base"
+    if any(name.startswith("pytorch_lora_weights") for name in names):
+        return f"; it is {_DIFFUSERS}"
+    others = [name for name in names if name.endswith(PICKLES)]
+    return f"; {shown(others[0])} is a pickle, which is never opened" if others else ""
