@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
@@ -33,8 +32,9 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def run() -> None:
     """Run the command line and exit: 0 success, 1 an explained failure, 2 usage."""
-    # The Hub's client speaks of every retry; what came of them is our line to say.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Xet's transfers do not go through Python, where the Hub's other requests get their limits.
+    for name, value in (("CONNECT_TIMEOUT", "10s"), ("READ_TIMEOUT", "30s"), ("RETRY_MAX_DURATION", "60s")):
+        os.environ.setdefault(f"HF_XET_CLIENT_{name}", value)
     # bitsandbytes hands functions to torch.compile while it is imported, which costs a second and is never used here.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # pydantic and torch look through all installed packages for plugins of theirs, and fail with a damaged one; here

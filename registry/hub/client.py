@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, cast
 
 from lora_rt.registry.errors import HubError
 from lora_rt.registry.files import LIMITS, MEGABYTE
+from lora_rt.registry.hub import internals, limits
 from lora_rt.registry.strict_json import shown
 
 if TYPE_CHECKING:
@@ -28,12 +28,11 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def api() -> HfApi:
-    """The Hub's client, with the token of its usual places, over the guarded session."""
+    """The Hub's client, with the token of its usual places; to be used within `explained` or `session`."""
     from huggingface_hub import HfApi
 
     from lora_rt.version import __version__
 
-    _guard()
     return HfApi(library_name="lora-rt", library_version=__version__)
 
 
@@ -44,26 +43,24 @@ def asks_nobody() -> bool:
     return bool(constants.is_offline_mode())
 
 
-def _guard() -> None:
-    """Make every session that the client opens check what comes back. A factory that an application set is kept.
-
-    There is no public way to read the factory in use, and wrapping single sessions is not enough: the client opens a
-    new one after a lost connection.
-    """
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils import _http
-
-    factory = _http._GLOBAL_CLIENT_FACTORY
-    if getattr(factory, "func", None) is not _guarded_client:
-        set_client_factory(functools.partial(_guarded_client, factory))
-
-
-def _guarded_client(factory: Callable[[], httpx2.Client]) -> httpx2.Client:
-    client = factory()
+def _prepare(client: httpx2.Client) -> None:
+    """Limit what the client waits for, and check what comes back before the Hub's library sees it."""
     hooks = client.event_hooks
-    hooks["response"] = [_check_answer, *hooks.get("response", [])]
+    hooks["request"] = [*hooks.get("request", []), limits.on_request]
+    hooks["response"] = [limits.on_response, _check_answer, *hooks.get("response", [])]
     client.event_hooks = hooks
-    return client
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Within the block, requests of the Hub's library are guarded and limited. What an application set up stays."""
+    answers = _ANSWERS.set([])
+    limits.forget()
+    try:
+        with internals.own_client(_prepare):
+            yield
+    finally:
+        _ANSWERS.reset(answers)
 
 
 def _check_answer(response: httpx2.Response) -> None:
@@ -119,56 +116,75 @@ def _untrusted(response: httpx2.Response, what: str) -> HubError:
 
 @contextmanager
 def explained(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the client raises into one line and the next step."""
+    """A `session` in which whatever the client raises becomes one line and the next step.
+
+    Raises:
+        HubError: instead of the client's exceptions.
+    """
+    try:
+        with session():
+            yield
+    except Exception as error:
+        found = in_words(error, repo, revision)
+        if found is None:
+            raise
+        raise found from error
+
+
+def in_words(error: BaseException, repo: str, revision: str | None = None) -> HubError | None:
+    """What an exception of the Hub's client means for a person; None where it is not one of the client's."""
     import httpx2
     from huggingface_hub import errors
 
     at = f"{repo}@{revision}" if revision else repo
-    answers = _ANSWERS.set([])
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{repo} is gated: its owner has to let you in", next_step=f"Ask at {_page(repo)}, then hf auth login"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo} has no revision {revision!r}", next_step=f"See {_page(repo)}/tree/main") from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
+    status = (
+        error.response.status_code if isinstance(error, errors.HfHubHTTPError) and error.response is not None else 0
+    )
+    detail = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    # The first row that fits counts: the client's exceptions are each other's subclasses.
+    table: list[tuple[type[BaseException] | tuple[type[BaseException], ...], str, str]] = [
+        (
+            errors.GatedRepoError,
+            f"{repo} is gated: its owner has to let you in",
+            f"Ask at {_page(repo)}, then hf auth login",
+        ),
+        (errors.RevisionNotFoundError, f"{repo} has no revision {revision!r}", f"See {_page(repo)}/tree/main"),
+        (
+            errors.RepositoryNotFoundError,
             f"the Hub has no {repo}, or it is private and you are not logged in",
-            next_step="Check the name, or log in with: hf auth login",
-        ) from error
-    except errors.LocalTokenNotFoundError as error:
-        raise HubError("this needs a Hub token, and there is none", next_step="hf auth login") from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise HubError(
+            "Check the name, or log in with: hf auth login",
+        ),
+        (errors.LocalTokenNotFoundError, "this needs a Hub token, and there is none", "hf auth login"),
+        (
+            (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError),
             f"{at} is not on this machine, and the Hub is not asked or can not be reached",
-            next_step=f"Go online (unset HF_HUB_OFFLINE, leave out --offline) and type: lora-rt pull {at}",
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise _http_error(repo, error.response.status_code if error.response is not None else 0, str(error)) from error
-    except errors.HFValidationError as error:
-        raise HubError(f"{at} is not a repository: {str(error)[:200]}", next_step="Write org/repo") from error
-    except (httpx2.HTTPError, errors.FileMetadataError) as error:
-        raise HubError(
-            f"the Hub could not be reached for {at}: {str(error)[:200] or type(error).__name__}",
-            next_step="Check the network and HF_ENDPOINT, then try again",
-        ) from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        # The client takes the shape of an answer for granted; a body that is no JSON or lacks a field ends here.
-        raise HubError(
-            f"the Hub's answer about {at} can not be understood: {type(error).__name__} {str(error)[:120]}",
-            next_step="Check HF_ENDPOINT, then try again",
-        ) from error
-    finally:
-        _ANSWERS.reset(answers)
-
-
-def _http_error(repo: str, status: int, text: str) -> HubError:
-    if status in (401, 403):
-        return HubError(f"the Hub does not let you do that with {repo} ({status})", next_step="hf auth login")
-    detail = " ".join(text.split())[:200]
-    return HubError(f"the Hub failed on {repo}: {detail}", next_step="Try again later")
+            f"Go online (unset HF_HUB_OFFLINE, leave out --offline) and type: lora-rt pull {at}",
+        ),
+        (errors.HFValidationError, f"{at} is not a repository: {detail}", "Write org/repo"),
+        (
+            errors.HfHubHTTPError,
+            f"the Hub does not let you do that with {repo} ({status})"
+            if status in (401, 403)
+            else f"the Hub failed on {repo}: {detail}",
+            "hf auth login" if status in (401, 403) else "Try again later",
+        ),
+        (
+            (httpx2.HTTPError, httpx2.InvalidURL, errors.FileMetadataError, ConnectionError, TimeoutError),
+            f"the Hub could not be reached for {at}: {detail}",
+            limits.NEXT_STEP,
+        ),
+        (
+            # The client takes the shape of an answer for granted; a body that is not JSON or lacks a field ends here.
+            (KeyError, TypeError, AttributeError, ValueError),
+            f"the Hub's answer about {at} can not be understood: {type(error).__name__} {detail[:120]}",
+            "Check HF_ENDPOINT, then try again",
+        ),
+        # Xet's transfers raise what Rust gives: no file, no number. A full disk or a missing permission has both.
+        (RuntimeError, f"the transfer with {repo} failed: {detail}", "Try again"),
+    ]
+    if isinstance(error, OSError) and error.errno is None and error.filename is None:
+        table.append((OSError, f"the transfer with {repo} failed: {detail}", "Try again"))
+    return next((HubError(text, next_step=todo) for kind, text, todo in table if isinstance(error, kind)), None)
 
 
 def _page(repo: str) -> str:

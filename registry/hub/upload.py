@@ -58,10 +58,10 @@ def _commit(client: HfApi, adapter: Resolved, inspected: InspectedAdapter, repo:
     except RuntimeError as error:
         # The client wraps whatever happens in its upload threads.
         cause = error.__cause__ or error
-        raise HubError(
-            f"the upload to {repo} failed: {' '.join(str(cause).split())[:200]}",
-            next_step="Try again",
-        ) from error
+        if isinstance(cause, HubError):
+            raise cause from error
+        text = f"the upload to {repo} failed: {' '.join(str(cause).split())[:200]}"
+        raise HubError(text, next_step="Try again") from error
 
 
 def _operations(adapter: InspectedAdapter, readme: bytes) -> list[CommitOperationAdd]:

@@ -10,10 +10,15 @@ with LocalHub() as hub:
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import select
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -141,6 +146,47 @@ class Handler(BaseHTTPRequestHandler):
         else:
             return repo, commit
         return None
+
+
+PATIENCE = 5.0
+"""Seconds after which the misbehaviours below end by themselves; they end at once when the other side hangs up."""
+
+
+def never_answers(handler: Handler) -> bool:
+    """Accept, and say nothing."""
+    select.select([handler.connection], [], [], PATIENCE)
+    handler.close_connection = True
+    return True
+
+
+def drips(content: bytes, every: float, *, headers: bool = False) -> Callable[[Handler], bool]:
+    """Send an answer byte by byte, `every` so many seconds; with `headers` from its first line on."""
+
+    def twist(handler: Handler) -> bool:
+        if handler.command == "HEAD" and not headers:
+            return False
+        start = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content)
+        if not headers:
+            handler.connection.sendall(start)
+        end = time.monotonic() + PATIENCE
+        for byte in start + content if headers else content:
+            if select.select([handler.connection], [], [], every)[0] or time.monotonic() > end:
+                break
+            with contextlib.suppress(OSError):
+                handler.connection.sendall(bytes([byte]))
+        handler.close_connection = True
+        return True
+
+    return twist
+
+
+def resets(handler: Handler) -> bool:
+    """Break the connection off in place of an answer."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.close_connection = True
+    handler.connection.close()
+    handler.rfile.close()
+    return True
 
 
 def git_oid(content: bytes) -> str:

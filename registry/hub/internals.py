@@ -1,0 +1,115 @@
+"""What is touched of huggingface_hub that it does not promise to keep. Nothing else of lora-rt reaches into it.
+
+`tests/registry/test_hub_internals.py` says which of these facts broke:
+
+- all requests go through one client of the process, `utils._http._GLOBAL_CLIENT`, which `_GLOBAL_CLIENT_FACTORY` makes
+  under `_CLIENT_LOCK`; there is no public way to read either, or to give one call a client of its own;
+- retries are logged as warnings by the loggers in `LOGGERS`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import httpx2
+
+    Factory = Callable[[], httpx2.Client]
+
+LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "huggingface_hub._commit_api")
+
+
+class _OwnClient:
+    """Our client in the place of the application's while a call of ours runs; theirs is neither closed nor changed.
+
+    The client is kept from one call to the next with its connections, as long as the application's factory stays.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._theirs: tuple[Factory, httpx2.Client | None] | None = None
+        self._kept: tuple[Factory, httpx2.Client] | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a call of ours runs in any thread."""
+        return self._users > 0
+
+    def take(self, prepare: Callable[[httpx2.Client], None]) -> None:
+        from huggingface_hub.utils import _http
+
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            for name in LOGGERS:
+                logging.getLogger(name).addFilter(_not_ours)
+            with _http._CLIENT_LOCK:
+                factory = _http._GLOBAL_CLIENT_FACTORY
+                self._theirs = (factory, _http._GLOBAL_CLIENT)
+                kept = self._kept if self._kept and self._kept[0] is factory and not self._kept[1].is_closed else None
+                _http._GLOBAL_CLIENT_FACTORY = functools.partial(_made, factory, prepare)
+                _http._GLOBAL_CLIENT = kept[1] if kept else None
+
+    def give_back(self) -> None:
+        from huggingface_hub.utils import _http
+
+        with self._lock:
+            self._users -= 1
+            if self._users or self._theirs is None:
+                return
+            with _http._CLIENT_LOCK:
+                factory, client = self._theirs
+                self._theirs = None
+                if getattr(_http._GLOBAL_CLIENT_FACTORY, "func", None) is not _made:
+                    # The application chose another factory meanwhile: that stands, and closes what was before it.
+                    if client is not None:
+                        client.close()
+                    return
+                self._kept = (factory, _http._GLOBAL_CLIENT) if _http._GLOBAL_CLIENT is not None else None
+                _http._GLOBAL_CLIENT_FACTORY, _http._GLOBAL_CLIENT = factory, client
+
+    def close(self) -> None:
+        """Close what is kept: at the end of the process, and in a fork, whose connections are its parent's."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept[1].close()
+
+
+def _made(factory: Factory, prepare: Callable[[httpx2.Client], None]) -> httpx2.Client:
+    client = factory()
+    prepare(client)
+    return client
+
+
+def _not_ours(record: logging.LogRecord) -> bool:
+    """Keep the client's talk of retries back while a call of ours runs; what came of them is ours to say."""
+    return record.levelno >= logging.ERROR or not _OWN.in_use
+
+
+_OWN = _OwnClient()
+atexit.register(_OWN.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_OWN.close)
+
+
+@contextmanager
+def own_client(prepare: Callable[[httpx2.Client], None]) -> Iterator[None]:
+    """Let huggingface_hub use a client of ours within the block: one of the application's making, then prepared.
+
+    What the application's other threads ask of the Hub meanwhile goes through it too, and gets its answers. May be
+    nested, and entered by several threads at once.
+    """
+    _OWN.take(prepare)
+    try:
+        yield
+    finally:
+        _OWN.give_back()

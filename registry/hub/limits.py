@@ -1,0 +1,141 @@
+"""How long the Hub may take: to accept, to answer, to send on. huggingface_hub's own client waits for ever.
+
+A read limit alone is not enough, since one byte a second keeps it content. So every wait of a connection is counted
+together with the bytes that it brought, headers, body and upload alike, and a connection that brings fewer than
+`floor` bytes a second over `window` seconds of waiting is given up. Retries of one request count as one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_rt.registry.errors import HubError
+
+if TYPE_CHECKING:
+    import httpx2
+
+PIECE = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds, bytes a second, and how often one request is tried. HF_HUB_DOWNLOAD_TIMEOUT lengthens `read`.
+
+    `answer` is for requests that make the Hub work (a commit); `floor` is about a tenth of what a modem had.
+    """
+
+    connect: float = 10.0
+    read: float = field(default_factory=lambda: max(15.0, float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 0)))
+    answer: float = 60.0
+    window: float = 30.0
+    floor: float = 512.0
+    tries: int = 3
+
+
+LIMITS = Limits()
+
+
+@dataclass
+class _Watch:
+    """What one thread has waited for, of the request that it makes now."""
+
+    url: str = ""
+    host: str = "the Hub"
+    is_open: bool = False
+    waited: float = 0.0
+    arrived: int = 0
+    tries: Counter[str] = field(default_factory=Counter)
+
+    def count(self, seconds: float, size: int) -> None:
+        """Add a wait that brought (or took) `size` bytes.
+
+        Raises:
+            HubError: too little for too long.
+        """
+        self.waited += seconds
+        self.arrived += size
+        if self.waited < LIMITS.window:
+            return
+        if self.arrived < LIMITS.floor * self.waited:
+            what = f"sent {self.arrived:,} bytes in" if self.arrived else "has not answered for"
+            raise HubError(f"{self.host} {what} {self.waited:.0f} s; given up", next_step=NEXT_STEP)
+        self.waited, self.arrived = 0.0, 0
+
+
+NEXT_STEP = "Check the network and HF_ENDPOINT, then try again"
+_THREAD = threading.local()
+
+
+def _watch() -> _Watch:
+    found: _Watch | None = getattr(_THREAD, "watch", None)
+    if found is None:
+        found = _THREAD.watch = _Watch()
+    return found
+
+
+def forget() -> None:
+    """Start anew in this thread: what failed before does not count for what is asked now."""
+    _THREAD.watch = _Watch()
+
+
+def on_request(request: httpx2.Request) -> None:
+    """Before each request: its limits, and the end of trying again.
+
+    Raises:
+        HubError: it was tried often enough.
+    """
+    watch, url = _watch(), str(request.url)
+    if url != watch.url:
+        watch.waited, watch.arrived = 0.0, 0
+    watch.tries[url] = watch.tries[url] + 1 if watch.is_open and url == watch.url else 1
+    watch.url, watch.host, watch.is_open = url, request.url.host, True
+    if watch.tries[url] > LIMITS.tries:
+        raise HubError(f"{watch.host} failed {LIMITS.tries} times in a row; given up", next_step=NEXT_STEP)
+    read = LIMITS.read if request.method in ("GET", "HEAD") else LIMITS.answer
+    ours = {"connect": LIMITS.connect, "read": read, "write": LIMITS.answer, "pool": LIMITS.answer}
+    stated: Mapping[str, float | None] = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {key: min(value, stated.get(key) or value) for key, value in ours.items()}
+    request.extensions.setdefault("trace", _on_trace)
+
+
+def on_response(response: httpx2.Response) -> None:
+    """After the headers of an answer: one that the client will ask for again has not ended the request."""
+    _watch().is_open = response.status_code in (408, 429) or response.status_code >= 500
+
+
+def _on_trace(event: str, facts: dict[str, Any]) -> None:
+    """httpcore's trace: a connection was opened."""
+    if event.endswith(("connect_tcp.complete", "start_tls.complete", "connect_unix_socket.complete")):
+        _pace(facts["return_value"])
+
+
+def _pace(stream: Any) -> None:
+    """Count what a connection waits for. It may be used by one thread after another."""
+    read: Callable[..., bytes] = stream.read
+    write: Callable[..., None] = stream.write
+
+    def paced_read(max_bytes: int, timeout: float | None = None) -> bytes:
+        size, start = 0, time.monotonic()
+        try:
+            data = read(max_bytes, timeout=timeout)
+            size = len(data)
+        except BaseException:
+            _watch().is_open = True
+            raise
+        finally:
+            _watch().count(time.monotonic() - start, size)
+        return data
+
+    def paced_write(buffer: bytes, timeout: float | None = None) -> None:
+        for place in range(0, len(buffer), PIECE):
+            piece, start = buffer[place : place + PIECE], time.monotonic()
+            write(piece, timeout=timeout)
+            _watch().count(time.monotonic() - start, len(piece))
+
+    stream.read, stream.write = paced_read, paced_write
