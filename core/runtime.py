@@ -13,7 +13,7 @@ from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.hidden_states import EarlyHidden
 from lora_rt.core.generation.batch import given_batch
 from lora_rt.core.generation.decode import Decoder
-from lora_rt.core.generation.prompts import Prompt, answer_ids, prompt_ids
+from lora_rt.core.generation.prompts import Prompt, TextFormat
 from lora_rt.core.generation.sampling import Sampling, seeds_per_row
 from lora_rt.core.generation.scoring import answer_nll, choices_nll
 from lora_rt.core.generation.text import TextStream, text_of
@@ -40,7 +40,15 @@ class Runtime:
     see each other's weights.
     """
 
-    def __init__(self, base: LoadedBase, modes: ModeHost, registry: Registry) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        modes: ModeHost,
+        registry: Registry,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+        special_tokens: bool = False,
+    ) -> None:
         """Use `Runtime.load`; this is for callers who have loaded the parts themselves."""
         self._base = base
         self._modes = modes
@@ -49,13 +57,20 @@ class Runtime:
         self._residents = Residents(base, self._bank, modes, registry)
         self._classifier = SceneClassifier(self._bank, modes, base.facts, self._early)
         self._weigher = Weigher(self._residents, modes, base.facts, self._classifier)
-        padding = base.tokenizer.pad_token_id
-        self._pad_id = 0 if padding is None else int(padding)  # it is masked: any token will do
-        self._decoder = Decoder(base.model, self._pad_id, _end_ids(base))
+        self.text = TextFormat.of_base(base, template_variables, special_tokens=special_tokens)
+        self._pad_id = self.text.pad_id
+        self._decoder = Decoder(base.model, self._pad_id, self.text.end_ids)
 
     @classmethod
     def load(
-        cls, base: str = "default", *, precision: str = "int4", device: str = "auto", project: Path | None = None
+        cls,
+        base: str = "default",
+        *,
+        precision: str = "int4",
+        device: str = "auto",
+        project: Path | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        special_tokens: bool = False,
     ) -> Runtime:
         """Load a base, fetching and quantizing it first where that has not been done yet.
 
@@ -64,12 +79,16 @@ class Runtime:
             precision: float32, bfloat16, float16, int8 or int4 (NF4, double quantization, bfloat16 compute).
             device: "auto" (the first GPU if there is one), "cpu", "cuda" or "cuda:N".
             project: the folder whose lora-rt.toml names adapters; the working directory by default.
+            template_variables: of the base's chat template, for instance {"enable_thinking": False}.
+            special_tokens: read `<|im_end|>` and the like in prompts and answers as tokens; they are text by default.
 
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
         modes = load_modes()
-        return cls(load_base(base, precision, device), modes, Registry(project=project, sources=modes.sources()))
+        registry = Registry(project=project, sources=modes.sources())
+        loaded = load_base(base, precision, device)
+        return cls(loaded, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
 
     @property
     def base(self) -> BaseFacts:
@@ -247,8 +266,8 @@ class Runtime:
 
         The answer is followed by the end of the turn, which counts as its last token.
         """
-        ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        texts = [answer_ids(self.tokenizer, answer) for answer in answers]
+        ids = [self.text.prompt_ids(prompt) for prompt in prompts]
+        texts = [self.text.answer_ids(answer) for answer in answers]
         rows = self._rows(compositions, scenes, prompts, ids)
         return answer_nll(self._decoder, self._planner(rows), ids, texts, self._pad_id, self._base.device)
 
@@ -262,8 +281,8 @@ class Runtime:
         """`answer_nll` of several answers to one prompt, which is read once instead of once per answer."""
         if not answers:
             return []
-        ids = prompt_ids(self.tokenizer, prompt)
-        texts = [answer_ids(self.tokenizer, answer) for answer in answers]
+        ids = self.text.prompt_ids(prompt)
+        texts = [self.text.answer_ids(answer) for answer in answers]
         (row,) = self._rows([composition], [scene], [prompt], [ids])
         planners = self._planner([row]), self._planner([row] * len(texts))
         return choices_nll(self._decoder, planners, ids, texts, self._pad_id, self._base.device)
@@ -276,7 +295,7 @@ class Runtime:
         """
         if adapter not in self.adapters:
             raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
-        found = self._classifier.ask(adapter, [prompt_ids(self.tokenizer, prompt) for prompt in prompts])
+        found = self._classifier.ask(adapter, [self.text.prompt_ids(prompt) for prompt in prompts])
         if found is None:
             text = f"the mode {self.adapters[adapter].mode!r} of {adapter!r} registers no scenes"
             raise RequestError(text, next_step="Use an adapter of the mode context")
@@ -290,9 +309,9 @@ class Runtime:
         Raises:
             LoraRtError: no adapter acts, or the composition can't be used.
         """
-        ids = prompt_ids(self.tokenizer, prompt)
+        ids = self.text.prompt_ids(prompt)
         (row,) = self._rows([Composition.of(composition)], [scene], [prompt], [ids])
-        tokens = [*ids, *(int(i) for i in self.tokenizer(answer, add_special_tokens=False).input_ids)]
+        tokens = [*ids, *self.text.text_ids(answer)]
         return explain(self._base.model, self._bank, lambda one: self._planner([one]), row, tokens, len(ids))
 
     def _decode(
@@ -305,7 +324,7 @@ class Runtime:
     ) -> Iterator[list[int | None]]:
         sampling.check()
         seeds = seeds_per_row(seed, len(prompts))
-        ids = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        ids = [self.text.prompt_ids(prompt) for prompt in prompts]
         rows = self._rows(compositions, scenes, prompts, ids)
         return self._decoder.decode(ids, self._planner(rows), sampling, seeds)
 
@@ -323,10 +342,3 @@ class Runtime:
     def _planner(self, rows: Sequence[Row]) -> RowPlanner:
         timeline = Timeline(rows, self.tokenizer.decode)
         return RowPlanner(rows, self._bank, self._modes, self._base.facts, self._early, timeline)
-
-
-def _end_ids(base: LoadedBase) -> list[int]:
-    """Tokens that end an answer: what the generation configuration says, and the tokenizer's end."""
-    configured = base.model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in [*ids, base.tokenizer.eos_token_id] if i is not None})

@@ -66,7 +66,10 @@ def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
         raise DataError(
             f"--data {wrong[0]!r} names no file", next_step="Write it as NAME=FILE, for instance --data emotion=F.jsonl"
         )
-    return {name: read_pairs(Path(path), ("scene", "text")) for name, _, path in (item.partition("=") for item in data)}
+    return {
+        name: read_pairs(Path(path), ("scene", "text"), chats=True)
+        for name, _, path in (item.partition("=") for item in data)
+    }
 
 
 def _measure(specs: list[str], data: dict[str, list[dict[str, Any]]], base: str, precision: str, device: str) -> Matrix:

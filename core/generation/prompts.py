@@ -1,85 +1,301 @@
-"""Turns prompts into tokens: through the base's chat template where it has one, as they are where it has none."""
+"""Turns prompts and answers into tokens: through the base's chat template where it has one, as they are elsewhere.
+
+template.py   the chat template     controls.py   control tokens in a user's text are text
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from lora_rt.errors import LoraRtError
+from lora_rt.core.generation.controls import Controls
+from lora_rt.core.generation.template import ChatTemplate, PromptError
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""A user message, or a list of chat messages {"role": ..., "content": ...}."""
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A user message, or a list of chat messages {"role", "content"}, where content is a text or a list of text parts."""
 
 _FORM = 'Each message is {"role": "system" | "user" | "assistant", "content": text}'
+_ROLE = re.compile(r"\w[\w.-]*")
 
 
-class PromptError(LoraRtError):
-    """A prompt that can't become tokens."""
+class TextFormat:
+    """How one base reads and writes text. Training, evaluation and generation use the same."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        vocabulary: int | None = None,
+        configured_ends: Iterable[int] = (),
+        variables: Mapping[str, Any] | None = None,
+        special_tokens: bool = False,
+    ) -> None:
+        """See `of_base`.
+
+        Args:
+            tokenizer: transformers'.
+            vocabulary: how many tokens the model has; a tokenizer may know more.
+            configured_ends: tokens at which the model's configuration says that an answer is over.
+            variables: the chat template's, for instance {"enable_thinking": False}.
+            special_tokens: whether `<|im_end|>` and the like in a text are tokens; text by default.
+
+        Raises:
+            PromptError: the template can't be used, or has no such variables.
+        """
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate.of(tokenizer, variables or {})
+        self.variables = dict(variables or {})
+        self.special_tokens = special_tokens
+        self._vocabulary = vocabulary
+        self._configured = [int(i) for i in configured_ends]
+        self.controls = Controls(tokenizer, self.template.source if self.template else "")
+
+    @classmethod
+    def of_base(
+        cls, base: Any, variables: Mapping[str, Any] | None = None, *, special_tokens: bool = False
+    ) -> TextFormat:
+        """The format of a `LoadedBase`."""
+        generation = getattr(base.model, "generation_config", None)
+        return cls(
+            base.tokenizer,
+            vocabulary=base.facts.vocab_size,
+            configured_ends=_listed(getattr(generation, "eos_token_id", None)),
+            variables=variables,
+            special_tokens=special_tokens,
+        )
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, up to and including the opening of the answer.
+
+        Raises:
+            PromptError: it is empty, is neither of the two, is no text, or the template refuses the messages.
+        """
+        messages = checked_messages(prompt)
+        if self.template is None:
+            text = "\n".join(message["content"] for message in messages)
+            ids = self._unprompted(text)
+        else:
+            ids = self._templated(self.template, messages)
+        if not ids:
+            raise PromptError("the prompt is empty", next_step="Give at least one character")
+        return self._known(ids)
+
+    def text_ids(self, text: str, what: str = "the text") -> list[int]:
+        """The tokens of a text by itself, nothing before and nothing behind it.
+
+        Raises:
+            PromptError: it is no text.
+        """
+        check_text(text, what)
+        if self.special_tokens or not self.controls.within(text):
+            return self._known(self._encoded(text))
+        return self._known(self.controls.ids(text))
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The tokens of an answer with the end of the turn behind it, as training wants them.
+
+        Raises:
+            PromptError: it is no text, or nothing says how an answer ends.
+        """
+        ids = self.text_ids(text, "the answer")
+        if not self.turn_end:
+            raise PromptError(
+                "nothing says how an answer of this base ends: its tokenizer names no end-of-text token, its "
+                "configuration none either, and its chat template writes none behind an answer",
+                next_step='Name one as "eos_token" in its tokenizer_config.json',
+            )
+        return [*ids, *self.turn_end]
+
+    @cached_property
+    def turn_end(self) -> list[int]:
+        """The tokens that training puts behind an answer: the template's own end of a turn, else the tokenizer's end.
+
+        Empty where neither exists.
+        """
+        tails = [] if self.template is None else self.template.after_answer()
+        ends = [end for tail in tails[:1] if (end := self._end_in(tail))]
+        # Some templates close a turn by opening the next one (GLM): only where the model is known to stop there.
+        ends += [end for tail in tails[1:] if (end := self._end_in(tail)) and end[-1] in self._configured]
+        if ends:
+            return ends[0]
+        last = self.tokenizer.eos_token_id
+        return [int(last)] if last is not None else self._configured[:1]
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The tokens at which an answer is over, sorted: the turn's end, the tokenizer's, the configuration's.
+
+        Empty where nothing names one; an answer then ends at its limit alone.
+        """
+        own = _listed(self.tokenizer.eos_token_id)
+        ends = {*self.turn_end[-1:], *own, *self._configured}
+        return sorted(end for end in ends if self._vocabulary is None or 0 <= end < self._vocabulary)
+
+    @property
+    def pad_id(self) -> int:
+        """A token that padding can be made of, one that the model has: it is masked, so any will do."""
+        own = self.tokenizer.pad_token_id
+        return next((int(i) for i in (own, *self.end_ids) if i is not None and self._exists(int(i))), 0)
+
+    @property
+    def record(self) -> dict[str, str | bool]:
+        """What an adapter's card says of the format it was trained with."""
+        found: dict[str, str | bool] = {"chat_template": self.template.digest if self.template else "none"}
+        if self.variables:
+            found["template_variables"] = json.dumps(self.variables, sort_keys=True, ensure_ascii=False)
+        if self.special_tokens:
+            found["special_tokens"] = True
+        return found
+
+    def differs_from(self, trained: Mapping[str, Any]) -> str | None:
+        """In what this format is another one than a card's `training` says, for one line; None where it is the same.
+
+        Cards that say nothing, of earlier versions or of other programs, are taken to agree.
+        """
+        if "chat_template" not in trained:
+            return None
+        own = self.record
+        if trained["chat_template"] != own["chat_template"]:
+            return "with another chat template than this base has"
+        then, now = (record.get("template_variables") or "none" for record in (trained, own))
+        return None if then == now else f"with the template variables {then}, and they are {now} here"
+
+    def _templated(self, template: ChatTemplate, messages: list[dict[str, Any]]) -> list[int]:
+        given: list[str] = []
+        _each_text(messages, given.append)
+        if self.special_tokens or not any(self.controls.within(text) for text in given):
+            return self._encoded(template.render(messages, opening=True))
+        fences = self.controls.fences(given)
+        fenced = _each_text(messages, lambda text: self.controls.fenced(text, fences))
+        return self.controls.ids(template.render(fenced, opening=True), fences)
+
+    def _unprompted(self, text: str) -> list[int]:
+        """A text as the beginning of a document: what the tokenizer puts before it stays, what it appends does not."""
+        check_text(text, "the prompt")
+        return [*self._before, *self.text_ids(text, "the prompt")]
+
+    @cached_property
+    def _before(self) -> list[int]:
+        whole = [int(i) for i in self.tokenizer("a").input_ids]
+        plain = self._encoded("a")
+        starts = range(len(whole) - len(plain) + 1)
+        return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
+
+    def _encoded(self, text: str) -> list[int]:
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=False).input_ids]
+
+    def _end_in(self, tail: str) -> list[int]:
+        """The tokens of what stands behind an answer, up to its first control token; none where it has none."""
+        found = self.controls.first(tail)
+        if found is None:
+            return []
+        before = tail[: found.start()]
+        return [i for i in self._encoded((before if before.strip() else "") + found[0]) if self._exists(i)]
+
+    def _exists(self, token: int) -> bool:
+        return self._vocabulary is None or 0 <= token < self._vocabulary
+
+    def _known(self, ids: list[int]) -> list[int]:
+        strange = sorted({i for i in ids if not self._exists(i)})
+        if strange:
+            shown = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in strange[:5])
+            raise PromptError(
+                f"the tokenizer has tokens that the model has not: {shown}; the model's end at {self._vocabulary}",
+                next_step="Leave them out of the text, or repair the base: its tokenizer was extended, its model not",
+            )
+        return ids
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens of a prompt, up to and including the opening of the answer.
+    """`TextFormat.prompt_ids` with a tokenizer alone."""
+    return TextFormat(tokenizer).prompt_ids(prompt)
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """`TextFormat.answer_ids` with a tokenizer alone."""
+    return TextFormat(tokenizer).answer_ids(text)
+
+
+def checked_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt as a list of messages whose contents are texts.
 
     Raises:
-        PromptError: it is empty, is neither of the two, is no text, or the template refuses the messages.
+        PromptError: what is neither a text nor a list of chat messages, or is no Unicode.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt)
-    for message in messages:
-        _check_text(message["content"], "the prompt")
-    if not tokenizer.chat_template:
-        text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in messages)
-        ids = [int(i) for i in tokenizer(text).input_ids]
-    else:
-        ids = _templated(tokenizer, messages)
-    if not ids:
-        raise PromptError("the prompt is empty", next_step="Give at least one character")
-    return ids
-
-
-def _messages(prompt: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    if isinstance(prompt, str):
+        check_text(prompt, "the prompt")
+        return [{"role": "user", "content": prompt}]
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
         text = f"a prompt is a {type(prompt).__name__}"
         raise PromptError(text, next_step="Give a text, or a list of chat messages")
-    problems = [f"message {n}: {message!r:.200}" for n, message in enumerate(prompt, 1) if not _is_message(message)]
+    messages = [_message(message) for message in prompt]
+    problems = [f"message {n}: {prompt[n - 1]!r:.200}" for n, message in enumerate(messages, 1) if message is None]
     if problems:
-        raise PromptError("the prompt holds what is no chat message", problems=problems, next_step=_FORM)
-    if not prompt:
+        raise PromptError("the prompt holds what is not a chat message", problems=problems, next_step=_FORM)
+    if not messages:
         raise PromptError("the prompt has no messages", next_step="Give a text, or at least one chat message")
-    return [dict(message) for message in prompt]
+    whole = [message for message in messages if message is not None]
+    for message in whole:
+        check_text(message["content"], "the prompt")
+    return whole
 
 
-def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _message(given: object) -> dict[str, Any] | None:
+    """A message with its content as one text; None where it is none that a text model can read."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str) or not _ROLE.fullmatch(given["role"]):
+        return None
+    content = given.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        content = "".join(texts) if whole else None  # type: ignore[arg-type]
+    return {**given, "content": content} if isinstance(content, str) else None
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    import jinja2
-
-    try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except (jinja2.TemplateError, KeyError, TypeError) as error:
-        raise PromptError(
-            f"the base's chat template refuses these messages: {error}",
-            next_step=_FORM,
-        ) from error
-    return [int(i) for i in tokenizer(rendered, add_special_tokens=False).input_ids]
+def _each_text(value: Any, change: Callable[[str], Any]) -> Any:
+    """The same messages with every text in them changed, whatever field it stands in."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    return [_each_text(item, change) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _check_text(text: str, what: str) -> None:
-    """Tokenizers fail on half of a surrogate pair: bytes of a command line that are not UTF-8, or a cut emoji."""
+def check_text(text: str, what: str) -> None:
+    """Tokenizers fail on half of a surrogate pair: bytes of a command line that are not UTF-8, or a cut emoji.
+
+    Raises:
+        PromptError: there is one.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         where = f"character {error.start + 1} is {text[error.start]!a}"
-        raise PromptError(f"{what} is no Unicode text: {where}", next_step="Give it in UTF-8") from error
+        raise PromptError(f"{what} is not Unicode text: {where}", next_step="Give it in UTF-8") from error
 
 
-def answer_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of an answer with the end of the turn behind it, as training wants them.
+def template_variables(pairs: Sequence[str]) -> dict[str, Any]:
+    """The chat template's variables as a command line gives them, KEY=VALUE; true, false and numbers are read as such.
 
     Raises:
-        PromptError: it is no text.
+        PromptError: there is no KEY or no "=".
     """
-    _check_text(text, "the answer")
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=False).input_ids]
-    return [*ids, int(tokenizer.eos_token_id)]
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not key.isidentifier() or not equals:
+            raise PromptError(
+                f"{pair!r} is not a template variable", next_step="Write it as KEY=VALUE: enable_thinking=false"
+            )
+        try:
+            found[key] = json.loads(text.lower() if text in ("True", "False", "None", "TRUE", "FALSE") else text)
+        except (ValueError, RecursionError):
+            found[key] = text
+    return found
+
+
+def _listed(ids: Any) -> list[int]:
+    return [] if ids is None else [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [ids])]

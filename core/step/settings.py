@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lora_rt.errors import LoraRtError
 
@@ -28,7 +28,8 @@ class TrainSettings:
     `learning_rate` is the peak of a cosine schedule with 5% warm-up; `batch_size` counts sequences per optimizer step.
     `held_out` is a file of examples that are not trained on; without one, a tenth of the data is set aside.
     `optimizer`, `gradient_checkpointing` and `accumulation` (the number of parts in which the sequences of a step are
-    run, one after the other) are picked by the run where they are None.
+    run, one after the other) are picked by the run where they are None. `template_variables` are the chat template's;
+    with `special_tokens`, `<|im_end|>` and the like in the data are tokens and not text.
     """
 
     register: str
@@ -52,6 +53,8 @@ class TrainSettings:
     optimizer: str | None = None
     gradient_checkpointing: bool | None = None
     accumulation: int | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    special_tokens: bool = False
 
     def check(self) -> None:
         """Raises SettingsError with everything that is out of range."""

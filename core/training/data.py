@@ -1,15 +1,18 @@
-"""Reads training and evaluation data: JSON lines, every bad line reported at once."""
+"""Reads training and evaluation data: JSON lines in any of the known forms, every bad line reported at once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.training.forms import FIELDS, KNOWN, in_our_form
 from lora_rt.errors import LoraRtError
 
+Check = Callable[[dict[str, Any]], list[str]]
 _SHOWN = 20
 
 
@@ -17,15 +20,23 @@ class DataError(LoraRtError):
     """A data file that can't be used; `problems` has every bad line with its number."""
 
 
-def read_pairs(
-    path: Path, fields: Sequence[str], check: Callable[[dict[str, Any]], list[str]] | None = None
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One example and the number of its line in the file, from 1, blank lines counted."""
+
+    number: int
+    example: dict[str, Any]
+
+
+def read_lines(path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False) -> list[Line]:
     """The examples of a JSONL file, one object per line; blank lines are skipped.
 
     Args:
         path: the file, UTF-8.
-        fields: keys that every line must have, non-empty strings.
+        fields: keys that every line must have, non-empty strings. Where "scene" and "text" are among them, lines of
+            the other known forms (chats, instructions) are read into these two.
         check: further findings about one example.
+        chats: whether "scene" may be a list of chat messages.
 
     Raises:
         DataError: the file can't be read, is empty, or has bad lines.
@@ -34,29 +45,47 @@ def read_pairs(
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which some editors put before UTF-8
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}", next_step="Give a JSONL file") from error
-    examples: list[dict[str, Any]] = []
+    lines: list[Line] = []
     problems: list[str] = []
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            found = _read_line(line, fields, check)
+    for number, text in enumerate(raw.split(b"\n"), 1):
+        if text.strip():
+            found = _read_line(text, fields, check, chats=chats)
             if isinstance(found, dict):
-                examples.append(found)
+                lines.append(Line(number, found))
             else:
                 problems += [f"line {number}: {problem}" for problem in found]
     if problems:
-        shown = problems[:_SHOWN]
-        if len(problems) > _SHOWN:
-            shown.append(f"and {len(problems) - _SHOWN} more")
-        keys = ", ".join(f'"{name}": "..."' for name in fields)
-        raise DataError(f"{path} has {len(problems)} problems", next_step=f"Each line is {{{keys}}}", problems=shown)
-    if not examples:
+        raise bad_lines(path, problems, _next_step(fields))
+    if not lines:
         raise DataError(f"{path} has no examples", next_step="Give at least one line")
-    return examples
+    return lines
 
 
-def _read_line(
-    line: bytes, fields: Sequence[str], check: Callable[[dict[str, Any]], list[str]] | None
-) -> dict[str, Any] | list[str]:
+def read_pairs(
+    path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False
+) -> list[dict[str, Any]]:
+    """`read_lines` without the numbers."""
+    return [line.example for line in read_lines(path, fields, check, chats=chats)]
+
+
+def bad_lines(path: Path, problems: Sequence[str], next_step: str) -> DataError:
+    """The error about a file some of whose lines can't be used."""
+    shown = list(problems[:_SHOWN])
+    if len(problems) > _SHOWN:
+        shown.append(f"and {len(problems) - _SHOWN} more")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return DataError(f"{path} has {count}", next_step=next_step, problems=shown)
+
+
+def _next_step(fields: Sequence[str]) -> str:
+    more = [name for name in fields if name not in FIELDS]
+    if not set(FIELDS) <= set(fields):
+        return "Each line is {" + ", ".join(f'"{name}": "..."' for name in fields) + "}"
+    also = f"; with {', '.join(map(repr, more))} beside it" if more else ""
+    return f"Each line has one of these forms: {KNOWN}{also}"
+
+
+def _read_line(line: bytes, fields: Sequence[str], check: Check | None, *, chats: bool) -> dict[str, Any] | list[str]:
     """The example of one line, or what is wrong with it."""
     try:
         value = json.loads(line.decode("utf-8"))
@@ -66,19 +95,35 @@ def _read_line(
         return [f"not JSON: {error}"]
     if not isinstance(value, dict):
         return [f"a JSON {type(value).__name__}, not an object"]
-    problems = []
-    for name in fields:
-        if name not in value:
-            problems.append(f'"{name}" is missing')
-        elif not isinstance(value[name], str):
-            problems.append(f'"{name}" is not a text')
-        elif not value[name].strip():
-            problems.append(f'"{name}" is empty')
-        elif any("\ud800" <= letter <= "\udfff" for letter in value[name]):
-            problems.append(f'"{name}" holds half of a surrogate pair')
+    if set(FIELDS) <= set(fields):
+        read = in_our_form(value, chats=chats)
+        if isinstance(read, list):
+            return read
+        value = read
+    problems = [problem for name in fields for problem in _field_problems(value, name, chats=chats)]
     if not problems and check is not None:
         problems = check(value)
     return problems or value
+
+
+def _field_problems(value: dict[str, Any], name: str, *, chats: bool) -> list[str]:
+    if name not in value:
+        return [f'"{name}" is missing']
+    content = value[name]
+    if name == "scene" and chats and isinstance(content, list) and content and all(map(_is_message, content)):
+        texts = [message["content"] for message in content]
+    elif isinstance(content, str):
+        texts = [content]
+        if not content.strip():
+            return [f'"{name}" is empty']
+    else:
+        return [f'"{name}" is not a text']
+    half = any("\ud800" <= letter <= "\udfff" for text in texts for letter in text)
+    return [f'"{name}" holds half of a surrogate pair'] if half else []
+
+
+def _is_message(item: object) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
 
 
 def digest_of(examples: Sequence[dict[str, Any]]) -> str:

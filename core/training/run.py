@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from rich.console import Console
 
 from lora_rt.core.base.load import LoadedBase, load_base
-from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import pick_portions
 from lora_rt.core.step.adapter import checkpointed, described_state, fresh_adapter, write_adapter
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.core.training.checkpoints import Checkpoints, forget, newest_whole, restore_state
-from lora_rt.core.training.data import digest_of, read_pairs
+from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
 from lora_rt.core.training.live import LiveLine
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.core.training.trainer import Collator, ModeTrainer, Sequences
@@ -30,6 +29,7 @@ from lora_rt.registry import home
 from lora_rt.registry.card import AdapterCard, write_card
 from lora_rt.version import __version__
 
+_Example = tuple[Line, list[Encoded]]
 _HELD_OUT_SHARE = 0.1
 _OPTIMIZERS: Mapping[Optimizer, str] = {"adamw": "adamw_torch_fused", "paged-adamw-8bit": "paged_adamw_8bit"}
 _CHECKPOINT_STEPS = 20  # what a power cut costs at most; writing one takes a fraction of a second
@@ -66,20 +66,22 @@ def train(settings: TrainSettings, modes: ModeHost, folder: Path, *, resume: boo
     settings.check()
     modes.require(settings.mode)
     base = load_base(settings.base, settings.precision, settings.device, for_training=True)
-    objective = _objective(settings, modes, base)
-    training, held_out = _examples(settings, objective)
-    run = _Run(settings, base, objective, training, held_out)
+    text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
+    objective = _objective(settings, modes, base, text)
+    training, held_out = _examples(settings, objective, base)
+    run = _Run(settings, base, text, objective, training, held_out)
     return run.execute(folder, resume=resume)
 
 
-def _objective(settings: TrainSettings, modes: ModeHost, base: LoadedBase) -> Objective:
+def _objective(settings: TrainSettings, modes: ModeHost, base: LoadedBase, text: TextFormat) -> Objective:
     context = ObjectiveContext(
         register=settings.register,
         base=base.facts,
         seed=settings.seed,
         options=settings.options,
-        prompt_ids=lambda text: prompt_ids(base.tokenizer, text),
-        answer_ids=lambda text: answer_ids(base.tokenizer, text),
+        prompt_ids=text.prompt_ids,
+        answer_ids=text.answer_ids,
+        turn_end=tuple(text.turn_end),
         scene_types=settings.scene_types,
     )
     objective = modes.objective(settings.mode, context)
@@ -91,11 +93,11 @@ def _objective(settings: TrainSettings, modes: ModeHost, base: LoadedBase) -> Ob
     return objective
 
 
-def _examples(settings: TrainSettings, objective: Objective) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _examples(settings: TrainSettings, objective: Objective, base: LoadedBase) -> tuple[list[_Example], list[_Example]]:
     """Training and held-out examples; without a held-out file, a tenth is drawn by the run's seed."""
-    examples = read_pairs(settings.data, objective.fields, objective.check)
+    examples = _encoded(settings.data, objective, base)
     if settings.held_out is not None:
-        return examples, read_pairs(settings.held_out, objective.fields, objective.check)
+        return examples, _encoded(settings.held_out, objective, base)
     if len(examples) < 2:
         raise SettingsError(
             "one example is too few to train and to hold out", next_step="Give more, or name a --held-out file"
@@ -106,22 +108,50 @@ def _examples(settings: TrainSettings, objective: Objective) -> tuple[list[dict[
     return [e for i, e in enumerate(examples) if i not in aside], [examples[i] for i in sorted(aside)]
 
 
+def _encoded(path: Path, objective: Objective, base: LoadedBase) -> list[_Example]:
+    """The examples of a file with their sequences.
+
+    Raises:
+        DataError: lines that can't be trained on, by their numbers in the file.
+    """
+    limit = int(getattr(base.model.config, "max_position_embeddings", 1 << 30))
+    examples, problems = [], []
+    for line in read_lines(path, objective.fields, objective.check, chats=objective.chats):
+        sequences = objective.encode(line.example)
+        examples.append((line, sequences))
+        problems += [f"line {line.number}: {problem}" for item in sequences for problem in _unfit(item, limit)]
+    if problems:
+        raise bad_lines(path, problems, "Shorten or remove these lines")
+    return examples
+
+
+def _unfit(item: Encoded, limit: int) -> list[str]:
+    problems = []
+    if len(item.input_ids) > limit:
+        problems.append(f"{len(item.input_ids)} tokens, and the base reads {limit}")
+    if all(label == IGNORE for label in item.labels):
+        problems.append("no token carries loss")
+    return problems
+
+
 class _Run:
     def __init__(
         self,
         settings: TrainSettings,
         base: LoadedBase,
+        text: TextFormat,
         objective: Objective,
-        training: list[dict[str, Any]],
-        held_out: list[dict[str, Any]],
+        training: list[_Example],
+        held_out: list[_Example],
     ) -> None:
         self.settings = settings
         self.base = base
+        self.text = text
         self.objective = objective
-        self.data_digest = digest_of(training)
+        self.data_digest = digest_of([line.example for line, _ in training])
         self.examples = len(training)
-        self.training = self._encode(training)
-        self.held_out = self._encode(held_out)
+        self.training = [item for _, sequences in training for item in sequences]
+        self.held_out = [item for _, sequences in held_out for item in sequences]
         self.portions = pick_portions(settings, base, objective, [*self.training, *self.held_out])
         self.model = fresh_adapter(base, settings)
         if self.portions.checkpointing:
@@ -131,22 +161,6 @@ class _Run:
             self.model.add_module("lora_rt_mode_state", objective.state.to(base.device))
         fingerprint = settings.fingerprint(self.data_digest, self.portions.optimizer)
         self.checkpoint_folder = home.checkpoints() / f"{settings.register}-{fingerprint}"
-
-    def _encode(self, examples: Sequence[dict[str, Any]]) -> list[Encoded]:
-        limit = int(getattr(self.base.model.config, "max_position_embeddings", 1 << 30))
-        encoded, problems = [], []
-        for number, example in enumerate(examples, 1):
-            for item in self.objective.encode(example):
-                encoded.append(item)
-                if len(item.input_ids) > limit:
-                    problems.append(f"example {number}: {len(item.input_ids)} tokens, and the base reads {limit}")
-                if all(label == IGNORE for label in item.labels):
-                    problems.append(f"example {number}: no token carries loss")
-        if problems:
-            raise SettingsError(
-                "some examples can't be trained on", problems=problems, next_step="Shorten or remove them"
-            )
-        return encoded
 
     def execute(self, folder: Path, *, resume: bool) -> TrainResult:
         if self.portions.why:
@@ -219,7 +233,7 @@ class _Run:
             model=self.model,
             args=arguments,
             train_dataset=Sequences(self.training),
-            data_collator=Collator(int(self.base.tokenizer.pad_token_id)),
+            data_collator=Collator(self.text.pad_id),
             callbacks=[checkpoints, live],
             objective=self.objective,
             gates=self.gates,
@@ -233,7 +247,7 @@ class _Run:
 
         As many at once as in a part of a training step: without gradients they take less than that.
         """
-        collate = Collator(int(self.base.tokenizer.pad_token_id))
+        collate = Collator(self.text.pad_id)
         ordered = sorted(self.held_out, key=lambda item: len(item.input_ids))
         rows = Sequences(ordered)
         size = -(-self.settings.batch_size // self.portions.accumulation)
@@ -275,6 +289,7 @@ class _Run:
                 "gradient_checkpointing": self.portions.checkpointing,
                 "precision": settings.precision,
                 "examples": self.examples,
+                **self.text.record,
                 **{f"option {key}": value for key, value in settings.options.items()},
             },
             lora_rt=__version__,

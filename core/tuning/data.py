@@ -9,8 +9,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
-from lora_rt.core.base.load import LoadedBase
-from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.training.data import read_pairs
 
 _POOL = 8  # batches whose examples are sorted by length together
@@ -26,22 +25,19 @@ class Item:
 
 
 def read_lines(path: Path, *, typed: bool) -> list[dict[str, Any]]:
-    """The examples of a JSONL file as they stand there: {"scene", "text"}, with "scene_type" where `typed`.
+    """The examples of a JSONL file with "scene" and "text", and with "scene_type" where `typed`.
 
     Raises:
         DataError: listing every bad line.
     """
-    return read_pairs(path, ("scene", "text", "scene_type") if typed else ("scene", "text"))
+    return read_pairs(path, ("scene", "text", "scene_type") if typed else ("scene", "text"), chats=True)
 
 
-def as_items(lines: Sequence[Mapping[str, Any]], base: LoadedBase) -> list[Item]:
+def as_items(lines: Sequence[Mapping[str, Any]], text: TextFormat) -> list[Item]:
     """The examples in a base's tokens."""
-    return [_item(line, base) for line in lines]
-
-
-def _item(line: Mapping[str, Any], base: LoadedBase) -> Item:
-    prompt = prompt_ids(base.tokenizer, line["scene"])
-    return Item(prompt, answer_ids(base.tokenizer, line["text"]), line.get("scene_type"))
+    return [
+        Item(text.prompt_ids(line["scene"]), text.answer_ids(line["text"]), line.get("scene_type")) for line in lines
+    ]
 
 
 def steps(items: Sequence[Item], size: int, epochs: float, seed: int) -> Iterator[list[Item]]:

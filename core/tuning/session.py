@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from lora_rt.core.base.load import load_base
+from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.named import expanded
 from lora_rt.core.training.data import digest_of
-from lora_rt.core.tuning.data import as_items, read_lines
+from lora_rt.core.tuning.data import Item, as_items, read_lines
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.saving import check_name, save_mix, write_fitted
 from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
@@ -33,6 +35,12 @@ class Job:
     base: str
     precision: str
     device: str
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    special_tokens: bool = False
+
+    def items(self, lines: Sequence[Mapping[str, Any]], base: LoadedBase) -> list[Item]:
+        """The examples in the base's tokens."""
+        return as_items(lines, TextFormat.of_base(base, self.template_variables, special_tokens=self.special_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ def tune_mix(job: Job, name: str, settings: TuneSettings, advance: Advance) -> N
     check_name(name, registry)
     lines = read_lines(job.data, typed=False)
     frozen, weights, references = open_job(job, registry)
-    tuned = tune(frozen, weights, as_items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
+    tuned = tune(frozen, weights, job.items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
     mix = save_mix(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
     registry.compositions.save(mix)
     return mix
@@ -101,7 +109,7 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     frozen, weights, references = open_job(job, registry)
     if out is not None and (there := [name for name in weights if (out / name).exists()]):
         raise GatingError(f"{out / there[0]} is there already", next_step="Give a new folder with --out")
-    fit = SceneFit(frozen, weights, as_items(lines, frozen.base), settings)
+    fit = SceneFit(frozen, weights, job.items(lines, frozen.base), settings)
     registered = fit.fit_classifier(lambda loss: advance("classifier", loss))
     losses = fit.fit_gates(lambda loss: advance("gates", loss))
     window = max(1, len(losses) // 10)

@@ -39,29 +39,35 @@ class Encoded:
 class ObjectiveContext:
     """What a mode needs to turn examples into tokens.
 
-    `prompt_ids(user_message)` renders one user message through the base's chat template, up to and including the
-    opening of the answer; where the base has no template, the text as it is. `answer_ids(text)` are the tokens of an
-    answer with the end-of-turn token behind it. `options` are the mode's own options, as given to `train`, and
-    `scene_types` those that the adapter is to know (`--scene-types`).
+    `prompt_ids(prompt)` renders one user message, or a list of chat messages, through the base's chat template, up to
+    and including the opening of the answer; where the base has no template, the text as it is. `answer_ids(text)` are
+    the tokens of an answer with the end of the turn behind it, and `turn_end` are those of that end alone: what the
+    chat template writes behind an answer, or the tokenizer's end of text. Special tokens in a text are text. `options`
+    are the mode's own options, as given to `train`, and `scene_types` those that the adapter is to know
+    (`--scene-types`).
     """
 
     register: str
     base: BaseFacts
     seed: int
     options: Mapping[str, str]
-    prompt_ids: Callable[[str], list[int]]
+    prompt_ids: Callable[[Any], list[int]]
     answer_ids: Callable[[str], list[int]]
     scene_types: Sequence[str] = ()
+    turn_end: Sequence[int] = ()
 
 
 class Objective:
     """What one training run optimises. A mode returns a subclass's instance from `lora_rt_objective`.
 
-    `fields` are the keys that every data line must have, all of them non-empty strings. `state` is trained beside the
+    `fields` are the keys that every data line must have, all of them non-empty strings; where "scene" and "text" are
+    among them, lines in the usual forms of others (messages, instruction and output) are read into these two. With
+    `chats`, "scene" may be a list of chat messages, which `prompt_ids` takes as well. `state` is trained beside the
     adapter and saved as `mode.safetensors`; None where the mode keeps nothing of its own.
     """
 
     fields: tuple[str, ...] = ("scene", "text")
+    chats: bool = False
     state: nn.Module | None = None
 
     def check(self, example: Example) -> list[str]:
@@ -94,6 +100,8 @@ class SceneToText(Objective):
         context: of the run.
         state: what is kept beside the adapter, where the mode keeps something.
     """
+
+    chats = True
 
     def __init__(self, context: ObjectiveContext, state: nn.Module | None = None) -> None:
         self.context = context

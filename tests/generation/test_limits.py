@@ -48,9 +48,9 @@ def test_messages_that_the_template_refuses_are_explained(runtime: Runtime) -> N
 
 def test_what_is_no_unicode_text_is_refused(zoo: Zoo) -> None:
     runtime = zoo.runtime("llama")
-    with pytest.raises(PromptError, match=r"the prompt is no Unicode text: character 2 is '\\udcff'"):
+    with pytest.raises(PromptError, match=r"the prompt is not Unicode text: character 2 is '\\udcff'"):
         runtime.generate("a\udcff", max_new_tokens=1)
-    with pytest.raises(PromptError, match="the answer is no Unicode text"):
+    with pytest.raises(PromptError, match="the answer is not Unicode text"):
         runtime.answer_nll(["a"], ["\ud83c"])
 
 
