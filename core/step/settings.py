@@ -92,6 +92,9 @@ class TrainSettings:
         """
         apart = ("data", "held_out", "device", "licence", "optimizer", "gradient_checkpointing", "accumulation")
         plain = {key: str(value) for key, value in asdict(self).items() if key not in apart}
+        for key in ("template_variables", "special_tokens"):  # as above: nothing where there is nothing to say
+            if not getattr(self, key):
+                del plain[key]
         if optimizer != "adamw":
             plain["optimizer"] = optimizer
         return hashlib.sha256(json.dumps([plain, data_digest], sort_keys=True).encode()).hexdigest()[:12]

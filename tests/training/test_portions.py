@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.load import load_base
+from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory import portions as portions_module
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import resident
@@ -45,8 +46,9 @@ def run_of(settings: TrainSettings) -> Any:
     """A run before its first step, its factors not zero."""
     modes = load_modes()
     base = load_base(settings.base, settings.precision, "cpu", for_training=True)
-    objective = run_module._objective(settings, modes, base)
-    run = run_module._Run(settings, base, objective, *run_module._examples(settings, objective))
+    text = TextFormat.of_base(base)
+    objective = run_module._objective(settings, modes, base, text)
+    run = run_module._Run(settings, base, text, objective, *run_module._examples(settings, objective, base))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in run.model.parameters():
@@ -154,9 +156,9 @@ def needs(settings: TrainSettings) -> dict[tuple[int, bool], int]:
     """Bytes that each way of running it takes, by the plan."""
     modes = load_modes()
     base = load_base(settings.base, settings.precision, "cpu", for_training=True)
-    objective = run_module._objective(settings, modes, base)
-    training, held_out = run_module._examples(settings, objective)
-    sequences = [item for example in [*training, *held_out] for item in objective.encode(example)]
+    objective = run_module._objective(settings, modes, base, TextFormat.of_base(base))
+    training, held_out = run_module._examples(settings, objective, base)
+    sequences = [item for _, items in [*training, *held_out] for item in items]
     ways = [(1, False), (2, False), (4, False), (1, True)]
     return {way: portions_module._need(settings, base, sequences, "adamw", *way) for way in ways}
 
@@ -199,8 +201,8 @@ def test_a_mode_with_a_loss_of_its_own_is_never_run_in_parts(uneven: Make, free:
     modes = load_modes()
     settings = uneven(**own)
     base = load_base(settings.base, settings.precision, "cpu", for_training=True)
-    objective = run_module._objective(settings, modes, base)
-    sequences = [item for example in run_module._examples(settings, objective)[0] for item in objective.encode(example)]
+    objective = run_module._objective(settings, modes, base, TextFormat.of_base(base))
+    sequences = [item for _, items in run_module._examples(settings, objective, base)[0] for item in items]
     picked = portions_module.pick_portions(settings, base, objective, sequences)
     assert (picked.accumulation, picked.checkpointing) == (1, True)
     with pytest.raises(SettingsError, match="loss of its own"):
