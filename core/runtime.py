@@ -71,6 +71,8 @@ class Runtime:
         project: Path | None = None,
         template_variables: Mapping[str, Any] | None = None,
         special_tokens: bool = False,
+        modes: ModeHost | None = None,
+        registry: Registry | None = None,
     ) -> Runtime:
         """Load a base, fetching and quantizing it first where that has not been done yet.
 
@@ -81,12 +83,13 @@ class Runtime:
             project: the folder whose lora-rt.toml names adapters; the working directory by default.
             template_variables: of the base's chat template, for instance {"enable_thinking": False}.
             special_tokens: read `<|im_end|>` and the like in prompts and answers as tokens; they are text by default.
+            modes, registry: those that the caller has opened already.
 
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
-        modes = load_modes()
-        registry = Registry(project=project, sources=modes.sources())
+        modes = modes or load_modes()
+        registry = registry or Registry(project=project, sources=modes.sources())
         loaded = load_base(base, precision, device)
         return cls(loaded, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
 

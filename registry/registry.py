@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.errors import LoraRtError
+from lora_rt.registry.bases import use_base
 from lora_rt.registry.card import BaseIdentity
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
@@ -204,5 +205,5 @@ def _revision_fits(item: Resolved, revision: str | None) -> bool:
 def _wrong_base(reference: Reference, base: BaseIdentity, seen: Sequence[Resolved]) -> WrongBaseError:
     bases = sorted({item.card.base.id for item in seen if item.card})
     return WrongBaseError(
-        f"{reference.text!r} is for {', '.join(bases)}, in use is {base.id}", next_step=f"Use --base {bases[0]}"
+        f"{reference.text!r} is for {', '.join(bases)}, in use is {base.id}", next_step=use_base(bases[0])
     )

@@ -35,5 +35,9 @@ class LoraRtError(Exception):
         return (_rebuild, (type(self), self.message, self.next_step, self.problems))
 
 
+class UsageError(LoraRtError):
+    """What a person typed makes no sense, whatever this machine holds: the command line ends with 2, not with 1."""
+
+
 def _rebuild(kind: type[LoraRtError], message: str, next_step: str, problems: tuple[str, ...]) -> LoraRtError:
     return kind(message, next_step=next_step, problems=problems)

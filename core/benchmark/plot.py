@@ -7,21 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.benchmark.table import HEADS
-from lora_rt.core.evaluation.plot import PlotError, without_a_screen
+from lora_rt.core.evaluation.plot import PlotError, canvas, save
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 _BAR = 0.8
-
-
-def check_plot(path: Path) -> None:
-    """Before a run of minutes: that its picture can be drawn and has a place.
-
-    Raises:
-        PlotError: matplotlib is not installed, or the path can't be written.
-    """
-    without_a_screen("--plot")
-    if path.suffix not in _SUFFIXES or not path.absolute().parent.is_dir():
-        raise PlotError(f"{path} can't be written", next_step="Give a path in a folder that is there, ending in .png")
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
@@ -30,14 +18,12 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         PlotError: there is nothing to draw, or the file can't be written.
     """
-    from matplotlib import pyplot
-
     ratios = {(row["workload"], row["system"]): row["ratio_to_base"] for row in document["rows"]}
     items = [w for w in document["workloads"] if w["kind"] in ("decode", "prefill") and _any(ratios, w["name"])]
     if not items:
         raise PlotError("there are no ratios to draw", next_step="Measure the base and a decoding workload")
     systems = list(dict.fromkeys(system for (_, system), value in ratios.items() if value and system != "base"))
-    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.16 * len(items) * (len(systems) + 1)), layout="constrained")
+    figure, axes = canvas().subplots(figsize=(9, 1.4 + 0.16 * len(items) * (len(systems) + 1)), layout="constrained")
     thickness = _BAR / max(len(systems), 1)
     for number, system in enumerate(systems):
         places = [(i + (number + 0.5) * thickness, ratios.get((w["name"], system))) for i, w in enumerate(items)]
@@ -51,12 +37,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("speed, the base alone = 1")
     axes.set_title(f"{document['base']} ({document['precision']})")
     figure.legend(loc="outside lower center", ncols=3)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise PlotError(f"{path} can't be written: {error}", next_step="Give another path") from error
-    finally:
-        pyplot.close(figure)
+    save(figure, path)
 
 
 def _any(ratios: Mapping[tuple[str, str], float | None], workload: str) -> bool:

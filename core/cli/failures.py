@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from lora_rt.core.cli.console import err
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 
 
 def explain(error: BaseException) -> int | None:
@@ -22,7 +22,7 @@ def explain(error: BaseException) -> int | None:
         return 1
     if isinstance(error, LoraRtError):
         _line(error.message, error.next_step, error.problems)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     if isinstance(error, KeyboardInterrupt):
         _line("stopped", "")
         return 130

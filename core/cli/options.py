@@ -1,22 +1,71 @@
-"""Options that several commands share: each has one name and one explanation."""
+"""Options that several commands share: each has one name, one explanation and one check.
+
+What a person typed wrong is a usage error (exit code 2), whatever part of lora-rt finds it: see `usage`.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lora_rt.core.requests.composition import Composition
+from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
 
-__all__ = ["Base", "Data", "Device", "Json", "Offline", "Precision", "Scene", "Seed", "Specs"]
+__all__ = ["Base", "Data", "Device", "Json", "Name", "Offline", "Precision", "Scene", "Seed", "Specs"]
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """What is refused inside was typed wrong: the same line, and exit code 2."""
+    try:
+        yield
+    except LoraRtError as error:
+        raise UsageError(error.message, next_step=error.next_step, problems=error.problems) from error
+
+
+def composition_of(specs: Sequence[str]) -> Composition:
+    """The composition that the arguments spell.
+
+    Raises:
+        UsageError: naming every bad term.
+    """
+    with usage():
+        return Composition.parse(" ".join(specs))
+
+
+def piped() -> str | None:
+    """What is piped into the command, or None where a person sits at a terminal."""
+    return None if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+
+
+def _adapter_names(incomplete: str) -> list[str]:
+    """For the shell's completion: adapters and named compositions that are here."""
+    from lora_rt.registry.registry import Registry
+
+    registry = Registry()
+    names = {item.name for item in registry.installed()} | set(registry.compositions.names())
+    return sorted(name for name in names if name.startswith(incomplete))
+
 
 Specs = Annotated[
-    list[str], typer.Argument(metavar="SPEC", help="Terms name:weight, for instance emotion:0.7 logic:0.3.")
+    list[str],
+    typer.Argument(
+        metavar="SPEC",
+        help="Adapters and weights, for instance emotion:0.7 logic:0.3.",
+        autocompletion=_adapter_names,
+    ),
 ]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name in the store.", autocompletion=_adapter_names)]
 Scene = Annotated[
-    str | None, typer.Option("--scene", help="The scene type, for modes that gate by it; registered if left out.")
+    str | None,
+    typer.Option("--scene", help="The scene type, for modes that gate by it; recognized from the prompt if left out."),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Make no request.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same result.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Make no request over the network.")]
 Data = Annotated[Path, typer.Option("--data", metavar="F.jsonl", help='Lines {"scene": "...", "text": "..."}.')]

@@ -1,16 +1,23 @@
-"""`lora-rt scene`: which scene type a text belongs to, as a context adapter registers it."""
+"""`lora-rt scene`: which scene type a text belongs to, as a context adapter recognizes it."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.compose.request import look_up
+from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.session import session
+from lora_rt.core.requests.composition import Composition, Term
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.reference import Reference
 
 
 def scene(
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt whose scene type is to be registered.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt whose scene type is to be recognized.")],
     adapter: Annotated[
         str | None,
         typer.Option("--adapter", metavar="REF", help="Whose classifier; the first context adapter by name."),
@@ -21,18 +28,11 @@ def scene(
     as_json: options.Json = False,
 ) -> None:
     """Show the distribution over scene types that the gates would see."""
-    from rich.markup import escape
-
-    from lora_rt.core.cli.compose.request import look_up
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.requests.composition import Composition, Term
-    from lora_rt.registry.reference import Reference
-
     reference = adapter or _first_able()
-    look_up(Composition((Term(Reference.parse(reference)),)))
-    from lora_rt.core.runtime import Runtime
-
-    runtime = Runtime.load(base, precision=precision, device=device)
+    with options.usage():
+        parsed = Reference.parse(reference)
+    look_up(Composition((Term(parsed),)))
+    runtime = session().runtime(base, precision, device)
     name = runtime.ensure(reference)
     (shares,) = runtime.register_scenes([text], name)
     if as_json:
@@ -44,15 +44,10 @@ def scene(
 
 
 def _first_able() -> str:
-    from lora_rt.core.requests.rows import RequestError
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.registry import Registry
-
-    modes = load_modes()
-    able = set(modes.providers("lora_rt_scene"))
-    for item in Registry(sources=modes.sources()).installed():
+    able = set(session().modes.providers("lora_rt_scene"))
+    for item in session().registry.installed():
         if item.card is not None and item.card.mode in able:
             return item.name
-    raise RequestError(
-        "no installed adapter registers scenes", next_step="Name one with --adapter, or train one with --mode context"
+    raise LoraRtError(
+        "no installed adapter recognizes scenes", next_step="Name one with --adapter, or train one with --mode context"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -39,16 +39,24 @@ class Session:
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
-        from lora_rt.core.base.progress import step
+        from lora_rt.core.base.source import parse_base
 
-        with step("starting"):
-            from lora_rt.core import runtime
-        return runtime.Runtime(runtime.load_base(base, precision, device), self.modes, self.registry)
+        parse_base(base)  # what can be wrong with its name is said before torch is imported, which takes seconds
+        with starting():
+            from lora_rt.core.runtime import Runtime
+        return Runtime.load(base, precision=precision, device=device, modes=self.modes, registry=self.registry)
 
 
 def session() -> Session:
     """The session of this run; outside of a run, a new one."""
     return _session.get() or Session()
+
+
+def starting() -> AbstractContextManager[None]:
+    """Something to see while torch and what stands on it are imported."""
+    from lora_rt.core.base.progress import step
+
+    return step("starting")
 
 
 @contextmanager

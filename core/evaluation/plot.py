@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lora_rt.core.evaluation.matrix import BASE, Matrix
 from lora_rt.errors import LoraRtError
 
+if TYPE_CHECKING:
+    from lora_rt.core.evaluation.matrix import Matrix
+
 _LONGEST_LABEL = 32
+_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class PlotError(LoraRtError):
     """The picture can't be drawn or written."""
 
 
-def without_a_screen(option: str) -> None:
-    """Let matplotlib draw into files alone.
+def check_plot(path: Path, option: str = "--plot") -> None:
+    """Before work of minutes: that its picture can be drawn and has a place. Imports nothing heavy.
+
+    Args:
+        path: where the picture is to go.
+        option: what asked for it.
 
     Raises:
-        PlotError: it is not installed; `option` is what asked for it.
+        PlotError: matplotlib is not installed, or the path can't be written.
+    """
+    if find_spec("matplotlib") is None:
+        raise PlotError(f"{option} needs matplotlib", next_step="Install it with: pip install 'lora-rt[plot]'")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise PlotError(f"{path} can't be written", next_step="Give a path that ends in .png, .svg or .pdf")
+    if not path.absolute().parent.is_dir():
+        raise PlotError(f"{path} can't be written: there is no folder {path.parent}", next_step="Make the folder first")
+
+
+def canvas() -> Any:
+    """matplotlib's pyplot, drawing into files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the picture and let go of it.
+
+    Raises:
+        PlotError: it can't be written.
     """
     try:
-        import matplotlib
-    except ImportError as error:
-        text = f"{option} needs matplotlib"
-        raise PlotError(text, next_step="Install it with: pip install 'lora-rt[plot]'") from error
-    matplotlib.use("Agg")
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        next_step = "Give a path that ends in .png, .svg or .pdf"
+        raise PlotError(f"{path} can't be written: {error}", next_step=next_step) from error
+    finally:
+        canvas().close(figure)
 
 
 def plot_matrix(matrix: Matrix, path: Path) -> None:
@@ -36,15 +68,17 @@ def plot_matrix(matrix: Matrix, path: Path) -> None:
     Raises:
         PlotError: matplotlib is not installed, or the file can't be written.
     """
-    without_a_screen("--plot")
-    from matplotlib import pyplot
+    import numpy as np
 
+    from lora_rt.core.evaluation.matrix import BASE
+
+    check_plot(path)
     names = list(matrix.losses)
     specs = list(next(iter(matrix.losses.values())))
     losses = np.array([[matrix.losses[name][spec].mean for spec in specs] for name in names])
     gains = losses[:, [specs.index(BASE)]] - losses
     reach = max(float(np.abs(gains).max()), 0.1)
-    figure, axes = pyplot.subplots(figsize=(1.6 + 1.15 * len(specs), 1.4 + 0.62 * len(names)), layout="constrained")
+    figure, axes = canvas().subplots(figsize=(1.6 + 1.15 * len(specs), 1.4 + 0.62 * len(names)), layout="constrained")
     image = axes.imshow(gains, cmap="RdYlGn", vmin=-reach, vmax=reach, aspect="auto")
     axes.set_xticks(range(len(specs)), [_short(spec) for spec in specs], rotation=30, ha="right")
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
@@ -52,14 +86,7 @@ def plot_matrix(matrix: Matrix, path: Path) -> None:
         axes.text(column, row, f"{loss:.2f}", ha="center", va="center")
     figure.colorbar(image, label="gain, nats")
     axes.set_title("negative log-likelihood per response token")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise PlotError(
-            f"{path} can't be written: {error}", next_step="Give a path that ends in .png, .svg or .pdf"
-        ) from error
-    finally:
-        pyplot.close(figure)
+    save(figure, path)
 
 
 def _short(label: str) -> str:

@@ -8,7 +8,7 @@ weight and gate: what it adds is its contribution. Sizes are relative to the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,25 @@ class Explanation:
     heads: Tensor
     tokens: Tensor
     factors: Tensor
+
+    def document(self, prompt: str, spec: str, answer: str, pieces: Sequence[str]) -> dict[str, Any]:
+        """The JSON form: every list is by adapter first. `pieces` are the texts of the tokens."""
+
+        def rounded(values: Any) -> Any:
+            return [rounded(v) for v in values] if isinstance(values, list) else round(values, 5)
+
+        return {
+            "prompt": prompt,
+            "answer": answer,
+            "spec": spec,
+            "scene_type": self.scene_type,
+            "adapters": self.names,
+            "tokens": list(pieces),
+            "layers": rounded(self.layers.tolist()),
+            "heads": rounded(self.heads.tolist()),
+            "factors": rounded(self.factors.tolist()),
+            "per_token": rounded(self.tokens.tolist()),
+        }
 
 
 def explain(

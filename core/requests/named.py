@@ -8,6 +8,7 @@ from typing import Protocol
 from lora_rt.core.requests.composition import Term
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import BaseFacts
+from lora_rt.registry.bases import use_base
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.reference import Reference
 
@@ -67,7 +68,7 @@ def expanded(term: Term, mixes: NamedLookup, base: BaseFacts) -> list[Part]:
         problems.append(f"it has weights for another number of layers than {base.layers}")
     if problems:
         text = f"the composition {mix.name!r} does not fit this base: {'; '.join(problems)}"
-        raise NamedCompositionError(text, next_step=f"Use --base {mix.base}, or tune it again")
+        raise NamedCompositionError(text, next_step=f"{use_base(mix.base)}, or tune it again")
     return [
         Part(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, mix.name)
         for i in mix.terms

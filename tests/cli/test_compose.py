@@ -95,12 +95,21 @@ def test_compare_draws_every_column(cli: Cli, tiny: list[str], adapters: tuple[s
         (":1", "no name stands before the colon"),
         ("emotion:nan", "not a finite number"),
         ("emotion:inf", "not a finite number"),
-        ("emotoin", "there is no adapter 'emotoin'"),
-        ("../nowhere", "../nowhere"),
-        ("a/b/c", "org/repo"),
+        ("emotion/logic/body", "org/repo"),
     ],
 )
-def test_a_bad_spec_gets_one_line_and_exit_code_1(cli: Cli, spec: str, named: str) -> None:
+def test_a_spec_that_is_none_gets_one_line_and_exit_code_2(cli: Cli, spec: str, named: str) -> None:
+    done = cli("compose", spec, "-p", "ab")
+    assert done.code == 2
+    assert named in done.err
+    assert done.err.count("\n") == 1
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"), [("emotoin", "there is no adapter 'emotoin'"), ("../nowhere", "../nowhere")]
+)
+def test_a_name_that_nothing_has_gets_one_line_and_exit_code_1(cli: Cli, spec: str, named: str) -> None:
     done = cli("compose", spec, "-p", "ab")
     assert done.code == 1
     assert named in done.err
@@ -135,7 +144,7 @@ def test_an_adapter_for_another_base_is_refused_with_both_named(cli: Cli, zoo: Z
 @pytest.mark.parametrize("arguments", [["-p", ""], ["-p", "  "], []])
 def test_an_empty_prompt_is_refused(cli: Cli, adapters: tuple[str, str], arguments: list[str]) -> None:
     done = cli("compose", adapters[0], *arguments)
-    assert done.code == 1
+    assert done.code == 2
     assert "the prompt is empty" in done.err
 
 
@@ -143,18 +152,43 @@ def test_an_empty_prompt_is_refused(cli: Cli, adapters: tuple[str, str], argumen
     ("option", "value", "named"),
     [
         ("--precision", "int3", "there is no precision 'int3'"),
-        ("--base", "./nowhere", "there is no base at ./nowhere"),
         ("--temperature", "-1", "temperature is -1"),
         ("--max-new-tokens", "0", "max_new_tokens is 0"),
         ("--device", "tpu", "'tpu'"),
     ],
 )
-def test_settings_that_cannot_be_are_named(
+def test_settings_that_cannot_be_are_usage_errors(
     cli: Cli, adapters: tuple[str, str], option: str, value: str, named: str
 ) -> None:
     done = cli("compose", adapters[0], "-p", "ab", option, value)
-    assert done.code == 1
+    assert done.code == 2
     assert named in done.err
+
+
+def test_a_base_that_is_not_there_is_named(cli: Cli, adapters: tuple[str, str]) -> None:
+    done = cli("compose", adapters[0], "-p", "ab", "--base", "./nowhere")
+    assert (done.code, "there is no base at ./nowhere" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "warnings"),
+    [
+        ((0.7, 0.3), 0),
+        ((1.25, 0), 0),
+        ((1, 1), 1),
+        ((-0.6, 0.3), 1),
+    ],
+)
+def test_weights_beyond_what_was_measured_get_one_line_of_warning(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], weights: tuple[float, float], warnings: int
+) -> None:
+    spec = [f"{adapter}:{weight}" for adapter, weight in zip(adapters, weights, strict=True)]
+    assert cli("compose", *spec, "-p", "ab", *tiny).err.count("warning:") == warnings
+
+
+def test_a_doubled_term_is_said_once(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
+    err = cli("compose", f"{adapters[0]}:0.2", f"{adapters[0]}:0.3", "-p", "ab", *tiny).err
+    assert (err.count("warning:"), "named more than once" in err) == (1, True)
 
 
 def test_usage_errors_have_exit_code_2(cli: Cli) -> None:
@@ -192,7 +226,7 @@ def test_a_chat_keeps_the_conversation_and_changes_the_mix(
         Typing(["ab", f"/weights {adapters[1]}:0.5", "/weights nobody", "/dance", "cd", "/quit", "never"]),
     )
     monkeypatch.setattr(sys, "stdin", sys.__stdin__)
-    monkeypatch.setattr("lora_rt.core.cli.compose.command._piped", lambda: None)
+    monkeypatch.setattr("lora_rt.core.cli.options.piped", lambda: None)
     done = cli("compose", adapters[0], *tiny)
     assert done.code == 0
     assert [spec for _, spec in asked] == [adapters[0], f"{adapters[1]}:0.5"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.plugin_commands import subcommands_of
-from lora_rt.core.runtime import Runtime
+from lora_rt.core.cli.wrapping import WordWrap, harmless
+
+if TYPE_CHECKING:
+    from lora_rt.core.runtime import Runtime
 
 
 def answer(request: ComposeRequest, *, as_json: bool) -> None:
@@ -27,14 +30,19 @@ def answer(request: ComposeRequest, *, as_json: bool) -> None:
 def speak(runtime: Runtime, request: ComposeRequest, prompt: Any) -> str:
     """Stream an answer to standard output and return it."""
     pieces = []
+    wrap = WordWrap(out.width if out.is_terminal else None)
     for piece in runtime.stream(
         prompt, request.composition, scene=request.scene, seed=request.seed, **request.sampling()
     ):
         pieces.append(piece)
-        out.print(piece, end="", markup=False, soft_wrap=True)
-        out.file.flush()
-    out.print()
+        _show(wrap.feed(harmless(piece)))
+    _show(wrap.end() + "\n")
     return "".join(pieces)
+
+
+def _show(text: str) -> None:
+    out.print(text, end="", markup=False, soft_wrap=True)
+    out.file.flush()
 
 
 def show_terms(runtime: Runtime, request: ComposeRequest) -> None:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from lora_rt.core.cli.compose.answer import show_terms, speak
-from lora_rt.core.cli.compose.request import ComposeRequest
+from lora_rt.core.cli.compose.keyboard import Keyboard
+from lora_rt.core.cli.compose.request import ComposeRequest, caution
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.failures import explain
 from lora_rt.core.requests.composition import Composition
-from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
+
+if TYPE_CHECKING:
+    from lora_rt.core.runtime import Runtime
 
 _HELP = """\
 [bold]/weights emotion:0.2 logic:0.8[/]  change the mix (without terms: show it)
 [bold]/scene body[/]                     set the scene type (without a word: none)
 [bold]/seed 7[/]                         make the next answer repeatable
 [bold]/reset[/]                          forget the conversation
-[bold]/help[/]  [bold]/quit[/]                   this text; leave (also Ctrl-D)"""
+[bold]/help[/]  [bold]/quit[/]                   this text; leave (also Ctrl-D)
+Ctrl-C stops an answer. What you type during one is the next message."""
 
 
 @dataclass
@@ -29,13 +34,15 @@ class Chat:
 
     runtime: Runtime
     request: ComposeRequest
+    keyboard: Keyboard = field(default_factory=Keyboard)
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """Answer a message; an answer that was cut off with Ctrl-C is not remembered."""
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer = speak(self.runtime, self.request, asked)
+            with self.keyboard.collecting():
+                answer = speak(self.runtime, self.request, asked)
         except KeyboardInterrupt:
             err.print("\n[dim](stopped)[/]")
             return
@@ -48,27 +55,46 @@ class Chat:
             composition = Composition.parse(spec)
             self.runtime.terms(composition)
             self.request = replace(self.request, composition=composition)
+            caution(composition)
         show_terms(self.runtime, self.request)
 
     def scene(self, name: str) -> None:
-        """Set or clear the scene type."""
+        """Set or clear the scene type.
+
+        Raises:
+            LoraRtError: no adapter of the mix knows it; its types are named.
+        """
+        known = self.scene_types()
+        if name and name not in known:
+            has = (
+                f"The scene types here are: {', '.join(known)}"
+                if known
+                else "No adapter of this mix tells scenes apart"
+            )
+            raise LoraRtError(f"there is no scene type {name!r}", next_step=has)
         self.request = replace(self.request, scene=name or None)
+        err.print(f"[dim]scene type: {escape(name) or 'recognized from each message'}[/]")
+
+    def scene_types(self) -> list[str]:
+        """The scene types of the mix's adapters, in their order."""
+        infos = [info for info, _ in self.runtime.terms(self.request.composition)]
+        return list(dict.fromkeys(kind for info in infos if info.card for kind in info.card.scene_types))
 
     def seed(self, text: str) -> None:
         """Set the seed of the next answer."""
-        try:
-            self.request = replace(self.request, seed=int(text))
-        except ValueError as error:
-            raise LoraRtError(f"{text!r} is not a whole number", next_step="Type for instance /seed 7") from error
+        if not text.isdecimal() or int(text) >= 2**63:
+            raise LoraRtError(f"{text!r} is not a seed", next_step="Type a whole number, for instance /seed 7")
+        self.request = replace(self.request, seed=int(text))
+        err.print(f"[dim]seed {self.request.seed}[/]")
 
     def reset(self, _rest: str) -> None:
         """Forget the conversation."""
         self.messages = []
+        err.print("[dim]the conversation is forgotten[/]")
 
 
 def chat(request: ComposeRequest) -> None:
     """Talk until /quit or Ctrl-D."""
-    _line_editing()
     talk = Chat(request.load(), request)
     show_terms(talk.runtime, request)
     err.print("[dim]Type a message, or /help.[/]")
@@ -79,36 +105,16 @@ def chat(request: ComposeRequest) -> None:
         "/reset": talk.reset,
         "/help": lambda _rest: err.print(_HELP),
     }
-    while (line := _read()) is not None:
+    while (line := talk.keyboard.read()) is not None:
         word, _, rest = line.partition(" ")
         if word in ("/quit", "/exit"):
             return
         try:
             if word in commands:
                 commands[word](rest.strip())
-            elif word.startswith("/"):
+            elif word.startswith("/") and "\n" not in line:
                 err.print(f"there is no {escape(word)}; /help lists what there is")
             elif line:
                 talk.say(line)
         except LoraRtError as error:
             explain(error)
-
-
-def _read() -> str | None:
-    """The next line without its blanks, or None at the end of input; Ctrl-C clears the line."""
-    while True:
-        try:
-            return input("> ").strip()
-        except EOFError:
-            err.print()
-            return None
-        except KeyboardInterrupt:
-            err.print()
-
-
-def _line_editing() -> None:
-    """Importing readline gives `input` arrow keys and a history; some builds of Python have none."""
-    import contextlib
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401

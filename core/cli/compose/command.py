@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.compose.request import ComposeRequest
 
 
 def compose(
@@ -25,20 +25,20 @@ def compose(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Makes the answer repeatable; a new one each time if left out.")
+        int | None,
+        typer.Option(
+            "--seed", min=0, max=2**63 - 1, help="Makes the answer repeatable; a new one each time if left out."
+        ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Base, each register alone and the composition side by side.")
+        bool, typer.Option("--compare", help="Show the base, each register alone and the composition side by side.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Let a weighted composition of registers speak."""
-    from lora_rt.core.cli.compose.request import ComposeRequest
-
-    text = _piped() if prompt is None else prompt
     request = ComposeRequest.checked(
-        " ".join(specs),
-        text,
+        options.composition_of(specs),
+        options.piped() if prompt is None else prompt,
         base=base,
         precision=precision,
         device=device,
@@ -61,8 +61,3 @@ def compose(
         from lora_rt.core.cli.compose.answer import answer
 
         answer(request, as_json=as_json)
-
-
-def _piped() -> str | None:
-    """What is piped into the command, or None where a person sits at a terminal."""
-    return None if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")

@@ -9,6 +9,7 @@ from rich.table import Table
 from lora_rt.core.cli.compose.answer import show_terms
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.wrapping import harmless
 from lora_rt.core.requests.composition import Composition
 
 _NARROWEST_COLUMN = 22
@@ -24,7 +25,7 @@ def compare_answers(request: ComposeRequest, *, as_json: bool) -> None:
     whole = str(request.composition)
     specs: list[str | None] = [None, *alone, *([whole] if whole not in alone else [])]
     compositions = [Composition.of(spec) for spec in specs]
-    with err.status(f"{len(specs)} answers in one batch"):
+    with err.status(f"{_count(len(specs))} in one batch"):
         texts = runtime.generate(
             [request.prompt] * len(specs),
             compositions,
@@ -39,15 +40,19 @@ def compare_answers(request: ComposeRequest, *, as_json: bool) -> None:
         _show(request.prompt, columns)
 
 
+def _count(answers: int) -> str:
+    return "one answer" if answers == 1 else f"{answers} answers"
+
+
 def _show(prompt: str, columns: list[tuple[str, str]]) -> None:
     """Columns where the terminal is wide enough, panels below one another where it is not."""
     out.print(f"[bold]prompt[/] {escape(prompt.strip())}")
     if out.width // len(columns) < _NARROWEST_COLUMN:
         for spec, text in columns:
-            out.print(Panel(escape(text.strip()), title=escape(spec), title_align="left"))
+            out.print(Panel(escape(harmless(text.strip())), title=escape(spec), title_align="left"))
         return
     table = Table(*(escape(spec) for spec, _ in columns), expand=True)
     for column in table.columns:
         column.ratio = 1
-    table.add_row(*(escape(text.strip()) for _, text in columns))
+    table.add_row(*(escape(harmless(text.strip())) for _, text in columns))
     out.print(table)

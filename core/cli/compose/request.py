@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_rt.core.requests.composition import Composition
-from lora_rt.errors import LoraRtError
+from rich.markup import escape
+
+from lora_rt.core.base.source import parse_base
+from lora_rt.core.cli.console import err
+from lora_rt.core.cli.options import usage
+from lora_rt.core.cli.session import session
+from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.requests.composition import Composition, Term
+from lora_rt.core.requests.named import named_composition
+from lora_rt.errors import LoraRtError, UsageError
+from lora_rt.registry.reference import Reference
+from lora_rt.registry.registry import Registry
 
 if TYPE_CHECKING:
-    from lora_rt.core.requests.composition import Term
     from lora_rt.core.runtime import Runtime
-    from lora_rt.registry.reference import Reference
-    from lora_rt.registry.registry import Registry
 
 # Chosen by reading: greedy text of a small base loops, and without a penalty its samples circle around one phrase.
 TOP_P = 0.9
 REPETITION_PENALTY = 1.1
+# Measured on the default base: beyond, every adapter's texts get worse, and at -1 the model is wrecked.
+MOST_WEIGHT = 1.25
+LEAST_WEIGHT = -0.5
 
 
 class ComposeError(LoraRtError):
@@ -40,36 +51,42 @@ class ComposeRequest:
 
     @classmethod
     def checked(
-        cls, spec: str, prompt: str | None, *, seed: int | None, needs_prompt: bool, after: str | None, **settings: Any
+        cls,
+        composition: Composition,
+        prompt: str | None,
+        *,
+        seed: int | None,
+        needs_prompt: bool,
+        after: str | None,
+        **settings: Any,
     ) -> ComposeRequest:
         """The request, its names looked up.
 
         Raises:
-            LoraRtError: a bad spec, a name that nothing has, or no prompt where one is needed.
+            UsageError: no prompt where one is needed, or a setting out of range.
+            LoraRtError: a name that nothing has, or a base that is not there.
         """
-        composition = Composition.parse(spec)
         if after:
             composition = composition.waking(after)
         if prompt is not None and not prompt.strip():
-            raise ComposeError(
+            raise UsageError(
                 "the prompt is empty", next_step='Give one with -p "...", or type lora-rt compose without it to chat'
             )
         if prompt is None and needs_prompt:
-            raise ComposeError("there is no prompt", next_step='Give one with -p "..."')
-        look_up(composition)
+            raise UsageError("there is no prompt", next_step='Give one with -p "..."')
         request = cls(
             composition=composition, prompt=prompt, seed=secrets.randbits(31) if seed is None else seed, **settings
         )
-        _check_settings(request)
+        with usage():
+            Sampling(**request.sampling()).check()
+        parse_base(request.base)
+        look_up(composition)
+        caution(composition)
         return request
 
     def load(self) -> Runtime:
         """The runtime of this request, with its adapters resident."""
-        from lora_rt.core.base.progress import step
-
-        with step("starting"):
-            from lora_rt.core.runtime import Runtime
-        runtime = Runtime.load(self.base, precision=self.precision, device=self.device)
+        runtime = session().runtime(self.base, self.precision, self.device)
         runtime.terms(self.composition)
         return runtime
 
@@ -83,24 +100,11 @@ class ComposeRequest:
         }
 
 
-def _check_settings(request: ComposeRequest) -> None:
-    from lora_rt.core.base.precision import check_precision
-    from lora_rt.core.base.source import parse_base
-    from lora_rt.core.generation.sampling import Sampling
-
-    check_precision(request.precision)
-    parse_base(request.base)
-    Sampling(**request.sampling()).check()
-
-
 def look_up(composition: Composition) -> None:
     """Names and paths cost nothing to look up; the Hub is asked later, when the base is known."""
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.registry import Registry
-
-    registry = Registry(sources=load_modes().sources())
+    registry = session().registry
     problems: list[LoraRtError] = []
-    for reference in (r for term in composition.terms for r in _references(term, registry)):
+    for reference in (r for term in composition.terms for r, _ in _references(term, registry)):
         if reference.kind != "hub":
             try:
                 registry.resolve(reference)
@@ -114,10 +118,25 @@ def look_up(composition: Composition) -> None:
         )
 
 
-def _references(term: Term, registry: Registry) -> list[Reference]:
-    """The adapters of a term: its own, or those of a named composition."""
-    from lora_rt.core.requests.named import named_composition
-    from lora_rt.registry.reference import Reference
+def caution(composition: Composition) -> None:
+    """One line on standard error about weights that nobody measured: what comes of them may be no text at all."""
+    registry = session().registry
+    terms = [pair for term in composition.terms for pair in _references(term, registry)]
+    doubled = [name for name, count in Counter(reference.text for reference, _ in terms).items() if count > 1]
+    negative = [f"{reference.text}:{weight:g}" for reference, weight in terms if weight <= LEAST_WEIGHT]
+    total = sum(abs(weight) for _, weight in terms)
+    found = [f"{' and '.join(doubled)} is named more than once, and its weights add up"] if doubled else []
+    if total > MOST_WEIGHT:
+        found.append(f"the weights add up to {total:g}, and beyond {MOST_WEIGHT:g} texts fall apart")
+    if negative:
+        found.append(f"{' and '.join(negative)} pushes hard away from what was learned, which can wreck the text")
+    if found:
+        err.print(f"[yellow]warning:[/] {escape('; '.join(found))}", soft_wrap=not err.is_terminal)
 
+
+def _references(term: Term, registry: Registry) -> list[tuple[Reference, float]]:
+    """The adapters of a term and their weights: its own, or those of a named composition."""
     mix = named_composition(term, registry.compositions)
-    return [term.reference] if mix is None else [Reference.parse(item.reference) for item in mix.terms]
+    if mix is None:
+        return [(term.reference, term.weight)]
+    return [(Reference.parse(item.reference), term.weight * item.weight) for item in mix.terms]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.compose.request import caution, look_up
+from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.session import session
+from lora_rt.core.evaluation.plot import check_plot
 
-if TYPE_CHECKING:
-    from lora_rt.core.requests.explaining import Explanation
-    from lora_rt.core.runtime import Runtime
+_LONGEST_TITLE = 80
 
 
 def explain(
@@ -32,51 +34,31 @@ def explain(
     as_json: options.Json = False,
 ) -> None:
     """Show how much each register adds to the base, layer by layer."""
-    from lora_rt.core.cli.compose.request import look_up
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.requests.composition import Composition
-
-    composition = Composition.parse(" ".join(specs))
+    composition = options.composition_of(specs)
+    if png is not None:
+        check_plot(png, "--png")
     look_up(composition)
-    from lora_rt.core.runtime import Runtime
-
-    runtime = Runtime.load(base, precision=precision, device=device)
+    caution(composition)
+    runtime = session().runtime(base, precision, device)
     answer = ""
     if max_new_tokens:
         answer = runtime.generate(prompt, composition, scenes=[scene], max_new_tokens=max_new_tokens)
     explanation = runtime.explain(prompt, composition, scene=scene, answer=answer)
+    pieces = [runtime.tokenizer.decode([token]) for token in explanation.ids]
+    title = f"{composition} on {_short(prompt)!r}"
     if png is not None:
         from lora_rt.core.cli.explain.picture import draw
 
-        draw(explanation, png)
+        draw(explanation, png, title)
     if as_json:
-        print_json(document(runtime, explanation, prompt, str(composition), answer))
+        print_json(explanation.document(prompt, str(composition), answer, pieces))
         return
     from lora_rt.core.cli.explain.terminal import show
 
-    show(out, explanation, pieces(runtime, explanation), heads=heads, tokens=tokens)
+    out.print(title, markup=False, soft_wrap=not out.is_terminal)
+    show(out, explanation, pieces, heads=heads, tokens=tokens)
 
 
-def pieces(runtime: Runtime, explanation: Explanation) -> list[str]:
-    """The text of each token."""
-    return [runtime.tokenizer.decode([token]) for token in explanation.ids]
-
-
-def document(runtime: Runtime, explanation: Explanation, prompt: str, spec: str, answer: str) -> dict[str, Any]:
-    """The JSON form: every list is by adapter first."""
-
-    def rounded(values: Any) -> Any:
-        return [rounded(v) for v in values] if isinstance(values, list) else round(values, 5)
-
-    return {
-        "prompt": prompt,
-        "answer": answer,
-        "spec": spec,
-        "scene_type": explanation.scene_type,
-        "adapters": explanation.names,
-        "tokens": pieces(runtime, explanation),
-        "layers": rounded(explanation.layers.tolist()),
-        "heads": rounded(explanation.heads.tolist()),
-        "factors": rounded(explanation.factors.tolist()),
-        "per_token": rounded(explanation.tokens.tolist()),
-    }
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_TITLE else line[: _LONGEST_TITLE - 3] + "..."

@@ -1,0 +1,103 @@
+"""Text for a terminal: answers wrap at words, tables keep what they say whole, control characters are only shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Cell = str | Text
+# Escape sequences, and letters that reorder a line: a model or a stranger must not write to the terminal with them.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """The text with control characters made visible; line breaks and tabs stay."""
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text.replace("\r\n", "\n"))
+
+
+class WordWrap:
+    """Breaks a stream of text at words: what it is fed comes back as soon as it is known on which line it stands.
+
+    Args:
+        width: cells of a line; None breaks nothing.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        self._width = width
+        self._column = 0
+        self._held = ""  # blanks and the beginning of a word
+
+    def feed(self, piece: str) -> str:
+        """Take the next piece and return what can be shown."""
+        if self._width is None:
+            return piece
+        parts = re.split(r"(?<=\S)(?=\s)", self._held + piece)
+        self._held = parts.pop()
+        return "".join(map(self._placed, parts))
+
+    def end(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return self._placed(held) if self._width is not None else held
+
+    def _placed(self, part: str) -> str:
+        """Blanks and one word, on this line or the next."""
+        assert self._width is not None
+        blanks = part[: len(part) - len(part.lstrip())]
+        word = part[len(blanks) :]
+        if "\n" in blanks:
+            self._column = cell_len(blanks[blanks.rindex("\n") + 1 :])
+        elif self._column and self._column + cell_len(part) > self._width:
+            blanks, self._column = "\n", 0
+        else:
+            self._column += cell_len(blanks)
+        self._column = (self._column + cell_len(word)) % self._width
+        return blanks + word
+
+
+def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+    """A table where its lines fit; else each row as a block, a line for each column, with nothing cut or broken apart.
+
+    Whoever pipes a table gets whole lines, however long.
+    """
+    whole = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    table = Table(*(Text(column) for column in columns), show_header=any(columns))
+    for column in table.columns:
+        column.no_wrap = True
+    for row in whole:
+        table.add_row(*row)
+    needed = console.measure(table, options=console.options.update(width=100_000)).maximum
+    if needed <= console.width or not console.is_terminal:
+        console.print(table, width=max(needed, 1), crop=False, no_wrap=True, overflow="ignore")
+        return
+    label = max((cell_len(column) for column in columns[1:]), default=0)
+    for number, row in enumerate(whole):
+        if number and len(columns) > 2:
+            console.print()
+        if len(columns) > 2 or not any(columns):
+            title, *cells = row
+        title.stylize("bold")
+        _block(console, title, list(zip(columns[1:], cells, strict=True)), label)
+
+
+def _block(console: Console, title: Text, cells: Sequence[tuple[str, Text]], label: int) -> None:
+    console.print(title, soft_wrap=True)
+    for name, cell in cells:
+        if not cell.plain:
+            continue
+        for line in cell.split("\n"):
+            _line(console, f"  {name.ljust(label)}  " if label else "  ", line)
+            name = ""
+
+
+def _line(console: Console, head: str, text: Text) -> None:
+    """A line that wraps between words, and lets a word that is too long for it (a path, a digest) run over whole."""
+    room = max(console.width - cell_len(head), 20)
+    for piece in text.wrap(console, room, overflow="ignore"):
+        console.print(Text(head, style="dim") + piece, soft_wrap=True)
+        head = " " * cell_len(head)
