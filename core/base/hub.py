@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lora_rt.core.base.reading import first_line
 from lora_rt.core.base.source import BaseError, BaseSource
+from lora_rt.registry.errors import HubError
 
 
 def hub_name(source: BaseSource) -> str:
@@ -16,34 +16,30 @@ def hub_name(source: BaseSource) -> str:
 
 @contextmanager
 def explained(source: BaseSource) -> Iterator[None]:
-    """Turn whatever goes wrong on the Hub within the block into a BaseError with a next step."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """Limit what the Hub may take within the block, and turn whatever goes wrong into a BaseError with a next step."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    from lora_rt.registry.hub.client import in_words, session
 
     name = hub_name(source)
     try:
-        yield
-    except GatedRepoError as error:
-        raise BaseError(f"{name} is gated", next_step="Accept its terms on the Hub, then: hf auth login") from error
-    except RevisionNotFoundError as error:
-        text = f"{source.text} has no revision {source.revision!r}"
-        raise BaseError(text, next_step="Leave the revision out, or look it up on the Hub") from error
-    except RepositoryNotFoundError as error:
-        text = f"there is no model {name} on the Hub, or it is private"
-        raise BaseError(text, next_step="Check the spelling, or: hf auth login") from error
+        with session():
+            yield
     except LocalEntryNotFoundError as error:
         text = f"{name} is not cached and the Hub can't be reached"
         raise BaseError(text, next_step="Check the network, or give --base a folder") from error
     except EntryNotFoundError as error:
         raise no_model(source) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise BaseError(f"{name} can't be downloaded: {first_line(error)}", next_step="Try again") from error
+    except HubError as error:
+        raise BaseError(f"{name} can't be downloaded: {error.message}", next_step=error.next_step) from error
+    except Exception as error:
+        found = in_words(error, source.text, source.revision)
+        if found is None:
+            raise
+        text = found.message
+        if type(error) is RepositoryNotFoundError:
+            text = f"there is no model {name} on the Hub, or it is private"
+        raise BaseError(text, next_step=found.next_step) from error
 
 
 def no_model(source: BaseSource) -> BaseError:

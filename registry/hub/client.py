@@ -54,17 +54,13 @@ def _prepare(client: httpx2.Client) -> None:
 @contextmanager
 def session() -> Iterator[None]:
     """Within the block, requests of the Hub's library are guarded and limited. What an application set up stays."""
-    answers = _ANSWERS.set([])
     limits.forget()
-    try:
-        with internals.own_client(_prepare):
-            yield
-    finally:
-        _ANSWERS.reset(answers)
+    with internals.own_client(_prepare):
+        yield
 
 
 def _check_answer(response: httpx2.Response) -> None:
-    """Refuse headers that would become paths in the client's cache, and bound the body."""
+    """Refuse headers that would become paths in the client's cache; bound the answers about an adapter."""
     asked = _ANSWERS.get()
     if asked is not None:
         asked.append(response.status_code)
@@ -81,8 +77,9 @@ def _check_answer(response: httpx2.Response) -> None:
     target = headers.get("location", "")
     if response.url.scheme == "https" and target.startswith("http:"):
         raise _untrusted(response, f"a redirect to {shown(target)}, which is not encrypted")
-    limit = MAX_ANSWER if response.url.path.startswith("/api/") else MAX_BODY
-    response.stream = _bounded(response, limit)
+    if asked is not None:
+        limit = MAX_ANSWER if response.url.path.startswith("/api/") else MAX_BODY
+        response.stream = _bounded(response, limit)
 
 
 def _bounded(response: httpx2.Response, limit: int) -> httpx2.SyncByteStream:
@@ -121,6 +118,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     Raises:
         HubError: instead of the client's exceptions.
     """
+    answers = _ANSWERS.set([])
     try:
         with session():
             yield
@@ -129,6 +127,8 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         if found is None:
             raise
         raise found from error
+    finally:
+        _ANSWERS.reset(answers)
 
 
 def in_words(error: BaseException, repo: str, revision: str | None = None) -> HubError | None:

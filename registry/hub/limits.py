@@ -68,7 +68,7 @@ class _Watch:
         self.waited, self.arrived = 0.0, 0
 
 
-NEXT_STEP = "Check the network and HF_ENDPOINT, then try again"
+NEXT_STEP = "Check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 what is on this machine is used"
 _THREAD = threading.local()
 
 

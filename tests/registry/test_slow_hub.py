@@ -29,8 +29,8 @@ Twist = Callable[[Handler], bool]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same limits, a hundred times shorter; the client's pauses between its tries are left out."""
-    short = limits.Limits(connect=0.1, read=0.15, answer=0.15, window=0.3, floor=512, tries=3)
+    """The same limits, fifty times shorter; the client's pauses between its tries are left out."""
+    short = limits.Limits(connect=0.3, read=0.3, answer=0.3, window=0.4, floor=512, tries=3)
     monkeypatch.setattr(limits, "LIMITS", short)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
@@ -146,3 +146,13 @@ def test_a_xet_transfer_that_fails_ends_in_one_line(
     done = cli("push", "emotion", "me/mood")
     assert done.code == 1
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_a_base_and_its_plan_are_given_up_in_one_line(hub: LocalHub, cli: Cli, behaviour: str) -> None:
+    hub.twist = BEHAVIOURS[behaviour]
+    for command in (["compose", "emotion", "-p", "x", "--base", "someone/tiny"], ["plan", "someone/tiny"]):
+        done = cli(*command)
+        assert done.code == 1
+        assert len(done.err.splitlines()) == 1
+        assert "someone/tiny" in done.err

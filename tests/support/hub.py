@@ -169,7 +169,8 @@ def drips(content: bytes, every: float, *, headers: bool = False) -> Callable[[H
         if not headers:
             handler.connection.sendall(start)
         end = time.monotonic() + PATIENCE
-        for byte in start + content if headers else content:
+        body = b"" if handler.command == "HEAD" else content
+        for byte in start + body if headers else body:
             if select.select([handler.connection], [], [], every)[0] or time.monotonic() > end:
                 break
             with contextlib.suppress(OSError):
