@@ -17,6 +17,7 @@ from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain, sha256_bytes
 from lora_rt.registry.models import Digest, Finite, Text, problems_of
 from lora_rt.registry.reference import is_name
+from lora_rt.registry.strict_json import shown
 
 
 class NamedTerm(BaseModel):
@@ -132,7 +133,7 @@ class NamedCompositions:
             StoreError: that is not a name.
         """
         if not is_name(composition.name):
-            text = f"{composition.name!r} is not a name that a composition can have"
+            text = f"{shown(composition.name)} is not a name that a composition can have"
             raise StoreError(text, next_step="Use letters, digits, '.', '_' and '-'")
         self.folder.mkdir(parents=True, exist_ok=True)
         document = json.dumps(composition.model_dump(), indent=2)

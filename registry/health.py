@@ -10,6 +10,7 @@ from typing import Literal
 
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home as home_folders
+from lora_rt.registry.errors import ProjectError
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import read_locked_compositions
 from lora_rt.registry.packages import Unreadable, unreadable
@@ -93,8 +94,12 @@ def _records(registry: Registry) -> list[Check]:
 
 
 def _compositions(registry: Registry) -> list[Check]:
+    try:
+        names = registry.compositions.names()
+    except ProjectError:
+        return []  # which is said of the project
     checks = []
-    for name in registry.compositions.names():
+    for name in names:
         verdict = check_composition(registry, name)
         status: Literal["ok", "note", "broken"] = "broken" if verdict.problems else "note" if verdict.notes else "ok"
         detail = "; ".join([*verdict.problems, *verdict.notes]) or verdict.source.removeprefix(f"{COMPOSITION} ")

@@ -43,7 +43,7 @@ from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import ProjectError
 from lora_rt.registry.models import Name, Pins, SourceText, Text, problems_of, validated
 from lora_rt.registry.project import LOCK_FILE, read_toml
-from lora_rt.registry.reference import Reference, is_commit, is_name
+from lora_rt.registry.reference import Reference, is_commit, name_problem
 from lora_rt.registry.strict_json import shown
 
 T = TypeVar("T")
@@ -168,8 +168,8 @@ def _locked(entry: Any) -> Locked:
 
 def _locked_composition(entry: Any) -> NamedComposition:
     composition = NamedComposition.model_validate(entry)
-    if not is_name(composition.name):
-        raise ValueError("that is not a name")
+    for problem in name_problem(composition.name):
+        raise ValueError(problem)
     if entry.get("sha256") != composition.sha256:
         raise ValueError("its sha256 does not follow from its terms")
     return composition

@@ -14,15 +14,15 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 
 from lora_rt.registry.errors import InvalidReferenceError
 from lora_rt.registry.files import LIMITS
-from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.reference import Reference, name_problem
 
 T = TypeVar("T")
 MAX_PROBLEMS = 50
 
 
 def _name(text: str) -> str:
-    if not is_name(text):
-        raise ValueError("that is not a name (letters, digits, '.', '_' and '-', at most 96)")
+    for problem in name_problem(text):
+        raise ValueError(problem)
     return text
 
 

@@ -72,7 +72,7 @@ def read_toml(path: Path) -> dict[str, object] | None:
             return tomllib.loads(file.read(MEGABYTE + 1).decode("utf-8"))
     except FileNotFoundError:
         return None
-    except (UnusableFileError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (UnusableFileError, ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise ProjectError(f"{path.name} can not be read: {str(error)[:200]}", next_step=f"Correct {path}") from error
 
 

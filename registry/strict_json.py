@@ -47,7 +47,10 @@ def loads(content: bytes) -> Any:
 
 def shown(value: object, limit: int = 100) -> str:
     """A value of a stranger's, safe to print in one line: escaped and cut."""
-    text = repr(value[:limit] if isinstance(value, str) else value)
+    try:
+        text = repr(value[:limit] if isinstance(value, str) else value)
+    except RecursionError:
+        text = "something nested too deep"
     return text if len(text) <= limit + 20 else text[:limit] + "..."
 
 

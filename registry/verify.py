@@ -97,6 +97,8 @@ def _remote(item: Resolved) -> tuple[list[str], list[str]]:
 
 def _repair(item: Resolved) -> str:
     repo = item.source.removeprefix("hub ")
+    if "/" in item.name:
+        return f"lora-rt rm {item.name}; it is fetched again when it is used"
     if repo != item.source and item.revision:
         return f"lora-rt pull {repo}@{item.requested or item.revision} --as {item.name}"
     if item.source.startswith("shipped"):

@@ -15,7 +15,7 @@ from lora_rt.registry.hub.remote import commit_of, look
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked
 from lora_rt.registry.records import Record
-from lora_rt.registry.reference import Reference, is_commit, is_name
+from lora_rt.registry.reference import Reference, is_commit, name_problem
 from lora_rt.registry.resolved import Resolved
 from lora_rt.registry.store import Store, is_whole
 
@@ -37,7 +37,8 @@ def pull(
         StoreError: the name belongs to another adapter.
     """
     name = name or default_name(reference)
-    _check_name(name)
+    for problem in name_problem(name):  # before anything is fetched
+        raise StoreError(problem, next_step="Choose another: --as NAME")
     commit = _commit(store, reference, offline)
     if commit is None:
         record = find_installed(store, reference)[0]
@@ -185,13 +186,6 @@ def _name_it(store: Store, record: Record, name: str, requested: str | None) -> 
     _check_is_free(store, name, record.source.removeprefix("hub "), record.base)
     wanted = replace(record, name=name, requested=requested)
     return store.resolved(record) if wanted == record else store.link(wanted)
-
-
-def _check_name(name: str) -> None:
-    if not is_name(name):
-        raise StoreError(
-            f"{name[:80]!r} is not a name that an adapter can have", next_step="Use letters, digits, . _ -"
-        )
 
 
 def holder_of(store: Store, name: str, repo: str, base: str) -> Record | None:

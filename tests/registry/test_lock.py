@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import tomllib
 
 import pytest
 
+from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, HubError, ProjectError
+from lora_rt.registry.files import combined
 from lora_rt.registry.hub.pull import pull
-from lora_rt.registry.lock import read_lock, render
+from lora_rt.registry.lock import Locked, read_lock, render, write_lock
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.sync import check_lock, make_lock, sync
 from support.adapters import adapter_files, write_adapter
+from support.cli import Cli
 from support.hub import LocalHub
 
 REPO = "someone/emotion"
@@ -171,3 +176,54 @@ def test_all_wrong_lines_of_a_project_are_named_at_once(registry: Registry) -> N
     with pytest.raises(ProjectError) as error:
         registry.resolve("a")
     assert len(error.value.problems) == 4
+
+
+DAMAGE = {
+    "not TOML": "version = ",
+    "nested": "version = " + "[" * 20_000,
+    "a number without end": "version = " + "9" * 5000,
+}
+
+
+@pytest.mark.parametrize("file", ["lora-rt.toml", "lora-rt.lock"])
+@pytest.mark.parametrize("kind", [*DAMAGE, "a folder", "a link"])
+def test_a_file_of_the_project_that_can_not_be_read_is_named_by_every_command(
+    registry: Registry, cli: Cli, monkeypatch: pytest.MonkeyPatch, file: str, kind: str
+) -> None:
+    monkeypatch.chdir(registry.folder)
+    if file != "lora-rt.lock":
+        write_lock(registry.folder, [])
+    if kind == "a folder":
+        (registry.folder / file).mkdir()
+    elif kind == "a link":
+        (registry.folder / file).symlink_to("/dev/null")
+    else:
+        (registry.folder / file).write_text(DAMAGE[kind])
+    for command in (["show", "emotion"], ["list"], ["verify", "--offline"], ["lock", "--check"], ["sync", "--frozen"]):
+        done = cli(*command)
+        assert done.code == 1
+        assert len(done.err.splitlines()) == 1
+        assert file in done.err
+    assert any(check["name"] == "project" for check in json.loads(cli("doctor", "--json").out))
+    assert cli("show", "./nothing").code == 1  # a path needs no project
+
+
+def test_a_full_disk_keeps_the_old_lock_and_the_old_composition(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = combined({})
+    write_lock(registry.folder, [Locked("a", "", "./here", "", none, {})])
+    old = NamedComposition(name="blend", base="b", terms=(NamedTerm(reference="a"),))
+    registry.compositions.save(old)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device.*lora-rt\.lock"):
+        write_lock(registry.folder, [])
+    with pytest.raises(OSError, match=r"No space left on device.*blend\.json"):
+        registry.compositions.save(old.model_copy(update={"base": "c"}))
+    assert [entry.name for entry in read_lock(registry.folder) or []] == ["a"]
+    assert registry.compositions.get("blend") == old
+    assert [path.name for path in registry.folder.iterdir()] == ["lora-rt.lock"]
