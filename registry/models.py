@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from lora_rt.registry.errors import InvalidReferenceError
-from lora_rt.registry.files import LIMITS
+from lora_rt.registry.files import limit_of
 from lora_rt.registry.reference import Reference, name_problem
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def _source(text: str) -> str:
 
 
 def _file(name: str) -> str:
-    if name not in LIMITS:
+    if limit_of(name) is None:
         raise ValueError("that file is never read")
     return name
 

@@ -2,8 +2,8 @@
 
 A record appears and changes by one rename, so it is always whole. The file's name is made of the base it is for, so a
 name holds at most one adapter per base. Names are given by people (`pull`, `train`, `tune`) and by nobody else: what
-is fetched because a project, a lock or a composition asks for `org/repo` is recorded under `names/@org--repo/`, and its
-name is the repository's.
+is fetched because a project, a lock or a composition asks for `org/repo` is recorded under `names/@org--repo/` (for
+`org/repo//folder` under `names/@org--repo@@folder/`), and its name is the repository's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_rt.registry.card import AdapterCard
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import MEGABYTE, UnusableFileError, combined, open_plain
 from lora_rt.registry.models import Pins, Sha256, Text, problems_of, validated
-from lora_rt.registry.reference import is_hub_id, is_name
+from lora_rt.registry.reference import hub_place, is_hub_target, is_name
 
 ANY_BASE = "any"
 
@@ -108,7 +108,7 @@ class Records:
 
     def paths_of(self, name: str) -> list[Path]:
         """The files of the records of one name, readable or not; none where it is not a name."""
-        if not is_name(name) and not is_hub_id(name):
+        if not is_name(name) and not is_hub_target(name):
             return []
         folder = self._folder(name)
         # By exact name: a file system may ignore case, we do not.
@@ -132,13 +132,17 @@ class Records:
         durable.sync_folder(self.folder)
 
     def _folder(self, name: str) -> Path:
-        return self.folder / (f"@{name.replace('/', '--')}" if "/" in name else name)
+        repo, inner = hub_place(name)
+        place = repo.replace("/", "--") + (f"@@{inner.replace('/', '@')}" if inner else "")
+        return self.folder / (f"@{place}" if "/" in name else name)
 
 
 def read(path: Path) -> Record | Damaged | None:
     """One record, or None where the file is gone by now."""
     folder = path.parent.name if path.suffix == ".json" else path.name
-    name = folder.removeprefix("@").replace("--", "/", 1) if folder.startswith("@") else folder
+    repo, _, inner = folder.removeprefix("@").partition("@@")
+    place = repo.replace("--", "/", 1) + (f"//{inner.replace('@', '/')}" if inner else "")
+    name = place if folder.startswith("@") else folder
     try:
         with open_plain(path, MEGABYTE) as (file, _):
             record = validated(Record, strict_json.loads(file.read()))

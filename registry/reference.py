@@ -4,6 +4,7 @@ name            emotion
 name@revision   emotion@3f2a91c
 org/repo        someone/emotion-lora
 org/repo@rev    someone/emotion-lora@v1
+org/repo//sub   someone/registers//emotion@v1      an adapter in a folder of the repository
 a path          ./mine  ../mine  /data/mine  ~/mine
 """
 
@@ -19,14 +20,22 @@ from lora_rt.registry.strict_json import shown
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(_WORD)
 _HUB = re.compile(rf"{_WORD}/{_WORD}")
+_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*){0,5}")
+_MAX_TARGET = 220  # it becomes the name of a folder
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_FORMS = "Write a name, name@revision, org/repo, org/repo@revision, or a path that starts with ./ ../ / or ~"
+_FORMS = (
+    "Write a name, name@revision, org/repo, org/repo@revision, org/repo//folder@revision, "
+    "or a path that starts with ./ ../ / or ~"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A parsed reference. `target` is the name, repository or path without the revision; `text` is what was typed."""
+    """A parsed reference. `target` is the name, repository or path without the revision; `text` is what was typed.
+
+    The target of an adapter in a folder of a repository is `org/repo//folder`, see `hub_place`.
+    """
 
     kind: Literal["name", "hub", "path"]
     target: str
@@ -73,6 +82,21 @@ def is_hub_id(text: str) -> bool:
     return _HUB.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
+def hub_place(target: str) -> tuple[str, str]:
+    """(org/repo, folder in it or "") of the target of a reference to the Hub."""
+    repo, _, folder = target.partition("//")
+    return repo, folder
+
+
+def is_hub_target(text: str) -> bool:
+    """Whether the text has the form `org/repo` or `org/repo//folder`."""
+    repo, folder = hub_place(text)
+    if "//" not in text:
+        return is_hub_id(repo)
+    is_folder = _FOLDER.fullmatch(folder) is not None and ".." not in folder
+    return is_hub_id(repo) and is_folder and len(text) <= _MAX_TARGET
+
+
 def is_commit(text: str) -> bool:
     """Whether the text is a full commit: 40 lower-case hexadecimal digits."""
     return _COMMIT.fullmatch(text) is not None
@@ -83,8 +107,10 @@ def _problem(target: str, revision: str, has_revision: bool) -> str:
         return "it is empty" if not has_revision else "nothing stands before the @"
     if "\\" in target:
         return "a backslash is no separator here"
-    if "/" in target and not is_hub_id(target):
-        return f"{target[:80]!r} is not of the form org/repo"
+    if "//" in revision:
+        return "the revision stands at the end: org/repo//folder@revision"
+    if "/" in target and not is_hub_target(target):
+        return f"{target[:80]!r} is not of the form org/repo or org/repo//folder"
     if "/" not in target and not is_name(target):
         return f"{target[:80]!r} is not a name (letters, digits, '.', '_', '-')"
     if has_revision and not (_REVISION.fullmatch(revision) and ".." not in revision):

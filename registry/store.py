@@ -28,7 +28,7 @@ from lora_rt.registry.errors import RejectedAdapterError, StoreError
 from lora_rt.registry.files import UnusableFileError
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.records import Record, Records, read, record_key
-from lora_rt.registry.reference import is_hub_id, name_problem
+from lora_rt.registry.reference import is_hub_target, name_problem
 from lora_rt.registry.resolved import Digests, Resolved
 
 LOCK_SECONDS = 60
@@ -206,7 +206,7 @@ class Store:
             ) from error
 
     def _check_name(self, name: str, source: str) -> None:
-        if is_hub_id(name) and source == f"hub {name}":
+        if is_hub_target(name) and source == f"hub {name}":
             return
         for problem in name_problem(name):
             raise StoreError(problem, next_step="Choose another name")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.errors import ChangedAdapterError, HubError
-from lora_rt.registry.files import CHUNK, CONFIG, LIMITS, WEIGHTS, open_plain
+from lora_rt.registry.files import CHUNK, CONFIG, WEIGHTS, limit_of, open_plain, present, shard_number
 from lora_rt.registry.hub.client import api, explained
-from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile
+from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile, place_of
+from lora_rt.registry.reference import is_commit
 
 Report = Callable[[str, int, int], None]
 """Called with a file's name, the bytes that arrived since the last call, and the bytes that it will have."""
@@ -52,11 +53,12 @@ def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) 
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     if names is None:
-        has = [name for name in LIMITS if isinstance(try_to_load_from_cache(repo, name, revision=commit), str)]
-        names = sorted({*has, CONFIG, WEIGHTS})
+        config = try_to_load_from_cache(*place_of(repo, CONFIG), revision=commit)
+        has = present(Path(config).parent) if isinstance(config, str) else []
+        names = sorted({*has, CONFIG}) if any(map(shard_number, has)) else sorted({*has, CONFIG, WEIGHTS})
     for name in names:
         with explained(repo, commit):
-            path = Path(hf_hub_download(repo, name, revision=commit, local_files_only=True))
+            path = Path(hf_hub_download(*place_of(repo, name), revision=commit, local_files_only=True))
         real = _inside_cache(path)
         expected = RemoteFile(real.stat().st_size, real.name if len(real.name) == 64 else None, real.name)
         if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name) or not _copy(path, folder / name, expected):
@@ -65,12 +67,24 @@ def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) 
             )
 
 
+def cached_commit(repo: str, revision: str | None) -> str | None:
+    """The commit that the client's cache has for a revision of a repository, with its configuration; or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(*place_of(repo, CONFIG), revision=revision or "main")
+    if not isinstance(path, str):
+        return None
+    depth = place_of(repo, CONFIG)[1].count("/")
+    commit = Path(path).parents[depth].name
+    return commit if is_commit(commit) else None
+
+
 def _download(remote: RemoteAdapter, name: str, file: RemoteFile, report: Report, again: bool = False) -> Path:
     bar = _bar(remote.repo, name, file.size, report)
     with explained(remote.repo, remote.commit):
         try:
             path = api().hf_hub_download(
-                remote.repo, name, revision=remote.commit, tqdm_class=bar, force_download=again
+                *remote.place(name), revision=remote.commit, tqdm_class=bar, force_download=again
             )
         except OSError as error:
             if "Consistency check failed" not in str(error):
@@ -86,7 +100,7 @@ def _copy(source: Path, target: Path, expected: RemoteFile) -> bool:
     real = _inside_cache(source)
     sha256, blob = hashlib.sha256(), hashlib.sha1(f"blob {expected.size}\0".encode(), usedforsecurity=False)
     copied = 0
-    with open_plain(real, LIMITS[target.name]) as (file, _), open(target, "wb") as copy:
+    with open_plain(real, limit_of(target.name) or 0) as (file, _), open(target, "wb") as copy:
         while chunk := file.read(CHUNK):
             sha256.update(chunk)
             blob.update(chunk)

@@ -10,12 +10,12 @@ from filelock import FileLock
 
 from lora_rt.registry.errors import ChangedAdapterError, HubError, StoreError
 from lora_rt.registry.hub.client import asks_nobody
-from lora_rt.registry.hub.download import Report, fetch, fetch_cached, silent
+from lora_rt.registry.hub.download import Report, cached_commit, fetch, fetch_cached, silent
 from lora_rt.registry.hub.remote import commit_of, look
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked
 from lora_rt.registry.records import Record
-from lora_rt.registry.reference import Reference, is_commit, name_problem
+from lora_rt.registry.reference import Reference, hub_place, is_commit, is_name, name_problem
 from lora_rt.registry.resolved import Resolved
 from lora_rt.registry.store import Store, is_whole
 
@@ -122,8 +122,10 @@ def install_pinned(store: Store, pin: Locked, *, offline: bool = False, report: 
 
 
 def default_name(reference: Reference) -> str:
-    """The name that a repository's adapter gets where none is given: the repository's, without its owner."""
-    return reference.target.rpartition("/")[2]
+    """The name that an adapter gets where none is given: its repository's without the owner, or its folder's."""
+    repo, folder = hub_place(reference.target)
+    own = folder.rpartition("/")[2]
+    return own if own and not own.startswith("checkpoint") and is_name(own) else repo.rpartition("/")[2]
 
 
 def source_of(repo: str) -> str:
@@ -159,8 +161,10 @@ def _commit(store: Store, reference: Reference, offline: bool) -> str | None:
         return commit
     if find_installed(store, reference):
         return None
+    if commit := cached_commit(reference.target, requested):
+        return commit
     raise HubError(
-        f"{reference.text} is not in the store, and the Hub is not asked",
+        f"{reference.text} is neither in the store nor in the Hub client's cache, and the Hub is not asked",
         next_step=f"Go online and type: lora-rt pull {reference.text}",
     )
 

@@ -8,9 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError
-from lora_rt.registry.files import CONFIG, LIMITS, WEIGHTS
+from lora_rt.registry.files import CONFIG, limit_of, select
 from lora_rt.registry.hub.client import api, explained
-from lora_rt.registry.reference import is_commit
+from lora_rt.registry.inspection.kinds import missing_weights
+from lora_rt.registry.reference import hub_place, is_commit
 from lora_rt.registry.strict_json import shown
 
 if TYPE_CHECKING:
@@ -30,21 +31,31 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class RemoteAdapter:
-    """A repository at a full commit, with those of its files that are ever read."""
+    """A repository, or a folder of it (`org/repo//folder`), at a full commit, with those of its files that are read."""
 
     repo: str
     commit: str
     files: Mapping[str, RemoteFile]
 
+    def place(self, name: str) -> tuple[str, str]:
+        """(org/repo, path in it) of one of the files."""
+        return place_of(self.repo, name)
+
+
+def place_of(target: str, name: str) -> tuple[str, str]:
+    """(org/repo, path in it) of a file of an adapter."""
+    repo, folder = hub_place(target)
+    return repo, f"{folder}/{name}" if folder else name
+
 
 def commit_of(repo: str, revision: str | None) -> str:
-    """The full commit that a revision of a repository is now, one request.
+    """The full commit that a revision of a repository is now, one request; a folder in it has the repository's.
 
     Raises:
         HubError: it can not be found or reached, or the answer is no commit.
     """
     with explained(repo, revision):
-        commit = api().model_info(repo, revision=revision or "main").sha
+        commit = api().model_info(hub_place(repo)[0], revision=revision or "main").sha
     if not isinstance(commit, str) or not is_commit(commit):
         raise HubError(
             f"the Hub answered with the commit {shown(commit)} for {repo}, which is not 40 hexadecimal digits",
@@ -62,13 +73,19 @@ def look(repo: str, commit: str) -> RemoteAdapter:
     """
     from huggingface_hub.hf_api import RepoFile
 
+    name, folder = hub_place(repo)
     with explained(repo, commit):
-        tree = api().list_repo_tree(repo, revision=commit, recursive=True)
+        tree = api().list_repo_tree(name, revision=commit, recursive=True)
         entries = [item for item in islice(tree, MAX_ENTRIES) if isinstance(item, RepoFile)]
-        found = {item.path: _remote_file(item) for item in entries if item.path in LIMITS}
-    problems = _problems(found, [item.path for item in entries])
+        start = f"{folder}/" if folder else ""
+        here = {item.path.removeprefix(start): item for item in entries if item.path.startswith(start)}
+        found = {name: _remote_file(here[name]) for name in select(here)}
+    problems = _problems(found, [path for path in here if "/" not in path])
     if problems:
-        raise RejectedAdapterError(f"{repo} at {commit[:12]} is no adapter that can be loaded", problems=problems)
+        elsewhere = sorted(item.path.rpartition("/")[0] for item in entries if item.path.endswith(f"/{CONFIG}"))
+        next_step = f"Adapters are in: {', '.join(f'{name}//{place}' for place in elsewhere[:20])}" if elsewhere else ""
+        text = f"{repo} at {commit[:12]} is not an adapter that can be loaded"
+        raise RejectedAdapterError(text, problems=problems, next_step=next_step)
     return RemoteAdapter(repo, commit, found)
 
 
@@ -84,14 +101,11 @@ def _remote_file(item: RepoFile) -> RemoteFile:
 
 
 def _problems(found: Mapping[str, RemoteFile], names: list[str]) -> list[str]:
-    problems = [f"{name} is missing" for name in (CONFIG, WEIGHTS) if name not in found]
-    if WEIGHTS not in found and "adapter_model.bin" in names:
-        problems.append("adapter_model.bin is a pickle, which is never opened; its author can save it as safetensors")
-    if WEIGHTS not in found and "model.safetensors" in names:
-        problems.append("it holds a whole model; lora-rt adds LoRA adapters to a base")
+    problems = [] if CONFIG in found else [f"{CONFIG} is missing"]
+    problems += [missing] if (missing := missing_weights(names)) else []
     problems += [
-        f"{name} has {file.size:,} bytes, more than the {LIMITS[name]:,} that are read"
+        f"{name} has {file.size:,} bytes, more than the {limit_of(name):,} that are read"
         for name, file in found.items()
-        if file.size > LIMITS[name]
+        if file.size > (limit_of(name) or 0)
     ]
     return problems

@@ -20,7 +20,7 @@ from lora_rt.registry.inspection.modules import Linears, LoraModule, pair_module
 from lora_rt.registry.inspection.safetensors_header import TensorEntry, read_header
 from lora_rt.registry.inspection.settings import LoraSettings
 from lora_rt.registry.inspection.values import RawTensor, TensorFacts, norm_problems, read_values, value_problems
-from lora_rt.registry.reference import is_hub_id, name_problem
+from lora_rt.registry.reference import is_hub_target, name_problem
 from lora_rt.registry.strict_json import shown
 
 DEFAULT_MODE = "output-only"
@@ -79,7 +79,7 @@ def inspect_adapter(
         ChangedAdapterError: the adapter is sound, but not the one that was pinned.
     """
     inspection = _Inspection(folder, linears, base, own, load)
-    problems = [] if is_hub_id(name) else name_problem(name)
+    problems = [] if is_hub_target(name) else name_problem(name)
     problems += inspection.run()
     if problems:
         raise RejectedAdapterError(_summary(name, problems), problems=_bounded(problems))
