@@ -3,34 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
+from types import TracebackType
 from typing import Any, overload
 
 from torch import Tensor
 
 from lora_rt.core.base.load import LoadedBase, load_base
-from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.hidden_states import EarlyHidden
-from lora_rt.core.generation.batch import given_batch
-from lora_rt.core.generation.decode import Decoder
+from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.plan import Plan
+from lora_rt.core.generation.batch import Batch, PassInfo, check_numbers
+from lora_rt.core.generation.given import given_batch
 from lora_rt.core.generation.prompts import Prompt, TextFormat
-from lora_rt.core.generation.sampling import Sampling, seeds_per_row
-from lora_rt.core.generation.scoring import answer_nll, choices_nll
-from lora_rt.core.generation.text import TextStream, text_of
-from lora_rt.core.requests.composition import Composition, Term
+from lora_rt.core.generation.sampling import Sampling, Seeds, seeds_per_row
+from lora_rt.core.generation.scoring import answer_nll, choices_nll, whole_logits
+from lora_rt.core.requests.adapted import AdaptedBase
+from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.explaining import Explanation, explain
-from lora_rt.core.requests.planner import RowPlanner
-from lora_rt.core.requests.residents import AdapterInfo, Residents
-from lora_rt.core.requests.rows import Compositions, RequestError, Row, per_row, scenes_per_row
-from lora_rt.core.requests.scene_classifier import SceneClassifier
-from lora_rt.core.requests.timeline import Timeline
-from lora_rt.core.requests.weigher import Weigher
+from lora_rt.core.requests.residents import AdapterInfo, ResidentError
+from lora_rt.core.requests.rows import Compositions, RequestError
+from lora_rt.core.requests.running import RequestRow
 from lora_rt.plugins.contract import BaseFacts, SceneType
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
-Seeds = int | None | Sequence[int | None]
+
+class TextStream(Iterator[str]):
+    """The pieces of one answer as they are decoded; its composition can be changed between two of them."""
+
+    def __init__(self, runtime: Runtime, row: RequestRow, steps: Iterator[list[int | None]]) -> None:
+        self._runtime = runtime
+        self._row = row
+        self._steps = steps
+        self._last = ""
+
+    def compose(self, composition: CompositionLike | None) -> None:
+        """Go on under another composition from the next token on; what was read and said stays as it was computed.
+
+        Raises:
+            LoraRtError: it can't be used; the stream then goes on as it was.
+        """
+        self._row.compose(composition)
+
+    def __next__(self) -> str:
+        for _ in self._steps:
+            if piece := self._row.new_text():
+                return piece
+        if piece := self._row.new_text():
+            return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop decoding."""
+        self._steps.close()  # type: ignore[attr-defined]  # a generator
 
 
 class Runtime:
@@ -50,21 +77,13 @@ class Runtime:
         special_tokens: bool = False,
     ) -> None:
         """Use `Runtime.load`; this is for callers who have loaded the parts themselves."""
-        self._base = base
-        self._modes = modes
-        self._bank = AdapterBank(base.model, base.dtype)
-        self._early = EarlyHidden(base.model, base.facts.layers)
-        self._residents = Residents(base, self._bank, modes, registry)
-        self._classifier = SceneClassifier(self._bank, modes, base.facts, self._early)
-        self._weigher = Weigher(self._residents, modes, base.facts, self._classifier)
+        self._adapted: AdaptedBase | None = AdaptedBase(base, modes, registry)
         self.text = TextFormat.of_base(base, template_variables, special_tokens=special_tokens)
-        self._pad_id = self.text.pad_id
-        self._decoder = Decoder(base.model, self._pad_id, self.text.end_ids)
 
     @classmethod
     def load(
         cls,
-        base: str = "default",
+        base: str | PathLike[str] = "default",
         *,
         precision: str = "int4",
         device: str = "auto",
@@ -90,42 +109,82 @@ class Runtime:
         """
         modes = modes or load_modes()
         registry = registry or Registry(project=project, sources=modes.sources())
-        loaded = load_base(base, precision, device)
+        text = base if isinstance(base, str) else str(Path(fspath(base)).absolute())
+        loaded = load_base(text, precision, device)
         return cls(loaded, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the memory of base and adapters, and take all hooks off the model. A second time does nothing."""
+        if self._adapted is not None:
+            self._adapted.close()
+            self._adapted = None
+
+    @property
+    def parts(self) -> AdaptedBase:
+        """Base, bank, residents and planner, for programs that look inside.
+
+        Raises:
+            RequestError: the runtime was closed.
+        """
+        if self._adapted is None:
+            raise RequestError("this runtime was closed", next_step="Load a new one with lora_rt.Runtime.load()")
+        return self._adapted
 
     @property
     def base(self) -> BaseFacts:
         """Facts about the base: id, revision, digest, precision and sizes."""
-        return self._base.facts
+        return self.parts.base.facts
+
+    @property
+    def model(self) -> Any:
+        """The base's transformers model. Outside of this runtime's calls no adapter acts on it."""
+        return self.parts.base.model
 
     @property
     def tokenizer(self) -> Any:
         """The base's tokenizer, as transformers made it."""
-        return self._base.tokenizer
+        return self.parts.base.tokenizer
 
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:
         """The resident adapters by name."""
-        return dict(self._residents.infos)
+        return dict(self.parts.residents.infos)
 
-    def load_adapter(self, reference: str, name: str | None = None) -> str:
+    def resident(self, name: str) -> ResidentAdapter:
+        """A resident adapter itself: factors, card and state.
+
+        Raises:
+            ResidentError: it is not resident.
+        """
+        if name not in self.parts.bank.residents:
+            raise ResidentError(f"no adapter {name!r} is resident", next_step="Load it first")
+        return self.parts.bank.residents[name]
+
+    def load_adapter(self, reference: Reference | str | PathLike[str], name: str | None = None) -> str:
         """Make an adapter resident, under its own name or the one given, and return that name.
 
         Raises:
             LoraRtError: it can't be resolved, is refused, or does not fit this base.
         """
-        return self._residents.load(reference, name)
+        return self.parts.residents.load(reference, name)
 
-    def ensure(self, reference: Reference | str) -> str:
+    def ensure(self, reference: Reference | str | PathLike[str]) -> str:
         """The resident name of a reference, made resident first where it is not.
 
         Raises:
             LoraRtError: as `load_adapter`.
         """
-        parsed = Reference.parse(reference) if isinstance(reference, str) else reference
-        return self._residents.ensure(Composition((Term(parsed),)))[0][0].name
+        return self.parts.residents.ensure(Composition((Term(Reference.of(reference)),)))[0][0].name
 
-    def terms(self, composition: Composition | str) -> list[tuple[AdapterInfo, float]]:
+    def terms(self, composition: CompositionLike) -> list[tuple[AdapterInfo, float]]:
         """The adapters of a composition, made resident where they are not, and their weights.
 
         Named compositions are resolved; of weights per layer it is the mean.
@@ -133,8 +192,8 @@ class Runtime:
         Raises:
             LoraRtError: terms that can't be loaded; all of them are named.
         """
-        given = Composition.parse(composition) if isinstance(composition, str) else composition
-        return self._residents.ensure(given)
+        given = Composition.of(composition)
+        return [] if given is None else self.parts.residents.ensure(given)
 
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; the base is untouched.
@@ -142,11 +201,11 @@ class Runtime:
         Raises:
             LoraRtError: it is not resident.
         """
-        self._residents.unload(name)
+        self.parts.residents.unload(name)
 
     def base_digest(self) -> str:
         """The sha256 of the base's weights as they lie in memory; no adapter ever changes it."""
-        return self._base.digest()
+        return self.parts.base.digest()
 
     @overload
     def generate(self, prompts: str, compositions: Compositions = ..., **options: Any) -> str: ...
@@ -164,18 +223,24 @@ class Runtime:
         top_p: float = 1.0,
         top_k: int = 0,
         repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
         seed: Seeds = None,
+        deterministic: bool = False,
     ) -> str | list[str]:
         """The answers to one or several prompts, each under its own composition, in one batch.
 
         Args:
             prompts: a user message, or a list whose items are user messages or lists of chat messages.
-            compositions: one for all rows, or one per row; None is the base alone.
+            compositions: one for all rows, or a list of one per row, each a text, a mapping from references to weights
+                or a `Composition`; None is the base alone.
             scenes: the scene type of each row, for modes that gate by it.
             max_new_tokens, min_new_tokens: bounds on the answer, in tokens.
             temperature, top_p, top_k: sampling; greedy where temperature is None or 0.
             repetition_penalty: on the answer's own tokens, 1 is off.
+            stop: texts at which an answer ends, before them.
             seed: one for all rows or one per row. A row's sample depends on its own seed alone.
+            deterministic: give every row forward passes of its own. A batch shares them, and in few bits its products
+                are rounded otherwise than those of a row alone; with this, the texts are the same bit for bit.
 
         Returns:
             A string for a string, a list for a list.
@@ -189,13 +254,11 @@ class Runtime:
         given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if not given:
             return []
-        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, min_new_tokens)
-        answers: list[list[int]] = [[] for _ in given]
-        for tokens in self._decode(given, compositions, scenes, sampling, seed):
-            for answer, token in zip(answers, tokens, strict=True):
-                if token is not None:
-                    answer.append(token)
-        texts = [text_of(self.tokenizer, answer) for answer in answers]
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, min_new_tokens, _texts(stop))
+        rows = self._prompted(given, compositions, scenes, sampling, seed)
+        for _ in self._steps(rows, deterministic):
+            pass
+        texts = [row.new_text() for row in rows]
         return texts[0] if single else texts
 
     def stream(
@@ -204,20 +267,21 @@ class Runtime:
         composition: Compositions = None,
         *,
         scene: SceneType = None,
-        seed: int | None = None,
+        seed: Seeds = None,
+        deterministic: bool = False,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> TextStream:
         """The answer to one prompt, piece by piece as it is decoded; joined, the pieces are what `generate` returns.
 
-        Takes the sampling settings of `generate` by name.
+        Takes the sampling settings of `generate` by name. The stream's `compose` changes the weights while it runs:
+
+            stream = rt.stream("...", "emotion:0.7")
+            for piece in stream:
+                if "So:" in piece:
+                    stream.compose("emotion:0.2 logic:0.8")
         """
-        chosen = Sampling(**sampling)
-        text = TextStream(self.tokenizer)
-        for tokens in self._decode([prompt], composition, [scene], chosen, seed):
-            if tokens[0] is not None and (piece := text.push(tokens[0])):
-                yield piece
-        if rest := text.rest():
-            yield rest
+        rows = self._prompted([prompt], composition, [scene], _sampling(sampling), seed)
+        return TextStream(self, rows[0], self._steps(rows, deterministic))
 
     def decode(
         self,
@@ -226,17 +290,49 @@ class Runtime:
         scenes: Sequence[SceneType] | str | None = None,
         *,
         seed: Seeds = None,
+        deterministic: bool = False,
         **sampling: Any,
     ) -> Iterator[list[int | None]]:
         """`generate` on token ids, one list of ids per row: yields each step's token per row, None where it has ended.
 
         Takes the sampling settings of `generate` by name.
         """
-        chosen = Sampling(**sampling)
-        chosen.check()
+        chosen = _sampling(sampling)
         seeds = seeds_per_row(seed, len(input_ids))
-        rows = self._rows(compositions, scenes, [None] * len(input_ids), input_ids)
-        return self._decoder.decode(input_ids, self._planner(rows), chosen, seeds)
+        rows = self.parts.rows(input_ids, compositions, scenes, sampling=chosen, seeds=seeds)
+        return self._steps(rows, deterministic)
+
+    def batch(self, *, chunk: int | None = None, deterministic: bool = False) -> Batch[RequestRow]:
+        """An empty batch that rows join and leave while it runs (see `lora_rt.core.generation.batch`).
+
+        Args:
+            chunk: how many tokens of newcomers are read in one step; None reads them at once.
+            deterministic: as in `generate`.
+        """
+        parts = self.parts
+        return Batch(parts.lm, parts.planner(), self.text.end_ids, chunk=chunk, deterministic=deterministic)
+
+    def rows(
+        self,
+        prompts: Sequence[Prompt],
+        compositions: Compositions = None,
+        *,
+        scenes: Sequence[SceneType] | str | None = None,
+        seed: Seeds = None,
+        **sampling: Any,
+    ) -> list[RequestRow]:
+        """Rows that can join a `batch`, each with the settings of `generate`; `compose` changes them while they run."""
+        return self._prompted(prompts, compositions, scenes, _sampling(sampling), seed)
+
+    def plan(
+        self, input_ids: Sequence[Sequence[int]], compositions: Compositions = None, scenes: str | None = None
+    ) -> Plan | None:
+        """The plan that one pass over these rows, all of one length, would run under; None is the base alone."""
+        from torch import ones_like, tensor
+
+        rows = self.parts.rows(input_ids, compositions, scenes)
+        ids = tensor([row.ids for row in rows], device=self.parts.lm.device)
+        return self.parts.planner()(PassInfo.of(rows, ids, ones_like(ids)), rows)
 
     def logits(
         self,
@@ -252,11 +348,11 @@ class Runtime:
                 nothing is padding. A padded row's real positions equal those of the row unpadded.
             compositions, scenes: as in `generate`.
         """
-        ids, mask = given_batch(input_ids, attention_mask, self.base.vocab_size, self._base.device)
+        ids, mask = given_batch(input_ids, attention_mask, self.base.vocab_size, self.parts.lm.device)
         real = [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
-        rows = self._rows(compositions, scenes, [None] * len(ids), real)
+        rows = self.parts.rows(real, compositions, scenes)
         # A copy made here is an ordinary tensor; one that inference mode made could not be changed.
-        return self._decoder.logits(ids, mask, self._planner(rows)).clone()
+        return whole_logits(self.parts.lm, self.parts.planner(), rows, ids, mask).clone()
 
     def answer_nll(
         self,
@@ -271,14 +367,14 @@ class Runtime:
         """
         ids = [self.text.prompt_ids(prompt) for prompt in prompts]
         texts = [self.text.answer_ids(answer) for answer in answers]
-        rows = self._rows(compositions, scenes, prompts, ids)
-        return answer_nll(self._decoder, self._planner(rows), ids, texts, self._pad_id, self._base.device)
+        rows = self._answered(ids, texts, compositions, scenes, prompts)
+        return answer_nll(self.parts.lm, self.parts.planner(), rows, texts)
 
     def choices_nll(
         self,
         prompt: Prompt,
         answers: Sequence[str],
-        composition: Composition | str | None = None,
+        composition: CompositionLike | None = None,
         scene: SceneType = None,
     ) -> list[Tensor]:
         """`answer_nll` of several answers to one prompt, which is read once instead of once per answer."""
@@ -286,9 +382,10 @@ class Runtime:
             return []
         ids = self.text.prompt_ids(prompt)
         texts = [self.text.answer_ids(answer) for answer in answers]
-        (row,) = self._rows([composition], [scene], [prompt], [ids])
-        planners = self._planner([row]), self._planner([row] * len(texts))
-        return choices_nll(self._decoder, planners, ids, texts, self._pad_id, self._base.device)
+        (alone,) = self.parts.rows([ids], [composition], [scene], prompts=[prompt])
+        many = len(texts)
+        rows = self._answered([ids] * many, texts, [composition] * many, [scene] * many, [prompt] * many)
+        return choices_nll(self.parts.lm, self.parts.planner(), alone, rows, texts)
 
     def register_scenes(self, prompts: Sequence[Prompt], adapter: str) -> list[dict[str, float]]:
         """The scene types of prompts by the classifier of a resident adapter: type -> share, each adding up to 1.
@@ -298,14 +395,14 @@ class Runtime:
         """
         if adapter not in self.adapters:
             raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
-        found = self._classifier.ask(adapter, [self.text.prompt_ids(prompt) for prompt in prompts])
+        found = self.parts.classifier.ask(self.resident(adapter), [self.text.prompt_ids(prompt) for prompt in prompts])
         if found is None:
             text = f"the mode {self.adapters[adapter].mode!r} of {adapter!r} registers no scenes"
             raise RequestError(text, next_step="Use an adapter of the mode context")
         return [dict(zip(found.types, shares, strict=True)) for shares in found.probabilities.tolist()]
 
     def explain(
-        self, prompt: Prompt, composition: Composition | str, *, scene: SceneType = None, answer: str = ""
+        self, prompt: Prompt, composition: CompositionLike, *, scene: SceneType = None, answer: str = ""
     ) -> Explanation:
         """How much each adapter adds, by layer, head and token, while the base reads a prompt and the answer behind it.
 
@@ -313,35 +410,56 @@ class Runtime:
             LoraRtError: no adapter acts, or the composition can't be used.
         """
         ids = self.text.prompt_ids(prompt)
-        (row,) = self._rows([Composition.of(composition)], [scene], [prompt], [ids])
         tokens = [*ids, *self.text.text_ids(answer)]
-        return explain(self._base.model, self._bank, lambda one: self._planner([one]), row, tokens, len(ids))
+        (row,) = self.parts.rows([tokens], [composition], [scene], prompts=[prompt], lengths=[len(ids)])
+        return explain(self.model, self.parts.bank, self.parts.planner(), row)
 
-    def _decode(
+    def _prompted(
         self,
         prompts: Sequence[Prompt],
         compositions: Compositions,
         scenes: Sequence[SceneType] | str | None,
         sampling: Sampling,
         seed: Seeds,
-    ) -> Iterator[list[int | None]]:
+    ) -> list[RequestRow]:
         sampling.check()
         seeds = seeds_per_row(seed, len(prompts))
         ids = [self.text.prompt_ids(prompt) for prompt in prompts]
-        rows = self._rows(compositions, scenes, prompts, ids)
-        return self._decoder.decode(ids, self._planner(rows), sampling, seeds)
+        return self.parts.rows(ids, compositions, scenes, prompts=prompts, sampling=sampling, seeds=seeds, spoken=True)
 
-    def _rows(
+    def _answered(
         self,
+        ids: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
         compositions: Compositions,
         scenes: Sequence[SceneType] | str | None,
-        prompts: Sequence[Prompt | None],
-        ids: Sequence[Sequence[int]],
-    ) -> list[Row]:
-        count = len(prompts)
-        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-        return self._weigher.rows(per_row(compositions, count), scenes_per_row(scenes, count), texts, ids)
+        prompts: Sequence[Prompt],
+    ) -> list[RequestRow]:
+        """Rows of prompts with the answers behind them."""
+        whole = [[*prompt, *answer] for prompt, answer in zip(ids, answers, strict=True)]
+        lengths = [len(prompt) for prompt in ids]
+        return self.parts.rows(whole, compositions, scenes, prompts=prompts, lengths=lengths)
 
-    def _planner(self, rows: Sequence[Row]) -> RowPlanner:
-        timeline = Timeline(rows, self.tokenizer.decode)
-        return RowPlanner(rows, self._bank, self._modes, self._base.facts, self._early, timeline)
+    def _steps(self, rows: Sequence[RequestRow], deterministic: bool) -> Iterator[list[int | None]]:
+        """Each step's token per row, None where it has ended."""
+        batch = self.batch(deterministic=deterministic)
+        batch.add(rows)
+        while batch.rows:
+            got = {id(row) for row in batch.step()}
+            check_numbers(rows)
+            if got:
+                yield [row.answer[-1] if id(row) in got else None for row in rows]
+
+
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    """The settings that a caller gives by name, checked."""
+    given = dict(settings)
+    if "stop" in given:
+        given["stop"] = _texts(given["stop"])
+    chosen = Sampling(**given)
+    chosen.check()
+    return chosen
+
+
+def _texts(stop: Sequence[str] | str) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -10,6 +10,7 @@ a path          ./mine  ../mine  /data/mine  ~/mine
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -58,6 +59,18 @@ class Reference:
         if problem:
             raise InvalidReferenceError(f"{text[:120]!r} is not a reference: {problem}", next_step=_FORMS)
         return cls("hub" if "/" in target else "name", target, revision or None, text)
+
+    @classmethod
+    def of(cls, value: Reference | str | os.PathLike[str]) -> Reference:
+        """The reference that a caller gave in any form; a path is one, however it is written.
+
+        Raises:
+            InvalidReferenceError: as `parse`.
+        """
+        if isinstance(value, Reference):
+            return value
+        text = value if isinstance(value, str) else os.fspath(value)
+        return cls.parse(text if isinstance(value, str) or is_path(text) else f"./{text}")
 
 
 def is_path(text: str) -> bool:

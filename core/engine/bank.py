@@ -70,7 +70,18 @@ class AdapterBank:
         self.residents: Mapping[str, ResidentAdapter] = {}
         self._laid_out = LRUCache()
         self._lock = threading.Lock()
+        self._forwards = [vars(site.module).get("forward") for site in self.topology.sites]
         hook_up(self.topology)
+
+    def close(self) -> None:
+        """Give the model its own layers back and forget all residents."""
+        for site, forward in zip(self.topology.sites, self._forwards, strict=True):
+            if forward is None:
+                vars(site.module).pop("forward", None)
+            else:  # another bank's, or a user's, that stood there before
+                site.module.forward = forward
+        self.residents = {}
+        self._laid_out = LRUCache()
 
     def add(self, adapter: ResidentAdapter) -> None:
         """Make an adapter resident; one of the same name is replaced.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.base.shape import ForwardPass, blocks_of
-from lora_rt.core.engine.plan import base_alone
+from lora_rt.core.base.shape import blocks_of
+from lora_rt.core.engine.causal_lm import CausalLM
 
 _wanted: ContextVar[bool] = ContextVar("lora_rt_early", default=False)
 _DEPTH = 4  # a quarter of the blocks
@@ -23,25 +23,25 @@ class _Reached(BaseException):
 class EarlyHidden:
     """Gives the output of the block a quarter of the way up. Its hook does nothing outside `__call__`."""
 
-    def __init__(self, model: Any, layers: int) -> None:
-        self._model = model
-        self._pass = ForwardPass.of(model)
-        blocks_of(model)[max(0, layers // _DEPTH - 1)].register_forward_hook(self._stop)
+    def __init__(self, lm: CausalLM, layers: int) -> None:
+        self._lm = lm
+        self._hook = blocks_of(lm.model)[max(0, layers // _DEPTH - 1)].register_forward_hook(self._stop)
 
     @staticmethod
     def _stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
         if _wanted.get():
             raise _Reached(output[0] if isinstance(output, tuple) else output)
 
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._hook.remove()
+
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """(rows, tokens, hidden) for ids, mask and positions (rows, tokens)."""
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if self._pass.takes_positions:
-            arguments["position_ids"] = positions
+        """(rows, tokens, hidden) for ids, mask and positions (rows, tokens); the rows may share a pass."""
         token = _wanted.set(True)
         try:
-            with torch.inference_mode(), base_alone():
-                self._model(**arguments)
+            with torch.inference_mode():
+                self._lm.forward(ids, mask, positions)
         except _Reached as reached:
             return reached.hidden
         finally:

@@ -9,8 +9,8 @@ from typing import Any
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.outline import Outline
-from lora_rt.core.requests.composition import Composition
-from lora_rt.core.requests.named import Part, expanded
+from lora_rt.core.requests.composition import Composition, Term
+from lora_rt.core.requests.named import check_pin, expanded
 from lora_rt.core.requests.reading import read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.inspection import inspect_adapter
@@ -80,7 +80,7 @@ def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
         raise ExportError(summary, problems=lines, next_step="See to each of these:")
 
 
-def _read(part: Part, registry: Registry, base: Outline) -> ExportTerm:
+def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
     resolved = registry.find(part.reference, base.identity)
     inspected = inspect_adapter(
         resolved.folder,
@@ -90,7 +90,7 @@ def _read(part: Part, registry: Registry, base: Outline) -> ExportTerm:
         sha256=resolved.digests.sha256_recorded,
         load=True,
     )
-    part.check_pin(resolved.name, inspected.sha256)
+    check_pin(part, resolved.name, inspected.sha256)
     layers = part.layers or (1.0,) * base.facts.layers
     weights = tuple(part.weight * factor for factor in layers)
     return ExportTerm(resolved.read(inspected.files), read_adapter(inspected, resolved.name), weights, part.after)

@@ -1,52 +1,344 @@
-"""The tensors of a batch of rows of different lengths."""
+"""A batch that rows join and leave while it runs; every row is what it would be alone.
+
+    batch.add(rows) -> batch.step() -> batch.step() -> ... -> batch.drop(rows)
+
+A step gives every row one more token. Rows that share a pass stand padded on the left (.), so that all end in the last
+column. Here `b` joins a running `a`, and `a` ends two steps later; capitals are the tokens that a step reads:
+
+    step 1   a: T H E           `a` is read, and says its first token
+    step 2   a: t h e S         one token for `a`; `b` is read in a pass of its own, at its own width
+             b: H I
+    step 3   a: t h e s E       `b`'s keys and values are padded to the width of `a`'s and stacked under them,
+             b: . . h i Y       and one pass serves both
+    step 4   b: h i y O         `a` has ended: its row is cut out of the cache, and the padding that only it needed
+
+Sampling settings, seed, answer and whatever a plan depends on belong to the row, and a row's numbers to it alone.
+
+Rows that can't share a pass run in passes of their own: with another set of rope factors, or of another length in a
+model that does not ignore padding. Knows models, plans and tokens; knows nothing of prompts, compositions or files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from lora_rt.core.base.shape import pad_left, positions_of
+from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.core.engine.plan import Plan
+from lora_rt.core.generation import caches
+from lora_rt.core.generation.choosing import RowSampler, choose
+from lora_rt.core.generation.sampling import Sampling, SamplingError
 from lora_rt.errors import LoraRtError
 
+Ending = Literal["end", "stop", "length", "context", "error"]
+"""The end of the turn, a stop text, `max_new_tokens`, the model's context, or output that is not a number."""
 
-class BatchError(LoraRtError):
-    """Token ids or a mask that the model can't be given."""
+
+class LengthError(LoraRtError):
+    """More tokens than the model's context holds."""
 
 
-def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A caller's token ids and attention mask as tensors, both (rows, tokens) int64; no mask means no padding.
+class DecodingRow:
+    """One row: the tokens of its prompt, how its tokens are chosen, and what it has said so far.
 
-    Raises:
-        BatchError: another shape, or what is no token of this model.
+    Args:
+        ids: the tokens that are given.
+        sampling, seed: its own; without a seed every run is another one.
+        prompt_length: how many of the ids are the prompt; all where left out.
     """
-    try:
-        ids = torch.as_tensor(input_ids, device=device)
-        mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=device)
-    except (TypeError, ValueError) as error:
-        raise BatchError(
-            f"input_ids or attention_mask is no tensor: {error}", next_step="Give (batch, tokens)"
-        ) from error
-    if ids.dim() != 2 or 0 in ids.shape:
-        raise BatchError(f"input_ids has shape {tuple(ids.shape)}", next_step="Give (batch, tokens)")
-    if mask.shape != ids.shape:
-        text = f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}"
-        raise BatchError(text, next_step="Give them the same shape")
-    if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocab_size)).any()):
-        text = "input_ids holds what is no token of this base"
-        raise BatchError(text, next_step=f"Give whole numbers from 0 to {vocab_size - 1}")
-    return ids.long(), mask.long()
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        prompt_length: int | None = None,
+    ) -> None:
+        self.ids = list(ids)
+        self.prompt_length = len(self.ids) if prompt_length is None else prompt_length
+        self.sampling = sampling or Sampling()
+        self.sampler = RowSampler(self.sampling, seed)
+        self.answer: list[int] = []
+        self.ended: Ending | None = None
+        self.read = 0  # tokens whose keys and values lie in a cache; the next pass begins behind them
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has, the answer's included."""
+        return len(self.ids) + len(self.answer)
+
+    def hear(self, token: int) -> bool:
+        """Told of each token of the answer; true where it completes a text at which the row stops."""
+        return False
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (rows, tokens) int64, so that all rows end in the last column."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+R = TypeVar("R", bound=DecodingRow)
 
 
-def positions_of(mask: Tensor) -> Tensor:
-    """The position of each token counted from its row's first real token, (rows, tokens); 0 on padding before it."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+@dataclass(frozen=True, slots=True)
+class PassInfo:
+    """What a plan may depend on.
+
+    `ids` and `positions` (rows, tokens) are this pass's, `history` and `mask` (rows, all tokens) those of all so far.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    history: Tensor
+    mask: Tensor
+    prompt_lengths: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[DecodingRow], history: Tensor, mask: Tensor, start: int = 0) -> PassInfo:
+        """The pass that reads the columns from `start` on."""
+        prompts = torch.tensor([row.prompt_length for row in rows], device=history.device)
+        return cls(history[:, start:], positions_of(mask)[:, start:], history, mask, prompts)
+
+
+Planner = Callable[[PassInfo, Sequence[R]], Plan | None]
+"""The plan of a pass over these rows; None is the base alone."""
+
+
+class Batch(Generic[R]):
+    """Rows that are decoded together.
+
+    Args:
+        lm: the model.
+        planner: makes the plan of every pass.
+        end_ids: tokens that end an answer.
+        chunk: how many columns of newcomers are read in one step, so that a long prompt does not hold up the others;
+            None reads them at once.
+        deterministic: give every row passes of its own. In few bits the kernels round a batch of another shape
+            otherwise; so the text of a row is that of the row alone, bit for bit.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        planner: Planner[R],
+        end_ids: Sequence[int] = (),
+        *,
+        chunk: int | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self._lm = lm
+        self._planner = planner
+        self._end_ids = frozenset(end_ids)
+        self._chunk = chunk
+        self._alone = deterministic or lm.keeping == "apart"
+        self._groups: list[_Group[R]] = []
+        self._unread: list[R] = []
+        self.rows: list[R] = []
+
+    def add(self, rows: Sequence[R]) -> None:
+        """Let rows join; the next step reads them.
+
+        Raises:
+            LengthError: a row leaves no room for an answer.
+        """
+        check_lengths([row.length for row in rows], self._lm.capacity - 1, self._lm.capacity)
+        self.rows += rows
+        self._unread += rows
+
+    def drop(self, rows: Sequence[R]) -> None:
+        """Let rows leave; they cost nothing from now on."""
+        gone = {id(row) for row in rows}
+        self.rows = [row for row in self.rows if id(row) not in gone]
+        self._unread = [row for row in self._unread if id(row) not in gone]
+        with torch.inference_mode():
+            for group in self._groups:
+                group.keep([number for number, row in enumerate(group.rows) if id(row) not in gone])
+        self._groups = [group for group in self._groups if group.rows]
+
+    def step(self) -> list[R]:
+        """Give every row its next token, the last of its `answer`.
+
+        Returns:
+            The rows that have got a token, in the order in which they joined. A row that has ended (see `ended`) has
+            left the batch; one that has ended with the end of the turn, or without a number, has got no token.
+        """
+        with torch.inference_mode():
+            self._regroup()
+            ready = [(group, logits) for group in self._groups if (logits := self._pass(group)) is not None]
+            tokens = self._choose(ready)
+            for group, _ in ready:
+                group.append([tokens[id(row)] for row in group.rows])
+        got = [row for row in self.rows if self._takes(row, tokens.get(id(row)))]
+        self.drop([row for row in self.rows if row.ended is not None])
+        return got
+
+    def _choose(self, ready: Sequence[tuple[_Group[R], Tensor]]) -> dict[int, int | None]:
+        """The next token of every row that was read to its end, by the id of the row; None where there is none."""
+        if not ready:
+            return {}
+        rows = [row for group, _ in ready for row in group.rows]
+        logits = ready[0][1] if len(ready) == 1 else torch.cat([part for _, part in ready])
+        forbidden = [self._end_ids if len(row.answer) < row.sampling.min_new_tokens else () for row in rows]
+        chosen = choose(logits, [row.sampler for row in rows], forbidden)
+        return {id(row): token for row, token in zip(rows, chosen, strict=True)}
+
+    def _takes(self, row: R, token: int | None) -> bool:
+        """Note a row's next token and whether that was its last one; whether it has got one at all."""
+        if row.read < row.length:  # still being read
+            return False
+        if token is None:
+            row.ended = "error"
+            return False
+        if token in self._end_ids:
+            row.ended = "end"
+            return False
+        row.answer.append(token)
+        row.sampler.said(token)
+        if row.hear(token):
+            row.ended = "stop"
+        elif len(row.answer) >= row.sampling.max_new_tokens:
+            row.ended = "length"
+        elif row.length >= self._lm.capacity:
+            row.ended = "context"
+        return True
+
+    def _pass(self, group: _Group[R]) -> Tensor | None:
+        """One pass of a group: the logits of its last position, (rows, vocab), or None where it is not read yet."""
+        end = group.width
+        if self._chunk is not None and group.cache is not None:
+            end = min(end, group.read + self._chunk)
+        history, mask = group.ids[:, :end], group.mask[:, :end]
+        info = PassInfo.of(group.rows, history, mask, group.read)
+        plan = self._planner(info, group.rows)
+        logits = self._lm.forward(info.ids, mask, info.positions, plan=plan, cache=group.cache, keep=1)
+        group.read = end if group.cache is not None else 0
+        for row in group.rows:
+            row.read = max(0, row.length - (group.width - end))
+        return logits[:, -1] if end == group.width else None
+
+    def _regroup(self) -> None:
+        """Read newcomers in groups of their own, and unite groups that have been read and may share passes."""
+        for group in self._groups:
+            if group.read and any(self._outgrown(row) for row in group.rows):
+                stay = [n for n, row in enumerate(group.rows) if not self._outgrown(row)]
+                self._unread += [row for row in group.rows if self._outgrown(row)]
+                group.keep(stay)
+        groups = [part for group in self._groups if group.rows for part in self._parted(group)]
+        united: dict[Hashable, list[_Group[R]]] = {}
+        for group in groups:
+            reading = group.cache is not None and group.read < group.width - 1
+            united.setdefault((id(group) if reading else None, self._share(group.rows[0])), []).append(group)
+        self._groups = [_united(self._lm, same) for same in united.values()]
+        fresh: dict[Hashable, list[R]] = {}
+        for row in self._unread:
+            fresh.setdefault(self._share(row), []).append(row)
+        self._groups += [_Group.begun(self._lm, rows) for rows in fresh.values()]
+        self._unread = []
+
+    def _outgrown(self, row: R) -> bool:
+        return self._lm.rope.reread(row.read, row.length)
+
+    def _parted(self, group: _Group[R]) -> list[_Group[R]]:
+        """The group, or its parts where its rows have got different rope factors by growing."""
+        if not self._lm.rope.varies:
+            return [group]
+        parts: dict[Hashable, list[int]] = {}
+        for number, row in enumerate(group.rows):
+            parts.setdefault(self._share(row), []).append(number)
+        return [group] if len(parts) == 1 else [group.part(numbers) for numbers in parts.values()]
+
+    def _share(self, row: R) -> Hashable:
+        """Equal for rows that may share a pass."""
+        if self._alone:
+            return id(row)
+        if len(self.rows) == 1:
+            return None  # there is nothing to share, and no need to ask the model whether it minds padding
+        if not self._lm.rope.varies and len({one.length for one in self.rows}) == 1:
+            return None
+        return self._lm.share(row.length)
+
+
+class _Group(Generic[R]):
+    """Rows that share passes: `ids` and `mask` (rows, width), padded on the left, and the cache of the first columns.
+
+    `read` is how many columns lie in the cache; without a cache every pass reads all of them.
+    """
+
+    def __init__(self, lm: CausalLM, rows: list[R], ids: Tensor, mask: Tensor, cache: Any, read: int) -> None:
+        self._lm = lm
+        self.rows = rows
+        self.ids = ids
+        self.mask = mask
+        self.cache = cache
+        self.read = read
+
+    @classmethod
+    def begun(cls, lm: CausalLM, rows: list[R]) -> _Group[R]:
+        """Rows of which nothing has been read."""
+        ids, mask = pad_left([[*row.ids, *row.answer] for row in rows], lm.device)
+        return cls(lm, list(rows), ids, mask, None if lm.keeping == "none" else lm.new_cache(), 0)
+
+    @property
+    def width(self) -> int:
+        """The columns, padding included."""
+        return self.ids.shape[1]
+
+    def append(self, tokens: Sequence[int | None]) -> None:
+        """One more column. A row that has ended gets any token: it leaves before the next pass."""
+        column = torch.tensor([[token or 0] for token in tokens], device=self.ids.device)
+        self.ids = torch.cat([self.ids, column], dim=1)
+        self.mask = torch.cat([self.mask, torch.ones_like(column)], dim=1)
+
+    def keep(self, numbers: list[int]) -> None:
+        """Forget all other rows, and the padding that only they needed."""
+        if len(numbers) < len(self.rows):
+            rest = self.part(numbers) if numbers else None
+            self.rows = rest.rows if rest else []
+            if rest:
+                self.ids, self.mask, self.cache, self.read = rest.ids, rest.mask, rest.cache, rest.read
+
+    def part(self, numbers: list[int]) -> _Group[R]:
+        """Some of the rows, as a group of their own."""
+        return _joined(self._lm, [(self, numbers)])
+
+
+def _united(lm: CausalLM, groups: list[_Group[R]]) -> _Group[R]:
+    if len(groups) == 1:
+        return groups[0]
+    return _joined(lm, [(group, list(range(len(group.rows)))) for group in groups])
+
+
+def _joined(lm: CausalLM, parts: list[tuple[_Group[R], list[int]]]) -> _Group[R]:
+    """Rows of one or several groups in one group, which is as wide as its longest row.
+
+    Where it is read, all of its parts are read alike: up to the last column, or not at all.
+    """
+    rows = [group.rows[number] for group, numbers in parts for number in numbers]
+    cut = [(group, torch.tensor(numbers, device=group.ids.device)) for group, numbers in parts]
+    width = max(int(group.mask[index].sum(-1).max()) for group, index in cut)
+    ids = torch.cat([caches.fitted(group.ids[index], width, dim=1) for group, index in cut])
+    mask = torch.cat([caches.fitted(group.mask[index], width, dim=1) for group, index in cut])
+    first = parts[0][0]
+    if first.cache is None:
+        return _Group(lm, rows, ids, mask, None, 0)
+    read = width - (first.width - first.read)
+    if read <= 0:
+        return _Group(lm, rows, ids, mask, lm.new_cache(), 0)
+    cache = caches.joined(lm.new_cache(), [(group.cache, index) for group, index in cut], read)
+    return _Group(lm, rows, ids, mask, cache, read)
+
+
+def check_lengths(lengths: Sequence[int], limit: int, capacity: int) -> None:
+    """Raises LengthError that names every row of more than `limit` tokens."""
+    problems = [f"row {row}: {length} tokens" for row, length in enumerate(lengths) if length > limit]
+    if problems:
+        text = f"this base takes {capacity} tokens in all, and that is exceeded"
+        raise LengthError(text, problems=problems, next_step="Shorten the prompt or the conversation")
+
+
+def check_numbers(rows: Sequence[DecodingRow]) -> None:
+    """Raises SamplingError that names every row that has ended because its output is not a number any more."""
+    broken = [str(number) for number, row in enumerate(rows) if row.ended == "error"]
+    if broken:
+        text = f"the model's output is not a number any more (row {', '.join(broken)})"
+        raise SamplingError(text, next_step="Use smaller weights, or a precision with more range")

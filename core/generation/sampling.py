@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import Any, SupportsIndex
 
 from lora_rt.errors import LoraRtError
 
 COLDEST = 1e-4  # below it, dividing by the temperature leaves the range of float32, and the best token always wins
 _LARGEST_SEED = 2**63 - 1
+Seeds = SupportsIndex | None | Sequence[SupportsIndex | None]
+"""One seed for all rows or one per row, of any type of whole number; None is a new one each time."""
+# Chosen by reading: greedy text of a small base loops, and without a penalty its samples circle around one phrase.
+SPOKEN_TOP_P = 0.9
+SPOKEN_PENALTY = 1.1
 
 
 class SamplingError(LoraRtError):
@@ -20,10 +27,11 @@ class SamplingError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Greedy unless `temperature` says otherwise.
+    """Greedy unless `temperature` says otherwise: at None or 0 the most likely token is taken.
 
     `repetition_penalty` (Keskar et al. 2019, CTRL) counts the answer's own tokens only: the prompt's words are the ones
-    that an answer about a scene should use. `top_p` is Holtzman et al.'s nucleus.
+    that an answer about a scene should use. `top_p` is Holtzman et al.'s nucleus. At a text of `stop` the answer ends,
+    before that text.
     """
 
     temperature: float | None = None
@@ -32,6 +40,20 @@ class Sampling:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 256
     min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def spoken(
+        cls, temperature: float, top_p: float | None = None, repetition_penalty: float | None = None, **others: Any
+    ) -> Sampling:
+        """The settings of a conversation, where those not given are what reads well; at temperature 0 plain greedy."""
+        usual = (1.0, 1.0) if temperature < COLDEST else (SPOKEN_TOP_P, SPOKEN_PENALTY)
+        return cls(
+            temperature=temperature,
+            top_p=usual[0] if top_p is None else top_p,
+            repetition_penalty=usual[1] if repetition_penalty is None else repetition_penalty,
+            **others,
+        )
 
     def check(self) -> None:
         """Raises SamplingError with everything that is out of range."""
@@ -48,6 +70,8 @@ class Sampling:
             problems.append(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 <= self.min_new_tokens <= max(self.max_new_tokens, 0):
             problems.append(f"min_new_tokens is {self.min_new_tokens}; it must be from 0 to max_new_tokens")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            problems.append(f"stop is {self.stop!r}; it must be a list of texts")
         if problems:
             raise SamplingError("; ".join(problems), problems=problems, next_step="See: lora-rt compose --help")
 
@@ -57,17 +81,31 @@ class Sampling:
         return self.temperature is None or self.temperature < COLDEST
 
 
-def seeds_per_row(seed: int | Sequence[int | None] | None, rows: int) -> list[int | None]:
-    """One seed per row; a single one stands for all of them.
+def seeds_per_row(seed: Seeds, rows: int) -> list[int | None]:
+    """One seed per row; a single one stands for all of them. Whole numbers of any type will do, numpy's too.
 
     Raises:
-        SamplingError: a list of another length, or what is no seed.
+        SamplingError: a list of another length, or what is not a seed.
     """
-    seeds = [seed] * rows if seed is None or isinstance(seed, int) else list(seed)
+    single = seed is None or isinstance(seed, str) or _whole(seed) is not None or not hasattr(seed, "__len__")
+    seeds: list[Any] = [seed] * rows if single else list(seed)  # type: ignore[arg-type]  # it has a length
     if len(seeds) != rows:
         raise SamplingError(f"{len(seeds)} seeds for {rows} rows", next_step="Give one for all, or one per row")
-    bad = [s for s in seeds if s is not None and not (isinstance(s, int) and 0 <= s <= _LARGEST_SEED)]
+    found = [None if one is None else _whole(one) for one in seeds]
+    bad = [one for one, number in zip(seeds, found, strict=True) if one is not None and not _is_seed(number)]
     if bad:
-        text = f"{bad[0]!r} is no seed"
+        text = f"{bad[0]!r} is not a seed"
         raise SamplingError(text, next_step=f"Use a whole number from 0 to {_LARGEST_SEED}, or leave it out")
-    return seeds
+    return found
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a value is, or None."""
+    try:
+        return index(value)
+    except TypeError:
+        return None
+
+
+def _is_seed(number: int | None) -> bool:
+    return number is not None and 0 <= number <= _LARGEST_SEED

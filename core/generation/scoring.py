@@ -1,69 +1,118 @@
-"""How likely a base under a composition finds given answers: one number per token, in nats."""
+"""Passes over whole rows: the logits of all their tokens, and how likely given answers are, in nats per token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_rt.core.engine.plan import Plan
-from lora_rt.core.generation.decode import Decoder, PassInfo, Planner
+from lora_rt.core.base.shape import pad_right
+from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.core.generation.batch import DecodingRow, PassInfo, Planner, check_lengths
+
+R = TypeVar("R", bound=DecodingRow)
 
 
-def answer_nll(
-    decoder: Decoder,
-    planner: Planner,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    pad_id: int,
-    device: torch.device,
-) -> list[Tensor]:
+def whole_logits(lm: CausalLM, planner: Planner[R], rows: Sequence[R], ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits of whole rows, (rows, tokens, vocab), where their tokens stand; padding may be on either side.
+
+    Raises:
+        LengthError: a row is longer than the model's context.
+    """
+    lengths = [row.length for row in rows]
+    check_lengths(lengths, lm.capacity, lm.capacity)
+    parts = lm.parts(lengths)
+    gaps = not bool(mask.cummin(-1).values.eq(mask).all())  # padding that some token could see
+    if len(parts) == 1 and not (gaps and lm.keeping != "shared"):
+        with torch.inference_mode():
+            return _pass(lm, planner, rows, ids, mask)
+    logits: Tensor | None = None
+    for numbers in parts:
+        own = [rows[number] for number in numbers]
+        with torch.inference_mode():
+            found = _pass(lm, planner, own, *pad_right([row.ids for row in own], lm.device))
+        if logits is None:
+            logits = found.new_zeros(*ids.shape, found.shape[-1])
+        for number, row in zip(numbers, found, strict=True):
+            logits[number, mask[number].bool()] = row[: rows[number].length]
+    assert logits is not None
+    return logits
+
+
+def answer_nll(lm: CausalLM, planner: Planner[R], rows: Sequence[R], answers: Sequence[Sequence[int]]) -> list[Tensor]:
     """The negative log-likelihood of each answer token given its prompt and what stands before it.
 
     Args:
-        prompts, answers: token ids per row; an answer has at least one token.
+        rows: prompt and answer of each, the prompt's length given (see `DecodingRow`).
+        answers: the last tokens of each row, at least one.
 
     Returns:
         One float32 tensor (answer tokens,) per row.
+
+    Raises:
+        LengthError: a row is longer than the model's context.
     """
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(len(row) for row in rows)
-    # Padded on the right: real tokens never look to the right, so only the mask and positions have to be true.
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    first = min(len(prompt) for prompt in prompts) - 1
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    logits = decoder.logits(ids, mask, _told(planner, lengths), columns=torch.arange(first, width - 1, device=device))
-    wanted = ids[:, first + 1 :].flatten()
-    losses = cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="none").view(len(rows), -1)
-    starts = [len(prompt) - 1 - first for prompt in prompts]
-    return [losses[i, start : start + len(answers[i])].cpu() for i, start in enumerate(starts)]
-
-
-def _told(planner: Planner, lengths: Tensor) -> Planner:
-    """The planner, told where the prompts end, (rows,): in a pass over whole rows a gate can't see it otherwise."""
-
-    def plan(info: PassInfo) -> Plan | None:
-        return planner(replace(info, prompt_lengths=lengths))
-
-    return plan
+    lengths = [row.length for row in rows]
+    check_lengths(lengths, lm.capacity, lm.capacity)
+    found: dict[int, Tensor] = {}
+    for numbers in lm.parts(lengths):
+        own = [rows[number] for number in numbers]
+        starts = [row.length - len(answers[number]) - 1 for row, number in zip(own, numbers, strict=True)]
+        ids, mask = pad_right([row.ids for row in own], lm.device)
+        columns = torch.arange(min(starts), ids.shape[1] - 1, device=lm.device)
+        with torch.inference_mode():
+            logits = _pass(lm, planner, own, ids, mask, columns)
+            losses = _losses(logits, ids[:, min(starts) + 1 :])
+        for number, start, row in zip(numbers, starts, losses, strict=True):
+            first = start - min(starts)
+            found[number] = row[first : first + len(answers[number])].cpu()
+    return [found[number] for number in range(len(rows))]
 
 
 def choices_nll(
-    decoder: Decoder,
-    planners: tuple[Planner, Planner],
-    prompt: Sequence[int],
-    answers: Sequence[Sequence[int]],
-    pad_id: int,
-    device: torch.device,
+    lm: CausalLM, planner: Planner[R], prompt: R, rows: Sequence[R], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """`answer_nll` of several answers to one prompt, which is read once; planners as in `Decoder.continuations`."""
-    width = max(len(answer) for answer in answers)
-    ids = torch.tensor([[*answer, *[pad_id] * (width - len(answer))] for answer in answers], device=device)
-    mask = torch.tensor([[1] * len(answer) + [0] * (width - len(answer)) for answer in answers], device=device)
-    logits = decoder.continuations(prompt, ids, mask, planners)
-    losses = cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape)
-    return [losses[i, : len(answer)].cpu() for i, answer in enumerate(answers)]
+    """`answer_nll` of several answers to one prompt, which is read once.
+
+    Args:
+        prompt: the row of the prompt alone. rows: prompt and answer of each. answers: the last tokens of each row.
+    """
+    lengths = [prompt.length, *(row.length for row in rows)]
+    check_lengths(lengths[1:], lm.capacity, lm.capacity)
+    if lm.keeping != "shared" or len(lm.parts(lengths)) > 1:  # the prompt's keys are not those of the whole rows
+        return answer_nll(lm, planner, rows, answers)
+    cache = lm.new_cache()
+    start = prompt.length
+    with torch.inference_mode():
+        ids, seen = pad_right([prompt.ids], lm.device)
+        first = _pass(lm, planner, [prompt], ids, seen, keep=1, cache=cache)
+        cache.batch_repeat_interleave(len(rows))
+        wanted, mask = pad_right(answers, lm.device)
+        history = torch.cat([ids.expand(len(rows), -1), wanted], dim=1)
+        info = PassInfo.of(rows, history, torch.cat([seen.expand(len(rows), -1), mask], dim=1), start)
+        plan = planner(info, rows)
+        rest = lm.forward(info.ids, info.mask, info.positions, plan=plan, cache=cache)[:, :-1]
+        losses = _losses(torch.cat([first.expand(len(rows), -1, -1), rest], dim=1), wanted)
+    return [losses[number, : len(answer)].cpu() for number, answer in enumerate(answers)]
+
+
+def _pass(
+    lm: CausalLM,
+    planner: Planner[R],
+    rows: Sequence[R],
+    ids: Tensor,
+    mask: Tensor,
+    keep: Tensor | int | None = None,
+    cache: object = None,
+) -> Tensor:
+    """The logits of one pass over whole rows."""
+    info = PassInfo.of(rows, ids, mask)
+    return lm.forward(ids, mask, info.positions, plan=planner(info, rows), keep=keep, cache=cache)
+
+
+def _losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    """The cross entropy of every token, (rows, tokens)."""
+    return cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none").view(wanted.shape)

@@ -8,9 +8,11 @@ appeared in the prompt or the answer (see `lora_rt.core.requests.activation`).
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lora_rt.core.requests import activation
 from lora_rt.errors import LoraRtError
@@ -32,11 +34,23 @@ class InvalidCompositionError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One adapter of a composition and its weight; with `after`, it is 0 until that text has appeared."""
+    """One adapter of a composition and its weight; with `after`, it is 0 until that text has appeared.
+
+    A term of a named composition also has the name of that `composition`, the digest `sha256` of the adapter that its
+    weights were tuned for, and `layers`, factors of its weight by layer, where it differs between them.
+    """
 
     reference: Reference
     weight: float = 1.0
     after: str | None = None
+    layers: tuple[float, ...] = ()
+    sha256: str = ""
+    composition: str = ""
+
+    @property
+    def mean_weight(self) -> float:
+        """Its weight, averaged over the layers where it differs between them."""
+        return self.weight * (sum(self.layers) / len(self.layers) if self.layers else 1.0)
 
     def __str__(self) -> str:
         plain = self.weight == 1 and not (self.after and self.reference.kind == "path")
@@ -75,13 +89,23 @@ class Composition:
         return cls(tuple(terms), text.strip())
 
     @classmethod
-    def of(cls, value: Composition | str | Sequence[Term] | None) -> Composition | None:
-        """A composition from any of the forms that the public functions take; None stays None (the base alone)."""
+    def of(cls, value: CompositionLike | None) -> Composition | None:
+        """A composition from any of the forms that the public functions take; None stays None (the base alone).
+
+        Raises:
+            InvalidCompositionError: listing every bad term.
+        """
         if value is None or isinstance(value, Composition):
             return value
         if isinstance(value, str):
             return cls.parse(value)
-        return cls(tuple(value))
+        if isinstance(value, Mapping):
+            return _of_mapping(value)
+        terms: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else ()
+        if not terms or not all(isinstance(term, Term) for term in terms):
+            text = f"{value!r:.200} is not a composition"
+            raise InvalidCompositionError(text, next_step='Give a text, or a mapping: {"emotion": 0.7, "logic": 0.3}')
+        return cls(terms)
 
     def waking(self, after: str) -> Composition:
         """The same, with every term asleep until the text has appeared, but those that wait for one of their own."""
@@ -89,6 +113,49 @@ class Composition:
 
     def __str__(self) -> str:
         return self.text or " ".join(str(term) for term in self.terms)
+
+
+CompositionLike = Composition | str | Mapping[Any, float] | Sequence[Term]
+"""What stands for one composition: parsed, as text, as a mapping from references to weights, or as terms."""
+
+
+def _of_mapping(weights: Mapping[Any, float]) -> Composition:
+    """{"emotion": 0.7, "logic[So:]": 0.3}: references, or paths, and their weights."""
+    terms: list[Term] = []
+    problems: list[str] = []
+    for key, weight in weights.items():
+        try:
+            terms.append(replace(_key(key), weight=_number(weight)))
+        except LoraRtError as error:
+            problems.append(f"{key!r}: {error.message}")
+    if not terms and not problems:
+        problems.append("it has no terms")
+    if problems:
+        text = f"{weights!r:.200} is not a composition: {'; '.join(problems)}"
+        raise InvalidCompositionError(text, next_step='Write references and weights: {"emotion": 0.7, "logic": 0.3}')
+    return Composition(tuple(terms))
+
+
+def _key(key: Any) -> Term:
+    """The term that a key of a mapping names; its weight stands beside it."""
+    if isinstance(key, (Reference, os.PathLike)):
+        return Term(Reference.of(key))
+    if not isinstance(key, str):
+        raise LoraRtError("it is not a reference")
+    pieces = _pieces(key)
+    if len(pieces) != 1 or pieces[0][2] is not None:
+        raise LoraRtError("write one reference there, and its weight as the value")
+    return _term(pieces[0][1], None, pieces[0][3])
+
+
+def _number(weight: Any) -> float:
+    try:
+        value = float(weight)
+    except (TypeError, ValueError) as error:
+        raise LoraRtError(f"the weight {weight!r} is not a number") from error
+    if isinstance(weight, (str, bytes)) or not math.isfinite(value):
+        raise LoraRtError(f"the weight {weight!r} is not a finite number")
+    return value
 
 
 def _pieces(text: str) -> list[tuple[str, str, str | None, str | None]]:

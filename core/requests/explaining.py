@@ -8,7 +8,7 @@ weight and gate: what it adds is its contribution. Sizes are relative to the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,9 @@ from torch import Tensor
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.topology import Site
-from lora_rt.core.generation.batch import positions_of
-from lora_rt.core.generation.decode import PassInfo
+from lora_rt.core.generation.batch import PassInfo
 from lora_rt.core.requests.planner import RowPlanner
-from lora_rt.core.requests.rows import Row
+from lora_rt.core.requests.running import RequestRow
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, SceneType
 
@@ -67,27 +66,25 @@ class Explanation:
         }
 
 
-def explain(
-    model: Any, bank: AdapterBank, planner: Callable[[Row], RowPlanner], row: Row, ids: list[int], prompt_length: int
-) -> Explanation:
-    """Run one row and measure what each of its adapters adds; the first `prompt_length` of the ids are the prompt.
+def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow) -> Explanation:
+    """Run one row and measure what each of its adapters adds.
 
     Raises:
         NothingToExplainError: no adapter acts at any token.
     """
-    whole = torch.tensor([ids], device=bank.device)
-    mask = torch.ones_like(whole)
-    info = PassInfo(whole, positions_of(mask), whole, mask, torch.tensor([prompt_length], device=bank.device))
-    plan = planner(row)(info)
-    alone = {name: own for name in row.names if (own := planner(row.only(name))(info)) is not None}
+    whole = torch.tensor([row.ids], device=bank.device)
+    info = PassInfo.of([row], whole, torch.ones_like(whole))
+    plan = planner(info, [row])
+    rows = {name: row.only(name) for name in row.timeline.row.names}
+    alone = {name: own for name, one in rows.items() if (own := planner(info, [one])) is not None}
     if plan is None or not alone:
         text = "no adapter acts on this text"
         raise NothingToExplainError(text, next_step="Give a weight other than 0, and a text in which its words appear")
     config = model.config.get_text_config()
-    probe = Probe(bank, plan, alone, len(ids), int(config.num_attention_heads))
+    probe = Probe(bank, plan, alone, len(row.ids), int(config.num_attention_heads))
     probe.run(model, input_ids=whole)
-    factors = [_factors(planner(row.only(name)).combined(info)[name], probe.depth, probe.heads) for name in alone]
-    return probe.explanation(ids, row.scene_type, torch.stack(factors))
+    factors = [_factors(planner.combined(info, [rows[name]])[name], probe.depth, probe.heads) for name in alone]
+    return probe.explanation(row.ids, row.timeline.row.scene_type, torch.stack(factors))
 
 
 def _factors(gate: Gate, layers: int, heads: int) -> Tensor:

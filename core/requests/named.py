@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from lora_rt.core.requests.composition import Term
@@ -24,26 +23,15 @@ class NamedLookup(Protocol):
         """The composition of a name, or None."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One adapter of a term: the term's own, or one of a named composition's with the digest that it was tuned for."""
+def check_pin(term: Term, name: str, sha256: str) -> None:
+    """Compare the digest of the adapter that was found with the one that the term's weights were tuned for.
 
-    reference: Reference
-    weight: float
-    after: str | None
-    layers: tuple[float, ...] = ()
-    sha256: str = ""
-    mix: str = ""
-
-    def check_pin(self, name: str, sha256: str) -> None:
-        """Compare the digest of the adapter that was found with the one that the weights were tuned for.
-
-        Raises:
-            NamedCompositionError: they differ.
-        """
-        if self.sha256 and sha256 != self.sha256:
-            text = f"{self.mix!r} was tuned for other files of {name!r}: {self.sha256[:12]}, not {sha256[:12]}"
-            raise NamedCompositionError(text, next_step="Tune it again with: lora-rt tune")
+    Raises:
+        NamedCompositionError: they differ.
+    """
+    if term.sha256 and sha256 != term.sha256:
+        text = f"{term.composition!r} was tuned for other files of {name!r}: {term.sha256[:12]}, not {sha256[:12]}"
+        raise NamedCompositionError(text, next_step="Tune it again with: lora-rt tune")
 
 
 def named_composition(term: Term, mixes: NamedLookup) -> NamedComposition | None:
@@ -52,15 +40,15 @@ def named_composition(term: Term, mixes: NamedLookup) -> NamedComposition | None
     return mixes.get(reference.target) if reference.kind == "name" and reference.revision is None else None
 
 
-def expanded(term: Term, mixes: NamedLookup, base: BaseFacts) -> list[Part]:
-    """The adapters of a term.
+def expanded(term: Term, mixes: NamedLookup, base: BaseFacts) -> list[Term]:
+    """The adapters of a term: itself, or the terms of the named composition that it means.
 
     Raises:
         NamedCompositionError: it was tuned for another base.
     """
     mix = named_composition(term, mixes)
     if mix is None:
-        return [Part(term.reference, term.weight, term.after)]
+        return [term]
     problems = []
     if mix.base != base.id:
         problems.append(f"it is for {mix.base}, in use is {base.id}")
@@ -70,6 +58,6 @@ def expanded(term: Term, mixes: NamedLookup, base: BaseFacts) -> list[Part]:
         text = f"the composition {mix.name!r} does not fit this base: {'; '.join(problems)}"
         raise NamedCompositionError(text, next_step=f"{use_base(mix.base)}, or tune it again")
     return [
-        Part(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, mix.name)
+        Term(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, mix.name)
         for i in mix.terms
     ]

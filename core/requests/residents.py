@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-from torch import Tensor
+from dataclasses import dataclass
+from os import PathLike
 
 from lora_rt.core.base.load import LoadedBase
-from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.requests.composition import Composition
-from lora_rt.core.requests.named import Part, expanded
+from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+from lora_rt.core.requests.composition import Composition, Term
+from lora_rt.core.requests.named import check_pin, expanded
 from lora_rt.core.requests.names import RequestNames
 from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
@@ -43,20 +42,13 @@ class AdapterInfo:
     card: AdapterCard | None
 
 
-@dataclass(frozen=True, slots=True)
-class Present:
-    """A term whose adapter is resident. `layers` multiply its weight, one per layer, where a named composition says."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ResolvedTerm:
+    """A term and the adapter that it means, as they were when it was looked up: another thread may unload one."""
 
+    term: Term
     info: AdapterInfo
-    weight: float
-    after: str | None = None
-    layers: tuple[float, ...] = ()
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def mean_weight(self) -> float:
-        """Its weight, averaged over the layers where it differs between them."""
-        return self.weight * (sum(self.layers) / len(self.layers) if self.layers else 1.0)
+    adapter: ResidentAdapter
 
 
 class Residents:
@@ -72,13 +64,13 @@ class Residents:
         self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
         self.infos: Mapping[str, AdapterInfo] = {}
 
-    def load(self, reference: Reference | str, name: str | None = None) -> str:
+    def load(self, reference: Reference | str | PathLike[str], name: str | None = None) -> str:
         """Make an adapter resident and return its name.
 
         Raises:
             LoraRtError: it can't be resolved, is refused by the inspection, or its mode is not installed.
         """
-        parsed = reference if isinstance(reference, Reference) else Reference.parse(reference)
+        parsed = Reference.of(reference)
         for problem in name_problem(name) if name is not None else []:
             raise ResidentError(problem, next_step="Choose another name")
         with self._lock:
@@ -104,13 +96,9 @@ class Residents:
         Raises:
             LoraRtError: terms that can't be loaded; all of them are named.
         """
-        return [(item.info, item.mean_weight) for item in self.present(composition)]
+        return [(item.info, item.term.mean_weight) for item in self.resolved([composition])[0]]
 
-    def present(self, composition: Composition) -> list[Present]:
-        """`all_present` of one composition."""
-        return self.all_present([composition])[0]
-
-    def all_present(self, compositions: Sequence[Composition | None]) -> list[list[Present]]:
+    def resolved(self, compositions: Sequence[Composition | None]) -> list[list[ResolvedTerm]]:
         """Every term of each row with its adapter resident; a named composition stands there as its terms.
 
         A name is looked up once, so that it means one thing in all rows. No composition, no terms.
@@ -121,12 +109,12 @@ class Residents:
         names = RequestNames(self._registry.compositions, self._given)
         return [[] if composition is None else self._of_row(composition, names) for composition in compositions]
 
-    def _of_row(self, composition: Composition, names: RequestNames) -> list[Present]:
-        found: list[Present] = []
+    def _of_row(self, composition: Composition, names: RequestNames) -> list[ResolvedTerm]:
+        found: list[ResolvedTerm] = []
         failures: list[LoraRtError] = []
         for term in composition.terms:
             try:
-                found += [self._present(part) for part in expanded(term, names, self._base.facts)]
+                found += [self._resolved(part) for part in expanded(term, names, self._base.facts)]
             except LoraRtError as error:
                 failures.append(error)
         if len(failures) == 1:
@@ -136,25 +124,24 @@ class Residents:
             raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
         return found
 
-    def _present(self, part: Part) -> Present:
-        info = self._pinned(part) if part.sha256 else self._resident(part.reference)
-        part.check_pin(info.name, info.sha256)
-        return Present(info, part.weight, part.after, part.layers, self._bank.residents[info.name].state)
+    def _resolved(self, term: Term) -> ResolvedTerm:
+        with self._lock:  # name, facts and factors are those of one moment
+            info = self._pinned(term) if term.sha256 else self._resident(term.reference)
+            check_pin(term, info.name, info.sha256)
+            return ResolvedTerm(term, info, self._bank.residents[info.name])
 
     def _resident(self, reference: Reference) -> AdapterInfo:
-        with self._lock:
-            info = self.infos.get(reference.target) if reference.kind == "name" and not reference.revision else None
-            # That somebody's repository is resident as `emotion` does not make it what `emotion` means: only names
-            # that the caller gave, or that the registry knows, do.
-            if info is not None and (info.name in self._given or not info.source.startswith("hub ")):
-                return info
-            return self._found(reference)
+        info = self.infos.get(reference.target) if reference.kind == "name" and not reference.revision else None
+        # That somebody's repository is resident as `emotion` does not make it what `emotion` means: only names that the
+        # caller gave, or that the registry knows, do.
+        if info is not None and (info.name in self._given or not info.source.startswith("hub ")):
+            return info
+        return self._found(reference)
 
-    def _pinned(self, part: Part) -> AdapterInfo:
+    def _pinned(self, term: Term) -> AdapterInfo:
         """The adapter that a named composition was tuned for: a caller's own of that name is another one."""
-        with self._lock:
-            same = next((info for info in self.infos.values() if info.sha256 == part.sha256), None)
-            return same or self._found(part.reference)
+        same = next((info for info in self.infos.values() if info.sha256 == term.sha256), None)
+        return same or self._found(term.reference)
 
     def _found(self, reference: Reference) -> AdapterInfo:
         # Named first: loading replaces the table of infos.

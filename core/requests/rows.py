@@ -1,30 +1,38 @@
-"""One row of a request, from what the caller wrote to what the engine needs: tokens, weights, scene type."""
+"""What a row is under, and what the caller wrote for each row of a request: compositions and scenes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from lora_rt.core.requests.composition import Composition
+from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.requests.activation import scene_turns
+from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import SceneType
 
-Compositions = Composition | str | None | Sequence[Composition | str | None]
+Compositions = CompositionLike | None | Sequence[CompositionLike | None]
+"""One composition for all rows of a request, or a list of one per row."""
+Turns = Sequence[tuple[str | None, SceneType]]
+"""The scene types of a row in order, each with the text after which it holds; the first from the start on."""
 
 
 class RequestError(LoraRtError):
     """A request whose parts do not fit together."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """What one row of a request is under.
+    """What one row is under; it never changes (see `lora_rt.core.requests.running` for rows that do).
 
-    `weights` by resident name; `layers` is added to them, one number per layer, where a named composition says so.
+    `adapters` are the residents that it uses, as they were when it began. `weights` by resident name; `layers` is added
+    to them, one number per layer, where a named composition says so.
     `scene_type` is the caller's or the registered one. `phases` are the rows to go on as once activation texts have
     appeared, by the set of those that have (see `lora_rt.core.requests.timeline`); empty where nothing changes.
     """
 
+    adapters: Mapping[str, ResidentAdapter]
     weights: Mapping[str, float]
     scene_type: SceneType = None
     prompt: str | None = None
@@ -47,6 +55,7 @@ class Row:
         """The same with a single one of its adapters."""
         return replace(
             self,
+            adapters={key: adapter for key, adapter in self.adapters.items() if key == name},
             weights={key: weight for key, weight in self.weights.items() if key == name},
             layers={key: layers for key, layers in self.layers.items() if key == name},
             phases={seen: phase.only(name) for seen, phase in self.phases.items()},
@@ -62,24 +71,34 @@ def per_row(value: Compositions, rows: int) -> list[Composition | None]:
 
     Raises:
         RequestError: a list of another length.
+        InvalidCompositionError: one that is not a composition.
     """
-    if value is None or isinstance(value, (str, Composition)):
-        return [Composition.of(value)] * rows
-    given = list(value)
+    given: Any = value
+    single = given is None or isinstance(given, (str, Composition, Mapping)) or not isinstance(given, Sequence)
+    if single or (given and all(isinstance(item, Term) for item in given)):
+        return [Composition.of(given)] * rows
     if len(given) != rows:
         raise RequestError(f"{len(given)} compositions for {rows} rows", next_step="Give one for all, or one per row")
     return [Composition.of(item) for item in given]
 
 
-def scenes_per_row(scenes: Sequence[SceneType] | str | None, rows: int) -> list[SceneType]:
-    """One scene type per row.
+def scenes_per_row(scenes: Sequence[SceneType] | str | None, rows: int) -> list[Turns]:
+    """The scene types of every row: one that holds throughout, or several as `logic body[So:]` says.
 
     Raises:
-        RequestError: a list of another length.
+        RequestError: a list of another length, or a text that is not a scene.
     """
-    if scenes is None or isinstance(scenes, str):
-        return [scenes] * rows
-    if len(scenes) != rows:
-        text = f"{len(scenes)} scene types for {rows} rows"
+    given = [scenes] * rows if scenes is None or isinstance(scenes, str) else list(scenes)
+    if len(given) != rows:
+        text = f"{len(given)} scene types for {rows} rows"
         raise RequestError(text, next_step="Give one per row, None where it is not known")
-    return list(scenes)
+    return [_turns(scene) for scene in given]
+
+
+def _turns(scene: SceneType) -> Turns:
+    if not isinstance(scene, str) or "[" not in scene:
+        return [(None, scene)]
+    turns = scene_turns(scene)
+    if not turns:
+        raise RequestError(f"{scene!r} is not a scene", next_step="Write a scene type, or: logic body[So:]")
+    return turns

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.base.shape import pad_right, positions_of
+from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.hidden_states import EarlyHidden
-from lora_rt.core.generation.batch import positions_of
-from lora_rt.plugins.contract import BaseFacts, SceneContext, ScenePrediction, SceneType
+from lora_rt.core.requests.rows import Turns
+from lora_rt.plugins.contract import BaseFacts, SceneContext, ScenePrediction
 from lora_rt.plugins.manager import ModeHost
 
 _HOOK = "lora_rt_scene"
@@ -18,48 +21,52 @@ _HOOK = "lora_rt_scene"
 class SceneClassifier:
     """Asks the modes, with the base's early hidden state of the prompts."""
 
-    def __init__(self, bank: AdapterBank, modes: ModeHost, base: BaseFacts, early: EarlyHidden) -> None:
-        self._bank = bank
+    def __init__(self, lm: CausalLM, modes: ModeHost, base: BaseFacts, early: EarlyHidden) -> None:
+        self._lm = lm
         self._modes = modes
         self._base = base
         self._early = early
 
-    def registered(
-        self, names: Sequence[Sequence[str]], scenes: Sequence[SceneType], prompts: Sequence[Sequence[int]]
-    ) -> list[SceneType]:
-        """The scene types, with those that are None replaced where one of the row's adapters can register one.
+    def classified(
+        self, adapters: Sequence[Sequence[ResidentAdapter]], scenes: Sequence[Turns], prompts: Sequence[Sequence[int]]
+    ) -> list[Turns]:
+        """The scenes, with those that nobody gave replaced where one of the row's adapters can tell them.
 
         Args:
-            names: the resident names of each row's terms.
+            adapters: those of each row's terms.
             scenes: what the caller gave.
             prompts: the token ids of each row's prompt.
         """
         found = list(scenes)
-        asked: dict[str, list[int]] = {}
-        for row, mine in enumerate(names):
-            able = next((n for n in mine if self._modes.implements(self._bank.residents[n].mode, _HOOK)), None)
-            if scenes[row] is None and able is not None:
+        asked: dict[ResidentAdapter, list[int]] = {}
+        for row, mine in enumerate(adapters):
+            able = next((one for one in mine if self._modes.implements(one.mode, _HOOK)), None)
+            if able is not None and len(scenes[row]) == 1 and scenes[row][0][1] is None:
                 asked.setdefault(able, []).append(row)
-        for name, rows in asked.items():
-            registration = self.ask(name, [prompts[row] for row in rows])
-            if registration is not None:
-                for row, shares in zip(rows, registration.probabilities.tolist(), strict=True):
-                    found[row] = dict(zip(registration.types, shares, strict=True))
+        for adapter, rows in asked.items():
+            prediction = self.ask(adapter, [prompts[row] for row in rows])
+            if prediction is not None:
+                for row, shares in zip(rows, prediction.probabilities.tolist(), strict=True):
+                    found[row] = [(None, dict(zip(prediction.types, shares, strict=True)))]
         return found
 
-    def ask(self, name: str, prompts: Sequence[Sequence[int]]) -> ScenePrediction | None:
+    def ask(self, adapter: ResidentAdapter, prompts: Sequence[Sequence[int]]) -> ScenePrediction | None:
         """What one adapter's mode makes of prompts, given as token ids."""
-        adapter = self._bank.residents[name]
         hidden, mask = self.features(prompts)
         context = SceneContext(
-            adapter=name, card=adapter.card, state=adapter.state, base=self._base, hidden=hidden, mask=mask
+            adapter=adapter.name, card=adapter.card, state=adapter.state, base=self._base, hidden=hidden, mask=mask
         )
         return self._modes.scene(adapter.mode, context)
 
-    def features(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Early hidden states (rows, tokens, hidden) of prompts and the mask (rows, tokens), padded on the right."""
-        width = max(len(prompt) for prompt in prompts)
-        device = self._bank.device
-        ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-        mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in prompts], device=device)
-        return self._early(ids, mask, positions_of(mask)), mask
+        ids, mask = pad_right(prompts, self._lm.device)
+        parts = self._lm.parts([len(prompt) for prompt in prompts])
+        if len(parts) == 1:
+            return self._early(ids, mask, positions_of(mask)), mask
+        found = torch.zeros(*ids.shape, self._base.hidden_size, device=ids.device)
+        for part in parts:  # rows of other rope factors
+            hidden = self._early(ids[part], mask[part], positions_of(mask[part]))
+            found = found.to(hidden.dtype)
+            found[part] = hidden
+        return found, mask

@@ -1,8 +1,12 @@
-"""Compositions and scenes that change while a text grows: an adapter wakes up, or a scene turns, after given words.
+"""What a row is under at each of its tokens: compositions that are changed while it runs, and words that wake adapters.
 
-A row has one phase per set of activation texts that have appeared so far. A text has appeared from the token on that
-completes it, wherever it stands, in the prompt (template and special tokens included) or in the answer. What was
-computed before is left as it is: the cache of those tokens is never made again.
+A row's turns are the compositions that it was given, each from a position on. Each of them has one phase per set of
+activation texts that have appeared so far. A text has appeared from the token on that completes it, wherever it stands,
+in the prompt (template and special tokens included) or in the answer. What was computed before is left as it is: the
+cache of those tokens is never made again.
+
+    tokens     I  say  So  :  four  and  then      turn 1 from 0: logic[So:]     turn 2 from 6: logic:0.5[So:] body
+    spans     |base       |logic        |logic:0.5 body
 """
 
 from __future__ import annotations
@@ -13,85 +17,116 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_rt.core.generation.decode import PassInfo
 from lora_rt.core.requests.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One phase of every row. `mask` (rows, tokens) says at which of this pass's tokens it holds; None is at all."""
+    """One phase of every row of a pass. `mask` (rows, tokens) says at which tokens it holds; None is at all."""
 
     rows: Sequence[Row]
     mask: Tensor | None = None
 
 
 class Timeline:
-    """Follows the rows of one request.
+    """Follows one row.
 
     Args:
-        rows: the rows, with their phases.
+        row: what it is under from its first token on.
         decode: token ids to text, special tokens included.
     """
 
-    def __init__(self, rows: Sequence[Row], decode: Callable[[Sequence[int]], str]) -> None:
-        self._rows = rows
+    def __init__(self, row: Row, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._seen: list[dict[str, int]] = [{} for _ in rows]  # text -> position of the token that completes it
-        self._read = [0] * len(rows)
-        self._still = [Variant(rows)]
+        self._turns: list[tuple[int, Row]] = [(0, row)]
+        self._seen: dict[str, int] = {}  # text -> position of the token that completes it
+        self._read = 0
 
-    def variants(self, info: PassInfo) -> list[Variant]:
-        """The phases that hold in this pass: one for all its tokens, or several with masks that part them."""
-        if not any(row.phases for row in self._rows):
-            return self._still
-        for number, row in enumerate(self._rows):
-            if len(self._seen[number]) < len(row.texts):
-                self._search(number, row.texts, info)
-        spans = [self._spans(number, info.positions[number]) for number in range(len(self._rows))]
-        if all(len(row_spans) == 1 for row_spans in spans):
-            return [Variant([row_spans[0][0] for row_spans in spans])]
-        return self._parted(spans)
+    @property
+    def row(self) -> Row:
+        """What it was last told to be under."""
+        return self._turns[-1][1]
 
-    def _search(self, number: int, texts: Sequence[str], info: PassInfo) -> None:
-        ids = info.history[number][info.mask[number].bool()].tolist()
-        start = max(0, self._read[number] - max(len(text.encode()) for text in texts))
-        for text in texts:
-            # A token has at least one byte of text, so that an unseen text ends in what is new or starts just before.
-            if text not in self._seen[number] and text in self._decode(ids[start:]):
-                self._seen[number][text] = self._first(ids, start, text)
-        self._read[number] = len(ids)
+    @property
+    def still(self) -> bool:
+        """Whether the row is under one thing from its first token to its last."""
+        return len(self._turns) == 1 and not self.row.phases
 
-    def _first(self, ids: Sequence[int], start: int, text: str) -> int:
-        """The smallest position whose token completes the text; by halving, since what was completed stays so."""
-        low, high = start, len(ids) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if text in self._decode(ids[start : middle + 1]):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+    def turn(self, position: int, row: Row) -> None:
+        """From this position on the row is under something else."""
+        self._turns = [*(turn for turn in self._turns if turn[0] < position), (position, row)]
+        self._read = 0  # its texts may have appeared long ago
 
-    def _spans(self, number: int, positions: Tensor) -> list[tuple[Row, Tensor]]:
-        """The phases of one row in this pass, each with its tokens' mask (tokens,)."""
-        row = self._rows[number]
-        starts = sorted({0, *self._seen[number].values()})
+    def alone(self, row: Row) -> Timeline:
+        """A timeline of the same row from its first token on."""
+        return Timeline(row, self._decode)
+
+    def spans(self, tokens: Sequence[int], positions: Tensor) -> list[tuple[Row, Tensor]]:
+        """The phases of a pass in order, each with the mask (tokens,) of its tokens.
+
+        Args:
+            tokens: all that the row has so far. positions: (tokens,) of those that the pass reads.
+        """
+        self._search(tokens, {text for _, row in self._turns for text in row.texts})
+        starts = sorted({*(start for start, _ in self._turns), *self._seen.values()})
         spans = []
         for start, end in zip(starts, [*starts[1:], None], strict=True):
             mask = positions >= start
             if end is not None:
                 mask &= positions < end
             if bool(mask.any()):
-                spans.append((row.phase(text for text, first in self._seen[number].items() if first <= start), mask))
+                row = next(row for first, row in reversed(self._turns) if first <= start)
+                seen = [text for text in row.texts if self._seen.get(text, start + 1) <= start]
+                spans.append((row.phase(seen), mask))
         return spans
 
-    def _parted(self, spans: Sequence[Sequence[tuple[Row, Tensor]]]) -> list[Variant]:
-        variants = []
-        for index in range(max(len(row_spans) for row_spans in spans)):
-            chosen = [row_spans[min(index, len(row_spans) - 1)] for row_spans in spans]
-            masks = [
-                mask if index < len(row_spans) else torch.zeros_like(mask)
-                for (_, mask), row_spans in zip(chosen, spans, strict=True)
-            ]
-            variants.append(Variant([row for row, _ in chosen], torch.stack(masks)))
-        return variants
+    def _search(self, tokens: Sequence[int], texts: set[str]) -> None:
+        missing = [text for text in texts if text not in self._seen]
+        if not missing:
+            return
+        start = max(0, self._read - max(len(text.encode()) for text in missing))
+        read = self._decode(tokens[start:])
+        for text in missing:
+            # A token has at least one byte of text, so that an unseen text ends in what is new or starts just before.
+            if text in read:
+                self._seen[text] = self._first(tokens, start, text)
+        self._read = len(tokens)
+
+    def _first(self, tokens: Sequence[int], start: int, text: str) -> int:
+        """The smallest position whose token completes the text; by halving, since what was completed stays so."""
+        low, high = start, len(tokens) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if text in self._decode(tokens[start : middle + 1]):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+def variants(timelines: Sequence[Timeline], tokens: Sequence[Sequence[int]], positions: Tensor) -> list[Variant]:
+    """The phases that hold in a pass: one for all its tokens, or several with masks that part them.
+
+    Args:
+        timelines, tokens: of each row, `tokens` being all that it has so far.
+        positions: (rows, tokens) of the pass.
+    """
+    if all(timeline.still for timeline in timelines):
+        return [Variant([timeline.row for timeline in timelines])]
+    everywhere = torch.ones_like(positions[0], dtype=torch.bool)
+    spans = [
+        [(timeline.row, everywhere)] if timeline.still else timeline.spans(own, places)
+        for timeline, own, places in zip(timelines, tokens, positions, strict=True)
+    ]
+    if all(len(of_row) == 1 for of_row in spans):
+        return [Variant([of_row[0][0] for of_row in spans])]
+    return [_variant(spans, index) for index in range(max(len(of_row) for of_row in spans))]
+
+
+def _variant(spans: Sequence[Sequence[tuple[Row, Tensor]]], index: int) -> Variant:
+    """The phase of this number of every row; a row that has fewer is in none of its tokens in it."""
+    chosen = [of_row[min(index, len(of_row) - 1)] for of_row in spans]
+    masks = [
+        mask if index < len(of_row) else torch.zeros_like(mask) for (_, mask), of_row in zip(chosen, spans, strict=True)
+    ]
+    return Variant([row for row, _ in chosen], torch.stack(masks))

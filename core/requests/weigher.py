@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition
-from lora_rt.core.requests.residents import Present, Residents
-from lora_rt.core.requests.rows import RequestError, Row
+from lora_rt.core.requests.residents import Residents, ResolvedTerm
+from lora_rt.core.requests.rows import RequestError, Row, Turns
 from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.plugins.contract import BaseFacts, ComposeContext, SceneType, TermFacts
 from lora_rt.plugins.manager import ModeHost
@@ -35,21 +34,18 @@ class Weigher:
     def rows(
         self,
         compositions: Sequence[Composition | None],
-        scenes: Sequence[SceneType],
+        scenes: Sequence[Turns],
         prompts: Sequence[str | None],
         ids: Sequence[Sequence[int]],
     ) -> list[Row]:
-        """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is registered."""
-        found = self._residents.all_present(compositions)
-        names = [[item.info.name for item in row] for row in found]
-        known = self._classifier.registered(names, scenes, ids)
+        """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is classified."""
+        found = self._residents.resolved(compositions)
+        known = self._classifier.classified([[item.adapter for item in row] for row in found], scenes, ids)
         return [self._row(*parts) for parts in zip(found, known, prompts, strict=True)]
 
-    def _row(self, found: Sequence[Present], scene: SceneType, prompt: str | None) -> Row:
-        turns = scene_turns(scene) if isinstance(scene, str) and "[" in scene else [(None, scene)]
-        if not turns:
-            raise RequestError(f"{scene!r} is no scene", next_step="Write a scene type, or: logic body[So:]")
-        texts = list(dict.fromkeys(t for t in [*(item.after for item in found), *(after for after, _ in turns)] if t))
+    def _row(self, found: Sequence[ResolvedTerm], turns: Turns, prompt: str | None) -> Row:
+        waited = [*(item.term.after for item in found), *(after for after, _ in turns)]
+        texts = list(dict.fromkeys(text for text in waited if text))
         if len(texts) > _MOST_TEXTS:
             text = f"a row waits for {len(texts)} texts"
             raise RequestError(text, next_step=f"Let it wait for at most {_MOST_TEXTS}")
@@ -61,37 +57,33 @@ class Weigher:
         first = phases.pop(frozenset())
         return replace(first, phases=phases) if phases else first
 
-    def _phase(
-        self,
-        found: Sequence[Present],
-        turns: Sequence[tuple[str | None, SceneType]],
-        seen: frozenset[str],
-        prompt: str | None,
-    ) -> Row:
+    def _phase(self, found: Sequence[ResolvedTerm], turns: Turns, seen: frozenset[str], prompt: str | None) -> Row:
         """The row while exactly these texts have appeared."""
         scene = next((kind for after, kind in reversed(turns) if after is None or after in seen), None)
-        awake = [item for item in found if item.after is None or item.after in seen]
+        awake = [item for item in found if item.term.after is None or item.term.after in seen]
         weights: dict[str, float] = {}
         layers: dict[str, tuple[float, ...]] = {}
         for item, weight in zip(awake, self._decided(awake, scene, prompt), strict=True):
-            name = item.info.name
-            if item.layers:
-                before = layers.get(name, (0.0,) * len(item.layers))
-                layers[name] = tuple(b + weight * x for b, x in zip(before, item.layers, strict=True))
+            name, factors = item.info.name, item.term.layers
+            if factors:
+                before = layers.get(name, (0.0,) * len(factors))
+                layers[name] = tuple(b + weight * x for b, x in zip(before, factors, strict=True))
             else:
                 weights[name] = weights.get(name, 0.0) + weight
-        return Row(weights, scene, prompt, layers)
+        return Row({item.info.name: item.adapter for item in awake}, weights, scene, prompt, layers)
 
-    def _decided(self, found: Sequence[Present], scene: SceneType, prompt: str | None) -> list[float]:
+    def _decided(self, found: Sequence[ResolvedTerm], scene: SceneType, prompt: str | None) -> list[float]:
         """The user's weights, except where a term's mode says otherwise."""
+        weights = [item.term.weight for item in found]
+        modes = dict.fromkeys(item.info.mode for item in found)
+        deciding = [mode for mode in modes if self._modes.implements(mode, "lora_rt_compose")]
+        if not deciding:
+            return weights
         terms = [
-            TermFacts(i.info.name, i.weight, i.info.mode, i.info.card.model_dump() if i.info.card else {}, i.state)
-            for i in found
+            TermFacts(item.info.name, item.term.weight, item.info.mode, item.adapter.card, item.adapter.state)
+            for item in found
         ]
-        weights = [term.weight for term in terms]
-        for mode in dict.fromkeys(term.mode for term in terms):
-            if not self._modes.implements(mode, "lora_rt_compose"):
-                continue
+        for mode in deciding:
             mine = [index for index, term in enumerate(terms) if term.mode == mode]
             context = ComposeContext(terms=terms, mine=mine, prompt=prompt, scene_type=scene, base=self._base)
             decided = self._modes.weights(mode, context)

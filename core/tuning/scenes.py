@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_rt.core.generation.batch import positions_of
+from lora_rt.core.base.shape import positions_of
 from lora_rt.core.tuning.data import Item, steps
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.errors import LoraRtError

@@ -67,12 +67,12 @@ def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], di
     references: dict[str, str] = {}
     for term in job.composition.terms:
         parts = expanded(term, registry.compositions, base.facts)
-        for part, item in zip(parts, frozen.residents.present(Composition((term,))), strict=True):
+        for part, item in zip(parts, frozen.residents.resolved([Composition((term,))])[0], strict=True):
             name = item.info.name
             if term.after is not None or name in weights:
                 text = f"the term {term} can't be tuned: it wakes up later, or its adapter stands twice"
                 raise GatingError(text, next_step="Name every adapter once, without a bracket")
-            weights[name] = item.mean_weight
+            weights[name] = item.term.mean_weight
             references[name] = _lasting(part.reference)
     return frozen, weights, references
 

@@ -232,7 +232,7 @@ class Conformance:
         """Both gates of a pass in full shape: (layers, batch, tokens, rank or heads)."""
         import torch
 
-        adapter = workshop.runtime._bank.residents["strong"]
+        adapter = workshop.runtime.resident("strong")
         context = gate_context(
             lengths, tokens, first, state=adapter.state, scene_types=scenes, card=adapter.card, rank=adapter.rank
         )

@@ -28,7 +28,7 @@ def test_twice_the_weight_adds_twice_as_much_in_the_first_layer(zoo: Zoo, runtim
 
 def test_the_size_is_that_of_what_was_added_over_what_the_base_gave(zoo: Zoo, runtime: Runtime) -> None:
     name = runtime.load_adapter(str(zoo.adapter("llama", targets=["q_proj"])))
-    first = runtime._base.model.model.layers[0]
+    first = runtime.model.model.layers[0]
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = [
         module.register_forward_hook(lambda _m, inputs, y, key=key: seen.update({key: (inputs[0], y.clone())}))
@@ -38,7 +38,7 @@ def test_the_size_is_that_of_what_was_added_over_what_the_base_gave(zoo: Zoo, ru
     found = runtime.explain("it rains", name)
     for handle in handles:
         handle.remove()
-    factors = runtime._bank.residents[name].factors["model.layers.0.self_attn.q_proj"]
+    factors = runtime.resident(name).factors["model.layers.0.self_attn.q_proj"]
     added = seen["self_attn.q_proj"][0] @ factors.a.T @ factors.b.T
     base = {key: y - added if key == "self_attn.q_proj" else y for key, (_, y) in seen.items()}
     whole = torch.stack([y.square().sum() for y in base.values()]).sum()
@@ -49,7 +49,7 @@ def test_a_suppressed_adapter_adds_nothing_and_a_sleeping_one_nothing_before_its
     zoo: Zoo, runtime: Runtime, made: Made
 ) -> None:
     runtime.load_adapter(str(made("logic", gates=3)), "logic")
-    state = runtime._bank.residents["logic"].state
+    state = runtime.resident("logic").state
     state["theta"][0, 1] = -60.0  # the second layer, for scenes of type logic
     explanation = runtime.explain("it rains", "logic", scene="logic")
     assert float(explanation.layers[0, 1]) == pytest.approx(0, abs=1e-6)

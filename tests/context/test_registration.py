@@ -80,7 +80,9 @@ def test_the_base_alone_and_modes_without_a_registrar_pay_nothing(
     zoo: Zoo, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = runtime.load_adapter(str(zoo.adapter("llama")))
-    monkeypatch.setattr(runtime._classifier, "features", lambda _prompts: pytest.fail("the early state was computed"))
+    monkeypatch.setattr(
+        runtime.parts.classifier, "features", lambda _prompts: pytest.fail("the early state was computed")
+    )
     runtime.logits(some_ids(), compositions=name)
     runtime.logits(some_ids())
     monkeypatch.undo()

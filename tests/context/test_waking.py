@@ -23,7 +23,7 @@ PROMPT = "two and two. So: four"
 def caches(runtime: Runtime, prompt: str, composition: Any, tokens: int = 6, **options: Any) -> tuple[str, list[Any]]:
     """The answer, and the keys and values of every layer when it was done."""
     seen: list[Any] = []
-    model = runtime._base.model
+    model = runtime.model
     handle = model.register_forward_pre_hook(
         lambda _module, _arguments, named: seen.append(named.get("past_key_values")), with_kwargs=True
     )
@@ -79,7 +79,7 @@ def test_words_of_its_own_output_wake_it(zoo: Zoo, runtime: Runtime) -> None:
 def _answer(runtime: Runtime, tokens: int, spec: str | None = None) -> list[int]:
     """All but the last token of a greedy answer: its text may hold what is no UTF-8."""
     seen: list[int] = []
-    handle = runtime._base.model.register_forward_pre_hook(
+    handle = runtime.model.register_forward_pre_hook(
         lambda _module, _arguments, named: seen.append(int(named["input_ids"][0, -1])), with_kwargs=True
     )
     runtime.generate(PROMPT, spec, max_new_tokens=tokens, min_new_tokens=tokens)

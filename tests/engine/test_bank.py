@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from lora_rt.core.base.shape import positions_of
 from lora_rt.core.engine import shared
 from lora_rt.core.engine.bank import AdapterBank, BankError
 from lora_rt.core.engine.hidden_states import EarlyHidden
-from lora_rt.core.engine.plan import PassError, base_alone, running_pass
+from lora_rt.core.engine.plan import PassError, Plan, base_alone, running_pass
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.engine.stack import Factors
-from lora_rt.core.generation.batch import positions_of
-from lora_rt.core.generation.decode import Decoder
 from support.engine import Engine
 from support.tiny import LAYERS, Zoo, dense_logits, some_ids
 
@@ -179,7 +179,7 @@ def test_a_failing_pass_leaves_no_plan_behind(engine: Engine, zoo: Zoo) -> None:
 
 
 def test_the_early_hidden_state_is_the_base_s_even_inside_a_pass(engine: Engine, zoo: Zoo) -> None:
-    early = EarlyHidden(engine.model, LAYERS)
+    early = EarlyHidden(engine.lm, LAYERS)
     mask = torch.ones_like(IDS)
     with torch.inference_mode():
         wanted = engine.model(input_ids=IDS, output_hidden_states=True).hidden_states[1]
@@ -195,6 +195,12 @@ def test_the_base_s_names_parameters_and_state_stay_as_they_were(engine: Engine,
     found = engine.model.state_dict()
     assert list(found) == list(fresh)
     assert all(torch.equal(found[key], fresh[key]) for key in fresh)
+
+
+def logits(model: nn.Module, plan: Plan | None) -> Tensor:
+    with torch.inference_mode(), plan.running(*IDS.shape) if plan is not None else nullcontext():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
 
 
 class Copying(nn.Module):
@@ -218,12 +224,11 @@ def test_layers_that_share_an_input_in_some_passes_alone_do_not_share_their_adap
     factors = {site: Factors(torch.randn(2, 64) * 0.1, torch.randn(96, 2) * 0.1) for site in sites}
     kind = type(Engine(zoo.base("llama")).read(adapter(zoo, 1)))
     bank.add(kind("both", factors, "output-only"))
-    decoder = Decoder(model, 0, [2])
-    found = decoder.logits(IDS, torch.ones_like(IDS), lambda info: bank.plan([{"both": 0.5}]))
+    found = logits(model, bank.plan([{"both": 0.5}]))
     with torch.no_grad():
         for site in sites:
             model.get_submodule(site).weight += 0.5 * factors[site].b @ factors[site].a
-    assert_close(found, decoder.logits(IDS, torch.ones_like(IDS), lambda info: None), **EXACT)
+    assert_close(found, logits(model, None), **EXACT)
 
 
 class Experts(nn.Module):
@@ -246,11 +251,9 @@ def test_a_layer_that_sees_some_of_the_tokens_is_gated_alike_for_all_or_refused(
     factors = Factors(torch.randn(2, 64) * 0.1, torch.randn(96, 2) * 0.1)
     kind = type(Engine(zoo.base("llama")).read(adapter(zoo, 1)))
     bank.add(kind("expert", {site: factors}, "output-only"))
-    decoder = Decoder(routed, 0, [2])
-    mask = torch.ones_like(IDS)
-    alike = decoder.logits(IDS, mask, lambda info: bank.plan([{"expert": 0.5}] * 2))
+    alike = logits(routed, bank.plan([{"expert": 0.5}] * 2))
     with torch.no_grad():
         routed.get_submodule(site).weight += 0.5 * factors.b @ factors.a
-    assert_close(alike, decoder.logits(IDS, mask, lambda info: None), **EXACT)
+    assert_close(alike, logits(routed, None), **EXACT)
     with pytest.raises(PassError, match="6 of 12 tokens"):
-        decoder.logits(IDS, mask, lambda info: bank.plan([{"expert": 0.5}, {}]))
+        logits(routed, bank.plan([{"expert": 0.5}, {}]))

@@ -40,7 +40,7 @@ def runtime(zoo: Zoo, request: pytest.FixtureRequest) -> Runtime:
 
 def reference(runtime: Runtime, base: Path, composition: list[tuple[Path, float]]) -> Tensor:
     """The same quantized base, to whose layers' outputs the dense change is added in float32 and rounded once."""
-    model = copy.copy(runtime._base.model)
+    model = copy.copy(runtime.model)
     changes: dict[str, Tensor] = {}
     for adapter, weight in composition:
         for name, (change, _) in deltas(base, adapter).items():
@@ -87,7 +87,7 @@ def test_the_float32_base_keeps_every_byte(zoo: Zoo) -> None:
 def test_the_digest_covers_the_scales_of_a_quantized_base(zoo: Zoo, precision: str) -> None:
     runtime = zoo.runtime("llama", precision, fresh=True)
     before = runtime.base_digest()
-    module = runtime._base.model.model.layers[0].mlp.up_proj
+    module = runtime.model.model.layers[0].mlp.up_proj
     scale = module.weight.quant_state.absmax if precision == "int4" else module.state.SCB
     scale.flatten()[0] += 1
     assert runtime.base_digest() != before
@@ -111,7 +111,7 @@ def test_two_banks_over_one_quantized_model_both_act(zoo: Zoo) -> None:
     runtime = zoo.runtime("llama", "int4", fresh=True)
     name = runtime.load_adapter(str(zoo.adapter("llama", seed=1)))
     wanted = runtime.logits(IDS, compositions=name)
-    second = Runtime(runtime._base, runtime._modes, Registry())
+    second = Runtime(runtime.parts.base, runtime.parts.modes, Registry())
     other = second.load_adapter(str(zoo.adapter("llama", seed=2)))
     assert torch.equal(runtime.logits(IDS, compositions=name), wanted)
     assert not torch.equal(second.logits(IDS, compositions=other), second.logits(IDS))
@@ -122,12 +122,12 @@ def test_a_long_prompt_under_biases_and_head_gates_is_what_its_beginning_is_alon
     name = runtime.load_adapter(str(zoo.adapter("llama", seed=4, r=4, lora_bias=True)), name="biased")
     ids = some_ids(rows=1, tokens=100)
     gate = Gate(heads=torch.tensor([0.2, 0.8, 1.4, 2.0])[None, None, None])
-    plan = runtime._bank.plan([{name: 0.7}], {name: gate})
+    plan = runtime.parts.bank.plan([{name: 0.7}], {name: gate})
     assert plan is not None
     found = []
     for tokens in (100, 40):
         with plan.running(1, tokens), torch.inference_mode():
-            found.append(runtime._base.model(input_ids=ids[:, :tokens]).logits[:, :40].float())
+            found.append(runtime.model(input_ids=ids[:, :tokens]).logits[:, :40].float())
     assert_close(found[0], found[1], atol=0.06, rtol=0.02)
 
 

@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from lora_rt.core.base.load import load_base
-from lora_rt.core.generation.batch import BatchError
-from lora_rt.core.generation.decode import LengthError
+from lora_rt.core.generation.batch import LengthError
+from lora_rt.core.generation.given import BatchError
 from lora_rt.core.generation.prompts import PromptError
-from lora_rt.core.generation.sampling import Sampling, SamplingError
+from lora_rt.core.generation.sampling import SamplingError
 from lora_rt.core.requests.rows import RequestError
 from lora_rt.core.runtime import Runtime
 from lora_rt.registry.registry import Registry
@@ -102,8 +102,13 @@ def test_an_answer_ends_where_the_context_does_whatever_its_neighbours_do(runtim
     options = {"max_new_tokens": 60, "min_new_tokens": 60, "repetition_penalty": 1.5}
     together = runtime.generate([long, short], **options)
     assert together == [runtime.generate(long, **options), runtime.generate(short, **options)]
-    tokens = list(runtime._decode([long], None, None, Sampling(max_new_tokens=60, min_new_tokens=60), None))
-    assert len(tokens) == 40 - len(f"user: {long}\nassistant: ")
+    (row,) = runtime.rows([long], max_new_tokens=60, min_new_tokens=60)
+    batch = runtime.batch()
+    batch.add([row])
+    while batch.rows:
+        batch.step()
+    assert row.ended == "context"
+    assert len(row.answer) == 40 - len(f"user: {long}\nassistant: ")
 
 
 def test_the_last_place_of_the_context_can_be_used(runtime: Runtime) -> None:
@@ -123,8 +128,12 @@ def test_the_end_of_a_turn_is_no_text_and_ends_its_row_alone(zoo: Zoo) -> None:
     runtime = Runtime(base, mode_host(), Registry(project=zoo.folder))
     prompts = [f"prompt number {number}" for number in range(8)]
     options = {"max_new_tokens": 20, "temperature": 1.0}
-    rows = runtime._decode(prompts, None, None, Sampling(**options), list(range(8)))
-    counts = [sum(token is not None for token in row) for row in zip(*rows, strict=True)]
+    rows = runtime.rows(prompts, seed=list(range(8)), **options)
+    batch = runtime.batch()
+    batch.add(rows)
+    while batch.rows:
+        batch.step()
+    counts = [len(row.answer) for row in rows]
     assert len(set(counts)) > 2, "the rows should end at different steps"
     together = runtime.generate(prompts, seed=list(range(8)), **options)
     assert together == [runtime.generate(prompt, seed=seed, **options) for seed, prompt in enumerate(prompts)]

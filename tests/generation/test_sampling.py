@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lora_rt.core.generation.choosing import Chooser
+from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling, SamplingError, seeds_per_row
 
 END = 3
 SCORES = torch.tensor([[2.0, 1.0, 0.5, 3.0]])
 
 
-def chooser(seed: int = 0, **settings: object) -> Chooser:
-    return Chooser(Sampling(**settings), [seed], [END])  # type: ignore[arg-type]
+def sampler(seed: int = 0, said: tuple[int, ...] = (), **settings: object) -> RowSampler:
+    row = RowSampler(Sampling(**settings), seed)  # type: ignore[arg-type]
+    for token in said:
+        row.said(token)
+    return row
+
+
+def chosen(row: RowSampler, scores: torch.Tensor = SCORES) -> int | None:
+    return choose(scores.clone(), [row])[0]
 
 
 def drawn(count: int = 400, **settings: object) -> list[float]:
     """How often each token is chosen."""
-    mine = chooser(**settings)
-    tokens = [mine.choose(SCORES, [[]])[0] for _ in range(count)]
+    mine = sampler(**settings)
+    tokens = [chosen(mine) for _ in range(count)]
     return [tokens.count(token) / count for token in range(4)]
 
 
@@ -51,36 +60,96 @@ def test_top_k_leaves_that_many_tokens() -> None:
     assert drawn(temperature=2.0, top_k=99)[2] > 0.05
 
 
-def test_too_short_an_answer_can_not_end() -> None:
-    mine = chooser(min_new_tokens=2, max_new_tokens=5)
-    assert [mine.choose(SCORES, [answer])[0] for answer in ([], [1], [1, 1])] == [0, 0, END]
-    assert drawn(temperature=1.0, min_new_tokens=1)[END] == 0
-
-
-def test_every_end_is_forbidden_to_too_short_an_answer() -> None:
-    mine = Chooser(Sampling(min_new_tokens=1), [0, 0], [0, END])
-    assert mine.choose(SCORES.expand(2, -1), [[], [1]]) == [1, END]
+def test_a_forbidden_token_is_not_chosen() -> None:
+    assert choose(SCORES.expand(2, -1).clone(), [sampler(), sampler()], [[END], []]) == [0, END]
+    warm = sampler(temperature=1.0)
+    assert END not in {choose(SCORES.clone(), [warm], [[END]])[0] for _ in range(200)}
 
 
 def test_a_repetition_penalty_counts_the_answer_s_own_tokens() -> None:
-    mine = chooser(repetition_penalty=2.0)
-    assert [mine.choose(SCORES, [answer])[0] for answer in ([], [END], [END, 0], [END, END])] == [END, 0, END, 0]
+    found = [chosen(sampler(said=said, repetition_penalty=2.0)) for said in ((), (END,), (END, 0), (END, END))]
+    assert found == [END, 0, END, 0]
+
+
+@pytest.mark.parametrize("penalty", [1e-30, 1e-300, 99.0])
+@pytest.mark.parametrize("temperature", [None, 1e-3, 1.0, 50.0])
+def test_a_penalty_however_small_gives_numbers(penalty: float, temperature: float | None) -> None:
+    mine = sampler(said=(1, 2), repetition_penalty=penalty, temperature=temperature, top_p=0.9)
+    found = {chosen(mine) for _ in range(20)}
+    assert None not in found
+    assert found <= {1, 2} if penalty < 1 else found & {0, 3}
 
 
 def test_a_row_draws_the_same_whatever_stands_beside_it() -> None:
-    settings = Sampling(temperature=1.5, top_p=0.95)
-    alone, beside = Chooser(settings, [7], [END]), Chooser(settings, [8, 7, None], [END])
-    for _ in range(30):
-        batch = torch.cat([torch.rand(1, 4), SCORES, torch.rand(1, 4)])
-        assert beside.choose(batch, [[], [], []])[1] == alone.choose(SCORES, [[]])[0]
+    wide = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)) * 3
+    settings = [{"temperature": 1.5, "top_p": 0.95}, {"temperature": 0.7}, {"temperature": 3.0, "top_k": 7}, {}]
+    for own in settings:
+        alone, beside = sampler(7, **own), sampler(7, **own)
+        others = [sampler(8, temperature=0.5), sampler(9, top_p=0.5, temperature=9.0)]
+        for _ in range(30):
+            batch = torch.cat([torch.rand(1, 5000) * 9, wide, torch.rand(1, 5000)])
+            assert choose(batch, [others[0], beside, others[1]])[1] == chosen(alone, wide)
 
 
-def test_output_that_is_no_number_is_explained_and_its_row_named() -> None:
-    scores = torch.cat([SCORES, SCORES * math.nan])
+def nucleus(scores: torch.Tensor, temperature: float, top_p: float) -> set[int]:
+    """The smallest set of the most likely tokens that holds that share, by sorting everything in double precision."""
+    chances = torch.softmax(scores.double() / temperature, -1)
+    order = chances.argsort(descending=True, stable=True).tolist()
+    kept, sum_ = set(), 0.0
+    for token in order:
+        if sum_ >= top_p:
+            break
+        kept.add(token)
+        sum_ += float(chances[token])
+    return kept
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("vocabulary", [300, 25_000, 25_063])
+def test_the_nucleus_is_that_of_sorting_the_whole_vocabulary(spread: float, vocabulary: int) -> None:
+    random = torch.Generator().manual_seed(int(spread * 10))
+    for top_p in (0.2, 0.9, 0.99):
+        scores = torch.randn(4, vocabulary, generator=random) * spread
+        wanted = [nucleus(row, 0.8, top_p) for row in scores]
+        mine = [sampler(n, temperature=0.8, top_p=top_p) for n in range(4)]
+        # The largest and the smallest random number fall on the first and on the last token of the nucleus.
+        for number, ends in ((0.0, max), (1.0 - 1e-12, min)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(RowSampler, "uniform", lambda _self, number=number: number)
+                found = choose(scores.clone(), mine)
+            for row, token in enumerate(found):
+                assert token is not None
+                edge = ends(float(scores[row, one]) for one in wanted[row])
+                assert float(scores[row, token]) == pytest.approx(edge, abs=1e-4 * spread)
+
+
+def test_tokens_beyond_the_few_most_likely_are_drawn_with_their_chances() -> None:
+    flat = torch.zeros(1, 30_000)
+    flat[0, :10] = 2.0
+    mine = sampler(temperature=1.0)
+    tokens = [chosen(mine, flat) for _ in range(400)]
+    assert len(set(tokens)) > 350
+    assert max(token for token in tokens if token is not None) > 25_000
+
+
+def test_output_that_is_no_number_gives_no_token_and_spoils_no_other_row() -> None:
+    scores = torch.cat([SCORES, SCORES * math.nan, SCORES * math.inf])
     for temperature in (None, 1.0):
-        mine = Chooser(Sampling(temperature), [0, 0], [END])
-        with pytest.raises(SamplingError, match="row 1"):
-            mine.choose(scores, [[], []])
+        found = choose(scores.clone(), [sampler(temperature=temperature) for _ in range(3)])
+        assert found[0] is not None
+        assert found[1:] == [None, None]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+def test_whole_numbers_of_any_type_are_seeds(kind: type[np.integer[Any]]) -> None:
+    assert seeds_per_row(kind(5), 2) == [5, 5]
+    assert seeds_per_row(np.array([1, 2], dtype=kind), 2) == [1, 2]  # type: ignore[arg-type]
+
+
+def test_at_temperature_zero_a_conversation_is_plain_greedy_unless_told_otherwise() -> None:
+    assert Sampling.spoken(0) == Sampling(temperature=0)
+    assert Sampling.spoken(0, repetition_penalty=1.2) == Sampling(temperature=0, repetition_penalty=1.2)
+    assert Sampling.spoken(0.8).repetition_penalty > 1
 
 
 def test_all_settings_out_of_range_are_named_at_once() -> None:
@@ -113,5 +182,5 @@ def test_seeds_are_one_for_all_or_one_per_row() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30, 1.5, "x"])
 def test_what_is_no_seed_is_refused(seed: object) -> None:
-    with pytest.raises(SamplingError, match="is no seed"):
+    with pytest.raises(SamplingError, match="is not a seed"):
         seeds_per_row([seed], 1)  # type: ignore[list-item]

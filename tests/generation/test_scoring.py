@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lora_rt.core.generation.decode import Decoder
 from lora_rt.core.generation.prompts import prompt_ids
-from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.scoring import answer_nll
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
@@ -39,17 +37,17 @@ def fading(zoo: Zoo) -> Runtime:
 
 def test_scoring_an_answer_gives_the_likelihood_that_generation_saw(fading: Runtime) -> None:
     spec, seen = "fading:8", []
-    model = fading._base.model
+    model = fading.model
     handle = model.register_forward_hook(lambda _model, _inputs, out: seen.append(out.logits[:, -1].float()))
-    tokens = list(fading._decode(PROMPTS, spec, None, Sampling(max_new_tokens=8), 0))
+    ids = [prompt_ids(fading.tokenizer, prompt) for prompt in PROMPTS]
+    tokens = list(fading.decode(ids, spec, max_new_tokens=8))
     handle.remove()
     answers = [[step[row] for step in tokens if step[row] is not None] for row in range(len(PROMPTS))]
     assert all(len(answer) > 4 for answer in answers)
 
-    ids = [prompt_ids(fading.tokenizer, prompt) for prompt in PROMPTS]
-    planner = fading._planner(fading._rows(spec, None, PROMPTS, ids))
-    decoder: Decoder = fading._decoder
-    found = answer_nll(decoder, planner, ids, answers, fading._pad_id, torch.device("cpu"))  # type: ignore[arg-type]
+    parts = fading.parts
+    rows = parts.rows([[*a, *b] for a, b in zip(ids, answers, strict=True)], spec, lengths=[len(one) for one in ids])  # type: ignore[misc]
+    found = answer_nll(parts.lm, parts.planner(), rows, answers)  # type: ignore[arg-type]
     for row, answer in enumerate(answers):
         stepwise = torch.stack(
             [-logits[row].log_softmax(-1)[token] for logits, token in zip(seen[: len(answer)], answer, strict=True)]

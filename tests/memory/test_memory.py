@@ -68,7 +68,7 @@ def test_planned_weights_are_the_bytes_that_a_runtime_holds(zoo: Zoo, precision:
     changes = {"tie_word_embeddings": tied, "num_hidden_layers": 5}
     runtime = zoo.runtime("llama", precision, **changes)
     plan = inference(zoo.base("llama", **changes), precision, target_modules=("q_proj", "v_proj"))
-    assert plan.weights == pytest.approx(bytes_of(runtime._base.model), rel=CLOSE)
+    assert plan.weights == pytest.approx(bytes_of(runtime.model), rel=CLOSE)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma", "opt"])
@@ -91,9 +91,9 @@ def test_the_default_base_is_planned_without_a_file_and_rightly(
     before = inference("default", "int4", adapters=1, r=8, target_modules=("all-linear",))
     monkeypatch.setenv("LORA_RT_HOME", str(request.config.cache.mkdir("lora-rt-home")))
     runtime = Runtime.load("default", device="cpu")
-    config = runtime._base.model.config
+    config = runtime.model.config
     assert {key: getattr(config, key) for key in DEFAULT} == DEFAULT
-    assert before.weights == pytest.approx(bytes_of(runtime._base.model), rel=CLOSE)
+    assert before.weights == pytest.approx(bytes_of(runtime.model), rel=CLOSE)
     runtime.load_adapter("logic")
     assert before.adapters == pytest.approx(bytes_of_residents(runtime), rel=CLOSE)
     file = Path(__file__).parents[2] / "registry/shipped/logic/adapter_model.safetensors"
@@ -103,7 +103,7 @@ def test_the_default_base_is_planned_without_a_file_and_rightly(
 
 
 def bytes_of_residents(runtime: Runtime) -> int:
-    residents = runtime._bank.residents.values()
+    residents = runtime.parts.bank.residents.values()
     return sum(tensor.nbytes for one in residents for f in one.factors.values() for tensor in (f.a, f.b))
 
 
@@ -115,7 +115,7 @@ def test_planned_adapters_are_the_residents_and_their_stack(zoo: Zoo, count: int
         runtime.load_adapter(str(zoo.adapter("llama", r=4, targets=("q_proj", "down_proj"))), name=name)
     plan = inference(zoo.base("llama"), "float32", adapters=count, r=4, target_modules=("q_proj", "down_proj"))
     assert plan.adapters == bytes_of_residents(runtime)
-    running = runtime._bank.plan([dict.fromkeys(names, 1.0)])
+    running = runtime.parts.bank.plan([dict.fromkeys(names, 1.0)])
     assert running is not None
     stacked = [group.a for group in running.stack.groups.values()] + [s.b for s in running.stack.sites if s]
     copies = sum(tensor.nbytes for tensor in stacked) if count > 1 else 0

@@ -36,9 +36,11 @@ def test_the_mode_of_a_term_decides_its_weight(zoo: Zoo) -> None:
     found = runtime.logits(ids, compositions="own:1 free:1")
     plain = zoo.runtime("llama", fresh=True)
     for name in ("own", "free"):
-        plain._bank.add(runtime._bank.residents[name])
-    plan = plain._bank.plan([{"own": 0.5, "free": 1.0}])
-    assert_close(found, plain._decoder.logits(ids, torch.ones_like(ids), lambda info: plan), **EXACT)
+        plain.parts.bank.add(runtime.resident(name))
+    plan = plain.parts.bank.plan([{"own": 0.5, "free": 1.0}])
+    assert plan is not None
+    with torch.inference_mode(), plan.running(*ids.shape):
+        assert_close(found, plain.model(input_ids=ids).logits, **EXACT)
 
 
 def test_a_gate_that_opens_with_the_answer_leaves_the_prompt_to_the_base(zoo: Zoo) -> None:
@@ -89,7 +91,7 @@ def test_the_early_hidden_state_of_a_cached_pass_sees_all_tokens_so_far(zoo: Zoo
     runtime.generate("ab", "own", max_new_tokens=3, min_new_tokens=3)
     ids = torch.cat([given for given, _ in seen], dim=1)
     with torch.inference_mode():
-        wanted = runtime._base.model(input_ids=ids, output_hidden_states=True).hidden_states[1]
+        wanted = runtime.model(input_ids=ids, output_hidden_states=True).hidden_states[1]
     assert_close(torch.cat([hidden for _, hidden in seen], dim=1), wanted, **EXACT)
     assert [hidden.shape[1] for _, hidden in seen[1:]] == [1, 1]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lora_rt.core.base.shape import positions_of
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.plan import Plan
-from lora_rt.core.generation.decode import Decoder
 from lora_rt.core.requests.reading import read_adapter
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.inspection import inspect_adapter
@@ -23,7 +24,7 @@ class Engine:
     def __init__(self, base: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         self.bank = AdapterBank(self.model, torch.float32)
-        self.decoder = Decoder(self.model, pad_id=0, end_ids=[2])
+        self.lm = CausalLM(self.model)
 
     def read(self, adapter: Path) -> ResidentAdapter:
         shapes = self.bank.topology.shapes
@@ -39,4 +40,6 @@ class Engine:
         return self.bank.plan([weights] if isinstance(weights, Mapping) else weights, gates)
 
     def logits(self, ids: Tensor, plan: Plan | None, columns: Tensor | None = None) -> Tensor:
-        return self.decoder.logits(ids, torch.ones_like(ids), lambda info: plan, columns)
+        mask = torch.ones_like(ids)
+        with torch.inference_mode():
+            return self.lm.forward(ids, mask, positions_of(mask), plan=plan, keep=columns)

@@ -9,8 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.numbers import Sample
 from lora_rt.core.benchmark.processes.cold import compose_repeat
@@ -19,7 +17,6 @@ from lora_rt.core.benchmark.processes.training import training_repeat
 from lora_rt.core.benchmark.systems.greedy import timed, wanted_steps
 from lora_rt.core.benchmark.systems.system import Repeat
 from lora_rt.core.benchmark.workloads import Mix, Workload
-from lora_rt.core.generation.decode import PassInfo
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry.registry import Registry
@@ -84,15 +81,13 @@ class Ours:
 
     def _change(self, workload: Workload) -> Repeat:
         """From the text of a composition to the plan that a forward pass runs under, each composition a new one."""
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self._lab.device)
-        info = PassInfo(ids, ids, ids, torch.ones_like(ids), torch.ones_like(ids[0]))
         numbers = count()
 
         def repeat() -> Sample:
             texts = [spec(workload.mix(next(numbers))) for _ in range(_CHANGES)]
             start = self._lab.now()
             for text in texts:
-                self._runtime._planner(self._runtime._rows([text], None, [None], [[0]]))(info)
+                self._runtime.plan([[0]], [text])
             return Sample((self._lab.now() - start) / _CHANGES)
 
         return repeat

@@ -1,0 +1,175 @@
+"""A causal language model of transformers, as passes over rows need it.
+
+Which arguments its forward takes, how long a row may be, which rows may share a pass, and where keys and values are
+kept. Found out here once, so that nothing above depends on an architecture.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.base.shape import ForwardPass, context_of
+from lora_rt.core.engine.plan import Plan, base_alone
+from lora_rt.core.engine.rope import Rope, forget_growth
+
+Keeping = Literal["shared", "apart", "none"]
+"""Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
+
+_CACHES = ("past_key_values", "cache_params")
+_PROBE = 7  # tokens of the texts by which a model is tried
+_PADDING = 3
+
+
+class CausalLM:
+    """One model. Passes of several threads may run at once, but for models whose rope depends on length."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self.capacity = context_of(model.config)
+        self.rope = Rope(model.config)
+        self._pass = ForwardPass.of(model)
+        self._takes = signature(model.forward).parameters
+        self._cache_name = next((name for name in _CACHES if name in self._takes), None)
+        self._one_at_a_time: AbstractContextManager[Any] = threading.RLock() if self.rope.varies else nullcontext()
+        self._probing = threading.Lock()
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        plan: Plan | None = None,
+        cache: Any = None,
+        keep: int | Tensor | None = None,
+    ) -> Tensor:
+        """The logits of one pass, (rows, tokens or kept, vocab).
+
+        Args:
+            ids, positions: (rows, tokens) of this pass.
+            mask: (rows, all tokens so far), 0 on padding.
+            plan: under which it runs; None is the base alone.
+            cache: of the tokens before, which the pass extends.
+            keep: the last n tokens, or their indices in this pass, where not the logits of all are wanted.
+        """
+        # The mask is left out where nothing is padded: the kernel without one is faster.
+        masked = not bool(mask.all()) or not self._pass.takes_positions
+        given = self._pass.arguments(ids, mask if masked else None, keep) | self._cached(cache)
+        if self._pass.takes_positions:
+            given["position_ids"] = positions
+        rows, tokens = ids.shape
+        kept = keep if self._pass.takes_columns else None
+        with self._one_at_a_time, plan.running(rows, tokens, kept) if plan is not None else base_alone():
+            if self.rope.varies:
+                forget_growth(self.model)
+            logits: Tensor = self.model(**given).logits
+        return self._pass.kept(logits, keep)
+
+    def _cached(self, cache: Any) -> dict[str, Any]:
+        """The arguments that say where keys and values are kept."""
+        kept = {} if cache is None or self._cache_name is None else {self._cache_name: cache}
+        return kept | ({"use_cache": cache is not None} if "use_cache" in self._takes else {})
+
+    @cached_property
+    def keeping(self) -> Keeping:
+        """How keys and values are kept; a cache of an unusual kind is tried before it is trusted."""
+        from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+        if self._cache_name is None or "use_cache" not in self._takes:
+            return "none"
+        usual = self._cache_name == _CACHES[0] and not getattr(self.model, "_is_stateful", False)
+        try:
+            kinds = {type(layer) for layer in self.new_cache().layers}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return "none"
+        if usual and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+            return "shared"
+        return "apart" if self._keeps_rows_apart() else "none"
+
+    def new_cache(self) -> Any:
+        """An empty cache of the kinds of layers that this model has."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    @cached_property
+    def ignores_padding(self) -> bool:
+        """Whether a row padded on the left gets what it gets alone; where not, only rows of one length share a pass.
+
+        Tried on the model: other tokens under the padding may change nothing, and the shift hardly anything (in few
+        bits, a batch of another shape is rounded otherwise).
+        """
+        with self._probing, torch.inference_mode():
+            rows = torch.stack([self._text(0), self._text(1)])
+            mask = torch.ones_like(rows)
+            mask[0, :_PADDING] = 0
+            one = self._raw(rows, mask)
+            rows[0, :_PADDING] = rows[0, :_PADDING].flip(0) + 1
+            other = self._raw(rows, mask)
+            alone = self._raw(rows[:1, _PADDING:], mask[:1, _PADDING:])
+        # Exact would be 0; in a mixture of experts other padding makes other products, rounded otherwise.
+        strict = 1e-3 if one.dtype == torch.float32 else 0.05
+        return _near(one[0], other[0], strict) and _near(one[0], alone[0], max(strict, 0.01) if _exact(one) else 0.5)
+
+    def share(self, length: int) -> Hashable:
+        """Equal for rows that may stand in one pass: of one set of rope factors, and unpadded where that matters."""
+        return self.rope.factors(length), None if self.ignores_padding else length
+
+    def parts(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The numbers of rows that may share a pass when they are padded on the right, which no token looks at."""
+        found: dict[Hashable, list[int]] = {}
+        for number, length in enumerate(lengths):
+            found.setdefault(self.rope.factors(length), []).append(number)
+        return list(found.values())
+
+    def _text(self, number: int) -> Tensor:
+        """Some tokens, (tokens,)."""
+        vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        return (torch.arange(_PROBE, device=self.device) * 37 + 11 * number + 5) % max(vocabulary - 8, 1)
+
+    def _raw(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        """The last logits of the base alone, (rows, vocab); hooks that someone has put on the model are not called."""
+        given = self._pass.arguments(ids, mask) | self._cached(cache)
+        with self._one_at_a_time, base_alone():
+            logits: Tensor = self.model.forward(**given).logits
+        return logits[:, -1]
+
+    def _keeps_rows_apart(self) -> bool:
+        """Whether two rows that are read in turn, with a cache each, get what reading all tokens at once gives."""
+        texts = [self._text(number)[None] for number in range(2)]
+        mask = torch.ones_like(texts[0])
+        with self._probing, torch.inference_mode():
+            whole = [self._raw(text, mask) for text in texts]
+            try:
+                caches = [self.new_cache() for _ in texts]
+                for text, cache in zip(texts, caches, strict=True):
+                    self._raw(text[:, :-2], mask[:, :-2], cache)
+                stepped = whole
+                for end in (_PROBE - 1, _PROBE):
+                    stepped = [
+                        self._raw(text[:, end - 1 : end], mask[:, :end], cache)
+                        for text, cache in zip(texts, caches, strict=True)
+                    ]
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                return False
+        near = 0.01 if _exact(whole[0]) else 0.5
+        return all(_near(a, b, near) for a, b in zip(whole, stepped, strict=True))
+
+
+def _exact(logits: Tensor) -> bool:
+    return logits.dtype == torch.float32
+
+
+def _near(one: Tensor, other: Tensor, share: float) -> bool:
+    """Whether two sets of logits differ by less than a share of their spread."""
+    one, other = one.float(), other.float()
+    return bool((one - other).abs().max() <= share * one.std().clamp(min=1e-6))

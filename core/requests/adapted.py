@@ -1,0 +1,100 @@
+"""A base with everything that lets adapters act over it: put together here, for a runtime, a fit and a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.core.engine.hidden_states import EarlyHidden
+from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.generation.stopping import SpokenText
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.planner import RowPlanner
+from lora_rt.core.requests.residents import Residents
+from lora_rt.core.requests.rows import Compositions, Row, Turns, per_row, scenes_per_row
+from lora_rt.core.requests.running import RequestRow, Weigh
+from lora_rt.core.requests.scene_classifier import SceneClassifier
+from lora_rt.core.requests.timeline import Timeline
+from lora_rt.core.requests.weigher import Weigher
+from lora_rt.plugins.contract import SceneType
+from lora_rt.plugins.manager import ModeHost
+from lora_rt.registry.registry import Registry
+
+
+class AdaptedBase:
+    """The parts, each of which knows only those before it."""
+
+    def __init__(self, base: LoadedBase, modes: ModeHost, registry: Registry) -> None:
+        self.base = base
+        self.modes = modes
+        self.lm = CausalLM(base.model)
+        self.bank = AdapterBank(base.model, base.dtype)
+        self.early = EarlyHidden(self.lm, base.facts.layers)
+        self.residents = Residents(base, self.bank, modes, registry)
+        self.classifier = SceneClassifier(self.lm, modes, base.facts, self.early)
+        self.weigher = Weigher(self.residents, modes, base.facts, self.classifier)
+
+    def rows(
+        self,
+        ids: Sequence[Sequence[int]],
+        compositions: Compositions = None,
+        scenes: Sequence[SceneType] | str | None = None,
+        *,
+        prompts: Sequence[Any] | None = None,
+        lengths: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int | None] | None = None,
+        spoken: bool = False,
+    ) -> list[RequestRow]:
+        """The rows of a request.
+
+        Args:
+            ids: the tokens of each.
+            compositions, scenes: one for all or one per row.
+            prompts: what the modes are told of each row's prompt, where it is a text.
+            lengths: how many tokens of each row are its prompt; all where left out.
+            sampling: how their tokens are chosen. seeds: one per row.
+            spoken: whether they follow their text; rows with stop texts do.
+
+        Raises:
+            LoraRtError: a composition, a scene or a setting can't be used.
+        """
+        count = len(ids)
+        starts = list(lengths) if lengths is not None else [len(row) for row in ids]
+        asked = [row[:start] for row, start in zip(ids, starts, strict=True)]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts or [None] * count]
+        turns = scenes_per_row(scenes, count)
+        weighed = self.weigher.rows(per_row(compositions, count), turns, texts, asked)
+        chosen = sampling or Sampling()
+        follows = spoken or bool(chosen.stop)
+        return [
+            RequestRow(
+                ids[number],
+                Timeline(row, self.base.tokenizer.decode),
+                self._weighing(turns[number], texts[number], asked[number]),
+                sampling=chosen,
+                seed=seeds[number] if seeds is not None else None,
+                prompt_length=starts[number],
+                spoken=SpokenText(self.base.tokenizer, chosen.stop) if follows else None,
+            )
+            for number, row in enumerate(weighed)
+        ]
+
+    def _weighing(self, turns: Turns, text: str | None, ids: Sequence[int]) -> Weigh:
+        def weigh(composition: Composition | None) -> Row:
+            (row,) = self.weigher.rows([composition], [turns], [text], [ids])
+            return row
+
+        return weigh
+
+    def planner(self) -> RowPlanner:
+        """The planner of one batch."""
+        return RowPlanner(self.bank, self.modes, self.base.facts, self.early)
+
+    def close(self) -> None:
+        """Give the model its own layers back."""
+        self.early.close()
+        self.bank.close()

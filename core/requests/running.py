@@ -1,0 +1,74 @@
+"""A row of a running batch, from its composition to its text; its composition can be changed while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lora_rt.core.generation.batch import DecodingRow
+from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.generation.stopping import SpokenText
+from lora_rt.core.requests.composition import Composition, CompositionLike
+from lora_rt.core.requests.rows import Row
+from lora_rt.core.requests.timeline import Timeline
+
+Weigh = Callable[[Composition | None], Row]
+
+
+class RequestRow(DecodingRow):
+    """A row of tokens and what it is under.
+
+    Args:
+        ids, sampling, seed, prompt_length: as of `DecodingRow`.
+        timeline: what it is under at each token.
+        weigh: makes what it is under of another composition.
+        spoken: follows its text; None where only tokens are wanted.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        timeline: Timeline,
+        weigh: Weigh,
+        *,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        prompt_length: int | None = None,
+        spoken: SpokenText | None = None,
+    ) -> None:
+        super().__init__(ids, sampling, seed, prompt_length)
+        self.timeline = timeline
+        self._weigh = weigh
+        self._spoken = spoken
+        self._text: list[str] = []
+        self._taken = 0
+
+    def compose(self, composition: CompositionLike | None) -> None:
+        """Put the row under another composition, from its next token on.
+
+        What was read and said so far stays as it was computed: keys and values are kept.
+
+        Raises:
+            LoraRtError: the composition can't be used; the row then goes on as it was.
+        """
+        self.timeline.turn(self.read, self._weigh(Composition.of(composition)))
+
+    def only(self, name: str) -> RequestRow:
+        """The same tokens under a single one of its adapters."""
+        timeline = self.timeline.alone(self.timeline.row.only(name))
+        return RequestRow(self.ids, timeline, self._weigh, prompt_length=self.prompt_length)
+
+    def hear(self, token: int) -> bool:
+        """Follows the text of the answer; true where a stop text is complete."""
+        if self._spoken is None:
+            return False
+        self._text.append(self._spoken.push(token))
+        return self._spoken.stopped
+
+    def new_text(self) -> str:
+        """The text since this was last asked; with what was held back once the row has ended."""
+        if self.ended is not None and self._spoken is not None:
+            self._text.append(self._spoken.rest())
+            self._spoken = None
+        found = "".join(self._text[self._taken :])
+        self._taken = len(self._text)
+        return found

@@ -1,0 +1,221 @@
+"""Rows join and leave a running batch, in any order, and each says what it says alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_rt.core.requests.running import RequestRow
+from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+from support.tiny import Zoo, mode_host
+
+Wish = dict[str, Any]
+PROMPTS = ("rain, tin roof", "a", "two and two. So: four", "the unpaid bill on the table and a late bus", "so it is")
+
+
+class Fading:
+    """Comes in over the first tokens of the answer, by position."""
+
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]  # a hook of a module has no self
+        answered = context.positions - (context.prompt_lengths[:, None] - 1)
+        return Gate(ranks=(answered / 4).clamp(0, 1)[..., None])
+
+
+@pytest.fixture(scope="module")
+def mixed(zoo: Zoo) -> Runtime:
+    """A runtime with two plain adapters and a gated one."""
+    runtime = zoo.runtime_with(mode_host(fading=Fading), "llama")
+    runtime.load_adapter(str(zoo.adapter("llama", seed=41)), name="one")
+    runtime.load_adapter(str(zoo.adapter("llama", seed=42, r=3, targets=["q_proj", "down_proj"])), name="two")
+    runtime.load_adapter(str(zoo.adapter("llama", mode="fading", seed=3)), name="fading")
+    return runtime
+
+
+def wishes(dice: random.Random, count: int) -> list[Wish]:
+    """Rows of every kind: static, gated, waking, the base; greedy and sampled; short and long."""
+    specs = (None, "one:0.7 two:0.3", "two:-1.5", "fading:2", "one[So:] fading", "one:2[ ] two:0.5[e]", "fading:3 one")
+    kinds: tuple[Wish, ...] = ({}, {"temperature": 1.2, "top_p": 0.9}, {"temperature": 0.8, "repetition_penalty": 1.3})
+    return [
+        {
+            "prompt": dice.choice(PROMPTS),
+            "spec": dice.choice(specs),
+            "seed": dice.randrange(100),
+            "max_new_tokens": (length := dice.randrange(1, 14)),
+            "min_new_tokens": dice.choice([0, length]),
+            **dice.choice(kinds),
+        }
+        for _ in range(count)
+    ]
+
+
+def row_of(runtime: Runtime, wish: Wish) -> RequestRow:
+    settings = {key: value for key, value in wish.items() if key not in ("prompt", "spec")}
+    return runtime.rows([wish["prompt"]], [wish["spec"]], **settings)[0]
+
+
+def alone(runtime: Runtime, wish: Wish) -> list[int]:
+    row = row_of(runtime, wish)
+    batch = runtime.batch()
+    batch.add([row])
+    while batch.rows:
+        batch.step()
+    return row.answer
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_row_says_what_it_says_alone_whatever_joins_or_leaves_beside_it(
+    mixed: Runtime, seed: int, chunk: int | None
+) -> None:
+    dice = random.Random(seed)
+    waiting = wishes(dice, 14)
+    batch = mixed.batch(chunk=chunk)
+    joined: list[tuple[Wish, RequestRow]] = []
+    left: set[int] = set()
+    while waiting or batch.rows:
+        newcomers = [waiting.pop() for _ in range(min(len(waiting), dice.choice([0, 0, 1, 2, 4])))]
+        joined += (added := [(wish, row_of(mixed, wish)) for wish in newcomers])
+        batch.add([row for _, row in added])
+        if batch.rows and dice.random() < 0.1:
+            gone = dice.choice(batch.rows)
+            left.add(id(gone))
+            batch.drop([gone])
+        batch.step()
+    for wish, row in joined:
+        whole = alone(mixed, wish)
+        if id(row) in left:
+            assert row.ended is None
+            assert row.answer == whole[: len(row.answer)]
+        else:
+            assert row.ended is not None
+            assert row.answer == whole
+
+
+def test_a_row_that_has_left_costs_nothing(mixed: Runtime) -> None:
+    rows = mixed.rows(PROMPTS, "one", max_new_tokens=9, min_new_tokens=9)
+    seen: list[tuple[int, ...]] = []
+    handle = mixed.model.register_forward_pre_hook(
+        lambda _module, _arguments, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    batch = mixed.batch()
+    batch.add(rows)
+    batch.step()
+    batch.drop(rows[1:4])
+    batch.step()
+    batch.drop(rows[:1])
+    batch.step()
+    handle.remove()
+    assert [shape[0] for shape in seen] == [5, 2, 1]
+    assert batch.rows == rows[4:]
+
+
+def test_a_row_that_joins_is_read_without_the_others(mixed: Runtime) -> None:
+    first, second = mixed.rows([PROMPTS[3], PROMPTS[1]], "one", max_new_tokens=9, min_new_tokens=9)
+    seen: list[tuple[int, ...]] = []
+    batch = mixed.batch()
+    batch.add([first])
+    batch.step()
+    handle = mixed.model.register_forward_pre_hook(
+        lambda _module, _arguments, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    batch.add([second])
+    batch.step()
+    batch.step()
+    handle.remove()
+    assert seen == [(1, 1), (1, second.prompt_length), (2, 1)]
+
+
+def test_the_weights_of_a_running_row_change_from_the_next_token_on_and_its_cache_stays(mixed: Runtime) -> None:
+    """What it then says is what the changed weights say over keys and values that the first ones made."""
+    (row,) = mixed.rows([PROMPTS[0]], "one:0.7", max_new_tokens=12, min_new_tokens=12)
+    (other,) = mixed.rows([PROMPTS[3]], "two", max_new_tokens=12, min_new_tokens=12)
+    batch = mixed.batch()
+    batch.add([row, other])
+    for _ in range(4):
+        batch.step()
+    row.compose({"two": -1.5})
+    while batch.rows:
+        batch.step()
+    # By hand: a cache made under the first weights, then steps under the others.
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=mixed.model.config)
+    ids, answer = torch.tensor([row.ids]), []
+    for step in range(12):
+        plan = mixed.parts.bank.plan([{"one": 0.7} if step < 4 else {"two": -1.5}])
+        assert plan is not None
+        with torch.inference_mode(), plan.running(*ids.shape):
+            scores = mixed.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1].clone()
+            scores[mixed.tokenizer.eos_token_id] = -torch.inf
+        answer.append(int(scores.argmax()))
+        ids = torch.tensor([answer[-1:]])
+    assert row.answer == answer
+    assert other.answer == alone(
+        mixed, {"prompt": PROMPTS[3], "spec": "two", "max_new_tokens": 12, "min_new_tokens": 12}
+    )
+
+
+def test_a_stream_s_weights_can_be_changed_while_it_speaks(mixed: Runtime) -> None:
+    options = {"max_new_tokens": 12, "min_new_tokens": 12}
+    stream = mixed.stream(PROMPTS[0], "one:0.7", **options)
+    first = next(stream)
+    stream.compose("two:-1.5")
+    whole = first + "".join(stream)
+    assert whole != mixed.generate(PROMPTS[0], "one:0.7", **options)
+    assert whole != mixed.generate(PROMPTS[0], "two:-1.5", **options)
+
+
+def test_rows_keep_the_adapters_that_they_began_with(zoo: Zoo) -> None:
+    """Two rows of one batch use two adapters that had one name, one after the other."""
+    runtime = zoo.runtime("llama", fresh=True)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8}
+    rows, wanted = [], []
+    for seed in (41, 42):
+        runtime.load_adapter(str(zoo.adapter("llama", seed=seed)), name="same")
+        wanted.append(runtime.generate(PROMPTS[0], "same:1.5", **options))
+        rows += runtime.rows([PROMPTS[0]], "same:1.5", **options)
+    batch = runtime.batch()
+    batch.add(rows)
+    while batch.rows:
+        batch.step()
+    assert [row.new_text() for row in rows] == wanted
+    assert wanted[0] != wanted[1]
+
+
+def test_an_answer_ends_before_a_stop_text_and_nothing_of_it_is_streamed(mixed: Runtime) -> None:
+    options: Any = {"max_new_tokens": 30, "min_new_tokens": 30}
+    plain = mixed.generate(PROMPTS[0], "one", **options)
+    assert len(plain) > 8
+    stop = plain[5:8]
+    wanted = plain[: plain.index(stop)]
+    assert mixed.generate([PROMPTS[0], PROMPTS[1]], "one", stop=[stop, "\0"], **options)[0] == wanted
+    assert "".join(mixed.stream(PROMPTS[0], "one", stop=stop, **options)) == wanted
+
+
+def test_a_mapping_is_a_composition_for_all_rows_and_as_one_of_them(mixed: Runtime) -> None:
+    options = {"max_new_tokens": 6, "min_new_tokens": 6}
+    wanted = mixed.generate(list(PROMPTS[:2]), "one:0.1 two:-2", **options)
+    weights = {"one": 0.1, "two": -2}
+    assert mixed.generate(list(PROMPTS[:2]), weights, **options) == wanted
+    assert mixed.generate(list(PROMPTS[:2]), [weights, "one:0.1 two:-2"], **options) == wanted
+    assert mixed.generate(PROMPTS[0], {"one": 0.1}, **options) == mixed.generate(PROMPTS[0], "one:0.1", **options)
+
+
+def test_a_runtime_that_was_closed_gives_the_model_back_and_says_so(zoo: Zoo, tmp_path: Path) -> None:
+    from lora_rt.errors import LoraRtError
+
+    with zoo.runtime("llama", fresh=True) as runtime:
+        model = runtime.model
+        runtime.load_adapter(zoo.adapter("llama", seed=41), name="one")
+        assert any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    runtime.close()
+    for call in (lambda: runtime.generate("x"), lambda: runtime.adapters, lambda: runtime.load_adapter(tmp_path)):
+        with pytest.raises(LoraRtError, match="closed"):
+            call()
