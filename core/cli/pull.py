@@ -20,11 +20,12 @@ def pull(
     """Pull an adapter from the Hub, pinned to a full commit and checked before it is installed."""
     from rich.markup import escape
 
-    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.core.cli.console import err, out, print_json
     from lora_rt.core.cli.transfer import transfer
     from lora_rt.registry.errors import InvalidReferenceError
     from lora_rt.registry.hub.pull import pull as run
     from lora_rt.registry.reference import Reference
+    from lora_rt.registry.shipped import shipped
     from lora_rt.registry.store import Store
 
     parsed = Reference.parse(reference)
@@ -35,6 +36,10 @@ def pull(
         )
     with transfer() as report:
         found = run(Store(), parsed, name=name, offline=offline, report=report)
+    for item in shipped():
+        if item.name == found.name:
+            text = f"{found.name!r} means this one now; the one shipped with {item.package} is hidden by it"
+            err.print(f"[yellow]note:[/] {escape(text)} (--as gives another name)", soft_wrap=True)
     if as_json:
         print_json({"name": found.name, "source": found.source, "revision": found.revision, "sha256": found.sha256})
         return

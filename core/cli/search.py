@@ -21,7 +21,8 @@ def search(
     from lora_rt.core.cli.console import err, out, print_json
     from lora_rt.registry.hub.search import search as run
 
-    found = run(word, base=base, every=every)
+    with err.status("asking the Hub"):
+        found = run(word, base=base, every=every)
     if as_json:
         print_json([dataclasses.asdict(item) for item in found])
         return

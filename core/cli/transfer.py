@@ -20,8 +20,10 @@ def transfer() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
+        asking = progress.add_task("asking the Hub", total=None)
 
         def report(name: str, arrived: int, size: int) -> None:
+            progress.update(asking, visible=False)
             if name not in tasks:
                 tasks[name] = progress.add_task(name, total=size)
             progress.update(tasks[name], advance=arrived)

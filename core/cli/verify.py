@@ -17,12 +17,14 @@ def verify(
     """Check files against their digests, adapters against the whole check, compositions against their adapters."""
     import dataclasses
 
-    from lora_rt.core.cli.console import out, print_json
+    from lora_rt.core.cli.console import err, out, print_json
     from lora_rt.plugins.manager import load_modes
     from lora_rt.registry.registry import Registry
     from lora_rt.registry.verify import verify as run
 
-    verdicts = run(Registry(sources=load_modes().sources()), names or (), offline=offline)
+    registry = Registry(sources=load_modes().sources())
+    with err.status("comparing files" if offline else "comparing files and asking the Hub"):
+        verdicts = run(registry, names or (), offline=offline)
     if as_json:
         print_json([{**dataclasses.asdict(item), "status": "damaged" if item.problems else "ok"} for item in verdicts])
     else:

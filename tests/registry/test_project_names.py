@@ -105,6 +105,15 @@ def test_a_pull_is_the_users_word_and_takes_the_name_in_every_folder(cloned: Reg
     assert [record.name for record in cloned.store.records.all()] == ["emotion"]
 
 
+def test_a_pull_that_hides_a_shipped_name_says_so_once(
+    hub: LocalHub, cli: Cli, monkeypatch: pytest.MonkeyPatch, elsewhere: Registry
+) -> None:
+    monkeypatch.chdir(elsewhere.folder)
+    hub.commit("someone/emotion", adapter_files(card=False))
+    assert "the one shipped with lora-rt" in cli("pull", "someone/emotion").err
+    assert cli("show", "emotion").err == ""
+
+
 def test_hiding_a_name_is_said_on_one_line_each_time(
     cloned: Registry, elsewhere: Registry, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
