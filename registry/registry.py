@@ -47,7 +47,7 @@ class Registry:
         self.compositions = NamedCompositions(
             self.store.root / "mixes", self.pinned.compositions, self._say_what_it_hides
         )
-        self.sources = tuple(sources)
+        self.sources = sources  # not looked at here: that would import every plugin
 
     def resolve(
         self, reference: Reference | str, base: BaseIdentity | None = None, *, offline: bool = False

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from lora_rt.core.cli.session import new_session
+from lora_rt.core.cli.session import new_session, session
 from lora_rt.core.cli.table import COMMANDS, load
 
-_HELP_SECONDS = 2.0  # what `--help` waits for one plugin
+_HELP_SECONDS = 2.0  # what `--help` waits for plugins
 _TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER"}
 
 
 class CommandGroup(TyperGroup):
-    """Ours are placeholders with a line of help until one is called; a name that is none of ours loads the plugins."""
+    """Ours are placeholders with a line of help until one is called; a name that is none of ours asks plugins."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -26,7 +25,12 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command by name; of ours, the placeholder."""
         ours = super().get_command(ctx, cmd_name)
-        return ours if ours is not None else self._plugin_commands(math.inf).get(cmd_name)
+        if ours is not None or (self._theirs and cmd_name in self._theirs):
+            return ours or (self._theirs or {})[cmd_name]
+        from lora_rt.core.cli.plugin_commands import command_of
+
+        found = command_of(session().modes, cmd_name)
+        return plain(found) if found is not None else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is called, its module imported."""
@@ -41,16 +45,14 @@ class CommandGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Our names, then the plugins'; slow plugins are left out of the help, all of them while a shell completes."""
         ours = super().list_commands(ctx)
-        return ours if ctx.resilient_parsing else [*ours, *self._plugin_commands(_HELP_SECONDS)]
+        if ctx.resilient_parsing:
+            return ours
+        from lora_rt.core.cli.plugin_commands import plugin_commands
+        from lora_rt.plugins.manager import load_modes
 
-    def _plugin_commands(self, patience: float) -> dict[str, Any]:
-        if self._theirs is None:
-            from lora_rt.core.cli.plugin_commands import plugin_commands
-            from lora_rt.plugins.manager import load_modes
-
-            found = plugin_commands(load_modes(patience=patience), COMMANDS)
-            self._theirs = {name: plain(command) for name, command in found.items()}
-        return self._theirs
+        found = plugin_commands(load_modes(patience=_HELP_SECONDS))
+        self._theirs = {name: plain(command) for name, command in found.items()}
+        return [*ours, *self._theirs]
 
 
 def plain(command: Any) -> Any:

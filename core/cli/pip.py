@@ -23,7 +23,7 @@ class PipError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """One thing that an installed package brings: a mode or an adapter."""
+    """One thing that an installed package brings: a mode, another plugin or an adapter."""
 
     kind: str
     name: str
@@ -34,11 +34,12 @@ class Brought:
 def brought() -> set[Brought]:
     """Everything that the packages that are on the disk now bring; nothing is imported."""
     from lora_rt.plugins.manager import GROUP as MODES
+    from lora_rt.plugins.manager import OTHERS
     from lora_rt.registry.packages import package_of, points_of
     from lora_rt.registry.shipped import GROUP as ADAPTERS
 
     importlib.invalidate_caches()
-    kinds = {"mode": MODES, "adapter": ADAPTERS}
+    kinds = {"mode": MODES, "plugin": OTHERS, "adapter": ADAPTERS}
     return {
         Brought(kind, point.name, *package_of(point)) for kind, group in kinds.items() for point in points_of(group)[0]
     }

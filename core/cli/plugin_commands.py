@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_rt.core.cli.table import COMMANDS, load
+from lora_rt.core.cli.session import session
+from lora_rt.core.cli.table import COMMANDS
 
 if TYPE_CHECKING:
-    from lora_rt.plugins.manager import ModeHost
+    from lora_rt.plugins.manager import ModeHost, Plugin
 
 _HOOK = "lora_rt_commands"
 _PANEL = "Commands of plugins"
 
 
 def examined_modes() -> ModeHost:
-    """The loaded modes after a look at their commands and sources: the records name what is wrong there, too."""
-    from lora_rt.plugins.manager import load_modes
-
-    modes = load_modes()
-    plugin_commands(modes, COMMANDS)
-    modes.sources()
+    """All plugins after a look at their commands and sources: the records name what is wrong there, too."""
+    modes = session().modes
+    plugin_commands(modes)
+    list(modes.sources())
     return modes
 
 
@@ -32,58 +31,68 @@ def subcommands_of(mode: str) -> list[str]:
 
     Asks the mode's own plugin alone.
     """
-    from lora_rt.plugins.manager import load_modes
-
-    command = load(mode) if mode in COMMANDS else None
-    if command is None and mode in (modes := load_modes()).providers(_HOOK):
-        command = _commands_of(modes, mode).get(mode)
-    return list(getattr(command, "commands", {}))
+    own = [_commands_of(plugin).get(mode) for plugin in session().modes.named(mode) if plugin.implements(_HOOK)]
+    return list(getattr(own[0] if own else None, "commands", {}))
 
 
-def plugin_commands(modes: ModeHost, ours: Collection[str]) -> dict[str, Any]:
+def command_of(modes: ModeHost, name: str) -> Any:
+    """The command of that name, or None. The plugin of the same name is asked first, and alone where it has it."""
+    for plugin in modes.named(name):
+        if plugin.implements(_HOOK) and (command := _commands_of(plugin).get(name)) is not None:
+            return _named(command, plugin)
+    return plugin_commands(modes).get(name)
+
+
+def plugin_commands(modes: ModeHost) -> dict[str, Any]:
     """Name -> command of everything that plugins add; what is refused is noted in the plugin's record.
 
-    Args:
-        modes: the loaded plugins.
-        ours: names that a plugin can't have.
+    The name of a command of ours is refused. Of several commands of one name the plugin of that name has it, or the
+    first.
     """
+    from lora_rt.plugins.manager import each
+
+    plugins = modes.offering(_HOOK)
+    offered = [
+        (name, command, plugin)
+        for plugin, commands in zip(plugins, each(plugins, _commands_of), strict=True)
+        for name, command in commands.items()
+    ]
     found: dict[str, Any] = {}
     owners: dict[str, str] = {}
-    for mode in modes.providers(_HOOK):
-        refused = []
-        for name, command in _commands_of(modes, mode).items():
-            if name in ours:
-                refused.append(f"the command {name!r} is one of lora-rt's own")
-            elif name in found:
-                refused.append(f"the command {name!r} is taken by the plugin {owners[name]!r}")
-            else:
-                found[name], owners[name] = _named(command, modes, mode), mode
-        if refused:
-            modes.note(mode, f"{_HOOK}: {'; '.join(refused)}")
-    return found
+    refused: dict[Plugin, list[str]] = {}
+    for name, command, plugin in sorted(offered, key=lambda item: item[0] != item[2].name):
+        if name in COMMANDS:
+            refused.setdefault(plugin, []).append(f"the command {name!r} is one of lora-rt's own")
+        elif name in found:
+            refused.setdefault(plugin, []).append(f"the command {name!r} is taken by the plugin {owners[name]!r}")
+        else:
+            found[name], owners[name] = _named(command, plugin), plugin.name
+    for plugin, problems in refused.items():
+        plugin.note(f"{_HOOK}: {'; '.join(problems)}")
+    return {name: found[name] for name, _, _ in offered if name in found}
 
 
-def _commands_of(modes: ModeHost, mode: str) -> dict[str, Any]:
+def _commands_of(plugin: Plugin) -> dict[str, Any]:
     """What one plugin adds, built: typer reads the signatures of its functions only now."""
     from lora_rt.core.cli.services import CommandServices
     from lora_rt.plugins.manager import PluginError
 
     app = typer.Typer()
     try:
-        modes.call(mode, _HOOK, app=app, services=CommandServices())
+        plugin.ask(_HOOK, app=app, services=CommandServices())
     except PluginError:
         return {}  # its record says why
     try:
         return dict(typer.main.get_group(app).commands)
     except Exception as error:  # typer raises several kinds for what it can't turn into a command line
-        modes.broke(mode, _HOOK, error)
+        plugin.broke(_HOOK, error)
         return {}
 
 
-def _named(command: Any, modes: ModeHost, mode: str) -> Any:
+def _named(command: Any, plugin: Plugin) -> Any:
     """The command, shown in a panel of its own, which names its plugin when it fails."""
     command.rich_help_panel = command.rich_help_panel or _PANEL
-    _guard(command, lambda name, error: modes.broke(mode, f"the command {name!r}", error))
+    _guard(command, lambda name, error: plugin.broke(f"the command {name!r}", error))
     return command
 
 

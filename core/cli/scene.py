@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.manager import UnknownModeError
 from lora_rt.registry.reference import Reference
 
 
@@ -44,10 +46,11 @@ def scene(
 
 
 def _first_able() -> str:
-    able = set(session().modes.providers("lora_rt_scene"))
+    modes = session().modes
     for item in session().registry.installed():
-        if item.card is not None and item.card.mode in able:
-            return item.name
+        with suppress(UnknownModeError):
+            if item.card is not None and modes.implements(item.card.mode, "lora_rt_scene"):
+                return item.name
     raise LoraRtError(
         "no installed adapter recognizes scenes", next_step="Name one with --adapter, or train one with --mode context"
     )

@@ -10,7 +10,7 @@ from typing import Any
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract.composing import ComposeContext, TermFacts
 from lora_rt.plugins.contract.facts import BaseFacts, SceneType
-from lora_rt.plugins.contract.gating import Gate, GateContext
+from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
 from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
 from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext, SceneToText
 from lora_rt.plugins.contract.options import OptionError, read_options
@@ -29,6 +29,7 @@ __all__ = [
     "Example",
     "Gate",
     "GateContext",
+    "JointGateContext",
     "LoraRtError",
     "Objective",
     "ObjectiveContext",

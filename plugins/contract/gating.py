@@ -44,6 +44,7 @@ class GateContext(AdapterView):
     `input_ids` and `positions` are (batch, tokens) of this pass alone (with a KV cache: the new tokens); `positions`
     counts from each row's first real token. `prompt_lengths` is (batch,): tokens from there on were generated.
     `active[row]` is False for rows whose composition does not use this adapter: what is returned for them is ignored.
+    `weights[row]` is this adapter's weight there, with which the engine multiplies its contribution and the gate.
     `scene_types[row]` is what the caller registered. `prompts[row]` is the user message, or None for a chat and for
     bare token ids. `hidden()` gives the base's early hidden state of this pass, (batch, tokens,
     hidden), with no adapter applied; it is computed when first called.
@@ -58,3 +59,15 @@ class GateContext(AdapterView):
     hidden: Callable[[], Tensor]
     uniform_rank: bool = True
     prompts: Sequence[str | None] = ()
+    weights: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JointGateContext:
+    """All adapters of one mode that act in one forward pass, in the order in which the rows name them.
+
+    A softmax over adapters, for instance, is over `adapters`, in each row over those that are `active` there. All of
+    them see the same tokens.
+    """
+
+    adapters: Sequence[GateContext]

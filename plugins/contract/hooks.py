@@ -1,6 +1,7 @@
 """The hook specifications. Every hook is prefixed `lora_rt_`, typed, and says when it fires.
 
-Only the plugin that owns an adapter's mode is called for it.
+Only the plugin that owns an adapter's mode is called for it. What is no mode (an entry point of `lora_rt.plugins`
+instead of `lora_rt.modes`) has the last two hooks alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import typer
 
     from lora_rt.plugins.contract.composing import ComposeContext
-    from lora_rt.plugins.contract.gating import Gate, GateContext
+    from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
     from lora_rt.plugins.contract.objective import Objective, ObjectiveContext
     from lora_rt.plugins.contract.scenes import SceneContext, ScenePrediction
     from lora_rt.plugins.contract.services import Services
@@ -42,6 +43,15 @@ def lora_rt_gate(context: GateContext) -> Gate | None:
     Runs in the request's own thread (under torch's inference mode) and without a time limit, since it is on the hot
     path; after 10 s the log and `lora-rt plugins` say that the request is waiting for it. It may be called from several
     threads at once.
+    """
+
+
+@hookspec(firstresult=True)
+def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | None:
+    """Fires once per forward pass in place of `lora_rt_gate`, with all adapters of the mode that act in it.
+
+    One gate per adapter in `context.adapters`; None for all of it leaves the pass to `lora_rt_gate`. Otherwise as
+    there.
     """
 
 

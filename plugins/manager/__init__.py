@@ -1,30 +1,36 @@
-"""Loads mode plugins, isolates the broken ones, and calls the hooks of exactly one mode.
+"""Finds plugins, imports each when it is first needed, isolates the broken ones, and calls the hooks of exactly one.
 
     finding.py    which entry points are installed, in which order they count
-    loading.py    each imported alone, in a thread that is given up after a time limit
+    loading.py    the host over all of them
+    host.py       who owns which mode; the calls of hooks, with what they may see and may return
+    plugin.py     one plugin: its import and its calls, given up after a time limit
     surface.py    what a plugin offers: its API version, its hooks, their arguments
-    host.py       the loaded modes, and the calls of their hooks
+    copies.py     what hooks get to see is theirs
     results.py    what hooks may return
     limits.py     how long a plugin may take
     watch.py      names a gate that does not come back
     failures.py   what went wrong in earlier processes, kept so that `lora-rt plugins` can tell
 
-Importing this package has no effect; `load_modes()` returns a host, with a record of every entry point.
+Importing this package has no effect; `load_modes()` returns a host, which imports nothing before it is asked.
 """
 
-from lora_rt.plugins.manager.finding import GROUP
-from lora_rt.plugins.manager.host import ModeHost
+from lora_rt.plugins.manager.finding import GROUP, OTHERS
+from lora_rt.plugins.manager.host import ModeHost, each
 from lora_rt.plugins.manager.limits import SECONDS_VARIABLE
 from lora_rt.plugins.manager.loading import BLOCK_VARIABLE, load_modes
+from lora_rt.plugins.manager.plugin import Plugin
 from lora_rt.plugins.manager.record import PluginError, PluginRecord, UnknownModeError
 
 __all__ = [
     "BLOCK_VARIABLE",
     "GROUP",
+    "OTHERS",
     "SECONDS_VARIABLE",
     "ModeHost",
+    "Plugin",
     "PluginError",
     "PluginRecord",
     "UnknownModeError",
+    "each",
     "load_modes",
 ]

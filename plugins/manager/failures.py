@@ -1,6 +1,6 @@
 """What went wrong in earlier processes.
 
-A gate fails while `compose` runs, and `lora-rt plugins` is another process. So the last failure of a mode is kept in
+A gate fails while `compose` runs, and `lora-rt plugins` is another process. So the last failure of a plugin is kept in
 the home, and forgotten when the same hook works again, or when another version of the package is installed.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,43 +15,32 @@ from lora_rt.plugins.manager.record import PluginRecord
 from lora_rt.registry import durable
 from lora_rt.registry.home import home
 
-_FOLDER = "plugin-failures"
 
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """One failure: of which package's hook, and why."""
-
-    package: str
-    version: str
-    hook: str
-    reason: str
-
-
-def remember(record: PluginRecord, hook: str, reason: str) -> None:
+def remember(record: PluginRecord, reason: str) -> None:
     """Keep a failure. Where the home can't be written to, it is not kept: the error itself is what the user sees."""
-    failure = Failure(record.package, record.version, hook, reason)
+    failure = {"package": record.package, "version": record.version, "reason": reason}
     with suppress(OSError):
         file = _file(record.name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(file, json.dumps(asdict(failure), ensure_ascii=False))
+        durable.write_text(file, json.dumps(failure, ensure_ascii=False))
 
 
-def recall(record: PluginRecord) -> Failure | None:
-    """The failure that this version of the plugin left behind, or None."""
+def recall(record: PluginRecord) -> str:
+    """The failure that this version of the plugin left behind ("hook: why"), or an empty text."""
     try:
-        failure = Failure(**json.loads(_file(record.name).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or not what we wrote
-        return None
-    return failure if (failure.package, failure.version) == (record.package, record.version) else None
+        found = json.loads(_file(record.name).read_text(encoding="utf-8"))
+        same = (found["package"], found["version"]) == (record.package, record.version)
+        return str(found["reason"]) if same else ""
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not what we wrote
+        return ""
 
 
 def forget(record: PluginRecord) -> None:
-    """Remove what was kept of a mode."""
+    """Remove what was kept of a plugin."""
     with suppress(OSError):
         _file(record.name).unlink(missing_ok=True)
 
 
-def _file(mode: str) -> Path:
+def _file(name: str) -> Path:
     # A stranger chose the name: with "/" escaped it can't leave the folder.
-    return home() / _FOLDER / f"{quote(mode, safe='')}.json"
+    return home() / "plugin-failures" / f"{quote(name, safe='')}.json"

@@ -1,4 +1,4 @@
-"""Which modes are installed: entry points of the group `lora_rt.modes`, without importing what they name."""
+"""What is installed: entry points of two groups, without importing what they name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 
 from lora_rt.plugins.manager.record import PluginRecord, describe
-from lora_rt.registry.packages import Unreadable, canonical, package_of, points_of
+from lora_rt.registry.packages import canonical, package_of, points_of
 
 GROUP = "lora_rt.modes"
+OTHERS = "lora_rt.plugins"
 OURS = "lora-rt"
 NAMELESS = "?"
 
 
-def installed(group: str = GROUP) -> tuple[list[EntryPoint], list[PluginRecord]]:
-    """Every entry point of the group, and a broken record of every package whose entry points can't be read."""
-    points, unreadable = points_of(group)
-    return points, [_record(item) for item in unreadable]
+def installed() -> tuple[list[EntryPoint], list[PluginRecord]]:
+    """Every entry point of the two groups, and a broken record of every package whose entry points can't be read."""
+    points, unreadable = points_of(GROUP)
+    records = [
+        PluginRecord(NAMELESS, item.package, item.version, (), "broken", describe(f"{_UNREADABLE}: {item.reason}"))
+        for item in unreadable
+    ]
+    return [*points, *points_of(OTHERS)[0]], records
 
 
 def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
@@ -29,6 +34,4 @@ def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
     return sorted(points, key=key)
 
 
-def _record(item: Unreadable) -> PluginRecord:
-    reason = describe(f"its entry points can't be read: {item.reason}")
-    return PluginRecord(NAMELESS, item.package, item.version, status="broken", reason=reason)
+_UNREADABLE = "its entry points can't be read"

@@ -26,6 +26,7 @@ _SECONDS = {
     "lora_rt_sources": 10.0,
     # Not a limit: after this long a gate is named as hanging (see watch.py).
     "lora_rt_gate": 10.0,
+    "lora_rt_joint_gate": 10.0,
 }
 
 

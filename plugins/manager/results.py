@@ -49,11 +49,12 @@ def _gate_part(name: str, tensor: object, full: tuple[int, ...], context: GateCo
         return None
     if not isinstance(tensor, torch.Tensor):
         raise ResultError(f"{name} is a {type(tensor).__name__}, not a tensor")
+    odd = _oddity(tensor)
+    if odd:
+        raise ResultError(f"{name} is {odd}, not a plain tensor of real numbers")
     shape = tuple(tensor.shape)
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape[::-1], full[::-1], strict=False)):
         raise ResultError(f"{name} of shape {shape} does not broadcast to {full}")
-    if tensor.is_complex():
-        raise ResultError(f"{name} is complex")
     if tensor.device != context.input_ids.device:
         raise ResultError(f"{name} is on {tensor.device}, and this pass on {context.input_ids.device}")
     # Where gates are fitted, gradients are on and lead through the gate to the state of the mode.
@@ -65,9 +66,49 @@ def _gate_part(name: str, tensor: object, full: tuple[int, ...], context: GateCo
     if len(shape) >= 3 and shape[-3] > 1 and not all(context.active):
         active = torch.tensor(list(context.active), device=gate.device)
         gate = torch.where(active[:, None, None], gate, 0.0)
-    if not bool(torch.isfinite(gate).all()):
-        raise ResultError(f"{name} holds numbers that are not finite")
     return gate
+
+
+def checked_gates(value: object, contexts: Sequence[GateContext]) -> list[Gate | None] | None:
+    """The joint gates: one for each adapter."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or len(value) != len(contexts):
+        count = f" of {len(value)}" if isinstance(value, (list, tuple)) else ""
+        raise ResultError(f"it returned a {type(value).__name__}{count}, not a list of {len(contexts)} gates")
+    return [checked_gate(gate, context) for gate, context in zip(value, contexts, strict=True)]
+
+
+def not_finite(gates: Sequence[Gate | None]) -> tuple[int, str] | None:
+    """(index, part) of the first gate with a number that is none. A GPU is waited for once, whatever there is."""
+    import torch
+
+    parts = [
+        (index, name, tensor)
+        for index, gate in enumerate(gates)
+        if gate is not None
+        for name, tensor in (("ranks", gate.ranks), ("heads", gate.heads))
+        if tensor is not None
+    ]
+    if not parts:
+        return None
+    fine: list[bool] = torch.stack([torch.isfinite(tensor).all() for _, _, tensor in parts]).tolist()
+    return None if all(fine) else parts[fine.index(False)][:2]
+
+
+def _oddity(tensor: Tensor) -> str:
+    """What makes a tensor one that can't multiply a layer, if anything does."""
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided:
+        return f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_quantized:
+        return "quantized"
+    return "complex" if tensor.is_complex() else ""
 
 
 def checked_registration(value: object, context: SceneContext) -> ScenePrediction | None:

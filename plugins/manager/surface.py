@@ -10,9 +10,11 @@ from typing import Any
 
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import LORA_RT_API, hooks
+from lora_rt.plugins.manager.finding import GROUP
 
 Hook = Callable[..., Any]
 PREFIX = "lora_rt_"
+OF_ANY_PLUGIN = ("lora_rt_commands", "lora_rt_sources")
 SPECS: dict[str, Hook] = {name: spec for name, spec in vars(hooks).items() if name.startswith(PREFIX)}
 
 
@@ -20,7 +22,7 @@ class SurfaceError(LoraRtError):
     """A plugin that does not keep to the contract; `problems` has every finding."""
 
 
-def hooks_of(plugin: object) -> dict[str, Hook]:
+def hooks_of(plugin: object, group: str = GROUP) -> dict[str, Hook]:
     """Hook name -> function of a plugin (a module, or an object with methods).
 
     Raises:
@@ -37,6 +39,8 @@ def hooks_of(plugin: object) -> dict[str, Hook]:
         if problem:
             problems.append(problem)
         found[name] = function
+        if group != GROUP and name in SPECS and name not in OF_ANY_PLUGIN:
+            problems.append(f"{name} is a mode's, and this is an entry point of {group}, not of {GROUP}")
     problems += [f"{name} lacks its @hookimpl" for name in SPECS if _is_unmarked(plugin, name)]
     if not found and not problems:
         problems = [f"it implements no hook; the hooks are {', '.join(SPECS)}"]

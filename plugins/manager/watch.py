@@ -6,7 +6,6 @@ caller's inference mode; so nothing can give it up. What can be done is to say w
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,28 +18,27 @@ class Watch:
     A daemon thread looks at the running calls now and then; it ends when there were none for a while.
     """
 
-    def __init__(self, seconds: float, report: Callable[[str, str], None]) -> None:
-        """`report(mode, hook)` is called from the watching thread."""
+    def __init__(self, seconds: float, report: Callable[[str], None]) -> None:
+        """`report(hook)` is called from the watching thread."""
         self._seconds = seconds
         self._report = report
-        self._numbers = itertools.count()
-        self._running: dict[int, tuple[float, str, str]] = {}
-        self._begun = 0
+        self._running: dict[object, tuple[float, str]] = {}
+        self._busy = True
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     @contextmanager
-    def over(self, mode: str, hook: str) -> Iterator[None]:
+    def over(self, hook: str) -> Iterator[None]:
         """Watch the block."""
-        number = next(self._numbers)
-        self._begun = number
-        self._running[number] = (time.monotonic(), mode, hook)
+        call = object()
+        self._running[call] = time.monotonic(), hook
+        self._busy = True
         if self._thread is None or not self._thread.is_alive():
             self._start()
         try:
             yield
         finally:
-            del self._running[number]
+            self._running.pop(call, None)
 
     def _start(self) -> None:
         with self._lock:
@@ -49,13 +47,10 @@ class Watch:
                 self._thread.start()
 
     def _look(self) -> None:
-        reported: set[int] = set()
-        seen = -1
-        while self._running or self._begun != seen:
-            seen = self._begun
+        while self._running or self._busy:
+            self._busy = False
             time.sleep(self._seconds / 4)
             late = time.monotonic() - self._seconds
-            for number, (started, mode, hook) in list(self._running.items()):
-                if started < late and number not in reported:
-                    reported.add(number)
-                    self._report(mode, hook)
+            for call, (started, hook) in list(self._running.items()):
+                if started < late and self._running.pop(call, None):
+                    self._report(hook)

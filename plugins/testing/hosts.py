@@ -24,12 +24,18 @@ class InlinePoint(EntryPoint):
         name: the mode's name.
         load: gives the plugin, or does what a broken one does.
         package, version: the package that it claims to come from.
+        group: that of modes, or "lora_rt.plugins" for what is no mode.
     """
 
     def __init__(
-        self, name: str, load: Callable[[], object], package: str = "inline-mode", version: str = "1.0"
+        self,
+        name: str,
+        load: Callable[[], object],
+        package: str = "inline-mode",
+        version: str = "1.0",
+        group: str = GROUP,
     ) -> None:
-        super().__init__(name, f"{package.replace('-', '_')}", GROUP)
+        super().__init__(name, f"{package.replace('-', '_')}", group)
         vars(self).update(load=load, dist=_Package(package, version))  # entry points refuse assignment
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,15 @@ def refused(host: ModeHost, call: Any) -> str:
     return host.records[0].reason
 
 
+class Odd(torch.Tensor):
+    """A tensor of a stranger's own kind."""
+
+
+with warnings.catch_warnings(action="ignore"):  # torch means to drop or change these one day
+    QUANTIZED = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 # layers 2, rows 2, tokens 3, rank 4, heads 4
 BAD_GATES = {
     "no Gate": (torch.ones(1), "it returned a Tensor, not a Gate"),
@@ -46,6 +56,10 @@ BAD_GATES = {
     "NaN": (Gate(ranks=torch.tensor([math.nan])), "ranks holds numbers that are not finite"),
     "infinite": (Gate(ranks=torch.tensor([math.inf])), "ranks holds numbers that are not finite"),
     "complex": (Gate(ranks=torch.ones(1, dtype=torch.complex64)), "ranks is complex"),
+    "sparse": (Gate(ranks=torch.ones(2, 2).to_sparse()), "ranks is sparse (sparse_coo), not a plain tensor"),
+    "quantized": (Gate(heads=QUANTIZED), "heads is quantized, not a plain tensor of real numbers"),
+    "nested": (Gate(ranks=NESTED), "ranks is nested"),
+    "a subclass": (Gate(ranks=torch.ones(1).as_subclass(Odd)), "ranks is a Odd, not a plain tensor"),
     "elsewhere": (Gate(ranks=torch.ones(1, device="meta")), "ranks is on meta, and this pass on cpu"),
     "heads of another number": (Gate(heads=torch.ones(3)), "heads of shape (3,) does not broadcast to (2, 2, 3, 4)"),
     "heads NaN": (Gate(heads=torch.full((4,), math.nan)), "heads holds numbers that are not finite"),
@@ -66,6 +80,118 @@ def test_a_gate_that_broadcasts_is_taken_as_it_is(shape: tuple[int, ...]) -> Non
     assert taken is not None
     assert torch.equal(taken.ranks, given.ranks)  # type: ignore[arg-type]
     assert torch.equal(taken.heads, given.heads)  # type: ignore[arg-type]
+
+
+def test_a_gate_that_would_be_trained_is_taken_without_its_gradient() -> None:
+    for gate in (torch.ones(1, requires_grad=True), nn.Parameter(torch.ones(1))):
+        with torch.inference_mode():
+            taken = returning("lora_rt_gate", Gate(ranks=gate)).gate("mine", gate_context([1], 2))
+        assert taken is not None
+        assert taken.ranks is not None
+        assert (type(taken.ranks), taken.ranks.requires_grad) == (torch.Tensor, False)
+
+
+SEEN = ("input_ids", "positions", "prompt_lengths", "hidden", "state", "card")
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_a_gate_that_writes_into_its_context_changes_nobody_elses(what: str) -> None:
+    """Other rows, other adapters and other requests see what was there; a card can't be written to at all."""
+
+    def lora_rt_gate(context: Any) -> None:
+        if what == "card":
+            context.card["mode"] = "mine"
+        elif what == "state":
+            context.state["theta"].fill_(7)
+        else:
+            tensor = getattr(context, what)
+            (tensor() if what == "hidden" else tensor).fill_(7)
+
+    host = host_of(plugin(lora_rt_gate), builtin=False)
+    context = gate_context([1, 2], 3, state={"theta": torch.zeros(2)}, card={"mode": "mine"})
+    before = gate_context([1, 2], 3)
+    for mode in (torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            if what == "card":
+                assert "TypeError" in refused(host, lambda: host.gate("mine", context))
+            else:
+                assert host.gate("mine", context) is None
+    for name in SEEN[:3]:
+        assert torch.equal(getattr(context, name), getattr(before, name))
+    assert torch.equal(context.hidden(), before.hidden())
+    assert context.state["theta"].tolist() == [0, 0]
+
+
+def test_the_gates_of_a_pass_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every look at a number waits for all that was asked of it."""
+    looks: list[int] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: looks.append(1) or tolist(self))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: looks.append(1) or tolist(self))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: looks.append(1) or tolist(self))
+    host = returning("lora_rt_gate", Gate(ranks=torch.ones(1), heads=torch.ones(4)))
+    gates = host.gates([("mine", gate_context([1], 2)) for _ in range(5)])
+    assert (len(gates), len(looks)) == (5, 1)
+
+
+def test_of_many_gates_the_bad_one_is_found() -> None:
+    def lora_rt_gate(context: Any) -> Gate | None:
+        return {"a": None, "b": Gate(ranks=torch.ones(1)), "c": Gate(heads=torch.full((4,), math.inf))}[context.adapter]
+
+    host = host_of(plugin(lora_rt_gate), builtin=False)
+    asked = [("mine", gate_context([1], 2, adapter=name)) for name in "abc"]
+    assert "heads holds numbers that are not finite" in refused(host, lambda: host.gates(asked))
+    assert [gate is None for gate in host.gates(asked[:2])] == [True, False]
+
+
+def joint(answer: Any) -> ModeHost:
+    def lora_rt_joint_gate(context: Any) -> Any:
+        return answer(context)
+
+    def lora_rt_gate(context: Any) -> Gate:
+        return Gate(ranks=torch.zeros(1))
+
+    return host_of(plugin(lora_rt_joint_gate, lora_rt_gate), builtin=False)
+
+
+def test_a_joint_gate_sees_all_adapters_of_its_mode_at_once() -> None:
+    """A softmax among adapters, over those that are active in each row."""
+
+    def softmax(context: Any) -> list[Gate]:
+        scores = torch.stack([a.state["score"].expand(len(a.active)) for a in context.adapters])  # (adapters, rows)
+        active = torch.tensor([list(a.active) for a in context.adapters])
+        shares = scores.masked_fill(~active, -math.inf).softmax(0)
+        return [Gate(ranks=share[:, None, None]) for share in shares]
+
+    rows = [([True, True], 0.0), ([True, False], math.log(3.0))]
+    asked = [
+        ("mine", gate_context([1, 1], 2, adapter=f"a{n}", active=active, state={"score": torch.tensor(score)}))
+        for n, (active, score) in enumerate(rows)
+    ]
+    first, second = joint(softmax).gates(asked)
+    assert first is not None
+    assert second is not None
+    torch.testing.assert_close(first.ranks, torch.tensor([0.25, 1.0])[:, None, None])
+    torch.testing.assert_close(second.ranks, torch.tensor([0.75, 0.0])[:, None, None])
+    alone = joint(lambda context: None).gates(asked)
+    assert [gate.ranks.item() for gate in alone if gate and gate.ranks is not None] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Gate(), "it returned a Gate, not a list of 2 gates"),
+        ([None], "it returned a list of 1, not a list of 2 gates"),
+        ([None, 1.0], "it returned a float, not a Gate"),
+        ([None, Gate(ranks=torch.ones(9))], "ranks of shape (9,) does not broadcast"),
+        ([None, Gate(ranks=torch.full((1,), math.nan))], "ranks holds numbers that are not finite"),
+    ],
+)
+def test_a_joint_gate_of_nonsense_is_refused(answer: Any, reason: str) -> None:
+    host = joint(lambda context: answer)
+    told = refused(host, lambda: host.gates([("mine", gate_context([1], 2))] * 2))
+    assert told.startswith("lora_rt_joint_gate: ")
+    assert reason in told
 
 
 def test_ranks_are_told_apart_only_where_all_modules_have_as_many() -> None:

@@ -1,0 +1,205 @@
+"""One installed plugin: its import, when it is first needed, and the calls of its hooks.
+
+One failed call costs that call: the request ends with an error that names the plugin, and requests of other modes, and
+later ones of this mode, go on. What a request contains may be what makes a gate fail, and in a service one user must
+not switch a mode off for all. Only a call that does not come back disables its plugin for the rest of the process,
+since each of them leaves a thread behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.metadata import EntryPoint
+from threading import Lock
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import hooks
+from lora_rt.plugins.manager import failures
+from lora_rt.plugins.manager.limits import IMPORT, Limits, within
+from lora_rt.plugins.manager.record import PluginError, PluginRecord, Status, describe
+from lora_rt.plugins.manager.results import ResultError
+from lora_rt.plugins.manager.surface import Hook, SurfaceError, hooks_of
+from lora_rt.plugins.manager.watch import Watch
+from lora_rt.registry.packages import package_of
+
+UNTIMED = ("lora_rt_gate", "lora_rt_joint_gate")
+"""Hooks of the hot path: they run in the request's own thread."""
+
+shared_thread: ContextVar[list[tuple[Plugin, str]] | None] = ContextVar("shared_thread", default=None)
+"""Set in a thread that several calls share and that is given up as a whole: the calls that were made, the last last."""
+
+_log = logging.getLogger("lora_rt.plugins")
+
+
+class Plugin:
+    """`record` says what became of it; its hooks are known after `load`."""
+
+    def __init__(self, point: EntryPoint, limits: Limits) -> None:
+        self.record = PluginRecord(point.name, *package_of(point))
+        self.group = point.group
+        self._point = point
+        self._limits = limits
+        self._lock = Lock()
+        self._relay: Any = None
+        self._remembered = ""
+        self._watch = Watch(limits[UNTIMED[0]], self._late)
+
+    @property
+    def name(self) -> str:
+        """Of the entry point; for a mode, the mode's."""
+        return self.record.name
+
+    def load(self) -> PluginRecord:
+        """Import it where that has not happened yet; the record says how that went."""
+        with self._lock:
+            if self._relay is None and self.record.usable:
+                found = self._import()
+                if isinstance(found, str):
+                    self.record.mark("broken", found)
+                else:
+                    self._register(found)
+        return self.record
+
+    def implements(self, hook: str) -> bool:
+        """Whether it can be used and has this hook."""
+        return self.load().usable and hook in self.record.hooks
+
+    def ask(self, hook: str, check: Callable[[Any], Any] = lambda value: value, **arguments: Any) -> Any:
+        """The checked result of one hook, None where it is not implemented.
+
+        Raises:
+            PluginError: it raised, exited, did not come back in time, or returned what it may not. A LoraRtError of the
+                hook's own passes.
+        """
+        if not self.implements(hook):
+            return None
+        caller = getattr(self._relay.hook, hook)
+        run = self._here if hook in UNTIMED else self.timed
+        value = run(hook, lambda: caller(**arguments))
+        try:
+            answer = check(value)
+        except ResultError as error:
+            raise self.broke(hook, str(error)) from error
+        if self._remembered.startswith(hook):  # what an earlier process left behind; what failed here is kept
+            self._remembered = ""
+            failures.forget(self.record)
+            self.record.status, self.record.reason = "ok", ""
+        return answer
+
+    def timed(self, hook: str, action: Callable[[], Any]) -> Any:
+        """Run some code of the plugin's in a thread that is given up after the time limit of a hook.
+
+        Raises:
+            PluginError, LoraRtError: as `ask`.
+        """
+        calls = shared_thread.get()
+        if calls is not None:
+            calls.append((self, hook))
+            return self._here(hook, action)
+        outcome = within(self._limits[hook], action)
+        if outcome.late:
+            raise self.gave_up(hook)
+        if isinstance(outcome.error, LoraRtError):
+            raise outcome.error
+        if outcome.error is not None:
+            raise self.broke(hook, outcome.error) from outcome.error
+        return outcome.value
+
+    def gave_up(self, hook: str) -> PluginError:
+        """Note that a hook did not come back."""
+        return self._failed(hook, f"not finished after {self._limits[hook]:g} s", status="broken")
+
+    def broke(self, hook: str, why: object) -> PluginError:
+        """Note that it failed in a hook, and give the error to raise; `why` is an exception or a text."""
+        return self._failed(hook, describe(why))
+
+    def note(self, reason: str) -> None:
+        """Note something that it offers and that is refused; the rest of it is used."""
+        self.record.mark("faulty", "; ".join(filter(None, (self.record.reason, reason))))
+
+    def _here(self, hook: str, action: Callable[[], Any]) -> Any:
+        # In a thread of ours a KeyboardInterrupt is the plugin's own; in the request's it is the user's.
+        users = (LoraRtError,) if shared_thread.get() is not None else (LoraRtError, KeyboardInterrupt)
+        try:
+            with self._watch.over(hook):
+                return action()
+        except users:
+            raise
+        except BaseException as error:
+            raise self.broke(hook, error) from error
+
+    def _import(self) -> dict[str, Hook] | str:
+        """Its hooks, or why there are none. Looking at it runs its code as well, so it is timed as well."""
+        seconds = self._limits[IMPORT]
+        with _printing_aside():
+            outcome = within(seconds, lambda: hooks_of(self._point.load(), self.group))
+        if outcome.late:
+            return f"import: not finished after {seconds:g} s"
+        if isinstance(outcome.error, SurfaceError):
+            return outcome.error.message
+        if outcome.error is not None:
+            return f"import: {describe(outcome.error)}"
+        found: dict[str, Hook] = outcome.value
+        return found
+
+    def _register(self, found: dict[str, Hook]) -> None:
+        """Hand pluggy a module of the hooks alone: it then never touches the plugin's other attributes."""
+        relay = pluggy.PluginManager("lora_rt")
+        relay.add_hookspecs(hooks)
+        surface = ModuleType(self.name)
+        vars(surface).update(found)
+        try:
+            relay.register(surface, name=self.name)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            self.record.mark("broken", describe(error))
+            return
+        self._relay = relay
+        self.record.hooks = tuple(sorted(found))
+        self._remembered = failures.recall(self.record)
+        if self._remembered:
+            self.record.mark("faulty", self._remembered)
+
+    def _failed(self, hook: str, why: str, *, status: Status = "faulty") -> PluginError:
+        reason = f"{hook}: {why}"
+        if self.record.reason != reason:  # a gate that fails in every request writes once
+            failures.remember(self.record, reason)
+        self.record.mark(status, reason)
+        self._remembered = ""
+        return PluginError(
+            f"the plugin {self.name!r} ({self.record.origin}) failed in {reason}",
+            next_step=f"Report it to its author; LORA_RT_BLOCK_PLUGINS={self.name} keeps it from being loaded",
+        )
+
+    def _late(self, hook: str) -> None:
+        error = self._failed(hook, f"has not come back for {self._limits[hook]:g} s")
+        _log.warning("%s; stop the request with Ctrl-C", error.message)
+
+
+_imports = 0
+_imports_lock = Lock()
+_stdout: Any = None
+
+
+@contextmanager
+def _printing_aside() -> Iterator[None]:
+    """What a module prints while it is imported must not get into the JSON of a command; several may be at once."""
+    global _imports, _stdout
+    with _imports_lock:
+        _imports += 1
+        if _imports == 1:
+            _stdout, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        with _imports_lock:
+            _imports -= 1
+            if _imports == 0:
+                sys.stdout = _stdout
