@@ -221,7 +221,7 @@ def test_a_strangers_package_is_installed_used_and_uninstalled(wheel: Path, tmp_
     copied = there.lora_rt("fade-in", adapter, "fading", "--tokens", 3)
     assert copied.returncode == 0, copied.stderr
     inspected = inspect_adapter(tmp_path / "fading", name="fading")
-    assert (inspected.mode, load_file(inspected.state)["tokens"].item()) == ("fade-in", 3)
+    assert (inspected.mode, load_file(tmp_path / "fading" / "mode.safetensors")["tokens"].item()) == ("fade-in", 3)
     gone = there.lora_rt("uninstall", "fade-in-mode")
     assert gone.returncode == 0, gone.stderr
     assert gone.stdout.splitlines() == [
