@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from lora_rt.registry import durable, strict_json
+from lora_rt.registry.bases import BaseIdentity as BaseIdentity
 from lora_rt.registry.errors import RejectedAdapterError
 from lora_rt.registry.files import CARD, LIMITS, UnusableFileError, open_plain
 from lora_rt.registry.models import Digest, Finite, Text, Word, problems_of
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class BaseIdentity:
-    """Which base: its id (hub id or folder), its revision where there is one, and a digest of its weights or source."""
-
-    id: Text
-    revision: Text | None
-    digest: Text
-
-    def matches(self, other: BaseIdentity) -> bool:
-        """Whether the two name one base: the same id, or the same digest."""
-        return self.id == other.id or (bool(self.digest) and self.digest == other.digest)
 
 
 class StateTensor(BaseModel):

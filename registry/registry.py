@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.errors import LoraRtError
-from lora_rt.registry.bases import use_base
-from lora_rt.registry.card import BaseIdentity
+from lora_rt.registry.bases import ANYWAY, BaseIdentity, use_base
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
 from lora_rt.registry.paths import at_path, read_path
@@ -34,13 +33,23 @@ Source = tuple[str, Callable[[str, Any], Any]]
 class Registry:
     """Everything that can be resolved from one working directory."""
 
-    def __init__(self, home: Path | None = None, project: Path | None = None, sources: Sequence[Source] = ()) -> None:
+    def __init__(
+        self,
+        home: Path | None = None,
+        project: Path | None = None,
+        sources: Sequence[Source] = (),
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> None:
         """
         Args:
             home: where the store lies; `$LORA_RT_HOME` or the user's data folder by default.
             project: the folder whose `lora-rt.toml` and `lora-rt.lock` count; the working directory by default.
             sources: what plugins add, `(label, find)` with `find(name, base)` giving a path or None.
+            allow_base_mismatch: take adapters that state another base than the one in use; shapes still
+                have to fit.
         """
+        self.allow_base_mismatch = allow_base_mismatch
         self.store = Store(home)
         self.folder = (project or Path.cwd()).absolute()
         self.pinned = PinnedNames(self.folder, self.store)
@@ -79,6 +88,10 @@ class Registry:
             return self._from_hub(reference, offline)
         return self._named(reference, base, offline)
 
+    def base_to_hold(self, base: BaseIdentity) -> BaseIdentity | None:
+        """The base that adapters have to state, for `inspect_adapter`; None where any will do whose shapes fit."""
+        return None if self.allow_base_mismatch else base
+
     def installed(self) -> list[Resolved]:
         """Everything that can be resolved by name without the network, by name and base."""
         found: dict[tuple[str, str, str], Resolved] = {}
@@ -112,15 +125,24 @@ class Registry:
         seen: list[Resolved] = []
         for tier, candidates in enumerate(self._tiers(reference.target, base, offline)):
             fitting = [item for item in candidates if _revision_fits(item, reference.revision)]
-            for item in fitting:
-                if base is None or item.card is None or item.card.base.matches(base):
-                    if tier == 0:
-                        say_hidden(item.name, item.why.partition(" is ")[2], self._hidden(item.name, item.sha256))
-                    return item
+            if (item := self._for_base(fitting, base)) is not None:
+                if tier == 0:
+                    say_hidden(item.name, item.why.partition(" is ")[2], self._hidden(item.name, item.sha256))
+                return item
             seen += fitting
         if seen and base is not None:
             raise _wrong_base(reference, base, seen)
         raise self._unknown(reference)
+
+    def _for_base(self, items: Sequence[Resolved], base: BaseIdentity | None) -> Resolved | None:
+        """Of the adapters of one name that made for this base, or one of which nothing says that it was not."""
+        if base is None:
+            return items[0] if items else None
+        stated = [(item, item.card.base if item.card else None) for item in items]
+        certain = [item for item, card in stated if card is not None and card.matches(base)]
+        possible = [item for item, card in stated if card is None or not card.contradicts(base)]
+        anyway = items if self.allow_base_mismatch else ()
+        return next(iter([*certain, *possible, *anyway]), None)
 
     def _hidden(self, name: str, sha256: str) -> tuple[str, ...]:
         """What the name means in other folders, where that is something else."""
@@ -205,5 +227,6 @@ def _revision_fits(item: Resolved, revision: str | None) -> bool:
 def _wrong_base(reference: Reference, base: BaseIdentity, seen: Sequence[Resolved]) -> WrongBaseError:
     bases = sorted({item.card.base.id for item in seen if item.card})
     return WrongBaseError(
-        f"{reference.text!r} is for {', '.join(bases)}, in use is {base.id}", next_step=use_base(bases[0])
+        f"{reference.text!r} is for {', '.join(bases)}, in use is {base.id}",
+        next_step=f"{use_base(bases[0])}; {ANYWAY}",
     )

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from lora_rt.core.base.progress import download
 from lora_rt.core.base.source import BaseError, sha256_file
@@ -27,6 +28,20 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 IDENTITY = BaseIdentity(id=DEFAULT_ID, revision=None, digest=GGUF_SHA256)
 """The default base: the Hub's name of the model, and the digest of the file that the weights are read from."""
+
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""What the default base's GGUF file says of its shape, so that nothing is fetched where that is enough."""
 
 
 def fetch_gguf(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lora_rt.core.base.source import BaseError, BaseSource
 from lora_rt.registry.errors import HubError
@@ -12,6 +13,14 @@ from lora_rt.registry.errors import HubError
 def hub_name(source: BaseSource) -> str:
     """The repository as the user wrote it, with its revision where one was given."""
     return f"{source.text}@{source.revision}" if source.revision else source.text
+
+
+def fetch_config(source: BaseSource) -> Path:
+    """The folder of the Hub's cache that holds the repository's config.json."""
+    from huggingface_hub import hf_hub_download
+
+    with explained(source):
+        return Path(hf_hub_download(source.text, "config.json", revision=source.revision)).parent
 
 
 @contextmanager

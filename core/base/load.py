@@ -14,11 +14,11 @@ from torch import nn
 from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
+from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import heads_of, layers_of
-from lora_rt.core.base.silence import silence_libraries
-from lora_rt.core.base.source import BaseError, parse_base
+from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import BaseError, first_line, parse_base
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
@@ -78,8 +78,7 @@ def load_base(
     chosen = check_precision(precision)
     target = choose_device(device, chosen)
     prepared = prepare_base(parse_base(text), chosen)
-    silence_libraries()
-    with step(f"loading {prepared.identity.id} ({chosen})"):
+    with libraries_silenced(), step(f"loading {prepared.identity.id} ({chosen})"):
         model, tokenizer = _read(prepared.folder, chosen, target)
         model.requires_grad_(False)
         model.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,20 +17,23 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from safetensors import SafetensorError
 
 from lora_rt.core.base import default, hub
+from lora_rt.core.base.configuration import check_weights, quantization_of, weight_files
+from lora_rt.core.base.identity import MANIFEST, identify, identify_folder, manifest_of
 from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, quantization_config
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
-from lora_rt.core.base.silence import silence_libraries
-from lora_rt.core.base.source import BaseError, BaseSource, identify_folder, sha256_file
+from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
+from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import BaseError, BaseSource, first_line, sha256_file
 from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
 
-MANIFEST = "lora-rt-base.json"
+_LOGGER = logging.getLogger("lora_rt.base")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +55,11 @@ def prepare_base(source: BaseSource, precision: Precision) -> PreparedBase:
     if source.kind == "gguf":
         assert source.path is not None
         gguf = source.path
-        identity = BaseIdentity(id=gguf.stem, revision=None, digest=sha256_file(gguf))
-        return _keep(identity, precision, lambda folder: _convert_gguf(gguf, folder, precision))
+        return _keep(identify(source), precision, lambda folder: _convert_gguf(gguf, folder, precision))
     if source.kind == "hub":
-        dense, identity = _fetch_hub(source)
-    else:
-        assert source.path is not None
-        dense, identity = source.path, identify_folder(source.path)
-    return _prepare_folder(dense, identity, precision)
-
-
-def locate_base(source: BaseSource) -> PreparedBase:
-    """The folder of a base whose configuration is wanted and not its weights: any precision that is there will do.
-
-    Raises:
-        BaseError: as `prepare_base`.
-    """
-    if source.kind == "hub":
-        return PreparedBase(*_fetch_hub(source))
-    if source.kind == "folder":
-        assert source.path is not None
-        return PreparedBase(source.path, identify_folder(source.path))
-    return prepare_base(source, "int4")  # the form in which compose will want it
+        return _prepare_folder(_fetch_hub(source), precision, source.text)
+    assert source.path is not None
+    return _prepare_folder(source.path, precision)
 
 
 def _prepare_default(precision: Precision) -> PreparedBase:
@@ -83,28 +70,20 @@ def _prepare_default(precision: Precision) -> PreparedBase:
     return _keep(default.IDENTITY, precision, build)
 
 
-def _prepare_folder(dense: Path, identity: BaseIdentity, precision: Precision) -> PreparedBase:
+def _prepare_folder(dense: Path, precision: Precision, hub_id: str | None = None) -> PreparedBase:
     """Dense precisions read the folder itself; a quantized one is made once, unless the folder is quantized already."""
-    kept = _quantization_of(dense)
+    check_weights(dense)
+    _mention_adapter(dense)
+    kept = quantization_of(dense)
     if kept is not None and kept != precision:
         advice = f"Use --precision {kept}, or a dense copy of it" if kept in QUANTIZED else "Give a dense copy of it"
         raise BaseError(f"{dense.name} is already quantized to {kept}", next_step=advice)
+    identity = identify_folder(dense)
+    if hub_id is not None:
+        identity = BaseIdentity(hub_id, dense.name, identity.digest)
     if kept is not None or precision not in QUANTIZED:
         return PreparedBase(dense, identity)
     return _keep(identity, precision, lambda folder: _quantize(dense, folder, precision))
-
-
-def _quantization_of(folder: Path) -> str | None:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise BaseError(f"{folder}/config.json is not JSON: {error}", next_step="Fetch the model again") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not quantization:
-        return None
-    if quantization.get("load_in_4bit"):
-        return "int4"
-    return "int8" if quantization.get("load_in_8bit") else str(quantization.get("quant_method", "an unknown format"))
 
 
 def _keep(identity: BaseIdentity, precision: Precision, build: Callable[[Path], None]) -> PreparedBase:
@@ -112,11 +91,11 @@ def _keep(identity: BaseIdentity, precision: Precision, build: Callable[[Path], 
     name = re.sub(r"[^A-Za-z0-9.]+", "-", identity.id).strip("-.") or "base"
     family = home.bases() / f"{name}-{identity.digest[:12]}"
     folder = family / precision
-    if _is_whole(folder):
+    if _is_whole(folder, identity):
         return PreparedBase(folder, identity)
     family.mkdir(parents=True, exist_ok=True)
     with FileLock(family / f".{precision}.lock"):
-        if not _is_whole(folder):
+        if not _is_whole(folder, identity):
             _build(family, folder, identity, build)
     return PreparedBase(folder, identity)
 
@@ -152,23 +131,21 @@ def _write_manifest(folder: Path, identity: BaseIdentity) -> None:
         sizes[file.name] = file.stat().st_size
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    (folder / MANIFEST).write_text(json.dumps({"base": asdict(identity), "files": sizes}, indent=2))
+    weights = {file.name: sha256_file(file) for file in weight_files(folder)}
+    document = {"base": asdict(identity), "files": sizes, "weights": weights}
+    (folder / MANIFEST).write_text(json.dumps(document, indent=2))
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+def _is_whole(folder: Path, identity: BaseIdentity) -> bool:
+    kept = manifest_of(folder)
+    return kept is not None and kept.digest == identity.digest
 
 
 def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
-    silence_libraries()
     import torch
 
     dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
-    with step(f"converting {gguf.name}"):
+    with libraries_silenced(), step(f"converting {gguf.name}"):
         try:
             model = whole_model(gguf.parent, gguf_file=gguf.name, dtype=dense_dtype)
             tokenizer = whole_tokenizer(gguf.parent, gguf_file=gguf.name)
@@ -180,16 +157,14 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         dense = folder if precision not in QUANTIZED else folder.parent / "dense"
-        model.save_pretrained(dense)
-        tokenizer.save_pretrained(dense)
+        _save(model, tokenizer, dense)
     if precision in QUANTIZED:
         _quantize(dense, folder, precision)
 
 
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
     """Quantize at loading and save before any forward: bitsandbytes repacks 4-bit weights in place at the first one."""
-    silence_libraries()
-    with step(f"quantizing to {precision} (once; the result is kept)"):
+    with libraries_silenced(), step(f"quantizing to {precision} (once; the result is kept)"):
         try:
             how = quantization_config(precision)
             model = whole_model(dense, quantization_config=how, dtype=compute_dtype(precision))
@@ -197,11 +172,10 @@ def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
         except UNREADABLE as error:
             text = f"{dense} can't be loaded: {first_line(error)}"
             raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save(model, tokenizer, folder)
 
 
-def _fetch_hub(source: BaseSource) -> tuple[Path, BaseIdentity]:
+def _fetch_hub(source: BaseSource) -> Path:
     """The repository's snapshot in the Hub's own cache; its progress bars and its tokens are the Hub client's."""
     from huggingface_hub import snapshot_download
 
@@ -210,5 +184,24 @@ def _fetch_hub(source: BaseSource) -> tuple[Path, BaseIdentity]:
         folder = Path(snapshot_download(source.text, revision=source.revision, allow_patterns=wanted))
     if not (folder / "config.json").is_file():
         raise hub.no_model(source)
-    revision = folder.name
-    return folder, BaseIdentity(id=source.text, revision=revision, digest=identify_folder(folder).digest)
+    return folder
+
+
+def _mention_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        _LOGGER.warning(
+            "%s holds a model and an adapter: the model alone is loaded. The adapter is used with: "
+            "lora-rt compose %s --base %s",
+            *(folder, folder, folder),
+        )
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Keep a model, and make sure that it is the whole model which was kept."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    kept = sum(file.stat().st_size for file in weight_files(folder))
+    if kept < sum(tensors.values()):
+        text = f"transformers kept {kept:,} bytes of a model of {sum(tensors.values()):,}"
+        raise BaseError(text, next_step="Give another base, or report it")

@@ -7,7 +7,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lora_rt.core.base.source import BaseError
+from lora_rt.core.base import default, hub
+from lora_rt.core.base.configuration import read_configuration
+from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import BaseError, BaseSource, first_line
 
 UNREADABLE = (
     ValueError, OSError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, ArithmeticError,
@@ -15,26 +18,57 @@ UNREADABLE = (
 )  # fmt: skip
 """What transformers raises for a folder or file that it can't make a model or a tokenizer of."""
 
+_NO_ADAPTER = {"subfolder": "no-adapter-is-looked-for"}
+"""transformers adds an adapter that lies beside a model to it, and then saves that adapter in place of the model."""
+
 
 def whole_model(where: Any, **arguments: Any) -> Any:
     """The causal language model of a folder.
 
-    Code that comes with a model is never run. transformers fills weights that it does not find with random numbers and
-    a warning: here that is an error.
+    Code that comes with a model is never run, pickles are never opened, and an adapter that lies beside the model
+    is not looked at. transformers fills weights that it does not find with random numbers and a warning: here that
+    is an error.
 
     Raises:
         BaseError: weights are missing. One of `UNREADABLE`: it is no model.
     """
     from transformers import AutoModelForCausalLM
 
+    if "gguf_file" not in arguments:
+        arguments["use_safetensors"] = True
     model, report = AutoModelForCausalLM.from_pretrained(
-        where, trust_remote_code=False, output_loading_info=True, **arguments
+        where, trust_remote_code=False, output_loading_info=True, adapter_kwargs=_NO_ADAPTER, **arguments
     )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]) + _misshapen(model)
     if missing:
         text = f"{len(missing)} weights of {arguments.get('gguf_file', where)} are missing or have another shape"
         raise BaseError(text, problems=missing[:20], next_step="Fetch the model again")
     return model
+
+
+def config_alone(source: BaseSource) -> Any:
+    """transformers' configuration of a base, of which nothing else is fetched, converted or loaded.
+
+    Raises:
+        BaseError: there is none, it can't be fetched, or transformers can't read it.
+    """
+    with libraries_silenced():
+        from transformers import AutoConfig, LlamaConfig
+
+        try:
+            if source.kind == "default":
+                return LlamaConfig(**default.CONFIG)
+            if source.kind == "gguf":
+                assert source.path is not None
+                return AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+            folder = hub.fetch_config(source) if source.path is None else source.path
+            read_configuration(folder)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except BaseError:
+            raise
+        except UNREADABLE as error:
+            text = f"the configuration of {source.text} can't be read: {first_line(error)}"
+            raise BaseError(text, next_step="Give a causal language model that transformers knows") from error
 
 
 def whole_tokenizer(where: Any, **arguments: Any) -> Any:
@@ -64,9 +98,3 @@ def _misshapen(model: Any) -> list[str]:
             if shape != (module.out_features, module.in_features):
                 found.append(f"{name}: {shape}, should be {(module.out_features, module.in_features)}")
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

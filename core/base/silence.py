@@ -1,6 +1,6 @@
-"""Keeps the noise of the libraries below us away from the user: progress bars, advice, and known warnings.
+"""Keeps the noise of the libraries below us away while we use them: progress bars, advice, and known warnings.
 
-bitsandbytes speaks while it is imported, so the filter on its logger stands as soon as this module does.
+An application that embeds the runtime has settings of its own; they are put back when our own work is done.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import functools
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class _DropKernelsAdvice(logging.Filter):
@@ -18,20 +20,51 @@ class _DropKernelsAdvice(logging.Filter):
         return "kernels" not in record.getMessage()
 
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_DropKernelsAdvice())
+_ADVICE = _DropKernelsAdvice()
+_EXPECTED = (
+    (".*MatMul8bitLt: inputs will be cast.*", UserWarning),
+    (".*is_gradient_checkpointing.*", FutureWarning),
+)
 
 
-def silence_libraries() -> None:
-    """Call before transformers loads anything. Errors still come through; bars, advice and these warnings do not."""
+def silence_this_process() -> None:
+    """For a program of our own, before transformers is imported: for as long as the process lives."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", message=".*MatMul8bitLt: inputs will be cast.*")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    from transformers import modeling_gguf_pytorch_utils
-    from transformers.utils import logging as transformers_logging
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _expect_warnings()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_ADVICE)
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # The GGUF reader's bar is tqdm's own and has no switch.
-    bar = modeling_gguf_pytorch_utils.tqdm
-    if not isinstance(bar, functools.partial):
-        modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
+
+@contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """Within the block transformers and bitsandbytes say errors alone; afterwards everything is as it was before.
+
+    The settings are the process's: meanwhile they hold for its other threads, too.
+    """
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging as upstream
+
+    adviser = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    verbosity, bars = upstream.get_verbosity(), upstream.is_progress_bar_enabled()
+    reading = modeling_gguf_pytorch_utils.tqdm  # the GGUF reader's bar is tqdm's own and has no switch
+    ours = _ADVICE not in adviser.filters
+    with warnings.catch_warnings():
+        _expect_warnings()
+        adviser.addFilter(_ADVICE)
+        upstream.set_verbosity_error()
+        upstream.disable_progress_bar()
+        modeling_gguf_pytorch_utils.tqdm = functools.partial(reading, disable=True)
+        try:
+            yield
+        finally:
+            modeling_gguf_pytorch_utils.tqdm = reading
+            upstream.set_verbosity(verbosity)
+            if bars:
+                upstream.enable_progress_bar()
+            if ours:
+                adviser.removeFilter(_ADVICE)
+
+
+def _expect_warnings() -> None:
+    for message, category in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message, category=category)

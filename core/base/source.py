@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from lora_rt.errors import LoraRtError
-from lora_rt.registry.card import BaseIdentity
 
 DEFAULT = "default"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FINGERPRINT_BYTES = 1 << 20
 
 
 class BaseError(LoraRtError):
@@ -50,11 +48,13 @@ def parse_base(text: str) -> BaseSource:
             )
         return BaseSource("gguf", text, path.resolve())
     if looks_local:
-        raise BaseError(f"there is no base at {text}", next_step="Give a folder with a config.json, or a .gguf file")
+        raise BaseError(
+            f"there is no base model at {text}", next_step="Give a folder with a config.json, or a .gguf file"
+        )
     name, _, revision = text.partition("@")
     if not _HUB_ID.fullmatch(name) or text.endswith("@"):
         raise BaseError(
-            f"{text!r} is no base",
+            f"{text!r} is not a base model",
             next_step='Use "default", a folder, a .gguf file or a hub id such as Qwen/Qwen2.5-7B-Instruct[@revision]',
         )
     return BaseSource("hub", name, revision=revision or None)
@@ -68,25 +68,13 @@ def _folder(text: str, path: Path) -> BaseSource:
     return BaseSource("folder", text, path)
 
 
-def identify_folder(folder: Path) -> BaseIdentity:
-    """Name a local folder by a fingerprint of what it holds, so that a copy of it elsewhere is the same base.
-
-    The digest covers config.json, and of every weight file the name, the size and its first and last MiB: reading
-    tens of gigabytes at every start would cost more than it tells.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    for file in weights:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_FINGERPRINT_BYTES))
-            stream.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(stream.read(_FINGERPRINT_BYTES))
-    return BaseIdentity(id=folder.name, revision=None, digest=digest.hexdigest())
-
-
 def sha256_file(path: Path) -> str:
     """The sha256 of a file, 64 hex digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

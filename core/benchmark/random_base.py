@@ -16,7 +16,7 @@ from torch import nn
 from lora_rt.core.base.load import LoadedBase, base_facts
 from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
 from lora_rt.core.base.repacking import forbid_uneven_repacking
-from lora_rt.core.base.silence import silence_libraries
+from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.benchmark.workloads import refuse_unknown
 from lora_rt.registry.card import BaseIdentity
 
@@ -38,9 +38,9 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
     check_size(size)
     chosen = check_precision(precision)
     target = choose_device(device, chosen)
-    silence_libraries()
     dtype = compute_dtype(chosen)
-    model = _materialized(_config(size), chosen, target, dtype)
+    with libraries_silenced():
+        model = _materialized(_config(size), chosen, target, dtype)
     forbid_uneven_repacking(model)
     identity = BaseIdentity(id=f"random-{size}", revision=None, digest="")
     return LoadedBase(

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from lora_rt.core.base.silence import silence_this_process
 from lora_rt.core.cli.console import hear_notes
 from lora_rt.core.cli.failures import explain
 from lora_rt.core.cli.group import CommandGroup
@@ -43,6 +44,7 @@ def run() -> None:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     if sys.stdout is None:  # closed by the caller (`>&-`): what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    silence_this_process()
     hear_notes()
     try:
         app(prog_name="lora-rt")

@@ -20,7 +20,7 @@ def print_json(document: Any) -> None:
 
 
 class Notes(logging.Handler):
-    """Says what the registry logs (a project's name that hides another) on standard error, in one line."""
+    """Says what the registry and a base log on standard error, in one line: a name that hides another, for instance."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -34,5 +34,6 @@ def hear_notes() -> None:
     from lora_rt.registry import shadowing
 
     shadowing.say_hidden.cache_clear()
-    if not any(isinstance(handler, Notes) for handler in shadowing.LOGGER.handlers):
-        shadowing.LOGGER.addHandler(Notes())
+    for logger in (shadowing.LOGGER, logging.getLogger("lora_rt.base")):
+        if not any(isinstance(handler, Notes) for handler in logger.handlers):
+            logger.addHandler(Notes())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.shape import Heads, heads_of
+from lora_rt.core.base.silence import libraries_silenced
 
 Side = Literal["output", "input"]
 
@@ -108,7 +109,8 @@ def survey(model: Any) -> Topology:
         for name, module in linears.items()
     ]
     try:
-        with torch.no_grad():  # no inference mode: what is repacked now has to serve passes with gradients as well
+        # No inference mode: what is repacked now has to serve passes with gradients as well.
+        with libraries_silenced(), torch.no_grad():
             model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
     finally:
         for handle in handles:

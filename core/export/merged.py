@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.reading import UNREADABLE, first_line, whole_model, whole_tokenizer
-from lora_rt.core.base.source import BaseError
+from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
+from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import BaseError, first_line
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export.combine import refuse_overflow
 from lora_rt.core.export.errors import ExportError
@@ -39,7 +40,7 @@ def write_merged(folder: Path, factors: Mapping[str, Factors], base: Outline, dt
     _refuse_quantized(base)
     _refuse_full_disk(folder, base, dtype)
     dense = prepare_base(base.source, "float32").folder
-    with step(f"merging into {base.identity.id}"):
+    with libraries_silenced(), step(f"merging into {base.identity.id}"):
         try:
             model = whole_model(dense, dtype="auto")
             tokenizer = whole_tokenizer(dense)

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
+from lora_rt.core.base.identity import identify
 from lora_rt.core.base.load import base_facts
-from lora_rt.core.base.prepare import locate_base
-from lora_rt.core.base.reading import UNREADABLE, first_line
-from lora_rt.core.base.silence import silence_libraries
-from lora_rt.core.base.source import BaseError, BaseSource, parse_base
+from lora_rt.core.base.reading import UNREADABLE, config_alone
+from lora_rt.core.base.source import BaseError, BaseSource, first_line, parse_base
 from lora_rt.core.engine.topology import features, find_linears
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
@@ -40,24 +39,22 @@ def outline(text: str) -> Outline:
     Raises:
         BaseError: it can't be found, or is no model that transformers knows.
     """
-    silence_libraries()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     source = parse_base(text)
-    located = locate_base(source)
+    config, identity = config_alone(source), identify(source)
     try:
-        config = AutoConfig.from_pretrained(located.folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except UNREADABLE as error:
-        text = f"{located.folder} can't be understood: {first_line(error)}"
+        text = f"{source.text} can't be understood: {first_line(error)}"
         raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
     linears = find_linears(model)
     return Outline(
         source=source,
-        identity=located.identity,
-        facts=base_facts(config, located.identity, "float32"),
+        identity=identity,
+        facts=base_facts(config, identity, "float32"),
         config=config,
         linears={name: features(module) for name, module in linears.items()},
         transposed=frozenset(name for name, module in linears.items() if isinstance(module, Conv1D)),

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.load import scales
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
-from lora_rt.core.base.reading import first_line
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of
+from lora_rt.core.base.source import first_line
 from lora_rt.core.memory.config import PlanError
 from lora_rt.core.memory.upstream import quantize_layers, storage_key
 

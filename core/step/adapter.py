@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.engine.topology import find_linears
 from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targets
 from lora_rt.registry.card import BaseIdentity, StateTensor
@@ -40,6 +41,7 @@ def targets(model: Any, settings: TrainSettings) -> list[str]:
     return [name for name in names if name.rsplit(".", 1)[-1] in wanted]
 
 
+@libraries_silenced()
 def with_adapter(model: Any, settings: TrainSettings) -> Any:
     """The model with a new adapter in it; works on the meta device as well."""
     config = LoraConfig(

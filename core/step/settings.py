@@ -80,7 +80,7 @@ class TrainSettings:
         if problems:
             raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
 
-    def fingerprint(self, data_digest: str, optimizer: Optimizer = "adamw") -> str:
+    def fingerprint(self, data_digest: str, optimizer: Optimizer = "adamw", *, base_digest: str = "") -> str:
         """Twelve hex digits that two runs share exactly if one can resume the other.
 
         What is computed must be the same, not in which portions: checkpointing and accumulation may differ. Plain AdamW
@@ -89,9 +89,12 @@ class TrainSettings:
         Args:
             data_digest: of the training data.
             optimizer: the one that the run came to.
+            base_digest: of the base, where the text of `--base` may lead to another one tomorrow.
         """
         apart = ("data", "held_out", "device", "licence", "optimizer", "gradient_checkpointing", "accumulation")
         plain = {key: str(value) for key, value in asdict(self).items() if key not in apart}
+        if base_digest:
+            plain["base"] = base_digest
         for key in ("template_variables", "special_tokens"):  # as above: nothing where there is nothing to say
             if not getattr(self, key):
                 del plain[key]

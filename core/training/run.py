@@ -12,6 +12,8 @@ from accelerate.utils import send_to_device
 from rich.console import Console
 
 from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import DEFAULT
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import pick_portions
 from lora_rt.core.step.adapter import checkpointed, described_state, fresh_adapter, write_adapter
@@ -159,9 +161,11 @@ class _Run:
         self.gates = RankGates(self.model, objective, settings.r)
         if objective.state is not None:
             self.model.add_module("lora_rt_mode_state", objective.state.to(base.device))
-        fingerprint = settings.fingerprint(self.data_digest, self.portions.optimizer)
+        digest = "" if settings.base == DEFAULT else base.identity.digest
+        fingerprint = settings.fingerprint(self.data_digest, self.portions.optimizer, base_digest=digest)
         self.checkpoint_folder = home.checkpoints() / f"{settings.register}-{fingerprint}"
 
+    @libraries_silenced()
     def execute(self, folder: Path, *, resume: bool) -> TrainResult:
         if self.portions.why:
             Console(stderr=True, highlight=False).print(self.portions.why, markup=False, soft_wrap=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_rt.registry import files
+from lora_rt.registry.bases import base_problems
 from lora_rt.registry.card import AdapterCard, BaseIdentity, parse_card
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, MEGABYTE, STATE, WEIGHTS, UnusableFileError
 from lora_rt.registry.inspection import kinds
-from lora_rt.registry.inspection.bases import base_problems
 from lora_rt.registry.inspection.config import read_config
 from lora_rt.registry.inspection.modules import Linears, LoraModule, pair_modules, rank_problems
 from lora_rt.registry.inspection.safetensors_header import TensorEntry, read_header
@@ -141,11 +141,15 @@ class _Inspection:
             return problems
         names = files.present(self.folder)
         problems = self._read_card(names) + self._read_config(names)
-        problems += base_problems(self.card, self.settings, self.base)
+        problems += self._base_problems()
         problems += self._read_weights(names, bool(problems)) + self._read_state(names)
         for name in sorted(set(names) - set(self.found)):
             problems += self._hash(name)
         return problems
+
+    def _base_problems(self) -> list[str]:
+        configured = None if self.settings is None else self.settings.base_name
+        return base_problems(None if self.card is None else self.card.base, configured, self.base)
 
     def _small(self, name: str) -> tuple[bytes | None, list[str]]:
         """The whole of a small file, hashed."""

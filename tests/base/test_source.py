@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_rt.core.base.identity import identify_folder
 from lora_rt.core.base.precision import PrecisionError, check_precision, choose_device
-from lora_rt.core.base.source import BaseError, identify_folder, parse_base
+from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from support.tiny import Zoo

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from lora_rt.core.base.default import CONFIG
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.precision import PRECISIONS, Precision
-from lora_rt.core.memory.config import DEFAULT, read_config
+from lora_rt.core.memory.config import read_config
 from lora_rt.core.memory.inference import InferenceMemory, plan_inference
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import bytes_of, resident
@@ -92,7 +93,7 @@ def test_the_default_base_is_planned_without_a_file_and_rightly(
     monkeypatch.setenv("LORA_RT_HOME", str(request.config.cache.mkdir("lora-rt-home")))
     runtime = Runtime.load("default", device="cpu")
     config = runtime.model.config
-    assert {key: getattr(config, key) for key in DEFAULT} == DEFAULT
+    assert {key: getattr(config, key) for key in CONFIG} == CONFIG
     assert before.weights == pytest.approx(bytes_of(runtime.model), rel=CLOSE)
     runtime.load_adapter("logic")
     assert before.adapters == pytest.approx(bytes_of_residents(runtime), rel=CLOSE)

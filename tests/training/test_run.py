@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lora_rt.version
 from lora_rt.core.runtime import Runtime
@@ -131,6 +133,22 @@ def test_an_interrupted_run_resumes_to_the_adapter_of_an_undisturbed_one(
 def test_resume_without_a_checkpoint_says_so(settings: Make, folder: Path) -> None:
     with pytest.raises(SettingsError, match="no checkpoint"):
         train(settings(), load_modes(), folder, resume=True)
+
+
+def test_a_run_is_not_resumed_over_another_base_in_the_same_folder(
+    settings: Make, zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(zoo.base("llama"), base)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(InterruptedRunError):
+            train(settings(base=str(base)), load_modes(), out)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SettingsError, match="no checkpoint"):
+        train(settings(base=str(base)), load_modes(), out, resume=True)
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_resumed_from(tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""Which base this is: a digest of everything that decides what it computes, and what can be said before it is loaded.
+
+A digest covers config.json and every byte of the weights. Reading tens of gigabytes takes a while, so the sha256 of
+each file is remembered in the home under what changes whenever the file does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from lora_rt.core.base import default
+from lora_rt.core.base.configuration import weight_files
+from lora_rt.core.base.progress import step
+from lora_rt.core.base.source import BaseSource, parse_base, sha256_file
+from lora_rt.registry import durable, home
+from lora_rt.registry.card import BaseIdentity
+
+MANIFEST = "lora-rt-base.json"
+"""Written last into a folder that we prepared: `base` is which base it holds, `files` the size of each file and
+`weights` the sha256 of those that hold weights."""
+
+_QUICK_BYTES = 256 << 20
+_ANNOUNCED_BYTES = 1 << 30
+_UNSETTLED_NS = 50_000_000  # a file that changed so lately may change again within one tick of the file system's clock
+_REMEMBERED = 2000
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots/([0-9a-f]{40})")
+
+
+def identify_base(text: str) -> BaseIdentity:
+    """Which base `--base` means, told in a fraction of a second: nothing is fetched, converted or loaded.
+
+    The digest is "" where finding it takes longer than that: a repository that is not cached, or weights of more than
+    256 MiB that were never read before. Ids are only labels: compare with `BaseIdentity.contradicts`.
+
+    Raises:
+        BaseError: there is no such base.
+    """
+    return _identify(parse_base(text), _quick_sha256)
+
+
+def identify(source: BaseSource) -> BaseIdentity:
+    """The same, with the digest of whatever lies on this machine, however long that takes."""
+    return _identify(source, sha256_of)
+
+
+def identify_folder(folder: Path) -> BaseIdentity:
+    """Which base a folder holds; a copy of it elsewhere is the same base, and one changed byte makes it another."""
+    return _of_folder(folder, sha256_of)
+
+
+def label_of(source: BaseSource) -> str:
+    """What a base is called, from its text alone."""
+    if source.kind == "default":
+        return default.IDENTITY.id
+    if source.path is None:
+        return source.text
+    return source.path.stem if source.kind == "gguf" else source.path.name
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, read once for as long as it stays what it is."""
+    key = _key(path)
+    found = _remembered().get(key)
+    if found is None:
+        if path.stat().st_size < _ANNOUNCED_BYTES:
+            found = sha256_file(path)
+        else:
+            with step(f"reading {path.name} to know which base it is (once)"):
+                found = sha256_file(path)
+        if key == _key(path) and time.time_ns() - path.stat().st_mtime_ns > _UNSETTLED_NS:
+            _remember(key, found)
+    return found
+
+
+def manifest_of(folder: Path) -> BaseIdentity | None:
+    """Which base a folder holds that we prepared; None where it is no such folder or not as it was left."""
+    try:
+        document = json.loads((folder / MANIFEST).read_text())
+        identity = TypeAdapter(BaseIdentity).validate_python(document["base"])
+        if any((folder / name).stat().st_size != size for name, size in document["files"].items()):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError):
+        return None
+    return identity
+
+
+def _identify(source: BaseSource, sha256: Callable[[Path], str]) -> BaseIdentity:
+    if source.kind == "default":
+        return default.IDENTITY
+    if source.kind == "hub":
+        folder = _cached(source)
+        if folder is None:
+            return BaseIdentity(source.text, source.revision, "")
+        return BaseIdentity(source.text, folder.name, _of_folder(folder, sha256).digest)
+    assert source.path is not None
+    if source.kind == "gguf":
+        return BaseIdentity(source.path.stem, None, sha256(source.path))
+    return _of_folder(source.path, sha256)
+
+
+def _of_folder(folder: Path, sha256: Callable[[Path], str]) -> BaseIdentity:
+    if (made := _prepared(folder, sha256)) is not None:
+        return made
+    parts = [(file.name, sha256(file)) for file in weight_files(folder)]
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name, content in parts:
+        digest.update(f"{name}:{content}".encode())
+    known = digest.hexdigest() if all(content for _, content in parts) else ""
+    if snapshot := _SNAPSHOT.search(folder.as_posix()):
+        return BaseIdentity("/".join(filter(None, snapshot.groups()[:2])), snapshot[3], known)
+    return BaseIdentity(folder.name, None, known)
+
+
+def _prepared(folder: Path, sha256: Callable[[Path], str]) -> BaseIdentity | None:
+    """What the manifest says, if the weights are still those that it speaks of."""
+    identity = manifest_of(folder)
+    if identity is None or _SNAPSHOT.search(folder.as_posix()):
+        return None  # a stranger's repository may hold any file, this one too
+    weights = json.loads((folder / MANIFEST).read_text()).get("weights", {})
+    found = {name: sha256(folder / name) for name in weights}
+    return identity if all(found[name] in ("", wanted) for name, wanted in weights.items()) else None
+
+
+def _cached(source: BaseSource) -> Path | None:
+    """The folder of the Hub client's cache that holds this repository, as far as no request is needed to tell."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.text, "config.json", revision=source.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _quick_sha256(path: Path) -> str:
+    if path.stat().st_size > _QUICK_BYTES:
+        return _remembered().get(_key(path), "")
+    return sha256_of(path)
+
+
+def _key(path: Path) -> str:
+    """What no change of a file leaves as it is: not even one that puts the time of modification back."""
+    about = path.stat()
+    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
+
+
+def _file() -> Path:
+    return home.home() / "digests.json"
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        found = json.loads(_file().read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(key: str, digest: str) -> None:
+    """Two processes at once may lose a line of each other's; it is found again the next time."""
+    kept = dict([*_remembered().items(), (key, digest)][-_REMEMBERED:])
+    with suppress(OSError):  # a home that can't be written costs time alone
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        durable.write_text(_file(), json.dumps(kept, indent=0))
