@@ -6,7 +6,6 @@ found into words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -60,25 +59,21 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def validated(kind: type[T], document: Any) -> T:
-    """A document as what it is said to be; no type is converted into another.
+    """A document as what it is said to be.
 
     Raises:
         ValidationError: it is not; see `problems_of`.
     """
-    value: T = _adapter(kind).validate_python(document)
+    schema: Any = kind
+    value: T = _adapter(schema).validate_python(document)
     return value
 
 
-def problems_of(error: ValidationError, place: Sequence[str | int] = ()) -> list[str]:
-    """Everything that is wrong with a document, one line each, cut where it came from a stranger.
-
-    Args:
-        error: what pydantic found.
-        place: where in a larger document the wrong part stands.
-    """
+def problems_of(error: ValidationError) -> list[str]:
+    """Everything that pydantic found wrong with a document, one line each, cut where it came from a stranger."""
     problems = []
     for item in error.errors(include_url=False, include_context=False, include_input=False)[:MAX_PROBLEMS]:
-        parts = [str(part)[:60] for part in (*place, *item["loc"]) if part != "[key]"]
+        parts = [str(part)[:60] for part in item["loc"] if part != "[key]"]
         text = item["msg"].removeprefix("Value error, ")
         problems.append(f"{repr('.'.join(parts))[1:-1][:120]}: {text}" if parts else text)
     return problems

@@ -37,5 +37,5 @@ def sync(
         out.print(f"{LOCK_FILE} was brought up to date")
     for item in found:
         out.print(f"[bold]{escape(item.name)}[/] {escape(item.source)} sha256 {item.sha256[:12]}", soft_wrap=True)
-    for item in compositions:
-        out.print(f"[bold]{escape(item.name)}[/] composition {escape(str(item))}", soft_wrap=True)
+    for composition in compositions:
+        out.print(f"[bold]{escape(composition.name)}[/] composition {escape(str(composition))}", soft_wrap=True)

@@ -161,8 +161,8 @@ def _commit(store: Store, reference: Reference, offline: bool) -> str | None:
         return commit
     if find_installed(store, reference):
         return None
-    if commit := cached_commit(reference.target, requested):
-        return commit
+    if cached := cached_commit(reference.target, requested):
+        return cached
     raise HubError(
         f"{reference.text} is neither in the store nor in the Hub client's cache, and the Hub is not asked",
         next_step=f"Go online and type: lora-rt pull {reference.text}",
