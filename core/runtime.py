@@ -77,8 +77,8 @@ class Runtime:
         special_tokens: bool = False,
     ) -> None:
         """Use `Runtime.load`; this is for callers who have loaded the parts themselves."""
-        self._adapted: AdaptedBase | None = AdaptedBase(base, modes, registry)
         self.text = TextFormat.of_base(base, template_variables, special_tokens=special_tokens)
+        self._adapted: AdaptedBase | None = AdaptedBase(base, modes, registry, self.text)
 
     @classmethod
     def load(

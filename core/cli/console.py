@@ -30,10 +30,10 @@ class Notes(logging.Handler):
 
 
 def hear_notes() -> None:
-    """Print the registry's notes from now on; each is said once for a command."""
+    """Print the notes of registry and requests from now on; each is said once for a command."""
     from lora_rt.registry import shadowing
 
     shadowing.say_hidden.cache_clear()
-    for logger in (shadowing.LOGGER, logging.getLogger("lora_rt.base")):
+    for logger in (shadowing.LOGGER, *map(logging.getLogger, ("lora_rt.base", "lora_rt.requests"))):
         if not any(isinstance(handler, Notes) for handler in logger.handlers):
             logger.addHandler(Notes())

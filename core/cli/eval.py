@@ -31,6 +31,8 @@ def evaluate(
     bridge: Annotated[bool, typer.Option("--bridge", hidden=True)] = False,
     one_direction: Annotated[str | None, typer.Option("--one-direction", hidden=True)] = None,
     seed: Annotated[int, typer.Option("--seed", hidden=True)] = 0,
+    template_var: options.TemplateVar = None,
+    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
@@ -45,7 +47,8 @@ def evaluate(
         return
     for composition in [Composition.parse(spec) for spec in specs]:
         look_up(composition)
-    matrix = _measure(specs, _read(data), base, precision, device)
+    text = options.text_format(template_var, special_tokens)
+    matrix = _measure(specs, _read(data), base, precision, device, text)
     if plot is not None:
         from lora_rt.core.evaluation.plot import plot_matrix
 
@@ -72,14 +75,24 @@ def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _measure(specs: list[str], data: dict[str, list[dict[str, Any]]], base: str, precision: str, device: str) -> Matrix:
+def _measure(
+    specs: list[str],
+    data: dict[str, list[dict[str, Any]]],
+    base: str,
+    precision: str,
+    device: str,
+    text: dict[str, Any],
+) -> Matrix:
+    from rich.markup import escape
     from rich.progress import Progress
 
     from lora_rt.core.cli.console import err
     from lora_rt.core.evaluation.matrix import evaluate as measure
     from lora_rt.core.runtime import Runtime
 
-    runtime = Runtime.load(base, precision=precision, device=device)
+    runtime = Runtime.load(base, precision=precision, device=device, **text)
+    counts = ", ".join(f"{len(examples)} of {name}" for name, examples in data.items())
+    err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({precision})[/]", soft_wrap=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("evaluating", total=len(data) * (len(specs) + 1))
         return measure(runtime, data, specs, lambda what: progress.update(task, advance=1, description=what))

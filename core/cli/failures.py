@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from lora_rt.core.cli.console import err
 from lora_rt.errors import LoraRtError, UsageError
+from lora_rt.plugins.contract.terminal import harmless
 
 
 def explain(error: BaseException) -> int | None:
@@ -73,10 +74,15 @@ def _about_path(path: str) -> str:
 
 
 def _line(message: str, next_step: str, problems: tuple[str, ...] = ()) -> None:
-    text = f"[bold red]error:[/] {escape(message)}"
+    text = f"[bold red]error:[/] {_shown(message)}"
     if next_step:
-        text += f"{'' if message.endswith('?') else '.'} [bold]{escape(next_step)}[/]"
+        text += f"{'' if message.endswith('?') else '.'} [bold]{_shown(next_step)}[/]"
     # Whole words in a terminal, one line for whoever searches a log.
     err.print(text, soft_wrap=not err.is_terminal)
     for problem in (p for p in problems if p not in message):
-        err.print(f"  - {escape(problem)}", soft_wrap=not err.is_terminal)
+        err.print(f"  - {_shown(problem)}", soft_wrap=not err.is_terminal)
+
+
+def _shown(text: str) -> str:
+    """Also the words of strangers: a chat template's complaint, a line of data."""
+    return escape(harmless(text))

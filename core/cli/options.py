@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,26 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
 
-__all__ = ["Base", "Data", "Device", "Json", "Name", "Offline", "Precision", "Scene", "Seed", "Specs"]
+__all__ = [
+    "Base",
+    "Data",
+    "Device",
+    "Json",
+    "MaxNewTokens",
+    "Name",
+    "Offline",
+    "Precision",
+    "RepetitionPenalty",
+    "Scene",
+    "Seed",
+    "SpecialTokens",
+    "Specs",
+    "System",
+    "Temperature",
+    "TemplateVar",
+    "TopK",
+    "TopP",
+]
 
 
 @contextmanager
@@ -44,6 +63,20 @@ def piped() -> str | None:
     return None if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
 
 
+def text_format(template_var: Sequence[str] | None, special_tokens: bool, *texts: str) -> dict[str, Any]:
+    """What `Runtime.load` is told of reading texts; the texts of the command line are looked at as well.
+
+    Raises:
+        UsageError: a variable without a value, or what is not Unicode.
+    """
+    from lora_rt.core.generation.prompts import check_text, template_variables
+
+    with usage():
+        for text in texts:
+            check_text(text, "the prompt")
+        return {"template_variables": template_variables(template_var or ()), "special_tokens": special_tokens}
+
+
 def _adapter_names(incomplete: str) -> list[str]:
     """For the shell's completion: adapters and named compositions that are here."""
     from lora_rt.registry.registry import Registry
@@ -68,4 +101,27 @@ Scene = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Make no request over the network.")]
-Data = Annotated[Path, typer.Option("--data", metavar="F.jsonl", help='Lines {"scene": "...", "text": "..."}.')]
+Data = Annotated[
+    Path, typer.Option("--data", metavar="F.jsonl", help="Scene and text, or messages, or instruction and output.")
+]
+
+# How a prompt is put to the base.
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system message before the prompt.")]
+TemplateVar = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-var", metavar="KEY=VALUE", help="Of the chat template: enable_thinking=false. Repeatable."
+    ),
+]
+SpecialTokens = Annotated[
+    bool, typer.Option("--special-tokens", help="Read <|im_end|> and the like in texts as tokens; they are text.")
+]
+
+# How an answer is chosen.
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among the likeliest that make up this share.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample among so many of the likeliest; 0 is off.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="On the answer's own tokens; 1 is off.")
+]

@@ -27,14 +27,17 @@ def scene(
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
+    template_var: options.TemplateVar = None,
+    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Show the distribution over scene types that the gates would see."""
+    form = options.text_format(template_var, special_tokens, text)
     reference = adapter or _first_able()
     with options.usage():
         parsed = Reference.parse(reference)
     look_up(Composition((Term(parsed),)))
-    runtime = session().runtime(base, precision, device)
+    runtime = session().runtime(base, precision, device, **form)
     name = runtime.ensure(reference)
     (shares,) = runtime.register_scenes([text], name)
     if as_json:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_rt.core.runtime import Runtime
@@ -33,8 +33,8 @@ class Session:
 
         return Registry(sources=self.modes.sources())
 
-    def runtime(self, base: str, precision: str, device: str) -> Runtime:
-        """A base in memory, with these modes and this registry.
+    def runtime(self, base: str, precision: str, device: str, **text: Any) -> Runtime:
+        """A base in memory, with these modes and this registry; `text` is how it reads prompts, as for `Runtime.load`.
 
         Raises:
             LoraRtError: with what went wrong and what to do.
@@ -44,7 +44,7 @@ class Session:
         parse_base(base)  # what can be wrong with its name is said before torch is imported, which takes seconds
         with starting():
             from lora_rt.core.runtime import Runtime
-        return Runtime.load(base, precision=precision, device=device, modes=self.modes, registry=self.registry)
+        return Runtime.load(base, precision=precision, device=device, modes=self.modes, registry=self.registry, **text)
 
 
 def session() -> Session:

@@ -61,6 +61,8 @@ def train(
     scene_types: Annotated[
         str, typer.Option("--scene-types", help="Scene types the adapter is for, comma-separated.")
     ] = "",
+    template_var: options.TemplateVar = None,
+    special_tokens: options.SpecialTokens = False,
     licence: Annotated[str, typer.Option("--licence", help="The adapter's licence, e.g. Apache-2.0.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same run.")] = False,
     out: Annotated[
@@ -92,6 +94,7 @@ def train(
         options=_options(option or []),
         scene_types=tuple(_words(scene_types)),
         licence=licence,
+        **options.text_format(template_var, special_tokens),
     )
     where, result = _into_folder(settings, out, resume) if out else _into_store(settings, resume)
     _report(where, result, out)

@@ -47,6 +47,8 @@ def tune(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples per step.")] = 8,
     seed: options.Seed = 0,
+    template_var: options.TemplateVar = None,
+    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Learn from examples how much each adapter should say, with base and adapters frozen."""
@@ -58,7 +60,7 @@ def tune(
     look_up(composition)
     from lora_rt.core.tuning.session import Job
 
-    job = Job(composition, data, base, precision, device)
+    job = Job(composition, data, base, precision, device, **options.text_format(template_var, special_tokens))
     if per is Per.SCENE:
         fitted = _scenes(job, out, epochs, learning_rate or 0.1, batch_size, seed)
         if as_json:

@@ -11,13 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 Cell = str | Text
-# Escape sequences, and letters that reorder a line: a model or a stranger must not write to the terminal with them.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def harmless(text: str) -> str:
-    """The text with control characters made visible; line breaks and tabs stay."""
-    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text.replace("\r\n", "\n"))
 
 
 class WordWrap:

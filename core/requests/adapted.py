@@ -9,6 +9,7 @@ from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.hidden_states import EarlyHidden
+from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
 from lora_rt.core.requests.composition import Composition
@@ -27,13 +28,13 @@ from lora_rt.registry.registry import Registry
 class AdaptedBase:
     """The parts, each of which knows only those before it."""
 
-    def __init__(self, base: LoadedBase, modes: ModeHost, registry: Registry) -> None:
+    def __init__(self, base: LoadedBase, modes: ModeHost, registry: Registry, text: TextFormat | None = None) -> None:
         self.base = base
         self.modes = modes
         self.lm = CausalLM(base.model)
         self.bank = AdapterBank(base.model, base.dtype)
         self.early = EarlyHidden(self.lm, base.facts.layers)
-        self.residents = Residents(base, self.bank, modes, registry)
+        self.residents = Residents(base, self.bank, modes, registry, text)
         self.classifier = SceneClassifier(self.lm, modes, base.facts, self.early)
         self.weigher = Weigher(self.residents, modes, base.facts, self.classifier)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from os import PathLike
 
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.named import check_pin, expanded
 from lora_rt.core.requests.names import RequestNames
@@ -20,6 +22,8 @@ from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
 from lora_rt.registry.reference import Reference, name_problem
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
+
+_log = logging.getLogger("lora_rt.requests")
 
 
 class ResidentError(LoraRtError):
@@ -54,8 +58,16 @@ class ResolvedTerm:
 class Residents:
     """The resident adapters of one base. Safe to use from several threads."""
 
-    def __init__(self, base: LoadedBase, bank: AdapterBank, modes: ModeHost, registry: Registry) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        bank: AdapterBank,
+        modes: ModeHost,
+        registry: Registry,
+        text: TextFormat | None = None,
+    ) -> None:
         self._base = base
+        self._text = text
         self._bank = bank
         self._modes = modes
         self._registry = registry
@@ -192,3 +204,5 @@ class Residents:
             card=inspected.card,
         )
         self.infos = {**self.infos, name: info}
+        if self._text and info.card and (difference := self._text.differs_from(info.card.training)):
+            _log.warning("%s was trained %s", name, difference)

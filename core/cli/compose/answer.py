@@ -10,7 +10,8 @@ from rich.markup import escape
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.plugin_commands import subcommands_of
-from lora_rt.core.cli.wrapping import WordWrap, harmless
+from lora_rt.core.cli.wrapping import WordWrap
+from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
     from lora_rt.core.runtime import Runtime
@@ -32,7 +33,7 @@ def speak(runtime: Runtime, request: ComposeRequest, prompt: Any) -> str:
     pieces = []
     wrap = WordWrap(out.width if out.is_terminal else None)
     for piece in runtime.stream(
-        prompt, request.composition, scene=request.scene, seed=request.seed, **request.sampling()
+        request.asked(prompt), request.composition, scene=request.scene, seed=request.seed, **request.sampling()
     ):
         pieces.append(piece)
         _show(wrap.feed(harmless(piece)))
@@ -71,8 +72,12 @@ def _terms(runtime: Runtime, request: ComposeRequest) -> list[tuple[Any, float]]
 def _document(runtime: Runtime, request: ComposeRequest) -> dict[str, Any]:
     assert request.prompt is not None
     started = time.perf_counter()
-    text = runtime.generate(
-        request.prompt, request.composition, scenes=request.scene, seed=request.seed, **request.sampling()
+    (text,) = runtime.generate(
+        [request.asked(request.prompt)],
+        request.composition,
+        scenes=request.scene,
+        seed=request.seed,
+        **request.sampling(),
     )
     seconds = time.perf_counter() - started
     terms = [

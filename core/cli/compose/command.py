@@ -22,8 +22,12 @@ def compose(
     after: Annotated[
         str | None, typer.Option("--after", metavar="TEXT", help="Let the adapters wake up where this has appeared.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = None,
+    top_k: options.TopK = 0,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -33,6 +37,8 @@ def compose(
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the base, each register alone and the composition side by side.")
     ] = False,
+    template_var: options.TemplateVar = None,
+    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Let a weighted composition of registers speak."""
@@ -46,6 +52,12 @@ def compose(
         after=after,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        system=system,
+        template_var=template_var or [],
+        special_tokens=special_tokens,
         seed=seed,
         needs_prompt=compare or as_json,
     )

@@ -9,8 +9,8 @@ from rich.table import Table
 from lora_rt.core.cli.compose.answer import show_terms
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
-from lora_rt.core.cli.wrapping import harmless
 from lora_rt.core.requests.composition import Composition
+from lora_rt.plugins.contract.terminal import harmless
 
 _NARROWEST_COLUMN = 22
 
@@ -27,7 +27,7 @@ def compare_answers(request: ComposeRequest, *, as_json: bool) -> None:
     compositions = [Composition.of(spec) for spec in specs]
     with err.status(f"{_count(len(specs))} in one batch"):
         texts = runtime.generate(
-            [request.prompt] * len(specs),
+            [request.asked(request.prompt)] * len(specs),
             compositions,
             scenes=[request.scene] * len(specs),
             seed=request.seed,
@@ -46,7 +46,7 @@ def _count(answers: int) -> str:
 
 def _show(prompt: str, columns: list[tuple[str, str]]) -> None:
     """Columns where the terminal is wide enough, panels below one another where it is not."""
-    out.print(f"[bold]prompt[/] {escape(prompt.strip())}")
+    out.print(f"[bold]prompt[/] {escape(harmless(prompt.strip()))}")
     if out.width // len(columns) < _NARROWEST_COLUMN:
         for spec, text in columns:
             out.print(Panel(escape(harmless(text.strip())), title=escape(spec), title_align="left"))

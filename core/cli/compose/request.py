@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -13,6 +14,7 @@ from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.options import usage
 from lora_rt.core.cli.session import session
+from lora_rt.core.generation.prompts import check_text, template_variables
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.named import named_composition
@@ -21,9 +23,11 @@ from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
 if TYPE_CHECKING:
+    from lora_rt.core.generation.prompts import Prompt
     from lora_rt.core.runtime import Runtime
 
-# Chosen by reading: greedy text of a small base loops, and without a penalty its samples circle around one phrase.
+# Where answers are sampled and nothing else is said. Chosen by reading: without a penalty the samples of a small base
+# circle around one phrase. Greedy is greedy: the likeliest token.
 TOP_P = 0.9
 REPETITION_PENALTY = 1.1
 # Measured on the default base: beyond, every adapter's texts get worse, and at -1 the model is wrecked.
@@ -48,6 +52,12 @@ class ComposeRequest:
     max_new_tokens: int
     temperature: float
     seed: int
+    top_p: float | None = None
+    top_k: int = 0
+    repetition_penalty: float | None = None
+    system: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    special_tokens: bool = False
 
     @classmethod
     def checked(
@@ -58,6 +68,7 @@ class ComposeRequest:
         seed: int | None,
         needs_prompt: bool,
         after: str | None,
+        template_var: Sequence[str] = (),
         **settings: Any,
     ) -> ComposeRequest:
         """The request, its names looked up.
@@ -66,6 +77,10 @@ class ComposeRequest:
             UsageError: no prompt where one is needed, or a setting out of range.
             LoraRtError: a name that nothing has, or a base that is not there.
         """
+        with usage():
+            for what, text in (("the prompt", prompt), ("--system", settings.get("system")), ("--after", after)):
+                check_text(text or "", what)
+            variables = template_variables(template_var)
         if after:
             composition = composition.waking(after)
         if prompt is not None and not prompt.strip():
@@ -75,7 +90,11 @@ class ComposeRequest:
         if prompt is None and needs_prompt:
             raise UsageError("there is no prompt", next_step='Give one with -p "..."')
         request = cls(
-            composition=composition, prompt=prompt, seed=secrets.randbits(31) if seed is None else seed, **settings
+            composition=composition,
+            prompt=prompt,
+            seed=secrets.randbits(31) if seed is None else seed,
+            template_variables=variables,
+            **settings,
         )
         with usage():
             Sampling(**request.sampling()).check()
@@ -86,18 +105,34 @@ class ComposeRequest:
 
     def load(self) -> Runtime:
         """The runtime of this request, with its adapters resident."""
-        runtime = session().runtime(self.base, self.precision, self.device)
+        runtime = session().runtime(
+            self.base,
+            self.precision,
+            self.device,
+            template_variables=self.template_variables,
+            special_tokens=self.special_tokens,
+        )
         runtime.terms(self.composition)
         return runtime
 
     def sampling(self) -> dict[str, Any]:
         """The sampling settings, as `Runtime.generate` and `Runtime.stream` take them."""
+        sampled = self.temperature > 0
+        usual = REPETITION_PENALTY if sampled else 1.0
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
-            "top_p": TOP_P,
-            "repetition_penalty": REPETITION_PENALTY,
+            "top_p": (TOP_P if sampled else 1.0) if self.top_p is None else self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": usual if self.repetition_penalty is None else self.repetition_penalty,
         }
+
+    def asked(self, prompt: Prompt) -> Prompt:
+        """The prompt with the system message, where there is one, before it."""
+        if self.system is None:
+            return prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": "system", "content": self.system}, *messages]
 
 
 def look_up(composition: Composition) -> None:

@@ -31,15 +31,18 @@ def explain(
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
+    template_var: options.TemplateVar = None,
+    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Show how much each register adds to the base, layer by layer."""
     composition = options.composition_of(specs)
+    text = options.text_format(template_var, special_tokens, prompt)
     if png is not None:
         check_plot(png, "--png")
     look_up(composition)
     caution(composition)
-    runtime = session().runtime(base, precision, device)
+    runtime = session().runtime(base, precision, device, **text)
     answer = ""
     if max_new_tokens:
         answer = runtime.generate(prompt, composition, scenes=[scene], max_new_tokens=max_new_tokens)

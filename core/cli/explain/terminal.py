@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from lora_rt.plugins.contract.terminal import harmless
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -72,5 +74,5 @@ def _shade(value: float, top: float) -> tuple[str, str]:
 def _coloured(pieces: Sequence[str], values: Tensor, top: float) -> Text:
     text = Text()
     for piece, value in zip(pieces, values.tolist(), strict=True):
-        text.append(piece, style=f"reverse {_shade(value, top)[1]}")
+        text.append(harmless(piece), style=f"reverse {_shade(value, top)[1]}")
     return text

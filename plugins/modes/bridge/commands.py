@@ -11,6 +11,7 @@ import typer
 
 from lora_rt.plugins.contract import LoraRtError, Services
 from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
+from lora_rt.plugins.contract.terminal import harmless
 from lora_rt.plugins.modes.bridge.items import read_items
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class Commands:
             return
         for row in rows:
             for key in shown:
-                line = " ".join(row[key].split())
+                line = harmless(" ".join(row[key].split()))
                 typer.echo(line if len(shown) == 1 else f"{key:>5}  {line}")
             if len(shown) > 1:
                 typer.echo()
