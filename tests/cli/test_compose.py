@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,10 +44,47 @@ def test_what_is_printed_is_what_the_runtime_generates(
 ) -> None:
     done = cli("compose", f"{adapters[0]}:0.7", "-p", "ab", "--temperature", "0", *tiny)
     runtime = zoo.runtime("llama")
-    same = runtime.generate(
-        "ab", f"{adapters[0]}:0.7", max_new_tokens=8, repetition_penalty=1.1, top_p=0.9, temperature=0
-    )
-    assert done.out.rstrip("\n") == same
+    assert done.out.rstrip("\n") == runtime.generate("ab", f"{adapters[0]}:0.7", max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "meaning"),
+    [
+        (["--temperature", "0"], {}),
+        (["--temperature", "0", "--repetition-penalty", "1.3"], {"repetition_penalty": 1.3}),
+        (["--temperature", "2"], {"temperature": 2.0, "top_p": 0.9, "repetition_penalty": 1.1}),
+        (
+            ["--temperature", "2", "--top-p", "1", "--top-k", "3", "--repetition-penalty", "1"],
+            {"temperature": 2.0, "top_k": 3},
+        ),
+    ],
+    ids=["greedy", "greedy with a penalty", "sampled", "sampled otherwise"],
+)
+def test_the_options_of_sampling_mean_what_the_runtime_means_by_them(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], zoo: Zoo, options: list[str], meaning: dict[str, Any]
+) -> None:
+    asked = ["compose", f"{adapters[0]}:0.7", "-p", "ab", "--json", "--seed", "3", *tiny, "--max-new-tokens", "24"]
+    told = zoo.runtime("llama").generate("ab", f"{adapters[0]}:0.7", max_new_tokens=24, seed=3, **meaning)
+    assert json.loads(cli(*asked, *options).out)["text"] == told
+
+
+def test_a_system_message_stands_before_the_prompt(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], zoo: Zoo
+) -> None:
+    asked = ["compose", adapters[0], "-p", "ab", "--temperature", "0", "--json", *tiny]
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "ab"}]
+    (told,) = zoo.runtime("llama").generate([chat], adapters[0], max_new_tokens=8)
+    document = json.loads(cli(*asked, "--system", "be kind").out)
+    assert (document["prompt"], document["text"]) == ("ab", told)
+    assert told != json.loads(cli(*asked).out)["text"]
+
+
+@pytest.mark.parametrize("command", ["compose", "explain", "scene"])
+def test_a_prompt_that_is_not_unicode_is_refused_before_anything_is_loaded(cli: Cli, command: str) -> None:
+    prompt = ["a\udcff"] if command == "scene" else ["emotion", "-p", "a\udcff"]
+    done = cli(command, *prompt, "--base", "./nowhere")
+    assert done.code == 2
+    assert "character 2 is '\\udcff'" in done.err
 
 
 def test_json_is_one_document_in_the_contracts_form(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
