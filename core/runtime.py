@@ -92,6 +92,7 @@ class Runtime:
         special_tokens: bool = False,
         modes: ModeHost | None = None,
         registry: Registry | None = None,
+        allow_base_mismatch: bool = False,
     ) -> Runtime:
         """Load a base, fetching and quantizing it first where that has not been done yet.
 
@@ -103,12 +104,14 @@ class Runtime:
             template_variables: of the base's chat template, for instance {"enable_thinking": False}.
             special_tokens: read `<|im_end|>` and the like in prompts and answers as tokens; they are text by default.
             modes, registry: those that the caller has opened already.
+            allow_base_mismatch: take adapters that state another base, if their shapes fit.
 
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
         modes = modes or load_modes()
-        registry = registry or Registry(project=project, sources=modes.sources())
+        if registry is None:
+            registry = Registry(project=project, sources=modes.sources(), allow_base_mismatch=allow_base_mismatch)
         text = base if isinstance(base, str) else str(Path(fspath(base)).absolute())
         loaded = load_base(text, precision, device)
         return cls(loaded, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
@@ -168,13 +171,21 @@ class Runtime:
             raise ResidentError(f"no adapter {name!r} is resident", next_step="Load it first")
         return self.parts.bank.residents[name]
 
-    def load_adapter(self, reference: Reference | str | PathLike[str], name: str | None = None) -> str:
+    def load_adapter(
+        self,
+        reference: Reference | str | PathLike[str],
+        name: str | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> str:
         """Make an adapter resident, under its own name or the one given, and return that name.
+
+        With `allow_base_mismatch` one that states another base, if its shapes fit.
 
         Raises:
             LoraRtError: it can't be resolved, is refused, or does not fit this base.
         """
-        return self.parts.residents.load(reference, name)
+        return self.parts.residents.load(reference, name, allow_base_mismatch=allow_base_mismatch)
 
     def ensure(self, reference: Reference | str | PathLike[str]) -> str:
         """The resident name of a reference, made resident first where it is not.

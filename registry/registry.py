@@ -46,8 +46,7 @@ class Registry:
             home: where the store lies; `$LORA_RT_HOME` or the user's data folder by default.
             project: the folder whose `lora-rt.toml` and `lora-rt.lock` count; the working directory by default.
             sources: what plugins add, `(label, find)` with `find(name, base)` giving a path or None.
-            allow_base_mismatch: take adapters that state another base than the one in use; shapes still
-                have to fit.
+            allow_base_mismatch: take adapters that state another base than the one in use, if their shapes fit.
         """
         self.allow_base_mismatch = allow_base_mismatch
         self.store = Store(home)
@@ -74,8 +73,17 @@ class Registry:
             raise ChangedAdapterError(text, next_step=f"lora-rt verify {item.name}", problems=problems)
         return item
 
-    def find(self, reference: Reference | str, base: BaseIdentity | None = None, *, offline: bool = False) -> Resolved:
+    def find(
+        self,
+        reference: Reference | str,
+        base: BaseIdentity | None = None,
+        *,
+        offline: bool = False,
+        allow_base_mismatch: bool = False,
+    ) -> Resolved:
         """The same without a look at the weights: for whoever only asks, or reads the files once and checks them then.
+
+        With `allow_base_mismatch` a name that exists for other bases alone is found as well.
 
         Raises:
             LoraRtError: unknown, for other bases only, or not reachable.
@@ -86,11 +94,7 @@ class Registry:
             return at_path(self.folder, reference, why="it is a path")
         if reference.kind == "hub":
             return self._from_hub(reference, offline)
-        return self._named(reference, base, offline)
-
-    def base_to_hold(self, base: BaseIdentity) -> BaseIdentity | None:
-        """The base that adapters have to state, for `inspect_adapter`; None where any will do whose shapes fit."""
-        return None if self.allow_base_mismatch else base
+        return self._named(reference, base, offline, allow_base_mismatch or self.allow_base_mismatch)
 
     def installed(self) -> list[Resolved]:
         """Everything that can be resolved by name without the network, by name and base."""
@@ -121,28 +125,20 @@ class Registry:
             return f"{term.reference}: is {found.sha256[:12]} now ({found.source}), and was tuned as {term.sha256[:12]}"
         return ""
 
-    def _named(self, reference: Reference, base: BaseIdentity | None, offline: bool) -> Resolved:
+    def _named(self, reference: Reference, base: BaseIdentity | None, offline: bool, anyway: bool) -> Resolved:
         seen: list[Resolved] = []
         for tier, candidates in enumerate(self._tiers(reference.target, base, offline)):
             fitting = [item for item in candidates if _revision_fits(item, reference.revision)]
-            if (item := self._for_base(fitting, base)) is not None:
+            if (item := _for_base(fitting, base)) is not None:
                 if tier == 0:
                     say_hidden(item.name, item.why.partition(" is ")[2], self._hidden(item.name, item.sha256))
                 return item
             seen += fitting
+        if seen and anyway:
+            return seen[0]
         if seen and base is not None:
             raise _wrong_base(reference, base, seen)
         raise self._unknown(reference)
-
-    def _for_base(self, items: Sequence[Resolved], base: BaseIdentity | None) -> Resolved | None:
-        """Of the adapters of one name that made for this base, or one of which nothing says that it was not."""
-        if base is None:
-            return items[0] if items else None
-        stated = [(item, item.card.base if item.card else None) for item in items]
-        certain = [item for item, card in stated if card is not None and card.matches(base)]
-        possible = [item for item, card in stated if card is None or not card.contradicts(base)]
-        anyway = items if self.allow_base_mismatch else ()
-        return next(iter([*certain, *possible, *anyway]), None)
 
     def _hidden(self, name: str, sha256: str) -> tuple[str, ...]:
         """What the name means in other folders, where that is something else."""
@@ -213,6 +209,16 @@ def _read_shipped(item: Shipped) -> list[Resolved]:
         return []
     source = f"shipped with {item.package}"
     return [read_folder(item.folder, name=item.name, source=source, why=f"{item.name!r} is {source}")]
+
+
+def _for_base(items: Sequence[Resolved], base: BaseIdentity | None) -> Resolved | None:
+    """Of the adapters of one name that which was made for this base, or one of which nothing says that it was not."""
+    if base is None:
+        return items[0] if items else None
+    stated = [(item, item.card.base if item.card else None) for item in items]
+    certain = [item for item, card in stated if card is not None and card.matches(base)]
+    possible = [item for item, card in stated if card is None or not card.contradicts(base)]
+    return next(iter([*certain, *possible]), None)
 
 
 def _revision_fits(item: Resolved, revision: str | None) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.session import session
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
@@ -23,6 +24,7 @@ def evaluate(
         list[str], typer.Option("--data", metavar="NAME=F.jsonl", help="A data set; may be given several times.")
     ],
     base: options.Base = "default",
+    allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     plot: Annotated[
@@ -88,9 +90,8 @@ def _measure(
 
     from lora_rt.core.cli.console import err
     from lora_rt.core.evaluation.matrix import evaluate as measure
-    from lora_rt.core.runtime import Runtime
 
-    runtime = Runtime.load(base, precision=precision, device=device, **text)
+    runtime = session().runtime(base, precision, device, **text)
     counts = ", ".join(f"{len(examples)} of {name}" for name, examples in data.items())
     err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({precision})[/]", soft_wrap=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:

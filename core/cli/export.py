@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.session import session
 
 if TYPE_CHECKING:
     from lora_rt.core.export.run import Exported
@@ -40,6 +41,7 @@ def export(
         Format, typer.Option("--format", help="One PEFT adapter, one GGUF adapter, or the base with it merged in.")
     ] = Format.PEFT,
     base: options.Base = "default",
+    allow_base_mismatch: options.AllowBaseMismatch = False,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="float32 for adapters and bfloat16 for merged if left out.")
     ] = None,
@@ -59,7 +61,7 @@ def export(
 
         from lora_rt.core.export.run import export as run
     chosen = None if dtype is None else getattr(torch, dtype.value)
-    exported = run(composition, to.value, out, base=base, dtype=chosen, static=static)
+    exported = run(composition, to.value, out, base=base, dtype=chosen, static=static, registry=session().registry)
     if as_json:
         print_json(exported.document())
     else:

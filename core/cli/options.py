@@ -18,6 +18,7 @@ from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
 
 __all__ = [
+    "AllowBaseMismatch",
     "Base",
     "Data",
     "Device",
@@ -86,6 +87,15 @@ def _adapter_names(incomplete: str) -> list[str]:
     return sorted(name for name in names if name.startswith(incomplete))
 
 
+def _allow_base_mismatch(allowed: bool) -> bool:
+    """Told to the session, whose registry hands out the adapters."""
+    from lora_rt.core.cli.session import session
+
+    if allowed:
+        session().allow_base_mismatch = True
+    return allowed
+
+
 Specs = Annotated[
     list[str],
     typer.Argument(
@@ -101,6 +111,14 @@ Scene = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Make no request over the network.")]
+AllowBaseMismatch = Annotated[
+    bool,
+    typer.Option(
+        "--allow-base-mismatch",
+        callback=_allow_base_mismatch,
+        help="Use adapters that state another base, if their shapes fit.",
+    ),
+]
 Data = Annotated[
     Path, typer.Option("--data", metavar="F.jsonl", help="Scene and text, or messages, or instruction and output.")
 ]

@@ -25,6 +25,7 @@ def scene(
         typer.Option("--adapter", metavar="REF", help="Whose classifier; the first context adapter by name."),
     ] = None,
     base: options.Base = "default",
+    allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     template_var: options.TemplateVar = None,

@@ -17,7 +17,12 @@ _session: ContextVar[Session | None] = ContextVar("session", default=None)
 
 
 class Session:
-    """Modes and registry are opened when they are first asked for."""
+    """Modes and registry are opened when they are first asked for.
+
+    `allow_base_mismatch` is what the command's option of that name says.
+    """
+
+    allow_base_mismatch = False
 
     @cached_property
     def modes(self) -> ModeHost:
@@ -31,7 +36,7 @@ class Session:
         """The registry of the home and the working directory, with the sources of plugins."""
         from lora_rt.registry.registry import Registry
 
-        return Registry(sources=self.modes.sources())
+        return Registry(sources=self.modes.sources(), allow_base_mismatch=self.allow_base_mismatch)
 
     def runtime(self, base: str, precision: str, device: str, **text: Any) -> Runtime:
         """A base in memory, with these modes and this registry; `text` is how it reads prompts, as for `Runtime.load`.

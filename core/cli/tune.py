@@ -39,6 +39,7 @@ def tune(
         Path | None, typer.Option("--out", metavar="DIR", help="Put the adapters there, not into the store (scene).")
     ] = None,
     base: options.Base = "default",
+    allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Passes over the data.")] = 3,
@@ -60,7 +61,8 @@ def tune(
     look_up(composition)
     from lora_rt.core.tuning.session import Job
 
-    job = Job(composition, data, base, precision, device, **options.text_format(template_var, special_tokens))
+    text = options.text_format(template_var, special_tokens)
+    job = Job(composition, data, base, precision, device, allow_base_mismatch=allow_base_mismatch, **text)
     if per is Per.SCENE:
         fitted = _scenes(job, out, epochs, learning_rate or 0.1, batch_size, seed)
         if as_json:

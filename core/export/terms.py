@@ -81,12 +81,13 @@ def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
 
 
 def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
+    anyway = registry.allow_base_mismatch
     resolved = registry.find(part.reference, base.identity)
     inspected = inspect_adapter(
         resolved.folder,
         name=resolved.name,
         linears=base.linears,
-        base=base.identity,
+        base=None if anyway else base.identity,
         sha256=resolved.digests.sha256_recorded,
         load=True,
     )

@@ -7,7 +7,7 @@ from typing import Protocol
 from lora_rt.core.requests.composition import Term
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import BaseFacts
-from lora_rt.registry.bases import use_base
+from lora_rt.registry.bases import BaseIdentity, use_base
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.reference import Reference
 
@@ -50,7 +50,7 @@ def expanded(term: Term, mixes: NamedLookup, base: BaseFacts) -> list[Term]:
     if mix is None:
         return [term]
     problems = []
-    if mix.base != base.id:
+    if BaseIdentity(mix.base, None, "").contradicts(BaseIdentity(base.id, None, "")):
         problems.append(f"it is for {mix.base}, in use is {base.id}")
     if any(len(item.layers) not in (0, base.layers) for item in mix.terms):
         problems.append(f"it has weights for another number of layers than {base.layers}")

@@ -76,8 +76,14 @@ class Residents:
         self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
         self.infos: Mapping[str, AdapterInfo] = {}
 
-    def load(self, reference: Reference | str | PathLike[str], name: str | None = None) -> str:
-        """Make an adapter resident and return its name.
+    def load(
+        self,
+        reference: Reference | str | PathLike[str],
+        name: str | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> str:
+        """Make an adapter resident and return its name; whatever base it states, if that is allowed and it fits.
 
         Raises:
             LoraRtError: it can't be resolved, is refused by the inspection, or its mode is not installed.
@@ -86,7 +92,7 @@ class Residents:
         for problem in name_problem(name) if name is not None else []:
             raise ResidentError(problem, next_step="Choose another name")
         with self._lock:
-            resident = self._load(parsed, name)
+            resident = self._load(parsed, name, allow_base_mismatch)
             self._given |= {resident}
         return resident
 
@@ -160,14 +166,15 @@ class Residents:
         name = self._aliases.get(reference.text) or self._load(reference, None)
         return self.infos[name]
 
-    def _load(self, reference: Reference, name: str | None) -> str:
+    def _load(self, reference: Reference, name: str | None, allow_base_mismatch: bool = False) -> str:
         """Find, check against the base and make resident, in one pass over the files."""
-        resolved = self._registry.find(reference, self._base.identity)
+        anyway = allow_base_mismatch or self._registry.allow_base_mismatch
+        resolved = self._registry.find(reference, self._base.identity, allow_base_mismatch=anyway)
         inspected = inspect_adapter(
             resolved.folder,
             name=resolved.name,
             linears=self._bank.topology.shapes,
-            base=self._base.identity,
+            base=None if anyway else self._base.identity,
             sha256=resolved.digests.sha256_recorded,
             own=own_weights(self._base.model),
             load=True,

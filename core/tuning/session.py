@@ -37,6 +37,7 @@ class Job:
     device: str
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     special_tokens: bool = False
+    allow_base_mismatch: bool = False
 
     def items(self, lines: Sequence[Mapping[str, Any]], base: LoadedBase) -> list[Item]:
         """The examples in the base's tokens."""
@@ -88,7 +89,7 @@ def tune_mix(job: Job, name: str, settings: TuneSettings, advance: Advance) -> N
     Raises:
         LoraRtError: the name is taken, or data, base or adapters can't be used.
     """
-    registry = Registry(sources=load_modes().sources())
+    registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
     check_name(name, registry)
     lines = read_lines(job.data, typed=False)
     frozen, weights, references = open_job(job, registry)
@@ -104,7 +105,7 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     Raises:
         LoraRtError: data, base or adapters can't be used, or a folder is there already.
     """
-    registry = Registry(sources=load_modes().sources())
+    registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
     lines = read_lines(job.data, typed=True)
     frozen, weights, references = open_job(job, registry)
     if out is not None and (there := [name for name in weights if (out / name).exists()]):
@@ -116,7 +117,14 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     first, last = sum(losses[:window]) / window, sum(losses[-window:]) / window
     metrics = {"gates_nll_first": round(first, 4), "gates_nll_last": round(last, 4), "registered": round(registered, 4)}
     places = [
-        _publish(name, registry.resolve(references[name], frozen.base.identity).folder, out, registry, fit, metrics)
+        _publish(
+            name,
+            registry.resolve(references[name], frozen.base.identity).folder,
+            out,
+            registry,
+            fit,
+            metrics,
+        )
         for name in weights
     ]
     return Fitted(places, registered, first, last)

@@ -16,6 +16,7 @@ def compose(
         str | None, typer.Option("-p", "--prompt", help="The prompt; standard input or a chat if left out.")
     ] = None,
     base: options.Base = "default",
+    allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     scene: options.Scene = None,

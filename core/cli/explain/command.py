@@ -29,6 +29,7 @@ def explain(
         Path | None, typer.Option("--png", metavar="F.png", help="Draw the heat maps into this file.")
     ] = None,
     base: options.Base = "default",
+    allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     template_var: options.TemplateVar = None,
