@@ -34,9 +34,11 @@ warnings.filterwarnings("ignore", message='Field name "register" in "AdapterCard
 class AdapterCard(BaseModel):
     """What `register.json` says.
 
-    `state` lists every tensor of `mode.safetensors`; it is empty where the mode keeps none. `training` holds the
-    settings of the run. `metrics` are plain numbers by name, for instance `gain_nats_per_token`. `lora_rt` is the
-    version that wrote it. Nothing here writes `created`: the same run then gives the same bytes, and one digest.
+    `hidden_layers` is after how many of the base's blocks the mode reads the early hidden state; a quarter of them
+    where it is left out. `state` lists every tensor of `mode.safetensors`; it is empty where the mode keeps none.
+    `training` holds the settings of the run. `metrics` are plain numbers by name, for instance `gain_nats_per_token`.
+    `lora_rt` is the version that wrote it. Nothing here writes `created`: the same run then gives the same bytes, and
+    one digest.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -46,6 +48,7 @@ class AdapterCard(BaseModel):
     mode: Word
     base: BaseIdentity
     scene_types: tuple[Text, ...] = ()
+    hidden_layers: Annotated[StrictInt, Field(ge=1)] | None = None
     data_sha256: Digest = ""
     seed: int | None = None
     metrics: dict[Text, Finite] = Field(default_factory=dict)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.errors import LoraRtError
 
-_wanted: ContextVar[bool] = ContextVar("lora_rt_early", default=False)
-_DEPTH = 4  # a quarter of the blocks
+_wanted: ContextVar[int] = ContextVar("lora_rt_early", default=0)
+_QUARTER = 4  # where an adapter does not say how deep: a quarter of the blocks
+_KEPT = 4  # groups of rows whose keys and values are kept, per batch
 
 
 class _Reached(BaseException):
@@ -21,29 +25,105 @@ class _Reached(BaseException):
 
 
 class EarlyHidden:
-    """Gives the output of the block a quarter of the way up. Its hook does nothing outside `__call__`."""
+    """Gives the output of one of the first blocks. Its hooks do nothing outside `__call__`."""
 
     def __init__(self, lm: CausalLM, layers: int) -> None:
-        self._lm = lm
-        self._hook = blocks_of(lm.model)[max(0, layers // _DEPTH - 1)].register_forward_hook(self._stop)
+        self.lm = lm
+        self._layers = layers
+        self._hooks: dict[int, Any] = {}
+        self._lock = Lock()
 
-    @staticmethod
-    def _stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        if _wanted.get():
-            raise _Reached(output[0] if isinstance(output, tuple) else output)
+    def depth(self, wanted: int | None) -> int:
+        """How many blocks run: what an adapter's card says, a quarter of them where it says nothing.
+
+        Raises:
+            LoraRtError: the base has fewer.
+        """
+        if wanted is None:
+            return max(1, self._layers // _QUARTER)
+        if not 1 <= wanted <= self._layers:
+            text = f"an adapter reads the hidden state after {wanted} blocks, and this base has {self._layers}"
+            raise LoraRtError(text, next_step="Use the base that it was trained for")
+        return wanted
 
     def close(self) -> None:
-        """Take the hook off the model."""
-        self._hook.remove()
+        """Take the hooks off the model."""
+        for hook in self._hooks.values():
+            hook.remove()
 
-    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """(rows, tokens, hidden) for ids, mask and positions (rows, tokens); the rows may share a pass."""
-        token = _wanted.set(True)
+    def __call__(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, depth: int | None = None, cache: Any = None
+    ) -> Tensor:
+        """(rows, tokens, hidden) for ids and positions (rows, tokens); the rows may share a pass.
+
+        Args:
+            ids, positions: of this pass.
+            mask: (rows, all tokens so far), 0 on padding.
+            depth: after how many blocks; see `depth`.
+            cache: of the tokens before, which the pass extends.
+        """
+        blocks = self.depth(depth)
+        self._hook(blocks)
+        token = _wanted.set(blocks)
         try:
             with torch.inference_mode():
-                self._lm.forward(ids, mask, positions)
+                self.lm.forward(ids, mask, positions, cache=cache)
         except _Reached as reached:
             return reached.hidden
         finally:
             _wanted.reset(token)
         raise RuntimeError("the model has no blocks to stop at")
+
+    def _hook(self, blocks: int) -> None:
+        def stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            if _wanted.get() == blocks:
+                raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+        with self._lock:
+            if blocks not in self._hooks:
+                self._hooks[blocks] = blocks_of(self.lm.model)[blocks - 1].register_forward_hook(stop)
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read of some rows: ids and mask (rows, tokens), and the cache of the first blocks."""
+
+    depth: int
+    ids: Tensor
+    mask: Tensor
+    cache: Any
+
+    def begins(self, ids: Tensor, mask: Tensor, most: int) -> bool:
+        """Whether these rows go on from what was read, of which at most so many tokens may be used."""
+        tokens = self.ids.shape[1]
+        if len(self.ids) != len(ids) or tokens > most:
+            return False
+        return torch.equal(self.ids, ids[:, :tokens]) and torch.equal(self.mask, mask[:, :tokens])
+
+
+class EarlyHistory:
+    """The early hidden states of a running batch: each pass reads its new tokens alone, and the first blocks' cache.
+
+    Rows that are not those of an earlier pass, because some joined or left, are read again from their beginning.
+    """
+
+    def __init__(self, early: EarlyHidden) -> None:
+        self._early = early
+        self._read: list[_Read] = []
+
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, new: int, depth: int | None = None) -> Tensor:
+        """(rows, new, hidden) of the last `new` tokens; ids, mask and positions (rows, all tokens so far)."""
+        lm, width = self._early.lm, ids.shape[1]
+        if lm.keeping != "shared" or lm.rope.varies:
+            return self._early(ids, mask, positions, depth)[:, -new:]
+        blocks = self._early.depth(depth)
+        known = next((r for r in self._read if r.depth == blocks and r.begins(ids, mask, width - new)), None)
+        if known is None:
+            known = _Read(blocks, ids[:, :0], mask[:, :0], lm.new_cache())
+        else:
+            self._read.remove(known)
+        start = known.ids.shape[1]
+        hidden = self._early(ids[:, start:], mask, positions[:, start:], blocks, known.cache)
+        known.ids, known.mask = ids.clone(), mask.clone()
+        self._read = [known, *self._read[: _KEPT - 1]]
+        return hidden[:, -new:]

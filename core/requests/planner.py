@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
-from lora_rt.core.engine.hidden_states import EarlyHidden
+from lora_rt.core.engine.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.batch import PassInfo
 from lora_rt.core.requests.merging import merged
@@ -30,7 +30,7 @@ class RowPlanner:
         self._bank = bank
         self._modes = modes
         self._base = base
-        self._early = early
+        self._early = EarlyHistory(early)
         self._static: dict[tuple[int, ...], tuple[Sequence[Row], Plan | None]] = {}
 
     def __call__(self, info: PassInfo, rows: Sequence[RequestRow]) -> Plan | None:
@@ -62,26 +62,24 @@ class RowPlanner:
         self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo
     ) -> list[dict[str, Gate | None]]:
         """What the modes say to this pass in each phase, by the name of each adapter that one of its rows uses."""
-        hidden = cache(lambda: self._hidden(info))
-        gated = {name: one for name, one in adapters.items() if self._modes.implements(one.mode, "lora_rt_gate")}
-        return [
-            {
-                name: self._gate(name, adapter, phase.rows, info, hidden)
-                for name, adapter in gated.items()
-                if any(_uses(row, name) for row in phase.rows)
-            }
-            for phase in phases
-        ]
+        hidden = cache(partial(self._hidden, info))
+        gated = {name: one for name, one in adapters.items() if self._modes.gates_of(one.mode)}
+        found = []
+        for phase in phases:
+            acting = {name: one for name, one in gated.items() if any(_uses(row, name) for row in phase.rows)}
+            asked = [(one.mode, self._context(name, one, phase.rows, info, hidden)) for name, one in acting.items()]
+            found.append(dict(zip(acting, self._modes.gates(asked), strict=True)))
+        return found
 
-    def _gate(
+    def _context(
         self,
         name: str,
         adapter: ResidentAdapter,
         rows: Sequence[Row],
         info: PassInfo,
-        hidden: Callable[[], torch.Tensor],
-    ) -> Gate | None:
-        context = GateContext(
+        hidden: Callable[[int | None], torch.Tensor],
+    ) -> GateContext:
+        return GateContext(
             adapter=adapter.name,
             card=adapter.card,
             state=adapter.state,
@@ -94,13 +92,13 @@ class RowPlanner:
             active=[_uses(row, name) for row in rows],
             scene_types=[row.scene_type for row in rows],
             prompts=[row.prompt for row in rows],
-            hidden=hidden,
+            weights=[row.weights.get(name, 0.0) for row in rows],
+            hidden=partial(hidden, adapter.card.get("hidden_layers")),
         )
-        return self._modes.gate(adapter.mode, context)
 
-    def _hidden(self, info: PassInfo) -> torch.Tensor:
+    def _hidden(self, info: PassInfo, depth: int | None) -> torch.Tensor:
         """The early hidden states of this pass's tokens, seen in the context of all tokens so far."""
-        return self._early(info.history, info.mask, positions_of(info.mask))[:, -info.ids.shape[1] :]
+        return self._early(info.history, info.mask, positions_of(info.mask), info.ids.shape[1], depth)
 
 
 def _phases(info: PassInfo, rows: Sequence[RequestRow]) -> list[Variant]:

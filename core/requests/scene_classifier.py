@@ -52,21 +52,24 @@ class SceneClassifier:
 
     def ask(self, adapter: ResidentAdapter, prompts: Sequence[Sequence[int]]) -> ScenePrediction | None:
         """What one adapter's mode makes of prompts, given as token ids."""
-        hidden, mask = self.features(prompts)
+        hidden, mask = self.features(prompts, adapter.card.get("hidden_layers"))
         context = SceneContext(
             adapter=adapter.name, card=adapter.card, state=adapter.state, base=self._base, hidden=hidden, mask=mask
         )
         return self._modes.scene(adapter.mode, context)
 
-    def features(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Early hidden states (rows, tokens, hidden) of prompts and the mask (rows, tokens), padded on the right."""
+    def features(self, prompts: Sequence[Sequence[int]], depth: int | None = None) -> tuple[Tensor, Tensor]:
+        """Early hidden states (rows, tokens, hidden) of prompts and the mask (rows, tokens), padded on the right.
+
+        `depth` is after how many blocks; a quarter of them where left out.
+        """
         ids, mask = pad_right(prompts, self._lm.device)
         parts = self._lm.parts([len(prompt) for prompt in prompts])
         if len(parts) == 1:
-            return self._early(ids, mask, positions_of(mask)), mask
+            return self._early(ids, mask, positions_of(mask), depth), mask
         found = torch.zeros(*ids.shape, self._base.hidden_size, device=ids.device)
         for part in parts:  # rows of other rope factors
-            hidden = self._early(ids[part], mask[part], positions_of(mask[part]))
+            hidden = self._early(ids[part], mask[part], positions_of(mask[part]), depth)
             found = found.to(hidden.dtype)
             found[part] = hidden
         return found, mask

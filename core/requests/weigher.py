@@ -41,7 +41,9 @@ class Weigher:
         """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is classified."""
         found = self._residents.resolved(compositions)
         known = self._classifier.classified([[item.adapter for item in row] for row in found], scenes, ids)
-        return [self._row(*parts) for parts in zip(found, known, prompts, strict=True)]
+        modes = {item.info.mode for row in found for item in row}
+        parts = list(zip(found, known, prompts, strict=True))
+        return self._modes.deciding(modes, lambda: [self._row(*part) for part in parts])
 
     def _row(self, found: Sequence[ResolvedTerm], turns: Turns, prompt: str | None) -> Row:
         waited = [*(item.term.after for item in found), *(after for after, _ in turns)]

@@ -275,6 +275,7 @@ class _Run:
             mode=settings.mode,
             base=self.base.identity,
             scene_types=settings.scene_types,
+            hidden_layers=self.objective.hidden_layers,
             data_sha256=self.data_digest,
             seed=settings.seed,
             metrics={"held_out_nll_before": round(before, 4), "held_out_nll_after": round(after, 4)},

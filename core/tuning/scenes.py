@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ class SceneFit:
         problems += [f"{name} keeps no state or knows no scene types" for name, t in types.items() if not t]
         if len(set(types.values())) > 1:
             problems.append("they know different scene types")
+        if len({self._card(name).get("hidden_layers") for name in self._names}) > 1:
+            problems.append("they read the hidden state at different depths")
         if problems:
             text = "gates can't be fitted to these adapters"
             raise GatingError(text, problems=problems, next_step="Train them with --mode context and one --scene-types")
@@ -152,7 +155,7 @@ class SceneFit:
                 active=[True] * len(batch),
                 scene_types=[item.scene_type for item in batch],
                 prompts=[None] * len(batch),
-                hidden=lambda: self._frozen.early(ids, mask, positions_of(mask)).clone(),
+                hidden=partial(self._hidden, name, ids, mask),
             )
             gate = self._frozen.modes.gate(self._mode(name), context) or Gate()
             for part in (gate.ranks, gate.heads):
@@ -160,6 +163,10 @@ class SceneFit:
             ranks = weights[name] if gate.ranks is None else weights[name] * gate.ranks
             gates[name] = Gate(ranks=ranks, heads=gate.heads)
         return gates, distance
+
+    def _hidden(self, name: str, ids: Tensor, mask: Tensor) -> Tensor:
+        depth = self._card(name).get("hidden_layers")
+        return self._frozen.early(ids, mask, positions_of(mask), depth).clone()
 
     def _weights(self, batch: Sequence[Item]) -> dict[str, Tensor]:
         """Resident name -> its weight as the mode decides, (1, rows, 1, 1), with the gradient to the state."""
@@ -186,7 +193,8 @@ class SceneFit:
 
     def _features(self, batch: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Hidden states that a gradient may be led past: those of an inference pass may not be kept for one."""
-        hidden, mask = self._frozen.classifier.features([item.prompt for item in batch])
+        depth = self._card(self._names[0]).get("hidden_layers")
+        hidden, mask = self._frozen.classifier.features([item.prompt for item in batch], depth)
         return hidden.clone(), mask
 
     def _log_shares(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:

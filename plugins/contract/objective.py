@@ -63,12 +63,15 @@ class Objective:
     `fields` are the keys that every data line must have, all of them non-empty strings; where "scene" and "text" are
     among them, lines in the usual forms of others (messages, instruction and output) are read into these two. With
     `chats`, "scene" may be a list of chat messages, which `prompt_ids` takes as well. `state` is trained beside the
-    adapter and saved as `mode.safetensors`; None where the mode keeps nothing of its own.
+    adapter and saved as `mode.safetensors`; None where the mode keeps nothing of its own. `hidden_layers` is after how
+    many of the base's blocks `lora_rt_gate` and `lora_rt_scene` are to see the early hidden state; it is kept in the
+    card (None: a quarter of them).
     """
 
     fields: tuple[str, ...] = ("scene", "text")
     chats: bool = False
     state: nn.Module | None = None
+    hidden_layers: int | None = None
 
     def check(self, example: Example) -> list[str]:
         """Everything that is wrong with one data line beyond missing fields; an empty list if it is good."""

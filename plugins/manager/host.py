@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Find = Callable[[str, Any], Any]
 T = TypeVar("T")
-_ACTING = ("lora_rt_gate", "lora_rt_joint_gate", "lora_rt_compose")
+_GATES = ("lora_rt_gate", "lora_rt_joint_gate")
+_ACTING = (*_GATES, "lora_rt_compose")
 _COMPOSE, _SOURCES = "lora_rt_compose", "lora_rt_sources"
 _log = logging.getLogger("lora_rt.plugins")
 
@@ -82,6 +83,14 @@ class ModeHost:
     def providers(self, hook: str) -> list[str]:
         """Their names."""
         return [plugin.name for plugin in self.offering(hook)]
+
+    def gates_of(self, mode: str) -> bool:
+        """Whether a mode gates its adapters, each alone or all together.
+
+        Raises:
+            UnknownModeError: as `implements`.
+        """
+        return any(self.implements(mode, hook) for hook in _GATES)
 
     def acting_hooks(self, mode: str) -> list[str]:
         """The hooks by which a mode acts at inference: none is "static whatever the adapter".

@@ -161,6 +161,9 @@ def checked_objective(value: object, context: ObjectiveContext, blame: Blame) ->
     fields = value.fields
     if not isinstance(fields, tuple) or not all(isinstance(name, str) and name for name in fields):
         raise ResultError(f"Objective.fields is {fields!r}, not a tuple of names")
+    depth, layers = value.hidden_layers, context.base.layers
+    if depth is not None and (type(depth) is not int or not 1 <= depth <= layers):
+        raise ResultError(f"Objective.hidden_layers is {depth!r}, not a number of blocks from 1 to {layers}")
     if value.state is not None:
         from torch import nn
 

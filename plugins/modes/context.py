@@ -53,9 +53,13 @@ class SceneTypeError(LoraRtError):
 
 @dataclass(frozen=True)
 class Options:
-    """`heads=no` gives one factor per layer instead of one per attention head."""
+    """`heads=no` gives one factor per layer instead of one per attention head.
+
+    `hidden_layers`: after how many of the base's blocks the classifier reads their state; 0 is a quarter of them.
+    """
 
     heads: bool = True
+    hidden_layers: int = 0
 
 
 def _untrained(context: ObjectiveContext, options: Options) -> Any:
@@ -105,7 +109,10 @@ def lora_rt_objective(context: ObjectiveContext) -> Objective:
             f"a context adapter needs the scene types that its gate is to tell apart, without {NEUTRAL!r}",
             next_step="Name them, for instance: --scene-types logic,emotion,body,archetype",
         )
-    return SceneToText(context, _untrained(context, options))
+    objective = SceneToText(context, _untrained(context, options))
+    # Stated, not left to the runtime's default: a fitted classifier is of use at its own depth alone.
+    objective.hidden_layers = options.hidden_layers or max(1, context.base.layers // 4)
+    return objective
 
 
 @hookimpl

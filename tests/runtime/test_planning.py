@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, hookimpl
+from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, JointGateContext, hookimpl
 from support.tiny import LAYERS, Zoo, mode_host, some_ids
 
 EXACT = {"atol": 1e-4, "rtol": 0.0}
@@ -129,3 +129,36 @@ def test_an_impossible_gate_is_its_plugin_s_fault(zoo: Zoo, gate: Any) -> None:
 
     with pytest.raises(LoraRtError, match="tested"):
         with_mode(zoo, Wrong).generate("x", "own", **OPTIONS)
+
+
+class Routing:
+    """A softmax among the mode's adapters over their early hidden state, per token; weights are its scores' prior."""
+
+    seen: ClassVar[list[list[tuple[str, list[bool], list[float]]]]] = []
+
+    @hookimpl
+    def lora_rt_joint_gate(context: JointGateContext) -> list[Gate]:  # type: ignore[misc]
+        Routing.seen.append([(a.adapter, list(a.active), list(a.weights)) for a in context.adapters])
+        scores = torch.stack([one.hidden()[..., k] for k, one in enumerate(context.adapters)])
+        active = torch.tensor([list(one.active) for one in context.adapters])[..., None]
+        shares = scores.masked_fill(~active, -torch.inf).softmax(0).nan_to_num()
+        return [Gate(ranks=share[..., None]) for share in shares]
+
+
+def test_a_gate_among_adapters_reaches_the_engine_per_token(zoo: Zoo) -> None:
+    """With a cache, beside rows that use fewer of them, equal to the row alone; one of them alone has all of it."""
+    runtime = with_mode(zoo, Routing)
+    runtime.load_adapter(str(zoo.adapter("llama", mode="tested", seed=53)), name="other")
+    prompts, specs = ["rain", "a longer prompt about bread", "rain"], ["own:1 other:0.5", "own:1 other:0.5", "own free"]
+    together = runtime.generate(prompts, specs, **OPTIONS)
+    assert Routing.seen[-1] == [("own", [True] * 3, [1.0] * 3), ("other", [True, True, False], [0.5, 0.5, 0.0])]
+    for prompt, spec, text in zip(prompts, specs, together, strict=True):
+        assert runtime.generate(prompt, spec, **OPTIONS) == text
+    ids = some_ids()
+    plain = with_mode(zoo, type("Nothing", (), {"lora_rt_compose": hookimpl(_users_own)}))
+    assert_close(runtime.logits(ids, compositions="own:1"), plain.logits(ids, compositions="own:1"), **EXACT)
+    assert not torch.allclose(runtime.logits(ids, compositions="own other"), runtime.logits(ids, compositions="own"))
+
+
+def _users_own(context: ComposeContext) -> None:
+    return None
