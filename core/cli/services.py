@@ -78,7 +78,7 @@ class CommandServices:
         """Write its weights into a new folder as an adapter of another mode."""
         from safetensors.torch import save_file
 
-        from lora_rt.core.training.adapter import described_state
+        from lora_rt.core.step.adapter import described_state
         from lora_rt.registry.card import AdapterCard, write_card
         from lora_rt.registry.durable import new_folder
 

@@ -59,9 +59,9 @@ def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
     Whoever pipes a table gets whole lines, however long.
     """
     whole = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
-    table = Table(*(Text(column) for column in columns), show_header=any(columns))
-    for column in table.columns:
-        column.no_wrap = True
+    table = Table(show_header=any(columns))
+    for column in columns:
+        table.add_column(Text(column), no_wrap=True)
     for row in whole:
         table.add_row(*row)
     needed = console.measure(table, options=console.options.update(width=100_000)).maximum

@@ -46,13 +46,13 @@ def own_weights(model: nn.Module) -> OwnWeights:
     A tied head is found under its own name. A layer that is kept in 4 or 8 bits equals nothing.
     """
     # The same parameter under every name that it has: a tied head is the embedding.
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     inner: dict[str, list[Tensor]] = {}
     for name, parameter in own.items():
         inner.setdefault(inner_path(name), []).append(parameter)
 
     def compare(name: str, raw: RawTensor) -> bool | None:
-        mine = own.get(name)
+        mine: Tensor | None = own.get(name)
         if mine is None:
             same = inner.get(inner_path(name), [])
             if len(same) != 1:

@@ -245,7 +245,8 @@ class _Inspection:
         if STATE not in names:
             return [f"{STATE} is missing, the card describes one"] if self.card and self.card.state else []
         try:
-            self.found[STATE], facts = "", {}
+            self.found[STATE] = ""
+            facts: Mapping[str, TensorFacts] = {}
             with files.open_plain(self.folder / STATE, LIMITS[STATE]) as (file, size):
                 entries, problems = read_header(file, size)
                 problems += self._state_problems(entries) if not problems else []

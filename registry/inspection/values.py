@@ -110,7 +110,7 @@ def _read_tensor(
         piece = chunk[:size] if kept is None else kept[start : start + size]
         if _fill(file, piece) < size:
             return TensorFacts(bad + 1, largest, math.inf)  # the file shrank while it was read
-        digest.update(piece)
+        digest.update(piece.data)
         values = _as_floats(piece, entry.dtype)
         with np.errstate(all="ignore"):
             # NaN survives max and min, so that one number tells whether all are finite.
@@ -125,7 +125,7 @@ def _read_tensor(
 
 def _fill(file: BinaryIO, piece: npt.NDArray[np.uint8]) -> int:
     """Read into the whole of an array; how many bytes there were."""
-    view, filled = memoryview(piece), 0
+    view, filled = piece.data, 0
     while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
         filled += count
     return filled
