@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
+from lora_rt.registry.hub.limits import NEXT_STEP
 from lora_rt.registry.hub.remote import commit_of
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.project import LOCK_FILE
@@ -15,6 +16,7 @@ from lora_rt.registry.resolved import Resolved, changes
 from lora_rt.registry.sync import check_lock
 
 COMPOSITION = "composition"
+UNREACHABLE = "; it is not asked about the others"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,12 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="See: lora-rt list")
-    verdicts = [_check(item, offline) for item in items if not names or item.name in names]
+    verdicts: list[Verdict] = []
+    for item in items:
+        if not names or item.name in names:
+            # A Hub that does not answer is asked once, not once for each adapter.
+            unheard = any(note.endswith(UNREACHABLE) for verdict in verdicts for note in verdict.notes)
+            verdicts.append(_check(item, offline or unheard))
     verdicts += [
         Verdict(item.name, "store", (item.message,), todo=item.todo)
         for item in damaged
@@ -89,7 +96,8 @@ def _remote(item: Resolved) -> tuple[list[str], list[str]]:
     try:
         commit = commit_of(repo, item.requested)
     except HubError as error:
-        return [], [f"not compared with the Hub: {error.message}"]
+        away = UNREACHABLE if error.next_step == NEXT_STEP else ""
+        return [], [f"not compared with the Hub: {error.message}{away}"]
     if commit == item.revision:
         return [], []
     return [f"{item.requested} of {repo} moved to {commit[:12]}"], []

@@ -4,7 +4,9 @@
 
 - all requests go through one client of the process, `utils._http._GLOBAL_CLIENT`, which `_GLOBAL_CLIENT_FACTORY` makes
   under `_CLIENT_LOCK`; there is no public way to read either, or to give one call a client of its own;
-- retries are logged as warnings by the loggers in `LOGGERS`.
+- retries are logged as warnings by the loggers in `LOGGERS`;
+- before its first request the client asks for `HARNESSES`, to say in its headers which agent runs it, and goes on
+  without an answer.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     Factory = Callable[[], httpx2.Client]
 
+HARNESSES = "/api/agent-harnesses"
 LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "huggingface_hub._commit_api")
 
 

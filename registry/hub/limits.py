@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_rt.registry.errors import HubError
+from lora_rt.registry.hub import internals
 
 if TYPE_CHECKING:
     import httpx2
@@ -49,23 +50,29 @@ class _Watch:
     host: str = "the Hub"
     is_open: bool = False
     waited: float = 0.0
+    moved: int = 0
     arrived: int = 0
     tries: Counter[str] = field(default_factory=Counter)
 
-    def count(self, seconds: float, size: int) -> None:
-        """Add a wait that brought (or took) `size` bytes.
+    def count(self, seconds: float, moved: int, arrived: int) -> None:
+        """Add a wait that moved so many bytes, of which so many came from the Hub.
 
         Raises:
             HubError: too little for too long.
         """
         self.waited += seconds
-        self.arrived += size
+        self.moved += moved
+        self.arrived += arrived
         if self.waited < LIMITS.window:
             return
-        if self.arrived < LIMITS.floor * self.waited:
+        if self.moved < LIMITS.floor * self.waited:
             what = f"sent {self.arrived:,} bytes in" if self.arrived else "has not answered for"
             raise HubError(f"{self.host} {what} {self.waited:.0f} s; given up", next_step=NEXT_STEP)
-        self.waited, self.arrived = 0.0, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.waited, self.moved, self.arrived = 0.0, 0, 0
 
 
 NEXT_STEP = "Check the network and HF_ENDPOINT; with HF_HUB_OFFLINE=1 what is on this machine is used"
@@ -88,11 +95,13 @@ def on_request(request: httpx2.Request) -> None:
     """Before each request: its limits, and the end of trying again.
 
     Raises:
-        HubError: it was tried often enough.
+        HubError: it was tried often enough, or nobody needs its answer.
     """
+    if request.url.path == internals.HARNESSES:
+        raise HubError("this is nothing that lora-rt needs to know", next_step=NEXT_STEP)
     watch, url = _watch(), str(request.url)
     if url != watch.url:
-        watch.waited, watch.arrived = 0.0, 0
+        watch.begin()
     watch.tries[url] = watch.tries[url] + 1 if watch.is_open and url == watch.url else 1
     watch.url, watch.host, watch.is_open = url, request.url.host, True
     if watch.tries[url] > LIMITS.tries:
@@ -129,13 +138,13 @@ def _pace(stream: Any) -> None:
             _watch().is_open = True
             raise
         finally:
-            _watch().count(time.monotonic() - start, size)
+            _watch().count(time.monotonic() - start, size, size)
         return data
 
     def paced_write(buffer: bytes, timeout: float | None = None) -> None:
         for place in range(0, len(buffer), PIECE):
             piece, start = buffer[place : place + PIECE], time.monotonic()
             write(piece, timeout=timeout)
-            _watch().count(time.monotonic() - start, len(piece))
+            _watch().count(time.monotonic() - start, len(piece), 0)
 
     stream.read, stream.write = paced_read, paced_write

@@ -11,7 +11,7 @@ import httpcore2._sync.http11
 import httpx2
 import pytest
 from huggingface_hub import get_session, set_client_factory
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _detect_agent, _http
 
 from lora_rt.registry.errors import HubError
 from lora_rt.registry.hub import internals, limits
@@ -54,6 +54,16 @@ def test_huggingface_hub_logs_retries_by_the_loggers_that_are_listed() -> None:
     assert _http.logger.name == internals.LOGGERS[0]
     for name in internals.LOGGERS:
         __import__(name)
+
+
+def test_the_client_asks_for_nothing_that_a_pull_does_not_need(
+    hub: LocalHub, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_detect_agent, "_registry", None)
+    hub.commit(REPO, adapter_files())
+    pull(store, Reference.parse(REPO))
+    assert [line for line in hub.requests if internals.HARNESSES in line] == []
+    assert internals.HARNESSES in inspect.getsource(_detect_agent)
 
 
 def test_httpcore_says_which_connection_it_opened_and_reads_through_it(hub: LocalHub) -> None:

@@ -69,14 +69,18 @@ def test_a_pull_is_given_up_in_one_line(hub: LocalHub, store: Store, behaviour: 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_search_verify_lock_and_use_are_not_held_up(hub: LocalHub, registry: Registry, behaviour: str) -> None:
     hub.commit(REPO, adapter_files(), tag="v1")
-    pull(registry.store, Reference.parse(f"{REPO}@v1"))
+    for name in ("emotion", "second"):
+        pull(registry.store, Reference.parse(f"{REPO}@v1"), name=name)
     (registry.folder / "lora-rt.toml").write_text('[adapters]\nmood = "a/b"\n')
     hub.twist = BEHAVIOURS[behaviour]
     for action in (lambda: search("x"), lambda: registry.resolve("c/d"), lambda: make_lock(registry)):
         with pytest.raises(HubError):
             action()
-    verdict = next(item for item in verify(registry, ["emotion"]) if item.source == f"hub {REPO}")
-    assert verdict.notes[0].startswith("not compared with the Hub: ")
+    hub.requests.clear()
+    first, second = (item for item in verify(registry, ["emotion", "second"]) if item.source == f"hub {REPO}")
+    assert first.notes[0].startswith("not compared with the Hub: ")
+    assert second.notes == ()
+    assert len(hub.requests) == 1
 
 
 @pytest.mark.parametrize("part", ["/repos/create", "/preupload/", "/lfs/", "/commit/"])

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
+from lora_rt.registry.errors import UnknownAdapterError
+from support.hub import LocalHub
 from support.tiny import Zoo, dense_logits, some_ids
 
 IDS = some_ids(rows=1)
@@ -33,6 +35,20 @@ def test_a_path_in_a_composition_is_loaded_when_it_is_first_used(runtime: Runtim
     assert_close(found, dense_logits(zoo.base("llama"), [(folder, 0.5)], IDS), **EXACT)
     assert list(runtime.adapters) == ["mine"]
     assert torch.equal(runtime.logits(IDS, compositions="mine:0.5"), found)
+
+
+def test_a_repository_that_is_resident_by_its_id_gives_its_name_no_meaning(
+    runtime: Runtime, zoo: Zoo, tmp_path: Path, hub: LocalHub
+) -> None:
+    files = {path.name: path.read_bytes() for path in zoo.adapter("llama", seed=1).iterdir()}
+    hub.commit("evil/feelings", files)
+    found = runtime.logits(IDS, compositions="evil/feelings:0.5")
+    assert list(runtime.adapters) == ["feelings"]
+    with pytest.raises(UnknownAdapterError):
+        runtime.logits(IDS, compositions="feelings:0.5")
+    assert torch.equal(runtime.logits(IDS, compositions="evil/feelings:0.5"), found)
+    runtime.load_adapter("evil/feelings", name="feelings")  # the caller's own word
+    assert torch.equal(runtime.logits(IDS, compositions="feelings:0.5"), found)
 
 
 def test_two_adapters_of_one_name_stand_side_by_side(runtime: Runtime, zoo: Zoo, tmp_path: Path) -> None:
