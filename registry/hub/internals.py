@@ -59,6 +59,8 @@ class _OwnClient:
                 factory = _http._GLOBAL_CLIENT_FACTORY
                 self._theirs = (factory, _http._GLOBAL_CLIENT)
                 kept = self._kept if self._kept and self._kept[0] is factory and not self._kept[1].is_closed else None
+                if kept is None:
+                    self.close()  # it was made for another factory
                 _http._GLOBAL_CLIENT_FACTORY = functools.partial(_made, factory, prepare)
                 _http._GLOBAL_CLIENT = kept[1] if kept else None
 
