@@ -3,11 +3,13 @@
 A sampled row draws one uniform number u a step and takes the token at which the sum of chances, from the most likely
 token down, passes u times the chance of its nucleus. Which tokens those are is found among the few most likely ones:
 
-    scores   (rows, vocabulary)     viewed as (rows, 64, blocks)
-    best     (rows, blocks)         the largest of each block
-    few      (rows, 64 k)           all tokens of the k blocks with the largest ones: the k best tokens are among them
+    scores    (rows, vocabulary)     seen as blocks of 64 tokens
+    blocks    (rows, blocks)         the largest of each
+    few       (rows, 96 * 64)        the tokens of the 96 blocks with the largest ones; the 96 best are among them
 
-Only for rows whose nucleus is larger is the whole vocabulary sorted. Both ways give the same tokens.
+Where the nucleus ends depends on the sum of all chances. For what is not among the few it lies between the chances of
+their blocks' best and 64 times these, and mostly both ends give the same token; only where they do not is everything
+added up, and only where the nucleus is larger than the few is the vocabulary sorted. The token is the same either way.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from lora_rt.core.generation.sampling import Sampling
 
 _BLOCK = 64
 _FEW = 96  # tokens that are looked at first
+_ROUNDING = 1e-4  # more than what single precision loses in a sum of chances
 _WIDEST = torch.finfo(torch.float32).max
 
 
@@ -61,14 +64,17 @@ def choose(
         forbidden: tokens that each row may not take now.
     """
     scores = _adjusted(logits, rows, forbidden or [()] * len(rows))
-    best, tokens = scores.max(-1)  # a number that is none wins
+    blocks = _best_of_blocks(scores)
+    best = blocks.amax(-1)  # a number that is none wins
     fine = best.isfinite().tolist()
-    chosen: list[int | None] = [token if good else None for token, good in zip(tokens.tolist(), fine, strict=True)]
     drawn = [number for number, row in enumerate(rows) if fine[number] and not row.sampling.greedy]
-    if drawn:
-        some = scores if len(drawn) == len(rows) else scores[drawn]
-        for number, token in zip(drawn, _drawn(some, best[drawn], [rows[n] for n in drawn]), strict=True):
-            chosen[number] = token
+    taken = [number for number, row in enumerate(rows) if fine[number] and row.sampling.greedy]
+    chosen: list[int | None] = [None] * len(rows)
+    for numbers, way in ((taken, _most_likely), (drawn, _drawn)):
+        if numbers:
+            part = (scores, blocks) if len(numbers) == len(rows) else (scores[numbers], blocks[numbers])
+            for number, token in zip(numbers, way(*part, [rows[number] for number in numbers]), strict=True):
+                chosen[number] = token
     return chosen
 
 
@@ -76,7 +82,7 @@ def _adjusted(logits: Tensor, rows: Sequence[RowSampler], forbidden: Sequence[Co
     """Scores under the repetition penalties (Keskar et al. 2019), without the forbidden tokens."""
     places = [(number, token) for number, row in enumerate(rows) for token in row.penalised]
     barred = [(number, token) for number, tokens in enumerate(forbidden) for token in tokens]
-    scores = logits.float() if places or logits.dtype != torch.float32 else logits
+    scores = logits.float()
     if places:
         where = torch.tensor(places, device=scores.device).unbind(1)
         strengths = torch.tensor([row.sampling.repetition_penalty for row in rows], dtype=torch.float64)
@@ -90,43 +96,119 @@ def _adjusted(logits: Tensor, rows: Sequence[RowSampler], forbidden: Sequence[Co
     return scores
 
 
-def _drawn(scores: Tensor, best: Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    """A token for every row; scores (rows, vocabulary), best (rows,) the largest of each."""
-    heat = torch.tensor([row.sampling.temperature or 1.0 for row in rows], dtype=torch.float64, device=scores.device)
-    uniform = [row.uniform() for row in rows]
-    vocabulary = scores.shape[1]
-    limits = [min(row.sampling.top_k or vocabulary, vocabulary) for row in rows]
-    count = min(_FEW, vocabulary)
-    values, tokens = _largest(scores, count)
-    chances = ((values.double() - best[:, None]) / heat[:, None]).exp()  # relative to the best, (rows, count)
-    totals = _totals(scores, best, heat, rows)
-    found: list[int] = []
-    everything = count == vocabulary
-    for number, row in enumerate(rows):
-        place = _place(chances[number], totals[number], row.sampling.top_p, limits[number], uniform[number], everything)
-        if place is None:
-            place, order = _among_all(scores[number], best[number], heat[number], row, limits[number], uniform[number])
-            found.append(int(order[place]))
-        else:
-            found.append(int(tokens[number, place]))
+def _best_of_blocks(scores: Tensor) -> Tensor:
+    """The largest score of every block, (rows, blocks); the last block may be a short one."""
+    whole = scores.shape[1] // _BLOCK * _BLOCK
+    best = scores[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)
+    return best if whole == scores.shape[1] else torch.cat([best, scores[:, whole:].amax(-1, keepdim=True)], dim=1)
+
+
+def _tokens_of(scores: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of some blocks (rows, n) and their scores, both (rows, 64 n); none where a block is short."""
+    tokens = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=scores.device)).flatten(1)
+    last = scores.shape[1] - 1
+    values = scores.gather(1, tokens.clamp(max=last))
+    return tokens, values.masked_fill_(tokens > last, -torch.inf)
+
+
+def _most_likely(scores: Tensor, blocks: Tensor, _rows: Sequence[RowSampler]) -> list[int]:
+    """The best token of every row, the first one of equals."""
+    tokens, values = _tokens_of(scores, blocks.argmax(-1, keepdim=True))
+    found: list[int] = tokens.gather(1, values.argmax(-1, keepdim=True))[:, 0].tolist()
     return found
 
 
-def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row in falling order, and their places, both (rows, count)."""
-    rows, vocabulary = scores.shape
-    blocks = vocabulary // _BLOCK
-    if blocks <= 4 * count:
-        return _sorted(*scores.topk(count, dim=-1))
-    whole = scores[:, : blocks * _BLOCK]
-    best = whole.reshape(rows, _BLOCK, blocks).amax(1)  # block b holds the tokens b, b + blocks, b + 2 blocks, ...
-    chosen = best.topk(count, dim=-1, sorted=False).indices  # (rows, count)
-    steps = torch.arange(_BLOCK, device=scores.device) * blocks
-    places = (chosen[:, :, None] + steps).flatten(1)
-    rest = torch.arange(blocks * _BLOCK, vocabulary, device=scores.device).expand(rows, -1)
-    places = torch.cat([places, rest], dim=1)
-    few, where = scores.gather(1, places).topk(count, dim=-1)
-    return _sorted(few, places.gather(1, where))
+def _drawn(scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """A token for every row, drawn."""
+    draw = _Draw(scores, blocks, rows)
+    low, sure_low = draw.places(draw.least)
+    high, sure_high = draw.places(draw.most)
+    unsure = ((low != high) | ~sure_low | ~sure_high).nonzero()[:, 0].tolist()
+    found: list[int] = draw.tokens.gather(1, low[:, None].clamp(max=draw.tokens.shape[1] - 1))[:, 0].tolist()
+    for number in unsure:
+        found[number] = draw.exactly(number)
+    return found
+
+
+class _Draw:
+    """One step of some rows: their most likely tokens, their chances, and where their random numbers fall.
+
+    Chances are relative to the best token's. `least` and `most` (rows,) are bounds on the sum of all of a row.
+    """
+
+    def __init__(self, scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> None:
+        self._scores = scores
+        self._best = blocks.amax(-1).double()
+        many = scores.shape[1]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=scores.device)
+
+        self._heat = column([row.sampling.temperature or 1.0 for row in rows])
+        self._top_p = column([row.sampling.top_p for row in rows])
+        self._top_k = column([k if 0 < (k := row.sampling.top_k) < many else torch.inf for row in rows])
+        self._uniform = column([row.uniform() for row in rows])
+        few = blocks.topk(min(_FEW, blocks.shape[1]), dim=-1, sorted=False).indices
+        tokens, values = _tokens_of(scores, few)
+        self._whole = few.shape[1] == blocks.shape[1]  # nothing is missing
+        known = self._roughly(values).sum(-1).double()
+        others = self._roughly(blocks).scatter_(1, few, 0.0).sum(-1).double()
+        values, where = values.topk(many if self._whole else _FEW, dim=-1)
+        values, self.tokens = _sorted(values, tokens.gather(1, where))
+        self.least = (known + others) * (1 - _ROUNDING)
+        self.most = (known + others * _BLOCK) * (1 + _ROUNDING)
+        self._chance = self._chances(values)
+
+    def _roughly(self, values: Tensor) -> Tensor:
+        """The chances in single precision, which is enough for bounds, (rows, n)."""
+        return (values - self._best[:, None].float()).div_(self._heat[:, None].float()).exp_()
+
+    def _chances(self, values: Tensor) -> Tensor:
+        """(rows, n)"""
+        return ((values.double() - self._best[:, None]) / self._heat[:, None]).exp()
+
+    def places(self, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each row's number falls among its most likely tokens if the sum of all is this, (rows,); if it does."""
+        return _places(self._chance, totals, self._top_p, self._top_k, self._uniform, whole=self._whole)
+
+    def exactly(self, number: int) -> int:
+        """The token of one row, by the sum of all its chances, and where that is not enough by sorting everything."""
+        row = slice(number, number + 1)
+        settings = self._top_p[row], self._top_k[row], self._uniform[row]
+        all_chances = self._chances_of(number, self._scores[number])
+        total = all_chances.sum()[None]
+        place, sure = _places(self._chance[row], total, *settings, whole=self._whole)
+        if bool(sure):
+            return int(self.tokens[number, place])
+        order = self._scores[number].argsort(descending=True, stable=True)
+        place, _ = _places(all_chances[order][None], total, *settings, whole=True)
+        return int(order[place])
+
+    def _chances_of(self, number: int, values: Tensor) -> Tensor:
+        return ((values.double() - self._best[number]) / self._heat[number]).exp()
+
+
+def _places(
+    chance: Tensor, total: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor, *, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """Where the draws fall, (rows,), and whether that is sure, (rows,) bool: not where more tokens have to be known.
+
+    Args:
+        chance: (rows, n) in falling order. total: (rows,) the sum over the whole vocabulary.
+        top_p, top_k, uniform: (rows,) settings, infinity for no top_k, and random numbers.
+        whole: whether the n are the whole vocabulary.
+    """
+    count = chance.shape[1]
+    chance = chance * (torch.arange(count, device=chance.device) < top_k[:, None])
+    sums = chance.cumsum(-1)
+    complete = (top_k <= count) | whole  # what lies beyond has no chance
+    total = torch.where(complete, sums[:, -1], total)
+    nucleus = ((sums - chance) < (top_p * total)[:, None]) & (chance > 0)  # at least one, since 0 < top_p * total
+    inside = torch.where(top_p < 1, nucleus.sum(-1), top_k.clamp(max=count).long())
+    mass = torch.where(top_p < 1, sums.gather(1, inside[:, None] - 1)[:, 0], total)
+    place = (sums <= (uniform * mass)[:, None]).sum(-1)
+    enough = torch.where(top_p < 1, inside < count, place < count)
+    return torch.minimum(place, inside - 1), complete | (enough & top_k.isinf())
 
 
 def _sorted(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,49 +217,3 @@ def _sorted(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     values, tokens = values.gather(1, by_token), tokens.gather(1, by_token)
     order = values.argsort(dim=-1, descending=True, stable=True)
     return values.gather(1, order), tokens.gather(1, order)
-
-
-def _totals(scores: Tensor, best: Tensor, heat: Tensor, rows: Sequence[RowSampler]) -> list[float]:
-    """The sum of all chances of each row, relative to the best token's; where top_k is few it is not needed."""
-    if all(0 < row.sampling.top_k <= _FEW for row in rows):
-        return [0.0] * len(rows)
-    blocks = scores.shape[1] // _BLOCK
-    relative = (scores - best[:, None]).div_(heat.float()[:, None]).exp_()
-    whole = relative[:, : blocks * _BLOCK].reshape(len(rows), _BLOCK, blocks)
-    # Down the columns first: how many rows there are does not change the order in which a row's numbers are added.
-    total = whole.sum(1).double().sum(-1) + relative[:, blocks * _BLOCK :].double().sum(-1)
-    found: list[float] = total.tolist()
-    return found
-
-
-def _place(chances: Tensor, total: float, top_p: float, top_k: int, uniform: float, everything: bool) -> int | None:
-    """Where the draw falls among the most likely tokens, or None where more of them have to be known.
-
-    Args:
-        chances: (few,) in falling order. total: the sum over the whole vocabulary, in the same units.
-        everything: whether no token is missing.
-    """
-    known = len(chances)
-    sums = chances[:top_k].cumsum(0)
-    if top_k <= known:  # what lies beyond top_k has no chance at all
-        total, everything = float(sums[-1]), True
-    before = sums - chances[:top_k]
-    nucleus = int((before < top_p * total).sum()) if top_p < 1 else len(sums)
-    if nucleus == len(sums) and not everything:
-        if top_p < 1 or uniform * total >= float(sums[-1]):
-            return None
-        mass = total
-    else:
-        mass = float(sums[max(nucleus, 1) - 1])
-    return min(int((sums <= uniform * mass).sum()), max(nucleus, 1) - 1)
-
-
-def _among_all(
-    scores: Tensor, best: Tensor, heat: Tensor, row: RowSampler, top_k: int, uniform: float
-) -> tuple[int, Tensor]:
-    """The draw among the whole sorted vocabulary: its place, and the tokens in falling order."""
-    order = scores.argsort(descending=True, stable=True)
-    chances = ((scores[order].double() - best) / heat).exp()
-    place = _place(chances, float(chances.sum()), row.sampling.top_p, top_k, uniform, everything=True)
-    assert place is not None
-    return place, order
