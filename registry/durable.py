@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_rt.registry.errors import OccupiedFolderError
+from lora_rt.registry.errors import OccupiedFolderError, StorageError
 
 
 def sync_file(path: Path) -> None:
@@ -54,8 +54,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         OccupiedFolderError: something is there already, and it is no empty folder.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OccupiedFolderError(f"{target} is there and not empty", next_step="Give a new folder")
+    _refuse_occupied(target)
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
@@ -71,6 +70,73 @@ def new_folder(target: Path) -> Iterator[Path]:
         sync_folder(parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_new_folder(target: Path) -> None:
+    """Raise what `new_folder` would raise, before hours are spent on what is to lie there.
+
+    Raises:
+        OccupiedFolderError: something is there already, and it is no empty folder.
+        StorageError: it can't be made.
+    """
+    _refuse_occupied(target)
+    check_writable(target.absolute().parent)
+
+
+def _refuse_occupied(target: Path) -> None:
+    try:
+        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise StorageError(f"{target}: {error.strerror}", next_step="Give another folder") from error
+    if occupied:
+        raise OccupiedFolderError(f"{target} is there and not empty", next_step="Give a new folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a file in the folder, or in the first one above it that is there, and remove it again.
+
+    Raises:
+        StorageError: it can't be made.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"nothing can be written into {folder}: {error.strerror}", next_step="Give a folder that can be written"
+        ) from error
+
+
+_UNWRITTEN = ("PytorchStreamWriter", "inline_container", "unexpected pos", "basic_ios", "iostream")
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Within the block, whatever the libraries raise when a disk is full becomes one kind of error.
+
+    safetensors raises SafetensorError with the system's words in it, torch a RuntimeError of its zip writer.
+
+    Raises:
+        StorageError: `what` could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        raise _unwritten(what, why) from error
+    except Exception as error:  # what it is, is told by its class's name or by its words
+        if type(error).__name__ == "SafetensorError" or (
+            isinstance(error, RuntimeError) and any(word in str(error) for word in _UNWRITTEN)
+        ):
+            raise _unwritten(what, str(error).splitlines()[0]) from error
+        raise
+
+
+def _unwritten(what: str, why: str) -> StorageError:
+    return StorageError(f"{what} can't be written: {why}", next_step="Free some space, or use another disk")
 
 
 def abandoned(folder: Path, name: str = "*") -> list[Path]:

@@ -39,3 +39,7 @@ class HubError(LoraRtError):
 
 class OccupiedFolderError(LoraRtError):
     """A folder that is to be made anew is there and holds something."""
+
+
+class StorageError(LoraRtError):
+    """A file could not be written: no room, no right, a disk that failed."""

@@ -72,8 +72,10 @@ def validated(kind: type[T], document: Any) -> T:
 def problems_of(error: ValidationError) -> list[str]:
     """Everything that pydantic found wrong with a document, one line each, cut where it came from a stranger."""
     problems = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False)[:MAX_PROBLEMS]:
+    for item in error.errors(include_url=False, include_context=False)[:MAX_PROBLEMS]:
         parts = [str(part)[:60] for part in item["loc"] if part != "[key]"]
         text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "string_pattern_mismatch" and not str(item["input"]).isprintable():
+            text = "it holds a line break or another character that can't be printed"
         problems.append(f"{repr('.'.join(parts))[1:-1][:120]}: {text}" if parts else text)
     return problems

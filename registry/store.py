@@ -109,6 +109,17 @@ class Store:
             self._collect()
         return self.resolved(record)
 
+    def check_free(self, name: str, source: str) -> None:
+        """Raise what `publish` would raise of this name and of the disk, before an adapter is made.
+
+        Raises:
+            StoreError: the name is none, or differs only by case from another.
+            StorageError: the store can't be written.
+        """
+        self._check_name(name, source)
+        self._check_case(name)
+        durable.check_writable(self._staging)
+
     def link(self, record: Record) -> Resolved:
         """Write a record for an object that is in the store already: a name or further facts.
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 out = Console(soft_wrap=False, highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def compose_hint(spec: Path | str, base: str) -> str:
+    """The command that tries an adapter out, as a shell takes it, over the base that it is for."""
+    given = str(spec) if isinstance(spec, str) or spec.is_absolute() else f"./{spec}"
+    over = "" if base == "default" else f" --base {shlex.quote(base)}"
+    return f'try it: lora-rt compose {shlex.quote(given)}{over} -p "..."'
 
 
 def print_json(document: Any) -> None:

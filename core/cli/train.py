@@ -71,6 +71,7 @@ def train(
 ) -> None:
     """Train an adapter for REGISTER on JSON lines and publish it with its card."""
     from lora_rt.core.step.settings import TrainSettings
+    from lora_rt.core.training.run import train as run
 
     settings = TrainSettings(
         register=register,
@@ -96,52 +97,20 @@ def train(
         licence=licence,
         **options.text_format(template_var, special_tokens),
     )
-    where, result = _into_folder(settings, out, resume) if out else _into_store(settings, resume)
-    _report(where, result, out)
+    _report(run(settings, out=out, resume=resume), settings, out)
 
 
-def _into_store(settings: TrainSettings, resume: bool) -> tuple[str, TrainResult]:
-    from lora_rt.core.step.settings import SettingsError
-    from lora_rt.core.training.run import train as run
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.reference import is_name
-    from lora_rt.registry.store import Store
-
-    store = Store()
-    if not is_name(settings.register):
-        raise SettingsError(
-            f"{settings.register!r} is not a name that an adapter can have",
-            next_step="Use letters, digits, '.', '_' and '-'",
-        )
-    with store.staging() as folder:
-        result = run(settings, load_modes(), folder, resume=resume)
-        published = store.publish(folder, settings.register, source="trained here", revision=None)
-    return f"{published.name} (sha256 {published.sha256[:12]})", result
-
-
-def _into_folder(settings: TrainSettings, out: Path, resume: bool) -> tuple[str, TrainResult]:
-    """The folder appears only when the run has ended well."""
-    from lora_rt.core.training.run import train as run
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.durable import new_folder
-
-    with new_folder(out) as scratch:
-        result = run(settings, load_modes(), scratch, resume=resume)
-    return str(out), result
-
-
-def _report(where: str, result: TrainResult, out: Path | None) -> None:
+def _report(result: TrainResult, settings: TrainSettings, out: Path | None) -> None:
     from rich.markup import escape
 
+    from lora_rt.core.cli.console import compose_hint
     from lora_rt.core.cli.console import out as console
 
     loss = f"held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} nats per token"
-    console.print(
-        f"trained [bold]{escape(where)}[/]: {loss}, {result.steps} steps, {result.tokens_per_second:.0f} tokens/s",
-        soft_wrap=True,
-    )
-    spec = (str(out) if out.is_absolute() else f"./{out}") if out else result.card.register
-    console.print(f'try it: lora-rt compose {escape(spec)} -p "..."', soft_wrap=True)
+    speed = f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s"
+    console.print(f"trained [bold]{escape(result.where)}[/]: {loss}, {speed}", soft_wrap=True)
+    hint = compose_hint(out or settings.register, settings.base)
+    console.print(escape(hint), soft_wrap=True)
 
 
 def _words(text: str) -> list[str]:

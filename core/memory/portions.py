@@ -14,6 +14,7 @@ from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.config import PlanError
 from lora_rt.core.memory.process import free_bytes
 from lora_rt.core.memory.training import plan_training
+from lora_rt.core.step.loss import is_plain
 from lora_rt.core.step.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 
@@ -43,7 +44,7 @@ def pick_portions(
         SettingsError: what the settings ask for can't be had on this device or with this mode.
     """
     optimizer = _optimizer(settings, base.device.type)
-    ways = list(_ways(settings, base, divisible=type(objective).loss is Objective.loss))
+    ways = list(_ways(settings, base, divisible=is_plain(objective)))
     if len(ways) == 1:
         return Portions(optimizer, *ways[0])
     free = free_bytes(str(base.device))

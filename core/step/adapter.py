@@ -53,7 +53,11 @@ def with_adapter(model: Any, settings: TrainSettings) -> Any:
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in adaptable(model).values()),
         task_type=TaskType.CAUSAL_LM,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as error:
+        text = f"PEFT can't put an adapter on these layers: {str(error).splitlines()[0][:300]}"
+        raise SettingsError(text, next_step="Name other layers with --target-modules") from error
 
 
 def checkpointed(model: Any) -> None:

@@ -15,12 +15,17 @@ from lora_rt.plugins.contract import IGNORE, Objective
 def batch_loss(model: nn.Module, inputs: Mapping[str, Any], objective: Objective) -> Tensor:
     """The objective's own loss, or the mean cross entropy per labelled token of the batch."""
     labels = inputs["labels"]
-    if type(objective).loss is Objective.loss:
+    if is_plain(objective):
         total, count = label_nll(model, inputs)
         return total.sum() / count.sum().clamp(min=1)
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     loss = objective.loss(logits, labels, inputs.get("extra", {}))
     return plain_loss(logits, labels) if loss is None else loss
+
+
+def is_plain(objective: Objective) -> bool:
+    """Whether the loss is the runtime's own, and not the mode's."""
+    return type(objective).loss is Objective.loss
 
 
 def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:

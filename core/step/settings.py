@@ -10,7 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lora_rt.core.base.precision import check_precision
+from lora_rt.core.base.source import parse_base
 from lora_rt.errors import LoraRtError
+from lora_rt.registry.card import parse_card
+from lora_rt.registry.files import CARD
+from lora_rt.registry.inspection.config import read_config
+from lora_rt.registry.reference import is_name
 
 ALL_LINEAR = "all-linear"
 Optimizer = Literal["adamw", "paged-adamw-8bit"]
@@ -57,8 +63,15 @@ class TrainSettings:
     special_tokens: bool = False
 
     def check(self) -> None:
-        """Raises SettingsError with everything that is out of range."""
+        """What is known without data, base and mode.
+
+        Raises:
+            SettingsError: with everything that is out of range, or that no adapter can be published with.
+            PrecisionError, BaseError: there is no such precision, or base.
+        """
         problems = []
+        if not is_name(self.register):
+            problems.append(f"{self.register[:80]!r} is not a name that an adapter can have; use letters and digits")
         if not 1 <= self.r <= 4096:
             problems.append(f"r is {self.r}; it must be from 1 to 4096")
         if not 0 < self.alpha < 1e6:
@@ -77,30 +90,58 @@ class TrainSettings:
             problems.append(
                 f"accumulation is {self.accumulation}; it must divide the batch size, {self.batch_size}, without a rest"
             )
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"the seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+        problems += self._unpublishable() if not problems else []
         if problems:
             raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
+        check_precision(self.precision)
+        parse_base(self.base)
+
+    def _unpublishable(self) -> list[str]:
+        """What card and configuration of the adapter would be refused for, by the checks that refuse them."""
+        unknown = {"id": "", "revision": None, "digest": ""}
+        _, card = parse_card(json.dumps(self.card_facts() | {"base": unknown}).encode())
+        lora = {"peft_type": "LORA", "r": self.r, "lora_alpha": self.alpha, "target_modules": ["x"]}
+        _, config = read_config(json.dumps(lora).encode())
+        return [problem.removeprefix(f"{CARD}: ") for problem in card] + config
+
+    def card_facts(self) -> dict[str, Any]:
+        """What the settings give to the adapter's card."""
+        return {
+            "register": self.register,
+            "mode": self.mode,
+            "scene_types": self.scene_types,
+            "seed": self.seed,
+            "licence": self.licence,
+            "training": {
+                "r": self.r,
+                "alpha": self.alpha,
+                "target_modules": ",".join(self.target_modules),
+                "dropout": self.dropout,
+                "learning_rate": self.learning_rate,
+                "epochs": self.epochs,
+                "batch_size": self.batch_size,
+                "precision": self.precision,
+                **{f"option {key}": value for key, value in self.options.items()},
+            },
+        }
 
     def fingerprint(self, data_digest: str, optimizer: Optimizer = "adamw", *, base_digest: str = "") -> str:
         """Twelve hex digits that two runs share exactly if one can resume the other.
 
-        What is computed must be the same, not in which portions: checkpointing and accumulation may differ. Plain AdamW
-        leaves no trace in it, so that runs from before there was a choice can go on.
+        What is computed must be the same, not in which portions: checkpointing and accumulation may differ. Nor does it
+        count where base and data lie, only what they are.
 
         Args:
             data_digest: of the training data.
             optimizer: the one that the run came to.
-            base_digest: of the base, where the text of `--base` may lead to another one tomorrow.
+            base_digest: of the base.
         """
-        apart = ("data", "held_out", "device", "licence", "optimizer", "gradient_checkpointing", "accumulation")
-        plain = {key: str(value) for key, value in asdict(self).items() if key not in apart}
-        if base_digest:
-            plain["base"] = base_digest
-        for key in ("template_variables", "special_tokens"):  # as above: nothing where there is nothing to say
-            if not getattr(self, key):
-                del plain[key]
-        if optimizer != "adamw":
-            plain["optimizer"] = optimizer
-        return hashlib.sha256(json.dumps([plain, data_digest], sort_keys=True).encode()).hexdigest()[:12]
+        apart = ("data", "held_out", "base", "device", "licence", "gradient_checkpointing", "accumulation")
+        plain = {key: str(value) for key, value in asdict(self).items() if key not in apart} | {"optimizer": optimizer}
+        facts = json.dumps([plain, data_digest, base_digest], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
 
 def choose_targets(wanted: Sequence[str], linears: Sequence[str]) -> list[str]:

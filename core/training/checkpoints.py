@@ -1,4 +1,4 @@
-"""Checkpoints of a run: where they lie, which are whole, and how Ctrl-C leaves one.
+"""Checkpoints of a run: what makes them whole, and how Ctrl-C leaves one.
 
 transformers writes a checkpoint file by file. A marker that is written last, after everything reached the disk, tells a
 whole checkpoint from one that a kill left half-written.
@@ -7,7 +7,6 @@ whole checkpoint from one that a kill left half-written.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -20,22 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-_WHOLE = "lora-rt-whole"
+from lora_rt.core.training.runs import WHOLE, newest_whole
+from lora_rt.core.training.trainer import TrainingDivergedError
+from lora_rt.registry.durable import storage_errors
+from lora_rt.registry.errors import StorageError
+
 _STATE = "mode.safetensors"
-
-
-def newest_whole(run: Path) -> Path | None:
-    """The whole checkpoint of the most steps below a run's folder, or None."""
-    found = []
-    for folder in run.glob("checkpoint-*"):
-        if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / _WHOLE).exists():
-            found.append((int(match[1]), folder))
-    return max(found)[1] if found else None
-
-
-def forget(run: Path) -> None:
-    """Remove a run's checkpoints."""
-    shutil.rmtree(run, ignore_errors=True)
 
 
 def restore_state(checkpoint: Path, state: nn.Module | None) -> None:
@@ -51,23 +40,49 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         self._run = run
         self._state = state
         self.interrupted = False
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interrupted and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         folder = self._run / f"checkpoint-{state.global_step}"
+        if model is not None and not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingDivergedError(
+                f"weights are no longer finite numbers at step {state.global_step}; they are not saved",
+                next_step="Try a smaller --lr, or another --precision",
+            )
         if self._state is not None:
             save_file({k: v.contiguous() for k, v in self._state.state_dict().items()}, folder / _STATE)
         for file in folder.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        (folder / _WHOLE).touch()
+        (folder / WHOLE).touch()
         for older in self._run.glob("checkpoint-*"):
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within the block, a disk that takes no checkpoint is an error that says what is kept.
+
+        Raises:
+            StorageError: a checkpoint could not be written.
+        """
+        try:
+            with storage_errors("a checkpoint"):
+                yield
+        except StorageError as error:
+            kept = newest_whole(self._run)
+            text = f"{kept.name} is kept, --resume goes on from there" if kept else "no checkpoint is there yet"
+            step = f"{error.next_step}; {text}"
+            raise StorageError(f"the run is stopped: {error.message}", next_step=step) from error
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_rt.core.step.loss import batch_loss
+from lora_rt.core.step.loss import batch_loss, is_plain
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.core.training.upstream import LengthGroupedTrainer
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
+from lora_rt.plugins.manager import PluginError
 
 
 class TrainingDivergedError(LoraRtError):
@@ -65,10 +67,11 @@ class ModeTrainer(LengthGroupedTrainer):
     """
 
     def __init__(
-        self, *args: Any, objective: Objective, gates: RankGates, accumulation: int = 1, **kwargs: Any
+        self, *args: Any, objective: Objective, mode: str, gates: RankGates, accumulation: int = 1, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
+        self.mode = mode
         self.gates = gates
         self.accumulation = accumulation
 
@@ -97,16 +100,31 @@ class ModeTrainer(LengthGroupedTrainer):
             if share is not None:
                 loss = loss * share
             self._check(loss)
-            self.accelerator.backward(loss)
+            with self._blaming():
+                self.accelerator.backward(loss)
         return loss.detach().float()
 
     def _check(self, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):
+            whose = "the loss" if is_plain(self.objective) else f"the own loss of the mode {self.mode!r}"
             step = self.state.global_step + 1
             raise TrainingDivergedError(
-                f"the loss became {loss.item()} at step {step}; the run is stopped and nothing is published",
+                f"{whose} became {loss.item()} at step {step}; the run is stopped and nothing is published",
                 next_step="Try a smaller --lr, or another --precision",
             )
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """What fails in the backward pass of a mode's own loss is the mode's doing."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if is_plain(self.objective):
+                raise
+            text = f"the loss of the mode {self.mode!r} has no gradient: {str(error).splitlines()[0]}"
+            raise PluginError(text, next_step="Report it to the author of its plugin") from error
 
 
 def split(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:

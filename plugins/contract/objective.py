@@ -62,7 +62,8 @@ class Objective:
 
     `fields` are the keys that every data line must have, all of them non-empty strings; where "scene" and "text" are
     among them, lines in the usual forms of others (messages, instruction and output) are read into these two. With
-    `chats`, "scene" may be a list of chat messages, which `prompt_ids` takes as well. `state` is trained beside the
+    `chats`, "scene" may be a list of chat messages, which `prompt_ids` takes as well. A module that names
+    its fields as `LORA_RT_FIELDS`, too, has bad lines refused before a base is loaded. `state` is trained beside the
     adapter and saved as `mode.safetensors`; None where the mode keeps nothing of its own. `hidden_layers` is after how
     many of the base's blocks `lora_rt_gate` and `lora_rt_scene` are to see the early hidden state; it is kept in the
     card (None: a quarter of them).

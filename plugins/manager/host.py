@@ -80,6 +80,14 @@ class ModeHost:
         self._load_all()
         return sorted((plugin for plugin in self._plugins if plugin.implements(hook)), key=lambda plugin: plugin.name)
 
+    def fields(self, mode: str) -> tuple[str, ...]:
+        """What the module of a mode's objective states as `LORA_RT_FIELDS`: known without a base; empty if nothing.
+
+        Raises:
+            UnknownModeError: there is no such mode, or it is broken or blocked.
+        """
+        return self._owner(mode).fields
+
     def providers(self, hook: str) -> list[str]:
         """Their names."""
         return [plugin.name for plugin in self.offering(hook)]

@@ -72,6 +72,15 @@ class Plugin:
         """Whether it can be used and has this hook."""
         return self.load().usable and hook in self.record.hooks
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What the module of its objective states as `LORA_RT_FIELDS`; empty where it states none."""
+        if not self.implements("lora_rt_objective"):
+            return ()
+        (implementation,) = self._relay.hook.lora_rt_objective.get_hookimpls()
+        stated = getattr(implementation.function, "__globals__", {}).get("LORA_RT_FIELDS", ())
+        return stated if isinstance(stated, tuple) and all(isinstance(name, str) for name in stated) else ()
+
     def ask(self, hook: str, check: Callable[[Any], Any] = lambda value: value, **arguments: Any) -> Any:
         """The checked result of one hook, None where it is not implemented.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_rt.plugins.contract import (
@@ -170,14 +170,14 @@ def checked_objective(value: object, context: ObjectiveContext, blame: Blame) ->
         if not isinstance(value.state, nn.Module):
             raise ResultError(f"Objective.state is a {type(value.state).__name__}, not a torch.nn.Module")
     vocabulary = context.base.vocab_size
-    _guard(value, "check", _checked_findings, blame)
-    _guard(value, "encode", lambda result: _checked_sequences(result, vocabulary), blame)
+    _guard(value, "check", lambda result, _example: _checked_findings(result), blame)
+    _guard(value, "encode", lambda result, _example: _checked_sequences(result, vocabulary), blame)
     _guard(value, "loss", _checked_loss, blame)
     _guard(value, "ranks", _checked_ranks, blame)
     return value
 
 
-def _guard(objective: Objective, name: str, check: Callable[[Any], Any], blame: Blame) -> None:
+def _guard(objective: Objective, name: str, check: Callable[..., Any], blame: Blame) -> None:
     """Put a method in front of the class's own. On the instance: `type(objective)` stays what the author wrote."""
     own = getattr(objective, name)
 
@@ -185,7 +185,7 @@ def _guard(objective: Objective, name: str, check: Callable[[Any], Any], blame: 
         from lora_rt.errors import LoraRtError
 
         try:
-            return check(own(*arguments))
+            return check(own(*arguments), *arguments)
         except LoraRtError:
             raise
         except ResultError as error:
@@ -206,6 +206,10 @@ def _checked_sequences(value: object, vocabulary: int) -> list[Encoded]:
     if not isinstance(value, Sequence) or not all(isinstance(item, Encoded) for item in value):
         raise ResultError(f"it returned a {type(value).__name__}, not a list of Encoded")
     for item in value:
+        if len(item.input_ids) != len(item.labels):
+            raise ResultError(f"{len(item.input_ids)} tokens but {len(item.labels)} labels")
+        if not all(isinstance(number, (int, float)) for number in item.extra.values()):
+            raise ResultError(f"extra is {dict(item.extra)!r:.80}, not numbers by name")
         if not all(isinstance(token, int) and 0 <= token < vocabulary for token in item.input_ids):
             raise ResultError(f"input_ids are not all token ids from 0 to {vocabulary - 1}")
         if any(label not in (IGNORE, token) for token, label in zip(item.input_ids, item.labels, strict=True)):
@@ -213,7 +217,7 @@ def _checked_sequences(value: object, vocabulary: int) -> list[Encoded]:
     return list(value)
 
 
-def _checked_loss(value: object) -> Tensor | None:
+def _checked_loss(value: object, logits: Tensor, _labels: object, _extra: object) -> Tensor | None:
     import torch
 
     if value is None:
@@ -221,10 +225,16 @@ def _checked_loss(value: object) -> Tensor | None:
     if not isinstance(value, torch.Tensor) or value.dim() != 0:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
         raise ResultError(f"it returned a {type(value).__name__}{shape}, not a scalar tensor")
+    if not value.is_floating_point():
+        raise ResultError(f"it returned a loss of {value.dtype}, not of floating-point numbers")
+    if value.device != logits.device:
+        raise ResultError(f"it returned a loss on {value.device}, and the logits are on {logits.device}")
+    if logits.requires_grad and not value.requires_grad:
+        raise ResultError("it returned a loss without a gradient: compute it from the logits, and without item()")
     return value
 
 
-def _checked_ranks(value: object) -> Tensor | None:
+def _checked_ranks(value: object, extra: Mapping[str, Tensor], rank: int) -> Tensor | None:
     import torch
 
     if value is None:
@@ -232,4 +242,14 @@ def _checked_ranks(value: object) -> Tensor | None:
     if not isinstance(value, torch.Tensor) or value.dim() != 2:
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
         raise ResultError(f"it returned a {type(value).__name__}{shape}, not a tensor (batch, rank)")
+    rows = next((len(numbers) for numbers in extra.values()), 1)
+    if tuple(value.shape) not in ((rows, rank), (1, rank)) or not value.is_floating_point():
+        raise ResultError(
+            f"it returned {value.dtype} of shape {tuple(value.shape)}, not floats of shape {(rows, rank)}"
+        )
+    for numbers in extra.values():
+        if value.device != numbers.device:
+            raise ResultError(f"it returned a tensor on {value.device}, and this batch is on {numbers.device}")
+    if not bool(value.isfinite().all()):
+        raise ResultError("it returned numbers that are not finite")
     return value

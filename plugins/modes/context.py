@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LORA_RT_API = 1
+LORA_RT_FIELDS = ("scene", "text")
 NEUTRAL = "neutral"
 
 

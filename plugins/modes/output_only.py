@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lora_rt.plugins.contract import Objective, ObjectiveContext, SceneToText, hookimpl, read_options
 
 LORA_RT_API = 1
+LORA_RT_FIELDS = ("scene", "text")
 
 
 @dataclass(frozen=True)

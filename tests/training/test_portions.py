@@ -17,7 +17,8 @@ from lora_rt.core.memory import portions as portions_module
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import resident
 from lora_rt.core.step.settings import SettingsError, TrainSettings
-from lora_rt.core.training import run as run_module
+from lora_rt.core.training.fit import make_trainer
+from lora_rt.core.training.prepare import examples_of, objective_of, prepare
 from lora_rt.core.training.run import train
 from lora_rt.core.training.trainer import Collator, split
 from lora_rt.plugins.contract import IGNORE
@@ -44,11 +45,7 @@ def uneven(settings: Make, tmp_path: Path) -> Make:
 
 def run_of(settings: TrainSettings) -> Any:
     """A run before its first step, its factors not zero."""
-    modes = load_modes()
-    base = load_base(settings.base, settings.precision, "cpu", for_training=True)
-    text = TextFormat.of_base(base)
-    objective = run_module._objective(settings, modes, base, text)
-    run = run_module._Run(settings, base, text, objective, *run_module._examples(settings, objective, base))
+    run = prepare(settings, load_modes())
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in run.model.parameters():
@@ -59,7 +56,7 @@ def run_of(settings: TrainSettings) -> Any:
 
 def first_batch(run: Any) -> tuple[Any, dict[str, Any]]:
     """The trainer, and all its sequences as one batch."""
-    trainer, _, live = run._trainer()
+    trainer, _, live = make_trainer(run, Path("nowhere"))
     live.stop()
     return trainer, Collator(0)([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
 
@@ -156,8 +153,8 @@ def needs(settings: TrainSettings) -> dict[tuple[int, bool], int]:
     """Bytes that each way of running it takes, by the plan."""
     modes = load_modes()
     base = load_base(settings.base, settings.precision, "cpu", for_training=True)
-    objective = run_module._objective(settings, modes, base, TextFormat.of_base(base))
-    training, held_out = run_module._examples(settings, objective, base)
+    objective = objective_of(settings, modes, base, TextFormat.of_base(base))
+    training, held_out = examples_of(settings, objective, base)
     sequences = [item for _, items in [*training, *held_out] for item in items]
     ways = [(1, False), (2, False), (4, False), (1, True)]
     return {way: portions_module._need(settings, base, sequences, "adamw", *way) for way in ways}
@@ -201,8 +198,8 @@ def test_a_mode_with_a_loss_of_its_own_is_never_run_in_parts(uneven: Make, free:
     modes = load_modes()
     settings = uneven(**own)
     base = load_base(settings.base, settings.precision, "cpu", for_training=True)
-    objective = run_module._objective(settings, modes, base, TextFormat.of_base(base))
-    sequences = [item for _, items in run_module._examples(settings, objective, base)[0] for item in items]
+    objective = objective_of(settings, modes, base, TextFormat.of_base(base))
+    sequences = [item for _, items in examples_of(settings, objective, base)[0] for item in items]
     picked = portions_module.pick_portions(settings, base, objective, sequences)
     assert (picked.accumulation, picked.checkpointing) == (1, True)
     with pytest.raises(SettingsError, match="loss of its own"):
@@ -219,12 +216,24 @@ def test_a_mode_with_a_loss_of_its_own_is_never_run_in_parts(uneven: Make, free:
 )
 def test_portions_that_cannot_be_are_refused(uneven: Make, tmp_path: Path, changes: Any, named: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        train(uneven(**changes), load_modes(), tmp_path)
+        train(uneven(**changes), load_modes(), tmp_path / "out")
     assert named in str(caught.value)
 
 
-def test_a_run_from_before_there_was_a_choice_can_be_resumed() -> None:
-    """The fingerprint is that of the release before; portions do not change it, another optimizer does."""
-    settings = TrainSettings("letters", "output-only", Path("x.jsonl"), accumulation=2, gradient_checkpointing=True)
-    assert settings.fingerprint("0" * 64) == "4448c752805d"
-    assert settings.fingerprint("0" * 64, "paged-adamw-8bit") != "4448c752805d"
+def test_portions_and_places_do_not_change_what_a_run_is_and_everything_else_does() -> None:
+    def of(base_is: str = "b" * 64, data_is: str = "d" * 64, by: Any = "adamw", **changes: Any) -> str:
+        plain: dict[str, Any] = {"register": "letters", "mode": "output-only", "data": Path("x.jsonl")}
+        return TrainSettings(**{**plain, **changes}).fingerprint(data_is, by, base_digest=base_is)
+
+    same = [{"accumulation": 2}, {"gradient_checkpointing": True}, {"data": Path("y.jsonl")}, {"base": "./elsewhere"}]
+    assert {of(**changes) for changes in same} == {of()}
+    differing = [
+        of("c" * 64),
+        of(data_is="e" * 64),
+        of(by="paged-adamw-8bit"),
+        of(seed=1),
+        of(r=8),
+        of(precision="int8"),
+    ]
+    assert of() not in differing
+    assert len(set(differing)) == len(differing)

@@ -16,9 +16,10 @@ import lora_rt.version
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import SettingsError, TrainSettings
-from lora_rt.core.training import run as run_module
-from lora_rt.core.training.checkpoints import newest_whole
-from lora_rt.core.training.run import InterruptedRunError, train
+from lora_rt.core.training import fit
+from lora_rt.core.training.fit import InterruptedRunError
+from lora_rt.core.training.run import train
+from lora_rt.core.training.runs import newest_whole
 from lora_rt.core.training.trainer import TrainingDivergedError
 from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, ObjectiveContext, hookimpl
 from lora_rt.plugins.manager import load_modes
@@ -47,8 +48,8 @@ def test_the_held_out_loss_still_moves_after_an_evaluation_in_the_middle(
 ) -> None:
     """An evaluation before training would repack 4-bit weights into a layout that has no gradient."""
     losses = []
-    measured = run_module._Run.held_out_loss
-    monkeypatch.setattr(run_module._Run, "held_out_loss", lambda self: losses.append(measured(self)) or losses[-1])
+    measured = fit.held_out_loss
+    monkeypatch.setattr(fit, "held_out_loss", lambda prepared: losses.append(measured(prepared)) or losses[-1])
     train(settings(precision="int4"), load_modes(), folder)
     assert len(losses) == 2
     assert losses[1] < losses[0] - 0.3
@@ -103,14 +104,14 @@ class PoisonedFromStep3(Objective):
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C during a step, as the signal handler notes it."""
-    seen = run_module.Checkpoints.on_step_end
+    seen = fit.Checkpoints.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
             self.interrupted = True
         seen(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(run_module.Checkpoints, "on_step_end", on_step_end)
+    monkeypatch.setattr(fit.Checkpoints, "on_step_end", on_step_end)
 
 
 def test_an_interrupted_run_resumes_to_the_adapter_of_an_undisturbed_one(

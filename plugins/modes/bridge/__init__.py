@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import typer
 
 LORA_RT_API = 1
+LORA_RT_FIELDS = ("scene", "text")
 
 
 @hookimpl

@@ -1,0 +1,48 @@
+"""Where a trained adapter goes, and whether it can go there. Knows no torch: it is asked before torch is imported."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_rt.registry.durable import check_new_folder, new_folder
+from lora_rt.registry.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The store under a name, or a folder that is new or empty."""
+
+    store: Store
+    name: str
+    out: Path | None = None
+    source: str = "trained here"
+
+    @property
+    def place(self) -> Path:
+        """The folder whose disk takes the adapter."""
+        return self.store.root if self.out is None else self.out
+
+    def check(self) -> None:
+        """Raise what publishing would raise of the place.
+
+        Raises:
+            StoreError: the name is none, differs only by case from another, or the store can't be written.
+            OccupiedFolderError: the folder is there and holds something, or can't be made.
+        """
+        if self.out is None:
+            self.store.check_free(self.name, self.source)
+        else:
+            check_new_folder(self.out)
+
+    def publish(self, finished: Path) -> tuple[Path, str]:
+        """Copy a finished adapter to its place; where its files are then, and the place as the user calls it."""
+        if self.out is not None:
+            with new_folder(self.out) as scratch:
+                shutil.copytree(finished, scratch, dirs_exist_ok=True)
+            return self.out, str(self.out)
+        with self.store.staging() as staged:
+            shutil.copytree(finished, staged, dirs_exist_ok=True)
+            found = self.store.publish(staged, self.name, source=self.source, revision=None)
+        return found.folder, found.name

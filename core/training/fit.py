@@ -1,0 +1,140 @@
+"""The loop of a run: held-out loss, steps with checkpoints, held-out loss. Publishes nothing and reads no data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+
+from lora_rt.core.step.loss import label_nll
+from lora_rt.core.step.settings import Optimizer
+from lora_rt.core.training.checkpoints import Checkpoints, restore_state
+from lora_rt.core.training.live import LiveLine
+from lora_rt.core.training.prepare import Prepared
+from lora_rt.core.training.trainer import Collator, ModeTrainer, Sequences, TrainingDivergedError
+from lora_rt.errors import LoraRtError
+
+_OPTIMIZERS: Mapping[Optimizer, str] = {"adamw": "adamw_torch_fused", "paged-adamw-8bit": "paged_adamw_8bit"}
+_CHECKPOINT_STEPS = 20  # what a power cut costs at most; writing one takes a fraction of a second
+
+
+class InterruptedRunError(LoraRtError):
+    """The run was stopped by the user; its checkpoint is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Held-out losses in nats per labelled token before and after, the steps of the run, and its speed."""
+
+    loss_before: float
+    loss_after: float
+    steps: int
+    tokens_per_second: float
+
+
+def fit(prepared: Prepared, folder: Path, checkpoint: Path | None) -> Fitted:
+    """Run every step, or those after a checkpoint.
+
+    Args:
+        prepared: what is trained; its model is changed in place.
+        folder: where checkpoints go.
+        checkpoint: a whole one to go on from.
+
+    Raises:
+        LoraRtError: the loss diverged, the user interrupted, a checkpoint could not be written, or the mode failed.
+    """
+    before = held_out_loss(prepared)
+    if checkpoint is not None:
+        restore_state(checkpoint, prepared.objective.state)
+    trainer, checkpoints, live = make_trainer(prepared, folder)
+    try:
+        with checkpoints.listening(), checkpoints.explained():
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        live.stop()
+    state = trainer.state
+    if checkpoints.interrupted and state.global_step < state.max_steps:
+        raise InterruptedRunError(
+            f"stopped at step {state.global_step} of {state.max_steps}; the checkpoint is kept",
+            next_step="Go on with the same command and --resume",
+        )
+    after = held_out_loss(prepared)
+    if not math.isfinite(after):
+        text = f"the held-out loss is {after} after the last step; nothing is published"
+        raise TrainingDivergedError(text, next_step="Try a smaller --lr, or another --precision")
+    share = (state.max_steps - checkpoints.first_step) / max(state.max_steps, 1)
+    tokens = sum(len(item.input_ids) for item in prepared.training) * prepared.settings.epochs * share
+    return Fitted(before, after, state.global_step, tokens / max(output.metrics["train_runtime"], 1e-9))
+
+
+def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpoints, LiveLine]:
+    """The Trainer of a run, and what listens to its steps."""
+    from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    settings = prepared.settings
+    steps = -(-len(prepared.training) // settings.batch_size) * settings.epochs
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        optim=_OPTIMIZERS[prepared.portions.optimizer],
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(0.05 * steps)),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=_CHECKPOINT_STEPS,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=prepared.base.device.type == "cpu",
+    )
+    checkpoints = Checkpoints(folder, prepared.objective.state)
+    live = LiveLine(sum(len(item.input_ids) for item in prepared.training) * settings.epochs / max(steps, 1))
+    trainer = ModeTrainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=Sequences(prepared.training),
+        data_collator=Collator(prepared.text.pad_id),
+        callbacks=[checkpoints, live],
+        objective=prepared.objective,
+        mode=settings.mode,
+        gates=prepared.gates,
+        accumulation=prepared.portions.accumulation,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, checkpoints, live
+
+
+def held_out_loss(prepared: Prepared) -> float:
+    """Mean negative log-likelihood per labelled token of the held-out examples, in nats.
+
+    As many at once as in a part of a training step: without gradients they take less than that.
+    """
+    collate = Collator(prepared.text.pad_id)
+    rows = Sequences(sorted(prepared.held_out, key=lambda item: len(item.input_ids)))
+    size = -(-prepared.settings.batch_size // prepared.portions.accumulation)
+    model = prepared.model
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(rows), size):
+            batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+            moved = send_to_device(batch, prepared.base.device)
+            with prepared.gates.over(moved):
+                sums, counts = label_nll(model, moved)
+            total, count = total + float(sums.sum()), count + int(counts.sum())
+    model.train(training)
+    return total / count

@@ -1,0 +1,191 @@
+"""From settings to a run that is ready for its first step, with everything refused that would be refused later."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.base.shape import context_of
+from lora_rt.core.generation.prompts import TextFormat
+from lora_rt.core.memory.portions import Portions, pick_portions
+from lora_rt.core.step.adapter import checkpointed, fresh_adapter
+from lora_rt.core.step.settings import SettingsError, TrainSettings
+from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
+from lora_rt.core.training.ranks import RankGates
+from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
+from lora_rt.plugins.manager import ModeHost
+
+T = TypeVar("T")
+
+
+Example = tuple[Line, list[Encoded]]
+"""A line of the data and its sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run before its first step. `model` is the base with a fresh adapter, and the mode's state where it has one."""
+
+    settings: TrainSettings
+    base: LoadedBase
+    text: TextFormat
+    objective: Objective
+    training: Sequence[Encoded]
+    held_out: Sequence[Encoded]
+    examples: int
+    data_digest: str
+    portions: Portions
+    model: Any
+    gates: RankGates
+
+    @property
+    def fingerprint(self) -> str:
+        """What two runs share exactly if one can resume the other."""
+        identity = self.base.identity
+        base = identity.digest or f"{identity.id}@{identity.revision}"
+        return self.settings.fingerprint(self.data_digest, self.portions.optimizer, base_digest=base)
+
+
+def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
+    """Load the base, encode the data, and put a fresh adapter into the model.
+
+    Raises:
+        LoraRtError: settings, data, base or mode do not work out.
+    """
+    base = load_base(settings.base, settings.precision, settings.device, for_training=True)
+    text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
+    objective = objective_of(settings, modes, base, text)
+    training, held_out = examples_of(settings, objective, base)
+    encoded = [[item for _, sequences in part for item in sequences] for part in (training, held_out)]
+    portions = pick_portions(settings, base, objective, [*encoded[0], *encoded[1]])
+    model = fresh_adapter(base, settings)
+    if portions.checkpointing:
+        checkpointed(model)
+    if objective.state is not None:
+        model.add_module("lora_rt_mode_state", objective.state.to(base.device))
+    return Prepared(
+        settings=settings,
+        base=base,
+        text=text,
+        objective=objective,
+        training=encoded[0],
+        held_out=encoded[1],
+        examples=len(training),
+        data_digest=digest_of([line.example for line, _ in training]),
+        portions=portions,
+        model=model,
+        gates=RankGates(model, objective, settings.r),
+    )
+
+
+def objective_of(settings: TrainSettings, modes: ModeHost, base: LoadedBase, text: TextFormat) -> Objective:
+    """What the mode optimises in this run.
+
+    Raises:
+        LoraRtError: the mode trains nothing, or refuses its options.
+    """
+    context = ObjectiveContext(
+        register=settings.register,
+        base=base.facts,
+        seed=settings.seed,
+        options=settings.options,
+        prompt_ids=text.prompt_ids,
+        answer_ids=text.answer_ids,
+        turn_end=tuple(text.turn_end),
+        scene_types=settings.scene_types,
+    )
+    objective = modes.objective(settings.mode, context)
+    if objective is None:
+        raise SettingsError(
+            f"the mode {settings.mode!r} trains nothing",
+            next_step="Use a mode with an objective; see: lora-rt plugins",
+        )
+    return objective
+
+
+def examples_of(settings: TrainSettings, objective: Objective, base: LoadedBase) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; without a held-out file, a tenth is drawn by the run's seed.
+
+    Raises:
+        LoraRtError: lines that can't be trained on, too few, or a mode that makes nothing of them.
+    """
+    examples = _encoded(settings, settings.data, objective, base)
+    if settings.held_out is not None:
+        return examples, _encoded(settings, settings.held_out, objective, base)
+    training, held_out = draw_held_out(examples, settings.seed)
+    for part in (training, held_out):
+        _refuse_nothing(settings, settings.data, part)
+    return training, held_out
+
+
+def draw_held_out(examples: Sequence[T], seed: int, share: float = 0.1) -> tuple[list[T], list[T]]:
+    """The examples without, and those of, a share that is drawn by the seed; at least one is held out.
+
+    Raises:
+        SettingsError: there is only one.
+    """
+    if len(examples) < 2:
+        raise SettingsError(
+            "one example is too few to train and to hold out", next_step="Give more, or name a --held-out file"
+        )
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    aside = set(order[: max(1, round(len(examples) * share))])
+    return [e for i, e in enumerate(examples) if i not in aside], [examples[i] for i in sorted(aside)]
+
+
+def _encoded(settings: TrainSettings, path: Path, objective: Objective, base: LoadedBase) -> list[Example]:
+    """The examples of a file with their sequences.
+
+    Raises:
+        DataError: lines that can't be trained on, by their numbers in the file.
+    """
+    limit = context_of(base.model.config)
+    examples: list[Example] = []
+    problems: list[str] = []
+    for line in read_lines(path, objective.fields, objective.check, chats=objective.chats):
+        sequences = objective.encode(line.example)
+        examples.append((line, sequences))
+        problems += [f"line {line.number}: {problem}" for item in sequences for problem in _unfit(item, limit)]
+    if problems:
+        raise bad_lines(path, problems, f"Shorten or remove these lines (the mode {settings.mode!r} reads them)")
+    _refuse_nothing(settings, path, examples)
+    if len(kinds := {frozenset(item.extra) for _, sequences in examples for item in sequences}) > 1:
+        text = f"the plugin of the mode {settings.mode!r} gives its sequences different extras: "
+        text += " and ".join(sorted(", ".join(sorted(kind)) or "none" for kind in kinds))
+        raise SettingsError(text, next_step="Report it to its author")
+    return examples
+
+
+def _unfit(item: Encoded, limit: int) -> list[str]:
+    problems = []
+    if len(item.input_ids) > limit:
+        problems.append(f"{len(item.input_ids)} tokens, and the base reads {limit}")
+    # A label stands at its own token, which is foretold from those before: the first token of all can't be.
+    if all(label == IGNORE for label in item.labels[1:]):
+        problems.append(f"no token carries loss that another one stands before, of {len(item.input_ids)}")
+    return problems
+
+
+def _refuse_nothing(settings: TrainSettings, path: Path, examples: Sequence[Example]) -> None:
+    if any(sequences for _, sequences in examples):
+        return
+    text = f"the plugin of the mode {settings.mode!r} makes no sequence of {len(examples)} examples of {path}"
+    raise SettingsError(text, next_step="Give other data, or report it to its author")
+
+
+def room_needed(prepared: Prepared) -> int:
+    """Bytes of two checkpoints (one is whole before the other is removed) and of the finished adapter.
+
+    A checkpoint holds the trained weights in float32, and the optimizer's two moments of each.
+    """
+    trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    return trained * (2 * 3 * 4 + 2)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path, or the first folder above it that is there: what says how much room there is."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())

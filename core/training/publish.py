@@ -1,0 +1,69 @@
+"""The finished adapter: its files and its card, and the same of the fresh one, inspected before the first step."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_rt.core.engine.topology import features, find_linears
+from lora_rt.core.step.adapter import described_state, write_adapter
+from lora_rt.core.step.settings import SettingsError
+from lora_rt.core.training.destination import Destination
+from lora_rt.core.training.fit import Fitted
+from lora_rt.core.training.prepare import Prepared, nearest_folder, room_needed
+from lora_rt.registry.card import AdapterCard, write_card
+from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.version import __version__
+
+
+def check_publication(prepared: Prepared, destination: Destination, run: Path) -> None:
+    """Write the fresh adapter as the finished one will be, and let it pass all that the finished one has to pass.
+
+    Raises:
+        LoraRtError: it would be refused, or there is no room for the checkpoints and for it.
+    """
+    needed = room_needed(prepared)
+    for place in (run, destination.place):
+        free = shutil.disk_usage(nearest_folder(place)).free
+        if needed > free:
+            text = f"this run writes up to {needed / 1e6:,.0f} MB, and {place} has {free / 1e6:,.0f} MB left"
+            raise SettingsError(text, next_step="Free some space, or use a smaller --r")
+    with tempfile.TemporaryDirectory(prefix=".fresh-", dir=run.parent) as folder:
+        write_finished(prepared, Fitted(0.0, 0.0, 0, 0.0), Path(folder))
+
+
+def write_finished(prepared: Prepared, fitted: Fitted, folder: Path) -> AdapterCard:
+    """Write the adapter with its card into a folder, and inspect it as everything that is loaded is inspected.
+
+    Raises:
+        RejectedAdapterError: nobody could load it.
+    """
+    write_adapter(prepared.model, prepared.base.identity, prepared.objective.state, folder)
+    card = AdapterCard.model_validate(_facts(prepared, fitted) | {"state": described_state(folder)})
+    write_card(folder, card)
+    shapes = {name: features(module) for name, module in find_linears(prepared.model.get_base_model()).items()}
+    linears = {name.replace(".base_layer", ""): shape for name, shape in shapes.items() if ".lora_" not in name}
+    inspect_adapter(folder, name=card.register, linears=linears, base=prepared.base.identity)
+    return card
+
+
+def _facts(prepared: Prepared, fitted: Fitted) -> dict[str, Any]:
+    losses = {"held_out_nll_before": fitted.loss_before, "held_out_nll_after": fitted.loss_after}
+    portions = prepared.portions
+    facts = prepared.settings.card_facts()
+    facts["training"] |= {
+        "optimizer": portions.optimizer,
+        "accumulation": portions.accumulation,
+        "gradient_checkpointing": portions.checkpointing,
+        "examples": prepared.examples,
+        **prepared.text.record,
+    }
+    return facts | {
+        "base": prepared.base.identity,
+        "hidden_layers": prepared.objective.hidden_layers,
+        "data_sha256": prepared.data_digest,
+        "metrics": {name: round(loss, 4) for name, loss in losses.items()},
+        "lora_rt": __version__,
+    }
