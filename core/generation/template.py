@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lora_rt.core.generation.bounded import trouble_with
 from lora_rt.errors import LoraRtError
 
 Message = Mapping[str, Any]
@@ -46,6 +47,9 @@ class ChatTemplate:
             return None
         rest = {key: value for key, value in variables.items() if key != NAME_VARIABLE}
         source = _chosen(given, variables.get(NAME_VARIABLE))
+        if trouble := trouble_with(source):
+            text = f"the base's chat template is not one that ends: {trouble}"
+            raise PromptError(text, next_step="Do not use this base, or remove the template from its tokenizer")
         _check_variables(tokenizer, source, rest)
         return cls(tokenizer, source, rest)
 

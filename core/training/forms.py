@@ -81,7 +81,7 @@ def _from_chat(line: dict[str, Any], key: str, names: tuple[str, str], *, chats:
 def _message(item: object, role: str, content: str) -> dict[str, str] | None:
     if not isinstance(item, Mapping) or not isinstance(item.get(role), str):
         return None
-    text = item.get(content)
+    text: Any = item.get(content)
     if isinstance(text, Sequence) and not isinstance(text, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in text]
         text = "".join(str(part) for part in parts) if all(isinstance(part, str) for part in parts) else None

@@ -251,3 +251,25 @@ def test_a_card_that_names_another_template_or_other_variables_is_told_apart() -
     quick = TextFormat(fast, variables={"enable_thinking": False})
     assert '{"enable_thinking": false}' in str(form.differs_from(quick.record))
     assert quick.differs_from(quick.record) is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 2000000000 }}",
+        "{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+        CHATML + " " * 2_000_000,
+    ],
+    ids=["never ends", "gigabytes at once", "gigabytes piece by piece", "is long itself"],
+)
+def test_a_template_that_never_ends_or_writes_gigabytes_is_refused(template: str) -> None:
+    with pytest.raises(PromptError, match="not one that ends"):
+        TextFormat(tokenizer("bytes", template))
+
+
+def test_a_template_that_counts_is_used_when_it_ends() -> None:
+    counting = "{% for i in range(messages | length) %}{% generation %}{{ messages[i].content * 2 }}{% endgeneration %}"
+    assert (
+        prompt_ids(tokenizer("bytes", counting + "{% endfor %}"), "ab") == prompt_ids(tokenizer("bytes"), "abab")[-4:]
+    )
