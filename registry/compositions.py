@@ -16,8 +16,7 @@ from lora_rt.registry import durable, strict_json
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain, sha256_bytes
 from lora_rt.registry.models import Digest, Finite, Text, problems_of
-from lora_rt.registry.reference import is_name
-from lora_rt.registry.strict_json import shown
+from lora_rt.registry.reference import check_name, is_name
 
 
 class NamedTerm(BaseModel):
@@ -130,11 +129,9 @@ class NamedCompositions:
         """Write a composition into the store, whole or not at all; one of the same name is replaced.
 
         Raises:
-            StoreError: that is not a name.
+            InvalidReferenceError: that is not a name.
         """
-        if not is_name(composition.name):
-            text = f"{shown(composition.name)} is not a name that a composition can have"
-            raise StoreError(text, next_step="Use letters, digits, '.', '_' and '-'")
+        check_name(composition.name, "a composition")
         self.folder.mkdir(parents=True, exist_ok=True)
         document = json.dumps(composition.model_dump(), indent=2)
         durable.write_text(self.folder / f"{composition.name}.json", document + "\n")

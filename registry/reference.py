@@ -83,11 +83,17 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and ".." not in text
 
 
-def name_problem(name: str) -> list[str]:
+def name_problem(name: str, thing: str = "an adapter") -> list[str]:
     """A line where nothing of ours may be called this, none where it may."""
     if is_name(name):
         return []
-    return [f"{shown(name)} is not a name that an adapter can have: letters, digits, '.', '_' and '-', at most 96"]
+    return [f"{shown(name)} is not a name that {thing} can have: letters, digits, '.', '_' and '-', at most 96"]
+
+
+def check_name(name: str, thing: str = "an adapter") -> None:
+    """Raises InvalidReferenceError where nothing of ours may be called this."""
+    for problem in name_problem(name, thing):
+        raise InvalidReferenceError(problem, next_step="Choose another name")
 
 
 def is_hub_id(text: str) -> bool:

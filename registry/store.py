@@ -28,7 +28,7 @@ from lora_rt.registry.errors import RejectedAdapterError, StoreError
 from lora_rt.registry.files import UnusableFileError
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.records import Record, Records, read, record_key
-from lora_rt.registry.reference import is_hub_target, name_problem
+from lora_rt.registry.reference import check_name, is_hub_target
 from lora_rt.registry.resolved import Digests, Resolved
 
 LOCK_SECONDS = 60
@@ -219,8 +219,7 @@ class Store:
     def _check_name(self, name: str, source: str) -> None:
         if is_hub_target(name) and source == f"hub {name}":
             return
-        for problem in name_problem(name):
-            raise StoreError(problem, next_step="Choose another name")
+        check_name(name)
 
     def _check_case(self, name: str) -> None:
         for other in {record.name for record in self.records.all() if record.is_named}:

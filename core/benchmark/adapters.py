@@ -13,6 +13,7 @@ from torch import nn
 from lora_rt.core.benchmark.workloads import Workload, resident_name
 from lora_rt.core.engine.topology import features, find_linears
 from lora_rt.core.step.settings import choose_targets
+from lora_rt.registry.files import WEIGHTS
 
 _B_SIZE = 0.01  # small beside a base's own outputs: the text stays finite under any weights
 
@@ -47,7 +48,7 @@ class Shelf:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=leaves, task_type="CAUSAL_LM")
             config.inference_mode = True
             config.save_pretrained(folder)
-            save_file(_tensors(modules, rank, index), folder / "adapter_model.safetensors", {"format": "pt"})
+            save_file(_tensors(modules, rank, index), folder / WEIGHTS, {"format": "pt"})
         return folder
 
 

@@ -48,7 +48,7 @@ def evaluate(
         _measure_bridges(context, [*specs, *(word for item in data for word in ("--data", item)), *shared], as_json)
         return
     for composition in [Composition.parse(spec) for spec in specs]:
-        look_up(composition)
+        look_up(composition, base)
     text = options.text_format(template_var, special_tokens)
     matrix = _measure(specs, _read(data), base, precision, device, text)
     if plot is not None:

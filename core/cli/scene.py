@@ -37,7 +37,7 @@ def scene(
     reference = adapter or _first_able()
     with options.usage():
         parsed = Reference.parse(reference)
-    look_up(Composition((Term(parsed),)))
+    look_up(Composition((Term(parsed),)), base)
     runtime = session().runtime(base, precision, device, **form)
     name = runtime.ensure(reference)
     (shares,) = runtime.register_scenes([text], name)

@@ -59,10 +59,8 @@ class CommandServices:
         from lora_rt.core.requests.composition import Composition
 
         for composition in [Composition.parse(text) for text in compositions]:
-            look_up(composition)
-        from lora_rt.core.runtime import Runtime
-
-        return Runtime.load(base, precision=precision, device=device)
+            look_up(composition, base)
+        return session().runtime(base, precision, device)
 
     def registry(self) -> Registry:
         """The registry of the working directory, with the sources of plugins."""
@@ -81,14 +79,15 @@ class CommandServices:
         from lora_rt.core.step.adapter import described_state
         from lora_rt.registry.card import AdapterCard, write_card
         from lora_rt.registry.durable import new_folder
+        from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
 
         if not adapter.card:
             text = f"the adapter {adapter.name!r} has no register.json, in which its mode could stand"
             raise LoraRtError(text, next_step="Give one that lora-rt trained")
         with new_folder(out) as folder:
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
+            for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(adapter.folder / name, folder / name)
             if state:
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "mode.safetensors")
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE)
             card = {**adapter.card, "mode": mode, "state": described_state(folder)}
             write_card(folder, AdapterCard.model_validate(card))

@@ -58,7 +58,7 @@ def tune(
     from lora_rt.core.requests.composition import Composition
 
     composition = Composition.parse(" ".join(specs))
-    look_up(composition)
+    look_up(composition, base)
     from lora_rt.core.tuning.session import Job
 
     text = options.text_format(template_var, special_tokens)

@@ -19,7 +19,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.card import AdapterCard
 from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
-from lora_rt.registry.reference import Reference, name_problem
+from lora_rt.registry.reference import Reference, check_name
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
 
@@ -89,8 +89,8 @@ class Residents:
             LoraRtError: it can't be resolved, is refused by the inspection, or its mode is not installed.
         """
         parsed = Reference.of(reference)
-        for problem in name_problem(name) if name is not None else []:
-            raise ResidentError(problem, next_step="Choose another name")
+        if name is not None:
+            check_name(name)
         with self._lock:
             resident = self._load(parsed, name, allow_base_mismatch)
             self._given |= {resident}

@@ -17,9 +17,9 @@ from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.engine.topology import find_linears
 from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targets
 from lora_rt.registry.card import BaseIdentity, StateTensor
+from lora_rt.registry.files import STATE, WEIGHTS
 
 SAVED_DTYPE = torch.bfloat16
-_STATE = "mode.safetensors"
 
 
 def fresh_adapter(base: LoadedBase, settings: TrainSettings) -> Any:
@@ -86,17 +86,17 @@ def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folde
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file(
         {k: v.to(SAVED_DTYPE).contiguous() for k, v in tensors.items()},
-        folder / "adapter_model.safetensors",
+        folder / WEIGHTS,
         {"format": "pt"},
     )
     if state is not None:
-        save_file({k: v.contiguous() for k, v in state.state_dict().items()}, folder / _STATE)
+        save_file({k: v.contiguous() for k, v in state.state_dict().items()}, folder / STATE)
 
 
 def described_state(folder: Path) -> dict[str, StateTensor]:
     """What the card says of the adapter's mode.safetensors, tensor by tensor; empty where there is none."""
-    if not (folder / _STATE).exists():
+    if not (folder / STATE).exists():
         return {}
-    with safe_open(folder / _STATE, framework="pt") as file:
+    with safe_open(folder / STATE, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return {key: StateTensor(dtype=s.get_dtype(), shape=tuple(s.get_shape())) for key, s in slices.items()}

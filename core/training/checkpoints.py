@@ -23,14 +23,13 @@ from lora_rt.core.training.runs import WHOLE, newest_whole
 from lora_rt.core.training.trainer import TrainingDivergedError
 from lora_rt.registry.durable import storage_errors
 from lora_rt.registry.errors import StorageError
-
-_STATE = "mode.safetensors"
+from lora_rt.registry.files import STATE
 
 
 def restore_state(checkpoint: Path, state: nn.Module | None) -> None:
     """Read the mode's own state of a checkpoint back; the Trainer restores the adapter alone."""
     if state is not None:
-        state.load_state_dict(load_file(checkpoint / _STATE))
+        state.load_state_dict(load_file(checkpoint / STATE))
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
@@ -59,7 +58,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
                 next_step="Try a smaller --lr, or another --precision",
             )
         if self._state is not None:
-            save_file({k: v.contiguous() for k, v in self._state.state_dict().items()}, folder / _STATE)
+            save_file({k: v.contiguous() for k, v in self._state.state_dict().items()}, folder / STATE)
         for file in folder.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())

@@ -17,16 +17,14 @@ from lora_rt.registry.card import read_card, write_card
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
-from lora_rt.registry.reference import is_name
+from lora_rt.registry.reference import check_name as check_form
 from lora_rt.registry.registry import Registry
 from lora_rt.version import __version__
 
 
 def check_name(name: str, registry: Registry) -> None:
-    """Raises StoreError where a composition can't have this name: an adapter has it, or it is none."""
-    if not is_name(name):
-        text = f"{name[:80]!r} is not a name that a composition can have"
-        raise StoreError(text, next_step="Use letters, digits, '.', '_' and '-'")
+    """Raises LoraRtError where a composition can't have this name: an adapter has it, or it is none."""
+    check_form(name, "a composition")
     if name in registry.names():
         text = f"{name!r} is the name of an adapter"
         raise StoreError(text, next_step="Give the composition another one with --name")

@@ -15,7 +15,7 @@ from lora_rt.registry.hub.remote import commit_of, look
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked
 from lora_rt.registry.records import Record
-from lora_rt.registry.reference import Reference, hub_place, is_commit, is_name, name_problem
+from lora_rt.registry.reference import Reference, check_name, hub_place, is_commit, is_name
 from lora_rt.registry.resolved import Resolved
 from lora_rt.registry.store import Store, is_whole
 
@@ -37,8 +37,7 @@ def pull(
         StoreError: the name belongs to another adapter.
     """
     name = name or default_name(reference)
-    for problem in name_problem(name):  # before anything is fetched
-        raise StoreError(problem, next_step="Choose another: --as NAME")
+    check_name(name)  # before anything is fetched
     commit = _commit(store, reference, offline)
     if commit is None:
         record = find_installed(store, reference)[0]

@@ -11,8 +11,8 @@
 Nothing here imports torch, executes a file or follows what a file names.
 """
 
-from lora_rt.registry.inspection.adapter import InspectedAdapter, OwnWeights, inspect_adapter
+from lora_rt.registry.inspection.adapter import InspectedAdapter, OwnWeights, foreseen, inspect_adapter
 from lora_rt.registry.inspection.modules import LoraModule
 from lora_rt.registry.inspection.values import RawTensor
 
-__all__ = ["InspectedAdapter", "LoraModule", "OwnWeights", "RawTensor", "inspect_adapter"]
+__all__ = ["InspectedAdapter", "LoraModule", "OwnWeights", "RawTensor", "foreseen", "inspect_adapter"]

@@ -104,6 +104,21 @@ def inspect_adapter(
     )
 
 
+def foreseen(folder: Path, *, name: str, base: BaseIdentity | None = None) -> str:
+    """The mode of an adapter, from its small files alone: what is wrong with those is said before a base is loaded.
+
+    Raises:
+        RejectedAdapterError: card, configuration, base or the names of its files are not what `inspect_adapter` takes.
+    """
+    inspection = _Inspection(folder, None, base, None, load=False)
+    problems = inspection.before_weights()
+    if not problems:
+        problems = [missing] if (missing := kinds.missing_weights(os.listdir(folder))) else []
+    if problems:
+        raise RejectedAdapterError(_summary(name, problems), problems=_bounded(problems))
+    return inspection.card.mode if inspection.card else DEFAULT_MODE
+
+
 def _summary(name: str, problems: Sequence[str]) -> str:
     count = "one thing is" if len(problems) == 1 else f"{len(problems):,} things are"
     return f"adapter {shown(name)} is refused, {count} wrong with it"
@@ -136,20 +151,35 @@ class _Inspection:
 
     def run(self) -> list[str]:
         """Every problem of the folder."""
+        problems = self.before_weights()
+        if folder_problems(self.folder):
+            return problems
+        names = files.present(self.folder)
+        wrong = self._read_weights(names, bool(problems))
+        problems += (self._base_hint() if wrong and not problems else []) + wrong + self._read_state(names)
+        for name in sorted(set(names) - set(self.found)):
+            problems += self._hash(name)
+        return problems
+
+    def before_weights(self) -> list[str]:
+        """Problems of the folder, the card and the configuration."""
         problems = folder_problems(self.folder)
         if problems:
             return problems
         names = files.present(self.folder)
         problems = self._read_card(names) + self._read_config(names)
-        problems += self._base_problems()
-        problems += self._read_weights(names, bool(problems)) + self._read_state(names)
-        for name in sorted(set(names) - set(self.found)):
-            problems += self._hash(name)
-        return problems
+        return problems + self._base_problems()
 
     def _base_problems(self) -> list[str]:
         configured = None if self.settings is None else self.settings.base_name
         return base_problems(None if self.card is None else self.card.base, configured, self.base)
+
+    def _base_hint(self) -> list[str]:
+        """Tensors are wrong: the base that the adapter names, where it is called otherwise than the one in use."""
+        named = self.card.base.id if self.card else self.settings.base_name if self.settings else ""
+        if self.base is None or self.linears is None or named in ("", self.base.id):
+            return []
+        return [f"it names the base {shown(named)}, in use is {shown(self.base.id)}"]
 
     def _small(self, name: str) -> tuple[bytes | None, list[str]]:
         """The whole of a small file, hashed."""

@@ -205,7 +205,7 @@ def test_settings_that_cannot_be_are_usage_errors(
 
 def test_a_base_that_is_not_there_is_named(cli: Cli, adapters: tuple[str, str]) -> None:
     done = cli("compose", adapters[0], "-p", "ab", "--base", "./nowhere")
-    assert (done.code, "there is no base at ./nowhere" in done.err) == (1, True)
+    assert (done.code, "there is no base model at ./nowhere" in done.err) == (1, True)
 
 
 @pytest.mark.parametrize(

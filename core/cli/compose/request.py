@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from lora_rt.core.base.source import parse_base
+from lora_rt.core.base.identity import identify_base
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.options import usage
 from lora_rt.core.cli.session import session
@@ -19,6 +19,8 @@ from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.named import named_composition
 from lora_rt.errors import LoraRtError, UsageError
+from lora_rt.registry.hub.pull import find_installed
+from lora_rt.registry.inspection import foreseen
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
@@ -98,8 +100,7 @@ class ComposeRequest:
         )
         with usage():
             Sampling(**request.sampling()).check()
-        parse_base(request.base)
-        look_up(composition)
+        look_up(composition, request.base)
         caution(composition)
         return request
 
@@ -135,22 +136,32 @@ class ComposeRequest:
         return [{"role": "system", "content": self.system}, *messages]
 
 
-def look_up(composition: Composition) -> None:
-    """Names and paths cost nothing to look up; the Hub is asked later, when the base is known."""
-    registry = session().registry
+def look_up(composition: Composition, base: str | None = None) -> None:
+    """Whatever can be known of a composition's adapters before a base is fetched, converted or loaded.
+
+    Names, cards, configurations, modes, and whether they are for the base that `--base` means; no weights are read and
+    nobody is asked: what only the Hub has is looked at when the base is there.
+
+    Raises:
+        LoraRtError: terms that can't be used; all of them are named.
+    """
+    opened = session()
+    identity = None if base is None else identify_base(base)
+    stated = None if opened.registry.allow_base_mismatch else identity
     problems: list[LoraRtError] = []
-    for reference in (r for term in composition.terms for r, _ in _references(term, registry)):
-        if reference.kind != "hub":
-            try:
-                registry.resolve(reference)
-            except LoraRtError as error:
-                problems.append(error)
+    for reference in dict.fromkeys(r for term in composition.terms for r, _ in _references(term, opened.registry)):
+        if reference.kind == "hub" and not find_installed(opened.registry.store, reference):
+            continue
+        try:
+            found = opened.registry.find(reference, identity, offline=True)
+            opened.modes.require(foreseen(found.folder, name=found.name, base=stated))
+        except LoraRtError as error:
+            problems.append(error)
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        raise ComposeError(
-            f"{len(problems)} terms can't be used", problems=[f"{e.message}. {e.next_step}" for e in problems]
-        )
+        lines = [line for error in problems for line in (f"{error.message}. {error.next_step}", *error.problems)]
+        raise ComposeError(f"{len(problems)} terms can't be used", problems=lines)
 
 
 def caution(composition: Composition) -> None:

@@ -41,7 +41,7 @@ def explain(
     text = options.text_format(template_var, special_tokens, prompt)
     if png is not None:
         check_plot(png, "--png")
-    look_up(composition)
+    look_up(composition, base)
     caution(composition)
     runtime = session().runtime(base, precision, device, **text)
     answer = ""
