@@ -15,8 +15,6 @@ are kept beside the adapter in mode.safetensors, so that whoever gets the adapte
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,14 +22,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_rt.plugins.contract import (
-    IGNORE,
-    Encoded,
-    Example,
+    AdapterView,
     Gate,
     GateContext,
     LoraRtError,
     Objective,
     ObjectiveContext,
+    SceneToText,
+    Services,
     hookimpl,
     read_options,
 )
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
 
 LORA_RT_API = 1
 MODE = "fade-in"
-STATE = {"tokens": "I64", "start": "F32"}  # mode.safetensors as an adapter's card describes it: two numbers
 
 
 @dataclass(frozen=True)
@@ -64,20 +61,6 @@ class Fade:
         return {"tokens": torch.tensor(self.tokens), "start": torch.tensor(self.start)}
 
 
-class SceneToText(Objective):
-    """Cross entropy of the text's tokens, given the scene; the state is the fade, which is not trained."""
-
-    def __init__(self, context: ObjectiveContext, fade: Fade) -> None:
-        self.context = context
-        self.state = _as_state(fade)
-
-    def encode(self, example: Example) -> list[Encoded]:
-        """One sequence: prompt(scene) + text, loss on the text alone."""
-        prompt = self.context.prompt_ids(example["scene"])
-        answer = self.context.answer_ids(example["text"])
-        return [Encoded(input_ids=[*prompt, *answer], labels=[IGNORE] * len(prompt) + answer)]
-
-
 def _as_state(fade: Fade) -> nn.Module:
     from torch import nn
 
@@ -90,7 +73,7 @@ def _as_state(fade: Fade) -> nn.Module:
 @hookimpl
 def lora_rt_objective(context: ObjectiveContext) -> Objective:
     """Train like output-only, and keep the fade with the adapter."""
-    return SceneToText(context, read_options(context.options, Fade))
+    return SceneToText(context, _as_state(read_options(context.options, Fade)))
 
 
 @hookimpl
@@ -105,38 +88,27 @@ def lora_rt_gate(context: GateContext) -> Gate:
 
 
 @hookimpl
-def lora_rt_commands(app: typer.Typer) -> None:
+def lora_rt_static(context: AdapterView) -> str:
+    """Constant weights can't fade."""
+    return "it fades in over the answer"
+
+
+@hookimpl
+def lora_rt_commands(app: typer.Typer, services: Services) -> None:
     """`lora-rt fade-in ADAPTER OUT`."""
-    app.command(MODE)(fade_in)
 
-
-def fade_in(
-    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter that output-only trained.")],
-    out: Annotated[Path, typer.Argument(help="A new folder, for the copy that fades in.")],
-    tokens: Annotated[int, typer.Option(help="How many tokens the fade takes.")] = Fade.tokens,
-    start: Annotated[float, typer.Option(help="The gate at the beginning of the answer, 0 to 1.")] = Fade.start,
-) -> None:
-    """Copy an adapter into one that fades in: no training, the same weights."""
-    from safetensors.torch import save_file
-
-    fade = read_options({"tokens": str(tokens), "start": str(start)}, Fade)
-    card = _card(adapter)
-    if out.exists():
-        raise LoraRtError(f"{out} is there already", next_step="Give a new folder")
-    shutil.copytree(adapter, out)
-    save_file(fade.tensors(), out / "mode.safetensors")
-    card |= {"mode": MODE, "state": {name: {"dtype": kind, "shape": []} for name, kind in STATE.items()}}
-    (out / "register.json").write_text(json.dumps(card, ensure_ascii=False, indent=2), encoding="utf-8")
-    typer.echo(f"{out} fades in over {tokens} tokens. Try it: lora-rt compose {out.absolute()}")
-
-
-def _card(adapter: Path) -> dict[str, object]:
-    try:
-        card = json.loads((adapter / "register.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoraRtError(f"{adapter} has no register.json", next_step="Give the folder of an adapter") from error
-    except ValueError as error:
-        raise LoraRtError(f"{adapter}/register.json is not JSON: {error}", next_step="Check the folder") from error
-    if not isinstance(card, dict) or card.get("mode") not in ("output-only", MODE):
-        raise LoraRtError(f"{adapter} has another mode, with its own gate", next_step="Give an output-only adapter")
-    return card
+    @app.command(MODE)
+    def fade_in(
+        adapter: Annotated[str, typer.Argument(help="An adapter that output-only trained: a name, or a folder.")],
+        out: Annotated[Path, typer.Argument(help="A new folder, for the copy that fades in.")],
+        tokens: Annotated[int, typer.Option(help="How many tokens the fade takes.")] = Fade.tokens,
+        start: Annotated[float, typer.Option(help="The gate at the beginning of the answer, 0 to 1.")] = Fade.start,
+    ) -> None:
+        """Copy an adapter into one that fades in: no training, the same weights."""
+        fade = read_options({"tokens": str(tokens), "start": str(start)}, Fade)
+        source = services.adapter(adapter)
+        if source.mode not in ("output-only", MODE):
+            text = f"{source.name} has the mode {source.mode}, with a gate of its own"
+            raise LoraRtError(text, next_step="Give an output-only adapter")
+        services.copy_adapter(source, out, mode=MODE, state=fade.tensors())
+        typer.echo(f"{out} fades in over {tokens} tokens. Try it: lora-rt compose {out.absolute()}")

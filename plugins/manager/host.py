@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_rt.plugins.contract import JointGateContext
@@ -157,9 +157,7 @@ class ModeHost:
             if joint is not None:
                 return joint
         return [
-            owner.ask(
-                "lora_rt_gate", lambda value, of=context: results.checked_gate(value, of), context=private(context)
-            )
+            owner.ask("lora_rt_gate", partial(results.checked_gate, context=context), context=private(context))
             for context in contexts
         ]
 

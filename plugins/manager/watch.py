@@ -52,5 +52,6 @@ class Watch:
             time.sleep(self._seconds / 4)
             late = time.monotonic() - self._seconds
             for call, (started, hook) in list(self._running.items()):
-                if started < late and self._running.pop(call, None):
+                if started < late and call in self._running:
+                    self._running.pop(call, (0.0, ""))  # once each
                     self._report(hook)
