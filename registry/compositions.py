@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,6 +53,10 @@ class NamedComposition(BaseModel):
         """The digest of what it does: its base, and its terms in their order with their weights."""
         facts = {"base": self.base, "terms": [term.model_dump(mode="json") for term in self.terms]}
         return sha256_bytes(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return self.model_dump(mode="json")
 
     def __str__(self) -> str:
         """Its terms as people write them; of weights per layer the mean."""

@@ -16,17 +16,40 @@ from lora_rt.errors import LoraRtError
 from lora_rt.version import __version__
 
 if TYPE_CHECKING:
+    from lora_rt.core.export.run import export
+    from lora_rt.core.programs import evaluate, train, tune
     from lora_rt.core.requests.composition import Composition, Term
     from lora_rt.core.runtime import Runtime
+    from lora_rt.core.step.settings import TrainSettings
     from lora_rt.plugins.modes.bridge.hyper import HyperBridge
+    from lora_rt.registry.registry import Registry
 
-__all__ = ["Composition", "HyperBridge", "LoraRtError", "Runtime", "Term", "__version__"]
+__all__ = [
+    "Composition",
+    "HyperBridge",
+    "LoraRtError",
+    "Registry",
+    "Runtime",
+    "Term",
+    "TrainSettings",
+    "__version__",
+    "evaluate",
+    "export",
+    "train",
+    "tune",
+]
 
 _HOMES = {
     "Composition": "lora_rt.core.requests.composition",
     "Term": "lora_rt.core.requests.composition",
     "HyperBridge": "lora_rt.plugins.modes.bridge.hyper",
+    "Registry": "lora_rt.registry.registry",
     "Runtime": "lora_rt.core.runtime",
+    "TrainSettings": "lora_rt.core.step.settings",
+    "evaluate": "lora_rt.core.programs",
+    "export": "lora_rt.core.export.run",
+    "train": "lora_rt.core.programs",
+    "tune": "lora_rt.core.programs",
 }
 
 

@@ -40,6 +40,7 @@ def evaluate(
     """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
     from lora_rt.core.cli.compose.request import look_up
     from lora_rt.core.cli.console import out, print_json
+    from lora_rt.core.evaluation.plot import check_plot
     from lora_rt.core.requests.composition import Composition
 
     if bridge:
@@ -47,20 +48,22 @@ def evaluate(
         shared += ["--one-direction", one_direction] if one_direction else []
         _measure_bridges(context, [*specs, *(word for item in data for word in ("--data", item)), *shared], as_json)
         return
+    if plot is not None:
+        check_plot(plot)
     for composition in [Composition.parse(spec) for spec in specs]:
         look_up(composition, base)
     text = options.text_format(template_var, special_tokens)
     matrix = _measure(specs, _read(data), base, precision, device, text)
-    if plot is not None:
-        from lora_rt.core.evaluation.plot import plot_matrix
-
-        plot_matrix(matrix, plot)
-    if as_json:
-        print_json(matrix.document())
-        return
+    from lora_rt.core.evaluation.plot import plot_matrix
     from lora_rt.core.evaluation.table import matrix_table
 
-    out.print(matrix_table(matrix))
+    # What was measured is shown first: a picture that can't be written then costs the picture alone.
+    if as_json:
+        print_json(matrix.document())
+    else:
+        out.print(matrix_table(matrix))
+    if plot is not None:
+        plot_matrix(matrix, plot)
 
 
 def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:

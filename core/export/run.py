@@ -103,7 +103,8 @@ def export(
         raise_all([*failures, *dynamic], f"{len(failures) + len(dynamic)} terms of {given} can't be exported")
         factors = combine(terms, shape)
         chosen = dtype or (torch.bfloat16 if to == "merged" else torch.float32)
-        _write(to, folder, factors, terms, shape, chosen, left_out)
+        with durable.storage_errors("the export"):
+            _write(to, folder, factors, terms, shape, chosen, left_out)
         text = about.readme(terms, shape, usage(to, "THIS_FOLDER"), left_out=left_out)
         (folder / files.README).write_text(text, encoding="utf-8")
         digests, size = _digests(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.generation.prompts import TextFormat
-from lora_rt.core.training.data import read_pairs
+from lora_rt.core.training.data import DataError, read_pairs
 
 _POOL = 8  # batches whose examples are sorted by length together
 
@@ -38,6 +38,25 @@ def as_items(lines: Sequence[Mapping[str, Any]], text: TextFormat) -> list[Item]
     return [
         Item(text.prompt_ids(line["scene"]), text.answer_ids(line["text"]), line.get("scene_type")) for line in lines
     ]
+
+
+def held_out(items: Sequence[Item], seed: int, share: float = 0.1) -> tuple[list[Item], list[Item]]:
+    """The items without, and those of, a share of each scene type (at least one) that is drawn by the seed.
+
+    A type with one example alone is not held out.
+
+    Raises:
+        DataError: nothing can be held out.
+    """
+    dice = random.Random(seed)
+    aside: set[int] = set()
+    for kind in dict.fromkeys(item.scene_type for item in items):
+        mine = [index for index, item in enumerate(items) if item.scene_type == kind]
+        aside.update(dice.sample(mine, max(1, round(share * len(mine)))) if len(mine) > 1 else [])
+    if not aside:
+        text = "there are too few examples to hold some out, by which the fit is judged"
+        raise DataError(text, next_step="Give at least two, and two of each scene type")
+    return [x for i, x in enumerate(items) if i not in aside], [x for i, x in enumerate(items) if i in aside]
 
 
 def steps(items: Sequence[Item], size: int, epochs: float, seed: int) -> Iterator[list[Item]]:

@@ -22,6 +22,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, SceneContext, TermFacts
 
 State = dict[str, Tensor]
+_JUDGED = 10  # how often on the way the gates are tried on the held-out examples
 
 
 class GatingError(LoraRtError):
@@ -134,6 +135,64 @@ class SceneFit:
             losses.append(float(total.detach()) / count)
             advance(losses[-1])
         return losses
+
+    def fit_best_gates(
+        self, aside: Sequence[Item], advance: Callable[[float], None] = lambda _loss: None
+    ) -> tuple[float, float, list[float]]:
+        """Fit the gates and keep the best ones seen on held-out examples, perhaps those of the start.
+
+        Returns:
+            The loss of held-out examples under the start and under what was kept, nats per token; each step's loss.
+        """
+        first = last = self.loss(aside)
+        best = self._copied()
+        count = len(list(steps(self._items, self._settings.batch_size, self._settings.epochs, self._settings.seed)))
+        judged, done = max(1, count // _JUDGED), 0
+
+        def judge(loss: float) -> None:
+            nonlocal last, best, done
+            done += 1
+            advance(loss)
+            if done % judged == 0 and (found := self.loss(aside)) < last:
+                last, best = found, self._copied()
+
+        losses = self.fit_gates(judge)
+        if (found := self.loss(aside)) < last:
+            last, best = found, self._copied()
+        for name, state in best.items():
+            for key, value in state.items():
+                self.states[name][key].data.copy_(value)
+        return first, last, losses
+
+    def loss(self, items: Sequence[Item]) -> float:
+        """Nats per answer token of the examples whose types the adapters know, under the gates as they are.
+
+        Raises:
+            GatingError: there are none.
+        """
+        known = [item for item in items if item.scene_type in self.types]
+        if not known:
+            text = f"no two lines of the data have one scene type of these adapters: {', '.join(self.types)}"
+            raise GatingError(text, next_step="Give examples of these types")
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in _chunks(known, 32):
+                nll, tokens = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], self._gates(batch)[0])
+                total, count = total + float(nll), count + tokens
+        return total / count
+
+    def accuracy(self, items: Sequence[Item]) -> tuple[float, float]:
+        """The share of prompts whose type the classifier tells, and the share of the most frequent type."""
+        name, right = self._names[0], 0
+        with torch.no_grad():
+            for batch in _chunks(items, 32):
+                found = self._log_shares(name, *self._features(batch)).argmax(1)
+                right += int((found == self._targets(name, batch)).sum())
+        kinds = [item.scene_type for item in items]
+        return right / len(items), max(map(kinds.count, kinds)) / len(items)
+
+    def _copied(self) -> dict[str, State]:
+        return {name: {key: value.detach().clone() for key, value in s.items()} for name, s in self.states.items()}
 
     def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:
         """The gates of a batch with the weights in them, and their mean squared distance from 1."""

@@ -12,14 +12,14 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.named import expanded
 from lora_rt.core.training.data import digest_of
-from lora_rt.core.tuning.data import Item, as_items, read_lines
+from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.saving import check_name, save_mix, write_fitted
 from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
 from lora_rt.core.tuning.weights import TuneSettings, tune
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry.compositions import NamedComposition
-from lora_rt.registry.durable import new_folder
+from lora_rt.registry.durable import check_writable, new_folder
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
@@ -46,12 +46,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What was fitted by scene: where each adapter went, the share of prompts registered right, and the losses."""
+    """What was fitted by scene: where each adapter went, and on held-out examples the share of prompts whose type was
+    told right, and the losses in nats per answer token.
+    """
 
     places: Sequence[str]
     registered: float
     loss_first: float
     loss_last: float
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        losses = [self.loss_first, self.loss_last]
+        return {"adapters": list(self.places), "registered": self.registered, "nll": losses}
 
 
 def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], dict[str, str]]:
@@ -94,6 +101,8 @@ def tune_mix(job: Job, name: str, settings: TuneSettings, advance: Advance) -> N
     lines = read_lines(job.data, typed=False)
     frozen, weights, references = open_job(job, registry)
     tuned = tune(frozen, weights, job.items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
+    if not tuned.loss_after < tuned.loss_before:
+        raise _no_better("weights", job, tuned.loss_before, min(tuned.losses))
     mix = save_mix(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
     registry.compositions.save(mix)
     return mix
@@ -110,11 +119,19 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     frozen, weights, references = open_job(job, registry)
     if out is not None and (there := [name for name in weights if (out / name).exists()]):
         raise GatingError(f"{out / there[0]} is there already", next_step="Give a new folder with --out")
-    fit = SceneFit(frozen, weights, job.items(lines, frozen.base), settings)
-    registered = fit.fit_classifier(lambda loss: advance("classifier", loss))
-    losses = fit.fit_gates(lambda loss: advance("gates", loss))
-    window = max(1, len(losses) // 10)
-    first, last = sum(losses[:window]) / window, sum(losses[-window:]) / window
+    if out is None:
+        for name in weights:
+            registry.store.check_free(name, _SOURCE)
+    else:
+        check_writable(out)
+    items, aside = held_out(job.items(lines, frozen.base), settings.seed)
+    fit = SceneFit(frozen, weights, items, settings)
+    fit.fit_classifier(lambda loss: advance("classifier", loss))
+    registered, chance = fit.accuracy(aside)
+    first, last, losses = fit.fit_best_gates(aside, lambda loss: advance("gates", loss))
+    if not last < first:
+        told = f"; the classifier is right on {registered:.0%} of the held-out prompts, by chance it is on {chance:.0%}"
+        raise _no_better("gates", job, first, min(losses), told)
     metrics = {"gates_nll_first": round(first, 4), "gates_nll_last": round(last, 4), "registered": round(registered, 4)}
     places = [
         _publish(
@@ -130,13 +147,22 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     return Fitted(places, registered, first, last)
 
 
+_SOURCE = "fitted here"
+
+
+def _no_better(what: str, job: Job, start: float, seen: float, told: str = "") -> GatingError:
+    text = f"no {what} on the way were better than the start on held-out examples ({start:.4f} nats per token; "
+    text += f"the best step on the others had {seen:.4f}){told}; nothing is published"
+    return GatingError(text, next_step=f"Give more examples than {job.data} has, or another --lr or --epochs")
+
+
 def _publish(
     name: str, source: Path, out: Path | None, registry: Registry, fit: SceneFit, metrics: dict[str, float]
 ) -> str:
     if out is None:
         with registry.store.staging() as folder:
             write_fitted(source, folder, fit.states[name], metrics)
-            return registry.store.publish(folder, name, source="fitted here", revision=None).name
+            return registry.store.publish(folder, name, source=_SOURCE, revision=None).name
     with new_folder(out / name) as scratch:
         write_fitted(source, scratch, fit.states[name], metrics)
     return str(out / name)

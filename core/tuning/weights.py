@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_rt.core.tuning.data import Item, steps
+from lora_rt.core.tuning.data import Item, held_out, steps
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate
 
 Per = Literal["adapter", "layer"]
 _EVALUATED = 16
+_JUDGED = 10  # how often on the way the weights are tried on the held-out examples
 
 
 _LARGEST = 1e6  # far beyond every weight under which a text is one, and its square is a number in float32
@@ -43,7 +44,7 @@ class TuneSettings:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Resident name -> weights, one or one per layer; the losses in nats per answer token before and after."""
+    """Resident name -> weights, one or one per layer; the losses on held-out examples, in nats per answer token."""
 
     weights: Mapping[str, Sequence[float]]
     loss_before: float
@@ -58,7 +59,9 @@ def tune(
     settings: TuneSettings,
     advance: Callable[[float], None] = lambda _loss: None,
 ) -> Tuned:
-    """Fit weights to the examples. `start` has the first weights by resident name; `advance` hears each step's loss.
+    """Fit weights to the examples, of which a tenth is held out; the weights are the best ones seen on that tenth.
+
+    `start` has the first weights by resident name; `advance` hears each step's loss.
 
     Raises:
         TuneError: the weights, or the loss, are no numbers that can be computed with.
@@ -68,9 +71,13 @@ def tune(
     device = frozen.bank.device
     weights = {name: torch.full((depth,), w, device=device, requires_grad=True) for name, w in start.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
-    before = mean_loss(frozen, items, weights)
+    items, aside = held_out(items, settings.seed)
+    batches = list(steps(items, settings.batch_size, settings.epochs, settings.seed))
+    before = after = mean_loss(frozen, aside, weights)
+    best = {name: value.tolist() for name, value in weights.items()}
+    judged = max(1, len(batches) // _JUDGED)
     losses: list[float] = []
-    for batch in steps(items, settings.batch_size, settings.epochs, settings.seed):
+    for batch in batches:
         total, count = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
         loss = total / count
         if not bool(loss.isfinite()):
@@ -82,9 +89,11 @@ def tune(
         optimizer.step()
         losses.append(float(loss.detach()))
         advance(losses[-1])
-    after = mean_loss(frozen, items, weights)
-    _check_numbers({name: float(value.detach().abs().max()) for name, value in weights.items()})
-    return Tuned({name: value.tolist() for name, value in weights.items()}, before, after, losses)
+        if len(losses) % judged == 0 or len(losses) == len(batches):
+            _check_numbers({name: float(value.detach().abs().max()) for name, value in weights.items()})
+            if (found := mean_loss(frozen, aside, weights)) < after:
+                after, best = found, {name: value.tolist() for name, value in weights.items()}
+    return Tuned(best, before, after, losses)
 
 
 def _check_numbers(weights: Mapping[str, float]) -> None:

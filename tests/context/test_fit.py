@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
 from lora_rt.core.requests.composition import Composition
-from lora_rt.core.tuning.data import Item
+from lora_rt.core.tuning.data import Item, held_out
 from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
 from lora_rt.core.tuning.session import Job, open_job
 from lora_rt.core.tuning.weights import TuneSettings, mean_loss, tune
@@ -222,7 +222,7 @@ def test_a_fit_tells_the_gates_where_the_prompts_end(zoo: Zoo, made: Made, monke
 
 def test_a_composition_is_tuned_further_as_its_adapters(zoo: Zoo, tmp_path: Path) -> None:
     adapters = [zoo.adapter("llama", seed=seed) for seed in (1, 2)]
-    data = write(tmp_path / "mix.jsonl", LINES)
+    data = write(tmp_path / "mix.jsonl", LINES * 3)
     common = ["--data", str(data), "--epochs", "1", "--base", str(zoo.base("llama")), "--precision", "float32"]
     first = invoke("tune", *map(str, adapters), "--name", "mine", "--per", "layer", *common)
     again = invoke("tune", "mine:0.5", "--name", "mine", "--lr", "0.000001", *common)
@@ -255,3 +255,30 @@ def test_after_on_the_command_line_lets_all_terms_wait(zoo: Zoo) -> None:
     speaking = invoke("compose", f"{adapter}:3", "--after", "hello", *common)
     assert waiting["text"] == plain["text"]
     assert speaking["text"] != plain["text"]
+
+
+@pytest.mark.parametrize("per", ["adapter", "layer", "scene"])
+def test_a_fit_that_does_not_beat_its_start_is_not_published(
+    zoo: Zoo, tmp_path: Path, made: Made, per: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of a wild learning rate makes every weight and gate worse; before, the last one was published."""
+    monkeypatch.chdir(tmp_path)
+    adapter = made("logic", gates=None) if per == "scene" else zoo.adapter("llama", seed=1)
+    data = write(tmp_path / "mix.jsonl", LINES)
+    given = ["tune", f"{adapter}:0.0001", "--data", str(data), "--per", per, "--lr", "10", "--epochs", "1"]
+    given += ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu", "--name", "mine"]
+    result = CliRunner().invoke(app, [*given, *(["--out", str(tmp_path / "out")] if per == "scene" else [])])
+    assert isinstance(result.exception, GatingError), result.output
+    assert "were better than the start on held-out examples" in result.exception.message
+    assert "nats per token" in result.exception.message
+    assert "mine" not in [row["name"] for row in invoke_list()]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_weights_that_were_seen_are_kept_and_not_the_last(zoo: Zoo) -> None:
+    frozen, weights, _ = open_job(job(zoo, f"{zoo.adapter('llama', seed=1)}:0.5"), Registry())
+    tuned = tune(frozen, weights, items(zoo), TuneSettings(epochs=10, learning_rate=3.0, batch_size=2, pull=0.0))
+    _, aside = held_out(items(zoo), 0)
+    kept = {name: torch.tensor(value) for name, value in tuned.weights.items()}
+    assert mean_loss(frozen, aside, kept) == pytest.approx(tuned.loss_after, abs=1e-5)
+    assert tuned.loss_after <= tuned.loss_before

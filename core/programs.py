@@ -1,0 +1,136 @@
+"""What the commands train, tune and eval do, for programs: the public face takes these names from here.
+
+Every result has a `document()`: what the command prints with `--json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lora_rt.core.evaluation.matrix import Matrix
+    from lora_rt.core.requests.composition import Composition
+    from lora_rt.core.runtime import Runtime
+    from lora_rt.core.training.run import TrainResult
+    from lora_rt.core.tuning.session import Fitted
+    from lora_rt.registry.compositions import NamedComposition
+
+Examples = str | Path | Sequence[Mapping[str, Any]]
+"""A JSONL file, or its examples."""
+
+
+def train(
+    register: str,
+    data: str | Path,
+    *,
+    mode: str = "output-only",
+    out: str | Path | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> TrainResult:
+    """Train an adapter and publish it: into the store under the register's name, or into a folder.
+
+    Args:
+        register: what it is to express; also its name.
+        data: a JSONL file.
+        mode: what it is trained for.
+        out: a new folder for the adapter; the store if left out.
+        resume: go on from the newest checkpoint of the same run.
+        settings: the other fields of `lora_rt.TrainSettings`: base, precision, device, r, alpha, target_modules, ...
+
+    Raises:
+        LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the run was interrupted.
+        TypeError: there is no such setting.
+    """
+    from lora_rt.core.step.settings import TrainSettings
+    from lora_rt.core.training.run import train as run
+
+    if (held_out := settings.get("held_out")) is not None:
+        settings["held_out"] = Path(held_out)
+    chosen = TrainSettings(register=register, mode=mode, data=Path(data), **settings)
+    return run(chosen, out=None if out is None else Path(out), resume=resume)
+
+
+def evaluate(
+    compositions: Sequence[str],
+    data: Mapping[str, Examples],
+    *,
+    runtime: Runtime | None = None,
+    base: str = "default",
+    precision: str = "int4",
+    device: str = "auto",
+) -> Matrix:
+    """The mean negative log-likelihood of every data set under the base and every composition, nats per token.
+
+    Args:
+        compositions: texts as `lora-rt compose` takes them.
+        data: name -> JSONL file, or examples with "scene" and "text".
+        runtime: a loaded one; otherwise `base`, `precision` and `device` say which is loaded.
+        base: as in `Runtime.load`, like the two that follow.
+        precision: of the base.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        LoraRtError: data, base or compositions can't be used.
+    """
+    from lora_rt.core.training.data import read_pairs
+
+    sets = {
+        name: read_pairs(Path(given), ("scene", "text"), chats=True) if isinstance(given, str | Path) else given
+        for name, given in data.items()
+    }
+    from lora_rt.core.evaluation.matrix import evaluate as measure
+    from lora_rt.core.runtime import Runtime
+
+    loaded = runtime or Runtime.load(base, precision=precision, device=device)
+    return measure(loaded, sets, list(compositions))
+
+
+def tune(
+    composition: Composition | str,
+    data: str | Path,
+    *,
+    per: Literal["adapter", "layer", "scene"] = "adapter",
+    name: str = "my-mix",
+    out: str | Path | None = None,
+    base: str = "default",
+    precision: str = "int4",
+    device: str = "auto",
+    epochs: float = 3,
+    learning_rate: float | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> NamedComposition | Fitted:
+    """Learn weights per adapter or per layer and save them as a named composition, or gates per scene type.
+
+    Args:
+        composition: the adapters; their weights are the start.
+        data: a JSONL file; with `per="scene"` every line has a scene_type.
+        per: what is learned.
+        name: the composition's name (adapter, layer).
+        out: a folder for the adapters instead of the store (scene).
+        base: as in `Runtime.load`, like precision and device.
+        precision: of the base.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        epochs: passes over the data.
+        learning_rate: Adam's; 0.03 on weights and 0.1 on gates if left out.
+        batch_size: examples per step.
+        seed: of the order and of what is held out.
+
+    Raises:
+        LoraRtError: data, base or adapters can't be used, or nothing was found that beats the start.
+    """
+    from lora_rt.core.requests.composition import Composition
+    from lora_rt.core.tuning import session
+    from lora_rt.core.tuning.scenes import SceneSettings
+    from lora_rt.core.tuning.weights import TuneSettings
+
+    given = Composition.parse(composition) if isinstance(composition, str) else composition
+    job = session.Job(given, Path(data), base, precision, device)
+    if per == "scene":
+        gates = SceneSettings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate or 0.1, seed=seed)
+        return session.fit_scenes(job, None if out is None else Path(out), gates, lambda _what, _loss: None)
+    weights = TuneSettings(per, epochs, batch_size, learning_rate or 0.03, seed=seed)
+    return session.tune_mix(job, name, weights, lambda _what, _loss: None)
