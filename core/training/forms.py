@@ -85,7 +85,9 @@ def _message(item: object, role: str, content: str) -> dict[str, str] | None:
     if isinstance(text, Sequence) and not isinstance(text, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in text]
         text = "".join(str(part) for part in parts) if all(isinstance(part, str) for part in parts) else None
-    return {"role": _ROLES.get(item[role], item[role]), "content": text} if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    return {"role": str(_ROLES.get(item[role], item[role])), "content": text}
 
 
 def _without(line: dict[str, Any], *keys: str) -> dict[str, Any]:
