@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_rt.core.base.configuration import weight_files
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.outline import Outline
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.named import check_pin, expanded
-from lora_rt.core.requests.reading import read_adapter
+from lora_rt.core.requests.reading import own_weights_in, read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.registry import Registry
@@ -81,7 +82,7 @@ def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
 
 
 def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
-    anyway = registry.allow_base_mismatch
+    anyway, folder = registry.allow_base_mismatch, base.source.path
     resolved = registry.find(part.reference, base.identity)
     inspected = inspect_adapter(
         resolved.folder,
@@ -89,6 +90,7 @@ def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
         linears=base.linears,
         base=None if anyway else base.identity,
         sha256=resolved.digests.sha256_recorded,
+        own=None if folder is None or not folder.is_dir() else own_weights_in(weight_files(folder)),
         load=True,
     )
     check_pin(part, resolved.name, inspected.sha256)

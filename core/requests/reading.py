@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_rt.core.engine.bank import ResidentAdapter
@@ -46,19 +48,39 @@ def own_weights(model: nn.Module) -> OwnWeights:
     A tied head is found under its own name. A layer that is kept in 4 or 8 bits equals nothing.
     """
     # The same parameter under every name that it has: a tied head is the embedding.
-    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    inner: dict[str, list[Tensor]] = {}
-    for name, parameter in own.items():
-        inner.setdefault(inner_path(name), []).append(parameter)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return _comparing(own, own.__getitem__)
+
+
+def own_weights_in(weight_files: Sequence[Path]) -> OwnWeights:
+    """The same with the weights of a base that is not loaded: one tensor of its safetensors files at a time."""
+    places: dict[str, Path] = {}
+    for path in weight_files:
+        with safe_open(path, framework="pt") as file:
+            places.update(dict.fromkeys(file.keys(), path))
+    embeddings = [name for name in places if name.split(".")[-2:-1] in (["embed_tokens"], ["wte"], ["embed_in"])]
+    alias = embeddings[0] if len(embeddings) == 1 else ""
+
+    def read(name: str) -> Tensor:
+        with safe_open(places[name], framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+    tied = {} if "lm_head.weight" in places or not alias else {"lm_head.weight": alias}
+    return _comparing([*places, *tied], lambda name: read(tied.get(name, name)))
+
+
+def _comparing(names: Iterable[str], get: Callable[[str], Tensor]) -> OwnWeights:
+    there = set(names)
+    inner: dict[str, list[str]] = {}
+    for name in there:
+        inner.setdefault(inner_path(name), []).append(name)
 
     def compare(name: str, raw: RawTensor) -> bool | None:
-        mine: Tensor | None = own.get(name)
-        if mine is None:
-            same = inner.get(inner_path(name), [])
-            if len(same) != 1:
-                return None
-            mine = same[0]
-        given = as_tensor(raw)
+        same = [name] if name in there else inner.get(inner_path(name), [])
+        if len(same) != 1:
+            return None
+        given, mine = as_tensor(raw), get(same[0])
         if given.shape != mine.shape or not given.dtype.is_floating_point:
             return False
         kept = mine.detach().cpu()

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from lora_rt.core.export.run import export
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import files
 from lora_rt.registry.files import CONFIG, WEIGHTS
-from support.tiny import HIDDEN, LAYERS, VOCAB, Zoo, save_tokenizer, some_ids
+from support.tiny import HIDDEN, LAYERS, VOCAB, Zoo, peft_model, save_tokenizer, some_ids
 
 IDS = some_ids(rows=2)
 EXACT = {"atol": 1e-4, "rtol": 0.0}
@@ -306,3 +307,13 @@ def test_each_weight_file_is_opened_once(zoo: Zoo, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("safetensors.safe_open", None)
     runtime.logits(IDS, compositions=f"{made[0]}:0.7 {made[1]}:0.3")
     assert opened.count(WEIGHTS) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_saved_beside_its_factors_is_left_out_of_an_export(tied: bool, zoo: Zoo, tmp_path: Path) -> None:
+    base = zoo.base("llama", tie_word_embeddings=tied)
+    model = trained_over(base, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    export(str(tmp_path / "a"), "peft", tmp_path / "out", base=str(base))
+    assert all("lora_" in key for key in load_file(tmp_path / "out" / WEIGHTS))
+    with torch.inference_mode():
+        assert_close(peft_model(base, tmp_path / "out")(input_ids=IDS).logits, logits_of(model), **EXACT)
