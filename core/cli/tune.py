@@ -72,7 +72,7 @@ def tune(
     if as_json:
         print_json(mix.model_dump(mode="json"))
     else:
-        _show(mix)
+        _show(mix, base)
 
 
 def _mix(
@@ -108,11 +108,11 @@ def _losses(fitted: Fitted) -> tuple[float, float]:
     return fitted.loss_first, fitted.loss_last
 
 
-def _show(mix: NamedComposition) -> None:
+def _show(mix: NamedComposition, base: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from lora_rt.core.cli.console import out
+    from lora_rt.core.cli.console import compose_hint, out
 
     table = Table("adapter", "weight", "lowest layer", "highest layer")
     for term in mix.terms:
@@ -122,7 +122,7 @@ def _show(mix: NamedComposition) -> None:
     out.print(table)
     before, after = mix.metrics["nll_before"], mix.metrics["nll_after"]
     out.print(f"{before:.3f} -> {after:.3f} nats per token")
-    out.print(f'try it: lora-rt compose {escape(mix.name)} -p "..."', soft_wrap=True)
+    out.print(escape(compose_hint(mix.name, base)), soft_wrap=True)
 
 
 class _Progress:
