@@ -65,8 +65,9 @@ def quantization_of(folder: Path) -> str | None:
 
 
 def check_weights(folder: Path) -> None:
-    """Raises BaseError where a folder has no weights that are read, or far fewer than its configuration asks for."""
-    document, files = read_configuration(folder), weight_files(folder)
+    """Raises BaseError where a folder has no weights that are read, or lacks some of them."""
+    read_configuration(folder)
+    files = weight_files(folder)
     if not files:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
         if pickles:
@@ -75,17 +76,25 @@ def check_weights(folder: Path) -> None:
         raise BaseError(f"{folder} holds no weights (no .safetensors file)", next_step="Fetch the model again")
     if lost := [file.name for file in files if not file.is_file()]:
         raise BaseError(f"weight files of {folder} are missing", problems=lost, next_step="Fetch the model again")
-    text = document.get("text_config", document)
-    layers, hidden, words = (text.get(key) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
-    there = sum(file.stat().st_size for file in files)
-    if all(isinstance(n, int) for n in (layers, hidden, words)):
-        least = (words * hidden + layers * hidden * hidden) // 4  # bytes: a quarter of one for each weight
-        if least > there:
-            raise BaseError(
-                f"{folder}/{CONFIG} asks for far more weights than there are",
-                problems=[f"{layers:,} layers of {hidden:,} and {words:,} words in {there:,} bytes"],
-                next_step="Fetch the model again",
-            )
+
+
+def check_size(folder: Path, config: Any) -> None:
+    """Raises BaseError where transformers' configuration asks for far more than the weights hold: it would be made up.
+
+    Sizes that config.json leaves out are those of the architecture's largest model.
+    """
+    text = config.get_text_config()
+    layers, hidden, words = (getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    there = sum(file.stat().st_size for file in weight_files(folder))
+    if not (isinstance(layers, int) and isinstance(hidden, int) and isinstance(words, int)):
+        return
+    least = (words * hidden + layers * hidden * hidden) // 4  # bytes: a quarter of one for each weight
+    if least > there:
+        raise BaseError(
+            f"{folder}/{CONFIG} asks for far more weights than there are",
+            problems=[f"{layers:,} layers of {hidden:,} and {words:,} words in {there:,} bytes"],
+            next_step="Fetch the model again",
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -131,7 +140,8 @@ def _problems(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shown(value: object) -> str:
-    text = f"{value:,}" if isinstance(value, int) and abs(value) < 10**30 else repr(value)
+    plain = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**30
+    text = f"{value:,}" if plain else repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
 
 

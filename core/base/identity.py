@@ -68,7 +68,7 @@ def label_of(source: BaseSource) -> str:
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, read once for as long as it stays what it is."""
     key = _key(path)
-    found = _remembered().get(key)
+    found = recall(key)
     if found is None:
         if path.stat().st_size < _ANNOUNCED_BYTES:
             found = sha256_file(path)
@@ -76,7 +76,7 @@ def sha256_of(path: Path) -> str:
             with step(f"reading {path.name} to know which base it is (once)"):
                 found = sha256_file(path)
         if key == _key(path) and time.time_ns() - path.stat().st_mtime_ns > _UNSETTLED_NS:
-            _remember(key, found)
+            remember(key, found)
     return found
 
 
@@ -139,7 +139,7 @@ def _cached(source: BaseSource) -> Path | None:
 
 def _quick_sha256(path: Path) -> str:
     if path.stat().st_size > _QUICK_BYTES:
-        return _remembered().get(_key(path), "")
+        return recall(_key(path)) or ""
     return sha256_of(path)
 
 
@@ -153,6 +153,11 @@ def _file() -> Path:
     return home.home() / "digests.json"
 
 
+def recall(key: str) -> str | None:
+    """What was remembered under a key."""
+    return _remembered().get(key)
+
+
 def _remembered() -> dict[str, str]:
     try:
         found = json.loads(_file().read_text())
@@ -161,8 +166,8 @@ def _remembered() -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def _remember(key: str, digest: str) -> None:
-    """Two processes at once may lose a line of each other's; it is found again the next time."""
+def remember(key: str, digest: str) -> None:
+    """Keep it for later starts. Two processes at once may lose a line of each other's; it is found again next time."""
     kept = dict([*_remembered().items(), (key, digest)][-_REMEMBERED:])
     with suppress(OSError):  # a home that can't be written costs time alone
         _file().parent.mkdir(parents=True, exist_ok=True)

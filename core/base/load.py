@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_rt.core.base.bounded import hold_to_limits
 from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
@@ -98,6 +99,7 @@ def load_base(
 
 
 def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any, Any]:
+    hold_to_limits(folder)
     try:
         model = whole_model(folder, dtype=compute_dtype(precision), device_map={"": device})
         tokenizer = whole_tokenizer(folder)

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,7 @@ def _fetch_hub(source: BaseSource) -> Path:
     return folder
 
 
+@lru_cache
 def _mention_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         _LOGGER.warning(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from lora_rt.core.base import default, hub
-from lora_rt.core.base.configuration import read_configuration
+from lora_rt.core.base.configuration import check_size, read_configuration
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line
 
@@ -32,10 +33,11 @@ def whole_model(where: Any, **arguments: Any) -> Any:
     Raises:
         BaseError: weights are missing. One of `UNREADABLE`: it is no model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
+        check_size(Path(where), AutoConfig.from_pretrained(where, trust_remote_code=False))
     model, report = AutoModelForCausalLM.from_pretrained(
         where, trust_remote_code=False, output_loading_info=True, adapter_kwargs=_NO_ADAPTER, **arguments
     )

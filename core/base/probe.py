@@ -1,0 +1,137 @@
+"""Run in a process of its own, under limits: whether a base's chat template and tokenizer come to an end.
+
+A template is a program, and the pattern that cuts text into words may take time exponential in its length: neither can
+be told by reading, and a thread that hangs in one can't be stopped. This file is given to Python as it is and imports
+nothing of lora_rt. Its argument is the base's folder; its last line of output is what is wrong, or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_BYTES = 64 << 20  # of a file
+MAX_RENDERED = 1 << 20  # characters, for a prompt of one word
+TEXTS = (
+    "a" * 60 + "!", "hello world " * 40 + "!", "1" * 60 + "x", " " * 200 + "x", "\n" * 200 + "x", "\u00e9" * 60,
+)  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """Print what would be wrong before it is tried: whoever is stopped has said why."""
+    limit_memory()
+    for name, template in templates(folder):
+        what = f"the chat template {name}".strip()
+        print(f"{what} does not come to an end", flush=True)
+        limit_seconds(1)
+        if rendered(template) > MAX_RENDERED:
+            print(f"{what} makes more than {MAX_RENDERED:,} characters of one word")
+            return
+    tokenizer = folder / "tokenizer.json"
+    problem = ""
+    if tokenizer.is_file():
+        print("the tokenizer does not come to an end", flush=True)
+        problem = encoded(tokenizer)
+    print(problem)
+
+
+def limit_memory() -> None:
+    """A GiB and a half in all, where the system has such a limit."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
+
+
+def limit_seconds(seconds: int) -> None:
+    """Of the processor, from now on: a busy machine does not make a good base a bad one."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, resource.RLIM_INFINITY))
+
+
+def templates(folder: Path) -> list[tuple[str, str]]:
+    """(name, text) of each template of the folder."""
+    found = []
+    for file in [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]:
+        if file.is_file() and file.stat().st_size < MAX_BYTES:
+            found.append((file.stem, file.read_text(errors="replace")))
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            document = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        template = document.get("chat_template") if isinstance(document, dict) else None
+        if isinstance(template, str):
+            found.append(("", template))
+        elif isinstance(template, list):
+            found += [(str(t.get("name")), t.get("template")) for t in template if isinstance(t, dict)]
+    return [(name, text) for name, text in found if isinstance(text, str)]
+
+
+def rendered(text: str) -> int:
+    """How long a one-word prompt becomes; 0 where the template can't be run like this, which others explain."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` of transformers: a block that is its content."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            """The block's content in a scope."""
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    extensions = [Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: "2026"
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value)
+    total = 0
+    try:
+        words = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+        for piece in environment.from_string(text).generate(messages=[{"role": "user", "content": "word"}], **words):
+            total += len(piece)
+            if total > MAX_RENDERED:
+                break
+    except MemoryError:
+        return sys.maxsize
+    except Exception:  # a template may raise whatever it likes
+        return 0
+    return total
+
+
+def encoded(file: Path) -> str:
+    """What is wrong with the patterns of a tokenizer; one that can't be read at all is explained elsewhere."""
+    from tokenizers import Tokenizer
+
+    limit_seconds(30)  # the vocabulary of a large model takes seconds
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # the library raises no other kind
+        return ""
+    limit_seconds(3)
+    try:
+        for text in TEXTS:
+            tokenizer.encode(text, add_special_tokens=False)
+    except BaseException as error:  # a panic of the library is no Exception
+        return f"the tokenizer fails on ordinary text: {str(error).splitlines()[0][:120]}"
+    return ""
+
+
+if __name__ == "__main__":
+    os.environ["RUST_BACKTRACE"] = "0"
+    main(Path(sys.argv[1]))
