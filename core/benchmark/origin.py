@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.benchmark.workloads import refuse_unknown
+
+if TYPE_CHECKING:
+    from lora_rt.core.base.load import LoadedBase
+
+SIZES = ("tiny", "7b", "13b")
+
+
+def check_size(size: str) -> None:
+    """Raises WorkloadError where there is no random base of such a size."""
+    refuse_unknown("random base", [] if size in SIZES else [size], SIZES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,4 +37,6 @@ class Origin:
             from lora_rt.core.benchmark.random_base import random_base
 
             return random_base(self.random, self.precision, self.device)
+        from lora_rt.core.base.load import load_base
+
         return load_base(self.base, self.precision, self.device)

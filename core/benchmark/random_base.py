@@ -17,16 +17,10 @@ from lora_rt.core.base.load import LoadedBase, base_facts
 from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
 from lora_rt.core.base.repacking import forbid_uneven_repacking
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.benchmark.workloads import refuse_unknown
+from lora_rt.core.benchmark.origin import check_size
 from lora_rt.registry.card import BaseIdentity
 
-SIZES = ("tiny", "7b", "13b")
 _SCALE = 0.02  # of weights, as transformers initializes these models
-
-
-def check_size(size: str) -> None:
-    """Raises WorkloadError where there is no such size."""
-    refuse_unknown("random base", [] if size in SIZES else [size], SIZES)
 
 
 def random_base(size: str, precision: str = "int4", device: str = "auto") -> LoadedBase:

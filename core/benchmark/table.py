@@ -23,6 +23,9 @@ HEADS = {
     "peft-trainer": "PEFT\nTrainer",
     "llama.cpp": "llama\n.cpp",
 }
+BUSY = 0.25
+"""A spread (half of the middle of the repeats, relative to their median) beyond which a row is noise."""
+
 _UNITS = {"change": "ms", "cold": "s", "memory": "MB", "training": "tokens/s"}
 _DECODING = ("decode", "prefill")
 
@@ -50,6 +53,19 @@ def shown(document: Mapping[str, Any]) -> Group:
     lines += [Text(f"({number}) {reason}") for number, reason in enumerate(reasons, 1)]
     lines += [Text(line) for line in _absent(document["rows"], systems)]
     return Group(*lines, *_training(document))
+
+
+def noise(document: Mapping[str, Any]) -> str:
+    """A warning where the figures differ too much between repeats to be figures; empty where they do not."""
+    wide = [row for row in document["rows"] if row["spread"] is not None and row["spread"] > BUSY]
+    if not wide:
+        return ""
+    worst = max(wide, key=lambda row: float(row["spread"]))
+    where = f"{worst['system']} on {worst['workload']}"
+    return (
+        f"{len(wide)} of {len(document['rows'])} figures spread by more than {BUSY:.0%} between their repeats "
+        f"({where}: {worst['spread']:.0%}): this machine is busy with something else, and they are not to be relied on"
+    )
 
 
 def _columns(document: Mapping[str, Any]) -> list[str]:
@@ -93,6 +109,8 @@ def _cell(row: Row | None, reasons: list[str]) -> str:
         return f"[dim]({reasons.index(row['reason']) + 1})[/]"
     ratio = "" if row["ratio_to_base"] is None else f"{row['ratio_to_base']:.2f} "
     repeated = f"±{row['spread'] * 100:.0f}%" if row["repeats"] > 1 else ""
+    if row["spread"] > 1:
+        repeated = "noise"
     return f"{_value(row)}\n[dim]{ratio}{repeated}[/]"
 
 

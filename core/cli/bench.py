@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lora_rt.core.base.source import parse_base
+from lora_rt.core.benchmark.origin import Origin, check_size
+from lora_rt.core.benchmark.table import noise, shown
+from lora_rt.core.benchmark.workloads import DEFAULT, QUICK, SWEEP, Workload, choose_workloads, refuse_unknown
 from lora_rt.core.cli import options
-
-if TYPE_CHECKING:
-    from lora_rt.core.benchmark.origin import Origin
-    from lora_rt.core.benchmark.workloads import Workload
+from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.session import starting
+from lora_rt.core.evaluation.plot import check_plot
 
 SYSTEMS = ("base", "generate", "ours", "peft-set", "peft-cat", "peft-mixed", "peft-trainer", "llama.cpp")
 _INTERRUPTED = 130
@@ -47,22 +52,20 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Measure lora-rt beside the base alone, PEFT and llama.cpp: the same base, prompts and adapters, interleaved."""
-    from lora_rt.core.cli.console import out, print_json
-
-    chosen = _workloads(quick, sweep, workloads)
-    names = _systems(systems)
-    origin = _origin(base, precision, device, random_base)
+    with options.usage():
+        chosen = choose_workloads(_split(workloads), QUICK if quick else SWEEP if sweep else DEFAULT)
+        names = _systems(systems)
+        origin = _origin(base, precision, device, random_base)
     if plot is not None:
-        from lora_rt.core.benchmark.plot import check_plot
-
         check_plot(plot)
+    parse_base(base)
     document, whole = _run(origin, chosen, names, repeats, threads)
     if as_json:
         print_json(document)
     else:
-        from lora_rt.core.benchmark.table import shown
-
         out.print(shown(document))
+    if warning := noise(document):
+        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=not err.is_terminal)
     if plot is not None:
         from lora_rt.core.benchmark.plot import draw
 
@@ -75,45 +78,32 @@ def _split(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
-def _workloads(quick: bool, sweep: bool, names: str) -> list[Workload]:
-    from lora_rt.core.benchmark.workloads import DEFAULT, QUICK, SWEEP, choose_workloads
-
-    return choose_workloads(_split(names), QUICK if quick else SWEEP if sweep else DEFAULT)
-
-
 def _systems(names: str) -> list[str]:
     """In the order of the table."""
-    from lora_rt.core.benchmark.workloads import refuse_unknown
-
     wanted = _split(names) or list(SYSTEMS)
     refuse_unknown("system", [name for name in wanted if name not in SYSTEMS], SYSTEMS)
     return [name for name in SYSTEMS if name in wanted]
 
 
 def _origin(base: str, precision: str, device: str, random_base: str | None) -> Origin:
-    from lora_rt.core.base.precision import check_precision
-    from lora_rt.core.benchmark.origin import Origin
-    from lora_rt.core.benchmark.random_base import check_size
-
     if random_base is not None:
         if base != "default":
             raise typer.BadParameter("there can be one base: --base or --random-base")
         check_size(random_base)
-    return Origin(base, check_precision(precision), device, random_base)
+    return Origin(base, precision, device, random_base)
 
 
 def _run(
     origin: Origin, chosen: list[Workload], names: list[str], repeats: int, threads: int | None
 ) -> tuple[dict[str, Any], bool]:
     """The document, and whether it is whole: of an interrupted run it has what there was."""
-    import tempfile
+    with starting():
+        import torch
 
-    import torch
-
-    from lora_rt.core.benchmark.lab import Lab
-    from lora_rt.core.benchmark.results import document
-    from lora_rt.core.benchmark.session import Measured, measure
-    from lora_rt.core.benchmark.systems.all import make_systems
+        from lora_rt.core.benchmark.lab import Lab
+        from lora_rt.core.benchmark.results import document
+        from lora_rt.core.benchmark.session import Measured, measure
+        from lora_rt.core.benchmark.systems.all import make_systems
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -133,10 +123,6 @@ def _run(
 @contextmanager
 def _progress(workloads: int) -> Iterator[Callable[[int, str], None]]:
     """A bar over the workloads on standard error; told of every repeat."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from lora_rt.core.cli.console import err
-
     columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=workloads)

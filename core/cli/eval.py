@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.progress import Progress
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.compose.request import look_up
+from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.session import session
+from lora_rt.core.evaluation.plot import check_plot
+from lora_rt.core.training.data import read_pairs
+from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
@@ -38,40 +45,36 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
-    from lora_rt.core.cli.compose.request import look_up
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.evaluation.plot import check_plot
-    from lora_rt.core.requests.composition import Composition
-
     if bridge:
         shared = ["--base", base, "--precision", precision, "--device", device, "--seed", str(seed)]
         shared += ["--one-direction", one_direction] if one_direction else []
         _measure_bridges(context, [*specs, *(word for item in data for word in ("--data", item)), *shared], as_json)
         return
+    compositions = [options.composition_of([spec]) for spec in specs]
     if plot is not None:
         check_plot(plot)
-    for composition in [Composition.parse(spec) for spec in specs]:
+    for composition in compositions:
         look_up(composition, base)
     text = options.text_format(template_var, special_tokens)
-    matrix = _measure(specs, _read(data), base, precision, device, text)
-    from lora_rt.core.evaluation.plot import plot_matrix
-    from lora_rt.core.evaluation.table import matrix_table
-
-    # What was measured is shown first: a picture that can't be written then costs the picture alone.
+    examples = _read(data)
+    matrix = _measure(specs, examples, base, precision, device, text)
+    # A picture that can't be written after all must not take the figures with it.
     if as_json:
         print_json(matrix.document())
     else:
+        from lora_rt.core.evaluation.table import matrix_table
+
         out.print(matrix_table(matrix))
     if plot is not None:
+        from lora_rt.core.evaluation.plot import plot_matrix
+
         plot_matrix(matrix, plot)
 
 
 def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
-    from lora_rt.core.training.data import DataError, read_pairs
-
     wrong = [item for item in data if not item.partition("=")[0] or not item.partition("=")[2]]
     if wrong:
-        raise DataError(
+        raise UsageError(
             f"--data {wrong[0]!r} names no file", next_step="Write it as NAME=FILE, for instance --data emotion=F.jsonl"
         )
     return {
@@ -88,13 +91,9 @@ def _measure(
     device: str,
     text: dict[str, Any],
 ) -> Matrix:
-    from rich.markup import escape
-    from rich.progress import Progress
-
-    from lora_rt.core.cli.console import err
+    runtime = session().runtime(base, precision, device, **text)
     from lora_rt.core.evaluation.matrix import evaluate as measure
 
-    runtime = session().runtime(base, precision, device, **text)
     counts = ", ".join(f"{len(examples)} of {name}" for name, examples in data.items())
     err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({precision})[/]", soft_wrap=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
@@ -104,8 +103,6 @@ def _measure(
 
 def _measure_bridges(context: typer.Context, arguments: list[str], as_json: bool) -> None:
     """What `--bridge` did before the bridge had commands of its own."""
-    from lora_rt.core.cli.console import err
-
     err.print("[dim]eval --bridge is now: lora-rt bridge measure[/]")
     commands: Any = context.find_root().command
     group = commands.get_command(context, "bridge")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
+from lora_rt.core.base import default
 from lora_rt.core.cli import options
-from lora_rt.core.cli.session import session
+from lora_rt.core.cli.compose.request import look_up
+from lora_rt.core.cli.console import compose_hint, err, out, print_json
+from lora_rt.core.cli.session import session, starting
+from lora_rt.registry import home
 
 if TYPE_CHECKING:
     from lora_rt.core.export.run import Exported
@@ -36,7 +42,7 @@ class Dtype(StrEnum):
 
 def export(
     specs: options.Specs,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="A new folder.")],
+    folder: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="A new folder.")],
     to: Annotated[
         Format, typer.Option("--format", help="One PEFT adapter, one GGUF adapter, or the base with it merged in.")
     ] = Format.PEFT,
@@ -51,27 +57,30 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model."""
-    from lora_rt.core.base.progress import step
-    from lora_rt.core.cli.console import print_json
-    from lora_rt.core.requests.composition import Composition
-
-    composition = Composition.parse(" ".join(specs))
-    with step("starting"):
+    composition = options.composition_of(specs)
+    look_up(composition, base)
+    with starting():
         import torch
 
         from lora_rt.core.export.run import export as run
     chosen = None if dtype is None else getattr(torch, dtype.value)
-    exported = run(composition, to.value, out, base=base, dtype=chosen, static=static, registry=session().registry)
+    exported = run(
+        composition,
+        to.value,
+        folder,
+        base=base,
+        dtype=chosen,
+        static=static,
+        registry=session().registry,
+        modes=session().modes,
+    )
     if as_json:
         print_json(exported.document())
     else:
-        _report(exported)
+        _report(exported, base)
 
 
-def _report(exported: Exported) -> None:
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import err, out
+def _report(exported: Exported, base: str) -> None:
     from lora_rt.core.export.about import title
 
     for note in exported.notes:
@@ -82,14 +91,14 @@ def _report(exported: Exported) -> None:
         f"{facts}, {exported.size / 1e6:.1f} MB",
         soft_wrap=True,
     )
-    for line in _next_steps(exported):
+    for line in _next_steps(exported, base):
         out.print(escape(line), soft_wrap=True)
 
 
-def _next_steps(exported: Exported) -> list[str]:
+def _next_steps(exported: Exported, base: str) -> list[str]:
     from lora_rt.core.export.run import usage
 
-    where = str(exported.path) if exported.path.is_absolute() else f"./{exported.path}"
+    where = shlex.quote(str(exported.path) if exported.path.is_absolute() else f"./{exported.path}")
     if exported.format == "gguf":
         gguf = _gguf_of(exported)
         ollama = f"with Ollama, two lines of a Modelfile: FROM {gguf} and ADAPTER {where}/adapter.gguf"
@@ -99,14 +108,11 @@ def _next_steps(exported: Exported) -> list[str]:
         return [load, f"or convert it for llama.cpp: convert_hf_to_gguf.py {where}"]
     fitting = next((rank for rank in VLLM_RANKS if rank >= exported.rank), None)
     vllm = f"--max-lora-rank {fitting}" if fitting else f"it takes ranks up to {VLLM_RANKS[-1]} only"
-    return [load, f'or: lora-rt compose {where} -p "..."', f"with vLLM: {vllm}"]
+    return [load, compose_hint(exported.path, base), f"with vLLM: {vllm}"]
 
 
 def _gguf_of(exported: Exported) -> str:
     """The base's own GGUF file where there is one."""
-    from lora_rt.core.base import default
-    from lora_rt.registry import home
-
     source = exported.base.source
     if source.kind == "gguf":
         return str(source.path)

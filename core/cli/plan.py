@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
-from lora_rt.core.cli.options import Json
+from lora_rt.core.base.precision import PRECISIONS, check_precision
+from lora_rt.core.base.source import parse_base
+from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.options import Json, usage
+from lora_rt.core.cli.session import starting
+from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_rt.core.memory.estimate import MemoryPlan, Workload
-    from lora_rt.core.memory.fit import Fit, Use
+    from lora_rt.core.memory.fit import Fit
     from lora_rt.core.memory.inference import InferenceMemory
     from lora_rt.core.memory.training import TrainingMemory
 
 
 def plan(
     base: Annotated[
-        str, typer.Argument(metavar="BASE", help='"default", a folder, a .gguf file, or a hub id[@revision].')
-    ] = "default",
+        str | None,
+        typer.Argument(metavar="BASE", help='"default", a folder, a .gguf file, or a hub id\\[@revision].'),
+    ] = None,
+    base_option: Annotated[str | None, typer.Option("--base", help="The same, as other commands take it.")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="float32, bfloat16, float16, int8 or int4; all if left out.")
+        str, typer.Option("--precision", help=f"{', '.join(PRECISIONS)}; all of them if left out.")
     ] = "",
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu or cuda; it need not be there to be planned for.")
@@ -38,13 +49,20 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Estimate the memory that a base takes, from its configuration alone: weights, adapters, KV cache, training."""
-    from lora_rt.core.base.precision import PRECISIONS, check_precision
-    from lora_rt.core.cli.console import print_json
-    from lora_rt.core.memory.config import read_config
-    from lora_rt.core.memory.estimate import Workload, plan_memory
+    if None not in (base, base_option):
+        raise UsageError("there can be one base", next_step="Give it as an argument or with --base, not both")
+    chosen_base = base or base_option or "default"
+    with usage():
+        chosen = [check_precision(precision)] if precision else list(PRECISIONS)
+    kind = _device(device)
+    parse_base(chosen_base)
+    with starting():
+        from lora_rt.core.memory.config import read_config
+        from lora_rt.core.memory.estimate import Workload, plan_memory
 
+        where: Literal["cpu", "cuda"] = _here() if kind is None else kind
     workload = Workload(
-        device=_device(device),
+        device=where,
         r=r,
         target_modules=tuple(word.strip() for word in target_modules.split(",") if word.strip()),
         batch=batch,
@@ -52,78 +70,34 @@ def plan(
         adapters=adapters,
         labels=seq - 1 if labels is None else labels,
     )
-    workload.check()
-    chosen = [check_precision(precision)] if precision else list(PRECISIONS)
-    made = plan_memory(read_config(base), chosen, workload)
+    with usage():
+        workload.check()
+    with err.status(f"planning {escape(chosen_base)}"):
+        made = plan_memory(read_config(chosen_base), chosen, workload)
     if as_json:
-        print_json(_document(made))
+        print_json(made.document())
     else:
         _print(made)
 
 
-def _device(name: str) -> Literal["cpu", "cuda"]:
-    from lora_rt.core.memory.config import PlanError
-
+def _device(name: str) -> Literal["cpu", "cuda"] | None:
+    """What to plan for; None for what is here."""
     if name == "auto":
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return None
     if name == "cpu":
         return "cpu"
-    if name.partition(":")[0] == "cuda":
+    if re.fullmatch(r"cuda(:\d+)?", name):
         return "cuda"
-    raise PlanError(f"there is no device {name!r} to plan for", next_step="Use auto, cpu or cuda")
+    raise UsageError(f"there is no device {name!r} to plan for", next_step="Use auto, cpu or cuda")
 
 
-def _document(made: MemoryPlan) -> dict[str, Any]:
-    """Sizes in bytes."""
-    import dataclasses
+def _here() -> Literal["cpu", "cuda"]:
+    import torch
 
-    from lora_rt.core.memory.fit import DEVICES_GB
-
-    return {
-        "base": made.base.name,
-        "parameters": made.parameters,
-        "workload": {**dataclasses.asdict(made.workload), "optimizer": made.workload.optimizer},
-        "process": made.process,
-        "precisions": {
-            item.precision: {
-                "inference": {
-                    **dataclasses.asdict(item.inference),
-                    "total": item.inference.total + made.process,
-                },
-                "training": _training_document(item.training, made.process),
-                "training_checkpointed": _training_document(item.checkpointed, made.process),
-            }
-            for item in made.precisions
-        },
-        "fits": {f"{size} GB": {use: _fit_document(made, use, size) for use in _USES} for size in DEVICES_GB},
-    }
-
-
-_USES: tuple[Use, ...] = ("inference", "training")
-
-
-def _training_document(memory: TrainingMemory | None, process: int) -> dict[str, int] | None:
-    import dataclasses
-
-    return None if memory is None else {**dataclasses.asdict(memory), "peak": memory.peak + process}
-
-
-def _fit_document(made: MemoryPlan, use: Use, size: int) -> dict[str, Any] | None:
-    import dataclasses
-
-    from lora_rt.core.memory.fit import best_fit
-
-    fit = best_fit(made, use, size)
-    return None if fit is None else dataclasses.asdict(fit)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _print(made: MemoryPlan) -> None:
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import out
-
     w = made.workload
     facts = f"{made.parameters / 1e6:,.0f} M parameters, {int(made.base.text.num_hidden_layers)} layers"
     adapter = f"adapters of rank {w.r} on {', '.join(w.target_modules)}"
@@ -139,10 +113,7 @@ def _print(made: MemoryPlan) -> None:
     out.print(escape(_summary(made)), soft_wrap=True)
 
 
-def _table(title: str, rows: list[dict[str, str]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1)
     )
@@ -194,11 +165,11 @@ def gib(size: int) -> str:
 
 
 def _fit_lines(made: MemoryPlan) -> list[str]:
-    from lora_rt.core.memory.fit import DEVICES_GB, best_fit
+    from lora_rt.core.memory.fit import DEVICES_GB, USES, best_fit
 
     lines = []
     for size in DEVICES_GB:
-        parts = [f"{use} {_told(best_fit(made, use, size), made.workload)}" for use in _USES]
+        parts = [f"{use} {_told(best_fit(made, use, size), made.workload)}" for use in USES]
         lines.append(f"{size} GB: {'; '.join(parts)}")
     return lines
 

@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
+from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli import options
+from lora_rt.core.cli.console import compose_hint
+from lora_rt.core.cli.console import out as console
+from lora_rt.core.cli.session import session, starting
+from lora_rt.core.step.settings import TrainSettings
+from lora_rt.core.training.data import read_lines
+from lora_rt.errors import UsageError
+from lora_rt.plugins.manager.finding import OURS
 
 if TYPE_CHECKING:
-    from lora_rt.core.step.settings import TrainSettings
     from lora_rt.core.training.run import TrainResult
 
 
@@ -18,10 +26,10 @@ def train(
     register: Annotated[
         str, typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name.")
     ],
-    mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")],
     data: Annotated[
         Path, typer.Option("--data", metavar="F.jsonl", help='One example per line: {"scene": "...", "text": "..."}.')
     ],
+    mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")] = "output-only",
     held_out: Annotated[
         Path | None,
         typer.Option("--held-out", metavar="F.jsonl", help="Examples to measure on; a tenth of the data if left out."),
@@ -53,7 +61,7 @@ def train(
         str | None,
         typer.Option("--optimizer", help="adamw or paged-adamw-8bit; the latter on CUDA, the former on a CPU."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: options.Seed = 0,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="An option of the mode; may be given several times."),
@@ -70,9 +78,6 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter for REGISTER on JSON lines and publish it with its card."""
-    from lora_rt.core.step.settings import TrainSettings
-    from lora_rt.core.training.run import train as run
-
     settings = TrainSettings(
         register=register,
         mode=mode,
@@ -97,15 +102,29 @@ def train(
         licence=licence,
         **options.text_format(template_var, special_tokens),
     )
+    _check(settings)
+    from lora_rt.core.training.run import train as run
+
     _report(run(settings, out=out, resume=resume), settings, out)
 
 
+def _check(settings: TrainSettings) -> None:
+    """What can be said before torch is imported, which takes seconds, and before a base is loaded."""
+    parse_base(settings.base)
+    with options.usage():
+        settings.check()
+    modes = session().modes
+    modes.require(settings.mode)
+    # Which fields a stranger's mode reads is known only when it has seen the base; ours read these.
+    ours = any(record.name == settings.mode and record.package == OURS for record in modes.records)
+    for path in (settings.data, settings.held_out):
+        if path is not None:
+            read_lines(path, ("scene", "text") if ours else (), chats=True)
+    with starting():
+        import lora_rt.core.training.run  # noqa: F401
+
+
 def _report(result: TrainResult, settings: TrainSettings, out: Path | None) -> None:
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import compose_hint
-    from lora_rt.core.cli.console import out as console
-
     loss = f"held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f} nats per token"
     speed = f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s"
     console.print(f"trained [bold]{escape(result.where)}[/]: {loss}, {speed}", soft_wrap=True)
@@ -118,9 +137,7 @@ def _words(text: str) -> list[str]:
 
 
 def _options(pairs: list[str]) -> dict[str, str]:
-    from lora_rt.core.step.settings import SettingsError
-
     wrong = [pair for pair in pairs if not pair.partition("=")[0] or "=" not in pair]
     if wrong:
-        raise SettingsError(f"--option {wrong[0]!r} is no option", next_step="Write it as KEY=VALUE")
+        raise UsageError(f"--option {wrong[0]!r} is not an option of a mode", next_step="Write it as KEY=VALUE")
     return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}

@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.compose.request import look_up
+from lora_rt.core.cli.console import compose_hint, err, out, print_json
+from lora_rt.core.cli.session import session, starting
+from lora_rt.core.training.data import read_pairs
+from lora_rt.core.tuning.names import check_name
 
 if TYPE_CHECKING:
     from lora_rt.core.tuning.session import Fitted, Job
@@ -35,7 +43,7 @@ def tune(
         Per.ADAPTER
     ),
     name: Annotated[str, typer.Option("--name", help="The composition's name (--per adapter, layer).")] = "my-mix",
-    out: Annotated[
+    folder: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Put the adapters there, not into the store (scene).")
     ] = None,
     base: options.Base = "default",
@@ -53,18 +61,19 @@ def tune(
     as_json: options.Json = False,
 ) -> None:
     """Learn from examples how much each adapter should say, with base and adapters frozen."""
-    from lora_rt.core.cli.compose.request import look_up
-    from lora_rt.core.cli.console import print_json
-    from lora_rt.core.requests.composition import Composition
-
-    composition = Composition.parse(" ".join(specs))
+    composition = options.composition_of(specs)
+    if per is not Per.SCENE:
+        check_name(name, session().registry)
     look_up(composition, base)
-    from lora_rt.core.tuning.session import Job
+    fields = ("scene", "text", "scene_type") if per is Per.SCENE else ("scene", "text")
+    read_pairs(data, fields, chats=True)
+    with starting():
+        from lora_rt.core.tuning.session import Job
 
     text = options.text_format(template_var, special_tokens)
     job = Job(composition, data, base, precision, device, allow_base_mismatch=allow_base_mismatch, **text)
     if per is Per.SCENE:
-        fitted = _scenes(job, out, epochs, learning_rate or 0.1, batch_size, seed)
+        fitted = _scenes(job, folder, epochs, learning_rate or 0.1, batch_size, seed)
         if as_json:
             print_json({"adapters": list(fitted.places), "registered": fitted.registered, "nll": _losses(fitted)})
         return
@@ -87,18 +96,15 @@ def _mix(
         return tune_mix(job, name, settings, progress.advance)
 
 
-def _scenes(job: Job, out: Path | None, epochs: float, learning_rate: float, batch_size: int, seed: int) -> Fitted:
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import err
+def _scenes(job: Job, folder: Path | None, epochs: float, learning_rate: float, batch_size: int, seed: int) -> Fitted:
     from lora_rt.core.tuning.scenes import SceneSettings
     from lora_rt.core.tuning.session import fit_scenes
 
     settings = SceneSettings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     with _Progress() as progress:
-        fitted = fit_scenes(job, out, settings, progress.advance)
+        fitted = fit_scenes(job, folder, settings, progress.advance)
     first, last = _losses(fitted)
-    err.print(f"registered {fitted.registered:.0%} of the prompts; {first:.3f} -> {last:.3f} nats per token")
+    err.print(f"recognized {fitted.registered:.0%} of the scene types; {first:.3f} -> {last:.3f} nats per token")
     for place in fitted.places:
         err.print(f"fitted [bold]{escape(place)}[/]", soft_wrap=True)
     return fitted
@@ -109,11 +115,6 @@ def _losses(fitted: Fitted) -> tuple[float, float]:
 
 
 def _show(mix: NamedComposition, base: str) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from lora_rt.core.cli.console import compose_hint, out
-
     table = Table("adapter", "weight", "lowest layer", "highest layer")
     for term in mix.terms:
         mean = sum(term.layers) / len(term.layers) if term.layers else term.weight
@@ -129,10 +130,6 @@ class _Progress:
     """A live line in a terminal, a plain line now and then elsewhere."""
 
     def __enter__(self) -> _Progress:
-        from rich.status import Status
-
-        from lora_rt.core.cli.console import err
-
         self._steps = 0
         self._console = err
         self._status = Status("reading", console=err)

@@ -12,6 +12,7 @@ DEVICES_GB = (24, 48, 80)
 """In units of 10^9 bytes. Cards of these names have a few per cent more; that is for the driver and for gaps."""
 
 Use = Literal["inference", "training"]
+USES: tuple[Use, ...] = ("inference", "training")
 
 
 @dataclass(frozen=True, slots=True)

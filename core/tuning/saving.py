@@ -15,19 +15,8 @@ from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.weights import Tuned
 from lora_rt.registry.card import read_card, write_card
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
-from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
-from lora_rt.registry.reference import check_name as check_form
-from lora_rt.registry.registry import Registry
 from lora_rt.version import __version__
-
-
-def check_name(name: str, registry: Registry) -> None:
-    """Raises LoraRtError where a composition can't have this name: an adapter has it, or it is none."""
-    check_form(name, "a composition")
-    if name in registry.names():
-        text = f"{name!r} is the name of an adapter"
-        raise StoreError(text, next_step="Give the composition another one with --name")
 
 
 def save_mix(name: str, references: Mapping[str, str], frozen: Frozen, tuned: Tuned, **facts: Any) -> NamedComposition:

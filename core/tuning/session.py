@@ -14,7 +14,8 @@ from lora_rt.core.requests.named import expanded
 from lora_rt.core.training.data import digest_of
 from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
 from lora_rt.core.tuning.frozen import Frozen
-from lora_rt.core.tuning.saving import check_name, save_mix, write_fitted
+from lora_rt.core.tuning.names import check_name
+from lora_rt.core.tuning.saving import save_mix, write_fitted
 from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
 from lora_rt.core.tuning.weights import TuneSettings, tune
 from lora_rt.plugins.manager import load_modes

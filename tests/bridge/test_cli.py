@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from lora_rt.core.cli.app import app
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.modes.bridge.items import ItemsError, read_items
+from lora_rt.registry.bases import BaseIdentity
 from support.pairs import DOCUMENT, PAIRS, write_lines
 
 Run = Callable[..., Result]
@@ -23,6 +24,8 @@ def run(learned: tuple[Runtime, Path], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a bridge command with the learned adapter, over the runtime that is loaded already."""
     runtime, folder = learned
     monkeypatch.setattr(Runtime, "load", lambda *args, **settings: runtime)
+    identity = BaseIdentity(runtime.base.id, runtime.base.revision, runtime.base.digest)
+    monkeypatch.setattr("lora_rt.core.cli.compose.request.identify_base", lambda text: identity)
 
     def invoke(*arguments: str, stdin: str | None = None) -> Result:
         options = () if {"eval", "measure"} & set(arguments) else ("--adapter", str(folder))

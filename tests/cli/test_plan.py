@@ -62,7 +62,7 @@ def test_of_a_repository_the_configuration_alone_is_fetched(cli: Cli, zoo: Zoo, 
 )
 def test_what_cannot_be_planned_is_explained(cli: Cli, zoo: Zoo, arguments: list[str], named: str) -> None:
     done = cli("plan", str(zoo.base("llama")), "--precision", "int4", *arguments)
-    assert done.code == 1
+    assert done.code == (1 if "q_proj" in named else 2)
     assert named in done.err
 
 

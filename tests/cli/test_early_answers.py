@@ -1,0 +1,95 @@
+"""What can be said without torch is said before it is imported: a newcomer's mistake is answered at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.tiny import Zoo
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "matplotlib")
+
+
+def heavy_after(arguments: list[str], *, without: str = "") -> tuple[int, str, set[str]]:
+    """Exit code, standard error, and which heavy libraries a run of the command line imported.
+
+    Args:
+        arguments: of lora-rt.
+        without: a library that is not installed.
+    """
+    code = (
+        "import importlib.util, sys\n"
+        f"sys.argv = ['lora-rt', *{arguments!r}]\n"
+        "find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name == {without!r} else find(name, *rest)\n"
+        "from lora_rt.core.cli.app import run\n"
+        "try: run()\n"
+        "except SystemExit as ended: code = ended.code\n"
+        f"print('HEAVY', code, *(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    _, found, *heavy = ended.stdout.splitlines()[-1].split()
+    return int(found), ended.stderr, set(heavy)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Ten good lines."""
+    file = tmp_path / "good.jsonl"
+    file.write_text('{"scene": "a", "text": "b"}\n' * 10)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["train", "x", "--data", "BAD"], 1, "line 2: not JSON"),
+        (["train", "x", "--data", "GOOD", "--r", "-4"], 2, "r is -4"),
+        (["train", "x", "--data", "GOOD", "--mode", "nonsense"], 1, "nonsense"),
+        (["train", "x", "--data", "GOOD", "--precision", "int3"], 2, "int3"),
+        (["train", "x", "--data", "GOOD", "--base", "./nowhere"], 1, "./nowhere"),
+        (["tune", "emotion", "--data", "BAD"], 1, "line 2: not JSON"),
+        (["eval", "emotion", "--data", "x=BAD"], 1, "line 2: not JSON"),
+        (["eval", "emotion", "--data", "x=GOOD", "--plot", "nowhere/m.png"], 1, "no folder nowhere"),
+        (["compose", "emotion", "-p", "ab", "--base", "./nowhere"], 1, "./nowhere"),
+        (["explain", "emotion:x", "-p", "ab"], 2, "'x' is not a number"),
+        (["export", "nobody", "-o", "out"], 1, "there is no adapter 'nobody'"),
+        (["plan", "--base", "./nowhere"], 1, "./nowhere"),
+        (["bench", "--systems", "nonsense"], 2, "nonsense"),
+    ],
+)
+def test_a_mistake_is_answered_before_torch_is_imported(
+    arguments: list[str], code: int, named: str, data: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"scene": "a", "text": "b"}\n{\n')
+    given = [word.replace("BAD", str(bad)).replace("GOOD", str(data)) for word in arguments]
+    found, err, heavy = heavy_after(given)
+    assert (found, heavy) == (code, set())
+    assert named in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "emotion", "--data", "x=GOOD", "--plot", "m.png"],
+        ["explain", "emotion", "-p", "ab", "--png", "m.png"],
+        ["bench", "--quick", "--plot", "m.png"],
+    ],
+)
+def test_a_missing_matplotlib_is_said_before_anything_is_measured(arguments: list[str], data: Path) -> None:
+    given = [word.replace("GOOD", str(data)) for word in arguments]
+    code, err, heavy = heavy_after(given, without="matplotlib")
+    assert (code, heavy) == (1, set())
+    assert "needs matplotlib. Install it with: pip install 'lora-rt[plot]'" in err
+
+
+def test_an_adapter_for_another_base_is_refused_before_torch_is_imported(zoo: Zoo) -> None:
+    base = str(zoo.base("llama", changes={"hidden_size": 32, "head_dim": 8}))
+    code, err, heavy = heavy_after(["compose", "emotion", "-p", "ab", "--base", base, "--precision", "float32"])
+    assert (code, heavy) == (1, set())
+    assert "Use --base default" in err
