@@ -16,9 +16,6 @@ COLDEST = 1e-4  # below it, dividing by the temperature leaves the range of floa
 _LARGEST_SEED = 2**63 - 1
 Seeds = SupportsIndex | None | Sequence[SupportsIndex | None]
 """One seed for all rows or one per row, of any type of whole number; None is a new one each time."""
-# Chosen by reading: greedy text of a small base loops, and without a penalty its samples circle around one phrase.
-SPOKEN_TOP_P = 0.9
-SPOKEN_PENALTY = 1.1
 
 
 class SamplingError(LoraRtError):
@@ -41,19 +38,6 @@ class Sampling:
     max_new_tokens: int = 256
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
-
-    @classmethod
-    def spoken(
-        cls, temperature: float, top_p: float | None = None, repetition_penalty: float | None = None, **others: Any
-    ) -> Sampling:
-        """The settings of a conversation, where those not given are what reads well; at temperature 0 plain greedy."""
-        usual = (1.0, 1.0) if temperature < COLDEST else (SPOKEN_TOP_P, SPOKEN_PENALTY)
-        return cls(
-            temperature=temperature,
-            top_p=usual[0] if top_p is None else top_p,
-            repetition_penalty=usual[1] if repetition_penalty is None else repetition_penalty,
-            **others,
-        )
 
     def check(self) -> None:
         """Raises SamplingError with everything that is out of range."""

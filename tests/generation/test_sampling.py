@@ -146,12 +146,6 @@ def test_whole_numbers_of_any_type_are_seeds(kind: type[np.integer[Any]]) -> Non
     assert seeds_per_row(np.array([1, 2], dtype=kind), 2) == [1, 2]  # type: ignore[arg-type]
 
 
-def test_at_temperature_zero_a_conversation_is_plain_greedy_unless_told_otherwise() -> None:
-    assert Sampling.spoken(0) == Sampling(temperature=0)
-    assert Sampling.spoken(0, repetition_penalty=1.2) == Sampling(temperature=0, repetition_penalty=1.2)
-    assert Sampling.spoken(0.8).repetition_penalty > 1
-
-
 def test_all_settings_out_of_range_are_named_at_once() -> None:
     wrong = Sampling(temperature=-1, top_p=0, top_k=-1, repetition_penalty=0, max_new_tokens=0, min_new_tokens=-1)
     with pytest.raises(SamplingError) as caught:

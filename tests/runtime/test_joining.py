@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from support.tiny import Zoo, mode_host
 
@@ -207,9 +209,71 @@ def test_a_mapping_is_a_composition_for_all_rows_and_as_one_of_them(mixed: Runti
     assert mixed.generate(PROMPTS[0], {"one": 0.1}, **options) == mixed.generate(PROMPTS[0], "one:0.1", **options)
 
 
-def test_a_runtime_that_was_closed_gives_the_model_back_and_says_so(zoo: Zoo, tmp_path: Path) -> None:
-    from lora_rt.errors import LoraRtError
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int4", "int8"])
+def test_deterministic_rows_say_bit_for_bit_what_they_say_alone(zoo: Zoo, precision: str) -> None:
+    runtime = zoo.runtime("llama", precision)
+    for name, seed in (("one", 41), ("two", 42)):
+        if name not in runtime.adapters:
+            runtime.load_adapter(str(zoo.adapter("llama", seed=seed)), name=name)
+    specs = ("one:0.7 two:0.3", None, "two:-1.5", "one", "two")
+    options: Any = {"max_new_tokens": 16, "min_new_tokens": 16, "deterministic": True}
+    together = runtime.generate(PROMPTS, specs, **options)
+    alone = [runtime.generate(prompt, spec, **options) for prompt, spec in zip(PROMPTS, specs, strict=True)]
+    assert together == alone
+    plain = options | {"deterministic": False}
+    assert alone == [runtime.generate(prompt, spec, **plain) for prompt, spec in zip(PROMPTS, specs, strict=True)]
 
+
+def test_the_same_schedule_repeats_exactly_in_few_bits(zoo: Zoo) -> None:
+    runtime = zoo.runtime("llama", "int4")
+    found = []
+    for _ in range(2):
+        rows = runtime.rows(PROMPTS, None, max_new_tokens=10, min_new_tokens=10)
+        batch = runtime.batch()
+        for row in rows:
+            batch.add([row])
+            batch.step()
+            batch.step()
+        while batch.rows:
+            batch.step()
+        found.append([row.answer for row in rows])
+    assert found[0] == found[1]
+
+
+def test_unloading_beside_running_requests_gives_an_answer_or_an_error_of_ours(zoo: Zoo) -> None:
+    """What a request looked up stays what it works with; a name that is gone is explained."""
+    runtime = zoo.runtime("llama", fresh=True)
+    adapter = zoo.adapter("llama", seed=41)
+    runtime.load_adapter(adapter, name="one")
+    wanted = runtime.generate("x", "one:1.5", max_new_tokens=2, min_new_tokens=2)
+    strange: list[object] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                found = runtime.generate("x", "one:1.5", max_new_tokens=2, min_new_tokens=2)
+            except LoraRtError:
+                continue
+            except Exception as error:  # what this test looks for
+                strange.append(error)
+            else:
+                if found != wanted:
+                    strange.append(found)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(15):
+        runtime.unload_adapter("one")
+        runtime.load_adapter(adapter, name="one")
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert strange == []
+
+
+def test_a_runtime_that_was_closed_gives_the_model_back_and_says_so(zoo: Zoo, tmp_path: Path) -> None:
     with zoo.runtime("llama", fresh=True) as runtime:
         model = runtime.model
         runtime.load_adapter(zoo.adapter("llama", seed=41), name="one")
