@@ -40,16 +40,14 @@ def doctor(
 
 def _print(checks: list[Check], out: object) -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
+
+    from lora_rt.core.cli.wrapping import show_table
 
     assert isinstance(out, Console)
     colours = {"ok": "green", "note": "yellow", "broken": "red"}
-    table = Table("", "what", "found", "what to do")
-    for check in checks:
-        mark = f"[{colours[check.status]}]{check.status}[/]"
-        table.add_row(mark, escape(check.name), escape(check.detail), escape(check.todo))
-    out.print(table)
+    rows = [(check.name, Text(check.status, style=colours[check.status]), check.detail, check.todo) for check in checks]
+    show_table(out, ("what", "status", "found", "what to do"), rows)
 
 
 def _versions() -> list[Check]:

@@ -38,18 +38,12 @@ def list_adapters(as_json: Json = False) -> None:
     if not rows + mixes:
         err.print("no adapters yet; pull one (lora-rt search) or train one (lora-rt train)")
         return
-    from rich.markup import escape
-    from rich.table import Table
+    from lora_rt.core.cli.wrapping import show_table
 
     short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)]
     short += [{**row, "sha256": (row["sha256"] or "")[:12]} for row in mixes]
     shown = [column for column in short[0] if any(row[column] for row in short)]
-    table = Table()
-    for column in shown:
-        table.add_column(column, no_wrap=column in ("name", "mode", "sha256"), overflow="fold")
-    for row in short:
-        table.add_row(*(escape(row[column] or "") for column in shown))
-    out.print(table)
+    show_table(out, shown, [[row[column] or "" for column in shown] for row in short])
 
 
 def _shortened(item: Resolved) -> dict[str, str]:

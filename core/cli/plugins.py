@@ -29,18 +29,18 @@ def plugins(as_json: options.Json = False) -> None:
 
 
 def _table(records: list[PluginRecord]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from lora_rt.core.cli.console import out
+    from lora_rt.core.cli.wrapping import Cell, show_table
 
-    table = Table("mode", "package", "version", "hooks", "status")
+    rows: list[tuple[Cell, ...]] = []
     for record in records:
         hooks = " ".join(name.removeprefix("lora_rt_") for name in record.hooks)
         status = Text(record.status, style=_COLOURS[record.status])
         # Text, not strings: a stranger chose these words, and rich would read brackets in them as markup.
-        table.add_row(Text(record.name), Text(record.package), Text(record.version), hooks, status)
-    out.print(table)
+        rows.append((record.name, record.package, record.version, hooks, status))
+    show_table(out, ("mode", "package", "version", "hooks", "status"), rows)
     for record in records:
         if record.status != "ok":
             out.print(Text(f"{record.name} ({record.origin}) is {record.status}: {record.reason}"), soft_wrap=True)

@@ -29,10 +29,7 @@ def search(
     if not found:
         err.print("nothing found" if every else "nothing found; --all looks at every PEFT adapter")
         return
-    from rich.markup import escape
-    from rich.table import Table
+    from lora_rt.core.cli.wrapping import show_table
 
-    table = Table("repository", "register", "mode", "base", "downloads")
-    for item in found:
-        table.add_row(*map(escape, (item.repo, item.register, item.mode, item.base)), f"{item.downloads:,}")
-    out.print(table)
+    rows = [(item.repo, item.register, item.mode, item.base, f"{item.downloads:,}") for item in found]
+    show_table(out, ("repository", "register", "mode", "base", "downloads"), rows)

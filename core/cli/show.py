@@ -35,13 +35,9 @@ def show(
     if as_json:
         print_json(facts)
         return
-    from rich.markup import escape
-    from rich.table import Table
+    from lora_rt.core.cli.wrapping import show_table
 
-    table = Table(show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, escape(_text(value)))
-    out.print(table)
+    show_table(out, ("", ""), [(key, _text(value)) for key, value in facts.items()])
 
 
 def _adapter_facts(registry: Registry, reference: str, offline: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
@@ -66,14 +67,16 @@ def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
         table.add_row(*row)
     needed = console.measure(table, options=console.options.update(width=100_000)).maximum
     if needed <= console.width or not console.is_terminal:
-        console.print(table, width=max(needed, 1), crop=False, no_wrap=True, overflow="ignore")
+        width = console.width
+        console.width = max(needed, width)  # rich takes no other word for how wide a line may be
+        console.print(table)
+        console.width = width
         return
     label = max((cell_len(column) for column in columns[1:]), default=0)
     for number, row in enumerate(whole):
         if number and len(columns) > 2:
             console.print()
-        if len(columns) > 2 or not any(columns):
-            title, *cells = row
+        title, *cells = row
         title.stylize("bold")
         _block(console, title, list(zip(columns[1:], cells, strict=True)), label)
 
@@ -91,6 +94,6 @@ def _block(console: Console, title: Text, cells: Sequence[tuple[str, Text]], lab
 def _line(console: Console, head: str, text: Text) -> None:
     """A line that wraps between words, and lets a word that is too long for it (a path, a digest) run over whole."""
     room = max(console.width - cell_len(head), 20)
-    for piece in text.wrap(console, room, overflow="ignore"):
-        console.print(Text(head, style="dim") + piece, soft_wrap=True)
+    for piece in textwrap.wrap(text.plain, room, break_long_words=False, break_on_hyphens=False) or [""]:
+        console.print(Text(head, style="dim") + Text(piece, style=text.style), soft_wrap=True)
         head = " " * cell_len(head)
