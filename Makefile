@@ -37,7 +37,7 @@ registers: $(VENV)/ready
 	for register in $(REGISTERS); do sh examples/registers/train.sh $(BIN)/lora-rt $$register || exit 1; done
 
 report: $(VENV)/ready
-	$(BIN)/pip install --quiet --constraint constraints.txt scikit-learn
+	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt scikit-learn
 	$(BIN)/python examples/registers/report.py
 
 clean:
@@ -48,10 +48,10 @@ $(VENV)/bin/python:
 
 # What a user needs.
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
 # What a developer needs; a plain install of the sources must not shadow the strict one.
 $(VENV)/ready: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=strict
+	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=strict
 	touch $@

@@ -28,14 +28,14 @@ def verify(
     if as_json:
         print_json([{**dataclasses.asdict(item), "status": "damaged" if item.problems else "ok"} for item in verdicts])
     else:
-        from rich.markup import escape
-        from rich.table import Table
+        from rich.text import Text
 
-        table = Table("name", "source", "status", "what to do")
+        from lora_rt.core.cli.wrapping import show_table
+
+        rows = []
         for item in verdicts:
-            lines = [f"[red]{escape(text)}[/]" for text in item.problems] or ["[green]ok[/]"]
-            lines += [f"[dim]{escape(text)}[/]" for text in item.notes]
-            table.add_row(escape(item.name), escape(item.source), "\n".join(lines), escape(item.todo))
-        out.print(table)
+            status = Text("\n".join([*(item.problems or ["ok"]), *item.notes]), "red" if item.problems else "green")
+            rows.append((item.name, item.source, status, item.todo))
+        show_table(out, ("name", "source", "status", "what to do"), rows)
     if any(item.problems for item in verdicts):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Text for a terminal: answers wrap at words, tables keep what they say whole, control characters are only shown."""
+"""Text for a terminal: answers wrap at words, and tables keep what they say whole."""
 
 from __future__ import annotations
 

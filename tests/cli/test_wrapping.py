@@ -1,4 +1,4 @@
-"""Text in a terminal: words stay whole, tables keep names, paths and digests, and control characters do nothing."""
+"""Text in a terminal: words stay whole, and tables keep names, paths and digests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lora_rt.core.cli.wrapping import WordWrap, harmless, show_table
+from lora_rt.core.cli.wrapping import WordWrap, show_table
 
 DIGEST = "d" * 64
 PATH = "/home/somebody/" + "folder/" * 12
@@ -28,7 +28,3 @@ def test_an_answer_wraps_at_words_however_it_is_cut_into_pieces() -> None:
         shown = "".join(wrap.feed(text[i : i + size]) for i in range(0, len(text), size)) + wrap.end()
         assert max(map(len, shown.splitlines())) <= 20
         assert shown.split() == text.split()
-
-
-def test_control_characters_of_a_text_are_only_shown() -> None:
-    assert harmless("a\x1b[2Jb\nc\td\u202ee") == "a\\x1b[2Jb\nc\td\\x202ee"
