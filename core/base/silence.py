@@ -24,6 +24,7 @@ _ADVICE = _DropKernelsAdvice()
 _EXPECTED = (
     (".*MatMul8bitLt: inputs will be cast.*", UserWarning),
     (".*is_gradient_checkpointing.*", FutureWarning),
+    ("Cannot (enable|disable) progress bars", UserWarning),  # where the environment decides
 )
 
 
