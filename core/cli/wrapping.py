@@ -50,7 +50,9 @@ class WordWrap:
             blanks, self._column = "\n", 0
         else:
             self._column += cell_len(blanks)
-        self._column = (self._column + cell_len(word)) % self._width
+        self._column += cell_len(word)
+        if self._column > self._width:  # a word that is longer than a line: the terminal breaks it
+            self._column %= self._width
         return blanks + word
 
 
