@@ -59,6 +59,7 @@ def plan(
     with starting():
         from lora_rt.core.memory.config import read_config
         from lora_rt.core.memory.estimate import Workload, plan_memory
+        from lora_rt.core.memory.fit import document
 
         where: Literal["cpu", "cuda"] = _here() if kind is None else kind
     workload = Workload(
@@ -75,7 +76,7 @@ def plan(
     with err.status(f"planning {escape(chosen_base)}"):
         made = plan_memory(read_config(chosen_base), chosen, workload)
     if as_json:
-        print_json(made.document())
+        print_json(document(made))
     else:
         _print(made)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +68,6 @@ class MemoryPlan:
     workload: Workload
     process: int
     precisions: tuple[PrecisionPlan, ...]
-
-    def document(self) -> dict[str, Any]:
-        """The JSON form; sizes in bytes."""
-        from lora_rt.core.memory.fit import DEVICES_GB, USES, best_fit
-
-        def training(memory: TrainingMemory | None) -> dict[str, int] | None:
-            return None if memory is None else {**asdict(memory), "peak": memory.peak + self.process}
-
-        def fits(size: int) -> dict[str, Any]:
-            found = {use: best_fit(self, use, size) for use in USES}
-            return {use: None if fit is None else asdict(fit) for use, fit in found.items()}
-
-        return {
-            "base": self.base.name,
-            "parameters": self.parameters,
-            "workload": {**asdict(self.workload), "optimizer": self.workload.optimizer},
-            "process": self.process,
-            "precisions": {
-                item.precision: {
-                    "inference": {**asdict(item.inference), "total": item.inference.total + self.process},
-                    "training": training(item.training),
-                    "training_checkpointed": training(item.checkpointed),
-                }
-                for item in self.precisions
-            },
-            "fits": {f"{size} GB": fits(size) for size in DEVICES_GB},
-        }
 
 
 def plan_memory(base: BaseConfig, precisions: Sequence[Precision], workload: Workload) -> MemoryPlan:

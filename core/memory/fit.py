@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from lora_rt.core.base.precision import PRECISIONS, Precision
 from lora_rt.core.memory.estimate import MemoryPlan
+from lora_rt.core.memory.training import TrainingMemory
 
 DEVICES_GB = (24, 48, 80)
 """In units of 10^9 bytes. Cards of these names have a few per cent more; that is for the driver and for gaps."""
@@ -75,3 +76,30 @@ def _choices(plan: MemoryPlan, use: Use) -> list[_Choice]:
                 again = memory is item.checkpointed
                 found.append(_Choice(item.precision, again, memory.fixed, memory.per_batch / rows))
     return found
+
+
+def document(plan: MemoryPlan) -> dict[str, Any]:
+    """A plan in JSON's form; sizes in bytes."""
+
+    def training(memory: TrainingMemory | None) -> dict[str, int] | None:
+        return None if memory is None else {**asdict(memory), "peak": memory.peak + plan.process}
+
+    def fits(size: int) -> dict[str, Any]:
+        found = {use: best_fit(plan, use, size) for use in USES}
+        return {use: None if fit is None else asdict(fit) for use, fit in found.items()}
+
+    return {
+        "base": plan.base.name,
+        "parameters": plan.parameters,
+        "workload": {**asdict(plan.workload), "optimizer": plan.workload.optimizer},
+        "process": plan.process,
+        "precisions": {
+            item.precision: {
+                "inference": {**asdict(item.inference), "total": item.inference.total + plan.process},
+                "training": training(item.training),
+                "training_checkpointed": training(item.checkpointed),
+            }
+            for item in plan.precisions
+        },
+        "fits": {f"{size} GB": fits(size) for size in DEVICES_GB},
+    }

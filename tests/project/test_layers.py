@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
+import networkx
 import pytest
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "pydantic", "matplotlib", "numpy")
@@ -16,6 +18,17 @@ def test_the_layers_hold() -> None:
     done = subprocess.run([program], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout
     assert " 0 broken" in done.stdout
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    """Imports inside functions count; those for type checkers alone do not."""
+    graph = grimp.build_graph("lora_rt", exclude_type_checking_imports=True)
+    modules = {name for name in graph.modules if ".benchmark" not in name}
+    edges = [(name, other) for name in modules for other in modules & graph.find_modules_directly_imported_by(name)]
+    circles = [
+        sorted(part) for part in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(part) > 1
+    ]
+    assert circles == []
 
 
 @pytest.mark.parametrize(
