@@ -99,7 +99,7 @@ def _adjusted(logits: Tensor, rows: Sequence[RowSampler], forbidden: Sequence[Co
 def _best_of_blocks(scores: Tensor) -> Tensor:
     """The largest score of every block, (rows, blocks); the last block may be a short one."""
     whole = scores.shape[1] // _BLOCK * _BLOCK
-    best = scores[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)
+    best = scores[:, :whole].reshape(len(scores), -1, _BLOCK).amax(-1)
     return best if whole == scores.shape[1] else torch.cat([best, scores[:, whole:].amax(-1, keepdim=True)], dim=1)
 
 
