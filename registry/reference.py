@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,7 @@ _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(_WORD)
 _HUB = re.compile(rf"{_WORD}/{_WORD}")
 _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*){0,5}")
+_MAX_NAME_BYTES = 200
 _MAX_TARGET = 220  # it becomes the name of a folder
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,6 +56,7 @@ class Reference:
             if "\0" in text:
                 raise InvalidReferenceError(f"{text!r} holds a null character, which no path can", next_step=_FORMS)
             return cls("path", text, None, text)
+        text = unicodedata.normalize("NFC", text)  # some keyboards type a letter and its mark apart
         target, at, revision = text.partition("@")
         problem = _problem(target, revision, bool(at))
         if problem:
@@ -79,8 +82,19 @@ def is_path(text: str) -> bool:
 
 
 def is_name(text: str) -> bool:
-    """Whether an adapter may be called this: letters, digits, `.`, `_`, `-`, at most 96, no separator at an end."""
-    return _NAME.fullmatch(text) is not None and ".." not in text
+    """Whether an adapter may be called this: letters, digits, `.`, `_`, `-`, at most 96, no separator at an end.
+
+    Letters of any script, in the composed form (NFC) and with their marks: signs that only look like a letter, or turn
+    the line round, are none. A name becomes that of a file, which has 255 bytes.
+    """
+    if _NAME.fullmatch(text) is not None:
+        return ".." not in text
+    if not 1 <= len(text) <= 96 or len(text.encode(errors="replace")) > _MAX_NAME_BYTES or ".." in text:
+        return False
+    letters = [unicodedata.category(letter)[0] in "LM" or letter in "0123456789" for letter in text]
+    ends = letters[0] and unicodedata.category(text[0])[0] != "M" and (letters[-1] or text[-1] == "_")
+    inside = all(fine or letter in "._-" for fine, letter in zip(letters, text, strict=True))
+    return ends and inside and unicodedata.is_normalized("NFKC", text)
 
 
 def name_problem(name: str, thing: str = "an adapter") -> list[str]:

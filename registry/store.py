@@ -223,7 +223,7 @@ class Store:
 
     def _check_case(self, name: str) -> None:
         for other in {record.name for record in self.records.all() if record.is_named}:
-            if other.lower() == name.lower() and other != name:
+            if other.casefold() == name.casefold() and other != name:
                 raise StoreError(
                     f"the name {name!r} differs only by case from the installed {other!r}", next_step=f"Use {other!r}"
                 )

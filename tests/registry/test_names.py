@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 
 from lora_rt.registry.card import BaseIdentity
 from lora_rt.registry.errors import StoreError, UnknownAdapterError
 from lora_rt.registry.hub.pull import pull
-from lora_rt.registry.reference import Reference
+from lora_rt.registry.reference import Reference, is_name
 from lora_rt.registry.registry import Registry
 from support.adapters import adapter_files
 from support.hub import LocalHub
@@ -54,3 +56,16 @@ def test_a_repository_without_a_revision_is_its_main_not_a_tag_that_was_pulled(
     assert registry.resolve("a/voice@v1").revision == old
     assert registry.resolve("a/voice").revision == new
     assert registry.resolve("a/voice@v1").revision == old
+
+
+@pytest.mark.parametrize("name", ["море", "日本語", "é", "emotion-море", "नमस्ते"])
+def test_a_name_is_written_in_any_script(name: str) -> None:
+    assert is_name(name)
+    assert Reference.parse(unicodedata.normalize("NFD", name)).target == name
+
+
+@pytest.mark.parametrize(
+    "name", ["a\u202eb", "a\u200bb", "\u0301a", "ﬁ", "мо ре", "мо/ре", "-море", "море.", "м\x1b", "м" * 97]
+)
+def test_signs_that_hide_or_turn_a_name_are_no_letters(name: str) -> None:
+    assert not is_name(name)
