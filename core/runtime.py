@@ -142,6 +142,11 @@ class Runtime:
         return self._adapted
 
     @property
+    def _base(self) -> LoadedBase:
+        """Scripts written for 0.1 read it."""
+        return self.parts.base
+
+    @property
     def base(self) -> BaseFacts:
         """Facts about the base: id, revision, digest, precision and sizes."""
         return self.parts.base.facts
