@@ -16,6 +16,8 @@ from lora_rt.errors import LoraRtError
 from lora_rt.version import __version__
 
 if TYPE_CHECKING:
+    from lora_rt.core.evaluation.bootstrap import ratio_interval
+    from lora_rt.core.evaluation.matrix import TextLosses, text_losses
     from lora_rt.core.export.run import export
     from lora_rt.core.programs import evaluate, train, tune
     from lora_rt.core.requests.composition import Composition, Term
@@ -31,10 +33,13 @@ __all__ = [
     "Registry",
     "Runtime",
     "Term",
+    "TextLosses",
     "TrainSettings",
     "__version__",
     "evaluate",
     "export",
+    "ratio_interval",
+    "text_losses",
     "train",
     "tune",
 ]
@@ -45,9 +50,12 @@ _HOMES = {
     "HyperBridge": "lora_rt.plugins.modes.bridge.hyper",
     "Registry": "lora_rt.registry.registry",
     "Runtime": "lora_rt.core.runtime",
+    "TextLosses": "lora_rt.core.evaluation.matrix",
     "TrainSettings": "lora_rt.core.step.settings",
     "evaluate": "lora_rt.core.programs",
     "export": "lora_rt.core.export.run",
+    "ratio_interval": "lora_rt.core.evaluation.bootstrap",
+    "text_losses": "lora_rt.core.evaluation.matrix",
     "train": "lora_rt.core.programs",
     "tune": "lora_rt.core.programs",
 }

@@ -1,7 +1,5 @@
 """Makes the bridge's pairs from the corpus of the four registers: train.jsonl and heldout.jsonl beside this file.
 
-    python examples/bridge/pairs.py
-
 The scene of a pair is its words, comma-separated: a run-together scene would teach the adapter to glue words of the
 text together. Training takes the two of each scene's four texts that keep most of its words, since a text without them
 leaves nothing to compress. The held-out file takes one text per scene and turns through the registers, whatever words
@@ -10,6 +8,7 @@ those texts keep.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -55,6 +54,7 @@ def held_out() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Write both files."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name, pairs in (("train", training()), ("heldout", held_out())):
         lines = [json.dumps(item, ensure_ascii=False) for item in pairs]
         (HERE / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,14 +1,12 @@
 """Measures the shipped bridge on the held-out pairs and writes report.json beside this file.
 
-    python examples/bridge/report.py [BRIDGE [ONE_DIRECTION]]
-
-BRIDGE is a reference ("bridge" by default). ONE_DIRECTION is an adapter of scene -> text alone, made by
-`train.sh lora-rt OUT --option compress-weight=0`; without it the cost of the second direction is left out. The same
-figures come from `lora-rt bridge measure --data heldout=examples/bridge/heldout.jsonl`. Needs the extra "chrf".
+The same figures come from `lora-rt bridge measure --data heldout=examples/bridge/heldout.jsonl`. Needs the extra
+"chrf".
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -25,8 +23,13 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     """Measure, print the table, and write the report."""
-    bridge = sys.argv[1] if len(sys.argv) > 1 else "bridge"
-    one_direction = sys.argv[2] if len(sys.argv) > 2 else None
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bridge", nargs="?", default="bridge", help="a reference")
+    alone = "an adapter of scene -> text alone, made by `train.sh lora-rt OUT --option compress-weight=0`; "
+    alone += "without it the cost of the second direction is left out"
+    parser.add_argument("one_direction", nargs="?", help=alone)
+    given = parser.parse_args()
+    bridge, one_direction = given.bridge, given.one_direction
     examples = [json.loads(line) for line in (HERE / "heldout.jsonl").read_text().splitlines()]
     runtime = Runtime.load("default")
     started = time.perf_counter()

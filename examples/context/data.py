@@ -1,4 +1,4 @@
-"""Makes the context mode's data out of the corpus in examples/registers: data.py FOLDER
+"""Makes the context mode's data out of the corpus in examples/registers.
 
 The training scenes are parted: adapters learn on the first half, gates and classifier on the second, so that the gates
 are fitted on texts that no adapter has seen. A prompt that ends in the first sentence of its text shows which
@@ -13,9 +13,9 @@ of the gates, has the bare scene as its prompt, which shows none.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -82,4 +82,6 @@ def make(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the files go")
+    make(parser.parse_args().folder)

@@ -1,18 +1,13 @@
 """Measures the context mode on held-out scenes and writes report.json beside this file.
 
-    report.py DATA ADAPTERS MIX TUNED [SCENES]
-
-DATA is the folder that data.py made, ADAPTERS the folder of the fitted adapters, MIX the static weights that the gates
-were fitted around, e.g. logic:0.35,emotion:0.35,body:0.35,archetype:0.35, TUNED the static weights that `lora-rt tune`
-found on the same data, SCENES how many of the held-out scenes are measured (all of them if left out). All losses are
-nats per answer token.
+All losses are nats per answer token.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from lora_rt import Runtime
-from lora_rt.core.requests.activation import written
+from lora_rt import Composition, Runtime
 
 REGISTERS = ("logic", "emotion", "body", "archetype")
 GRID = (0.25, 0.5)
@@ -74,7 +68,7 @@ def interval(values: Sequence[float]) -> list[float]:
 def compared(
     tables: Mapping[str, Losses], groups: NDArray[np.int64], best: str, oracle: str
 ) -> dict[str, dict[str, Any]]:
-    """Per row: its loss, its paired gain over the best static mix, and its share of the way to the oracle."""
+    """Per row: its loss, its paired gain over the best static composition, and its share of the way to the oracle."""
     draws = resampled(groups)
     rows = {}
     for name, table in tables.items():
@@ -117,33 +111,33 @@ def load_ablated(runtime: Runtime, adapters: Path, left_out: str, suffix: str) -
             runtime.load_adapter(str(folder), f"{register}-{suffix}")
 
 
-def renamed(mix: str, suffix: str) -> str:
-    """A mix over the adapters of `load_ablated`."""
-    return " ".join(term.replace(":", f"-{suffix}:") for term in mix.split())
+def renamed(static: str, suffix: str) -> str:
+    """A composition over the adapters of `load_ablated`."""
+    return " ".join(term.replace(":", f"-{suffix}:") for term in static.split())
 
 
-def held_out(runtime: Runtime, examples: list[dict[str, Any]], mix: str, tuned: str) -> dict[str, Any]:
+def held_out(runtime: Runtime, examples: list[dict[str, Any]], static: str, tuned: str) -> dict[str, Any]:
     """The first table: texts of one register."""
     wrong = shuffled(examples)
     even = dict.fromkeys(REGISTERS, 1 / len(REGISTERS))
     neutral = constant("neutral")
     statics = {f"static {w} each": losses(runtime, examples, constant(uniform(w)), neutral) for w in GRID}
-    statics[f"static {mix}"] = losses(runtime, examples, constant(mix), neutral)
+    statics[f"static {static}"] = losses(runtime, examples, constant(static), neutral)
     statics[f"static, tuned: {tuned}"] = losses(runtime, examples, constant(tuned), neutral)
     best = min(statics, key=lambda name: mean(statics[name]))
     tables = {
         "base": losses(runtime, examples, constant(None), neutral),
         **statics,
         "oracle: the register alone": losses(runtime, examples, lambda e: e["scene_type"], neutral),
-        "gate, true type": losses(runtime, examples, constant(mix), lambda e: e["scene_type"]),
-        "gate, registered type": losses(runtime, examples, constant(mix), constant(None)),
-        "gate, shuffled type": losses(runtime, examples, constant(mix), lambda e: wrong[id(e)]),
-        "mean gate": losses(runtime, examples, constant(mix), constant(even)),
+        "gate, true type": losses(runtime, examples, constant(static), lambda e: e["scene_type"]),
+        "gate, registered type": losses(runtime, examples, constant(static), constant(None)),
+        "gate, shuffled type": losses(runtime, examples, constant(static), lambda e: wrong[id(e)]),
+        "mean gate": losses(runtime, examples, constant(static), constant(even)),
         "scale of each type alone": losses(
-            runtime, examples, constant(renamed(mix, "scale")), lambda e: e["scene_type"]
+            runtime, examples, constant(renamed(static, "scale")), lambda e: e["scene_type"]
         ),
         "gates of layers and heads alone": losses(
-            runtime, examples, constant(renamed(mix, "gates")), lambda e: e["scene_type"]
+            runtime, examples, constant(renamed(static, "gates")), lambda e: e["scene_type"]
         ),
     }
     groups = np.arange(len(examples)) // len(REGISTERS)
@@ -166,7 +160,7 @@ def registered_types(runtime: Runtime, examples: Sequence[Mapping[str, Any]]) ->
     ]
 
 
-def turning(runtime: Runtime, examples: list[dict[str, Any]], mix: str) -> dict[str, Any]:
+def turning(runtime: Runtime, examples: list[dict[str, Any]], static: str) -> dict[str, Any]:
     """The harder table: texts whose register changes at a sentence boundary."""
     neutral = constant("neutral")
 
@@ -181,13 +175,13 @@ def turning(runtime: Runtime, examples: list[dict[str, Any]], mix: str) -> dict[
     tables = {
         **statics,
         "oracle: one register per text": oracle,
-        "gate, first type throughout": losses(runtime, examples, constant(mix), lambda e: e["scene_types"][0]),
-        "gate per segment": losses(runtime, examples, constant(mix), segments),
+        "gate, first type throughout": losses(runtime, examples, constant(static), lambda e: e["scene_types"][0]),
+        "gate per segment": losses(runtime, examples, constant(static), segments),
         "oracle per segment: each register alone, waking": losses(runtime, examples, waking, neutral),
     }
     groups = np.arange(len(examples)) % (len(examples) // 2)
     rows = compared(tables, groups, best, "oracle: one register per text")
-    for row in rows.values():  # the best static mix lies beyond this oracle: there is no way to it
+    for row in rows.values():  # the best static composition lies beyond this oracle: there is no way to it
         del row["way_to_oracle"], row["way_ci"]
     draws = resampled(groups)
     ahead = [mean(oracle[d]) - mean(tables["gate per segment"][d]) for d in draws]
@@ -205,20 +199,26 @@ def turning(runtime: Runtime, examples: list[dict[str, Any]], mix: str) -> dict[
 def segments(example: Mapping[str, Any]) -> str:
     """A scene that turns at the sentence boundary."""
     first, second = example["scene_types"]
-    return f"{first} {second}{written(example['turn'])}"
+    return f"{first} {Composition.parse(second).waking(example['turn'])}"
 
 
 def waking(example: Mapping[str, Any]) -> str:
     """The first register until the sentence boundary, the second from there on."""
     first, second = example["scene_types"]
-    turn = written(example["turn"])
-    return f"{first}:1 {first}:-1{turn} {second}:1{turn}"
+    return f"{first} {Composition.parse(f'{first}:-1 {second}').waking(example['turn'])}"
 
 
 def main() -> None:
     """Measure, print and write."""
-    data, adapters = Path(sys.argv[1]), Path(sys.argv[2])
-    mix, tuned = (argument.replace(",", " ") for argument in sys.argv[3:5])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="the folder that data.py made")
+    parser.add_argument("adapters", type=Path, help="the folder of the fitted adapters")
+    parser.add_argument("static", help="the weights that the gates were fitted around: logic:0.35,emotion:0.35,...")
+    parser.add_argument("tuned", help="the static weights that `lora-rt tune` found on the same data")
+    parser.add_argument("scenes", type=int, nargs="?", help="how many held-out scenes are measured; all if left out")
+    given = parser.parse_args()
+    data, adapters = given.data, given.adapters
+    static, tuned = (weights.replace(",", " ") for weights in (given.static, given.tuned))
     runtime = Runtime.load("default")
     for register in REGISTERS:
         runtime.load_adapter(str((adapters / register).absolute()), register)
@@ -226,19 +226,19 @@ def main() -> None:
     load_ablated(runtime, adapters, left_out="scale", suffix="gates")
     started = time.perf_counter()
     read = {n: [json.loads(line) for line in (data / f"{n}.jsonl").open()] for n in ("heldout", "turning")}
-    scenes = int(sys.argv[5]) if len(sys.argv) > 5 else len(read["heldout"]) // len(REGISTERS)
+    scenes = given.scenes or len(read["heldout"]) // len(REGISTERS)
     whole = len(read["turning"]) // 2
     read["heldout"] = read["heldout"][: scenes * len(REGISTERS)]
     read["turning"] = [*read["turning"][:scenes], *read["turning"][whole : whole + scenes]]
     report = {
         "seed": SEED,
-        "mix": mix,
+        "mix": static,
         "tuned": tuned,
         "scenes": scenes,
-        "heldout": held_out(runtime, read["heldout"], mix, tuned),
+        "heldout": held_out(runtime, read["heldout"], static, tuned),
     }
     print(json.dumps(report, indent=1), flush=True)
-    report["turning"] = turning(runtime, read["turning"], mix)
+    report["turning"] = turning(runtime, read["turning"], static)
     report["seconds"] = round(time.perf_counter() - started)
     (Path(__file__).parent / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["turning"], indent=1))

@@ -1,15 +1,13 @@
 """Holds `lora-rt plan` against real runs: the high-water mark of the memory of `lora-rt train`, in fresh processes.
 
-    python examples/memory/measure.py          plans, runs, prints both side by side, and writes report.json beside this
-    python examples/memory/measure.py plan     plans alone; what was measured before stays
-    python examples/memory/measure.py 0 2      runs some of the cases alone
-
+Plans, runs, prints both side by side, and writes report.json beside this file.
 Each run is two steps of the default base at int4, on sequences of one length. The mark is the kernel's own
 (`ru_maxrss`, of a process that ended). This file imports nothing large, since a child starts with its parent's mark.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,13 +21,9 @@ STEPS = 2  # the first one has the activations, the second one the optimizer's s
 REPORT = Path(__file__).with_name("report.json")
 _TOKENS = """
 import json
-from lora_rt.core.base.precision import check_precision
-from lora_rt.core.base.prepare import prepare_base
-from lora_rt.core.base.reading import whole_tokenizer
-from lora_rt.core.base.source import parse_base
-from lora_rt.core.generation.prompts import answer_ids, prompt_ids
-tokenizer = whole_tokenizer(prepare_base(parse_base("default"), check_precision("int4")).folder)
-print(json.dumps([len(prompt_ids(tokenizer, "rain")), len(answer_ids(tokenizer, "rain" + " rain" * 49)) - 50]))
+from lora_rt import Runtime
+text = Runtime.load("default").text
+print(json.dumps([len(text.prompt_ids("rain")), len(text.answer_ids("rain" + " rain" * 49)) - 50]))
 """
 
 
@@ -85,7 +79,10 @@ def run(case: Case, prompt: int, end: int) -> int:
 
 
 def main() -> None:
-    words = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    which = "'plan' plans alone, and what was measured before stays; numbers run some of the cases alone"
+    parser.add_argument("words", nargs="*", metavar="plan|NUMBER", help=which)
+    words = parser.parse_args().words
     report: dict[str, Any] = json.loads(REPORT.read_text()) if REPORT.exists() else {"rows": {}}
     if words in ([], ["plan"]):
         done = subprocess.run([sys.executable, "-c", _TOKENS], capture_output=True, text=True, check=True)

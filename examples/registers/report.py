@@ -1,28 +1,24 @@
 """Measures what the four registers do on the held-out scenes and writes report.json beside this file.
 
-    python examples/registers/report.py [ADAPTER...]
-
-An ADAPTER is `register=reference`; by default each register's own name. Everything is measured on texts and scenes that
-no adapter was trained on. Needs scikit-learn for the independent word classifier; `make report` installs it.
+Everything is measured on texts and scenes that no adapter was trained on. Needs scikit-learn for the independent word
+classifier; `make report` installs it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.naive_bayes import MultinomialNB
-from sklearn.pipeline import Pipeline, make_pipeline
 
-from lora_rt import Runtime
-from lora_rt.core.evaluation.bootstrap import ratio_interval
-from lora_rt.core.evaluation.matrix import TextLosses, text_losses
+from lora_rt import Runtime, TextLosses, ratio_interval, text_losses
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 HERE = Path(__file__).parent
 REGISTERS = ("logic", "emotion", "body", "archetype")
@@ -41,6 +37,10 @@ def read(split: str) -> dict[str, list[dict[str, Any]]]:
 
 def word_classifier(texts: dict[str, list[dict[str, Any]]]) -> Pipeline:
     """Naive Bayes over words, fitted on real training texts: it has never seen an adapter's output."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+
     classifier = make_pipeline(CountVectorizer(lowercase=True), MultinomialNB(alpha=0.3))
     classifier.fit([e["text"] for r in REGISTERS for e in texts[r]], [r for r in REGISTERS for _ in texts[r]])
     return classifier
@@ -133,8 +133,11 @@ def knob(
 
 def main() -> None:
     """Measure, print a summary, and write the report."""
-    adapters = {register: register for register in REGISTERS}
-    adapters.update(item.split("=", 1) for item in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = "register=reference; by default each register's own name"
+    parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help=what)
+    given = dict(item.split("=", 1) for item in parser.parse_args().adapters)
+    adapters = {register: given.get(register, register) for register in REGISTERS}
     training, held = read("train"), read("heldout")
     classifier = word_classifier(training)
     held_texts = [(e["text"], r) for r in REGISTERS for e in held[r]]

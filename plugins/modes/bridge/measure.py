@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_rt import TextLosses, ratio_interval, text_losses
 from lora_rt.plugins.modes.bridge.directions import Direction
 from lora_rt.plugins.modes.bridge.hyper import HyperBridge, onward
-from lora_rt.plugins.modes.bridge.losses import TextLosses, interval, raw_losses, text_losses
+from lora_rt.plugins.modes.bridge.losses import raw_losses
 from lora_rt.plugins.modes.bridge.words import chrf, f1, guesses, literal_and_hidden, wanted_words, words_of
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def figure(values: Sequence[float] | Sequence[bool] | NDArray[Any]) -> Document:
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> Document:
-    return {"mean": float(sums.sum() / counts.sum()), "ci": list(interval(sums, counts))}
+    return {"mean": float(sums.sum() / counts.sum()), "ci": list(ratio_interval(sums, counts))}
 
 
 def _per_token(worse: TextLosses, better: TextLosses) -> Document:
