@@ -72,8 +72,9 @@ def templates(folder: Path) -> list[tuple[str, str]]:
         if isinstance(template, str):
             found.append(("", template))
         elif isinstance(template, list):
-            found += [(str(t.get("name")), t.get("template")) for t in template if isinstance(t, dict)]
-    return [(name, text) for name, text in found if isinstance(text, str)]
+            named = [(str(t.get("name")), t.get("template")) for t in template if isinstance(t, dict)]
+            found += [(name, text) for name, text in named if isinstance(text, str)]
+    return found
 
 
 def rendered(text: str) -> int:

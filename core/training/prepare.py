@@ -182,7 +182,7 @@ def room_needed(prepared: Prepared) -> int:
 
     A checkpoint holds the trained weights in float32, and the optimizer's two moments of each.
     """
-    trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
+    trained = sum(int(parameter.numel()) for parameter in prepared.model.parameters() if parameter.requires_grad)
     return trained * (2 * 3 * 4 + 2)
 
 
