@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
@@ -15,10 +15,39 @@ if TYPE_CHECKING:
     from lora_rt.core.runtime import Runtime
     from lora_rt.core.training.run import TrainResult
     from lora_rt.core.tuning.session import Fitted
+    from lora_rt.core.tuning.settings import Per
     from lora_rt.registry.compositions import NamedComposition
 
 Examples = str | Path | Sequence[Mapping[str, Any]]
 """A JSONL file, or its examples."""
+
+
+class TrainOptions(TypedDict, total=False):
+    """The further keywords of `train`: the fields of `lora_rt.TrainSettings`.
+
+    `target_modules` and `scene_types` may be one text, separated by commas, as on the command line.
+    """
+
+    base: str
+    precision: str
+    device: str
+    r: int
+    alpha: float
+    target_modules: str | Sequence[str]
+    dropout: float
+    learning_rate: float
+    epochs: float
+    batch_size: int
+    seed: int
+    held_out: str | Path | None
+    licence: str
+    scene_types: str | Sequence[str]
+    options: Mapping[str, str]
+    optimizer: str | None
+    gradient_checkpointing: bool | None
+    accumulation: int | None
+    template_variables: Mapping[str, Any]
+    special_tokens: bool
 
 
 def train(
@@ -28,7 +57,7 @@ def train(
     mode: str = "output-only",
     out: str | Path | None = None,
     resume: bool = False,
-    **settings: Any,
+    **settings: Unpack[TrainOptions],
 ) -> TrainResult:
     """Train an adapter and publish it: into the store under the register's name, or into a folder.
 
@@ -38,7 +67,7 @@ def train(
         mode: what it is trained for.
         out: a new folder for the adapter; the store if left out.
         resume: go on from the newest checkpoint of the same run.
-        settings: the other fields of `lora_rt.TrainSettings`: base, precision, device, r, alpha, target_modules, ...
+        settings: see `TrainOptions`; what is left out is as in `lora_rt.TrainSettings`.
 
     Raises:
         LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the run was interrupted.
@@ -47,9 +76,13 @@ def train(
     from lora_rt.core.step.settings import TrainSettings
     from lora_rt.core.training.run import train as run
 
-    if (held_out := settings.get("held_out")) is not None:
-        settings["held_out"] = Path(held_out)
-    chosen = TrainSettings(register=register, mode=mode, data=Path(data), **settings)
+    given: dict[str, Any] = dict(settings)
+    if (held_out := given.get("held_out")) is not None:
+        given["held_out"] = Path(held_out)
+    for key in ("target_modules", "scene_types"):  # a text, as on the command line, or several
+        if key in given:
+            given[key] = tuple(given[key].replace(",", " ").split() if isinstance(given[key], str) else given[key])
+    chosen = TrainSettings(register=register, mode=mode, data=Path(data), **given)
     return run(chosen, out=None if out is None else Path(out), resume=resume)
 
 
@@ -92,7 +125,7 @@ def tune(
     composition: Composition | str,
     data: str | Path,
     *,
-    per: Literal["adapter", "layer", "scene"] = "adapter",
+    per: Per = "adapter",
     name: str = "my-mix",
     out: str | Path | None = None,
     base: str = "default",
@@ -120,17 +153,16 @@ def tune(
         seed: of the order and of what is held out.
 
     Raises:
-        LoraRtError: data, base or adapters can't be used, or nothing was found that beats the start.
+        LoraRtError: settings, data, base or adapters can't be used, or nothing was found that beats the start.
     """
     from lora_rt.core.requests.composition import Composition
-    from lora_rt.core.tuning import session
-    from lora_rt.core.tuning.scenes import SceneSettings
-    from lora_rt.core.tuning.weights import TuneSettings
+    from lora_rt.core.tuning.settings import SceneSettings, settings_for
 
+    settings = settings_for(per, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     given = Composition.parse(composition) if isinstance(composition, str) else composition
+    from lora_rt.core.tuning import session
+
     job = session.Job(given, Path(data), base, precision, device)
-    if per == "scene":
-        gates = SceneSettings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate or 0.1, seed=seed)
-        return session.fit_scenes(job, None if out is None else Path(out), gates, lambda _what, _loss: None)
-    weights = TuneSettings(per, epochs, batch_size, learning_rate or 0.03, seed=seed)
-    return session.tune_mix(job, name, weights, lambda _what, _loss: None)
+    if isinstance(settings, SceneSettings):
+        return session.fit_scenes(job, None if out is None else Path(out), settings, lambda _what, _loss: None)
+    return session.tune_composition(job, name, settings, lambda _what, _loss: None)

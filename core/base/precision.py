@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lora_rt.errors import LoraRtError
@@ -28,6 +29,16 @@ def check_precision(name: str) -> Precision:
         if name == precision:
             return precision
     raise PrecisionError(f"there is no precision {name!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
+
+
+def check_device(device: str) -> None:
+    """Whether a device can be called that; whether it is there is known when torch is imported.
+
+    Raises:
+        PrecisionError: it can't.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise PrecisionError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N")
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
@@ -67,14 +78,10 @@ def choose_device(device: str, precision: Precision) -> torch.device:
     """
     import torch
 
+    check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise PrecisionError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise PrecisionError(f"lora-rt does not run on {chosen.type!r}", next_step="Use auto, cpu, cuda or cuda:N")
+    chosen = torch.device(device)
     if chosen.type == "cuda":
         _check_cuda(chosen, precision)
     return chosen

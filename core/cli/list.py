@@ -30,18 +30,18 @@ def list_adapters(as_json: Json = False) -> None:
         }
         for item in items
     ]
-    mixes = [_mix_row(registry, name) for name in registry.compositions.names()]
-    mixes += [_damaged_row(item.name) for item in registry.store.records.damaged()]
+    compositions = [_composition_row(registry, name) for name in registry.compositions.names()]
+    compositions += [_damaged_row(item.name) for item in registry.store.records.damaged()]
     if as_json:
-        print_json(rows + mixes)
+        print_json(rows + compositions)
         return
-    if not rows + mixes:
+    if not rows + compositions:
         err.print("no adapters yet; pull one (lora-rt search) or train one (lora-rt train)")
         return
     from lora_rt.core.cli.wrapping import show_table
 
     short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)]
-    short += [{**row, "sha256": (row["sha256"] or "")[:12]} for row in mixes]
+    short += [{**row, "sha256": (row["sha256"] or "")[:12]} for row in compositions]
     shown = [column for column in short[0] if any(row[column] for row in short)]
     show_table(out, shown, [[row[column] or "" for column in shown] for row in short])
 
@@ -52,22 +52,22 @@ def _shortened(item: Resolved) -> dict[str, str]:
     return {"base": base.rpartition("/")[2], "revision": (item.revision or "")[:12], "sha256": item.sha256[:12]}
 
 
-def _mix_row(registry: Registry, name: str) -> dict[str, str | None]:
+def _composition_row(registry: Registry, name: str) -> dict[str, str | None]:
     """A named composition (`lora-rt tune`) among the adapters: it is used by name like one."""
     from lora_rt.registry.errors import StoreError
 
     try:
-        mix = registry.compositions.look_up(name)
+        named = registry.compositions.look_up(name)
     except StoreError:
-        mix = None  # one that is damaged must not hide the others
+        named = None  # one that is damaged must not hide the others
     return {
         "name": name,
         "register": None,
         "mode": "composition",
-        "base": mix.base if mix else None,
-        "source": f"tuned here: {mix}" if mix else f"damaged; see: lora-rt verify {name}",
+        "base": named.base if named else None,
+        "source": f"tuned here: {named}" if named else f"damaged; see: lora-rt verify {name}",
         "revision": None,
-        "sha256": mix.sha256 if mix else None,
+        "sha256": named.sha256 if named else None,
     }
 
 

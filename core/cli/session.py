@@ -44,9 +44,15 @@ class Session:
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
+        from lora_rt.core.base.precision import check_device, check_precision
         from lora_rt.core.base.source import parse_base
+        from lora_rt.core.cli.options import usage
 
-        parse_base(base)  # what can be wrong with its name is said before torch is imported, which takes seconds
+        # What can be wrong with these is said before torch is imported, which takes seconds.
+        parse_base(base)
+        with usage():
+            check_precision(precision)
+            check_device(device)
         with starting():
             from lora_rt.core.runtime import Runtime
         return Runtime.load(base, precision=precision, device=device, modes=self.modes, registry=self.registry, **text)

@@ -25,11 +25,11 @@ def show(
     from lora_rt.registry.registry import Registry
 
     registry = Registry(sources=load_modes().sources())
-    mix = registry.compositions.get(reference)
-    if mix is not None:
-        from lora_rt.core.cli.show_composition import mix_facts
+    named = registry.compositions.get(reference)
+    if named is not None:
+        from lora_rt.core.cli.show_composition import composition_facts
 
-        facts = mix_facts(registry, mix)
+        facts = composition_facts(registry, named)
     else:
         facts = _adapter_facts(registry, reference, offline)
     if as_json:

@@ -9,21 +9,21 @@ if TYPE_CHECKING:
     from lora_rt.registry.registry import Registry
 
 
-def mix_facts(registry: Registry, mix: NamedComposition) -> dict[str, Any]:
+def composition_facts(registry: Registry, named: NamedComposition) -> dict[str, Any]:
     """What there is to know of it, in the order in which it is shown."""
-    hidden = [f"an adapter of this name ({source}) is hidden by it" for source in registry.clashing(mix.name)]
+    hidden = [f"an adapter of this name ({source}) is hidden by it" for source in registry.clashing(named.name)]
     return {
-        "name": mix.name,
+        "name": named.name,
         "mode": "composition",
-        "base": mix.base,
+        "base": named.base,
         "source": "tuned here",
-        "why": f"{mix.name!r} is a composition in the store",
-        "sha256": mix.sha256,
-        "terms": [_term(term) for term in mix.terms],
-        "metrics": dict(mix.metrics),
-        "data_sha256": mix.data_sha256,
-        "seed": mix.seed,
-        "problems": registry.composition_problems(mix),
+        "why": f"{named.name!r} is a composition in the store",
+        "sha256": named.sha256,
+        "terms": [_term(term) for term in named.terms],
+        "metrics": dict(named.metrics),
+        "data_sha256": named.data_sha256,
+        "seed": named.seed,
+        "problems": registry.composition_problems(named),
         "also": hidden,
     }
 

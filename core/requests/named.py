@@ -34,30 +34,30 @@ def check_pin(term: Term, name: str, sha256: str) -> None:
         raise NamedCompositionError(text, next_step="Tune it again with: lora-rt tune")
 
 
-def named_composition(term: Term, mixes: NamedLookup) -> NamedComposition | None:
+def named_composition(term: Term, compositions: NamedLookup) -> NamedComposition | None:
     """The named composition that a term means, or None where it means an adapter."""
     reference = term.reference
-    return mixes.get(reference.target) if reference.kind == "name" and reference.revision is None else None
+    return compositions.get(reference.target) if reference.kind == "name" and reference.revision is None else None
 
 
-def expanded(term: Term, mixes: NamedLookup, base: BaseFacts) -> list[Term]:
+def expanded(term: Term, compositions: NamedLookup, base: BaseFacts) -> list[Term]:
     """The adapters of a term: itself, or the terms of the named composition that it means.
 
     Raises:
         NamedCompositionError: it was tuned for another base.
     """
-    mix = named_composition(term, mixes)
-    if mix is None:
+    named = named_composition(term, compositions)
+    if named is None:
         return [term]
     problems = []
-    if BaseIdentity(mix.base, None, "").contradicts(BaseIdentity(base.id, None, "")):
-        problems.append(f"it is for {mix.base}, in use is {base.id}")
-    if any(len(item.layers) not in (0, base.layers) for item in mix.terms):
+    if BaseIdentity(named.base, None, "").contradicts(BaseIdentity(base.id, None, "")):
+        problems.append(f"it is for {named.base}, in use is {base.id}")
+    if any(len(item.layers) not in (0, base.layers) for item in named.terms):
         problems.append(f"it has weights for another number of layers than {base.layers}")
     if problems:
-        text = f"the composition {mix.name!r} does not fit this base: {'; '.join(problems)}"
-        raise NamedCompositionError(text, next_step=f"{use_base(mix.base)}, or tune it again")
+        text = f"the composition {named.name!r} does not fit this base: {'; '.join(problems)}"
+        raise NamedCompositionError(text, next_step=f"{use_base(named.base)}, or tune it again")
     return [
-        Term(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, mix.name)
-        for i in mix.terms
+        Term(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, named.name)
+        for i in named.terms
     ]

@@ -10,9 +10,9 @@ from lora_rt.registry.compositions import NamedComposition, NamedCompositions
 class RequestNames:
     """Finds named compositions, each read once for all rows; an adapter that the caller loaded comes before one."""
 
-    def __init__(self, mixes: NamedCompositions, loaded: Container[str]) -> None:
+    def __init__(self, compositions: NamedCompositions, loaded: Container[str]) -> None:
         """`loaded` are the resident names that the caller was given."""
-        self._mixes = mixes
+        self._compositions = compositions
         self._loaded = loaded
         self._found: dict[str, NamedComposition | None] = {}
 
@@ -25,5 +25,5 @@ class RequestNames:
         if name in self._loaded:
             return None
         if name not in self._found:
-            self._found[name] = self._mixes.get(name)
+            self._found[name] = self._compositions.get(name)
         return self._found[name]

@@ -3,6 +3,8 @@
 Every step is one forward pass under the engine's own plan; the gradient leads through the plan's gates to what is
 fitted. Nothing here knows a mode: gates are fitted by calling the mode's own hooks on tensors of its state.
 
-frozen.py  base and adapters without gradients of their own    weights.py  weights per adapter or layer: a mix
-data.py    examples as tokens                                   scenes.py   a mode's gates and classifier, by scene type
+settings.py  what a fit is told and where it may go      weights.py  weights per adapter or layer
+frozen.py    base and adapters without gradients         scenes.py   a mode's gates and classifier, by scene type
+data.py      examples as tokens                          session.py  from the command line to a finished fit
+saving.py    what a fit leaves behind
 """

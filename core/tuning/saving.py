@@ -19,8 +19,10 @@ from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
 from lora_rt.version import __version__
 
 
-def save_mix(name: str, references: Mapping[str, str], frozen: Frozen, tuned: Tuned, **facts: Any) -> NamedComposition:
-    """A mix of the tuned weights; `references` are those by which the resident names are found again."""
+def composition_of(
+    name: str, references: Mapping[str, str], frozen: Frozen, tuned: Tuned, **facts: Any
+) -> NamedComposition:
+    """A named composition of the tuned weights; `references` are those by which the resident names are found again."""
     terms = [
         NamedTerm(
             reference=references[resident],

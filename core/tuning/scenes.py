@@ -8,7 +8,6 @@ Whatever a hook leaves out of its result gets no gradient and stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.tuning.data import Item, steps
 from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.settings import SceneSettings
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, SceneContext, TermFacts
 
@@ -29,29 +29,12 @@ class GatingError(LoraRtError):
     """Adapters or data that gates can't be fitted to."""
 
 
-@dataclass(frozen=True, slots=True)
-class SceneSettings:
-    """`keep` is the weight of the mean squared distance of the gates from 1, the static mix.
-
-    `registrar_steps` are full passes over the prompts. Learning rates are Adam's.
-    """
-
-    epochs: float = 1
-    batch_size: int = 8
-    learning_rate: float = 0.1
-    keep: float = 0.02
-    registrar_steps: int = 150
-    registrar_rate: float = 1.0
-    registrar_decay: float = 1e-6
-    seed: int = 0
-
-
 class SceneFit:
     """One fit over the adapters of a composition.
 
     Args:
         frozen: base and adapters.
-        start: resident name -> weight of the static mix.
+        start: resident name -> weight of the static composition.
         items: examples with scene types. Those of a type in `neutral` teach the classifier alone.
     """
 

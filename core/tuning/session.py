@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +14,19 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.named import expanded
 from lora_rt.core.training.data import digest_of
+from lora_rt.core.training.destination import Destination
 from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
 from lora_rt.core.tuning.frozen import Frozen
-from lora_rt.core.tuning.names import check_name
-from lora_rt.core.tuning.saving import save_mix, write_fitted
-from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
-from lora_rt.core.tuning.weights import TuneSettings, tune
+from lora_rt.core.tuning.saving import composition_of, write_fitted
+from lora_rt.core.tuning.scenes import GatingError, SceneFit
+from lora_rt.core.tuning.settings import SceneSettings, TuneSettings, check_adapters_place, check_composition_place
+from lora_rt.core.tuning.weights import tune
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import load_modes
+from lora_rt.registry import home
 from lora_rt.registry.compositions import NamedComposition
-from lora_rt.registry.durable import check_writable, new_folder
+from lora_rt.registry.durable import storage_errors
+from lora_rt.registry.errors import StoreError
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
@@ -91,22 +97,28 @@ def _lasting(reference: Reference) -> str:
     return str(Path(reference.target).expanduser().absolute()) if reference.kind == "path" else reference.text
 
 
-def tune_mix(job: Job, name: str, settings: TuneSettings, advance: Advance) -> NamedComposition:
+def tune_composition(job: Job, name: str, settings: TuneSettings, advance: Advance) -> NamedComposition:
     """Find weights for the data and save them as a named composition.
 
     Raises:
         LoraRtError: the name is taken, or data, base or adapters can't be used.
     """
     registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
-    check_name(name, registry)
+    check_composition_place(name, registry)
     lines = read_lines(job.data, typed=False)
     frozen, weights, references = open_job(job, registry)
     tuned = tune(frozen, weights, job.items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
     if not tuned.loss_after < tuned.loss_before:
         raise _no_better("weights", job, tuned.loss_before, min(tuned.losses))
-    mix = save_mix(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
-    registry.compositions.save(mix)
-    return mix
+    found = composition_of(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
+    try:
+        with storage_errors("the composition"):
+            registry.compositions.save(found)
+    except LoraRtError as error:
+        text = f"the weights are found, but not saved: {error.message}"
+        where = registry.compositions.folder / f"{name}.json"
+        raise StoreError(text, next_step=f"Put this line into {where}:", problems=[found.model_dump_json()]) from error
+    return found
 
 
 def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Advance) -> Fitted:
@@ -116,15 +128,12 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
         LoraRtError: data, base or adapters can't be used, or a folder is there already.
     """
     registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
+    check_adapters_place(out, registry)
     lines = read_lines(job.data, typed=True)
     frozen, weights, references = open_job(job, registry)
-    if out is not None and (there := [name for name in weights if (out / name).exists()]):
-        raise GatingError(f"{out / there[0]} is there already", next_step="Give a new folder with --out")
-    if out is None:
-        for name in weights:
-            registry.store.check_free(name, _SOURCE)
-    else:
-        check_writable(out)
+    destinations = {name: Destination(registry.store, name, out and out / name, _SOURCE) for name in weights}
+    for destination in destinations.values():
+        destination.check()
     items, aside = held_out(job.items(lines, frozen.base), settings.seed)
     fit = SceneFit(frozen, weights, items, settings)
     fit.fit_classifier(lambda loss: advance("classifier", loss))
@@ -134,18 +143,8 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
         told = f"; the classifier is right on {registered:.0%} of the held-out prompts, by chance it is on {chance:.0%}"
         raise _no_better("gates", job, first, min(losses), told)
     metrics = {"gates_nll_first": round(first, 4), "gates_nll_last": round(last, 4), "registered": round(registered, 4)}
-    places = [
-        _publish(
-            name,
-            registry.resolve(references[name], frozen.base.identity).folder,
-            out,
-            registry,
-            fit,
-            metrics,
-        )
-        for name in weights
-    ]
-    return Fitted(places, registered, first, last)
+    sources = {name: registry.resolve(references[name], frozen.base.identity).folder for name in weights}
+    return Fitted(_publish(destinations, sources, fit, metrics), registered, first, last)
 
 
 _SOURCE = "fitted here"
@@ -158,12 +157,31 @@ def _no_better(what: str, job: Job, start: float, seen: float, told: str = "") -
 
 
 def _publish(
-    name: str, source: Path, out: Path | None, registry: Registry, fit: SceneFit, metrics: dict[str, float]
-) -> str:
-    if out is None:
-        with registry.store.staging() as folder:
-            write_fitted(source, folder, fit.states[name], metrics)
-            return registry.store.publish(folder, name, source=_SOURCE, revision=None).name
-    with new_folder(out / name) as scratch:
-        write_fitted(source, scratch, fit.states[name], metrics)
-    return str(out / name)
+    destinations: Mapping[str, Destination], sources: Mapping[str, Path], fit: SceneFit, metrics: Mapping[str, float]
+) -> list[str]:
+    """Write all adapters below the home, then bring each to its place; what can't go there stays below the home.
+
+    Raises:
+        StoreError: one can't be written or published; those that were written are kept.
+    """
+    kept = home.checkpoints() / f"fitted-{os.getpid()}"
+    shutil.rmtree(kept, ignore_errors=True)
+    try:
+        with storage_errors("the fitted adapters"):
+            for name, source in sources.items():
+                (kept / name).mkdir(parents=True)
+                write_fitted(source, kept / name, fit.states[name], metrics)
+    except BaseException:
+        shutil.rmtree(kept, ignore_errors=True)
+        raise
+    places = []
+    for name, destination in destinations.items():
+        try:
+            with storage_errors("the adapter"):
+                places.append(destination.publish(kept / name)[1])
+        except LoraRtError as error:
+            text = f"the fit is done, but {name!r} is not published: {error.message}"
+            there = f"Nothing is lost: all adapters are in {kept}; move them, or: lora-rt compose {kept / name}"
+            raise StoreError(text, next_step=there, problems=error.problems) from error
+    shutil.rmtree(kept, ignore_errors=True)
+    return places

@@ -8,38 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_rt.core.tuning.data import Item, held_out, steps
 from lora_rt.core.tuning.frozen import Frozen
-from lora_rt.errors import LoraRtError
+from lora_rt.core.tuning.settings import TuneError, TuneSettings
 from lora_rt.plugins.contract import Gate
 
-Per = Literal["adapter", "layer"]
 _EVALUATED = 16
 _JUDGED = 10  # how often on the way the weights are tried on the held-out examples
 
 
 _LARGEST = 1e6  # far beyond every weight under which a text is one, and its square is a number in float32
-
-
-class TuneError(LoraRtError):
-    """Weights that can't be tuned."""
-
-
-@dataclass(frozen=True, slots=True)
-class TuneSettings:
-    """`learning_rate` is Adam's on the weights themselves; `pull` penalises the squared distance from the start."""
-
-    per: Per = "adapter"
-    epochs: float = 3
-    batch_size: int = 8
-    learning_rate: float = 0.03
-    pull: float = 0.01
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

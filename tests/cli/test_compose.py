@@ -248,7 +248,7 @@ class Typing:
             raise EOFError from None
 
 
-def test_a_chat_keeps_the_conversation_and_changes_the_mix(
+def test_a_chat_keeps_the_conversation_and_changes_the_weights(
     cli: Cli, zoo: Zoo, tiny: list[str], adapters: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[list[str], str]] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,14 @@ from typer.testing import CliRunner
 from lora_rt.core.cli.app import app
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.tuning.data import Item, held_out
-from lora_rt.core.tuning.scenes import GatingError, SceneFit, SceneSettings
+from lora_rt.core.tuning.scenes import GatingError, SceneFit
 from lora_rt.core.tuning.session import Job, open_job
-from lora_rt.core.tuning.weights import TuneSettings, mean_loss, tune
+from lora_rt.core.tuning.settings import SceneSettings, TuneSettings
+from lora_rt.core.tuning.weights import mean_loss, tune
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import GateContext
+from lora_rt.registry import home
+from lora_rt.registry.compositions import NamedComposition, NamedCompositions
 from lora_rt.registry.registry import Registry
 from support.tiny import Zoo
 
@@ -225,7 +230,7 @@ def test_a_composition_is_tuned_further_as_its_adapters(zoo: Zoo, tmp_path: Path
     data = write(tmp_path / "mix.jsonl", LINES * 3)
     common = ["--data", str(data), "--epochs", "1", "--base", str(zoo.base("llama")), "--precision", "float32"]
     first = invoke("tune", *map(str, adapters), "--name", "mine", "--per", "layer", *common)
-    again = invoke("tune", "mine:0.5", "--name", "mine", "--lr", "0.000001", *common)
+    again = invoke("tune", "mine:0.5", "--name", "mine", "--lr", "0.0001", *common)
     for before, after in zip(first["terms"], again["terms"], strict=True):  # type: ignore[call-overload]
         assert (after["reference"], after["sha256"]) == (before["reference"], before["sha256"])
         assert after["weight"] == pytest.approx(sum(before["layers"]) / len(before["layers"]) / 2, abs=1e-3)
@@ -284,3 +289,51 @@ def test_the_best_weights_that_were_seen_are_kept_and_not_the_last(zoo: Zoo) -> 
     kept = {name: torch.tensor(value) for name, value in tuned.weights.items()}
     assert mean_loss(frozen, aside, kept) == pytest.approx(tuned.loss_after, abs=1e-5)
     assert tuned.loss_after <= tuned.loss_before
+
+
+def test_a_fit_that_can_not_be_published_is_kept_and_the_error_says_where(
+    zoo: Zoo, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the fitted adapters becomes one that can't be made while the fit runs."""
+    out = tmp_path / "fitted"
+
+    def occupied(fit: SceneFit, *arguments: Any) -> tuple[float, float, list[float]]:
+        out.write_text("in the way")
+        return 2.0, 1.0, [1.0]
+
+    monkeypatch.setattr(SceneFit, "fit_best_gates", occupied)
+    data = write(tmp_path / "lines.jsonl", LINES)
+    given = ["tune", f"{made('logic', gates=None)}:0.5", "--data", str(data), "--per", "scene", "--out", str(out)]
+    given += ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    error = CliRunner().invoke(app, given).exception
+    assert isinstance(error, LoraRtError)
+    assert "the fit is done, but 'logic' is not published" in error.message
+    (kept,) = home.checkpoints().glob("fitted-*/logic")
+    assert f"all adapters are in {kept.parent}" in error.next_step
+    zoo.runtime("llama", fresh=True).load_adapter(str(kept), "logic")
+
+
+def test_weights_that_can_not_be_saved_are_told(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_compositions: NamedCompositions, _composition: NamedComposition) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(NamedCompositions, "save", full)
+    data = write(tmp_path / "lines.jsonl", LINES * 3)
+    given = ["tune", str(zoo.adapter("llama", seed=1)), "--data", str(data), "--name", "mine"]
+    given += ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    error = CliRunner().invoke(app, given).exception
+    assert isinstance(error, LoraRtError)
+    assert "the weights are found, but not saved" in error.message
+    (line,) = error.problems
+    assert NamedComposition.model_validate_json(line).name == "mine"
+
+
+def test_no_adapter_is_fitted_twice_into_one_folder(zoo: Zoo, made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "fitted"
+    (out / "logic").mkdir(parents=True)
+    (out / "logic" / "mine").write_text("")
+    data = write(tmp_path / "lines.jsonl", LINES)
+    given = ["tune", f"{made('logic', gates=None)}:0.5", "--data", str(data), "--per", "scene", "--out", str(out)]
+    error = CliRunner().invoke(app, [*given, "--base", str(zoo.base("llama")), "--precision", "float32"]).exception
+    assert isinstance(error, LoraRtError)
+    assert "is there and not empty" in error.message

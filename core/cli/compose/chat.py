@@ -1,4 +1,4 @@
-"""A conversation in the terminal, whose mix can be changed between two answers."""
+"""A conversation in the terminal, whose composition can be changed between two answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_rt.core.runtime import Runtime
 
 _HELP = """\
-[bold]/weights emotion:0.2 logic:0.8[/]  change the mix (without terms: show it)
+[bold]/weights emotion:0.2 logic:0.8[/]  change the weights (without terms: show them)
 [bold]/scene body[/]                     set the scene type (without a word: none)
 [bold]/seed 7[/]                         make the next answer repeatable
 [bold]/reset[/]                          forget the conversation
@@ -50,7 +50,7 @@ class Chat:
         self.request = replace(self.request, seed=self.request.seed + 1)
 
     def weights(self, spec: str) -> None:
-        """Change the mix; the conversation goes on."""
+        """Change the weights; the conversation goes on."""
         if spec:
             composition = Composition.parse(spec)
             self.runtime.terms(composition)
@@ -62,21 +62,17 @@ class Chat:
         """Set or clear the scene type.
 
         Raises:
-            LoraRtError: no adapter of the mix knows it; its types are named.
+            LoraRtError: no adapter of the composition knows it; its types are named.
         """
         known = self.scene_types()
         if name and name not in known:
-            has = (
-                f"The scene types here are: {', '.join(known)}"
-                if known
-                else "No adapter of this mix tells scenes apart"
-            )
+            has = f"The scene types here are: {', '.join(known)}" if known else "No adapter in use tells scenes apart"
             raise LoraRtError(f"there is no scene type {name!r}", next_step=has)
         self.request = replace(self.request, scene=name or None)
         err.print(f"[dim]scene type: {escape(name) or 'recognized from each message'}[/]")
 
     def scene_types(self) -> list[str]:
-        """The scene types of the mix's adapters, in their order."""
+        """The scene types of the adapters in use, in their order."""
         infos = [info for info, _ in self.runtime.terms(self.request.composition)]
         return list(dict.fromkeys(kind for info in infos if info.card for kind in info.card.scene_types))
 

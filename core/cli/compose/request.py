@@ -182,7 +182,7 @@ def caution(composition: Composition) -> None:
 
 def _references(term: Term, registry: Registry) -> list[tuple[Reference, float]]:
     """The adapters of a term and their weights: its own, or those of a named composition."""
-    mix = named_composition(term, registry.compositions)
-    if mix is None:
+    named = named_composition(term, registry.compositions)
+    if named is None:
         return [(term.reference, term.weight)]
-    return [(Reference.parse(item.reference), term.weight * item.weight) for item in mix.terms]
+    return [(Reference.parse(item.reference), term.weight * item.weight) for item in named.terms]

@@ -1,0 +1,109 @@
+"""What a fit is told and where it may go; imports nothing heavy, since it is checked before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from lora_rt.errors import LoraRtError
+from lora_rt.registry import home
+from lora_rt.registry.durable import check_writable
+from lora_rt.registry.errors import StoreError
+from lora_rt.registry.reference import check_name as check_form
+from lora_rt.registry.registry import Registry
+
+
+class TuneError(LoraRtError):
+    """Settings or weights that nothing can be tuned with."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """Of weights. `learning_rate` is Adam's on the weights themselves; `pull` penalises the squared distance from the
+    start.
+    """
+
+    per: Literal["adapter", "layer"] = "adapter"
+    epochs: float = 3
+    batch_size: int = 8
+    learning_rate: float = 0.03
+    pull: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SceneSettings:
+    """Of gates. `keep` is the weight of the mean squared distance of the gates from 1, the static composition.
+
+    `registrar_steps` are full passes over the prompts. Learning rates are Adam's.
+    """
+
+    epochs: float = 1
+    batch_size: int = 8
+    learning_rate: float = 0.1
+    keep: float = 0.02
+    registrar_steps: int = 150
+    registrar_rate: float = 1.0
+    registrar_decay: float = 1e-6
+    seed: int = 0
+
+
+Per = Literal["adapter", "layer", "scene"]
+
+
+def settings_for(
+    per: Per, *, epochs: float, batch_size: int, learning_rate: float | None, seed: int
+) -> TuneSettings | SceneSettings:
+    """The settings of what is to be learned; without a learning rate the usual one for it.
+
+    Raises:
+        TuneError: naming everything that is out of range.
+    """
+    problems = []
+    if not 0 < epochs <= 10_000:
+        problems.append(f"epochs is {epochs}; it must be above 0 and at most 10000")
+    if learning_rate is not None and not 0 < learning_rate <= 10:
+        problems.append(f"the learning rate is {learning_rate}; it must be above 0 and at most 10")
+    if not 1 <= batch_size <= 4096:
+        problems.append(f"the batch size is {batch_size}; it must be from 1 to 4096")
+    if not 0 <= seed < 2**32:
+        problems.append(f"the seed is {seed}; it must be from 0 to {2**32 - 1}")
+    if per not in ("adapter", "layer", "scene"):
+        problems.append(f"weights are learned per adapter, layer or scene, not per {per!r}")
+    if problems:
+        raise TuneError("these settings can't tune", problems=problems, next_step="See: lora-rt tune --help")
+    made: TuneSettings | SceneSettings
+    if per == "scene":
+        made = SceneSettings(epochs=epochs, batch_size=batch_size, seed=seed)
+    else:
+        made = TuneSettings(per=per, epochs=epochs, batch_size=batch_size, seed=seed)
+    return made if learning_rate is None else replace(made, learning_rate=learning_rate)
+
+
+def check_name(name: str, registry: Registry) -> None:
+    """Raises LoraRtError where a composition can't have this name: an adapter has it, or it is not a name."""
+    check_form(name, "a composition")
+    if name in registry.names():
+        text = f"{name!r} is the name of an adapter"
+        raise StoreError(text, next_step="Give the composition another one with --name")
+
+
+def check_composition_place(name: str, registry: Registry) -> None:
+    """Before minutes of work: that a composition can have this name, and that the store takes one.
+
+    Raises:
+        LoraRtError: it can't, or the store can't be written.
+    """
+    check_name(name, registry)
+    check_writable(registry.compositions.folder)
+
+
+def check_adapters_place(out: Path | None, registry: Registry) -> None:
+    """The same for adapters: the folder `out` or the store, and the home, where they are kept until they are published.
+
+    Raises:
+        LoraRtError: a place can't be written.
+    """
+    check_writable(home.checkpoints())
+    check_writable(registry.store.root if out is None else out)
