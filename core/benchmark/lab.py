@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import nn
 
-from lora_rt.core.benchmark.adapters import Shelf
-from lora_rt.core.benchmark.origin import Origin
-from lora_rt.core.benchmark.workloads import Workload
+from lora_rt.core.benchmark.workloads import Origin, Workload, resident_name
+from lora_rt.core.engine.topology import features, find_linears
+from lora_rt.core.step.settings import choose_targets
+from lora_rt.registry.files import WEIGHTS
 
 _ORDINARY = 0.1  # of the vocabulary: what comes before may be special tokens
+_B_SIZE = 0.01  # small beside a base's own outputs: the text stays finite under any weights
 
 
 class Lab:
@@ -28,24 +33,18 @@ class Lab:
         """
         self.origin = origin
         self.base = origin.load()
+        self.device = self.base.device
         self.folder = folder
-        self.shelf = Shelf(self.base.model, folder / "adapters")
+        self.linears = find_linears(self.base.model)
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-        with (
-            torch.no_grad()
-        ):  # bitsandbytes repacks at the first forward, once for all trees, and not in inference mode
+        # bitsandbytes repacks at the first forward: once for all trees, and not in inference mode
+        with torch.no_grad():
             self.base.model(input_ids=ids, use_cache=False)
 
     def elsewhere(self) -> Origin:
         """The same base for another process, which need not find the home where it is prepared."""
-        if self.origin.random is not None:
-            return self.origin
-        return replace(self.origin, base=str(self.base.folder))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base is."""
-        return self.base.device
+        base = self.origin.base if self.origin.random else str(self.base.folder)
+        return replace(self.origin, base=base, precision=self.base.precision, device=str(self.device))
 
     def reason(self, workload: Workload) -> str | None:
         """Why no system can do this workload here."""
@@ -60,16 +59,35 @@ class Lab:
     def prompts(self, workload: Workload) -> list[list[int]]:
         """Random tokens, (rows, prompt tokens), the same ones for everybody."""
         size = self.base.facts.vocab_size
-        generator = torch.Generator().manual_seed(0)
         shape = (workload.rows, workload.prompt_tokens)
-        ids = torch.randint(int(size * _ORDINARY), size, shape, generator=generator)
+        ids = torch.randint(int(size * _ORDINARY), size, shape, generator=torch.Generator().manual_seed(0))
         return [[int(i) for i in row] for row in ids]
+
+    def adapters(self, workload: Workload) -> dict[str, Path]:
+        """Resident name -> PEFT directory, of all residents; written once, so that all systems load the same files."""
+        shelf = self.folder / "adapters" / f"{'-'.join(workload.targets)}-r{workload.rank}"
+        found = {resident_name(index): shelf / resident_name(index) for index in range(workload.resident)}
+        for index, folder in enumerate(found.values()):
+            if not folder.exists():
+                self._write_adapter(folder, workload, index)
+        return found
 
     def now(self) -> float:
         """Seconds, once all work that was given to the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def _write_adapter(self, folder: Path, workload: Workload, seed: int) -> None:
+        head = self.base.model.get_output_embeddings()
+        inner = {name: module for name, module in self.linears.items() if module is not head}
+        leaves = choose_targets(workload.targets, list(inner))
+        chosen = {name: module for name, module in inner.items() if name.rsplit(".", 1)[-1] in leaves}
+        folder.mkdir(parents=True)
+        config = LoraConfig(r=workload.rank, lora_alpha=workload.rank, target_modules=leaves, task_type="CAUSAL_LM")
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        save_file(_random_factors(chosen, workload.rank, seed), folder / WEIGHTS, {"format": "pt"})
 
 
 def twin(model: Any) -> Any:
@@ -79,3 +97,16 @@ def twin(model: Any) -> Any:
         if (state := getattr(parameter, "quant_state", None)) is not None:
             shared.append(state)
     return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
+
+
+def _random_factors(modules: dict[str, nn.Module], rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A so that A x is about as large as x, B small, both different from zero; bfloat16 as in trained adapters."""
+    generator = torch.Generator().manual_seed(1 + seed)
+    tensors = {}
+    for name, module in modules.items():
+        out, inner = features(module)
+        a = torch.randn(rank, inner, generator=generator) * inner**-0.5
+        b = torch.randn(out, rank, generator=generator) * _B_SIZE
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16()
+    return tensors

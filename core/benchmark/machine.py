@@ -1,9 +1,10 @@
-"""Which machine and which versions a run was made with: without these a number says nothing."""
+"""Which machine and versions a run was made with, and what else ran meanwhile: without these a number says nothing."""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+class Watch:
+    """What else the machine does from now on; `load` is how many processes ran or waited in the minute before."""
+
+    def __init__(self) -> None:
+        self.load = round(psutil.getloadavg()[0], 2)
+        self._start = _times()
+
+    def others(self) -> float:
+        """The share of the processor, 1 for all cores, that was used by neither this process nor its children."""
+        wall, used, own = (now - then for now, then in zip(_times(), self._start, strict=True))
+        return round(min(max((used - own) / (wall * (os.cpu_count() or 1)), 0.0), 1.0), 3)
+
+
 def versions() -> dict[str, str]:
     """Package -> version, of those that are installed."""
     found = {"lora-rt": __version__, "python": platform.python_version()}
@@ -42,6 +56,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _times() -> tuple[float, float, float]:
+    """Seconds: on the clock, of the processor by anybody, and by this process and its ended children."""
+    all_of_it, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    waiting = all_of_it.idle + getattr(all_of_it, "iowait", 0.0)
+    twice = sum(getattr(all_of_it, name, 0.0) for name in ("guest", "guest_nice"))  # Linux has them within user
+    return time.monotonic(), sum(all_of_it) - waiting - twice, sum(own[:4])
 
 
 def _cpu_name() -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_rt.core.benchmark.table import HEADS, noise
+from lora_rt.core.benchmark.table import noise
+from lora_rt.core.benchmark.workloads import SYSTEMS
 from lora_rt.core.evaluation.plot import PlotError, canvas, save
 
 _BAR = 0.8
@@ -34,7 +35,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
             for i, w in enumerate(items)
         ]
         there = [(place, value, value * min(half, 1.0)) for place, value, half in places if value]
-        label = HEADS.get(system, system).replace("\n", " ")
+        label = SYSTEMS.get(system, system).replace("\n", " ")
         at, values, reach = ([item[k] for item in there] for k in range(3))
         bars = axes.barh(at, values, xerr=reach, ecolor="gray", height=thickness, label=label)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)

@@ -13,14 +13,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_rt.core.base.byte_tokenizer import byte_tokenizer
 from lora_rt.core.base.load import LoadedBase, base_facts
 from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
 from lora_rt.core.base.repacking import forbid_uneven_repacking
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.benchmark.origin import check_size
+from lora_rt.core.benchmark.workloads import SIZES, refuse_unknown
 from lora_rt.registry.card import BaseIdentity
 
 _SCALE = 0.02  # of weights, as transformers initializes these models
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_SHAPES = {
+    "tiny": (1024, 64, 128, 2, 4, 2, 4096),
+    "7b": (32000, 4096, 14336, 32, 32, 8, 32768),  # mistralai/Mistral-7B-v0.1; no workload reaches its sliding window
+    "13b": (32000, 5120, 13824, 40, 40, 40, 4096),  # meta-llama/Llama-2-13b
+}
 
 
 def random_base(size: str, precision: str = "int4", device: str = "auto") -> LoadedBase:
@@ -29,7 +44,7 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
     Raises:
         LoraRtError: there is no such size, precision or device.
     """
-    check_size(size)
+    refuse_unknown("random base", [] if size in SIZES else [size], SIZES)
     chosen = check_precision(precision)
     target = choose_device(device, chosen)
     dtype = compute_dtype(chosen)
@@ -39,7 +54,7 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
     identity = BaseIdentity(id=f"random-{size}", revision=None, digest="")
     return LoadedBase(
         model=model,
-        tokenizer=_byte_tokenizer(),
+        tokenizer=byte_tokenizer(("<pad>", "<s>", "</s>"), pad_token="<pad>", bos_token="<s>", eos_token="</s>"),
         identity=identity,
         facts=base_facts(model.config, identity, chosen),
         folder=Path(tempfile.gettempdir()),
@@ -52,35 +67,8 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
 def _config(size: str) -> Any:
     from transformers import LlamaConfig, MistralConfig
 
-    if size == "7b":  # mistralai/Mistral-7B-v0.1, without its sliding window, which none of the workloads reaches
-        return MistralConfig(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=None,
-        )
-    if size == "13b":  # meta-llama/Llama-2-13b
-        return LlamaConfig(
-            vocab_size=32000,
-            hidden_size=5120,
-            intermediate_size=13824,
-            num_hidden_layers=40,
-            num_attention_heads=40,
-            max_position_embeddings=4096,
-        )
-    return LlamaConfig(
-        vocab_size=1024,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
+    shape = dict(zip(_SHAPE, _SHAPES[size], strict=True))
+    return MistralConfig(**shape, sliding_window=None) if size == "7b" else LlamaConfig(**shape)
 
 
 def _materialized(config: Any, precision: Precision, device: torch.device, dtype: torch.dtype) -> Any:
@@ -130,16 +118,3 @@ def _linear(weight: torch.Tensor, precision: Precision, dtype: torch.dtype) -> n
     plain = nn.Linear(inner, out, False, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     return plain
-
-
-def _byte_tokenizer() -> Any:
-    """Bytes as tokens: the benchmark works with token ids, and the runtime wants a tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -1,32 +1,59 @@
-"""From samples to the document that `bench --json` prints."""
+"""From timed repeats to the rows that `bench --json` prints: medians, spreads and ratios."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.machine import machine, versions
-from lora_rt.core.benchmark.numbers import ratio, spread
-from lora_rt.core.benchmark.session import Measured
+from lora_rt.core.benchmark.workloads import Workload
 
 BASE = "base"
 TRAINER = "peft-trainer"
 
 
-def document(lab: Lab, measured: Sequence[Measured], systems: Sequence[str]) -> dict[str, Any]:
-    """Machine, versions, the systems in the order of the table, the workloads as data, and the rows."""
-    return {
-        "machine": machine(lab.device),
-        "versions": versions(),
-        "base": lab.base.identity.id,
-        "precision": lab.base.precision,
-        "systems": list(systems),
-        "workloads": settings(measured),
-        "rows": rows(measured, systems),
-    }
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed repeat: `tokens` is how many it computed, 0 where the time, or the peak memory, is what counts."""
+
+    seconds: float
+    tokens: int = 0
+    megabytes: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second; where no tokens are counted, repeats per second."""
+        return (self.tokens or 1) / self.seconds
+
+
+@dataclass
+class Measured:
+    """What one workload gave: samples by system, and the reasons of those that cannot do it. Grows repeat by repeat."""
+
+    workload: Workload
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The interquartile range as a part of the median; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / statistics.median(values)
+
+
+def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> float | None:
+    """The median of the ratios of speeds, each of two repeats that followed on one another; None without a pair.
+
+    A ratio within one repeat is free of what slows the machine down for some seconds. Less memory is above 1 too.
+    """
+    pairs = [
+        other.megabytes / own.megabytes if own.megabytes else own.speed / other.speed
+        for own, other in zip(samples, reference, strict=False)
+    ]
+    return round(statistics.median(pairs), 4) if pairs else None
 
 
 def settings(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -54,31 +81,22 @@ def row(item: Measured, system: str) -> dict[str, Any]:
     samples = item.samples.get(system, [])
     kind = item.workload.kind
     reference = TRAINER if kind == "training" else BASE
-    values = [sample.megabytes or sample.speed for sample in samples]
-    found = _ratio(item, system, reference)
+    found = ratio(samples, item.samples.get(reference, []))
     return {
         "workload": item.workload.name,
         "system": system,
-        "tokens_per_s": _rounded([s.speed for s in samples], 2) if samples and samples[0].tokens else None,
+        "tokens_per_s": _median([s.speed for s in samples], 2) if samples and samples[0].tokens else None,
         "ratio_to_base": found if reference == BASE else None,
-        "spread": round(spread(values), 4) if samples else None,
+        "spread": round(spread([s.megabytes or s.speed for s in samples]), 4) if samples else None,
         "kind": kind,
         "ratio": found,
         "reference": reference,
-        "seconds": _rounded([s.seconds for s in samples], 7),
-        "megabytes": _rounded([s.megabytes for s in samples], 1) if kind == "memory" else None,
+        "seconds": _median([s.seconds for s in samples], 7),
+        "megabytes": _median([s.megabytes for s in samples], 1) if kind == "memory" else None,
         "repeats": len(samples),
         "reason": item.reasons.get(system),
     }
 
 
-def _ratio(item: Measured, system: str, reference: str) -> float | None:
-    samples, others = item.samples.get(system, []), item.samples.get(reference, [])
-    if item.workload.kind == "memory":
-        return round(others[0].megabytes / samples[0].megabytes, 4) if samples and others else None
-    found = ratio(samples, others)
-    return None if found is None else round(found, 4)
-
-
-def _rounded(values: Sequence[float], digits: int) -> float | None:
+def _median(values: Sequence[float], digits: int) -> float | None:
     return round(statistics.median(values), digits) if values else None

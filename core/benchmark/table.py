@@ -11,20 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lora_rt.core.benchmark.results import TRAINER
+from lora_rt.core.benchmark.workloads import SYSTEMS
+
 Row = Mapping[str, Any]
 
-HEADS = {
-    "base": "base",
-    "generate": "base\ngenerate",
-    "ours": "lora-rt",
-    "peft-set": "PEFT\nset",
-    "peft-cat": "PEFT\ncat",
-    "peft-mixed": "PEFT\nmixed",
-    "peft-trainer": "PEFT\nTrainer",
-    "llama.cpp": "llama\n.cpp",
-}
 BUSY = 0.25
 """A spread (half of the middle of the repeats, relative to their median) beyond which a row is noise."""
+
+IDLE = 0.15
+"""The share of the processor that others may use beside a measurement."""
 
 _UNITS = {"change": "ms", "cold": "s", "memory": "MB", "training": "tokens/s"}
 _DECODING = ("decode", "prefill")
@@ -38,7 +34,7 @@ def shown(document: Mapping[str, Any]) -> Group:
     table = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("tokens/s\n[dim]ratio, spread[/]", min_width=18)
     for system in systems:
-        table.add_column(HEADS.get(system, escape(system)), justify="right")
+        table.add_column(SYSTEMS.get(system, escape(system)), justify="right")
     previous = ""
     for item in document["workloads"]:
         found = [cells.get((item["name"], system)) for system in systems]
@@ -58,13 +54,15 @@ def shown(document: Mapping[str, Any]) -> Group:
 def noise(document: Mapping[str, Any]) -> str:
     """A warning where the figures differ too much between repeats to be figures; empty where they do not."""
     wide = [row for row in document["rows"] if row["spread"] is not None and row["spread"] > BUSY]
+    others = document["machine"].get("others", 0.0)
+    busy = f"others used {others:.0%} of the processor meanwhile" if others > IDLE else ""
     if not wide:
-        return ""
+        return busy
     worst = max(wide, key=lambda row: float(row["spread"]))
-    where = f"{worst['system']} on {worst['workload']}"
     return (
         f"{len(wide)} of {len(document['rows'])} figures spread by more than {BUSY:.0%} between their repeats "
-        f"({where}: {worst['spread']:.0%}): this machine is busy with something else, and they are not to be relied on"
+        f"({worst['system']} on {worst['workload']}: {worst['spread']:.0%}) and are not to be relied on; "
+        + (busy or "the machine may be busy with something else, or short of memory")
     )
 
 
@@ -78,20 +76,17 @@ def _absent(rows: Sequence[Row], systems: Sequence[str]) -> list[str]:
     """A line for each system without a column, where all that kept it out is one and the same reason."""
     why: dict[str, set[str]] = {}
     for row in rows:
-        if row["system"] not in systems and row["kind"] != "training":
+        if row["system"] not in (*systems, TRAINER) and row["kind"] != "training":
             why.setdefault(row["system"], set()).add(row["reason"])
-    return [
-        f"{system}: {reasons.pop()}"
-        for system, reasons in why.items()
-        if len(reasons) == 1 and system != "peft-trainer"
-    ]
+    return [f"{system}: {reasons.pop()}" for system, reasons in why.items() if len(reasons) == 1]
 
 
 def _machine(document: Mapping[str, Any]) -> list[str]:
     facts = document["machine"]
     device = facts.get("gpu", facts["cpu"])
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    where = f"{device}, {facts['threads']} threads of {facts['cores']} cores, {facts['memory_gib']} GiB"
+    cores = f"{facts['threads']} threads of {facts['cores']} cores"
+    where = f"{device}, {cores}, {facts['memory_gib']} GiB, load {facts['load']}"
     return [f"{document['base']} ({document['precision']}) on {where}", versions, ""]
 
 
@@ -124,20 +119,17 @@ def _value(row: Row) -> str:
 
 
 def _training(document: Mapping[str, Any]) -> list[Text]:
-    """A line for each system of each training workload: what it is compared with is no column of the table."""
+    """A line for each training workload: what it is compared with is no column of the table."""
     lines = []
     for item in document["workloads"]:
         found = [row for row in document["rows"] if row["workload"] == item["name"] and row["kind"] == "training"]
         speeds = {row["system"]: row for row in found if row["tokens_per_s"]}
-        for system, row in speeds.items():
-            text = f"{item['title']}: {_name(system)} {_value(row)} tokens/s"
-            if system != row["reference"] and row["ratio"] is not None:
-                text += f", {row['ratio']:.2f} times {_name(row['reference'])} ({_value(speeds[row['reference']])})"
-            elif len(speeds) > 1:
-                continue
-            lines.append(Text(text))
+        told = [f"{_name(system)} {_value(row)} tokens/s" for system, row in speeds.items()]
+        if "ours" in speeds and TRAINER in speeds:
+            told = [f"{told[0]}, {speeds['ours']['ratio']:.2f} times {_name(TRAINER)} ({_value(speeds[TRAINER])})"]
+        lines += [Text(f"{item['title']}: {text}") for text in told]
     return lines
 
 
 def _name(system: str) -> str:
-    return HEADS.get(system, system).replace("\n", " ")
+    return SYSTEMS.get(system, system).replace("\n", " ")

@@ -1,4 +1,4 @@
-"""What is measured, as data: the rows of the table."""
+"""What is measured and on which base, as plain data that another process can be told."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import fnmatch
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_rt.errors import LoraRtError
+
+if TYPE_CHECKING:
+    from lora_rt.core.base.load import LoadedBase
 
 Kind = Literal["decode", "prefill", "change", "cold", "memory", "training"]
 PROCESSES: tuple[Kind, ...] = ("cold", "memory", "training")
@@ -18,12 +21,47 @@ PROCESSES: tuple[Kind, ...] = ("cold", "memory", "training")
 Mix = tuple[tuple[str, float], ...]
 """One row's composition: resident name and weight of each term; empty is the base alone."""
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGETS = {"qv": ("q_proj", "v_proj"), "qkvo": ATTENTION, "all": ("all-linear",)}
+SAMPLED = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+SIZES = ("tiny", "7b", "13b")
+SYSTEMS = {
+    "base": "base",
+    "generate": "base\ngenerate",
+    "ours": "lora-rt",
+    "peft-set": "PEFT\nset",
+    "peft-cat": "PEFT\ncat",
+    "peft-mixed": "PEFT\nmixed",
+    "peft-trainer": "PEFT\nTrainer",
+    "llama.cpp": "llama\n.cpp",
+}
+"""The columns of the table in their order, with their heads."""
 
 
-class WorkloadError(LoraRtError):
-    """A workload or system that does not exist."""
+class BenchmarkError(LoraRtError):
+    """A name that nobody knows, a process that failed, or a system that did not do its work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The options --base, --precision and --device, or the size of a random base."""
+
+    base: str = "default"
+    precision: str = "int4"
+    device: str = "auto"
+    random: str | None = None
+
+    def load(self) -> LoadedBase:
+        """The base in memory.
+
+        Raises:
+            LoraRtError: with what to do next.
+        """
+        if self.random is not None:
+            from lora_rt.core.benchmark.random_base import random_base
+
+            return random_base(self.random, self.precision, self.device)
+        from lora_rt.core.base.load import load_base
+
+        return load_base(self.base, self.precision, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +77,7 @@ class Workload:
         resident, active: adapters in memory, and how many of them each row uses.
         distinct: every row has a composition of its own.
         weighted: terms have weights; otherwise all are 1.
+        sampled: tokens are drawn, as SAMPLED says; otherwise the most likely one is taken.
         targets, rank: of every adapter.
     """
 
@@ -50,7 +89,8 @@ class Workload:
     active: int = 4
     distinct: bool = False
     weighted: bool = True
-    targets: tuple[str, ...] = ATTENTION
+    sampled: bool = False
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     rank: int = 16
     prompt_tokens: int = 32
     new_tokens: int = 32
@@ -59,6 +99,11 @@ class Workload:
     def mixes(self) -> list[Mix]:
         """The composition of each row."""
         return [self.mix(row if self.distinct else 0) for row in range(self.rows)]
+
+    @property
+    def steps(self) -> int:
+        """Forward passes: the first token comes out of the prompt, and only what follows is decoding."""
+        return 1 if self.kind == "prefill" else self.new_tokens + 1
 
     @property
     def differs(self) -> bool:
@@ -95,6 +140,7 @@ DEFAULT = (
     Workload("row1-k4", "decode 1 row, 4 active"),
     Workload("rows16-single", "decode 16 rows, one adapter each", rows=16, active=1, distinct=True, weighted=False),
     Workload("rows16-mixes", "decode 16 rows, 16 compositions", rows=16, distinct=True),
+    Workload("rows16-sampled", "the same, sampled", rows=16, distinct=True, sampled=True),
     Workload("rows16-k64", "decode 16 rows, 2 of 64 each", rows=16, resident=64, active=2, distinct=True),
     Workload("prefill", "prefill 4 x 512 tokens, 4 active", kind="prefill", rows=4, prompt_tokens=512),
     Workload("change-weights", "new weights, 4 active", kind="change"),
@@ -111,43 +157,27 @@ QUICK = (
     Workload("quick-change", "new weights, 4 active", kind="change"),
 )
 
-SWEEP = tuple(
-    Workload(
-        f"rows{rows}-k{resident}-{name}",
-        f"{rows} rows, {min(resident, 2)} of {resident}, {name}",
-        rows=rows,
-        resident=resident,
-        active=min(resident, 2),
-        distinct=True,
-        targets=targets,
-        new_tokens=16,
-    )
-    for name, targets in TARGETS.items()
-    for resident in (1, 2, 4, 16, 64)
-    for rows in (1, 4, 16, 32)
-)
-
 
 def choose_workloads(wanted: Sequence[str], default: Sequence[Workload] = DEFAULT) -> list[Workload]:
     """The workloads of these names or patterns (`rows16-*`), in their own order; the default set for none.
 
     Raises:
-        WorkloadError: a name or pattern that fits none; all of them are named, with the nearest.
+        BenchmarkError: a name or pattern that fits none; all of them are named, with the nearest.
     """
     if not wanted:
         return list(default)
-    known = {workload.name: workload for workload in (*DEFAULT, *QUICK, *SWEEP)}
+    known = {workload.name: workload for workload in (*DEFAULT, *QUICK)}
     fitting = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
     refuse_unknown("workload", [p for p in wanted if not fnmatch.filter(known, p)], [w.name for w in DEFAULT + QUICK])
     return [known[name] for name in fitting]
 
 
 def refuse_unknown(what: str, unknown: Sequence[str], known: Sequence[str]) -> None:
-    """Raises WorkloadError where `unknown` has names, each with the nearest known one."""
+    """Raises BenchmarkError where `unknown` has names, each with the nearest known one."""
     if not unknown:
         return
     problems = []
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         problems.append(f"no {what} is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
-    raise WorkloadError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")
+    raise BenchmarkError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,23 +13,27 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_rt.core.base.source import parse_base
-from lora_rt.core.benchmark.origin import Origin, check_size
-from lora_rt.core.benchmark.table import noise, shown
-from lora_rt.core.benchmark.workloads import DEFAULT, QUICK, SWEEP, Workload, choose_workloads, refuse_unknown
+from lora_rt.core.benchmark.table import IDLE, noise, shown
+from lora_rt.core.benchmark.workloads import (
+    DEFAULT,
+    QUICK,
+    SIZES,
+    SYSTEMS,
+    Origin,
+    Workload,
+    choose_workloads,
+    refuse_unknown,
+)
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.session import starting
 from lora_rt.core.evaluation.plot import check_plot
 
-SYSTEMS = ("base", "generate", "ours", "peft-set", "peft-cat", "peft-mixed", "peft-trainer", "llama.cpp")
 _INTERRUPTED = 130
 
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A small set, for a first look.")] = False,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="The grid of rows, residents and targets; takes long.")
-    ] = False,
     workloads: Annotated[
         str, typer.Option("--workloads", metavar="NAME,...", help="These alone, by name or pattern (rows16-*).")
     ] = "",
@@ -53,7 +58,7 @@ def bench(
 ) -> None:
     """Measure lora-rt beside the base alone, PEFT and llama.cpp: the same base, prompts and adapters, interleaved."""
     with options.usage():
-        chosen = choose_workloads(_split(workloads), QUICK if quick else SWEEP if sweep else DEFAULT)
+        chosen = choose_workloads(_split(workloads), QUICK if quick else DEFAULT)
         names = _systems(systems)
         origin = _origin(base, precision, device, random_base)
     if plot is not None:
@@ -64,14 +69,18 @@ def bench(
         print_json(document)
     else:
         out.print(shown(document))
-    if warning := noise(document):
-        err.print(f"[yellow]warning:[/] {warning}", soft_wrap=not err.is_terminal)
+    _warn(noise(document))
     if plot is not None:
         from lora_rt.core.benchmark.plot import draw
 
         draw(document, plot)
     if not whole:
         raise typer.Exit(_INTERRUPTED)
+
+
+def _warn(text: str) -> None:
+    if text:
+        err.print(f"[yellow]warning:[/] {text}", soft_wrap=not err.is_terminal)
 
 
 def _split(text: str) -> list[str]:
@@ -81,7 +90,7 @@ def _split(text: str) -> list[str]:
 def _systems(names: str) -> list[str]:
     """In the order of the table."""
     wanted = _split(names) or list(SYSTEMS)
-    refuse_unknown("system", [name for name in wanted if name not in SYSTEMS], SYSTEMS)
+    refuse_unknown("system", [name for name in wanted if name not in SYSTEMS], list(SYSTEMS))
     return [name for name in SYSTEMS if name in wanted]
 
 
@@ -89,7 +98,7 @@ def _origin(base: str, precision: str, device: str, random_base: str | None) -> 
     if random_base is not None:
         if base != "default":
             raise typer.BadParameter("there can be one base: --base or --random-base")
-        check_size(random_base)
+        refuse_unknown("random base", [] if random_base in SIZES else [random_base], SIZES)
     return Origin(base, precision, device, random_base)
 
 
@@ -101,13 +110,17 @@ def _run(
         import torch
 
         from lora_rt.core.benchmark.lab import Lab
-        from lora_rt.core.benchmark.results import document
-        from lora_rt.core.benchmark.session import Measured, measure
-        from lora_rt.core.benchmark.systems.all import make_systems
+        from lora_rt.core.benchmark.machine import Watch, machine, versions
+        from lora_rt.core.benchmark.results import Measured, rows, settings
+        from lora_rt.core.benchmark.session import make_systems, measure
 
     if threads is not None:
         torch.set_num_threads(threads)
+    watch = Watch()
+    if watch.load > IDLE * (cores := os.cpu_count() or 1):
+        _warn(f"this machine is not idle (load {watch.load:.1f} on {cores} cores): figures will differ between repeats")
     measured: list[Measured] = []
+    whole = True
     with tempfile.TemporaryDirectory(prefix="lora-rt-bench-") as folder:
         lab = Lab(origin, Path(folder))
         systems = make_systems(names, lab)
@@ -116,8 +129,17 @@ def _run(
                 for item in measure(lab, chosen, systems, repeats, report):
                     measured.append(item)
             except KeyboardInterrupt:
-                return document(lab, measured, names), False
-    return document(lab, measured, names), True
+                whole = False
+    document = {
+        "machine": {**machine(lab.device), "load": watch.load, "others": watch.others()},
+        "versions": versions(),
+        "base": lab.base.identity.id,
+        "precision": lab.base.precision,
+        "systems": names,
+        "workloads": settings(measured),
+        "rows": rows(measured, names),
+    }
+    return document, whole
 
 
 @contextmanager

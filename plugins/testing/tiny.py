@@ -45,19 +45,9 @@ def tiny_base(folder: Path, *, seed: int = 0) -> Path:
 
 def _tokenizer() -> Any:
     """One token per byte, and the three of the chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from lora_rt.core.base.byte_tokenizer import byte_tokenizer
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=_SPECIAL[2],
-        pad_token=_SPECIAL[2],
-        additional_special_tokens=_SPECIAL[:2],
-        clean_up_tokenization_spaces=False,
-    )
+    *others, end = _SPECIAL
+    tokenizer = byte_tokenizer(_SPECIAL, eos_token=end, pad_token=end, additional_special_tokens=others)
     tokenizer.chat_template = _TEMPLATE
     return tokenizer

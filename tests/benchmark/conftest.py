@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.origin import Origin
+from lora_rt.core.benchmark.workloads import Origin
 from support.cli import Cli, command_line
 from support.tiny import Zoo
 

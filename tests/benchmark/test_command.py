@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lora_rt.core.benchmark import session
@@ -44,22 +45,22 @@ def test_the_table_fits_a_hundred_columns_and_gives_reasons(cli: Cli, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "code", "words"),
     [
-        (["--workloads", "row1-k3"], ["row1-k3", "row1-k2", "prefill"]),
-        (["--systems", "pefft-set"], ["pefft-set", "peft-set"]),
-        (["--random-base", "70b"], ["70b", "13b"]),
-        (["--precision", "int3"], ["int3", "int4"]),
-        (["--plot", "no-such-folder/x.png"], ["no-such-folder/x.png"]),
-        (["--plot", "x.docx"], ["x.docx", ".png"]),
+        (["--workloads", "row1-k3"], 2, ["row1-k3", "row1-k2", "prefill"]),
+        (["--systems", "pefft-set"], 2, ["pefft-set", "peft-set"]),
+        (["--random-base", "70b"], 2, ["70b", "13b"]),
+        (["--precision", "int3"], 2, ["int3", "int4"]),
+        (["--plot", "no-such-folder/x.png"], 1, ["no-such-folder/x.png"]),
+        (["--plot", "x.docx"], 1, ["x.docx", ".png"]),
     ],
 )
 def test_what_does_not_exist_is_refused_before_anything_is_loaded(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: list[str]
 ) -> None:
     monkeypatch.setattr("lora_rt.core.benchmark.lab.Lab.__init__", lambda *_: pytest.fail("it was loaded"))
     done = cli("bench", *arguments)
-    assert done.code == 1
+    assert done.code == code
     assert not [word for word in words if word not in done.err]
 
 
@@ -82,3 +83,17 @@ def test_an_interrupted_run_prints_what_there_is_and_says_so_by_its_exit_code(
     done = cli(*TINY, "--workloads", "quick-row1,quick-rows4", "--systems", "base,ours", "--json")
     assert done.code == 130
     assert {row["workload"] for row in json.loads(done.out)["rows"]} == {"quick-row1"}
+
+
+def test_a_machine_that_is_not_idle_is_warned_of_before_and_its_load_stands_in_the_document(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = (*TINY, "--workloads", "quick-change", "--systems", "ours", "--json")
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (64.0, 1.0, 1.0))
+    done = cli(*quick)
+    assert "this machine is not idle (load 64.0 on" in done.err
+    machine = json.loads(done.out)["machine"]
+    assert machine["load"] == 64.0
+    assert 0 <= machine["others"] <= 1
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (0.0, 1.0, 1.0))
+    assert "not idle" not in cli(*quick).err

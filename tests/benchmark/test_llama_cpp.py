@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.systems.llama_cpp import LlamaCpp
+from lora_rt.core.benchmark.llama_cpp import LlamaCpp
+from lora_rt.core.benchmark.session import repeat_of
 from lora_rt.core.benchmark.workloads import Workload
 
 MIXES = Workload("w", "w", rows=3, active=2, distinct=True, prompt_tokens=5, new_tokens=2, rank=4)
@@ -75,7 +76,7 @@ def llama(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lab: 
 
 
 def test_every_row_runs_alone_under_its_own_scales(lab: Lab, llama: StandIn) -> None:
-    sample = LlamaCpp(lab).prepare(MIXES)()
+    sample = repeat_of(lab, LlamaCpp(lab), MIXES)()
     assert sample.tokens == 3 * 2
     assert sorted(llama.files) == ["reg00", "reg01", "reg02", "reg03"]
     for row, (mix, prompt) in enumerate(zip(MIXES.mixes, lab.prompts(MIXES), strict=True)):
@@ -85,12 +86,17 @@ def test_every_row_runs_alone_under_its_own_scales(lab: Lab, llama: StandIn) -> 
         assert steps == [("eval", [3]), ("eval", [3])]
 
 
+def said(system: LlamaCpp, workload: Workload) -> list[list[int]]:
+    system.prepare(workload)
+    return system.run(workload).tokens
+
+
 def test_it_says_a_token_for_the_prompt_and_one_for_each_step(lab: Lab, llama: StandIn) -> None:
-    assert LlamaCpp(lab).tokens(MIXES) == [[3, 3, 3]] * 3
+    assert said(LlamaCpp(lab), MIXES) == [[3, 3, 3]] * 3
 
 
 def test_a_change_of_composition_is_a_change_of_scales(lab: Lab, llama: StandIn) -> None:
-    assert LlamaCpp(lab).prepare(replace(MIXES, kind="change"))().tokens == 0
+    assert repeat_of(lab, LlamaCpp(lab), replace(MIXES, kind="change"))().tokens == 0
     assert {told[0] for told in llama.told} == {"scales"}
 
 

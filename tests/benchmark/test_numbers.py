@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_rt.core.benchmark.numbers import Sample, ratio, spread
-from lora_rt.core.benchmark.results import row
-from lora_rt.core.benchmark.session import Measured
+from lora_rt.core.benchmark.results import Measured, Sample, ratio, row, spread
 from lora_rt.core.benchmark.workloads import Workload
 
 

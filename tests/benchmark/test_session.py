@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
+from lora_rt.core.benchmark import session
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.numbers import Sample
-from lora_rt.core.benchmark.results import rows
+from lora_rt.core.benchmark.results import Sample, rows
 from lora_rt.core.benchmark.session import measure
-from lora_rt.core.benchmark.systems.system import Repeat
-from lora_rt.core.benchmark.workloads import Workload
+from lora_rt.core.benchmark.system import System, Turn
+from lora_rt.core.benchmark.workloads import BenchmarkError, Kind, Workload
 
 Tell = Callable[[int, str], None]
 WORKLOAD = Workload("w", "w")
 
 
-class Noted:
-    """A system that notes its turns; it is interrupted in its `stop`-th repeat."""
+class Noted(System):
+    """A system that notes its turns, each of a second; it is interrupted in its `stop`-th."""
 
-    def __init__(self, name: str, log: list[str], stop: int = 100, reason: str | None = None) -> None:
+    def __init__(self, name: str, log: list[str], stop: int = 100, reason: str | None = None, short: int = 0) -> None:
         self.name = name
         self._log = log
-        self._stop = stop
+        self._left = stop
         self._reason = reason
+        self._short = short
 
     def reason(self, workload: Workload) -> str | None:
         return self._reason
 
-    def prepare(self, workload: Workload) -> Repeat:
-        turns = iter(range(self._stop))
-
-        def repeat() -> Sample:
-            self._log.append(self.name)
-            if next(turns, None) is None:
-                raise KeyboardInterrupt
-            return Sample(1.0, 10)
-
-        return repeat
-
-    def tokens(self, workload: Workload) -> Sequence[Sequence[int]]:
-        return []
+    def run(self, workload: Workload) -> Turn:
+        self._log.append(self.name)
+        self._left -= 1
+        if self._left < 0:
+            raise KeyboardInterrupt
+        return Turn(1.0, 1.0, [[0] * (workload.steps - self._short)] * workload.rows)
 
 
 def test_after_a_warm_up_the_systems_take_turns(lab: Lab, quiet: Tell) -> None:
@@ -54,7 +48,7 @@ def test_after_a_warm_up_the_systems_take_turns(lab: Lab, quiet: Tell) -> None:
 def test_a_system_that_cannot_has_a_reason_in_its_row(lab: Lab, quiet: Tell) -> None:
     systems = [Noted("base", []), Noted("ours", [], reason="has no legs")]
     (base, ours) = rows(list(measure(lab, [WORKLOAD], systems, 1, quiet)), ["base", "ours"])
-    assert (base["reason"], base["tokens_per_s"]) == (None, 10.0)
+    assert (base["reason"], base["tokens_per_s"]) == (None, 32.0)
     assert (ours["reason"], ours["tokens_per_s"], ours["spread"]) == ("has no legs", None, None)
 
 
@@ -68,13 +62,20 @@ def test_an_interrupted_run_keeps_what_there_is(lab: Lab, quiet: Tell) -> None:
     assert found["ours"]["ratio_to_base"] == 1.0
 
 
-def test_what_needs_processes_is_repeated_a_few_times_and_a_peak_once(lab: Lab, quiet: Tell) -> None:
-    for kind, turns in (("memory", 1), ("training", 3)):
-        log: list[str] = []
-        disk = Workload("w", "w", kind=kind)  # type: ignore[arg-type]
-        lab.origin = type(lab.origin)()
-        list(measure(lab, [disk], [Noted("base", log)], 9, quiet))
-        assert len(log) == turns
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_a_system_that_does_less_than_the_workload_stops_the_run(lab: Lab, quiet: Tell, kind: Kind) -> None:
+    with pytest.raises(BenchmarkError, match="ours did not say 1 x"):
+        list(measure(lab, [Workload("w", "w", kind=kind)], [Noted("ours", [], short=1)], 1, quiet))
+
+
+@pytest.mark.parametrize(("kind", "turns"), [("memory", 1), ("training", 3), ("cold", 3)])
+def test_what_needs_processes_is_repeated_a_few_times_and_a_peak_once(
+    lab: Lab, quiet: Tell, kind: Kind, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "in_process", lambda *_: lambda: Sample(1.0, megabytes=1.0))
+    lab.origin = type(lab.origin)()
+    (item,) = measure(lab, [Workload("w", "w", kind=kind)], [Noted("base", [])], 9, quiet)
+    assert len(item.samples["base"]) == turns
 
 
 def test_a_random_base_is_not_on_disk_for_other_processes(lab: Lab, quiet: Tell) -> None:

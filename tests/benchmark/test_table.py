@@ -7,10 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_rt.core.benchmark.numbers import Sample
-from lora_rt.core.benchmark.results import rows, settings
-from lora_rt.core.benchmark.session import Measured
-from lora_rt.core.benchmark.table import shown
+from lora_rt.core.benchmark.results import Measured, Sample, rows, settings
+from lora_rt.core.benchmark.table import noise, shown
 from lora_rt.core.benchmark.workloads import Workload
 
 SYSTEMS = ("base", "ours", "peft-set", "peft-trainer", "llama.cpp")
@@ -19,7 +17,7 @@ MISSING = {"llama.cpp": "llama-cpp-python is not installed"}
 
 def text_of(*items: Measured, columns: int = 100) -> str:
     document: dict[str, Any] = {
-        "machine": {"cpu": "a processor", "threads": 2, "cores": 4, "memory_gib": 8.0},
+        "machine": {"cpu": "a processor", "threads": 2, "cores": 4, "memory_gib": 8.0, "load": 0.1},
         "versions": {"torch": "2.9"},
         "base": "some/base",
         "precision": "int4",
@@ -80,3 +78,19 @@ def test_training_stands_beside_plain_peft_below_the_table() -> None:
         {"base": "trains nothing"},
     )
     assert "training steps: lora-rt 1200 tokens/s, 1.20 times PEFT Trainer (1000)" in text_of(item)
+
+
+def noise_of(seconds: list[float], others: float = 0.0) -> str:
+    item = Measured(Workload("d", "decode"), {"ours": [Sample(time, 100) for time in seconds]})
+    return noise({"machine": {"others": others}, "rows": rows([item], SYSTEMS)})
+
+
+def test_figures_that_differ_too_much_between_repeats_are_warned_of() -> None:
+    assert "1 of 1 figures spread by more than 25%" in noise_of([1.0, 2.0, 3.0])
+    assert "ours on d" in noise_of([1.0, 2.0, 3.0])
+    assert noise_of([1.0, 1.0, 1.1]) == ""
+
+
+def test_what_others_used_of_the_processor_meanwhile_is_warned_of() -> None:
+    assert noise_of([1.0, 1.0, 1.0], others=0.4) == "others used 40% of the processor meanwhile"
+    assert noise_of([1.0, 2.0, 3.0], others=0.4).endswith("relied on; others used 40% of the processor meanwhile")

@@ -7,18 +7,17 @@ import pytest
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
     QUICK,
-    SWEEP,
+    BenchmarkError,
     Workload,
-    WorkloadError,
     choose_workloads,
     resident_name,
 )
 
-BY_NAME = {workload.name: workload for workload in (*DEFAULT, *QUICK, *SWEEP)}
+BY_NAME = {workload.name: workload for workload in (*DEFAULT, *QUICK)}
 
 
 def test_no_two_workloads_share_a_name() -> None:
-    assert len(BY_NAME) == len(DEFAULT) + len(QUICK) + len(SWEEP)
+    assert len(BY_NAME) == len(DEFAULT) + len(QUICK)
 
 
 @pytest.mark.parametrize("workload", BY_NAME.values(), ids=lambda workload: workload.name)
@@ -36,16 +35,9 @@ def test_sixteen_rows_of_two_among_sixty_four_use_thirty_two_different_adapters(
     assert len(set(used)) == 32
 
 
-def test_the_sweep_is_the_whole_grid() -> None:
-    grid = {(workload.rows, workload.resident, workload.targets) for workload in SWEEP}
-    assert {rows for rows, _, _ in grid} == {1, 4, 16, 32}
-    assert {resident for _, resident, _ in grid} == {1, 2, 4, 16, 64}
-    assert len(grid) == 4 * 5 * 3
-
-
 def test_patterns_choose_and_unknown_names_are_all_refused_with_the_nearest() -> None:
     assert [workload.name for workload in choose_workloads(["row1-k*"])] == ["row1-k2", "row1-k4"]
-    with pytest.raises(WorkloadError) as caught:
+    with pytest.raises(BenchmarkError) as caught:
         choose_workloads(["row1-k2", "prefil", "nothing-like-it"])
     assert [problem for problem in caught.value.problems if "prefill" in problem]
     assert len(caught.value.problems) == 2

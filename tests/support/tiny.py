@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rt.core.base.byte_tokenizer import byte_tokenizer
 from lora_rt.core.base.load import load_base
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.manager import ModeHost, load_modes
@@ -47,17 +48,7 @@ MLP: Mapping[str, Sequence[str]] = {
 
 def save_tokenizer(folder: Path, *, chat: bool = True) -> None:
     """A tokenizer whose tokens are bytes, and eight special ones."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
+    fast = byte_tokenizer(SPECIAL, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
     if chat:
         fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)

@@ -1,1 +1,0 @@
-"""The systems that are compared: one file each, one small interface (`lora_rt.core.benchmark.systems.system`)."""
