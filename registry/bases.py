@@ -67,9 +67,15 @@ def base_problems(stated: BaseIdentity | None, configured: str | None, base: Bas
     if not said.contradicts(base):
         return []
     where = "its configuration states the base" if stated is None else "it was made for the base"
-    both = said.id == base.id and said.digest and base.digest
-    mine, used = (f" of {said.digest[:12]}", f" of {base.digest[:12]}") if both else ("", "")
+    mine, used = digests_apart(said, base)
     return [f"{where} {shown(said.id)}{mine}, in use is {shown(base.id)}{used}; {ANYWAY}"]
+
+
+def digests_apart(one: BaseIdentity, other: BaseIdentity) -> tuple[str, str]:
+    """What to say behind the names of two bases that have the same name, so that they differ; else nothing."""
+    if one.id != other.id or not (one.digest and other.digest):
+        return "", ""
+    return f" of {one.digest[:12]}", f" of {other.digest[:12]}"
 
 
 def model_name(base_id: str) -> str:

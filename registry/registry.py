@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.errors import LoraRtError
-from lora_rt.registry.bases import ANYWAY, BaseIdentity, use_base
+from lora_rt.registry.bases import ANYWAY, BaseIdentity, digests_apart, use_base
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
 from lora_rt.registry.paths import at_path, read_path
@@ -231,8 +231,10 @@ def _revision_fits(item: Resolved, revision: str | None) -> bool:
 
 
 def _wrong_base(reference: Reference, base: BaseIdentity, seen: Sequence[Resolved]) -> WrongBaseError:
-    bases = sorted({item.card.base.id for item in seen if item.card})
+    bases = sorted({item.card.base for item in seen if item.card}, key=lambda one: one.id)
+    apart = [digests_apart(one, base) for one in bases]
+    named = ", ".join(f"{one.id}{mine}" for one, (mine, _) in zip(bases, apart, strict=True))
     return WrongBaseError(
-        f"{reference.text!r} is for {', '.join(bases)}, in use is {base.id}",
-        next_step=f"{use_base(bases[0])}; {ANYWAY}",
+        f"{reference.text!r} is for {named}, in use is {base.id}{max(used for _, used in apart)}",
+        next_step=f"{use_base(bases[0].id)}; {ANYWAY}",
     )

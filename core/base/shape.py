@@ -68,9 +68,9 @@ class ForwardPass:
 
 
 def heads_of(config: Any) -> Heads:
-    """The heads of a transformers configuration."""
+    """The heads of a transformers configuration; a model without attention (Mamba, RWKV) is one head as wide as it."""
     text = config.get_text_config()
-    queries = int(text.num_attention_heads)
+    queries = int(getattr(text, "num_attention_heads", None) or 1)
     keys = int(getattr(text, "num_key_value_heads", None) or queries)
     return Heads(queries, keys, int(getattr(text, "head_dim", None) or text.hidden_size // queries))
 

@@ -40,8 +40,10 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises SamplingError with everything that is out of range."""
-        problems = []
+        """Raises SamplingError with everything that is not a number or out of range."""
+        problems = self._not_numbers()
+        if problems:
+            raise SamplingError("; ".join(problems), problems=problems, next_step="See: lora-rt compose --help")
         if self.temperature is not None and not 0 <= self.temperature < 100:
             problems.append(f"temperature is {self.temperature}; it must be from 0 (greedy) to below 100")
         if not 0 < self.top_p <= 1:
@@ -49,7 +51,9 @@ class Sampling:
         if self.top_k < 0:
             problems.append(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.repetition_penalty < 100:
-            problems.append(f"repetition_penalty is {self.repetition_penalty}; it must be above 0, and 1 is off")
+            problems.append(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and below 100, and 1 is off"
+            )
         if self.max_new_tokens < 1:
             problems.append(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 <= self.min_new_tokens <= max(self.max_new_tokens, 0):
@@ -58,6 +62,17 @@ class Sampling:
             problems.append(f"stop is {self.stop!r}; it must be a list of texts")
         if problems:
             raise SamplingError("; ".join(problems), problems=problems, next_step="See: lora-rt compose --help")
+
+    def _not_numbers(self) -> list[str]:
+        problems = []
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not (hasattr(value, "__float__") or (name == "temperature" and value is None)):
+                problems.append(f"{name} is {value!r}; it must be a number")
+        for name in ("top_k", "max_new_tokens", "min_new_tokens"):
+            if _whole(getattr(self, name)) is None:
+                problems.append(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+        return problems
 
     @property
     def greedy(self) -> bool:

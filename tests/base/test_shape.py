@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoConfig
 
 from lora_rt.core.base.shape import ForwardPass, Heads, blocks_of, context_of, heads_of, pad_left, pad_right
 from support.tiny import ARCHITECTURES, Zoo, config_of, random_model, some_ids
@@ -61,3 +62,8 @@ def test_the_context_is_what_rope_scaling_gives(rope: dict[str, object] | None, 
     given = {} if rope is None else {"rope_scaling": rope}
     assert context_of(LlamaConfig(max_position_embeddings=4096, **given)) == context
     assert context_of(BloomConfig()) == sys.maxsize
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_a_model_without_attention_has_one_head_as_wide_as_itself(kind: str) -> None:
+    assert heads_of(AutoConfig.for_model(kind, hidden_size=32)) == Heads(1, 1, 32)

@@ -178,3 +178,14 @@ def test_seeds_are_one_for_all_or_one_per_row() -> None:
 def test_what_is_no_seed_is_refused(seed: object) -> None:
     with pytest.raises(SamplingError, match="is not a seed"):
         seeds_per_row([seed], 1)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty", "top_k", "max_new_tokens"])
+@pytest.mark.parametrize("value", ["8", [8], b"8"])
+def test_what_is_no_number_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(SamplingError, match=f"{name} is .*number"):
+        Sampling(**{name: value}).check()
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    Sampling(np.float32(0.5), np.float64(0.9), np.int64(3), np.float32(1.1), np.int64(8), np.int64(0)).check()

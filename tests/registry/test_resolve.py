@@ -96,6 +96,9 @@ def test_a_mismatch_says_which_bases_exist(registry: Registry) -> None:
     _publish(registry, "reason", QWEN, 2)
     with pytest.raises(WrongBaseError, match="'reason' is for org/qwen, org/smol, in use is org/other"):
         registry.resolve("reason", BaseIdentity("org/other", None, ""))
+    with pytest.raises(WrongBaseError, match="in use is org/smol of ffff") as error:
+        registry.resolve("reason", BaseIdentity(SMOL.id, None, "ffff"))
+    assert f"{SMOL.id} of {SMOL.digest}" in error.value.message
 
 
 def test_a_shipped_adapter_for_this_base_is_found_behind_an_installed_one_for_another(
