@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from lora_rt.core.base.progress import step
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.plugin_commands import subcommands_of
@@ -14,7 +17,7 @@ from lora_rt.core.cli.wrapping import WordWrap
 from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
-    from lora_rt.core.runtime import Runtime
+    from lora_rt.core.runtime import Runtime, TextStream
 
 
 def answer(request: ComposeRequest, *, as_json: bool) -> None:
@@ -28,15 +31,31 @@ def answer(request: ComposeRequest, *, as_json: bool) -> None:
     speak(runtime, request, request.prompt)
 
 
-def speak(runtime: Runtime, request: ComposeRequest, prompt: Any) -> str:
-    """Stream an answer to standard output and return it."""
+def speak(
+    runtime: Runtime, request: ComposeRequest, prompt: Any, between: Callable[[TextStream], str] | None = None
+) -> str:
+    """Stream an answer to standard output and return it.
+
+    Args:
+        between: is called after each piece; what it returns is a note to show on lines of its own.
+    """
     pieces = []
-    wrap = WordWrap(out.width if out.is_terminal else None)
-    for piece in runtime.stream(
+    width = out.width if out.is_terminal else None
+    wrap = WordWrap(width)
+    stream = runtime.stream(
         request.asked(prompt), request.composition, scene=request.scene, seed=request.seed, **request.sampling()
-    ):
-        pieces.append(piece)
-        _show(wrap.feed(harmless(piece)))
+    )
+    with contextlib.closing(stream):
+        with step("reading"):
+            piece = next(stream, "")
+        while piece:
+            pieces.append(piece)
+            _show(wrap.feed(harmless(piece)))
+            if between is not None and (note := between(stream)):
+                _show(wrap.end() + "\n")
+                wrap = WordWrap(width)
+                err.print(note, soft_wrap=not err.is_terminal)
+            piece = next(stream, "")
     _show(wrap.end() + "\n")
     return "".join(pieces)
 

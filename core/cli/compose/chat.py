@@ -12,15 +12,15 @@ from lora_rt.core.cli.compose.answer import show_terms, speak
 from lora_rt.core.cli.compose.keyboard import Keyboard
 from lora_rt.core.cli.compose.request import ComposeRequest, caution
 from lora_rt.core.cli.console import err
-from lora_rt.core.cli.failures import explain
+from lora_rt.core.cli.failures import explain, in_words
 from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import LoraRtError
 
 if TYPE_CHECKING:
-    from lora_rt.core.runtime import Runtime
+    from lora_rt.core.runtime import Runtime, TextStream
 
 _HELP = """\
-[bold]/weights emotion:0.2 logic:0.8[/]  change the weights (without terms: show them)
+[bold]/weights emotion:0.2 logic:0.8[/]  change the weights, also during an answer (alone: show them)
 [bold]/scene body[/]                     set the scene type (without a word: none)
 [bold]/seed 7[/]                         make the next answer repeatable
 [bold]/reset[/]                          forget the conversation
@@ -42,12 +42,31 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
             with self.keyboard.collecting():
-                answer = speak(self.runtime, self.request, asked)
+                answer = speak(self.runtime, self.request, asked, self._between)
         except KeyboardInterrupt:
             err.print("\n[dim](stopped)[/]")
             return
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         self.request = replace(self.request, seed=self.request.seed + 1)
+
+    def _between(self, stream: TextStream) -> str:
+        """Weights that were typed while an answer is shown hold from its next token on; a note about each."""
+        notes = []
+        for line in self.keyboard.poll():
+            word, _, spec = line.strip().partition(" ")
+            if word != "/weights" or not spec.strip():
+                continue
+            self.keyboard.withdraw(line)
+            try:
+                composition = Composition.parse(spec)
+                self.runtime.terms(composition)
+                stream.compose(composition)
+            except LoraRtError as error:
+                notes.append(in_words(error.message, error.next_step))
+                continue
+            self.request = replace(self.request, composition=composition)
+            notes.append(f"[dim]from here on: {escape(str(composition))}[/]")
+        return "\n".join(notes)
 
     def weights(self, spec: str) -> None:
         """Change the weights; the conversation goes on."""
