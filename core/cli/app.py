@@ -47,7 +47,10 @@ def run() -> None:
     silence_this_process()
     hear_notes()
     try:
-        app(prog_name="lora-rt")
+        code = app(prog_name="lora-rt", standalone_mode=False)  # what goes wrong comes here, to be said in one way
+        sys.exit(code if isinstance(code, int) else 0)
+    except SystemExit:
+        raise
     except BaseException as error:
         code = explain(error)
         if code is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib.metadata
 import os
@@ -9,12 +10,17 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import typer
 from rich.markup import escape
 
 from lora_rt.core.cli.console import err
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.terminal import harmless
+
+MISUSE: Any = typer.BadParameter.__mro__[1]
+"""What typer raises for a command line that it can't read; its own name is private."""
 
 
 def explain(error: BaseException) -> int | None:
@@ -24,7 +30,10 @@ def explain(error: BaseException) -> int | None:
     if isinstance(error, LoraRtError):
         _line(error.message, error.next_step, error.problems)
         return 2 if isinstance(error, UsageError) else 1
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, MISUSE):
+        _misused(error)
+        return 2
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
         _line("stopped", "")
         return 130
     if isinstance(error, BrokenPipeError):
@@ -38,6 +47,26 @@ def explain(error: BaseException) -> int | None:
         _line(f"{error.filename}: {error.strerror}", _about_path(str(error.filename)))
         return 1
     return None
+
+
+def _misused(error: Any) -> None:
+    """Say what is wrong with the command line, and where its help is; no command at all has been shown the help."""
+    kind, context = type(error).__name__, error.ctx
+    if kind == "NoArgsIsHelpError":
+        return
+    message = str(error.format_message()).rstrip(".")
+    if kind == "NoSuchOption":
+        options = [name for parameter in context.command.get_params(context) for name in parameter.opts]
+        near = difflib.get_close_matches(error.option_name, options, 1)
+        message = f"there is no option {error.option_name}" + (f"; did you mean {near[0]}?" if near else "")
+    elif kind == "MissingParameter" and error.param is not None:
+        message = error.param.get_error_hint().replace("'", "") + " is missing"
+    elif isinstance(error, typer.BadParameter) and error.param is not None:
+        message = f"{error.param.get_error_hint()}: {error.message}".rstrip(".").replace("'", "", 2)
+    message = message.replace("No such command", "there is no command").replace(". Did you mean", "; did you mean")
+    message = message.replace("Input should be", "it should be")  # pydantic's word for what was typed
+    command = context.command_path if context is not None else " ".join(["lora-rt", *sys.argv[1:2]])
+    _line(message if message[:2].isupper() else message[:1].lower() + message[1:], f"See: {command} --help")
 
 
 def _about_packages(error: BaseException) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from lora_rt.core.cli.failures import MISUSE
+from lora_rt.core.cli.plugin_commands import command_of, plugin_commands
 from lora_rt.core.cli.session import new_session, session
 from lora_rt.core.cli.table import COMMANDS, load
 
@@ -27,14 +30,19 @@ class CommandGroup(TyperGroup):
         ours = super().get_command(ctx, cmd_name)
         if ours is not None or (self._theirs and cmd_name in self._theirs):
             return ours or (self._theirs or {})[cmd_name]
-        from lora_rt.core.cli.plugin_commands import command_of
-
         found = command_of(session().modes, cmd_name)
         return plain(found) if found is not None else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is called, its module imported."""
-        name, command, rest = super().resolve_command(ctx, args)
+        # What is suggested where there is no such command is looked for among all of them.
+        self.suggest_commands = False
+        try:
+            name, command, rest = super().resolve_command(ctx, args)
+        except MISUSE as error:
+            near = get_close_matches(args[0], [*COMMANDS, *plugin_commands(session().modes)], 1)
+            error.message = error.message.rstrip(".") + (f". Did you mean {near[0]!r}?" if near else ".")
+            raise
         return name, plain(load(name)) if name in COMMANDS else command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -47,7 +55,6 @@ class CommandGroup(TyperGroup):
         ours = super().list_commands(ctx)
         if ctx.resilient_parsing:
             return ours
-        from lora_rt.core.cli.plugin_commands import plugin_commands
         from lora_rt.plugins.manager import load_modes
 
         found = plugin_commands(load_modes(patience=_HELP_SECONDS))

@@ -172,11 +172,14 @@ def test_every_bad_term_is_named_at_once(cli: Cli) -> None:
     assert "'b:y'" in err
 
 
-def test_an_adapter_whose_shapes_are_for_another_base_is_refused(cli: Cli, zoo: Zoo, tiny: list[str]) -> None:
-    other = str(zoo.adapter("llama", mode="output-only", changes={"hidden_size": 32, "head_dim": 8}))
+def test_an_adapter_for_another_base_is_refused_with_both_named(cli: Cli, zoo: Zoo, tiny: list[str]) -> None:
+    changes = {"hidden_size": 32, "head_dim": 8}
+    other = str(zoo.adapter("llama", mode="output-only", changes=changes))
     done = cli("compose", other, "-p", "ab", *tiny)
     assert done.code == 1
     assert "is refused" in done.err
+    own, used = zoo.base("llama", **changes).name, zoo.base("llama").name
+    assert f"it names the base {own!r}, in use is {used!r}" in done.err
 
 
 @pytest.mark.parametrize("arguments", [["-p", ""], ["-p", "  "], []])

@@ -125,3 +125,32 @@ def test_a_closed_standard_output_is_no_traceback(cli: Cli, monkeypatch: pytest.
         assert sys.stdout is not None
         sys.stdout.close()
     assert (done.code, done.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("compos emotion", "there is no command 'compos'; did you mean 'compose'? See: lora-rt --help"),
+        ("brigde compress x", "there is no command 'brigde'; did you mean 'bridge'? See: lora-rt --help"),
+        ("bridge comprss x", "there is no command 'comprss'; did you mean 'compress'? See: lora-rt bridge --help"),
+        ("nothing-like-it", "there is no command 'nothing-like-it'. See: lora-rt --help"),
+        ("list --jsn", "there is no option --jsn; did you mean --json? See: lora-rt list --help"),
+        ("compose", "SPEC is missing. See: lora-rt compose --help"),
+        ("train x", "--data is missing. See: lora-rt train --help"),
+        ("list x", "got unexpected extra argument(s) (x). See: lora-rt list --help"),
+        ("compose emotion -p", "option '-p' requires an argument. See: lora-rt compose --help"),
+        (
+            "compose emotion -p x --seed no",
+            "--seed: it should be a valid integer, unable to parse string as an integer. See: lora-rt compose --help",
+        ),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_gets_one_plain_line(cli: Cli, typed: str, said: str) -> None:
+    done = cli(*typed.split())
+    assert (done.code, done.out, done.err) == (2, "", f"error: {said}\n")
+
+
+def test_no_command_at_all_shows_the_help(cli: Cli) -> None:
+    done = cli()
+    assert (done.code, done.err) == (2, "")
+    assert "compose" in done.out
