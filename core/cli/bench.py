@@ -25,7 +25,7 @@ from lora_rt.core.benchmark.workloads import (
     refuse_unknown,
 )
 from lora_rt.core.cli import options
-from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
 from lora_rt.core.cli.session import starting
 from lora_rt.core.evaluation.plot import check_plot
 
@@ -64,11 +64,13 @@ def bench(
     if plot is not None:
         check_plot(plot)
     parse_base(base)
+    check_output()
     document, whole = _run(origin, chosen, names, repeats, threads)
     if as_json:
         print_json(document)
     else:
-        out.print(shown(document))
+        with kept_if_unprinted(document):
+            out.print(shown(document))
     _warn(noise(document))
     if plot is not None:
         from lora_rt.core.benchmark.plot import draw

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
+import stat
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from rich.console import Console
 
 out = Console(soft_wrap=False, highlight=False)
 err = Console(stderr=True, highlight=False)
+_ROOM = 1 << 20  # bytes; no table or document of ours is larger
 
 
 def compose_hint(spec: Path | str, base: str) -> str:
@@ -24,8 +30,60 @@ def compose_hint(spec: Path | str, base: str) -> str:
 
 def print_json(document: Any) -> None:
     """One JSON document and nothing else, UTF-8, not wrapped and not coloured."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
-    sys.stdout.flush()
+    with kept_if_unprinted(document):
+        sys.stdout.write(_json(document))
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+
+
+def check_output() -> None:
+    """Before work of minutes: that there is room where standard output goes, if that is a file.
+
+    Raises:
+        StorageError: its disk is full.
+    """
+    try:
+        output = sys.stdout.fileno()
+        if not stat.S_ISREG(os.fstat(output).st_mode) or not hasattr(os, "fstatvfs"):
+            return
+        disk = os.fstatvfs(output)
+    except (OSError, ValueError):  # it is closed, or a program's own
+        return
+    if disk.f_bavail * disk.f_frsize < _ROOM:
+        from lora_rt.registry.errors import StorageError
+
+        raise StorageError("the disk is full that the results are to be written to", next_step="Free some space")
+
+
+@contextmanager
+def kept_if_unprinted(document: Any) -> Iterator[None]:
+    """Within the block results are printed. What took minutes is not lost where they can't be: it goes into a file.
+
+    Raises:
+        StorageError: standard output can't be written; it says where the document is.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from lora_rt.registry.errors import StorageError
+
+        drop_output()
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="lora-rt-", suffix=".json", delete=False
+        ) as file:
+            file.write(_json(document))
+        text = f"the results can't be printed: {error.strerror or error}"
+        raise StorageError(text, next_step=f"They are kept in {file.name}") from error
+
+
+def drop_output() -> None:
+    """Let what is still to be printed go nowhere: Python would fail on it once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Notes(logging.Handler):

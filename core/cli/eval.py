@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import look_up
-from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.evaluation.plot import check_plot
 from lora_rt.core.training.data import read_pairs
@@ -57,6 +57,7 @@ def evaluate(
         look_up(composition, base)
     text = options.text_format(template_var, special_tokens)
     examples = _read(data)
+    check_output()
     matrix = _measure(specs, examples, base, precision, device, text)
     # A picture that can't be written after all must not take the figures with it.
     if as_json:
@@ -64,7 +65,8 @@ def evaluate(
     else:
         from lora_rt.core.evaluation.table import matrix_table
 
-        out.print(matrix_table(matrix))
+        with kept_if_unprinted(matrix.document()):
+            out.print(matrix_table(matrix))
     if plot is not None:
         from lora_rt.core.evaluation.plot import plot_matrix
 

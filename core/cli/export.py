@@ -16,6 +16,7 @@ from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import compose_hint, err, out, print_json
 from lora_rt.core.cli.session import session, starting
 from lora_rt.registry import home
+from lora_rt.registry.durable import check_new_folder
 
 if TYPE_CHECKING:
     from lora_rt.core.export.run import Exported
@@ -58,6 +59,7 @@ def export(
 ) -> None:
     """Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model."""
     composition = options.composition_of(specs)
+    check_new_folder(folder)
     look_up(composition, base)
     with starting():
         import torch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib.metadata
-import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from lora_rt.core.cli.console import err
+from lora_rt.core.cli.console import drop_output, err
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.terminal import harmless
 
@@ -38,7 +37,7 @@ def explain(error: BaseException) -> int | None:
         return 130
     if isinstance(error, BrokenPipeError):
         # The reader of our output left (`| head`): no message, and no second failure when Python flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         _line(f"no room on the disk for {error.filename or 'what was being written'}", "Free some space and try again")

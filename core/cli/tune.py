@@ -13,7 +13,7 @@ from rich.table import Table
 from lora_rt.core.base.precision import check_device, check_precision
 from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import look_up
-from lora_rt.core.cli.console import compose_hint, err, out, print_json
+from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.training.data import read_pairs
 from lora_rt.core.tuning.settings import (
@@ -70,6 +70,7 @@ def tune(
     else:
         check_composition_place(name, registry)
     look_up(composition, base)
+    check_output()
     fields = ("scene", "text", "scene_type") if per == "scene" else ("scene", "text")
     read_pairs(data, fields, chats=True)
     text = options.text_format(template_var, special_tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_rt.errors import LoraRtError
+from lora_rt.registry.durable import check_writable
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
@@ -28,6 +29,7 @@ def check_plot(path: Path, option: str = "--plot") -> None:
 
     Raises:
         PlotError: matplotlib is not installed, or the path can't be written.
+        StorageError: its folder takes no file.
     """
     if find_spec("matplotlib") is None:
         raise PlotError(f"{option} needs matplotlib", next_step="Install it with: pip install 'lora-rt[plot]'")
@@ -35,6 +37,11 @@ def check_plot(path: Path, option: str = "--plot") -> None:
         raise PlotError(f"{path} can't be written", next_step="Give a path that ends in .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():
         raise PlotError(f"{path} can't be written: there is no folder {path.parent}", next_step="Make the folder first")
+    if path.is_dir():
+        raise PlotError(
+            f"{path} can't be written: it is a folder", next_step=f"Give a file, as in {path / 'matrix.png'}"
+        )
+    check_writable(path.absolute().parent)
 
 
 def canvas() -> Any:

@@ -66,7 +66,7 @@ class Exported:
 def export(
     composition: Composition | str,
     to: Format,
-    out: Path,
+    out: str | Path,
     *,
     base: str = "default",
     dtype: torch.dtype | None = None,
@@ -91,6 +91,8 @@ def export(
     """
     given = Composition.parse(composition) if isinstance(composition, str) else composition
     host = modes or load_modes()
+    out = Path(out)
+    durable.check_new_folder(out)
     with durable.new_folder(out) as folder:
         shape = outline(base)
         if to == "gguf":

@@ -120,8 +120,11 @@ def test_lines_are_never_written_over_a_file(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     write_lines(file, [DOCUMENT])
     assert "тишинажарвход" in file.read_text(encoding="utf-8")
-    with pytest.raises(BridgeError, match="is there already"):
-        write_lines(file, [DOCUMENT])
+    with pytest.raises(BridgeError, match="is there already") as caught:
+        write_lines(file, [DOCUMENT, DOCUMENT])
+    kept = Path(caught.value.next_step.rpartition(" ")[2])
+    assert len(kept.read_text(encoding="utf-8").splitlines()) == 2, "what was computed is not lost"
+    kept.unlink()
 
 
 def test_nothing_goes_onward_as_nothing(bridge: HyperBridge) -> None:

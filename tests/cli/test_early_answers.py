@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,13 @@ def data(tmp_path: Path) -> Path:
         (["compose", "emotion", "-p", "ab", "--base", "./nowhere"], 1, "./nowhere"),
         (["explain", "emotion:x", "-p", "ab"], 2, "'x' is not a number"),
         (["export", "nobody", "-o", "out"], 1, "there is no adapter 'nobody'"),
+        (["export", "emotion", "-o", "GOOD"], 1, "is there and not empty"),
+        (["export", "emotion", "-o", "GOOD/below"], 1, "good.jsonl: Not a directory"),
+        (["eval", "emotion", "--data", "x=GOOD", "--plot", "FOLDER"], 1, "it is a folder"),
+        (["bench", "--quick", "--plot", "FOLDER"], 1, "it is a folder"),
+        (["bridge", "cycle", "--texts", "GOOD", "--out", "GOOD"], 1, "is there already"),
+        (["bridge", "cycle", "--texts", "GOOD", "--out", "nowhere/x.jsonl"], 1, "nowhere/x.jsonl can't be written"),
+        (["bridge", "cycle", "--out", "new.jsonl"], 1, "there are neither texts nor scenes"),
         (["plan", "--base", "./nowhere"], 1, "./nowhere"),
         (["bench", "--systems", "nonsense"], 2, "nonsense"),
     ],
@@ -78,7 +86,10 @@ def test_a_mistake_is_answered_before_torch_is_imported(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"scene": "a", "text": "b"}\n{\n')
-    given = [word.replace("BAD", str(bad)).replace("GOOD", str(data)) for word in arguments]
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    places = {"BAD": bad, "GOOD": data, "FOLDER": folder}
+    given = [re.sub("BAD|GOOD|FOLDER", lambda found: str(places[found[0]]), word) for word in arguments]
     found, err, heavy = heavy_after(given)
     assert (found, heavy) == (code, set())
     assert named in err

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lora_rt.core.cli.console import check_output
+from lora_rt.errors import LoraRtError
 from support.cli import Cli
 from support.plugins import torn_package
 from support.tiny import Zoo
@@ -154,3 +159,30 @@ def test_no_command_at_all_shows_the_help(cli: Cli) -> None:
     done = cli()
     assert (done.code, done.err) == (2, "")
     assert "compose" in done.out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("kind", [["--json"], []])
+def test_results_that_can_not_be_printed_are_kept_and_the_error_says_where(
+    kind: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [sys.executable, "-m", "lora_rt", "bench", "--random-base", "tiny", "--precision", "float32"]
+    command += ["--device", "cpu", "--repeats", "1", "--workloads", "quick-row1", "--systems", "base,ours", *kind]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "the results can't be printed: No space left on device" in done.stderr) == (1, True)
+    (kept,) = tmp_path.glob("lora-rt-*.json")
+    assert f"They are kept in {kept}" in done.stderr
+    assert json.loads(kept.read_text())["rows"]
+
+
+def test_a_full_disk_is_told_before_the_results_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr(os, "fstatvfs", lambda _output: room)
+    with (tmp_path / "results.json").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with pytest.raises(LoraRtError, match="the disk is full"):
+            check_output()
+        room.f_bavail = 1000
+        check_output()

@@ -126,11 +126,13 @@ class Commands:
         device: Device = "auto",
     ) -> None:
         """Give unpaired texts and scenes a partner, to train on beside the pairs (`train --mode bridge`)."""
+        from lora_rt.plugins.modes.bridge.cycle import check_items, check_new_file, cycle_pairs, write_lines
+
+        check_new_file(out)
         lone_texts = self._field(texts, "text") or []
         lone_scenes = self._field(scenes, "scene") or []
+        check_items(lone_texts, lone_scenes)
         bridge = self._bridge(adapter, base, precision, device)
-        from lora_rt.plugins.modes.bridge.cycle import cycle_pairs, write_lines
-
         lines = cycle_pairs(bridge, lone_texts, lone_scenes)
         write_lines(out, lines)
         typer.echo(f"{len(lines)} lines in {out}", err=True)
