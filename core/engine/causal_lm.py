@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.shape import ForwardPass, context_of
+from lora_rt.core.base.upstream import keeps_a_state
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
 
@@ -86,7 +87,7 @@ class CausalLM:
 
         if self._cache_name is None or "use_cache" not in self._takes:
             return "none"
-        usual = self._cache_name == _CACHES[0] and not getattr(self.model, "_is_stateful", False)
+        usual = self._cache_name == _CACHES[0] and not keeps_a_state(self.model)
         try:
             kinds = {type(layer) for layer in self.new_cache().layers}
         except (AttributeError, KeyError, TypeError, ValueError):

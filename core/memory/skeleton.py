@@ -22,12 +22,11 @@ from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repackin
 from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
 from lora_rt.core.memory.config import PlanError
-from lora_rt.core.memory.upstream import quantize_layers, storage_key
+from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, own_tensors, quantize_layers, storage_key
 
 Device = Literal["cpu", "cuda"]
 TRACED = (2, 3)
 """A model whose blocks are alike is run with so many of them: the first, the last, and one in between."""
-_NESTED_BLOCK = 256  # bitsandbytes quantizes the scales of 4-bit weights in blocks of this many
 
 
 def skeleton(config: Any, precision: Precision) -> Any:
@@ -92,16 +91,14 @@ def materialise(model: Any, device: Device, *, for_training: bool = False) -> No
     """
     fakes: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        parameters, buffers = own_tensors(module)
+        for name, parameter in parameters.items():
             if parameter is not None:
-                module._parameters[name] = fakes.setdefault(id(parameter), _fake(module, name, parameter))
-        for name, buffer in module._buffers.items():
+                parameters[name] = fakes.setdefault(id(parameter), _fake(module, name, parameter))
+        for name, buffer in buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        if hasattr(module, "init_8bit_state"):
-            module.state.CB, module.state.SCB = module.weight.data, torch.empty(module.out_features)
-            module.weight.CB = module.weight.SCB = None
-            module.state.threshold = 0.0  # how many columns are outliers depends on the data; they are few
+                buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        empty_8bit_state(module)
     forbid_uneven_repacking(model)
     if for_training or device != "cpu":
         forbid_repacking(model)
@@ -109,40 +106,8 @@ def materialise(model: Any, device: Device, *, for_training: bool = False) -> No
 
 def _fake(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
     if name == "weight" and type(parameter).__name__ == "Params4bit":
-        return _fake_4bit(module, parameter)
+        return empty_4bit(module, parameter)
     return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
-
-
-def _fake_4bit(module: Any, parameter: Any) -> nn.Parameter:
-    """Two weights in a byte, a scale of one byte for each block, and the scales of the scales in float32."""
-    from bitsandbytes.functional import QuantState
-
-    shape = torch.Size((module.out_features, module.in_features))
-    blocks = -(-shape.numel() // parameter.blocksize)
-    nested = QuantState(
-        absmax=torch.empty(-(-blocks // _NESTED_BLOCK)),
-        blocksize=_NESTED_BLOCK,
-        code=torch.empty(256),
-        dtype=torch.float32,
-    )
-    weight = nn.Parameter(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-    attributes = {
-        "compress_statistics": parameter.compress_statistics,
-        "quant_type": parameter.quant_type,
-        "quant_state": QuantState(
-            absmax=torch.empty(blocks, dtype=torch.uint8),
-            shape=shape,
-            code=torch.empty(16),
-            blocksize=parameter.blocksize,
-            quant_type=parameter.quant_type,
-            dtype=module.compute_dtype,
-            offset=torch.empty(()),
-            state2=nested,
-        ),
-    }
-    for name, value in attributes.items():
-        setattr(weight, name, value)
-    return weight
 
 
 def resident(model: nn.Module) -> Iterator[Tensor]:

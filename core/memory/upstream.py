@@ -4,18 +4,33 @@ FakeTensorMode      tensors without memory that say which device they are on (wh
 TorchDispatchMode   told of every operation and its results
 storage_key         the same number for all tensors over one storage, for as long as it lives
 quantize_layers     transformers' own replacement of layers, without weights
+own_tensors         the dictionaries in which a torch module keeps its parameters and buffers
+empty_4bit          bitsandbytes' QuantState beside a 4-bit weight: which tensors it has, and of what sizes
+empty_8bit_state    where an 8-bit layer of bitsandbytes has its weight and scales between two forward passes
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "quantize_layers", "storage_key", "tree_iter"]
+__all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "empty_4bit",
+    "empty_8bit_state",
+    "own_tensors",
+    "quantize_layers",
+    "storage_key",
+    "tree_iter",
+]
+
+_NESTED_BLOCK = 256  # bitsandbytes quantizes the scales of 4-bit weights in blocks of this many
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -30,3 +45,51 @@ def quantize_layers(model: Any, how: Any) -> None:
     quantizer = AutoHfQuantizer.from_config(how, pre_quantized=True)
     quantizer.preprocess_model(model, device_map=None)
     quantizer.postprocess_model(model)
+
+
+def own_tensors(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]:
+    """A module's own parameters and buffers by name; what is put in there is the module's."""
+    return module._parameters, module._buffers
+
+
+def empty_4bit(module: Any, parameter: Any) -> nn.Parameter:
+    """What bitsandbytes keeps of a 4-bit weight, with nothing in it, in place of a parameter of the meta device.
+
+    Two weights in a byte, a scale of one byte for each block, and the scales of the scales in float32.
+    """
+    from bitsandbytes.functional import QuantState
+
+    shape = torch.Size((module.out_features, module.in_features))
+    blocks = -(-shape.numel() // parameter.blocksize)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // _NESTED_BLOCK)),
+        blocksize=_NESTED_BLOCK,
+        code=torch.empty(256),
+        dtype=torch.float32,
+    )
+    weight = nn.Parameter(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+    attributes = {
+        "compress_statistics": parameter.compress_statistics,
+        "quant_type": parameter.quant_type,
+        "quant_state": QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8),
+            shape=shape,
+            code=torch.empty(16),
+            blocksize=parameter.blocksize,
+            quant_type=parameter.quant_type,
+            dtype=module.compute_dtype,
+            offset=torch.empty(()),
+            state2=nested,
+        ),
+    }
+    for name, value in attributes.items():
+        setattr(weight, name, value)
+    return weight
+
+
+def empty_8bit_state(module: Any) -> None:
+    """Let an 8-bit layer of bitsandbytes look as after its first forward pass; other modules stay as they are."""
+    if hasattr(module, "init_8bit_state"):
+        module.state.CB, module.state.SCB = module.weight.data, torch.empty(module.out_features)
+        module.weight.CB = module.weight.SCB = None
+        module.state.threshold = 0.0  # how many columns are outliers depends on the data; they are few

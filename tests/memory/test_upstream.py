@@ -1,4 +1,4 @@
-"""Facts about torch and transformers that the estimate stands on. A failure here names what an upgrade changed."""
+"""Facts about torch, transformers and bitsandbytes that the estimate stands on; a failure says which one changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from lora_rt.core.base.precision import quantization_config
-from lora_rt.core.memory.upstream import FakeTensorMode, TorchDispatchMode, quantize_layers, storage_key
+from lora_rt.core.memory.upstream import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    empty_4bit,
+    empty_8bit_state,
+    own_tensors,
+    quantize_layers,
+    storage_key,
+)
 from support.tiny import config_of
 
 
@@ -59,3 +67,44 @@ def test_layers_are_replaced_without_weights() -> None:
     quantize_layers(model, quantization_config("int4"))
     kinds = {type(m).__module__.split(".")[0] for m in model.model.modules() if isinstance(m, nn.Linear)}
     assert kinds == {"bitsandbytes"}
+
+
+def test_what_is_put_among_a_modules_own_tensors_is_the_modules() -> None:
+    module = nn.BatchNorm1d(2)
+    parameters, buffers = own_tensors(module)
+    parameters["weight"] = nn.Parameter(torch.full((2,), 7.0))
+    buffers["running_mean"] = torch.full((2,), 5.0)
+    assert (module.weight.tolist(), dict(module.named_buffers())["running_mean"].tolist()) == ([7, 7], [5, 5])
+
+
+def kept(state: object) -> dict[str, tuple[torch.dtype, int]]:
+    """Name -> dtype and number of values of every tensor that a QuantState keeps, those of its scales too."""
+    found = {}
+    for level in (state, getattr(state, "state2", None)):
+        for name, value in vars(level).items():
+            if isinstance(value, torch.Tensor):
+                found[f"{'nested ' * (level is not state)}{name}"] = (value.dtype, value.numel())
+    return found
+
+
+def test_an_empty_4bit_weight_keeps_what_a_quantized_one_keeps() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(320, 192, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
+    real = layer.to("cpu").weight
+    empty = empty_4bit(layer, real)
+    assert (empty.dtype, empty.shape) == (real.dtype, real.shape)
+    assert kept(empty.quant_state) == kept(real.quant_state)  # type: ignore[attr-defined]
+
+
+def test_an_8bit_layer_has_its_weight_and_scales_where_the_estimate_puts_them() -> None:
+    from bitsandbytes.nn import Linear8bitLt
+
+    layers = [Linear8bitLt(64, 32, bias=False, has_fp16_weights=False).to("cpu").eval() for _ in range(2)]
+    with torch.no_grad():
+        layers[0](torch.ones(1, 64, dtype=torch.float16))
+    empty_8bit_state(layers[1])
+    real, empty = ([layer.state.CB, layer.state.SCB] for layer in layers)
+    assert [(x.dtype, x.shape) for x in real] == [(x.dtype, x.shape) for x in empty]
+    assert layers[0].weight.CB is None
+    assert layers[0].weight.SCB is None
