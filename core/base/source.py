@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,12 @@ def parse_base(text: str) -> BaseSource:
     """
     if text == DEFAULT:
         return BaseSource("default", text)
-    path = Path(text).expanduser()
+    # Of os.path, since these take names that are too long, or of users who are not there, for names of nothing.
+    path = Path(os.path.expanduser(text))
     looks_local = text.startswith(("./", "../", "/", "~")) or text.endswith(".gguf")
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(text, path.resolve())
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
             raise BaseError(
                 f"{text} is a file but not a GGUF file",
@@ -49,12 +51,12 @@ def parse_base(text: str) -> BaseSource:
         return BaseSource("gguf", text, path.resolve())
     if looks_local:
         raise BaseError(
-            f"there is no base model at {text}", next_step="Give a folder with a config.json, or a .gguf file"
+            f"there is no base model at {text[:200]}", next_step="Give a folder with a config.json, or a .gguf file"
         )
     name, _, revision = text.partition("@")
     if not _HUB_ID.fullmatch(name) or text.endswith("@"):
         raise BaseError(
-            f"{text!r} is not a base model",
+            f"{text[:200]!r} is not a base model",
             next_step='Use "default", a folder, a .gguf file or a hub id such as Qwen/Qwen2.5-7B-Instruct[@revision]',
         )
     return BaseSource("hub", name, revision=revision or None)

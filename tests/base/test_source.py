@@ -27,7 +27,21 @@ def test_each_form_of_a_base_is_recognised(tmp_path: Path, zoo: Zoo) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["./nowhere", "/nowhere/at/all", "nowhere.gguf", "~/nowhere-at-all", "a/b/c", "", "a b", "gpt2@", "../x"]
+    "text",
+    [
+        "./nowhere",
+        "/nowhere/at/all",
+        "nowhere.gguf",
+        "~/nowhere-at-all",
+        "a/b/c",
+        "",
+        "a b",
+        "gpt2@",
+        "../x",
+        "~nobody-here/x",
+        "./" + "a" * 5000,
+        "./a\0b",
+    ],
 )
 def test_what_is_no_base_is_refused_with_a_next_step(text: str) -> None:
     with pytest.raises(BaseError) as caught:
