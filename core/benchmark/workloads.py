@@ -140,7 +140,7 @@ DEFAULT = (
     Workload("row1-k4", "decode 1 row, 4 active"),
     Workload("rows16-single", "decode 16 rows, one adapter each", rows=16, active=1, distinct=True, weighted=False),
     Workload("rows16-mixes", "decode 16 rows, 16 compositions", rows=16, distinct=True),
-    Workload("rows16-sampled", "the same, sampled", rows=16, distinct=True, sampled=True),
+    Workload("rows16-sampled", "decode 16 compositions, sampled", rows=16, distinct=True, sampled=True),
     Workload("rows16-k64", "decode 16 rows, 2 of 64 each", rows=16, resident=64, active=2, distinct=True),
     Workload("prefill", "prefill 4 x 512 tokens, 4 active", kind="prefill", rows=4, prompt_tokens=512),
     Workload("change-weights", "new weights, 4 active", kind="change"),
