@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import dataclasses
+import platform
+from importlib import metadata
+from typing import Annotated, Literal
 
 import typer
+from rich.text import Text
 
+from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.options import Json
-
-if TYPE_CHECKING:
-    from lora_rt.plugins.manager import PluginRecord
-    from lora_rt.registry.health import Check
+from lora_rt.core.cli.plugin_commands import examined_modes
+from lora_rt.core.cli.session import session, starting
+from lora_rt.core.cli.wrapping import show_table
+from lora_rt.plugins.manager import PluginRecord
+from lora_rt.plugins.manager.finding import NAMELESS
+from lora_rt.registry.health import Check, registry_checks
+from lora_rt.version import __version__
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "huggingface_hub", "safetensors", "gguf")
 
@@ -20,43 +28,23 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look at versions, devices, the home, bases, plugins, adapters and left-overs."""
-    import dataclasses
-
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.cli.plugin_commands import examined_modes
-    from lora_rt.registry.health import registry_checks
-    from lora_rt.registry.registry import Registry
-
     modes = examined_modes()
-    registry = Registry(sources=modes.sources())
-    checks = [*_versions(), *_devices(), *registry_checks(registry, clean=clean), *_plugins(modes.records)]
+    checks = [*_versions(), *_devices(), *registry_checks(session().registry, clean=clean), *_plugins(modes.records)]
     if as_json:
         print_json([dataclasses.asdict(check) for check in checks])
     else:
-        _print(checks, out)
+        _print(checks)
     if any(check.status == "broken" for check in checks):
         raise typer.Exit(1)
 
 
-def _print(checks: list[Check], out: object) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from lora_rt.core.cli.wrapping import show_table
-
-    assert isinstance(out, Console)
+def _print(checks: list[Check]) -> None:
     colours = {"ok": "green", "note": "yellow", "broken": "red"}
     rows = [(check.name, Text(check.status, style=colours[check.status]), check.detail, check.todo) for check in checks]
     show_table(out, ("what", "status", "found", "what to do"), rows)
 
 
 def _versions() -> list[Check]:
-    import platform
-    from importlib import metadata
-
-    from lora_rt.registry.health import Check
-    from lora_rt.version import __version__
-
     checks = [Check("lora-rt", "ok", f"{__version__}, Python {platform.python_version()}")]
     for package in PACKAGES:
         try:
@@ -67,9 +55,8 @@ def _versions() -> list[Check]:
 
 
 def _devices() -> list[Check]:
-    import torch
-
-    from lora_rt.registry.health import Check
+    with starting():
+        import torch
 
     checks = [Check("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
     if not torch.cuda.is_available():
@@ -84,9 +71,6 @@ def _devices() -> list[Check]:
 
 
 def _plugins(records: list[PluginRecord]) -> list[Check]:
-    from lora_rt.plugins.manager.finding import NAMELESS
-    from lora_rt.registry.health import Check
-
     checks = []
     for record in records:
         if record.name == NAMELESS:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from lora_rt.core.cli.pip import Brought
+from lora_rt.core.cli import pip
+from lora_rt.core.cli.console import out
+from lora_rt.core.cli.pip import Brought
 
 # What is not ours goes to pip as it is: `lora-rt install --upgrade PACKAGE`, `--index-url URL`, `--editable FOLDER`.
 SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -21,8 +23,6 @@ def install(
     ],
 ) -> None:
     """Install plugin packages with pip, and say which modes and adapters they brought."""
-    from lora_rt.core.cli import pip
-
     before = pip.brought()
     changed = pip.install(packages)
     after = pip.brought()
@@ -38,11 +38,6 @@ def _names(arguments: list[str]) -> list[str]:
 
 
 def _report(things: list[Brought], packages: list[str]) -> None:
-    from rich.text import Text
-
-    from lora_rt.core.cli import pip
-    from lora_rt.core.cli.console import out
-
     if not things:
         raise pip.PipError(
             f"pip has installed {' '.join(packages)}, which brings no mode and no adapter",

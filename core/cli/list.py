@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json
-
-if TYPE_CHECKING:
-    from lora_rt.registry.registry import Registry
-    from lora_rt.registry.resolved import Resolved
+from lora_rt.core.cli.session import session
+from lora_rt.core.cli.wrapping import show_table
+from lora_rt.registry.errors import StoreError
+from lora_rt.registry.registry import Registry
 
 
 def list_adapters(as_json: Json = False) -> None:
     """List the adapters that can be used by name."""
-    from lora_rt.core.cli.console import err, out, print_json
-    from lora_rt.registry.registry import Registry
-
-    registry = Registry()
-    items = registry.installed()
+    registry = session().registry
     rows = [
         {
             "name": item.name,
@@ -28,7 +23,7 @@ def list_adapters(as_json: Json = False) -> None:
             "revision": item.revision,
             "sha256": item.sha256,
         }
-        for item in items
+        for item in registry.installed()
     ]
     compositions = [_composition_row(registry, name) for name in registry.compositions.names()]
     compositions += [_damaged_row(item.name) for item in registry.store.records.damaged()]
@@ -38,24 +33,13 @@ def list_adapters(as_json: Json = False) -> None:
     if not rows + compositions:
         err.print("no adapters yet; pull one (lora-rt search) or train one (lora-rt train)")
         return
-    from lora_rt.core.cli.wrapping import show_table
-
-    short = [{**row, **_shortened(item)} for row, item in zip(rows, items, strict=True)]
-    short += [{**row, "sha256": (row["sha256"] or "")[:12]} for row in compositions]
-    shown = [column for column in short[0] if any(row[column] for row in short)]
-    show_table(out, shown, [[row[column] or "" for column in shown] for row in short])
-
-
-def _shortened(item: Resolved) -> dict[str, str]:
-    """What a terminal has no room for in full; `--json` and `show` have it."""
-    base = item.card.base.id if item.card else ""
-    return {"base": base.rpartition("/")[2], "revision": (item.revision or "")[:12], "sha256": item.sha256[:12]}
+    rows += compositions
+    shown = [column for column in rows[0] if any(row[column] for row in rows)]
+    show_table(out, shown, [[row[column] or "" for column in shown] for row in rows])
 
 
 def _composition_row(registry: Registry, name: str) -> dict[str, str | None]:
     """A named composition (`lora-rt tune`) among the adapters: it is used by name like one."""
-    from lora_rt.registry.errors import StoreError
-
     try:
         named = registry.compositions.look_up(name)
     except StoreError:

@@ -7,6 +7,13 @@ from typing import Annotated
 import typer
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.session import session
+from lora_rt.core.cli.transfer import transfer
+from lora_rt.registry.errors import ProjectError
+from lora_rt.registry.lock import read_locked_compositions
+from lora_rt.registry.project import LOCK_FILE
+from lora_rt.registry.sync import check_lock, make_lock
 
 
 def lock(
@@ -15,16 +22,7 @@ def lock(
     as_json: options.Json = False,
 ) -> None:
     """Pin every adapter of the project to a full commit and the sha256 of each file, and its compositions."""
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.cli.transfer import transfer
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.errors import ProjectError
-    from lora_rt.registry.lock import read_locked_compositions
-    from lora_rt.registry.project import LOCK_FILE
-    from lora_rt.registry.registry import Registry
-    from lora_rt.registry.sync import check_lock, make_lock
-
-    registry = Registry(sources=load_modes().sources())
+    registry = session().registry
     if check:
         problems = check_lock(registry)
         if as_json:

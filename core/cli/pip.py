@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.progress import step
 from lora_rt.errors import LoraRtError
-
-_SHOWN = 8
+from lora_rt.plugins.manager import GROUP as MODES
+from lora_rt.plugins.manager import OTHERS
+from lora_rt.registry.packages import canonical, package_of, points_of
+from lora_rt.registry.shipped import GROUP as ADAPTERS
 
 
 class PipError(LoraRtError):
@@ -33,11 +37,6 @@ class Brought:
 
 def brought() -> set[Brought]:
     """Everything that the packages that are on the disk now bring; nothing is imported."""
-    from lora_rt.plugins.manager import GROUP as MODES
-    from lora_rt.plugins.manager import OTHERS
-    from lora_rt.registry.packages import package_of, points_of
-    from lora_rt.registry.shipped import GROUP as ADAPTERS
-
     importlib.invalidate_caches()
     kinds = {"mode": MODES, "plugin": OTHERS, "adapter": ADAPTERS}
     return {
@@ -47,8 +46,6 @@ def brought() -> set[Brought]:
 
 def of_packages(things: set[Brought], packages: Sequence[str]) -> set[Brought]:
     """Those that come from these packages, however their names are spelled."""
-    from lora_rt.registry.packages import canonical
-
     wanted = {canonical(package) for package in packages}
     return {thing for thing in things if canonical(thing.package) in wanted}
 
@@ -57,11 +54,11 @@ def install(arguments: Sequence[str]) -> list[str]:
     """Run `pip install` and return the names of the packages that it installed, dependencies included.
 
     Raises:
-        PipError: pip failed; `problems` has what it says.
+        PipError: pip failed; the message has its last error.
     """
     with tempfile.TemporaryDirectory(prefix="lora-rt-") as folder:
         report = Path(folder) / "report.json"
-        _pip(["install", "--no-input", "--report", str(report), *arguments])
+        _pip("install", ["--no-input", "--report", str(report)], arguments)
         content = json.loads(report.read_text(encoding="utf-8"))
     return [str(item["metadata"]["name"]) for item in content["install"]]
 
@@ -70,9 +67,9 @@ def uninstall(packages: Sequence[str]) -> None:
     """Run `pip uninstall`.
 
     Raises:
-        PipError: pip failed; `problems` has what it says.
+        PipError: pip failed; the message has its last error.
     """
-    _pip(["uninstall", "--yes", *packages])
+    _pip("uninstall", ["--yes"], packages)
 
 
 def mode_records() -> list[dict[str, Any]]:
@@ -92,24 +89,20 @@ def mode_records() -> list[dict[str, Any]]:
     return records
 
 
-def _pip(arguments: Sequence[str]) -> None:
-    """Run pip; what it prints goes to standard error while it runs."""
-    from lora_rt.core.cli.console import err
-
+def _pip(verb: str, quietly: Sequence[str], arguments: Sequence[str]) -> None:
+    """Run pip, behind a spinner; of what it prints, its own errors are told where it fails."""
     if importlib.util.find_spec("pip") is None:
         raise PipError("this Python has no pip", next_step=f"Get it with: {sys.executable} -m ensurepip")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    lines: list[str] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        for line in process.stdout or ():
-            lines.append(line.rstrip())
-            err.print(line.rstrip(), style="dim", markup=False, soft_wrap=True)
-    if process.returncode:
-        problems = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", verb, *quietly, *arguments]
+    with step(f"pip {verb}"):
+        ended = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+        )
+    if ended.returncode:
+        lines = [line.rstrip() for line in ended.stdout.splitlines() if line.strip()]
+        # A build's own complaint stands before pip's last words, which only say that something failed.
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
         raise PipError(
-            f"pip {arguments[0]} failed (exit code {process.returncode})",
-            problems=problems[-_SHOWN:],
-            next_step="Check the name, and the network",
+            f"pip {verb} failed: {(errors or lines or ['it says nothing'])[-1]}",
+            next_step=f"See all that it says with: {shlex.join([sys.executable, '-m', 'pip', verb, *arguments])}",
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+
+from rich.text import Text
 
 from lora_rt.core.cli import options
-
-if TYPE_CHECKING:
-    from lora_rt.plugins.manager import PluginRecord
+from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.plugin_commands import examined_modes
+from lora_rt.core.cli.wrapping import Cell, show_table
+from lora_rt.plugins.manager import PluginRecord
 
 _COLOURS = {"ok": "green", "faulty": "yellow", "broken": "red", "blocked": "dim"}
 
@@ -18,9 +20,6 @@ def plugins(as_json: options.Json = False) -> None:
 
     A faulty plugin is used, but something that it did failed or was refused; a broken one is not used.
     """
-    from lora_rt.core.cli.console import print_json
-    from lora_rt.core.cli.plugin_commands import examined_modes
-
     records = examined_modes().records
     if as_json:
         print_json([dataclasses.asdict(record) for record in records])
@@ -29,11 +28,6 @@ def plugins(as_json: options.Json = False) -> None:
 
 
 def _table(records: list[PluginRecord]) -> None:
-    from rich.text import Text
-
-    from lora_rt.core.cli.console import out
-    from lora_rt.core.cli.wrapping import Cell, show_table
-
     rows: list[tuple[Cell, ...]] = []
     for record in records:
         hooks = " ".join(name.removeprefix("lora_rt_") for name in record.hooks)

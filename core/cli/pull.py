@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.transfer import transfer
+from lora_rt.registry.errors import InvalidReferenceError
+from lora_rt.registry.hub.pull import pull as run
+from lora_rt.registry.reference import Reference
+from lora_rt.registry.shipped import shipped
+from lora_rt.registry.store import Store
 
 
 def pull(
@@ -18,16 +26,6 @@ def pull(
     as_json: options.Json = False,
 ) -> None:
     """Pull an adapter from the Hub, pinned to a full commit and checked before it is installed."""
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import err, out, print_json
-    from lora_rt.core.cli.transfer import transfer
-    from lora_rt.registry.errors import InvalidReferenceError
-    from lora_rt.registry.hub.pull import pull as run
-    from lora_rt.registry.reference import Reference
-    from lora_rt.registry.shipped import shipped
-    from lora_rt.registry.store import Store
-
     parsed = Reference.parse(reference)
     if parsed.kind != "hub":
         raise InvalidReferenceError(

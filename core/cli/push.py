@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
+from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json
+from lora_rt.core.cli.session import session
+from lora_rt.registry.hub.upload import push as run
 
 
 def push(
@@ -16,13 +20,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Push an adapter to the Hub together with a model card."""
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import err, out, print_json
-    from lora_rt.registry.hub.upload import push as run
-    from lora_rt.registry.registry import Registry
-
-    adapter = Registry().resolve(name, offline=True)
+    adapter = session().registry.resolve(name, offline=True)
     with err.status(f"pushing {escape(adapter.name)}"):
         pushed = run(adapter, repo, private=private)
     if as_json:

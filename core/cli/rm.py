@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import sys
+from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-if TYPE_CHECKING:
-    from lora_rt.registry.errors import StoreError
-    from lora_rt.registry.registry import Registry
+from lora_rt.core.cli.console import err, out
+from lora_rt.core.cli.session import session
+from lora_rt.registry.errors import StoreError
+from lora_rt.registry.project import LOCK_FILE
+from lora_rt.registry.records import Record, read
+from lora_rt.registry.registry import Registry
 
 
 def rm(
@@ -16,13 +21,7 @@ def rm(
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove an adapter, for all bases, or a named composition from the store."""
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import err, out
-    from lora_rt.registry.records import Record, read
-    from lora_rt.registry.registry import Registry
-
-    registry = Registry()
+    registry = session().registry
     is_composition = name in registry.compositions.own_names()  # a damaged one is removed like any other
     records = [read(path) for path in registry.store.records.paths_of(name)]
     if not records and not is_composition:
@@ -54,19 +53,12 @@ def _agreed(name: str, what: str) -> bool:
     Raises:
         StoreError: there is nobody to ask.
     """
-    import sys
-
-    from lora_rt.registry.errors import StoreError
-
     if not sys.stdin.isatty():
         raise StoreError(f"removing {name!r} needs a yes, and nobody can be asked", next_step=f"lora-rt rm {name} -y")
     return typer.confirm(f"Remove {name} ({what})?", err=True)
 
 
 def _not_in_store(registry: Registry, name: str) -> StoreError:
-    from lora_rt.registry.errors import StoreError
-    from lora_rt.registry.project import LOCK_FILE
-
     if name in registry.compositions.names():
         return StoreError(f"{name!r} is a composition of {LOCK_FILE}", next_step="Remove it there")
     for item in registry.installed():

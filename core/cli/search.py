@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
 
+from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json
+from lora_rt.core.cli.wrapping import show_table
+from lora_rt.registry.hub.search import search as run
 
 
 def search(
@@ -16,11 +20,6 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search the Hub for adapters."""
-    import dataclasses
-
-    from lora_rt.core.cli.console import err, out, print_json
-    from lora_rt.registry.hub.search import search as run
-
     with err.status("asking the Hub"):
         found = run(word, base=base, every=every)
     if as_json:
@@ -29,7 +28,5 @@ def search(
     if not found:
         err.print("nothing found" if every else "nothing found; --all looks at every PEFT adapter")
         return
-    from lora_rt.core.cli.wrapping import show_table
-
     rows = [(item.repo, item.register, item.mode, item.base, f"{item.downloads:,}") for item in found]
     show_table(out, ("repository", "register", "mode", "base", "downloads"), rows)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lora_rt.core.cli import options
-
-if TYPE_CHECKING:
-    from lora_rt.registry.inspection import InspectedAdapter
-    from lora_rt.registry.registry import Registry
-    from lora_rt.registry.resolved import Resolved
+from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.session import session
+from lora_rt.core.cli.show_composition import composition_facts, term_text
+from lora_rt.core.cli.wrapping import show_table
+from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
+from lora_rt.registry.registry import Registry
+from lora_rt.registry.resolved import Resolved
 
 
 def show(
@@ -20,29 +22,16 @@ def show(
     as_json: options.Json = False,
 ) -> None:
     """Show an adapter or a named composition: where it is, which rule led there, and what it holds."""
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.registry import Registry
-
-    registry = Registry(sources=load_modes().sources())
+    registry = session().registry
     named = registry.compositions.get(reference)
-    if named is not None:
-        from lora_rt.core.cli.show_composition import composition_facts
-
-        facts = composition_facts(registry, named)
-    else:
-        facts = _adapter_facts(registry, reference, offline)
+    facts = composition_facts(registry, named) if named is not None else _adapter_facts(registry, reference, offline)
     if as_json:
         print_json(facts)
         return
-    from lora_rt.core.cli.wrapping import show_table
-
     show_table(out, ("", ""), [(key, _text(value)) for key, value in facts.items()])
 
 
 def _adapter_facts(registry: Registry, reference: str, offline: bool) -> dict[str, Any]:
-    from lora_rt.registry.inspection import inspect_adapter
-
     found = registry.find(reference, offline=offline)
     inspected = inspect_adapter(found.folder, name=found.name, sha256=found.digests.sha256_recorded)
     found = found.read(inspected.files)
@@ -76,8 +65,6 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {item}" for key, item in value.items())
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        from lora_rt.core.cli.show_composition import term_text
-
         return "\n".join(term_text(item) for item in value)
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)

@@ -37,4 +37,4 @@ def term_text(term: dict[str, Any]) -> str:
     """One term in one line."""
     layers = term.get("layers")
     per = f", {len(layers)} layers from {min(layers):.3f} to {max(layers):.3f}" if layers else ""
-    return f"{term['reference']}:{term['weight']:.4g}{per}, sha256 {term['sha256'][:12]}"
+    return f"{term['reference']}:{term['weight']:.4g}{per}, sha256 {term['sha256']}"

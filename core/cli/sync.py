@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.session import session
+from lora_rt.core.cli.transfer import transfer
+from lora_rt.registry.lock import read_locked_compositions
+from lora_rt.registry.project import LOCK_FILE
+from lora_rt.registry.sync import sync as run
 
 
 def sync(
@@ -15,17 +22,7 @@ def sync(
     as_json: options.Json = False,
 ) -> None:
     """Install exactly the adapters and compositions of the lock; without --frozen, first bring it up to date."""
-    from rich.markup import escape
-
-    from lora_rt.core.cli.console import out, print_json
-    from lora_rt.core.cli.transfer import transfer
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.lock import read_locked_compositions
-    from lora_rt.registry.project import LOCK_FILE
-    from lora_rt.registry.registry import Registry
-    from lora_rt.registry.sync import sync as run
-
-    registry = Registry(sources=load_modes().sources())
+    registry = session().registry
     with transfer() as report:
         found, changed = run(registry, frozen=frozen, offline=offline, report=report)
     compositions = read_locked_compositions(registry.folder)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from lora_rt.core.cli.pip import Brought
+from lora_rt.core.cli import pip
+from lora_rt.core.cli.console import out
+from lora_rt.core.cli.pip import Brought
+from lora_rt.plugins.manager.finding import OURS
+from lora_rt.registry.packages import canonical
+from lora_rt.registry.registry import Registry
 
 
 def uninstall(
@@ -17,11 +22,6 @@ def uninstall(
 
     Only packages that bring modes or adapters are touched, and never lora-rt itself.
     """
-    from rich.text import Text
-
-    from lora_rt.core.cli import pip
-    from lora_rt.core.cli.console import out
-
     before = pip.brought()
     _check(packages, before)
     pip.uninstall(packages)
@@ -40,10 +40,6 @@ def uninstall(
 
 def _check(packages: list[str], things: set[Brought]) -> None:
     """Refuse what is no plugin: pip would remove torch just as readily."""
-    from lora_rt.core.cli import pip
-    from lora_rt.plugins.manager.finding import OURS
-    from lora_rt.registry.packages import canonical
-
     problems = []
     for package in packages:
         if canonical(package) == OURS:
@@ -69,6 +65,4 @@ def _left_without(thing: Brought) -> list[str]:
     """Adapters whose mode has gone."""
     if thing.kind != "mode":
         return []
-    from lora_rt.registry.registry import Registry
-
     return sorted({item.name for item in Registry().installed() if item.card and item.card.mode == thing.name})

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
+from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json
+from lora_rt.core.cli.session import session
+from lora_rt.core.cli.wrapping import show_table
+from lora_rt.registry.verify import verify as run
 
 
 def verify(
@@ -15,23 +21,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check files against their digests, adapters against the whole check, compositions against their adapters."""
-    import dataclasses
-
-    from lora_rt.core.cli.console import err, out, print_json
-    from lora_rt.plugins.manager import load_modes
-    from lora_rt.registry.registry import Registry
-    from lora_rt.registry.verify import verify as run
-
-    registry = Registry(sources=load_modes().sources())
+    registry = session().registry
     with err.status("comparing files" if offline else "comparing files and asking the Hub"):
         verdicts = run(registry, names or (), offline=offline)
     if as_json:
         print_json([{**dataclasses.asdict(item), "status": "damaged" if item.problems else "ok"} for item in verdicts])
     else:
-        from rich.text import Text
-
-        from lora_rt.core.cli.wrapping import show_table
-
         rows = []
         for item in verdicts:
             status = Text("\n".join([*(item.problems or ["ok"]), *item.notes]), "red" if item.problems else "green")
