@@ -150,11 +150,15 @@ def _names_a_model(mapping: Any) -> bool:
     others = [value for key, value in mapping.items() if key not in ("base_model_class", "parent_library")]
     return (
         (name is None or (isinstance(name, str) and name.isidentifier()))
-        and isinstance(library, str)
-        and re.fullmatch(r"[A-Za-z0-9_.]{1,200}", library) is not None
-        and library.partition(".")[0] in _LIBRARIES
+        and ((name is None and library is None) or _is_known(library))
         and all(value is None or isinstance(value, bool | int | float | str) for value in others)
     )
+
+
+def _is_known(library: Any) -> bool:
+    """Whether this is a module of one of the known libraries."""
+    named = isinstance(library, str) and re.fullmatch(r"[A-Za-z0-9_.]{1,200}", library) is not None
+    return named and library.partition(".")[0] in _LIBRARIES
 
 
 def _numbers(config: dict[str, Any]) -> list[str]:

@@ -123,6 +123,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Change]] = {
             task_type=None,
         ),
     ),
+    "Unsloth that names no class": ({}, {}, fields(auto_mapping={"unsloth_fixed": True})),
     "axolotl": ({}, {}, fields(auto_mapping=None, loftq_config={}, eva_config=None, inference_mode=True)),
     "PEFT of the future": ({}, {}, fields(new_switch=False, new_list=[], new_table={}, new_text="", new_number=0)),
     "PEFT of 2023": ({}, {}, lambda folder: (folder / CONFIG).write_text(json.dumps(_of_2023(folder))) and None),
