@@ -8,6 +8,7 @@ import importlib.metadata
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from lora_rt.plugins.contract.terminal import harmless
 
 MISUSE: Any = typer.BadParameter.__mro__[1]
 """What typer raises for a command line that it can't read; its own name is private."""
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """What is refused inside was typed wrong: the same line, and exit code 2."""
+    try:
+        yield
+    except LoraRtError as error:
+        raise UsageError(error.message, next_step=error.next_step, problems=error.problems) from error
 
 
 def explain(error: BaseException) -> int | None:

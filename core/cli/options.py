@@ -1,20 +1,19 @@
 """Options that several commands share: each has one name, one explanation and one check.
 
-What a person typed wrong is a usage error (exit code 2), whatever part of lora-rt finds it: see `usage`.
+What a person typed wrong is a usage error (exit code 2), whatever part of lora-rt finds it: see `usage` of `failures`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lora_rt.core.cli.failures import usage
 from lora_rt.core.requests.composition import Composition
-from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
 
 __all__ = [
@@ -37,16 +36,8 @@ __all__ = [
     "TemplateVar",
     "TopK",
     "TopP",
+    "usage",
 ]
-
-
-@contextmanager
-def usage() -> Iterator[None]:
-    """What is refused inside was typed wrong: the same line, and exit code 2."""
-    try:
-        yield
-    except LoraRtError as error:
-        raise UsageError(error.message, next_step=error.next_step, problems=error.problems) from error
 
 
 def composition_of(specs: Sequence[str]) -> Composition:

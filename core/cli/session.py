@@ -46,7 +46,7 @@ class Session:
         """
         from lora_rt.core.base.precision import check_device, check_precision
         from lora_rt.core.base.source import parse_base
-        from lora_rt.core.cli.options import usage
+        from lora_rt.core.cli.failures import usage
 
         # What can be wrong with these is said before torch is imported, which takes seconds.
         parse_base(base)
