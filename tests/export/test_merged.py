@@ -102,6 +102,6 @@ def test_a_full_disk_is_found_before_anything_is_read(
 def test_a_base_that_is_no_model_is_refused(zoo: Zoo, exported: Export, tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(BaseError, match="can't be understood"):
+    with pytest.raises(BaseError, match="can't be read"):
         exported(str(zoo.adapter("llama", seed=1)), "merged", base=tmp_path / "odd")
     assert AutoConfig.from_pretrained(zoo.base("llama")).model_type == "llama"
