@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from lora_rt.core.base import default, hub
@@ -15,7 +16,7 @@ from lora_rt.core.base.source import BaseError, BaseSource, first_line
 
 UNREADABLE = (
     ValueError, OSError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, ArithmeticError,
-    AssertionError, struct.error, SafetensorError,
+    AssertionError, struct.error, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers raises for a folder or file that it can't make a model or a tokenizer of."""
 

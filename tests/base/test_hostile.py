@@ -129,3 +129,9 @@ def test_a_template_that_was_held_to_the_limits_once_is_not_tried_again(
     load_base(str(broken), "float32", "cpu")
     monkeypatch.setattr("subprocess.run", None)
     load_base(str(broken), "float32", "cpu")
+
+
+@pytest.mark.parametrize("changes", [{"rms_norm_eps": "x"}, {"eos_token_id": "x"}, {"rope_parameters": "x"}])
+def test_a_field_of_another_type_is_named(broken: Path, changes: dict[str, Any]) -> None:
+    configure(broken, **changes)
+    assert "can't be loaded" in refused(broken).message
