@@ -13,6 +13,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
+from lora_rt.core.base.load import load_base
+from lora_rt.core.benchmark.random_base import random_base
 from lora_rt.core.benchmark.workloads import Origin, Workload, resident_name
 from lora_rt.core.engine.topology import features, find_linears
 from lora_rt.core.step.settings import choose_targets
@@ -32,7 +34,10 @@ class Lab:
             LoraRtError: the base can't be loaded.
         """
         self.origin = origin
-        self.base = origin.load()
+        if origin.random is not None:
+            self.base = random_base(origin.random, origin.precision, origin.device)
+        else:
+            self.base = load_base(origin.base, origin.precision, origin.device)
         self.device = self.base.device
         self.folder = folder
         self.linears = find_linears(self.base.model)

@@ -7,12 +7,9 @@ import fnmatch
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lora_rt.errors import LoraRtError
-
-if TYPE_CHECKING:
-    from lora_rt.core.base.load import LoadedBase
 
 Kind = Literal["decode", "prefill", "change", "cold", "memory", "training"]
 PROCESSES: tuple[Kind, ...] = ("cold", "memory", "training")
@@ -48,20 +45,6 @@ class Origin:
     precision: str = "int4"
     device: str = "auto"
     random: str | None = None
-
-    def load(self) -> LoadedBase:
-        """The base in memory.
-
-        Raises:
-            LoraRtError: with what to do next.
-        """
-        if self.random is not None:
-            from lora_rt.core.benchmark.random_base import random_base
-
-            return random_base(self.random, self.precision, self.device)
-        from lora_rt.core.base.load import load_base
-
-        return load_base(self.base, self.precision, self.device)
 
 
 @dataclass(frozen=True, slots=True)
