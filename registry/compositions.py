@@ -118,7 +118,7 @@ class NamedCompositions:
             problem = f"is not a composition: {problems_of(error)[0]}"
         raise StoreError(
             f"the composition {name!r} in the store is damaged",
-            next_step=f"lora-rt rm {name}, and tune it again",
+            next_step=f"Run lora-rt rm {name}, and tune it again",
             problems=[f"{path} {problem}"],
         )
 

@@ -70,7 +70,7 @@ class Registry:
         item.sha256  # noqa: B018  # hashed now, so that a file that can't be is refused here
         if problems:
             text = f"adapter {item.name!r} in the store is damaged"
-            raise ChangedAdapterError(text, next_step=f"lora-rt verify {item.name}", problems=problems)
+            raise ChangedAdapterError(text, next_step=f"Run: lora-rt verify {item.name}", problems=problems)
         return item
 
     def find(
@@ -195,6 +195,8 @@ class Registry:
         if reference.target in names:
             have = [item.revision or item.sha256[:12] for item in self.installed() if item.name == reference.target]
             text = f"there is no revision {reference.revision!r} of {reference.target!r}; there is {', '.join(have)}"
+        elif reference.text.replace(".", "", 1).isdecimal():
+            text += "; a weight stands behind a name and a colon, as in emotion:0.7"
         elif near:
             text += f"; did you mean {' or '.join(repr(name) for name in near)}?"
         return UnknownAdapterError(text, next_step="See: lora-rt list")

@@ -79,14 +79,14 @@ def sync(
     if problems and frozen:
         raise ProjectError(
             f"{LOCK_FILE} does not fit, and --frozen forbids to change it",
-            next_step="lora-rt lock, and keep the result in version control",
+            next_step="Run lora-rt lock, and keep the result in version control",
             problems=problems,
         )
     if problems and (read_project(registry.folder) is not None):
         _, changed = make_lock(registry, offline=offline, report=report)
     entries = read_lock(registry.folder)
     if entries is None:
-        raise ProjectError(f"there is no {LOCK_FILE} here", next_step="lora-rt lock")
+        raise ProjectError(f"there is no {LOCK_FILE} here", next_step="Run: lora-rt lock")
     found = [_install(registry, entry, offline, report) for entry in entries]
     _check_compositions(registry)
     return found, changed
@@ -101,7 +101,7 @@ def _install(registry: Registry, entry: Locked, offline: bool, report: Report) -
     problems = changes(found.folder, entry.files)
     if problems:
         raise ChangedAdapterError(
-            f"{entry.name} in {entry.source} is not what was locked", next_step="lora-rt lock", problems=problems
+            f"{entry.name} in {entry.source} is not what was locked", next_step="Run: lora-rt lock", problems=problems
         )
     return replace(found, name=entry.name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
 from lora_rt.registry.hub.limits import NEXT_STEP
@@ -41,7 +42,10 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
     known = {*compositions, *(item.name for item in items), *(item.name for item in damaged)}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UnknownAdapterError(f"there is no adapter {', '.join(map(repr, unknown))}", next_step="See: lora-rt list")
+        text = f"there is no adapter {', '.join(map(repr, unknown))}"
+        near = dict.fromkeys(match for name in unknown for match in get_close_matches(name, known, 1))
+        text += f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise UnknownAdapterError(text, next_step="See: lora-rt list")
     verdicts: list[Verdict] = []
     for item in items:
         if not names or item.name in names:

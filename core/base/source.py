@@ -37,6 +37,8 @@ def parse_base(text: str) -> BaseSource:
     """
     if text == DEFAULT:
         return BaseSource("default", text)
+    if not text.strip():
+        raise BaseError("--base is empty", next_step='Give "default", a folder, a .gguf file or a hub id')
     # Of os.path, since these take names that are too long, or of users who are not there, for names of nothing.
     path = Path(os.path.expanduser(text))
     looks_local = text.startswith(("./", "../", "/", "~")) or text.endswith(".gguf")

@@ -13,6 +13,7 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
 from lora_rt.core.cli.session import session
+from lora_rt.core.cli.wrapping import show_table
 from lora_rt.core.evaluation.plot import check_plot
 from lora_rt.core.training.data import read_pairs
 from lora_rt.errors import UsageError
@@ -63,10 +64,11 @@ def evaluate(
     if as_json:
         print_json(matrix.document())
     else:
-        from lora_rt.core.evaluation.table import matrix_table
+        from lora_rt.core.evaluation.table import TITLE, matrix_table
 
         with kept_if_unprinted(matrix.document()):
-            out.print(matrix_table(matrix))
+            out.print(TITLE)
+            show_table(out, *matrix_table(matrix))
     if plot is not None:
         from lora_rt.core.evaluation.plot import plot_matrix
 

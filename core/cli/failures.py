@@ -73,7 +73,8 @@ def _misused(error: Any) -> None:
     elif isinstance(error, typer.BadParameter) and error.param is not None:
         message = f"{error.param.get_error_hint()}: {error.message}".rstrip(".").replace("'", "", 2)
     message = message.replace("No such command", "there is no command").replace(". Did you mean", "; did you mean")
-    message = message.replace("Input should be", "it should be")  # pydantic's word for what was typed
+    # pydantic's words for what was typed
+    message = message.replace("Input should be", "it should be").replace("Value error, ", "")
     command = context.command_path if context is not None else " ".join(["lora-rt", *sys.argv[1:2]])
     _line(message if message[:2].isupper() else message[:1].lower() + message[1:], f"See: {command} --help")
 

@@ -30,7 +30,7 @@ def lock(
         if problems and as_json:
             raise typer.Exit(1)
         if problems:
-            raise ProjectError(f"{LOCK_FILE} does not fit", next_step="lora-rt lock", problems=problems)
+            raise ProjectError(f"{LOCK_FILE} does not fit", next_step="Run: lora-rt lock", problems=problems)
         if not as_json:
             out.print(f"{LOCK_FILE} fits")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -54,7 +55,9 @@ def _agreed(name: str, what: str) -> bool:
         StoreError: there is nobody to ask.
     """
     if not sys.stdin.isatty():
-        raise StoreError(f"removing {name!r} needs a yes, and nobody can be asked", next_step=f"lora-rt rm {name} -y")
+        raise StoreError(
+            f"removing {name!r} needs a yes, and nobody can be asked", next_step=f"Run: lora-rt rm {name} -y"
+        )
     return typer.confirm(f"Remove {name} ({what})?", err=True)
 
 
@@ -64,4 +67,8 @@ def _not_in_store(registry: Registry, name: str) -> StoreError:
     for item in registry.installed():
         if item.name == name:
             return StoreError(f"{name!r} is not in the store: {item.why}", next_step="Remove it there")
-    return StoreError(f"the store has no adapter {name!r}", next_step="lora-rt list")
+    near = get_close_matches(
+        name, [*registry.compositions.own_names(), *(item.name for item in registry.installed())], 1
+    )
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return StoreError(f"the store has no adapter {name!r}{hint}", next_step="See: lora-rt list")

@@ -29,7 +29,7 @@ _TERM = re.compile(
 
 
 class InvalidCompositionError(LoraRtError):
-    """A text that is no composition; `problems` names every bad term."""
+    """A text that is not a composition; `problems` names every bad term."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Composition:
             problems.append("it has no terms")
         if problems:
             raise InvalidCompositionError(
-                f"{text.strip()[:200]!r} is no composition: {'; '.join(problems)}",
+                f"{text.strip()[:200]!r} is not a composition: {'; '.join(problems)}",
                 next_step="Write terms as name:weight, for instance: emotion:0.7 logic:0.3",
             )
         return cls(tuple(terms), text.strip())

@@ -88,7 +88,7 @@ def inspect_adapter(
     if sha256 is not None and combined != sha256:
         raise ChangedAdapterError(
             f"the files of {name} changed: their digest is {combined[:12]}, pinned was {sha256[:12]}",
-            next_step=f"lora-rt verify {name}",
+            next_step=f"Run: lora-rt verify {name}",
         )
     card = inspection.card
     return InspectedAdapter(

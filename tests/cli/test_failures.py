@@ -155,6 +155,25 @@ def test_a_command_line_that_cannot_be_read_gets_one_plain_line(cli: Cli, typed:
     assert (done.code, done.out, done.err) == (2, "", f"error: {said}\n")
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["verify", "emotoin", "--offline"], "there is no adapter 'emotoin'; did you mean 'emotion'?"),
+        (["rm", "emotoin"], "the store has no adapter 'emotoin'; did you mean 'emotion'?"),
+        (
+            ["compose", "emotion", "0.7", "-p", "x"],
+            "'0.7'; a weight stands behind a name and a colon, as in emotion:0.7",
+        ),
+        (["compose", "emotion", "-p", "x", "--base", ""], "--base is empty. Give"),
+        (["compose", "emotoin", "lojic", "-p", "x"], "did you mean 'emotion'? See: lora-rt list"),
+    ],
+)
+def test_what_is_nearly_right_is_answered_with_what_is_right(cli: Cli, typed: list[str], said: str) -> None:
+    done = cli(*typed)
+    assert done.code == 1
+    assert said in done.err
+
+
 def test_no_command_at_all_shows_the_help(cli: Cli) -> None:
     done = cli()
     assert (done.code, done.err) == (2, "")

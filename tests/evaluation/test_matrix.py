@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from lora_rt.core.cli.wrapping import show_table
 from lora_rt.core.evaluation.bootstrap import ratio_interval
 from lora_rt.core.evaluation.matrix import BASE, Matrix, TextLosses, evaluate, text_losses
 from lora_rt.core.evaluation.plot import PlotError, plot_matrix
@@ -62,11 +64,10 @@ def small_matrix() -> Matrix:
     )
 
 
-def test_the_table_marks_the_best_cell_of_each_row() -> None:
-    from rich.console import Console
-
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(matrix_table(small_matrix()))
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_holds_every_cell_however_narrow_the_terminal_is(terminal: bool) -> None:
+    console = Console(width=20, record=True, file=io.StringIO(), force_terminal=terminal)
+    show_table(console, *matrix_table(small_matrix()))
     text = console.export_text()
     assert all(number in text for number in ("5.00", "3.50", "4.00", "4.40"))
 

@@ -160,7 +160,14 @@ def look_up(composition: Composition, base: str | None = None) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        lines = [line for error in problems for line in (f"{error.message}. {error.next_step}", *error.problems)]
+        lines = [
+            line
+            for error in problems
+            for line in (
+                f"{error.message}{'' if error.message.endswith('?') else '.'} {error.next_step}",
+                *error.problems,
+            )
+        ]
         raise ComposeError(f"{len(problems)} terms can't be used", problems=lines)
 
 
