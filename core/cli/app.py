@@ -44,6 +44,9 @@ def run() -> None:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     if sys.stdout is None:  # closed by the caller (`>&-`): what is printed goes nowhere
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.argv[1:2] and sys.argv[1] in ("--show-completion", "--install-completion") and sys.argv[2:]:
+        # Typer takes the shell that it finds itself in, unless it is told not to look; then it takes the one named.
+        os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
     silence_this_process()
     hear_notes()
     try:
