@@ -185,7 +185,14 @@ class TextFormat:
         return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
 
     def _encoded(self, text: str) -> list[int]:
-        return [int(i) for i in self.tokenizer(text, add_special_tokens=False).input_ids]
+        try:
+            return [int(i) for i in self.tokenizer(text, add_special_tokens=False).input_ids]
+        except BaseException as error:
+            # What stops the tokenizers library in Rust arrives as a BaseException of a class that nobody can import.
+            if type(error).__name__ != "PanicException":
+                raise
+            problem = f"the base's tokenizer fails on this text: {str(error)[:200]}"
+            raise PromptError(problem, next_step="Use another text, or a base with another tokenizer") from error
 
     def _end_in(self, tail: str) -> list[int]:
         """The tokens of what stands behind an answer, up to its first control token; none where it has none."""
@@ -298,4 +305,16 @@ def template_variables(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _listed(ids: Any) -> list[int]:
-    return [] if ids is None else [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
+    """One token id, several or none.
+
+    Raises:
+        PromptError: they are something else.
+    """
+    if ids is None:
+        return []
+    several = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    strange = [i for i in several if isinstance(i, bool) or not isinstance(i, int)]
+    if strange:
+        text = f"this base's generation_config.json ends an answer with {strange[0]!r:.80}, which is not a token id"
+        raise PromptError(text, next_step="Write whole numbers there, or remove eos_token_id")
+    return several

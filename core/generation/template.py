@@ -125,6 +125,11 @@ def _in_parts(message: Message) -> dict[str, Any]:
 
 def _chosen(given: str | Mapping[str, str], name: Any) -> str:
     """The template's text."""
+    if not isinstance(given, str) and not (
+        isinstance(given, Mapping) and all(isinstance(text, str) for text in given.values())
+    ):
+        text = f"the base's chat template is {given!r:.80}, neither a text nor several with names"
+        raise PromptError(text, next_step="Fetch the tokenizer again, or remove the template from its tokenizer")
     if isinstance(given, str):
         if name is not None and name != "default":
             raise PromptError("this base has one chat template, without a name", next_step=f"Leave {NAME_VARIABLE} out")

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_rt.registry import strict_json
 from lora_rt.registry.files import CONFIG
-from lora_rt.registry.inspection.kinds import of_config
+from lora_rt.registry.inspection.kinds import not_lora, of_another_kind
 from lora_rt.registry.inspection.modules import MAX_RANK
 from lora_rt.registry.inspection.patterns import peft_key
 from lora_rt.registry.inspection.settings import LoraSettings, Pattern
@@ -84,6 +84,8 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
         return None, [f"{CONFIG} {error}"]
     if not isinstance(config, dict):
         return None, [f"{CONFIG} holds {type(config).__name__}, not an object"]
+    if kind := of_another_kind(config):  # its other fields mean something else than ours would
+        return None, [f"{CONFIG}: {kind}"]
     problems = [*_method(config), *_surroundings(config)]
     selects, target_problems = selector(config)
     ranks, rank_problems = _patterns(config, "rank_pattern", _rank_problem)
@@ -107,8 +109,8 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
 
 
 def _method(config: dict[str, Any]) -> list[str]:
-    problems = [kind] if (kind := of_config(config)) else []
     filled = [field for field in _REFUSED if config.get(field) not in _EMPTY]
+    problems = not_lora(config)
     problems += [f"{field} is {shown(config[field])}: {_REFUSED[field]}" for field in filled]
     start = config.get("init_lora_weights")
     name = str(start).lower()

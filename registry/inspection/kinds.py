@@ -57,18 +57,20 @@ def of_tensor(key: str) -> str:
     return found or "a weight of the base, which no adapter may replace"
 
 
-def of_config(config: Mapping[str, Any]) -> str:
-    """What a configuration is of, where it is of no LoRA of PEFT's; empty where it is."""
+def of_another_kind(config: Mapping[str, Any]) -> str:
+    """What a configuration is of, where it is of a known kind that is not PEFT's LoRA; else empty."""
     method = config.get("peft_type")
-    if method == "LORA":
-        return ""
     if method is None and {"fine_tune_type", "lora_parameters", "lora_layers"} & set(config):
         return _MLX
     if method is None and "model_type" in config and "architectures" in config:
         return "the configuration of a whole model, not of an adapter; use its folder with --base"
-    if isinstance(method, str) and method in _METHODS:
-        return _METHODS[method]
-    return f"peft_type is {shown(method)}, only 'LORA' is composed"
+    return _METHODS.get(method, "") if isinstance(method, str) else ""
+
+
+def not_lora(config: Mapping[str, Any]) -> list[str]:
+    """The problem of a method that nobody knows."""
+    method = config.get("peft_type")
+    return [] if method == "LORA" else [f"peft_type is {shown(method)}, only 'LORA' is composed"]
 
 
 def missing_weights(names: Iterable[str]) -> str:

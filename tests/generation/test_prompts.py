@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,3 +274,38 @@ def test_a_template_that_counts_is_used_when_it_ends() -> None:
     assert (
         prompt_ids(tokenizer("bytes", counting + "{% endfor %}"), "ab") == prompt_ids(tokenizer("bytes"), "abab")[-4:]
     )
+
+
+@pytest.mark.parametrize("ends", ["x", {"a": 1}, [2, "x"], 1.5, True])
+def test_an_end_that_is_not_a_token_id_is_named(ends: object) -> None:
+    base = SimpleNamespace(
+        tokenizer=tokenizer("byte-level", PLAIN),
+        facts=SimpleNamespace(vocab_size=300),
+        model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends)),
+    )
+    with pytest.raises(PromptError, match="not a token id"):
+        TextFormat.of_base(base)
+
+
+@pytest.mark.parametrize("template", [5, ["a"], {"default": 5}])
+def test_a_template_that_is_no_text_is_named(template: object) -> None:
+    fast = tokenizer("byte-level", PLAIN)
+    fast.chat_template = template
+    with pytest.raises(PromptError, match="neither a text nor"):
+        TextFormat(fast)
+
+
+def test_a_panic_of_the_tokenizer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    panic = type("PanicException", (BaseException,), {})
+    text = TextFormat(tokenizer("byte-level", PLAIN))
+
+    class Panicking:
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer("byte-level", PLAIN), name)
+
+        def __call__(self, *_: object, **__: object) -> None:
+            raise panic("regex stack overflow")
+
+    monkeypatch.setattr(text, "tokenizer", Panicking())
+    with pytest.raises(PromptError, match="fails on this text: regex stack overflow"):
+        text.text_ids("aaaa")

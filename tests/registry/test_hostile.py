@@ -62,6 +62,13 @@ def test_a_bad_folder_is_refused_by_name(name: str, tmp_path: Path) -> None:
     assert any(_matches(says, problem) for problem in error.problems), error.problems
 
 
+def test_a_known_other_kind_is_named_in_one_line(tmp_path: Path) -> None:
+    files = adapter_files()
+    config(peft_type="IA3", r=None, feedforward_modules=["down_proj"], init_ia3_weights=True)(files)
+    (line,) = [problem for problem in _refusal(write_adapter(tmp_path / "bad", files)).problems if "config" in problem]
+    assert line == "adapter_config.json: IA3, not LoRA"
+
+
 def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     files = adapter_files()
     value("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", float("nan"))(files)
