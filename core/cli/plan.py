@@ -15,6 +15,7 @@ from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json, usage
 from lora_rt.core.cli.session import starting
+from lora_rt.core.cli.wrapping import show_table
 from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -105,16 +106,17 @@ def _print(made: MemoryPlan) -> None:
     out.print(f"[bold]{escape(made.base.name)}[/]: {facts}; {escape(adapter)}", soft_wrap=True)
     size = f"{w.batch} x {w.seq} tokens on {'a CPU' if w.device == 'cpu' else 'a CUDA device'}; GiB"
     out.print()
-    out.print(_table(f"inference, {size}", _inference_rows(made)))
+    _show_rows(f"inference, {size}", _inference_rows(made))
     out.print()
-    out.print(_table(f"training, {size} (* with gradient checkpointing)", _training_rows(made)))
+    _show_rows(f"training, {size} (* with gradient checkpointing)", _training_rows(made))
     out.print()
     for line in _fit_lines(made):
         out.print(escape(line), soft_wrap=True)
     out.print(escape(_summary(made)), soft_wrap=True)
 
 
-def _table(title: str, rows: list[dict[str, str]]) -> Table:
+def _show_rows(title: str, rows: list[dict[str, str]]) -> None:
+    """A table, or blocks below one another where its figures are too long for one."""
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1)
     )
@@ -122,7 +124,11 @@ def _table(title: str, rows: list[dict[str, str]]) -> Table:
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row.values())
-    return table
+    if out.measure(table, options=out.options.update(width=100_000)).maximum <= out.width:
+        out.print(table)
+    else:
+        out.print(title)
+        show_table(out, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _inference_rows(made: MemoryPlan) -> list[dict[str, str]]:

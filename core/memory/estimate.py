@@ -15,6 +15,8 @@ from lora_rt.core.memory.skeleton import Device, skeleton
 from lora_rt.core.memory.training import TrainingMemory, plan_training
 from lora_rt.core.step.settings import Optimizer, TrainSettings
 
+_MOST_TOKENS = 2**30  # beyond, sizes do not fit the 64 bits that tensors count with
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -33,6 +35,14 @@ class Workload:
         least = {"r": 1, "batch": 1, "seq": 2, "adapters": 0, "labels": 1}
         problems = [f"{name} is {getattr(self, name)}; it must be at least {n}" for name, n in least.items()]
         problems = [p for p, (name, n) in zip(problems, least.items(), strict=True) if getattr(self, name) < n]
+        most = {"r": 2**16, "batch": 2**16, "seq": 2**24, "adapters": 2**16}
+        problems += [
+            f"{name} is {getattr(self, name)}; it must be at most {n}"
+            for name, n in most.items()
+            if getattr(self, name) > n
+        ]
+        if not problems and self.batch * self.seq > _MOST_TOKENS:
+            problems.append(f"batch x seq is {self.batch * self.seq}; it must be at most {_MOST_TOKENS}")
         if self.labels >= self.seq:
             problems.append(f"labels is {self.labels}; it must be below seq, {self.seq}: a first token has none before")
         if problems:

@@ -58,6 +58,8 @@ def test_of_a_repository_the_configuration_alone_is_fetched(cli: Cli, zoo: Zoo, 
         (["--device", "tpu"], "no device 'tpu'"),
         (["--precision", "int3"], "no precision 'int3'"),
         (["--batch", "0", "--seq", "1"], "batch is 0"),
+        (["--seq", "9" * 17], f"seq is {'9' * 17}; it must be at most 16777216"),
+        (["--batch", "65536", "--seq", "16777216"], "batch x seq is 1099511627776; it must be at most 1073741824"),
     ],
 )
 def test_what_cannot_be_planned_is_explained(cli: Cli, zoo: Zoo, arguments: list[str], named: str) -> None:
