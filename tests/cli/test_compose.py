@@ -118,6 +118,17 @@ def test_compare_shows_the_base_each_part_and_the_whole(
     assert len(set(wanted)) > 1
 
 
+@pytest.mark.parametrize("precision", ["int4", "float32"])
+def test_compared_deterministically_an_answer_is_the_one_given_alone(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], zoo: Zoo, precision: str
+) -> None:
+    options = [*tiny[:3], precision, *tiny[4:], "--seed", "1", "--deterministic", "--json"]
+    spec = f"{adapters[0]}:3 {adapters[1]}:-3"
+    columns = json.loads(cli("compose", spec, "-p", "ab", "--compare", *options).out)["columns"]
+    alone = json.loads(cli("compose", spec, "-p", "ab", *options).out)
+    assert columns[-1]["text"] == alone["text"]
+
+
 def test_compare_draws_every_column(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
     done = cli("compose", adapters[0], "-p", "ab", "--compare", *tiny)
     assert "base" in done.out

@@ -38,6 +38,12 @@ def compose(
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the base, each register alone and the composition side by side.")
     ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="With --compare, compute every answer by itself: it is then the one given alone."
+        ),
+    ] = False,
     template_var: options.TemplateVar = None,
     special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
@@ -69,7 +75,7 @@ def compose(
     elif compare:
         from lora_rt.core.cli.compose.compare import compare_answers
 
-        compare_answers(request, as_json=as_json)
+        compare_answers(request, as_json=as_json, deterministic=deterministic)
     else:
         from lora_rt.core.cli.compose.answer import answer
 

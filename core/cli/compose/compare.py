@@ -15,8 +15,8 @@ from lora_rt.plugins.contract.terminal import harmless
 _NARROWEST_COLUMN = 22
 
 
-def compare_answers(request: ComposeRequest, *, as_json: bool) -> None:
-    """Answer once per column, with the same seed in each."""
+def compare_answers(request: ComposeRequest, *, as_json: bool, deterministic: bool = False) -> None:
+    """Answer once per column, with the same seed in each; in one batch, or each by itself."""
     runtime = request.load()
     assert request.prompt is not None
     if not as_json:
@@ -31,6 +31,7 @@ def compare_answers(request: ComposeRequest, *, as_json: bool) -> None:
             compositions,
             scenes=[request.scene] * len(specs),
             seed=request.seed,
+            deterministic=deterministic,
             **request.sampling(),
         )
     columns = [(spec or "base", text) for spec, text in zip(specs, texts, strict=True)]
