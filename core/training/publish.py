@@ -14,6 +14,7 @@ from lora_rt.core.training.destination import Destination
 from lora_rt.core.training.fit import Fitted
 from lora_rt.core.training.prepare import Prepared, nearest_folder, room_needed
 from lora_rt.registry.card import AdapterCard, write_card
+from lora_rt.registry.durable import storage_errors
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.version import __version__
 
@@ -30,7 +31,7 @@ def check_publication(prepared: Prepared, destination: Destination, run: Path) -
         if needed > free:
             text = f"this run writes up to {needed / 1e6:,.0f} MB, and {place} has {free / 1e6:,.0f} MB left"
             raise SettingsError(text, next_step="Free some space, or use a smaller --r")
-    with tempfile.TemporaryDirectory(prefix=".fresh-", dir=run.parent) as folder:
+    with storage_errors("the adapter"), tempfile.TemporaryDirectory(prefix=".fresh-", dir=run.parent) as folder:
         write_finished(prepared, Fitted(0.0, 0.0, 0, 0.0), Path(folder))
 
 
