@@ -89,7 +89,7 @@ def read_project(folder: Path) -> Project | None:
         found = validated(_Document, document)
     except ValidationError as error:
         problems = [problem.removeprefix("adapters.") for problem in problems_of(error)]
-        text = f"{PROJECT_FILE} has {len(problems)} wrong entries"
+        text = f"{PROJECT_FILE} can't be used as it is"
         raise ProjectError(text, next_step=f"Correct {folder / PROJECT_FILE}", problems=problems) from error
     adapters = {name: tuple(map(Reference.parse, texts)) for name, texts in found.adapters.items()}
     return Project(folder, adapters, tuple(dict.fromkeys(found.compositions)))
