@@ -139,7 +139,7 @@ def _problem(target: str, revision: str, has_revision: bool) -> str:
     if not target:
         return "it is empty" if not has_revision else "nothing stands before the @"
     if "\\" in target:
-        return "a backslash is no separator here"
+        return "a backslash is not a separator here"
     if "//" in revision:
         return "the revision stands at the end: org/repo//folder@revision"
     if "/" in target and not is_hub_target(target):

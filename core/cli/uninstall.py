@@ -57,7 +57,7 @@ def _check(packages: list[str], things: set[Brought]) -> None:
 def _no_plugin(package: str, things: set[Brought]) -> str:
     owners = sorted({thing.package for thing in things if thing.name == package})
     if owners:
-        return f"{package} is no package; it comes from the package {owners[0]}"
+        return f"{package} is not a package; it comes from the package {owners[0]}"
     return f"no package {package} that brings a mode or an adapter is installed"
 
 

@@ -25,7 +25,7 @@ def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: to
         mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=device)
     except (TypeError, ValueError) as error:
         raise BatchError(
-            f"input_ids or attention_mask is no tensor: {error}", next_step="Give (batch, tokens)"
+            f"input_ids or attention_mask is not a tensor: {error}", next_step="Give (batch, tokens)"
         ) from error
     if ids.dim() != 2 or 0 in ids.shape:
         raise BatchError(f"input_ids has shape {tuple(ids.shape)}", next_step="Give (batch, tokens)")
@@ -33,6 +33,6 @@ def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: to
         text = f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}"
         raise BatchError(text, next_step="Give them the same shape")
     if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocab_size)).any()):
-        text = "input_ids holds what is no token of this base"
+        text = "input_ids holds what is not a token of this base"
         raise BatchError(text, next_step=f"Give whole numbers from 0 to {vocab_size - 1}")
     return ids.long(), mask.long()

@@ -71,7 +71,7 @@ class TextFormat:
         """The tokens of a prompt, up to and including the opening of the answer.
 
         Raises:
-            PromptError: it is empty, is neither of the two, is no text, or the template refuses the messages.
+            PromptError: it is empty, is neither of the two, is not a text, or the template refuses the messages.
         """
         messages = checked_messages(prompt)
         if self.template is None:
@@ -87,7 +87,7 @@ class TextFormat:
         """The tokens of a text by itself, nothing before and nothing behind it.
 
         Raises:
-            PromptError: it is no text.
+            PromptError: it is not a text.
         """
         check_text(text, what)
         if self.special_tokens or not self.controls.within(text):
@@ -98,7 +98,7 @@ class TextFormat:
         """The tokens of an answer with the end of the turn behind it, as training wants them.
 
         Raises:
-            PromptError: it is no text, or nothing says how an answer ends.
+            PromptError: it is not a text, or nothing says how an answer ends.
         """
         ids = self.text_ids(text, "the answer")
         if not self.turn_end:

@@ -1,6 +1,6 @@
 """The hook specifications. Every hook is prefixed `lora_rt_`, typed, and says when it fires.
 
-Only the plugin that owns an adapter's mode is called for it. What is no mode (an entry point of `lora_rt.plugins`
+Only the plugin that owns an adapter's mode is called for it. What is not a mode (an entry point of `lora_rt.plugins`
 instead of `lora_rt.modes`) has the last two hooks alone.
 """
 

@@ -33,7 +33,7 @@ def read_options(given: Mapping[str, str], kind: type[T]) -> T:
         OptionError: unknown names, with the nearest known one, and unreadable values.
     """
     if not dataclasses.is_dataclass(kind):
-        raise TypeError(f"{kind!r} is no dataclass")
+        raise TypeError(f"{kind!r} is not a dataclass")
     hints = get_type_hints(kind)
     names = [_shown(field.name) for field in dataclasses.fields(kind)]
     values: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def read_options(given: Mapping[str, str], kind: type[T]) -> T:
         try:
             values[field] = _read(text, hints[field])
         except ValueError:
-            problems.append(f"{key} is {text!r}, which is no {_KINDS[hints[field]]}")
+            problems.append(f"{key} is {text!r}, which is not {_KINDS[hints[field]]}")
     if not problems:
         try:
             return kind(**values)
@@ -65,7 +65,7 @@ def _shown(field: str) -> str:
     return field.replace("_", "-")
 
 
-_KINDS: dict[Any, str] = {int: "whole number", float: "finite number", bool: "yes or no", str: "text"}
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "yes or no", str: "a text"}
 
 
 def _read(text: str, hint: Any) -> Any:

@@ -139,7 +139,7 @@ def checked_weights(value: object, context: ComposeContext) -> list[float] | Non
     try:
         weights = [float(item) for item in value]  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        raise ResultError(f"it returned a {type(value).__name__} that is no list of numbers") from error
+        raise ResultError(f"it returned a {type(value).__name__} that is not a list of numbers") from error
     if len(weights) != len(context.mine) or not all(math.isfinite(weight) for weight in weights):
         raise ResultError(f"it returned {weights} for {len(context.mine)} terms")
     return weights

@@ -24,7 +24,7 @@ class InlinePoint(EntryPoint):
         name: the mode's name.
         load: gives the plugin, or does what a broken one does.
         package, version: the package that it claims to come from.
-        group: that of modes, or "lora_rt.plugins" for what is no mode.
+        group: that of modes, or "lora_rt.plugins" for what is not a mode.
     """
 
     def __init__(

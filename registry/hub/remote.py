@@ -96,7 +96,7 @@ def _remote_file(item: RepoFile) -> RemoteFile:
     if not isinstance(size, int) or size < 0:
         raise ValueError(f"the size of {item.path} is {shown(size)}")
     if not isinstance(item.blob_id, str) or not (sha256 is None or isinstance(sha256, str)):
-        raise ValueError(f"the hashes of {item.path} are no texts")
+        raise ValueError(f"the hashes of {item.path} are not texts")
     return RemoteFile(size, sha256, item.blob_id)
 
 

@@ -153,7 +153,7 @@ def _module_problems(
     if not settings.lora_bias and "lora_B.bias" in found:
         problems.append(f"{shown(module)} has a lora_B.bias though lora_bias is not true")
     if linears is not None and module not in linears:
-        problems.append(f"{shown(module)} is no linear layer of this base")
+        problems.append(f"{shown(module)} is not a linear layer of this base")
     elif not settings.adapts(*paths):
         problems.append(f"{shown(module)} has tensors but is not among target_modules")
     size = linears.get(module) if linears is not None else None

@@ -55,7 +55,7 @@ def _matcher(value: Any, field: str, problems: list[str]) -> Selects | None:
         problems.append(f"{field} has {len(value):,} entries, more than {MAX_TARGETS:,}")
         return None
     strange = [item for item in value if not _PATH.fullmatch(item)]
-    problems += [f"{field} holds {shown(item)}, which is no module name" for item in strange[:20]]
+    problems += [f"{field} holds {shown(item)}, which is not a module name" for item in strange[:20]]
     names = frozenset(value)
 
     def matches(module: str) -> bool:
@@ -93,7 +93,9 @@ def _layer_patterns(value: Any, problems: list[str]) -> list[re.Pattern[str]]:
         problems.append(f"layers_pattern is {shown(value)}, not a list of names")
         return []
     names = [name for name in names if name]
-    problems += [f"layers_pattern holds {shown(n)}, which is no module name" for n in names if not _PATH.fullmatch(n)]
+    problems += [
+        f"layers_pattern holds {shown(n)}, which is not a module name" for n in names if not _PATH.fullmatch(n)
+    ]
     return [re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(?P<layer>\d+)\.") for name in names]
 
 

@@ -97,7 +97,7 @@ class Terminal(StringIO):
     [
         (Terminal(), "there is no text"),
         (StringIO("\n \n"), "there is no text"),
-        (StringIO('fine\n{"scene": "a"}\n{"text": 3}\n{\n'), 'line 2 is no JSON object with a "text"'),
+        (StringIO('fine\n{"scene": "a"}\n{"text": 3}\n{\n'), 'line 2 is not a JSON object with a "text"'),
     ],
 )
 def test_items_that_are_missing_or_bad_are_named(stdin: StringIO, said: str) -> None:

@@ -340,9 +340,9 @@ def test_unknown_and_unreadable_options_are_named_at_once() -> None:
         read_options({"halflife": "3", "start": "inf", "loud": "maybe", "half_life": "2.5"}, Options)
     assert caught.value.problems == (
         "there is no option 'halflife'; near is 'half-life'",
-        "start is 'inf', which is no finite number",
-        "loud is 'maybe', which is no yes or no",
-        "half_life is '2.5', which is no whole number",
+        "start is 'inf', which is not a finite number",
+        "loud is 'maybe', which is not yes or no",
+        "half_life is '2.5', which is not a whole number",
     )
     assert "half-life=24" in caught.value.next_step
     with pytest.raises(OptionError) as caught:

@@ -112,7 +112,7 @@ def test_printing_of_imports_that_overlap_leaves_standard_output_as_it_was(capsy
 
 
 def test_what_is_no_mode_has_a_group_of_its_own(installed: Any) -> None:
-    """It may add commands and sources; a hook of modes is refused there, and it is no mode."""
+    """It may add commands and sources; a hook of modes is refused there, and it is not a mode."""
     installed(
         InlinePoint("shelf", lambda: plugin(lora_rt_commands, lora_rt_sources), "shelf", group=OTHERS),
         InlinePoint("wrong", lambda: plugin(lora_rt_gate), "wrong", group=OTHERS),

@@ -112,7 +112,7 @@ def test_uninstalling_says_which_modes_went(fake: Any) -> None:
     [
         ("torch", "no package torch that brings a mode or an adapter is installed"),
         ("lora_rt", "lora_rt is lora-rt itself"),
-        ("fade-in", "fade-in is no package; it comes from the package fade-in-mode"),
+        ("fade-in", "fade-in is not a package; it comes from the package fade-in-mode"),
     ],
 )
 def test_only_plugins_are_uninstalled(package: str, message: str, fake: Any) -> None:

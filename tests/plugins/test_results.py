@@ -219,8 +219,8 @@ def test_rows_that_do_not_use_the_adapter_may_hold_anything() -> None:
 
 
 BAD_WEIGHTS = {
-    "a number": (1.0, "no list of numbers"),
-    "texts": (["a", "b"], "no list of numbers"),
+    "a number": (1.0, "not a list of numbers"),
+    "texts": (["a", "b"], "not a list of numbers"),
     "too few": ([1.0], "[1.0] for 2 terms"),
     "too many": ([1.0] * 3, "for 2 terms"),
     "NaN": ([1.0, math.nan], "for 2 terms"),

@@ -50,7 +50,7 @@ def _read_lines(lines: Sequence[str], field: str) -> list[str]:
     for number, line in enumerate(lines, 1):
         found = _read_line(line, field)
         if found is None:
-            problems.append(f'line {number} is no JSON object with a "{field}": {line:.60}')
+            problems.append(f'line {number} is not a JSON object with a "{field}": {line:.60}')
         else:
             items.append(found)
     if problems:
