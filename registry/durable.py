@@ -77,8 +77,11 @@ def check_new_folder(target: Path) -> None:
 
     Raises:
         OccupiedFolderError: something is there already, and it is no empty folder.
-        StorageError: it can't be made.
+        StorageError: it can't be made, or a user's home is meant that nobody has.
     """
+    if target.parts and target.parts[0].startswith("~"):  # a shell has put in every home that there is
+        text = f"{target}: there is no home of a user called {target.parts[0][1:] or 'you'!r}"
+        raise StorageError(text, next_step="Give another folder, or the whole path of one")
     _refuse_occupied(target)
     check_writable(target.absolute().parent)
 

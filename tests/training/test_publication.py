@@ -20,7 +20,8 @@ from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, Object
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import home
 from lora_rt.registry.card import read_card
-from lora_rt.registry.errors import RejectedAdapterError, StoreError
+from lora_rt.registry.durable import check_new_folder
+from lora_rt.registry.errors import RejectedAdapterError, StorageError, StoreError
 from lora_rt.registry.store import Store
 from support.tiny import Zoo, mode_host
 
@@ -214,3 +215,11 @@ def test_the_store_is_left_as_it_was_by_a_run_that_is_refused(settings: Make) ->
     with pytest.raises(SettingsError):
         train(settings(r=0), load_modes())
     assert Store().installed() == []
+
+
+def test_a_home_of_nobody_is_no_place_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="no home of a user called 'nobodyx'"):
+        check_new_folder(Path("~nobodyx/x"))
+    check_new_folder(Path("./~nobodyx").absolute())
+    assert list(tmp_path.iterdir()) == []
