@@ -42,7 +42,7 @@ def test_every_command_has_a_short_help_without_types_of_python(name: str, cli: 
 
 def test_a_mistyped_command_is_a_usage_error_that_names_the_right_one(cli: Cli) -> None:
     done = cli("compos")
-    assert (done.code, "Did you mean 'compose'?" in done.err) == (2, True)
+    assert (done.code, "did you mean 'compose'?" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from lora_rt.core.base.load import load_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.settings import TrainSettings
-from lora_rt.core.training import run as run_module
+from lora_rt.core.training import prepare
 from lora_rt.core.training.data import DataError
 from lora_rt.core.training.run import train
 from lora_rt.plugins.contract import IGNORE
@@ -64,10 +65,10 @@ def test_labels_are_the_answer_and_the_end_of_its_turn(name: str, tmp_path: Path
     fast = tokenizer("byte-level", template)
     save_base(tmp_path / "base", fast)
     chosen = settings(tmp_path / "base", pairs(tmp_path / "d.jsonl", 4, "rain<|im_end|>"))
-    base = run_module.load_base(chosen.base, "float32", "cpu", for_training=True)
+    base = load_base(chosen.base, "float32", "cpu", for_training=True)
     text = TextFormat.of_base(base)
-    objective = run_module._objective(chosen, load_modes(), base, text)
-    for (_line, (item,)), prompt in zip(run_module._encoded(chosen.data, objective, base), range(4), strict=True):
+    objective = prepare.objective_of(chosen, load_modes(), base, text)
+    for (_line, (item,)), prompt in zip(prepare._encoded(chosen, chosen.data, objective, base), range(4), strict=True):
         labels = [label for label in item.labels if label != IGNORE]
         assert labels[-1] == fast.convert_tokens_to_ids(end)
         assert fast.convert_tokens_to_ids("<|im_end|>") not in labels[:-1]
