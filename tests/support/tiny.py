@@ -253,21 +253,23 @@ class Zoo:
             self._made[key] = folder
         return Path(self._made[key])
 
-    def runtime(self, architecture: str, precision: str = "float32", *, fresh: bool = False, **changes: Any) -> Runtime:
+    def runtime(
+        self, architecture: str, precision: str = "float32", *, fresh: bool = False, device: str = "cpu", **changes: Any
+    ) -> Runtime:
         """A runtime over that model, shared by all who ask for the same, unless it is to be fresh."""
         base = self.base(architecture, **changes)
-        key = f"runtime {base} {precision}"
+        key = f"runtime {base} {precision} {device}"
         if fresh or key not in self._made:
-            made = Runtime.load(str(base), precision=precision, device="cpu", project=self.folder)
+            made = Runtime.load(str(base), precision=precision, device=device, project=self.folder)
             if fresh:
                 return made
             self._made[key] = made
         found: Runtime = self._made[key]
         return found
 
-    def runtime_with(self, hosts: ModeHost, architecture: str, **changes: Any) -> Runtime:
+    def runtime_with(self, hosts: ModeHost, architecture: str, *, device: str = "cpu", **changes: Any) -> Runtime:
         """A fresh float32 runtime whose modes are these."""
-        base = load_base(str(self.base(architecture, **changes)), "float32", "cpu")
+        base = load_base(str(self.base(architecture, **changes)), "float32", device)
         return Runtime(base, hosts, Registry(project=self.folder))
 
     def load(self, runtime: Runtime, adapter: Path) -> str:
