@@ -1,6 +1,8 @@
 """Measures what the four registers do on the held-out scenes and writes report.json beside this file.
 
-Everything is measured on texts and scenes that no adapter was trained on. Needs scikit-learn for the independent word
+Everything is measured on texts and scenes that no adapter was trained on: the held-out ones, which are in the corpus's
+own manner, and apart from them those of otherhand/, 12 scenes in each of four others (clipped, winding, spoken,
+chronicle). Needs scikit-learn for the independent word
 classifier; `make report` installs it.
 """
 
@@ -83,6 +85,17 @@ def likelihoods(runtime: Runtime, held: dict[str, list[dict[str, Any]]], adapter
     return {"registers": result, "own_adapter_lowest": float(np.mean(winners))}
 
 
+def other_hand(runtime: Runtime, texts: dict[str, list[dict[str, Any]]], adapters: dict[str, str]) -> dict[str, Any]:
+    """The same for texts in other manners than the corpus has, all of them and each manner apart."""
+    result = likelihoods(runtime, texts, adapters)
+    manners = dict.fromkeys(e["manner"] for e in texts[REGISTERS[0]])
+    result["manners"] = {
+        manner: likelihoods(runtime, {r: [e for e in texts[r] if e["manner"] == manner] for r in REGISTERS}, adapters)
+        for manner in manners
+    }
+    return result
+
+
 def greedy(runtime: Runtime, scenes: Sequence[str], composition: str) -> list[str]:
     """The greedy answer to every scene."""
     texts: list[str] = []
@@ -147,6 +160,7 @@ def main() -> None:
         "scenes": {"train": len(training["logic"]), "heldout": len(held["logic"])},
         "classifier_on_real_held_out_texts": float(np.mean([classifier.predict([t])[0] == r for t, r in held_texts])),
         **likelihoods(runtime, held, adapters),
+        "other_hand": other_hand(runtime, read("otherhand"), adapters),
         "generations": generations(runtime, [e["scene"] for e in held["logic"]], classifier, adapters),
         "knobs": {"/".join(pair): knob(runtime, held, classifier, adapters, pair) for pair in KNOBS},
     }
