@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 
 
-class InvalidReferenceError(LoraRtError):
+class InvalidReferenceError(UsageError):
     """A text that is neither a name, nor a repository, nor a path."""
 
 

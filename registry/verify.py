@@ -11,7 +11,7 @@ from lora_rt.registry.hub.limits import NEXT_STEP
 from lora_rt.registry.hub.remote import commit_of
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.project import LOCK_FILE
-from lora_rt.registry.reference import is_commit
+from lora_rt.registry.reference import Reference, is_commit
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved, changes
 from lora_rt.registry.sync import check_lock
@@ -35,12 +35,15 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
     """Check the named adapters and compositions, or everything that is installed together with the lock.
 
     Raises:
+        InvalidReferenceError: what is not a name.
         UnknownAdapterError: a name leads nowhere.
     """
     items, damaged = registry.installed(), registry.store.records.damaged()
     compositions = registry.compositions.names()
     known = {*compositions, *(item.name for item in items), *(item.name for item in damaged)}
     unknown = [name for name in names if name not in known]
+    for name in unknown:
+        Reference.parse(name)
     if unknown:
         text = f"there is no adapter {', '.join(map(repr, unknown))}"
         near = dict.fromkeys(match for name in unknown for match in get_close_matches(name, known, 1))

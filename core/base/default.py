@@ -42,6 +42,8 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 """What the default base's GGUF file says of its shape, so that nothing is fetched where that is enough."""
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block, by the names that most architectures give them."""
 
 
 def fetch_gguf(folder: Path) -> Path:

@@ -22,6 +22,7 @@ from lora_rt.core.base.progress import step
 from lora_rt.core.base.source import BaseSource, parse_base, sha256_file
 from lora_rt.registry import durable, home
 from lora_rt.registry.card import BaseIdentity
+from lora_rt.registry.inspection.safetensors_header import read_header
 
 MANIFEST = "lora-rt-base.json"
 """Written last into a folder that we prepared: `base` is which base it holds, `files` the size of each file and
@@ -54,6 +55,30 @@ def identify(source: BaseSource) -> BaseIdentity:
 def identify_folder(folder: Path) -> BaseIdentity:
     """Which base a folder holds; a copy of it elsewhere is the same base, and one changed byte makes it another."""
     return _of_folder(folder, sha256_of)
+
+
+def known_linears(source: BaseSource) -> list[str]:
+    """The names of a base's linear layers as the weights on this machine have them; none where that does not settle it.
+
+    It does where they are called as Llama's are: transformers gives layers of other architectures other names than
+    their files have, and may put experts together.
+    """
+    if source.kind == "default":
+        return [f"model.layers.0.x.{name}" for name in default.LINEARS]
+    folder = _cached(source) if source.kind == "hub" else source.path
+    if folder is None or not folder.is_dir():
+        return []
+    keys = [key for file in weight_files(folder) if file.is_file() for key in _keys(file)]
+    names = [key.removesuffix(".weight") for key in keys if key.endswith(".weight") and ".layers." in key]
+    linears = [name for name in names if name.endswith("_proj")]
+    like_llama = {name.rsplit(".", 1)[-1] for name in linears} == set(default.LINEARS)
+    return linears if like_llama and not any("expert" in key for key in keys) else []
+
+
+def _keys(file: Path) -> list[str]:
+    with file.open("rb") as stream:
+        entries, problems = read_header(stream, file.stat().st_size)
+    return [] if problems else list(entries)
 
 
 def label_of(source: BaseSource) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lora_rt.errors import LoraRtError
+from lora_rt.core.base import gpus
+from lora_rt.errors import LoraRtError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -23,22 +24,37 @@ def check_precision(name: str) -> Precision:
     """The precision of that name.
 
     Raises:
-        PrecisionError: there is none.
+        UsageError: there is none.
     """
     for precision in PRECISIONS:
         if name == precision:
             return precision
-    raise PrecisionError(f"there is no precision {name!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
+    raise UsageError(f"there is no precision {name!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
 
 
 def check_device(device: str) -> None:
-    """Whether a device can be called that; whether it is there is known when torch is imported.
+    """Whether a device can be called that, and is here as far as that is known without importing torch.
 
     Raises:
-        PrecisionError: it can't.
+        UsageError: it can't be.
+        PrecisionError: it is not here.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise PrecisionError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N")
+        raise UsageError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda") and (here := gpus.count()) is not None:
+        _check_number(device, here)
+
+
+def _check_number(device: str, here: int) -> None:
+    """Raises PrecisionError where a machine with so many CUDA devices does not have this one."""
+    if not here:
+        raise PrecisionError(
+            "no CUDA device is available here", next_step="Use --device cpu, or install a CUDA build of torch"
+        )
+    if int(device.partition(":")[2] or 0) >= here:
+        raise PrecisionError(
+            f"there is no {device}: this machine has {here}", next_step=f"Use cuda:0 to cuda:{here - 1}"
+        )
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
@@ -90,15 +106,7 @@ def choose_device(device: str, precision: Precision) -> torch.device:
 def _check_cuda(device: torch.device, precision: Precision) -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        raise PrecisionError(
-            "no CUDA device is available here", next_step="Use --device cpu, or install a CUDA build of torch"
-        )
-    count = torch.cuda.device_count()
-    if device.index is not None and device.index >= count:
-        raise PrecisionError(
-            f"there is no {device}: this machine has {count}", next_step=f"Use cuda:0 to cuda:{count - 1}"
-        )
+    _check_number(str(device), torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if precision in ("bfloat16", "int4") and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name(device)
         raise PrecisionError(f"{name} does not compute in bfloat16", next_step="Use --precision float16 or int8")

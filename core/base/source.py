@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 
 DEFAULT = "default"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,12 +33,13 @@ def parse_base(text: str) -> BaseSource:
     """Read "default" | directory | file.gguf | hub id[@revision].
 
     Raises:
-        BaseError: it is none of these.
+        UsageError: it is none of these.
+        BaseError: there is no such folder or file, or it holds no model.
     """
     if text == DEFAULT:
         return BaseSource("default", text)
     if not text.strip():
-        raise BaseError("--base is empty", next_step='Give "default", a folder, a .gguf file or a hub id')
+        raise UsageError("--base is empty", next_step='Give "default", a folder, a .gguf file or a hub id')
     # Of os.path, since these take names that are too long, or of users who are not there, for names of nothing.
     path = Path(os.path.expanduser(text))
     looks_local = text.startswith(("./", "../", "/", "~")) or text.endswith(".gguf")
@@ -57,7 +58,7 @@ def parse_base(text: str) -> BaseSource:
         )
     name, _, revision = text.partition("@")
     if not _HUB_ID.fullmatch(name) or text.endswith("@"):
-        raise BaseError(
+        raise UsageError(
             f"{text[:200]!r} is not a base model",
             next_step='Use "default", a folder, a .gguf file or a hub id such as Qwen/Qwen2.5-7B-Instruct[@revision]',
         )

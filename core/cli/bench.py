@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.benchmark.table import IDLE, noise, shown
 from lora_rt.core.benchmark.workloads import (
@@ -61,6 +62,7 @@ def bench(
         chosen = choose_workloads(_split(workloads), QUICK if quick else DEFAULT)
         names = _systems(systems)
         origin = _origin(base, precision, device, random_base)
+    check_device(device)
     if plot is not None:
         check_plot(plot)
     parse_base(base)

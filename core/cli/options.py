@@ -46,8 +46,7 @@ def composition_of(specs: Sequence[str]) -> Composition:
     Raises:
         UsageError: naming every bad term.
     """
-    with usage():
-        return Composition.parse(" ".join(specs))
+    return Composition.parse(" ".join(specs))
 
 
 def piped() -> str | None:

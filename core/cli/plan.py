@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -16,10 +17,12 @@ from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json, usage
 from lora_rt.core.cli.session import starting
 from lora_rt.core.cli.wrapping import show_table
+from lora_rt.core.memory.workload import Device, Workload
+from lora_rt.core.step.settings import check_targets
 from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora_rt.core.memory.estimate import MemoryPlan, Workload
+    from lora_rt.core.memory.estimate import MemoryPlan
     from lora_rt.core.memory.fit import Fit
     from lora_rt.core.memory.inference import InferenceMemory
     from lora_rt.core.memory.training import TrainingMemory
@@ -52,19 +55,11 @@ def plan(
     """Estimate the memory that a base takes, from its configuration alone: weights, adapters, KV cache, training."""
     if None not in (base, base_option):
         raise UsageError("there can be one base", next_step="Give it as an argument or with --base, not both")
-    chosen_base = base or base_option or "default"
-    with usage():
-        chosen = [check_precision(precision)] if precision else list(PRECISIONS)
+    chosen_base = next((given for given in (base, base_option) if given is not None), "default")
+    chosen = [check_precision(precision)] if precision else list(PRECISIONS)
     kind = _device(device)
-    parse_base(chosen_base)
-    with starting():
-        from lora_rt.core.memory.config import read_config
-        from lora_rt.core.memory.estimate import Workload, plan_memory
-        from lora_rt.core.memory.fit import document
-
-        where: Literal["cpu", "cuda"] = _here() if kind is None else kind
     workload = Workload(
-        device=where,
+        device=kind or "cpu",
         r=r,
         target_modules=tuple(word.strip() for word in target_modules.split(",") if word.strip()),
         batch=batch,
@@ -74,6 +69,13 @@ def plan(
     )
     with usage():
         workload.check()
+    check_targets(workload.target_modules, parse_base(chosen_base))
+    with starting():
+        from lora_rt.core.memory.config import read_config
+        from lora_rt.core.memory.estimate import plan_memory
+        from lora_rt.core.memory.fit import document
+
+        workload = workload if kind else replace(workload, device=_here())
     with err.status(f"planning {escape(chosen_base)}"):
         made = plan_memory(read_config(chosen_base), chosen, workload)
     if as_json:
@@ -82,7 +84,7 @@ def plan(
         _print(made)
 
 
-def _device(name: str) -> Literal["cpu", "cuda"] | None:
+def _device(name: str) -> Device | None:
     """What to plan for; None for what is here."""
     if name == "auto":
         return None
@@ -93,7 +95,7 @@ def _device(name: str) -> Literal["cpu", "cuda"] | None:
     raise UsageError(f"there is no device {name!r} to plan for", next_step="Use auto, cpu or cuda")
 
 
-def _here() -> Literal["cpu", "cuda"]:
+def _here() -> Device:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

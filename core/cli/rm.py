@@ -14,6 +14,7 @@ from lora_rt.core.cli.session import session
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.records import Record, read
+from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
 
@@ -62,6 +63,7 @@ def _agreed(name: str, what: str) -> bool:
 
 
 def _not_in_store(registry: Registry, name: str) -> StoreError:
+    Reference.parse(name)  # what could never be a name is a mistake of another kind
     if name in registry.compositions.names():
         return StoreError(f"{name!r} is a composition of {LOCK_FILE}", next_step="Remove it there")
     for item in registry.installed():

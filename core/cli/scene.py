@@ -13,7 +13,7 @@ from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.requests.composition import Composition, Term
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager import UnknownModeError
 from lora_rt.registry.reference import Reference
 
@@ -33,10 +33,11 @@ def scene(
     as_json: options.Json = False,
 ) -> None:
     """Show the distribution over scene types that the gates would see."""
+    if not text.strip():
+        raise UsageError("the text is empty", next_step="Give the prompt whose scene type is to be recognized")
     form = options.text_format(template_var, special_tokens, text)
     reference = adapter or _first_able()
-    with options.usage():
-        parsed = Reference.parse(reference)
+    parsed = Reference.parse(reference)
     look_up(Composition((Term(parsed),)), base)
     runtime = session().runtime(base, precision, device, **form)
     name = runtime.ensure(reference)

@@ -46,13 +46,11 @@ class Session:
         """
         from lora_rt.core.base.precision import check_device, check_precision
         from lora_rt.core.base.source import parse_base
-        from lora_rt.core.cli.failures import usage
 
         # What can be wrong with these is said before torch is imported, which takes seconds.
         parse_base(base)
-        with usage():
-            check_precision(precision)
-            check_device(device)
+        check_precision(precision)
+        check_device(device)
         with starting():
             from lora_rt.core.runtime import Runtime
         return Runtime.load(base, precision=precision, device=device, modes=self.modes, registry=self.registry, **text)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
+from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import compose_hint
 from lora_rt.core.cli.console import out as console
 from lora_rt.core.cli.session import session, starting
-from lora_rt.core.step.settings import TrainSettings
+from lora_rt.core.step.settings import TrainSettings, check_targets
 from lora_rt.core.training.data import read_lines
 from lora_rt.errors import UsageError
 from lora_rt.plugins.manager.finding import OURS
@@ -110,11 +112,14 @@ def train(
 
 def _check(settings: TrainSettings) -> None:
     """What can be said before torch is imported, which takes seconds, and before a base is loaded."""
-    parse_base(settings.base)
+    source = parse_base(settings.base)
+    check_device(settings.device)
     with options.usage():
         settings.check()
+    check_targets(settings.target_modules, source)
     modes = session().modes
-    modes.require(settings.mode)
+    with nullcontext() if any(record.name == settings.mode for record in modes.records) else options.usage():
+        modes.require(settings.mode)
     # Which fields a stranger's mode reads is known only when it has seen the base; ours read these.
     ours = any(record.name == settings.mode and record.package == OURS for record in modes.records)
     for path in (settings.data, settings.held_out):

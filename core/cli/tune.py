@@ -60,9 +60,9 @@ def tune(
 ) -> None:
     """Learn from examples how much each adapter should say, with base and adapters frozen."""
     composition = options.composition_of(specs)
+    check_precision(precision)
+    check_device(device)
     with options.usage():
-        check_precision(precision)
-        check_device(device)
         settings = settings_for(per, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     registry = session().registry
     if isinstance(settings, SceneSettings):

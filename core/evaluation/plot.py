@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.durable import check_writable
 
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ def check_plot(path: Path, option: str = "--plot") -> None:
         option: what asked for it.
 
     Raises:
+        UsageError: the path ends in what is not the name of a picture.
         PlotError: matplotlib is not installed, or the path can't be written.
         StorageError: its folder takes no file.
     """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UsageError(f"{path} can't be written", next_step="Give a path that ends in .png, .svg or .pdf")
     if find_spec("matplotlib") is None:
         raise PlotError(f"{option} needs matplotlib", next_step="Install it with: pip install 'lora-rt[plot]'")
-    if path.suffix.lower() not in _SUFFIXES:
-        raise PlotError(f"{path} can't be written", next_step="Give a path that ends in .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():
         raise PlotError(f"{path} can't be written: there is no folder {path.parent}", next_step="Make the folder first")
     if path.is_dir():

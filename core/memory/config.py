@@ -8,11 +8,6 @@ from typing import Any
 from lora_rt.core.base.identity import label_of
 from lora_rt.core.base.reading import config_alone
 from lora_rt.core.base.source import parse_base
-from lora_rt.errors import LoraRtError
-
-
-class PlanError(LoraRtError):
-    """Memory that can't be told in advance."""
 
 
 @dataclass(frozen=True, slots=True)

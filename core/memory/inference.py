@@ -19,7 +19,6 @@ from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import features
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import (
-    Device,
     bytes_of,
     largest_dequantized,
     materialise,
@@ -28,6 +27,7 @@ from lora_rt.core.memory.skeleton import (
     skeleton,
 )
 from lora_rt.core.memory.upstream import FakeTensorMode
+from lora_rt.core.memory.workload import Device
 from lora_rt.core.step.adapter import adaptable, targets
 from lora_rt.core.step.settings import TrainSettings
 

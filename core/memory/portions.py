@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_rt.core.base.source import BaseError
-from lora_rt.core.memory.config import PlanError
 from lora_rt.core.memory.process import free_bytes
 from lora_rt.core.memory.training import plan_training
+from lora_rt.core.memory.workload import PlanError
 from lora_rt.core.step.loss import is_plain
 from lora_rt.core.step.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,9 @@ from lora_rt.core.base.precision import Precision, compute_dtype, quantization_c
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
-from lora_rt.core.memory.config import PlanError
 from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, own_tensors, quantize_layers, storage_key
+from lora_rt.core.memory.workload import Device, PlanError
 
-Device = Literal["cpu", "cuda"]
 TRACED = (2, 3)
 """A model whose blocks are alike is run with so many of them: the first, the last, and one in between."""
 

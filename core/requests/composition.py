@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_rt.core.requests import activation
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.reference import Reference
 
 _SEPARATORS = " \t\r\n+,"
@@ -28,7 +28,7 @@ _TERM = re.compile(
 )
 
 
-class InvalidCompositionError(LoraRtError):
+class InvalidCompositionError(UsageError):
     """A text that is not a composition; `problems` names every bad term."""
 
 

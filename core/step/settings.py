@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_rt.core.base.precision import check_precision
-from lora_rt.core.base.source import parse_base
+from lora_rt.core.base.identity import known_linears
+from lora_rt.core.base.precision import check_device, check_precision
+from lora_rt.core.base.source import BaseSource, parse_base
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import parse_card
 from lora_rt.registry.files import CARD
@@ -67,7 +68,7 @@ class TrainSettings:
 
         Raises:
             SettingsError: with everything that is out of range, or that no adapter can be published with.
-            PrecisionError, BaseError: there is no such precision, or base.
+            LoraRtError: there is no such precision, device or base.
         """
         problems = []
         if not is_name(self.register):
@@ -76,6 +77,8 @@ class TrainSettings:
             problems.append(f"r is {self.r}; it must be from 1 to 4096")
         if not 0 < self.alpha < 1e6:
             problems.append(f"alpha is {self.alpha}; it must be above 0")
+        if not self.target_modules:
+            problems.append(f"there are no target modules; name some, or {ALL_LINEAR}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout}; it must be from 0 to below 1")
         if not 0 < self.learning_rate <= 1:
@@ -96,6 +99,7 @@ class TrainSettings:
         if problems:
             raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
         check_precision(self.precision)
+        check_device(self.device)
         parse_base(self.base)
 
     def _unpublishable(self) -> list[str]:
@@ -142,6 +146,16 @@ class TrainSettings:
         plain = {key: str(value) for key, value in asdict(self).items() if key not in apart} | {"optimizer": optimizer}
         facts = json.dumps([plain, data_digest, base_digest], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def check_targets(wanted: Sequence[str], base: BaseSource) -> None:
+    """What `choose_targets` would refuse, where the layers of a base can be told before it is fetched or loaded.
+
+    Raises:
+        SettingsError: the base has no layers of these names.
+    """
+    if known := known_linears(base):
+        choose_targets(wanted, known)
 
 
 def choose_targets(wanted: Sequence[str], linears: Sequence[str]) -> list[str]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.base.reading import UNREADABLE, config_alone
 from lora_rt.core.base.shape import context_of
+from lora_rt.core.base.source import parse_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import Portions, pick_portions
-from lora_rt.core.step.adapter import checkpointed, fresh_adapter
-from lora_rt.core.step.settings import SettingsError, TrainSettings
+from lora_rt.core.memory.skeleton import skeleton
+from lora_rt.core.step.adapter import adaptable, checkpointed, fresh_adapter
+from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets, choose_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
@@ -56,6 +60,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     Raises:
         LoraRtError: settings, data, base or mode do not work out.
     """
+    _check_targets(settings)
     base = load_base(settings.base, settings.precision, settings.device, for_training=True)
     text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
     objective = objective_of(settings, modes, base, text)
@@ -80,6 +85,20 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         model=model,
         gates=RankGates(model, objective, settings.r),
     )
+
+
+def _check_targets(settings: TrainSettings) -> None:
+    """Before a base is fetched, converted or loaded: that it has the layers, as far as its configuration tells.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    source = parse_base(settings.base)
+    check_targets(settings.target_modules, source)
+    if source.kind in ("default", "gguf"):  # known by now; and a GGUF file's configuration takes seconds to read
+        return
+    with suppress(*UNREADABLE):  # what is wrong with the base itself is said where it is loaded
+        choose_targets(settings.target_modules, list(adaptable(skeleton(config_alone(source), "float32"))))
 
 
 def objective_of(settings: TrainSettings, modes: ModeHost, base: LoadedBase, text: TextFormat) -> Objective:

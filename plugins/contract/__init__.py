@@ -7,7 +7,7 @@ mode should do the same and import torch inside its hooks.
 from importlib import import_module
 from typing import Any
 
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.composing import ComposeContext, TermFacts
 from lora_rt.plugins.contract.facts import BaseFacts, SceneType
 from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
@@ -41,6 +41,7 @@ __all__ = [
     "SceneType",
     "Services",
     "TermFacts",
+    "UsageError",
     "hookimpl",
     "hookspec",
     "read_options",

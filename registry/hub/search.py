@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lora_rt.errors import UsageError
+from lora_rt.registry.bases import DEFAULT_ID
 from lora_rt.registry.hub.client import api, explained
 from lora_rt.registry.hub.model_card import TAG
+from lora_rt.registry.reference import is_hub_id
 
 LIMIT = 50
 
@@ -30,7 +33,13 @@ def search(word: str = "", *, base: str | None = None, every: bool = False) -> l
         word: part of a name; all where empty.
         base: only adapters of this base, by its hub id.
         every: any PEFT adapter, not only those that lora-rt pushed.
+
+    Raises:
+        UsageError: `base` is not of the form org/repo.
+        HubError: no network, or an answer that can't be read.
     """
+    if base is not None and not is_hub_id(base := DEFAULT_ID if base == "default" else base):
+        raise UsageError(f"{base[:120]!r} is not a base model on the Hub", next_step="Write org/repo, or default")
     tags = ["peft"] if every else [TAG]
     if base:
         tags.append(f"base_model:{base}")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from lora_rt.core.cli.app import app
 from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.contract import UsageError
 from lora_rt.plugins.modes.bridge.items import ItemsError, read_items
 from lora_rt.registry.bases import BaseIdentity
 from support.pairs import DOCUMENT, PAIRS, write_lines
@@ -101,7 +102,7 @@ class Terminal(StringIO):
     ],
 )
 def test_items_that_are_missing_or_bad_are_named(stdin: StringIO, said: str) -> None:
-    with pytest.raises(ItemsError) as caught:
+    with pytest.raises((ItemsError, UsageError)) as caught:
         read_items([], None, "text", stdin)
     assert said in str(caught.value)
 
@@ -113,5 +114,5 @@ def test_every_bad_line_is_named() -> None:
 
 
 def test_arguments_and_a_file_at_once_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ItemsError, match="both arguments and --data"):
+    with pytest.raises(UsageError, match="both arguments and --data"):
         read_items(["a"], tmp_path / "pairs.jsonl", "text")

@@ -8,6 +8,7 @@ import pytest
 
 import lora_rt
 from lora_rt.core.runtime import Runtime
+from lora_rt.plugins.contract import UsageError
 from lora_rt.plugins.modes.bridge.cycle import cycle_pairs, write_lines
 from lora_rt.plugins.modes.bridge.hyper import BridgeError, HyperBridge, onward
 from support.pairs import DOCUMENT, PAIRS
@@ -112,7 +113,7 @@ def test_unpaired_texts_and_scenes_become_lines_whose_given_half_is_the_target(b
         {"scene": "c", "text": "cccc", "direction": "expand"},
         {"scene": "d", "text": "dddd", "direction": "compress"},
     ]
-    with pytest.raises(BridgeError, match="neither texts nor scenes"):
+    with pytest.raises(UsageError, match="neither texts nor scenes"):
         cycle_pairs(bridge)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support.cli import Cli
 from support.tiny import Zoo
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "matplotlib")
@@ -50,7 +51,7 @@ def data(tmp_path: Path) -> Path:
     [
         (["train", "x", "--data", "BAD"], 1, "line 2: not JSON"),
         (["train", "x", "--data", "GOOD", "--r", "-4"], 2, "r is -4"),
-        (["train", "x", "--data", "GOOD", "--mode", "nonsense"], 1, "nonsense"),
+        (["train", "x", "--data", "GOOD", "--mode", "nonsense"], 2, "nonsense"),
         (["train", "x", "--data", "GOOD", "--precision", "int3"], 2, "int3"),
         (["train", "x", "--data", "GOOD", "--base", "./nowhere"], 1, "./nowhere"),
         (["tune", "emotion", "--data", "BAD"], 1, "line 2: not JSON"),
@@ -76,8 +77,18 @@ def data(tmp_path: Path) -> Path:
         (["bench", "--quick", "--plot", "FOLDER"], 1, "it is a folder"),
         (["bridge", "cycle", "--texts", "GOOD", "--out", "GOOD"], 1, "is there already"),
         (["bridge", "cycle", "--texts", "GOOD", "--out", "nowhere/x.jsonl"], 1, "nowhere/x.jsonl can't be written"),
-        (["bridge", "cycle", "--out", "new.jsonl"], 1, "there are neither texts nor scenes"),
+        (["bridge", "cycle", "--out", "new.jsonl"], 2, "there are neither texts nor scenes"),
         (["plan", "--base", "./nowhere"], 1, "./nowhere"),
+        (["plan", "--r", "-1"], 2, "r is -1"),
+        (["plan", "--batch", "0"], 2, "batch is 0"),
+        (["plan", "--labels", "-5"], 2, "labels is -5"),
+        (["plan", "--target-modules", "nope"], 1, "no layer is called 'nope'"),
+        (["plan", "--target-modules", ","], 2, "there are no target modules"),
+        (["train", "x", "--data", "GOOD", "--target-modules", "nope"], 1, "no layer is called 'nope'"),
+        (["train", "x", "--data", "GOOD", "--target-modules", ""], 2, "there are no target modules"),
+        (["train", "x", "--data", "GOOD", "--device", "cuda:97"], 1, "Use "),
+        (["compose", "emotion", "-p", "ab", "--device", "cuda:97"], 1, "Use "),
+        (["bench", "--device", "cuda:97"], 1, "Use "),
         (["bench", "--systems", "nonsense"], 2, "nonsense"),
     ],
 )
@@ -115,3 +126,45 @@ def test_an_adapter_for_another_base_is_refused_before_torch_is_imported(zoo: Zo
     code, err, heavy = heavy_after(["compose", "emotion", "-p", "ab", "--base", base, "--precision", "float32"])
     assert (code, heavy) == (1, set())
     assert "Use --base default" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compose", "emotion", "-p", "ab", "--base", ""],
+        ["compose", "emotion", "-p", "ab", "--base", "a b"],
+        ["compose", "a/b/c", "-p", "ab"],
+        ["show", ""],
+        ["show", "a b"],
+        ["pull", ""],
+        ["pull", "./folder"],
+        ["pull", "org/repo", "--as", "a b"],
+        ["push", "", "org/repo"],
+        ["push", "emotion", "nowhere"],
+        ["rm", ""],
+        ["verify", "a b"],
+        ["search", "--base", ""],
+        ["scene", ""],
+        ["scene", "ab", "--adapter", "a b"],
+        ["tune", "emotion", "--data", "GOOD", "--name", "a b"],
+        ["tune", "a b c/d/e", "--data", "GOOD"],
+        ["export", "a/b/c", "-o", "out"],
+        ["export", "emotion", "-o", "out", "--base", " "],
+        ["eval", "a/b/c", "--data", "x=GOOD"],
+        ["eval", "emotion", "--data", "x=GOOD", "--plot", "picture.doc"],
+        ["explain", "emotion", "-p", "ab", "--png", "picture"],
+        ["bench", "--quick", "--plot", "picture.doc"],
+        ["bench", "--base", ""],
+        ["plan", ""],
+        ["train", "x", "--data", "GOOD", "--base", ""],
+        ["train", "x", "--data", "GOOD", "--mode", ""],
+        ["bridge", "compress", "ab", "--adapter", "a/b/c"],
+        ["bridge", "compress", "ab", "--data", "GOOD"],
+        ["bridge", "compress", "ab", "--base", ""],
+        ["bridge", "measure", "--data", "x="],
+    ],
+)
+def test_what_makes_no_sense_on_any_machine_is_a_usage_error(arguments: list[str], data: Path, cli: Cli) -> None:
+    ended = cli(*(word.replace("GOOD", str(data)) for word in arguments))
+    assert ended.code == 2, ended.err
+    assert ended.err.startswith("error: ")

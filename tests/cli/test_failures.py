@@ -164,7 +164,6 @@ def test_a_command_line_that_cannot_be_read_gets_one_plain_line(cli: Cli, typed:
             ["compose", "emotion", "0.7", "-p", "x"],
             "'0.7'; a weight stands behind a name and a colon, as in emotion:0.7",
         ),
-        (["compose", "emotion", "-p", "x", "--base", ""], "--base is empty. Give"),
         (["compose", "emotoin", "lojic", "-p", "x"], "did you mean 'emotion'? See: lora-rt list"),
     ],
 )

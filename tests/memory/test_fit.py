@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from lora_rt.core.base.precision import PRECISIONS
-from lora_rt.core.memory.config import BaseConfig, PlanError
-from lora_rt.core.memory.estimate import MemoryPlan, PrecisionPlan, Workload
+from lora_rt.core.memory.config import BaseConfig
+from lora_rt.core.memory.estimate import MemoryPlan, PrecisionPlan
 from lora_rt.core.memory.fit import best_fit
 from lora_rt.core.memory.inference import InferenceMemory
 from lora_rt.core.memory.training import TrainingMemory
+from lora_rt.core.memory.workload import PlanError, Workload
 
 GB = 10**9
 WORKLOAD = Workload("cuda", r=16, target_modules=("q_proj",), batch=8, seq=512, adapters=1, labels=511)

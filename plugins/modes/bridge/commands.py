@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_rt.plugins.contract import LoraRtError, Services
+from lora_rt.plugins.contract import Services, UsageError
 from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
 from lora_rt.plugins.contract.terminal import harmless
 from lora_rt.plugins.modes.bridge.items import read_items
@@ -206,5 +206,5 @@ def _named(item: str) -> tuple[str, str]:
     if not equals:
         return Path(item).stem, item
     if not name or not file:
-        raise LoraRtError(f"--data {item!r} names no file", next_step="Write it as NAME=FILE, or as FILE")
+        raise UsageError(f"--data {item!r} names no file", next_step="Write it as NAME=FILE, or as FILE")
     return name, file

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lora_rt.plugins.contract import UsageError
 from lora_rt.plugins.modes.bridge.hyper import BridgeError, HyperBridge
 
 
@@ -21,7 +22,8 @@ def cycle_pairs(bridge: HyperBridge, texts: Sequence[str] = (), scenes: Sequence
     Lines whose made half is empty are left out.
 
     Raises:
-        BridgeError: there are neither texts nor scenes, or some are empty.
+        UsageError: there are neither texts nor scenes.
+        BridgeError: some are empty.
     """
     check_items(texts, scenes)
     made_scenes, made_texts = bridge.compress(list(texts)), bridge.expand(list(scenes))
@@ -31,9 +33,9 @@ def cycle_pairs(bridge: HyperBridge, texts: Sequence[str] = (), scenes: Sequence
 
 
 def check_items(texts: Sequence[str], scenes: Sequence[str]) -> None:
-    """Raises BridgeError where there are neither texts nor scenes."""
+    """Raises UsageError where there are neither texts nor scenes."""
     if not texts and not scenes:
-        raise BridgeError("there are neither texts nor scenes", next_step="Give --texts or --scenes")
+        raise UsageError("there are neither texts nor scenes", next_step="Give --texts or --scenes")
 
 
 def check_new_file(path: Path) -> None:

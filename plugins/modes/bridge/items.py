@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from lora_rt.plugins.contract import LoraRtError
+from lora_rt.plugins.contract import LoraRtError, UsageError
 
 
 class ItemsError(LoraRtError):
-    """There is nothing to work on, or lines that can't be read; all of them are named."""
+    """Lines that can't be read; all of them are named."""
 
 
 def read_items(
@@ -27,10 +27,11 @@ def read_items(
             `field`, any other line itself.
 
     Raises:
-        LoraRtError: nothing is given, too much is given, or lines are bad.
+        UsageError: nothing is given, or too much.
+        ItemsError: lines are bad.
     """
     if arguments and data is not None:
-        raise ItemsError("there are both arguments and --data", next_step="Give one of them")
+        raise UsageError("there are both arguments and --data", next_step="Give one of them")
     if arguments:
         return list(arguments)
     if data is not None:
@@ -39,7 +40,7 @@ def read_items(
     lines = [] if stdin.isatty() else [line.strip() for line in stdin]
     items = _read_lines([line for line in lines if line], field)
     if not items:
-        raise ItemsError(
+        raise UsageError(
             f"there is no {field}", next_step="Give it as an argument, with --data F.jsonl, or on standard input"
         )
     return items
