@@ -18,7 +18,7 @@ from lora_rt.version import __version__
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.bootstrap import ratio_interval
     from lora_rt.core.evaluation.matrix import TextLosses, text_losses
-    from lora_rt.core.export.run import export
+    from lora_rt.core.export.run import Exporter, export
     from lora_rt.core.programs import evaluate, train, tune
     from lora_rt.core.requests.composition import Composition, Term
     from lora_rt.core.runtime import Runtime
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Composition",
+    "Exporter",
     "HyperBridge",
     "LoraRtError",
     "Registry",
@@ -47,6 +48,7 @@ __all__ = [
 _HOMES = {
     "Composition": "lora_rt.core.requests.composition",
     "Term": "lora_rt.core.requests.composition",
+    "Exporter": "lora_rt.core.export.run",
     "HyperBridge": "lora_rt.plugins.modes.bridge.hyper",
     "Registry": "lora_rt.registry.registry",
     "Runtime": "lora_rt.core.runtime",

@@ -134,11 +134,13 @@ def _identify(source: BaseSource, sha256: Callable[[Path], str]) -> BaseIdentity
 def _of_folder(folder: Path, sha256: Callable[[Path], str]) -> BaseIdentity:
     if (made := _prepared(folder, sha256)) is not None:
         return made
-    parts = [(file.name, sha256(file)) for file in weight_files(folder)]
+    weights = weight_files(folder)
+    fetched = all(file.is_file() for file in weights)  # of a repository the configuration alone may have been fetched
+    parts = [(file.name, sha256(file)) for file in weights] if fetched else []
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for name, content in parts:
         digest.update(f"{name}:{content}".encode())
-    known = digest.hexdigest() if all(content for _, content in parts) else ""
+    known = digest.hexdigest() if parts and all(content for _, content in parts) else ""
     if snapshot := _SNAPSHOT.search(folder.as_posix()):
         return BaseIdentity("/".join(filter(None, snapshot.groups()[:2])), snapshot[3], known)
     return BaseIdentity(folder.name, None, known)

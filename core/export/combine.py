@@ -31,13 +31,18 @@ def combine(terms: Sequence[ExportTerm], base: Outline) -> dict[str, Factors]:
     return found
 
 
-def _at(module: str, terms: Sequence[ExportTerm]) -> Factors | None:
+def acting_at(module: str, terms: Sequence[ExportTerm]) -> list[tuple[Factors, float]]:
+    """The factors that act at a module, each with its weight there; none whose weight is 0."""
     block = block_number(module)
-    acting = [
+    return [
         (factors, weight)
         for term in terms
         if (factors := term.adapter.factors.get(module)) is not None and (weight := term.weight_in(block)) != 0.0
     ]
+
+
+def _at(module: str, terms: Sequence[ExportTerm]) -> Factors | None:
+    acting = acting_at(module, terms)
     if not acting:
         return None
     biases = [factors.bias * weight for factors, weight in acting if factors.bias is not None]

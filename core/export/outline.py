@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_rt.core.base.identity import identify
+from lora_rt.core.base.identity import identify, identify_base
 from lora_rt.core.base.load import base_facts
 from lora_rt.core.base.reading import UNREADABLE, config_alone
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, parse_base
@@ -33,8 +33,8 @@ class Outline:
     parameters: int
 
 
-def outline(text: str) -> Outline:
-    """The outline of what `--base` means.
+def outline(text: str, *, quick: bool = False) -> Outline:
+    """The outline of what `--base` means; `quick` leaves large weights that were never hashed before unread.
 
     Raises:
         BaseError: it can't be found, or is no model that transformers knows.
@@ -43,7 +43,8 @@ def outline(text: str) -> Outline:
     from transformers.pytorch_utils import Conv1D
 
     source = parse_base(text)
-    config, identity = config_alone(source), identify(source)
+    config = config_alone(source)
+    identity = identify_base(text) if quick else identify(source)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

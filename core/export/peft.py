@@ -38,32 +38,30 @@ def write_peft_adapter(folder: Path, factors: Mapping[str, Factors], base: Outli
 
 
 def _write_config(folder: Path, factors: Mapping[str, Factors], base: Outline) -> None:
-    from peft import LoraConfig, TaskType
-
     ranks = {module: item.a.shape[0] for module, item in factors.items()}
     rank = max(ranks.values())
     patterns = _rank_patterns(ranks, rank)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        target_modules=shortest_names(factors, base.linears),
-        use_rslora=False,
-        lora_bias=_biased(factors),
-        lora_dropout=0.0,
-        bias="none",
-        fan_in_fan_out=any(module in base.transposed for module in factors),
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base.identity.id,
-        revision=base.identity.revision,
-        inference_mode=True,
-    )
-    config.save_pretrained(folder)
-    # PEFT keeps target_modules as a set: in order, the same export has the same bytes.
-    written = json.loads((folder / CONFIG).read_text())
-    written["target_modules"] = sorted(written["target_modules"])
-    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    # Written by hand, so that PEFT need not be there: what is left out has PEFT's default in every version of it.
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": shortest_names(factors, base.linears),
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": _biased(factors),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(module in base.transposed for module in factors),
+        "base_model_name_or_path": base.identity.id,
+        "revision": base.identity.revision,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _biased(factors: Mapping[str, Factors]) -> bool:

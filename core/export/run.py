@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,15 @@ import torch
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export import about
 from lora_rt.core.export.architectures import architecture_of
-from lora_rt.core.export.combine import combine, rounded
+from lora_rt.core.export.combine import acting_at, combine, rounded
 from lora_rt.core.export.gguf import write_gguf_adapter
 from lora_rt.core.export.merged import write_merged
 from lora_rt.core.export.outline import Outline, outline
 from lora_rt.core.export.peft import write_peft_adapter
 from lora_rt.core.export.static import check_static
-from lora_rt.core.export.terms import ExportTerm, raise_all, read_terms
+from lora_rt.core.export.terms import ExportTerm, find_terms, key_of, raise_all, read_terms
 from lora_rt.core.requests.composition import Composition
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import durable, files
 from lora_rt.registry.card import write_card
@@ -63,6 +64,110 @@ class Exported:
         }
 
 
+class Exporter:
+    """Exports over one base: what there is to know of it is read once, and no weight of it is read at all."""
+
+    def __init__(
+        self,
+        base: str = "default",
+        *,
+        registry: Registry | None = None,
+        modes: ModeHost | None = None,
+        quick: bool = False,
+    ) -> None:
+        """
+        Args:
+            base: "default", a folder, a GGUF file, or a hub id with an optional @revision.
+            registry: where names resolve; that of the working directory by default.
+            modes: whose hooks are asked whether they act at inference; the installed ones by default.
+            quick: leave large weights that were never read before unread, so that names and shapes have to tell
+                whether an adapter belongs to this base.
+
+        Raises:
+            BaseError: there is no such base, or transformers does not know it.
+        """
+        self.modes = modes or load_modes()
+        self.registry = registry or Registry(sources=self.modes.sources())
+        self.base = outline(base, quick=quick)
+
+    def gather(self, composition: Composition | str) -> Gathered:
+        """Read every adapter of a composition, and find out what of it can't be written down as weights."""
+        given = Composition.parse(composition) if isinstance(composition, str) else composition
+        terms, failures = read_terms(given, self.registry, self.base)
+        notes, dynamic = check_static(terms, self.modes, self.base)
+        return Gathered(self.base, str(given), terms, failures, dynamic, notes)
+
+    def key(self, composition: Composition | str) -> str:
+        """What `Gathered.key` will be, told without a look at the weights.
+
+        Raises:
+            LoraRtError: a term can't be found.
+        """
+        given = Composition.parse(composition) if isinstance(composition, str) else composition
+        return key_of(self.base, find_terms(given, self.registry, self.base))
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A composition that was read: its adapters, those that failed, and those that are not static."""
+
+    base: Outline
+    text: str
+    terms: Sequence[ExportTerm]
+    failures: Sequence[LoraRtError]
+    dynamic: Sequence[LoraRtError]
+    notes: Sequence[str]
+
+    @property
+    def key(self) -> str:
+        """One digest over the base, the adapters' files and their weights, however the composition was spelled."""
+        return key_of(self.base, [(term.resolved.sha256, term.after, term.weights) for term in self.terms])
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a layer; 0 where every weight is 0."""
+        return max((sum(f.a.shape[0] for f, _ in found) for found in self._acting()), default=0)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether a bias is added anywhere, which only PEFT and merged models can hold."""
+        return any(factors.bias is not None for found in self._acting() for factors, _ in found)
+
+    def _acting(self) -> Iterator[list[tuple[Factors, float]]]:
+        return (acting_at(module, self.terms) for module in self.base.linears)
+
+    def write(self, to: Format, out: str | Path, *, dtype: torch.dtype | None = None, static: bool = False) -> Exported:
+        """Write it into a new folder, whole or not at all; the arguments are those of `export`.
+
+        Raises:
+            LoraRtError: a term can't be used or has no static equivalent, or the format can't hold the composition.
+        """
+        wrong = [*self.failures, *(() if static else self.dynamic)]
+        raise_all(wrong, f"{len(wrong)} terms of {self.text} can't be exported")
+        out, left_out = Path(out), static and bool(self.dynamic)
+        factors = combine(self.terms, self.base)
+        chosen = dtype or (torch.bfloat16 if to == "merged" else torch.float32)
+        with durable.new_folder(out) as folder:
+            with durable.storage_errors("the export"):
+                _write(to, folder, factors, self.terms, self.base, chosen, left_out)
+            text = about.readme(self.terms, self.base, usage(to, "THIS_FOLDER"), left_out=left_out)
+            (folder / files.README).write_text(text, encoding="utf-8")
+            digests, size = _digests(folder)
+        return Exported(
+            format=to,
+            path=out,
+            base=self.base,
+            terms=self.terms,
+            dtype=str(chosen).removeprefix("torch."),
+            rank=self.rank,
+            modules=len(factors),
+            static=left_out,
+            notes=self.notes,
+            sha256=files.combined(digests),
+            size=size,
+        )
+
+
 def export(
     composition: Composition | str,
     to: Format,
@@ -90,39 +195,11 @@ def export(
         LoraRtError: a term can't be used or has no static equivalent, or the format can't hold the composition.
     """
     given = Composition.parse(composition) if isinstance(composition, str) else composition
-    host = modes or load_modes()
-    out = Path(out)
-    durable.check_new_folder(out)
-    with durable.new_folder(out) as folder:
-        shape = outline(base)
-        if to == "gguf":
-            architecture_of(shape.config)
-        terms, failures = read_terms(given, registry or Registry(sources=host.sources()), shape)
-        notes, dynamic = check_static(terms, host, shape)
-        left_out = static and bool(dynamic)
-        if static:
-            dynamic = []
-        raise_all([*failures, *dynamic], f"{len(failures) + len(dynamic)} terms of {given} can't be exported")
-        factors = combine(terms, shape)
-        chosen = dtype or (torch.bfloat16 if to == "merged" else torch.float32)
-        with durable.storage_errors("the export"):
-            _write(to, folder, factors, terms, shape, chosen, left_out)
-        text = about.readme(terms, shape, usage(to, "THIS_FOLDER"), left_out=left_out)
-        (folder / files.README).write_text(text, encoding="utf-8")
-        digests, size = _digests(folder)
-    return Exported(
-        format=to,
-        path=out,
-        base=shape,
-        terms=terms,
-        dtype=str(chosen).removeprefix("torch."),
-        rank=max(item.a.shape[0] for item in factors.values()),
-        modules=len(factors),
-        static=left_out,
-        notes=notes,
-        sha256=files.combined(digests),
-        size=size,
-    )
+    durable.check_new_folder(Path(out))
+    exporter = Exporter(base, registry=registry, modes=modes)
+    if to == "gguf":
+        architecture_of(exporter.base.config)
+    return exporter.gather(given).write(to, out, dtype=dtype, static=static)
 
 
 def usage(to: Format, where: str, gguf: str = "BASE.gguf") -> str:

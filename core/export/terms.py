@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_rt.core.base.configuration import weight_files
@@ -72,6 +74,31 @@ def read_terms(
     return _united(found), failures
 
 
+Fingerprint = tuple[str, str | None, tuple[float, ...]]
+"""The digest of an adapter's files, the text that it waits for, and its weight in every block."""
+
+
+def find_terms(composition: Composition, registry: Registry, base: Outline) -> list[Fingerprint]:
+    """What `read_terms` would read, without a look at the weights.
+
+    Raises:
+        LoraRtError: a term can't be found.
+    """
+    parts = [part for term in composition.terms for part in expanded(term, registry.compositions, base.facts)]
+    return [(registry.find(p.reference, base.identity).sha256, p.after, _weights(p, base)) for p in parts]
+
+
+def key_of(base: Outline, terms: Sequence[Fingerprint]) -> str:
+    """One digest over a base and the adapters over it, each once, in any order; those without a weight do not count."""
+    totals: dict[tuple[str, str | None], tuple[float, ...]] = {}
+    for sha256, after, weights in terms:
+        before = totals.get((sha256, after), (0.0,) * len(weights))
+        totals[sha256, after] = tuple(a + b for a, b in zip(before, weights, strict=True))
+    acting = sorted((sha, after or "", [w.hex() for w in ws]) for (sha, after), ws in totals.items() if any(ws))
+    said = [asdict(base.identity), base.facts.layers, acting]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
     """Raise what was collected: one as it is, several as one that names them all, none not at all."""
     if len(failures) == 1:
@@ -94,9 +121,13 @@ def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
         load=True,
     )
     check_pin(part, resolved.name, inspected.sha256)
-    layers = part.layers or (1.0,) * base.facts.layers
-    weights = tuple(part.weight * factor for factor in layers)
-    return ExportTerm(resolved.read(inspected.files), read_adapter(inspected, resolved.name), weights, part.after)
+    adapter = read_adapter(inspected, resolved.name)
+    return ExportTerm(resolved.read(inspected.files), adapter, _weights(part, base), part.after)
+
+
+def _weights(part: Term, base: Outline) -> tuple[float, ...]:
+    """The weight of a term in every block."""
+    return tuple(part.weight * factor for factor in part.layers or (1.0,) * base.facts.layers)
 
 
 def _united(terms: Sequence[ExportTerm]) -> list[ExportTerm]:
