@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any, SupportsIndex
 
+from lora_rt.core.generation.numbers import real, whole
 from lora_rt.errors import LoraRtError
 
 COLDEST = 1e-4  # below it, dividing by the temperature leaves the range of float32, and the best token always wins
@@ -67,10 +67,10 @@ class Sampling:
         problems = []
         for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
-            if not (hasattr(value, "__float__") or (name == "temperature" and value is None)):
+            if not (real(value) is not None or (name == "temperature" and value is None)):
                 problems.append(f"{name} is {value!r}; it must be a number")
         for name in ("top_k", "max_new_tokens", "min_new_tokens"):
-            if _whole(getattr(self, name)) is None:
+            if whole(getattr(self, name)) is None:
                 problems.append(f"{name} is {getattr(self, name)!r}; it must be a whole number")
         return problems
 
@@ -86,24 +86,16 @@ def seeds_per_row(seed: Seeds, rows: int) -> list[int | None]:
     Raises:
         SamplingError: a list of another length, or what is not a seed.
     """
-    single = seed is None or isinstance(seed, str) or _whole(seed) is not None or not hasattr(seed, "__len__")
+    single = seed is None or isinstance(seed, str) or whole(seed) is not None or not hasattr(seed, "__len__")
     seeds: list[Any] = [seed] * rows if single else list(seed)  # type: ignore[arg-type]  # it has a length
     if len(seeds) != rows:
         raise SamplingError(f"{len(seeds)} seeds for {rows} rows", next_step="Give one for all, or one per row")
-    found = [None if one is None else _whole(one) for one in seeds]
+    found = [None if one is None else whole(one) for one in seeds]
     bad = [one for one, number in zip(seeds, found, strict=True) if one is not None and not _is_seed(number)]
     if bad:
         text = f"{bad[0]!r} is not a seed"
         raise SamplingError(text, next_step=f"Use a whole number from 0 to {_LARGEST_SEED}, or leave it out")
     return found
-
-
-def _whole(value: Any) -> int | None:
-    """The whole number that a value is, or None."""
-    try:
-        return index(value)
-    except TypeError:
-        return None
 
 
 def _is_seed(number: int | None) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lora_rt.core.generation.numbers import real
 from lora_rt.core.requests import activation
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.reference import Reference
@@ -46,6 +47,18 @@ class Term:
     layers: tuple[float, ...] = ()
     sha256: str = ""
     composition: str = ""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            InvalidCompositionError: the reference or the weight is none.
+        """
+        try:
+            object.__setattr__(self, "reference", Reference.of(self.reference))
+            object.__setattr__(self, "weight", _number(self.weight))
+        except (LoraRtError, TypeError) as error:
+            text = f"{self.reference!r:.200} with {self.weight!r:.80} is not a term: {getattr(error, 'message', error)}"
+            raise InvalidCompositionError(text, next_step="Give a reference and a number") from error
 
     @property
     def mean_weight(self) -> float:
@@ -149,12 +162,11 @@ def _key(key: Any) -> Term:
 
 
 def _number(weight: Any) -> float:
-    try:
-        value = float(weight)
-    except (TypeError, ValueError) as error:
-        raise LoraRtError(f"the weight {weight!r} is not a number") from error
-    if isinstance(weight, (str, bytes)) or not math.isfinite(value):
-        raise LoraRtError(f"the weight {weight!r} is not a finite number")
+    value = real(weight)
+    if value is None:
+        raise LoraRtError(f"the weight {weight!r:.80} is not a number")
+    if not math.isfinite(value):
+        raise LoraRtError(f"the weight {weight!r:.80} is not a finite number")
     return value
 
 

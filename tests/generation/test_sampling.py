@@ -174,14 +174,14 @@ def test_seeds_are_one_for_all_or_one_per_row() -> None:
         seeds_per_row([1, 2, 3], 2)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 10**30, 1.5, "x"])
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30, 1.5, "x", True, np.True_])
 def test_what_is_no_seed_is_refused(seed: object) -> None:
     with pytest.raises(SamplingError, match="is not a seed"):
         seeds_per_row([seed], 1)  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty", "top_k", "max_new_tokens"])
-@pytest.mark.parametrize("value", ["8", [8], b"8"])
+@pytest.mark.parametrize("value", ["8", [8], b"8", True, np.True_, torch.tensor(True), 1j])
 def test_what_is_no_number_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(SamplingError, match=f"{name} is .*number"):
         Sampling(**{name: value}).check()
