@@ -2,7 +2,8 @@
 
 A template is a program, and the pattern that cuts text into words may take time exponential in its length: neither can
 be told by reading, and a thread that hangs in one can't be stopped. This file is given to Python as it is and imports
-nothing of lora_rt. Its argument is the base's folder; its last line of output is what is wrong, or nothing.
+nothing of lora_rt. Its argument is the base's folder, or nothing where a template comes on standard input; its last
+line of output is what is wrong, or nothing.
 """
 
 from __future__ import annotations
@@ -16,25 +17,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MAX_BYTES = 64 << 20  # of a file
-MAX_RENDERED = 1 << 20  # characters, for a prompt of one word
+MAX_RENDERED = 1 << 20  # characters, for a chat of a word or two
+_USER, _ANSWER = {"role": "user", "content": "word"}, {"role": "assistant", "content": "answer"}
+CHATS = ([_USER], [_USER, _ANSWER], [_USER, _ANSWER, _USER])
 TEXTS = (
     "a" * 60 + "!", "hello world " * 40 + "!", "1" * 60 + "x", " " * 200 + "x", "\n" * 200 + "x", "\u00e9" * 60,
 )  # fmt: skip
 
 
-def main(folder: Path) -> None:
+def main(folder: Path | None) -> None:
     """Print what would be wrong before it is tried: whoever is stopped has said why."""
     limit_memory()
-    for name, template in templates(folder):
+    given = [("", sys.stdin.buffer.read().decode(errors="replace"))] if folder is None else templates(folder)
+    for name, template in given:
         what = f"the chat template {name}".strip()
         print(f"{what} does not come to an end", flush=True)
         limit_seconds(1)
         if rendered(template) > MAX_RENDERED:
             print(f"{what} makes more than {MAX_RENDERED:,} characters of one word")
             return
-    tokenizer = folder / "tokenizer.json"
     problem = ""
-    if tokenizer.is_file():
+    if folder is not None and (tokenizer := folder / "tokenizer.json").is_file():
         print("the tokenizer does not come to an end", flush=True)
         problem = encoded(tokenizer)
     print(problem)
@@ -78,7 +81,7 @@ def templates(folder: Path) -> list[tuple[str, str]]:
 
 
 def rendered(text: str) -> int:
-    """How long a one-word prompt becomes; 0 where the template can't be run like this, which others explain."""
+    """How long the longest of the chats becomes; 0 where the template can't be run like this, which others explain."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -101,18 +104,21 @@ def rendered(text: str) -> int:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: "2026"
     environment.filters["tojson"] = lambda value, **_: json.dumps(value)
-    total = 0
-    try:
-        words = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
-        for piece in environment.from_string(text).generate(messages=[{"role": "user", "content": "word"}], **words):
-            total += len(piece)
-            if total > MAX_RENDERED:
-                break
-    except MemoryError:
-        return sys.maxsize
-    except Exception:  # a template may raise whatever it likes
-        return 0
-    return total
+    environment.globals.update(bos_token="<s>", eos_token="</s>", tools=None, documents=None)
+    longest = 0
+    for chat in CHATS:
+        total = 0
+        try:
+            for piece in environment.from_string(text).generate(messages=chat, add_generation_prompt=True):
+                total += len(piece)
+                if total > MAX_RENDERED:
+                    return total
+        except MemoryError:
+            return sys.maxsize
+        except Exception:  # a template may raise whatever it likes
+            continue
+        longest = max(longest, total)
+    return longest
 
 
 def encoded(file: Path) -> str:
@@ -135,4 +141,4 @@ def encoded(file: Path) -> str:
 
 if __name__ == "__main__":
     os.environ["RUST_BACKTRACE"] = "0"
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if sys.argv[1:] else None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lora_rt.core.generation.bounded import trouble_with
+from lora_rt.core.base.bounded import trouble_with
 from lora_rt.errors import LoraRtError
 
 Message = Mapping[str, Any]
@@ -48,8 +48,8 @@ class ChatTemplate:
         rest = {key: value for key, value in variables.items() if key != NAME_VARIABLE}
         source = _chosen(given, variables.get(NAME_VARIABLE))
         if trouble := trouble_with(source):
-            text = f"the base's chat template is not one that ends: {trouble}"
-            raise PromptError(text, next_step="Do not use this base, or remove the template from its tokenizer")
+            advice = "Use another base, or remove the template from its tokenizer"
+            raise PromptError(f"this base can't be used: {trouble}", next_step=advice)
         _check_variables(tokenizer, source, rest)
         return cls(tokenizer, source, rest)
 

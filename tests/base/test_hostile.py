@@ -13,6 +13,7 @@ import pytest
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.reading import config_alone
 from lora_rt.core.base.source import BaseError, parse_base
+from lora_rt.core.generation.prompts import TextFormat
 from support.tiny import Zoo
 
 
@@ -126,9 +127,10 @@ def test_a_template_or_a_pattern_without_an_end_is_refused(broken: Path, damage:
 def test_a_template_that_was_held_to_the_limits_once_is_not_tried_again(
     broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (broken / "chat_template.jinja").write_text("{% for i in range(2) %}{{ messages[0].content }}{% endfor %}")
     load_base(str(broken), "float32", "cpu")
     monkeypatch.setattr("subprocess.run", None)
-    load_base(str(broken), "float32", "cpu")
+    TextFormat.of_base(load_base(str(broken), "float32", "cpu"))
 
 
 @pytest.mark.parametrize("changes", [{"rms_norm_eps": "x"}, {"eos_token_id": "x"}, {"rope_parameters": "x"}])
