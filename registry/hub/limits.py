@@ -2,7 +2,8 @@
 
 A read limit alone is not enough, since one byte a second keeps it content. So every wait of a connection is counted
 together with the bytes that it brought, headers, body and upload alike, and a connection that brings fewer than
-`floor` bytes a second over `window` seconds of waiting is given up. Retries of one request count as one.
+`floor` bytes a second over `window` seconds of waiting is given up. Retries of one request count as one, and a Hub that
+accepts and says nothing at all is not asked again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import httpx2
 
 PIECE = 8192
+_AT_ONCE = ("/api/repos/create", "/api/validate-yaml")
+"""What is sent to the Hub and gives it no work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Limits:
     """
 
     connect: float = 10.0
-    read: float = field(default_factory=lambda: max(15.0, float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 0)))
+    read: float = field(default_factory=lambda: max(10.0, float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 0)))
     answer: float = 60.0
     window: float = 30.0
     floor: float = 512.0
@@ -49,10 +52,32 @@ class _Watch:
     url: str = ""
     host: str = "the Hub"
     is_open: bool = False
+    patience: float = 0.0
+    """Seconds that it may take to begin with an answer."""
+    silence: float | None = 0.0
+    """Seconds without a byte of an answer; None when it has begun."""
     waited: float = 0.0
     moved: int = 0
     arrived: int = 0
     tries: Counter[str] = field(default_factory=Counter)
+
+    def read(self, seconds: float, size: int) -> None:
+        """Add a wait for so many bytes from the Hub.
+
+        Raises:
+            HubError: too little for too long.
+        """
+        self.count(seconds, size, size)
+        if size:
+            self.silence = None
+        elif self.silence is not None:
+            self.silence += seconds
+            if self.silence >= self.patience:
+                raise self.nothing(self.silence)
+
+    def nothing(self, seconds: float) -> HubError:
+        """The error for a Hub that takes a request and says nothing."""
+        return HubError(f"{self.host} has not answered for {seconds:.0f} s; given up", next_step=NEXT_STEP)
 
     def count(self, seconds: float, moved: int, arrived: int) -> None:
         """Add a wait that moved so many bytes, of which so many came from the Hub.
@@ -66,8 +91,10 @@ class _Watch:
         if self.waited < LIMITS.window:
             return
         if self.moved < LIMITS.floor * self.waited:
-            what = f"sent {self.arrived:,} bytes in" if self.arrived else "has not answered for"
-            raise HubError(f"{self.host} {what} {self.waited:.0f} s; given up", next_step=NEXT_STEP)
+            if not self.arrived:
+                raise self.nothing(self.waited)
+            text = f"{self.host} sent {self.arrived:,} bytes in {self.waited:.0f} s; given up"
+            raise HubError(text, next_step=NEXT_STEP)
         self.begin()
 
     def begin(self) -> None:
@@ -106,7 +133,9 @@ def on_request(request: httpx2.Request) -> None:
     watch.url, watch.host, watch.is_open = url, request.url.host, True
     if watch.tries[url] > LIMITS.tries:
         raise HubError(f"{watch.host} failed {LIMITS.tries} times in a row; given up", next_step=NEXT_STEP)
-    read = LIMITS.read if request.method in ("GET", "HEAD") else LIMITS.answer
+    works = request.method not in ("GET", "HEAD") and not request.url.path.endswith(_AT_ONCE)
+    read = LIMITS.answer if works else LIMITS.read
+    watch.patience, watch.silence = read, 0.0
     ours = {"connect": LIMITS.connect, "read": read, "write": LIMITS.answer, "pool": LIMITS.answer}
     stated: Mapping[str, float | None] = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {key: min(value, stated.get(key) or value) for key, value in ours.items()}
@@ -119,7 +148,13 @@ def on_response(response: httpx2.Response) -> None:
 
 
 def _on_trace(event: str, facts: dict[str, Any]) -> None:
-    """httpcore's trace: a connection was opened."""
+    """httpcore's trace: a connection was opened, or could not be in time.
+
+    Raises:
+        HubError: nobody answers there.
+    """
+    if event.endswith(("connect_tcp.failed", "start_tls.failed")) and "Timeout" in type(facts["exception"]).__name__:
+        raise _watch().nothing(LIMITS.connect) from facts["exception"]
     if event.endswith(("connect_tcp.complete", "start_tls.complete", "connect_unix_socket.complete")):
         _pace(facts["return_value"])
 
@@ -138,7 +173,7 @@ def _pace(stream: Any) -> None:
             _watch().is_open = True
             raise
         finally:
-            _watch().count(time.monotonic() - start, size, size)
+            _watch().read(time.monotonic() - start, size)
         return data
 
     def paced_write(buffer: bytes, timeout: float | None = None) -> None:

@@ -138,6 +138,7 @@ def test_an_adapter_for_another_base_is_refused_before_torch_is_imported(zoo: Zo
         ["show", "a b"],
         ["pull", ""],
         ["pull", "./folder"],
+        ["pull", "mood"],
         ["pull", "org/repo", "--as", "a b"],
         ["push", "", "org/repo"],
         ["push", "emotion", "nowhere"],

@@ -79,7 +79,6 @@ def test_rm_asks_and_where_nobody_can_answer_it_refuses(line: Line) -> None:
 def test_a_failure_is_one_line_and_the_next_step(line: Line) -> None:
     for words, says in [
         (["show", "moood"], "there is no adapter 'moood'"),
-        (["pull", "mood"], "only repositories are pulled"),
         (["pull", "no/where"], "the Hub has no no/where"),
         (["rm", "nothing", "-y"], "the store has no adapter 'nothing'"),
         (["verify", "nothing"], "there is no adapter 'nothing'"),

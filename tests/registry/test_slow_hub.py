@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import select
 import time
 from collections.abc import Callable
@@ -160,3 +161,29 @@ def test_a_base_and_its_plan_are_given_up_in_one_line(hub: LocalHub, cli: Cli, b
         assert done.code == 1
         assert len(done.err.splitlines()) == 1
         assert "someone/tiny" in done.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["search", "x"],
+        ["pull", REPO],
+        ["compose", REPO, "-p", "x"],
+        ["compose", "emotion", "-p", "x", "--base", "someone/tiny", "--allow-base-mismatch"],
+        ["plan", "someone/tiny"],
+        ["lock"],
+        ["push", "emotion", "me/mood"],
+    ],
+    ids=" ".join,
+)
+def test_a_hub_that_takes_questions_and_says_nothing_is_asked_once(
+    hub: LocalHub, cli: Cli, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora-rt.toml").write_text('[adapters]\nmood = "a/b"\n')
+    hub.twist = never_answers
+    done = cli(*command)
+    assert done.code == 1
+    assert re.fullmatch(r"error: .*has not answered for 0 s; given up\. .*\n", done.err)
+    assert len(hub.requests) == 1

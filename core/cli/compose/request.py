@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from lora_rt.core.base.identity import identify_base
+from lora_rt.core.base.progress import step
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.options import usage
 from lora_rt.core.cli.session import session
@@ -19,7 +20,6 @@ from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.named import named_composition
 from lora_rt.errors import LoraRtError, UsageError
-from lora_rt.registry.hub.pull import find_installed
 from lora_rt.registry.inspection import foreseen
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
@@ -139,8 +139,8 @@ class ComposeRequest:
 def look_up(composition: Composition, base: str | None = None) -> None:
     """Whatever can be known of a composition's adapters before a base is fetched, converted or loaded.
 
-    Names, cards, configurations, modes, and whether they are for the base that `--base` means; no weights are read and
-    nobody is asked: what only the Hub has is looked at when the base is there.
+    Names, cards, configurations, modes, and whether they are for the base that `--base` means. No weights of what is
+    here are read; what only the Hub has is fetched first, since an adapter is small and a base is not.
 
     Raises:
         LoraRtError: terms that can't be used; all of them are named.
@@ -150,10 +150,9 @@ def look_up(composition: Composition, base: str | None = None) -> None:
     stated = None if opened.registry.allow_base_mismatch else identity
     problems: list[LoraRtError] = []
     for reference in dict.fromkeys(r for term in composition.terms for r, _ in _references(term, opened.registry)):
-        if reference.kind == "hub" and not find_installed(opened.registry.store, reference):
-            continue
         try:
-            found = opened.registry.find(reference, identity, offline=True)
+            with step(f"looking up {reference.text}"):
+                found = opened.registry.find(reference, identity)
             opened.modes.require(foreseen(found.folder, name=found.name, base=stated))
         except LoraRtError as error:
             problems.append(error)
