@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
@@ -318,15 +318,23 @@ class Runtime:
         rows = self.parts.rows(input_ids, compositions, scenes, sampling=chosen, seeds=seeds)
         return self._steps(rows, deterministic)
 
-    def batch(self, *, chunk: int | None = None, deterministic: bool = False) -> Batch[RequestRow]:
+    def batch(
+        self,
+        *,
+        chunk: int | None = None,
+        deterministic: bool = False,
+        keep: Callable[[RequestRow, Any], None] | None = None,
+    ) -> Batch[RequestRow]:
         """An empty batch that rows join and leave while it runs (see `lora_rt.core.generation.batch`).
 
         Args:
             chunk: how many tokens of newcomers are read in one step; None reads them at once.
             deterministic: as in `generate`.
+            keep: told of each row that has ended, with the keys and values of what was read of it.
         """
         parts = self.parts
-        return Batch(parts.lm, parts.planner(), self.text.end_ids, chunk=chunk, deterministic=deterministic)
+        ends = self.text.end_ids
+        return Batch(parts.lm, parts.planner(), ends, chunk=chunk, deterministic=deterministic, keep=keep)
 
     def rows(
         self,

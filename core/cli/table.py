@@ -36,6 +36,10 @@ COMMANDS = {
     ),
     "explain": Entry("explain.command:explain", "Show how much each register adds to the base, layer by layer."),
     "scene": Entry("scene:scene", "Show the distribution over scene types that the gates would see."),
+    "serve": Entry(
+        "serve:serve",
+        "Serve OpenAI's API, in which `model` is a composition: every request its own, all in one batch.",
+    ),
     "list": Entry("list:list_adapters", "List the adapters that can be used by name."),
     "show": Entry(
         "show:show",

@@ -43,6 +43,24 @@ class LengthError(LoraRtError):
     """More tokens than the model's context holds."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token of an answer, the natural logarithm of its chance, and those of the likeliest ones in its place.
+
+    By the model's own scores: before temperature, penalties and the nucleus.
+    """
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, logprobs: Tensor, token: int, many: int) -> TokenScore:
+        """From the row's (vocabulary,)."""
+        values, tokens = logprobs.topk(min(many, len(logprobs)))
+        return cls(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
 class DecodingRow:
     """One row: the tokens of its prompt, how its tokens are chosen, and what it has said so far.
 
@@ -66,6 +84,9 @@ class DecodingRow:
         self.answer: list[int] = []
         self.ended: Ending | None = None
         self.read = 0  # tokens whose keys and values lie in a cache; the next pass begins behind them
+        self.begin: tuple[Any, int] | None = None  # a cache of its first tokens, and how many; not read again
+        self.likely: int | None = None  # how many of the likeliest tokens are noted at each step; None notes nothing
+        self.scores: list[TokenScore] = []  # one per token of the answer, where they are noted
 
     @property
     def length(self) -> int:
@@ -115,6 +136,7 @@ class Batch(Generic[R]):
             None reads them at once.
         deterministic: give every row passes of its own. In few bits the kernels round a batch of another shape
             otherwise; so the text of a row is that of the row alone, bit for bit.
+        keep: told of each row that has ended, with a cache of its own that holds what was read of it.
     """
 
     def __init__(
@@ -125,12 +147,14 @@ class Batch(Generic[R]):
         *,
         chunk: int | None = None,
         deterministic: bool = False,
+        keep: Callable[[R, Any], None] | None = None,
     ) -> None:
         self._lm = lm
         self._planner = planner
         self._end_ids = frozenset(end_ids)
         self._chunk = chunk
         self._alone = deterministic or lm.keeping == "apart"
+        self._keep = keep
         self._groups: list[_Group[R]] = []
         self._unread: list[R] = []
         self.rows: list[R] = []
@@ -169,8 +193,22 @@ class Batch(Generic[R]):
             for group, _ in ready:
                 group.append([tokens[id(row)] for row in group.rows])
         got = [row for row in self.rows if self._takes(row, tokens.get(id(row)))]
-        self.drop([row for row in self.rows if row.ended is not None])
+        if gone := [row for row in self.rows if row.ended is not None]:
+            self._tell(gone)
+            self.drop(gone)
         return got
+
+    def _tell(self, gone: Sequence[R]) -> None:
+        """Hand out the caches of rows that have ended."""
+        if self._keep is None or self._lm.keeping != "shared":
+            return
+        ended = {id(row) for row in gone if row.ended != "error"}
+        with torch.inference_mode():
+            for group in self._groups:
+                for number, row in enumerate(group.rows):
+                    if id(row) in ended and group.cache is not None:
+                        one = torch.tensor([number], device=group.ids.device)
+                        self._keep(row, caches.joined(self._lm.new_cache(), [(group.cache, one)], row.read))
 
     def _choose(self, ready: Sequence[tuple[_Group[R], Tensor]]) -> dict[int, int | None]:
         """The next token of every row that was read to its end, by the id of the row; None where there is none."""
@@ -179,7 +217,12 @@ class Batch(Generic[R]):
         rows = [row for group, _ in ready for row in group.rows]
         logits = ready[0][1] if len(ready) == 1 else torch.cat([part for _, part in ready])
         forbidden = [self._end_ids if len(row.answer) < row.sampling.min_new_tokens else () for row in rows]
+        noted = [(n, row) for n, row in enumerate(rows) if row.likely is not None]
+        before = logits[[n for n, _ in noted]].float().log_softmax(-1) if noted else None
         chosen = choose(logits, [row.sampler for row in rows], forbidden)
+        for place, (n, row) in enumerate(noted):
+            if before is not None and (token := chosen[n]) is not None and token not in self._end_ids:
+                row.scores.append(TokenScore.of(before[place], token, row.likely or 0))
         return {id(row): token for row, token in zip(rows, chosen, strict=True)}
 
     def _takes(self, row: R, token: int | None) -> bool:
@@ -229,10 +272,15 @@ class Batch(Generic[R]):
             reading = group.cache is not None and group.read < group.width - 1
             united.setdefault((id(group) if reading else None, self._share(group.rows[0])), []).append(group)
         self._groups = [_united(self._lm, same) for same in united.values()]
+        begun = [_Group.continued(self._lm, row) for row in self._unread if row.begin is not None]
         fresh: dict[Hashable, list[R]] = {}
         for row in self._unread:
-            fresh.setdefault(self._share(row), []).append(row)
+            if row.begin is None:
+                fresh.setdefault(self._share(row), []).append(row)
+        for group in begun:
+            group.rows[0].begin = None  # read again, it begins at its beginning
         self._groups += [_Group.begun(self._lm, rows) for rows in fresh.values()]
+        self._groups += begun
         self._unread = []
 
     def _outgrown(self, row: R) -> bool:
@@ -277,6 +325,14 @@ class _Group(Generic[R]):
         """Rows of which nothing has been read."""
         ids, mask = pad_left([[*row.ids, *row.answer] for row in rows], lm.device)
         return cls(lm, list(rows), ids, mask, None if lm.keeping == "none" else lm.new_cache(), 0)
+
+    @classmethod
+    def continued(cls, lm: CausalLM, row: R) -> _Group[R]:
+        """A row whose first tokens were read before."""
+        assert row.begin is not None
+        group, (cache, read) = cls.begun(lm, [row]), row.begin
+        group.cache, group.read = cache, read
+        return group
 
     @property
     def width(self) -> int:

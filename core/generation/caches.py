@@ -39,6 +39,19 @@ def joined(empty: Any, parts: Sequence[tuple[Any, Tensor]], read: int) -> Any:
     return empty
 
 
+def beginning(empty: Any, cache: Any, columns: int) -> Any:
+    """A cache of the first columns of another one, in which every layer keeps all of them.
+
+    Args:
+        empty: a new cache of the same model, which is filled.
+    """
+    for layer, old in zip(empty.layers, cache.layers, strict=True):
+        keys, values = old.keys[:, :, :columns], old.values[:, :, :columns]
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return empty
+
+
 def fitted(values: Tensor, columns: int, dim: int) -> Tensor:
     """The last columns along a dimension, with zeros on the left where there are fewer."""
     there = values.shape[dim]

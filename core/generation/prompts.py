@@ -76,7 +76,7 @@ class TextFormat:
         messages = checked_messages(prompt)
         if self.template is None:
             text = "\n".join(message["content"] for message in messages)
-            ids = self._unprompted(text)
+            ids = self.document_ids(text)
         else:
             ids = self._templated(self.template, messages)
         if not ids:
@@ -172,8 +172,12 @@ class TextFormat:
         fenced = _each_text(messages, lambda text: self.controls.fenced(text, fences))
         return self.controls.ids(template.render(fenced, opening=True), fences)
 
-    def _unprompted(self, text: str) -> list[int]:
-        """A text as the beginning of a document: what the tokenizer puts before it stays, what it appends does not."""
+    def document_ids(self, text: str) -> list[int]:
+        """A text as the beginning of a document: what the tokenizer puts before it stays, what it appends does not.
+
+        Raises:
+            PromptError: it is not a text.
+        """
         check_text(text, "the prompt")
         return [*self._before, *self.text_ids(text, "the prompt")]
 

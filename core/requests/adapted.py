@@ -31,6 +31,7 @@ class AdaptedBase:
     def __init__(self, base: LoadedBase, modes: ModeHost, registry: Registry, text: TextFormat | None = None) -> None:
         self.base = base
         self.modes = modes
+        self.registry = registry
         self.lm = CausalLM(base.model)
         self.bank = AdapterBank(base.model, base.dtype)
         self.early = EarlyHidden(self.lm, base.facts.layers)

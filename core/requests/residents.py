@@ -96,6 +96,17 @@ class Residents:
             self._given |= {resident}
         return resident
 
+    def reload(self, reference: Reference) -> str:
+        """Read the files again that a name means now; the resident of that name is replaced, if nothing is refused.
+
+        Raises:
+            LoraRtError: as `load`; what was resident stays.
+        """
+        with self._lock:
+            resident = self._load(reference, reference.target)
+            self._aliases[reference.text] = resident
+        return resident
+
     def unload(self, name: str) -> None:
         """Forget an adapter.
 

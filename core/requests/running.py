@@ -50,7 +50,19 @@ class RequestRow(DecodingRow):
         Raises:
             LoraRtError: the composition can't be used; the row then goes on as it was.
         """
-        self.timeline.turn(self.read, self._weigh(Composition.of(composition)))
+        self.turn(self.weighed(composition))
+
+    def weighed(self, composition: CompositionLike | None) -> Row:
+        """What another composition would put it under: resolved and loaded, and not yet in force.
+
+        Raises:
+            LoraRtError: the composition can't be used.
+        """
+        return self._weigh(Composition.of(composition))
+
+    def turn(self, row: Row) -> None:
+        """Put it under something else, from its next token on."""
+        self.timeline.turn(self.read, row)
 
     def only(self, name: str) -> RequestRow:
         """The same tokens under a single one of its adapters."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.requests.rows import Row
 
 
@@ -51,6 +52,12 @@ class Timeline:
     def still(self) -> bool:
         """Whether the row is under one thing from its first token to its last."""
         return len(self._turns) == 1 and not self.row.phases
+
+    @property
+    def adapters(self) -> set[ResidentAdapter]:
+        """Every adapter that it is, was or may come to be under."""
+        rows = [one for _, row in self._turns for one in (row, *row.phases.values())]
+        return {adapter for row in rows for adapter in row.adapters.values()}
 
     def turn(self, position: int, row: Row) -> None:
         """From this position on the row is under something else."""

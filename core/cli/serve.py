@@ -1,0 +1,133 @@
+"""`lora-rt serve`: a server with OpenAI's API, in which every request has its own composition."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from lora_rt.core.cli import options
+from lora_rt.core.cli.console import err
+from lora_rt.core.cli.session import session
+from lora_rt.errors import LoraRtError, UsageError
+
+if TYPE_CHECKING:
+    from lora_rt.core.serving.settings import ServeSettings
+
+_NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
+_GIB = 2**30
+_OWN = "lora-rt"
+
+
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Where to listen; others can connect to any but 127.0.0.1.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 is any free one.")] = 8000,
+    api_key: Annotated[
+        str, typer.Option("--api-key", envvar="LORA_RT_API_KEY", help="What clients have to send as a bearer token.")
+    ] = "",
+    admin_key: Annotated[
+        str, typer.Option("--admin-key", envvar="LORA_RT_ADMIN_KEY", help="Opens /admin, for whoever sends it.")
+    ] = "",
+    pin: Annotated[
+        list[str] | None, typer.Option("--pin", metavar="NAME", help="Load this adapter now and keep it. Repeatable.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", metavar="REF", help="Let clients use this path or repository, beside names. Repeatable."
+        ),
+    ] = None,
+    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Answers that are given at once.")] = 16,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", min=0, help="Answers that wait; who comes then is told to come again.")
+    ] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=2, help="Of a prompt and its answer; the base's context.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="The longest answer where a client names no limit.")
+    ] = 512,
+    kv_gib: Annotated[
+        float | None, typer.Option("--kv-gib", min=0.001, help="GiB for keys and values; half of what is free.")
+    ] = None,
+    prefix_gib: Annotated[
+        float, typer.Option("--prefix-gib", min=0, help="GiB for prompts that begin alike; 0 keeps none.")
+    ] = 0.25,
+    adapter_gib: Annotated[
+        float, typer.Option("--adapter-gib", min=0, help="GiB for adapters that nobody uses at the moment.")
+    ] = 1.0,
+    deadline: Annotated[float, typer.Option("--deadline", min=0.1, help="Seconds for a request in all.")] = 600,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for running answers after SIGTERM.")] = 30,
+    base: options.Base = "default",
+    precision: options.Precision = "int4",
+    device: options.Device = "auto",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Give every answer passes of its own: the same text bit for bit.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
+    template_var: options.TemplateVar = None,
+    special_tokens: options.SpecialTokens = False,
+    allow_base_mismatch: options.AllowBaseMismatch = False,
+    engine: Annotated[str, typer.Option("--engine", help="What computes: lora-rt.")] = _OWN,
+) -> None:
+    """Serve OpenAI's API, in which `model` is a composition: every request its own, all in one batch."""
+    if engine != _OWN:
+        raise UsageError(f"there is no engine {engine!r}", next_step=f"Use {_OWN}")
+    if any(find_spec(name) is None for name in _NEEDED):
+        raise LoraRtError("the server needs more packages", next_step='Run: pip install "lora-rt[serve]"')
+    from lora_rt.core.serving.settings import Limits, ServeSettings
+
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        api_key=api_key,
+        admin_key=admin_key,
+        pin=tuple(pin or ()),
+        allow=frozenset(allow or ()),
+        log_prompts=log_prompts,
+        drain=drain,
+        deterministic=deterministic,
+        limits=Limits(
+            rows=max_rows,
+            queue=max_queue,
+            tokens=max_tokens,
+            answer_tokens=max_new_tokens,
+            deadline=deadline,
+            kv_bytes=None if kv_gib is None else int(kv_gib * _GIB),
+            prefix_bytes=int(prefix_gib * _GIB),
+            adapter_bytes=int(adapter_gib * _GIB),
+        ),
+    )
+    if not settings.loopback:
+        open_to_all = "" if api_key else ", and without --api-key everybody who can connect may use it"
+        _warn(f"others can connect to {host}{open_to_all}")
+    _serve(settings, base, precision, device, options.text_format(template_var, special_tokens))
+
+
+def _serve(settings: ServeSettings, base: str, precision: str, device: str, text: dict[str, object]) -> None:
+    from lora_rt.core.serving.server import listen, log_to_stderr, serve
+
+    # The socket first: that it can't be had is said before a base is loaded for seconds.
+    with listen(settings) as bound, session().runtime(base, precision, device, **text) as runtime:
+        log_to_stderr()
+        serve(runtime, settings, bound, announce=lambda url: _banner(url, settings, runtime.base.id))
+
+
+def _banner(url: str, settings: ServeSettings, base: str) -> None:
+    """What is served, and a command that works."""
+    key = ' -H "Authorization: Bearer $LORA_RT_API_KEY"' if settings.api_key else ""
+    body = '{"model": "emotion:0.7 logic:0.3", "messages": [{"role": "user", "content": "rain, tin roof"}]}'
+    err.print(f"[bold]lora-rt[/] serves {escape(base)} at [bold]{url}/v1[/]; Ctrl-C ends it. Try:")
+    err.print(
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n    -d '{body}'",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _warn(text: str) -> None:
+    err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)

@@ -1,0 +1,138 @@
+"""From what rows say to OpenAI's objects: whole answers, and the pieces of streamed ones."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lora_rt.core.generation.batch import Ending, TokenScore
+from lora_rt.core.serving.service import Prepared
+from lora_rt.core.serving.ticket import Ticket
+
+Kind = Literal["chat", "text"]
+_OBJECTS = {"chat": ("chat.completion", "chat.completion.chunk"), "text": ("text_completion", "text_completion")}
+
+
+def new_id(kind: Kind) -> str:
+    """The name of a response, which nobody can guess."""
+    return f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
+
+
+def finish_reason(ending: Ending | None) -> str:
+    """OpenAI's word for an ending."""
+    return "stop" if ending in ("end", "stop") else "length"
+
+
+@dataclass
+class Choice:
+    """One row's answer so far."""
+
+    text: list[str] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    tokens: int = 0
+    reason: str | None = None
+
+
+@dataclass
+class Response:
+    """The objects of one request."""
+
+    kind: Kind
+    name: str
+    prepared: Prepared
+    fingerprint: str
+    tokenizer: Any
+    likely: int | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tickets(self) -> Sequence[Ticket]:
+        """Its rows; the place of each is the index of its choice."""
+        return self.prepared.tickets
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """A response that is not streamed."""
+        return self._object(0) | {
+            "choices": [self._choice(number, choice) for number, choice in enumerate(choices)],
+            "usage": self.usage(choices),
+        }
+
+    def usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """What was read and said."""
+        said = sum(choice.tokens for choice in choices)
+        prompt = self.prepared.prompt_tokens
+        cached = max((ticket.cached for ticket in self.tickets), default=0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": said,
+            "total_tokens": prompt + said,
+            "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
+        }
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first piece of a chat's answer: who speaks."""
+        return self._piece(index, {"delta": {"role": "assistant", "content": ""}}, None)
+
+    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        """New text."""
+        content = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
+        return self._piece(index, content, None, self._scores(scores))
+
+    def closing(self, index: int, reason: str) -> dict[str, Any]:
+        """The last piece: why it ended."""
+        content: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
+        return self._piece(index, content, reason)
+
+    def counted(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """What comes last where the client asked for it."""
+        return self._object(1) | {"choices": [], "usage": self.usage(choices)}
+
+    def _object(self, form: int) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": _OBJECTS[self.kind][form],
+            "created": self.created,
+            "model": self.prepared.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    def _piece(self, index: int, content: dict[str, Any], reason: str | None, scores: Any = None) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": scores, "finish_reason": reason}
+        return self._object(1) | {"choices": [choice]}
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        text = "".join(choice.text)
+        said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        content: dict[str, Any] = said if self.kind == "chat" else {"text": text}
+        scores = self._scores(choice.scores)
+        return {"index": index, **content, "logprobs": scores, "finish_reason": choice.reason}
+
+    def _scores(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        if self.likely is None:
+            return None
+        return self._of_chat(scores) if self.kind == "chat" else self._of_text(scores)
+
+    def _of_chat(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        def told(token: int, logprob: float) -> dict[str, Any]:
+            text = self._text(token)
+            whole = "\ufffd" not in text  # else it is part of a character
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+        content = [
+            {**told(one.token, one.logprob), "top_logprobs": [told(*pair) for pair in one.likeliest]} for one in scores
+        ]
+        return {"content": content, "refusal": None}
+
+    def _of_text(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        return {
+            "tokens": [self._text(one.token) for one in scores],
+            "token_logprobs": [one.logprob for one in scores],
+            "top_logprobs": [{self._text(token): logprob for token, logprob in one.likeliest} for one in scores],
+            "text_offset": [],
+        }
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))

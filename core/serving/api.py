@@ -1,0 +1,290 @@
+"""The endpoints of OpenAI's API, and those that tell how the server does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from sse_starlette import EventSourceResponse
+
+from lora_rt.core.serving import admin, failures
+from lora_rt.core.serving.answers import Choice, Kind, finish_reason, new_id
+from lora_rt.core.serving.answers import Response as Answer
+from lora_rt.core.serving.failures import RESPONSES, Refusal
+from lora_rt.core.serving.guard import Guard
+from lora_rt.core.serving.names import BASE
+from lora_rt.core.serving.protocol import ChatRequest, CompletionRequest, TurnRequest
+from lora_rt.core.serving.service import Ask, Prepared, Service
+from lora_rt.core.serving.ticket import Event, Over, Said, Ticket
+from lora_rt.errors import LoraRtError
+from lora_rt.version import __version__
+
+# What a request says that says nothing of sampling: as `lora-rt compose` samples, since small bases loop otherwise.
+_USUAL = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+_PING = 15  # seconds between two signs of life on a stream
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application over a service that is started and closed by somebody else."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = FastAPI(title="lora-rt", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Guard, service=service)
+    failures.install(app)
+    _asking(app, service)
+    _looking(app, service)
+    if service.settings.admin_key:
+        admin.install(app, service)
+    _true_document(app)
+    return app
+
+
+def _asking(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", responses=RESPONSES, response_model=None)
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        """Answer a chat under a composition."""
+        if len(asked.messages) > service.settings.limits.messages:
+            most = service.settings.limits.messages
+            raise Refusal(413, f"A chat has at most {most} messages here. Send a shorter one", "too_many_messages")
+        return await _answered("chat", service, request, asked, [asked.prompt], raw=False)
+
+    @app.post("/v1/completions", responses=RESPONSES, response_model=None)
+    async def complete(asked: CompletionRequest, request: Request) -> Response:
+        """Go on with a text under a composition, without a chat template."""
+        return await _answered("text", service, request, asked, asked.prompts, raw=True)
+
+    @app.patch("/v1/responses-in-flight/{name}", responses=RESPONSES)
+    async def turn(name: str, asked: TurnRequest) -> dict[str, Any]:
+        """Put an answer that is being streamed under another composition, from its next token on.
+
+        `name` is the id that the pieces of the stream carry. What was said stays; `tokens` says how many each answer
+        had when the change came into force.
+        """
+        told = await asyncio.wrap_future(service.turn(name, asked.model, asked.composition))
+        return {"id": name, **told}
+
+
+def _looking(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", responses=RESPONSES)
+    async def models() -> dict[str, Any]:
+        """The names that a composition may be made of; `model` takes whole compositions as well."""
+        names = await asyncio.to_thread(service.names.known)
+        return {"object": "list", "data": [_model(service, name) for name in (BASE, *names)]}
+
+    @app.get("/v1/models/{model:path}", responses=RESPONSES)
+    async def model(model: str) -> dict[str, Any]:
+        """Whether this can be used as `model`."""
+        await asyncio.to_thread(service.names.composition, model)
+        return _model(service, model)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the process works."""
+        return JSONResponse(
+            {"status": "broken"} if (broken := service.scheduler.broken) else {"status": "ok"}, 500 if broken else 200
+        )
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether a request that comes now is served: not while the server is being stopped."""
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(service.meter.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    """One entry of the list of models; `lora_rt` says what OpenAI has no field for."""
+    info = service.runtime.adapters.get(name)
+    facts: dict[str, Any] = {"base": service.runtime.base.id}
+    if info is not None:
+        facts |= {"mode": info.mode, "register": info.register, "sha256": info.sha256}
+        facts |= {"scene_types": list(info.card.scene_types) if info.card else []}
+    return {"id": name, "object": "model", "created": 0, "owned_by": "lora-rt", "lora_rt": facts}
+
+
+async def _answered(
+    kind: Kind,
+    service: Service,
+    request: Request,
+    asked: ChatRequest | CompletionRequest,
+    prompts: Sequence[Any],
+    *,
+    raw: bool,
+) -> Response:
+    """The response to a request: rows are taken in, and what they say is gathered or passed on."""
+    most = service.settings.limits.answers
+    if len(prompts) * asked.answers > most:
+        raise Refusal(400, f"A request has at most {most} answers here. Ask for fewer", "too_many_answers")
+    given = {name: value for name in _SAMPLING if (value := getattr(asked, name)) is not None}
+    sampling: dict[str, Any] = {**(given or _USUAL), "stop": asked.stops, "min_new_tokens": asked.min_tokens or 0}
+    ask = Ask(
+        prompts=prompts,
+        model=asked.model,
+        composition=asked.composition,
+        scene=asked.scene,
+        sampling={**sampling, "max_new_tokens": asked.limit},
+        answers=asked.answers,
+        seed=asked.seed,
+        likely=asked.likely,
+        raw=raw,
+    )
+    spoken = _Spoken(service, new_id(kind), request.scope["lora_rt"])
+    prepared = await spoken.begin(ask)
+    fingerprint = service.runtime.base.digest[:12] or service.runtime.base.id
+    answer = Answer(kind, spoken.name, prepared, fingerprint, service.runtime.tokenizer, asked.likely)
+    if service.settings.log_prompts:
+        spoken.log["prompts"] = list(prompts)
+    if asked.stream:
+        counted = asked.stream_options is not None and asked.stream_options.include_usage
+        return EventSourceResponse(_pieces(spoken, answer, counted), ping=_PING)
+    try:
+        await _unless_gone(request, spoken.all())
+    finally:
+        spoken.close()
+    return JSONResponse(answer.whole(spoken.choices))
+
+
+class _Spoken:
+    """What the rows of one request say, in the loop of the API."""
+
+    def __init__(self, service: Service, name: str, log: dict[str, Any]) -> None:
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[Ticket, Event]] = asyncio.Queue()
+        self._began = time.monotonic()
+        self.name = name
+        self.log = log
+        self.choices: list[Choice] = []
+        self._places: dict[int, int] = {}
+
+    async def begin(self, ask: Ask) -> Prepared:
+        """Take the request in.
+
+        Raises:
+            LoraRtError: it can't be taken in, or not be prepared.
+        """
+        self.log |= {"id": self.name, "model": ask.model[:200]}
+        try:
+            prepared = await asyncio.wrap_future(self._service.submit(ask, self.name, self._listen))
+        except BaseException:
+            self._service.forget(self.name)
+            raise
+        self.choices = [Choice() for _ in prepared.tickets]
+        self._places = {id(ticket): place for place, ticket in enumerate(prepared.tickets)}
+        self.log |= {"model": prepared.model[:200], "prompt_tokens": prepared.prompt_tokens}
+        return prepared
+
+    def _listen(self, ticket: Ticket, event: Event) -> None:
+        """Called in the model's thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, (ticket, event))
+
+    async def events(self) -> AsyncIterator[tuple[int, Said | str]]:
+        """(choice, new text), and (choice, why) when it ends.
+
+        Raises:
+            LoraRtError: a row has failed.
+        """
+        while any(choice.reason is None for choice in self.choices):
+            ticket, event = await self._events.get()
+            place = self._places[id(ticket)]
+            choice = self.choices[place]
+            if isinstance(event, Over):
+                if event.error is not None:
+                    raise event.error
+                choice.reason = finish_reason(event.ending)
+                yield place, choice.reason
+            else:
+                if not any(one.tokens for one in self.choices):
+                    self.log["first_token"] = round(time.monotonic() - self._began, 4)
+                choice.text.append(event.text)
+                choice.scores += event.scores
+                choice.tokens += event.tokens
+                yield place, event
+
+    async def all(self) -> None:
+        """Wait for the end of every row."""
+        async for _ in self.events():
+            pass
+
+    def close(self) -> None:
+        """What is still running is of no use to anybody."""
+        self._service.forget(self.name)
+        self.log |= {"answer_tokens": sum(choice.tokens for choice in self.choices)}
+        self.log["finish"] = [choice.reason for choice in self.choices]
+        if self._service.settings.log_prompts:
+            self.log["answers"] = ["".join(choice.text) for choice in self.choices]
+
+
+async def _pieces(spoken: _Spoken, answer: Answer, counted: bool) -> AsyncIterator[dict[str, str]]:
+    """The events of a stream. When the client goes away, the generator is closed, and the rows leave."""
+    try:
+        if answer.kind == "chat":
+            for place in range(len(spoken.choices)):
+                yield _sse(answer.opening(place))
+        async for place, event in spoken.events():
+            if isinstance(event, str):
+                yield _sse(answer.closing(place, event))
+            elif event.text or answer.likely is not None:
+                yield _sse(answer.piece(place, event.text, event.scores))
+        if counted:
+            yield _sse(answer.counted(spoken.choices))
+    except LoraRtError as error:
+        yield _sse(failures.of_error(error)[1])
+    finally:
+        spoken.close()
+    yield {"data": "[DONE]"}
+
+
+def _sse(content: dict[str, Any]) -> dict[str, str]:
+    return {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
+
+
+async def _unless_gone(request: Request, work: Any) -> None:
+    """Wait for it, unless the client goes away first: then it is cancelled.
+
+    Raises:
+        Refusal: the client has gone; nobody reads this.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Refusal(499, "The client has closed the connection", "client_closed")
+        await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _true_document(app: FastAPI) -> None:
+    """FastAPI tells of an error 422 of its own form, which there is not here."""
+    made: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = made()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,114 @@
+"""Errors in OpenAI's form: one object with our message, the next step in it, and the status that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lora_rt.core.generation.batch import LengthError
+from lora_rt.core.serving.protocol import ErrorBody
+from lora_rt.core.serving.scheduler import ModelError
+from lora_rt.core.serving.service import DrainingError, FullError, GoneError
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.errors import ChangedAdapterError, StoreError, UnknownAdapterError
+
+_INVALID, _SERVER = "invalid_request_error", "server_error"
+_KINDS: tuple[tuple[type[LoraRtError], int, str, str | None], ...] = (
+    (FullError, 429, "rate_limit_error", "queue_full"),
+    (DrainingError, 503, _SERVER, "draining"),
+    (GoneError, 404, _INVALID, "not_in_flight"),
+    (UnknownAdapterError, 404, _INVALID, "model_not_found"),
+    (LengthError, 400, _INVALID, "context_length_exceeded"),
+    (ModelError, 500, _SERVER, None),
+    (ChangedAdapterError, 500, _SERVER, None),
+    (StoreError, 500, _SERVER, None),
+)
+RETRY_AFTER = "1"
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": what}
+    for status, what in {
+        400: "The request can't be understood or carried out.",
+        401: "The key is missing or wrong.",
+        404: "There is no such composition, adapter or answer.",
+        413: "The request is too large.",
+        429: "The queue is full; see Retry-After.",
+        500: "The model failed on this request.",
+        503: "The server is being stopped.",
+    }.items()
+}
+"""What the OpenAPI document says of them."""
+
+
+class Refusal(HTTPException):
+    """A refusal before the request was looked at; `code` is OpenAI's word for it."""
+
+    def __init__(self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.code = code
+
+
+def body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """The error object."""
+    kind = next((kind for _, known, kind, _ in _KINDS if known == status), _INVALID)
+    if status == 401:
+        kind = "authentication_error"
+    # What a client wrote may be half of a surrogate pair, which no JSON in UTF-8 can hold.
+    text = message.encode("utf-8", "replace").decode()
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+
+
+def answer(
+    status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The response."""
+    given = dict(headers or {})
+    if status == 429:
+        given.setdefault("Retry-After", RETRY_AFTER)
+    return JSONResponse(body(status, message, code), status, given)
+
+
+def of_error(error: LoraRtError) -> tuple[int, dict[str, Any]]:
+    """Status and object of an error of ours."""
+    for kind, status, _, code in _KINDS:
+        if isinstance(error, kind):
+            return status, body(status, str(error), code)
+    return 400, body(400, str(error))
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of an application's endpoints be told in this form."""
+
+    async def ours(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, LoraRtError)
+        status, content = of_error(error)
+        return JSONResponse(content, status, {"Retry-After": RETRY_AFTER} if status in (429, 503) else {})
+
+    async def invalid(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        found = [_problem(item) for item in error.errors()]
+        shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+        return JSONResponse(body(400, f"The request can't be understood: {shown}. See: /openapi.json"), 400)
+
+    async def http(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return answer(error.status_code, str(error.detail), getattr(error, "code", None), error.headers)
+
+    async def defect(_request: Request, _error: Exception) -> JSONResponse:
+        return answer(500, "This server has a defect; its log says more.")
+
+    app.add_exception_handler(LoraRtError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, defect)
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """One finding of pydantic's in words: where, and what."""
+    where = ".".join(str(part)[:60] for part in item.get("loc", ()) if part != "body")
+    what = str(item.get("msg", "")).removeprefix("Value error, ")
+    return (f"{where}: {what}" if where else what)[:300]

@@ -1,0 +1,338 @@
+"""From what a client asks for to rows that wait for their turn; everything that takes time is done beside the model.
+
+One thread prepares: it reads prompts, resolves compositions, loads adapters and weighs them, in the order in which
+requests came. The model's thread gets rows that are complete.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_rt.core.generation.batch import LengthError
+from lora_rt.core.generation.prompts import Prompt
+from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.memory.process import free_bytes
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.running import RequestRow
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving.metrics import Meter
+from lora_rt.core.serving.names import Names
+from lora_rt.core.serving.prefix import PrefixCache
+from lora_rt.core.serving.scheduler import Scheduler
+from lora_rt.core.serving.settings import ServeSettings
+from lora_rt.core.serving.shelf import Shelf
+from lora_rt.core.serving.ticket import Listener, Ticket
+from lora_rt.errors import LoraRtError
+
+_KV_SHARE = 0.5  # of what is free when the server starts
+
+
+class FullError(LoraRtError):
+    """The queue is full."""
+
+
+class DrainingError(LoraRtError):
+    """The server takes no more requests."""
+
+
+class GoneError(LoraRtError):
+    """An answer that is not being spoken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request.
+
+    Args:
+        prompts: chats or texts, or token ids of texts that are gone on with (`raw`).
+        model, composition, scene: see `Names.composition`.
+        sampling: as of `Runtime.generate`, without a limit where the client names none.
+        seeds: one per row: every prompt has `answers` of them, one after another.
+        likely: how many likely tokens are told beside each; None tells no log p at all.
+    """
+
+    prompts: Sequence[Prompt | list[int]]
+    model: str
+    composition: Mapping[str, float] | str | None = None
+    scene: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    answers: int = 1
+    seed: int | None = None
+    likely: int | None = None
+    raw: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The rows of a request, the composition that they are under, and the tokens of each prompt."""
+
+    tickets: Sequence[Ticket]
+    model: str
+    prompt_tokens: int
+
+
+class Service:
+    """A runtime that serves. Thread-safe; `close` ends its threads, the runtime stays the caller's."""
+
+    def __init__(self, runtime: Runtime, settings: ServeSettings) -> None:
+        limits = settings.limits
+        limits.check()
+        self.runtime = runtime
+        self.settings = settings
+        self.meter = Meter()
+        self.names = Names(runtime, settings.allow, limits.terms)
+        self.shelf = Shelf(runtime, self.meter, limits.adapter_bytes)
+        lm = runtime.parts.lm
+        self.capacity = min(limits.tokens or lm.capacity, lm.capacity)
+        self.bytes_per_token = _bytes_per_token(runtime)
+        room = limits.kv_bytes or int(_KV_SHARE * free_bytes(str(lm.device)))
+        self.scheduler = Scheduler(
+            runtime,
+            limits,
+            self.meter,
+            PrefixCache(runtime, self.meter, limits.prefix_bytes),
+            kv_bytes=room,
+            bytes_per_token=self.bytes_per_token,
+            deterministic=settings.deterministic,
+        )
+        self.scheduler.on_over = self._over
+        self.draining = False
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._asked = 0  # rows that were taken in and have not ended
+        self._flying: dict[str, list[Ticket]] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="lora-rt-prepare")
+
+    def start(self) -> None:
+        """Load what is pinned and begin to serve.
+
+        Raises:
+            LoraRtError: a pinned adapter can't be loaded.
+        """
+        for name in self.settings.pin:
+            self.shelf.load(name, pin=True)
+        self.scheduler.start()
+
+    def close(self) -> None:
+        """End: whoever is still served is told."""
+        self.draining = True
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self.scheduler.stop()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request that comes now is served."""
+        return not self.draining and not self.scheduler.broken
+
+    @property
+    def busy(self) -> int:
+        """Rows that were taken in and have not ended."""
+        return self._asked
+
+    def check_open(self, rows: int = 1) -> None:
+        """Whether so many rows may come in now.
+
+        Raises:
+            DrainingError, FullError: they may not.
+        """
+        if self.draining or self.scheduler.broken:
+            raise DrainingError("the server is being stopped", next_step="Send the request to another one")
+        most = self.settings.limits.rows + self.settings.limits.queue
+        if self._asked + rows > most and (self._asked or rows > most):
+            raise FullError(
+                f"{self._asked} answers are being given or wait, and this server takes {most}",
+                next_step="Send the request again in a moment",
+            )
+
+    def submit(self, ask: Ask, name: str, listener: Listener) -> Future[Prepared]:
+        """Take a request in; it is prepared in another thread, and then waits for its turn.
+
+        Args:
+            name: under which it can be turned to another composition while it runs.
+            listener: told of its rows, in the model's thread.
+
+        Raises:
+            DrainingError, FullError: it is not taken in.
+        """
+        rows = len(ask.prompts) * ask.answers
+        with self._lock:
+            self.check_open(rows)
+            self._asked += rows
+            self._flying[name] = []
+            number = next(self._numbers)
+        arrived = time.monotonic()
+
+        def work() -> Prepared:
+            tickets: list[Ticket] = []
+            try:
+                prepared = self._prepared(ask, number, arrived, listener)
+                tickets += prepared.tickets
+            finally:
+                with self._lock:
+                    self._asked -= rows - len(tickets)
+                    if name in self._flying:
+                        self._flying[name] = tickets
+                    else:  # nobody wants it any more
+                        for ticket in tickets:
+                            ticket.cancelled.set()
+            self.scheduler.submit(tickets)
+            return prepared
+
+        return self._worker.submit(work)
+
+    def turn(self, name: str, model: str, composition: Mapping[str, float] | str | None) -> Future[Mapping[str, Any]]:
+        """Put the rows of a request under another composition, from each one's next token on."""
+
+        def work() -> Mapping[str, Any]:
+            wanted = self.names.composition(model, composition)
+            tickets = self._running(name)
+            turned = [(ticket, ticket.row.weighed(wanted)) for ticket in tickets]
+
+            def act() -> Mapping[str, Any]:
+                self._running(name)
+                for ticket, row in turned:
+                    if not ticket.over:
+                        ticket.row.turn(row)
+                        new = ticket.row.timeline.adapters - ticket.adapters
+                        ticket.adapters |= new
+                        self.shelf.take(new)
+                return {"model": _told(wanted), "tokens": [len(ticket.row.answer) for ticket, _ in turned]}
+
+            return self.scheduler.between(act).result()
+
+        return self._worker.submit(work)
+
+    def beside(self, action: Any) -> Future[Any]:
+        """Run something in the thread that prepares: what loads or unloads adapters."""
+        return self._worker.submit(action)
+
+    def forget(self, name: str) -> None:
+        """A request is over, or nobody wants it any more: what is still running of it is cancelled."""
+        with self._lock:
+            tickets = self._flying.pop(name, [])
+        for ticket in tickets:
+            if not ticket.over:
+                self.scheduler.cancel(ticket)
+
+    def _running(self, name: str) -> list[Ticket]:
+        tickets = [ticket for ticket in self._flying.get(name, ()) if not ticket.over]
+        if not tickets:
+            text = f"no answer {name[:80]!r} is being given"
+            raise GoneError(text, next_step="Use the id of a response that is being streamed")
+        return tickets
+
+    def _over(self, ticket: Ticket) -> None:
+        self.shelf.give_back(ticket.adapters)
+        with self._lock:
+            self._asked -= 1
+
+    # What follows runs in the preparing thread.
+
+    def _prepared(self, ask: Ask, number: int, arrived: float, listener: Listener) -> Prepared:
+        composition = self.names.composition(ask.model, ask.composition)
+        rows = [row for place in range(len(ask.prompts)) for row in self._rows(ask, place, composition)]
+        needs = [self._need(row) for row in rows]
+        for row in rows:
+            row.likely = ask.likely
+            self._try(row)
+        tickets = [
+            Ticket(
+                number,
+                row,
+                need,
+                arrived + self.settings.limits.deadline,
+                listener,
+                adapters=row.timeline.adapters,
+                arrived=arrived,
+            )
+            for row, need in zip(rows, needs, strict=True)
+        ]
+        for ticket in tickets:
+            self.shelf.take(ticket.adapters)
+        self.shelf.trim()
+        for name in sorted({adapter.name for ticket in tickets for adapter in ticket.adapters}):
+            self.meter.adapters.labels(name).inc()
+        prompts = sum(len(row.ids) for row in rows[:: ask.answers])
+        return Prepared(tickets, _told(composition), prompts)
+
+    def _rows(self, ask: Ask, place: int, composition: Composition | None) -> list[RequestRow]:
+        """The rows of one prompt, each with a seed of its own."""
+        prompt = ask.prompts[place]
+        text = self.runtime.text
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            ids = self._known_ids(prompt)
+        elif ask.raw:
+            assert isinstance(prompt, str)
+            ids = text.document_ids(prompt)
+        else:
+            ids = text.prompt_ids(prompt)  # type: ignore[arg-type]  # token ids were looked at above
+        if not ids:
+            raise LengthError("the prompt is empty", next_step="Give at least one token")
+        limit = ask.sampling.get("max_new_tokens")
+        room = self.capacity - len(ids)
+        if room < 1 or (limit is not None and limit > room):
+            answer = "" if limit is None else f" and {limit} for the answer"
+            text_ = f"this model takes {self.capacity} tokens in all, and the prompt has {len(ids)}{answer}"
+            raise LengthError(text_, next_step="Shorten the prompt, or ask for fewer tokens")
+        most = min(room, self.settings.limits.answer_tokens) if limit is None else limit
+        sampling = Sampling(**{**ask.sampling, "max_new_tokens": most})
+        sampling.check()
+        many = ask.answers
+        seeds = [None if ask.seed is None else ask.seed + place * many + n for n in range(many)]
+        return self.runtime.parts.rows(
+            [ids] * many,
+            composition,
+            [ask.scene] * many,
+            prompts=[prompt if isinstance(prompt, str) else None] * many,
+            sampling=sampling,
+            seeds=seeds,
+            spoken=True,
+        )
+
+    def _known_ids(self, ids: list[Any]) -> list[int]:
+        size = self.runtime.base.vocab_size
+        if any(not isinstance(i, int) or not 0 <= i < size for i in ids):
+            text = f"the prompt holds token ids that this model has not; they are from 0 to {size - 1}"
+            raise LengthError(text, next_step="Tokenize it with this model's tokenizer")
+        return list(ids)
+
+    def _need(self, row: RequestRow) -> int:
+        need = min(row.length + row.sampling.max_new_tokens, self.capacity)
+        if not self.scheduler.fits_alone(need):
+            text = f"{need} tokens are more than this server has memory for"
+            raise LengthError(text, next_step="Shorten the prompt, or ask for fewer tokens")
+        return need
+
+    def _try(self, row: RequestRow) -> None:
+        """Lay out its adapters, so that what can't be computed with is refused now."""
+        bank = self.runtime.parts.bank
+        for phase in (row.timeline.row, *row.timeline.row.phases.values()):
+            bank.plan([dict(phase.weights)], None, phase.adapters)
+
+
+def _told(composition: Composition | None) -> str:
+    return "base" if composition is None else str(composition)
+
+
+def _bytes_per_token(runtime: Runtime) -> int:
+    """What a token of a row takes in the cache, found out with two of them."""
+    import torch
+
+    lm = runtime.parts.lm
+    if lm.keeping == "none":
+        return 1
+    cache = lm.new_cache()
+    ids = torch.zeros((1, 2), dtype=torch.long, device=lm.device)
+    with torch.inference_mode():
+        lm.forward(ids, torch.ones_like(ids), torch.arange(2, device=lm.device)[None], cache=cache, keep=1)
+    kept = (
+        [getattr(layer, "keys", None) for layer in cache.layers],
+        [getattr(layer, "values", None) for layer in cache.layers],
+    )
+    return max(1, sum(tensor.nbytes for part in kept for tensor in part if tensor is not None) // 2)

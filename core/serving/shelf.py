@@ -1,0 +1,131 @@
+"""Which adapters stay in memory: those in use, those that are pinned, and of the others the latest, up to a bound."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.requests.residents import AdapterInfo
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving.metrics import Meter
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.reference import Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Shelved:
+    """One resident adapter: what it is, its bytes, the rows that use it now, and whether it stays."""
+
+    info: AdapterInfo
+    nbytes: int
+    rows: int
+    pinned: bool
+
+
+class Shelf:
+    """The resident adapters of a server.
+
+    An adapter that running rows use is never put away by itself: without it in the bank, its factors would be laid
+    out anew for every token. What an operator unloads or reloads stays with the rows that began with it.
+
+    Args:
+        room: bytes that adapters may take which nobody uses now.
+    """
+
+    def __init__(self, runtime: Runtime, meter: Meter, room: int) -> None:
+        self._runtime = runtime
+        self._meter = meter
+        self._room = room
+        self._lock = threading.Lock()
+        self._users: Counter[ResidentAdapter] = Counter()
+        self._latest: OrderedDict[str, None] = OrderedDict()
+        self._pinned: set[str] = set()
+
+    def take(self, adapters: Iterable[ResidentAdapter]) -> None:
+        """A row will use them."""
+        with self._lock:
+            for adapter in adapters:
+                self._users[adapter] += 1
+                self._latest[adapter.name] = None
+                self._latest.move_to_end(adapter.name)
+
+    def give_back(self, adapters: Iterable[ResidentAdapter]) -> None:
+        """A row has ended."""
+        with self._lock:
+            self._users.subtract(adapters)
+            self._users = +self._users
+
+    def trim(self) -> None:
+        """Put away what was not used for longest, until the rest fits."""
+        with self._lock:
+            residents = self._runtime.parts.bank.residents
+            idle = {n: r.nbytes for n, r in residents.items() if n not in self._pinned and not self._users[r]}
+            self._users = +self._users
+            oldest = sorted(idle, key=lambda name: list(self._latest).index(name) if name in self._latest else -1)
+            total = sum(idle.values())
+            for name in oldest:
+                if total <= self._room:
+                    break
+                total -= idle[name]
+                self._latest.pop(name, None)
+                with suppress(LoraRtError):  # somebody else has unloaded it
+                    self._runtime.unload_adapter(name)
+            kept = sum(resident.nbytes for resident in self._runtime.parts.bank.residents.values())
+            self._meter.memory(adapters=kept)
+
+    def load(self, name: str, *, pin: bool = False) -> str:
+        """Make an adapter resident; with `pin` it stays. Returns its resident name.
+
+        Raises:
+            LoraRtError: it can't be loaded.
+        """
+        resident = self._runtime.ensure(name)
+        with self._lock:
+            self._latest[resident] = None
+            if pin:
+                self._pinned.add(resident)
+        self.trim()
+        return resident
+
+    def unpin(self, name: str) -> None:
+        """Let it be put away again."""
+        self._runtime.resident(name)
+        with self._lock:
+            self._pinned.discard(name)
+        self.trim()
+
+    def reload(self, name: str) -> str:
+        """Read its files again; rows that began with the old one keep it.
+
+        Raises:
+            LoraRtError: it is not what may be loaded; the old one stays.
+        """
+        self._runtime.parts.residents.reload(Reference.parse(name))
+        self.trim()
+        return name
+
+    def unload(self, name: str) -> None:
+        """Put it away, pinned or not.
+
+        Raises:
+            LoraRtError: it is not resident.
+        """
+        self._runtime.unload_adapter(name)
+        with self._lock:
+            self._pinned.discard(name)
+            self._latest.pop(name, None)
+        self.trim()
+
+    def items(self) -> list[Shelved]:
+        """What is resident, by name."""
+        residents, infos = self._runtime.parts.bank.residents, self._runtime.adapters
+        with self._lock:
+            return [
+                Shelved(infos[name], residents[name].nbytes, self._users.get(residents[name], 0), name in self._pinned)
+                for name in sorted(residents)
+                if name in infos
+            ]

@@ -1,0 +1,68 @@
+"""One row on its way through the server, and what it is told of itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.generation.batch import Ending, TokenScore
+from lora_rt.core.requests.running import RequestRow
+from lora_rt.errors import LoraRtError
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """New text of a row, and its new tokens; the text of a token may come with a later one."""
+
+    text: str
+    tokens: int
+    scores: Sequence[TokenScore] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """The end of a row: why, and the error where it is one."""
+
+    ending: Ending | None
+    error: LoraRtError | None = None
+
+
+Event = Said | Over
+Listener = Callable[["Ticket", Event], None]
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One row.
+
+    Args:
+        number: in the order of arrival; whoever came first is served first.
+        row: what is decoded.
+        need: tokens that it may come to.
+        deadline: when it is given up, by `time.monotonic`.
+        listener: told of every event, in the scheduler's thread: it must return at once.
+        cached: tokens of its prompt that did not have to be read.
+    """
+
+    number: int
+    row: RequestRow
+    need: int
+    deadline: float
+    listener: Listener
+    adapters: set[ResidentAdapter] = field(default_factory=set)
+    arrived: float = field(default_factory=time.monotonic)
+    said: int = 0
+    cached: int = 0
+    spoke: float = 0.0
+    over: bool = False
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def tell(self, event: Event) -> None:
+        """Tell the listener, unless it knows already that this is over."""
+        if self.over:
+            return
+        self.over = isinstance(event, Over)
+        self.listener(self, event)

@@ -1,0 +1,66 @@
+"""A real server in this process, and real clients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import openai
+import uvicorn
+
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving.api import make_app
+from lora_rt.core.serving.server import listen
+from lora_rt.core.serving.service import Service
+from lora_rt.core.serving.settings import ServeSettings
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running server."""
+
+    service: Service
+    url: str
+    app: Any
+
+    def openai(self, key: str = "none") -> openai.OpenAI:
+        """OpenAI's own client, without retries."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def async_openai(self) -> openai.AsyncOpenAI:
+        """The same, asynchronous."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def http(self, key: str = "") -> httpx2.Client:
+        """A plain client."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=60)
+
+
+@contextmanager
+def live(runtime: Runtime, settings: ServeSettings) -> Iterator[Live]:
+    """A server on a free port, until the block ends."""
+    service = Service(runtime, settings)
+    app = make_app(service)
+    service.start()
+    bound = listen(settings)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    try:
+        yield Live(service, f"http://127.0.0.1:{bound.getsockname()[1]}", app)
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+        service.close()
+
+
+def asked(content: str = "rain, tin roof", **settings: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    greedy = {"model": "base", "temperature": 0, "max_tokens": 12}
+    return {"messages": [{"role": "user", "content": content}], **greedy, **settings}
