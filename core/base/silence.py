@@ -23,6 +23,7 @@ class _DropKernelsAdvice(logging.Filter):
 _ADVICE = _DropKernelsAdvice()
 _EXPECTED = (
     (".*MatMul8bitLt: inputs will be cast.*", UserWarning),
+    ("inner dimension .* is not aligned for fast kernel.*", UserWarning),  # of a 4-bit layer on a GPU
     (".*is_gradient_checkpointing.*", FutureWarning),
     ("Cannot (enable|disable) progress bars", UserWarning),  # where the environment decides
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Processor, memory and threads; on a GPU also its name and memory (GiB)."""
+    """Processor, memory and threads; on a GPU also its name, memory (GiB) and driver."""
     facts: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -31,6 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         facts |= {"gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1)}
+        facts |= {"driver": _driver(), "cuda": torch.version.cuda}
     return facts
 
 
@@ -64,6 +66,15 @@ def _times() -> tuple[float, float, float]:
     waiting = all_of_it.idle + getattr(all_of_it, "iowait", 0.0)
     twice = sum(getattr(all_of_it, name, 0.0) for name in ("guest", "guest_nice"))  # Linux has them within user
     return time.monotonic(), sum(all_of_it) - waiting - twice, sum(own[:4])
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, by the program that comes with it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def _cpu_name() -> str:

@@ -135,7 +135,8 @@ class AdapterBank:
         _check_gates(active, chosen)
         weights = self._weights(names, rows)
         members = tuple(tuple(k for k, name in enumerate(names) if row.get(name, 0.0) != 0.0) for row in rows)
-        if all(gate is None for gate in chosen) and pay_off([adapter.rank for adapter in active], members):
+        ranks = [adapter.rank for adapter in active]
+        if all(gate is None for gate in chosen) and pay_off(ranks, members, self.device.type):
             return LanePlan(self.topology, self._lanes(active, members), weights)
         return SharedPlan(self.topology, self._stack(active), weights, chosen)
 

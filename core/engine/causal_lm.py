@@ -20,6 +20,7 @@ from lora_rt.core.base.shape import ForwardPass, context_of
 from lora_rt.core.base.upstream import keeps_a_state
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
+from lora_rt.core.engine.steps import Steps, on_cuda
 
 Keeping = Literal["shared", "apart", "none"]
 """Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
@@ -52,6 +53,7 @@ class CausalLM:
         plan: Plan | None = None,
         cache: Any = None,
         keep: int | Tensor | None = None,
+        padded: bool | None = None,
     ) -> Tensor:
         """The logits of one pass, (rows, tokens or kept, vocab).
 
@@ -61,9 +63,10 @@ class CausalLM:
             plan: under which it runs; None is the base alone.
             cache: of the tokens before, which the pass extends.
             keep: the last n tokens, or their indices in this pass, where not the logits of all are wanted.
+            padded: whether the mask hides anything; looked up where it is not said, for which a GPU is waited for.
         """
         # The mask is left out where nothing is padded: the kernel without one is faster.
-        masked = not bool(mask.all()) or not self._pass.takes_positions
+        masked = not self._pass.takes_positions or (not bool(mask.all()) if padded is None else padded)
         given = self._pass.arguments(ids, mask if masked else None, keep) | self._cached(cache)
         if self._pass.takes_positions:
             given["position_ids"] = positions
@@ -74,6 +77,32 @@ class CausalLM:
                 forget_growth(self.model)
             logits: Tensor = self.model(**given).logits
         return self._pass.kept(logits, keep)
+
+    def at_columns(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """The last logits (rows, 1, vocab) of a pass over a cache in fixed places, under whatever plan is running.
+
+        Args:
+            ids, positions: (rows, 1).
+            mask: (rows, 1, 1, columns), true where a row looks at a column.
+            cache: of `lora_rt.core.engine.fixed_cache`.
+        """
+        given = self._pass.arguments(ids, None, 1) | self._cached(cache)
+        logits: Tensor = self.model(**given, attention_mask=mask, position_ids=positions).logits
+        return logits[:, -1:]
+
+    @cached_property
+    def steps(self) -> Steps | None:
+        """Decoding steps that are recorded, where the device has that and the model's passes are all alike."""
+        return Steps(self, on_cuda()) if self.device.type == "cuda" and self.records else None
+
+    @property
+    def records(self) -> bool:
+        """Whether a decoding step is the same work every time, and takes a mask as `at_columns` gives it."""
+        from transformers.cache_utils import DynamicLayer
+
+        plain = self.keeping == "shared" and {type(layer) for layer in self.new_cache().layers} == {DynamicLayer}
+        attends = getattr(self.model.config, "_attn_implementation", "") == "sdpa"
+        return plain and attends and self._pass.takes_positions and not self.rope.varies
 
     def _cached(self, cache: Any) -> dict[str, Any]:
         """The arguments that say where keys and values are kept."""

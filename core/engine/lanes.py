@@ -22,6 +22,8 @@ from lora_rt.core.engine.topology import Topology
 Membership = tuple[tuple[int, ...], ...]
 """Per row, the numbers of its adapters."""
 
+_WIDE = 1024  # ranks
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LaneSite:
@@ -57,14 +59,15 @@ class Lanes:
         return [*(group.a for group in self.groups.values()), *(site.b for site in self.sites if site is not None)]
 
 
-def pay_off(ranks: Sequence[int], rows: Membership) -> bool:
+def pay_off(ranks: Sequence[int], rows: Membership, device: str = "cpu") -> bool:
     """Whether lanes are cheaper than a shared stack: their factors are read once a row, a stack's once a batch.
 
     On two cores a product with a shared stack takes 0.03 ns per row and number in it, and reading a number of a lane
-    takes 0.12 ns; so a row has to use less than a quarter of the ranks that the batch uses.
+    takes 0.12 ns; so a row has to use less than a quarter of the ranks that the batch uses. A GPU waits for memory and
+    hardly for products: there the stack has to be as wide as a layer before lanes, of which each is a copy, win.
     """
     longest = max(sum(ranks[k] for k in row) for row in rows)
-    return 4 * longest < sum(ranks)
+    return 4 * longest < sum(ranks) and (device == "cpu" or sum(ranks) > _WIDE)
 
 
 def gather(topology: Topology, adapters: Sequence[Mapping[str, Factors]], rows: Membership) -> Lanes:

@@ -30,6 +30,7 @@ from torch import Tensor
 from lora_rt.core.base.shape import pad_left, positions_of
 from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.plan import Plan
+from lora_rt.core.engine.steps import Seated
 from lora_rt.core.generation import caches
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling, SamplingError
@@ -253,11 +254,27 @@ class Batch(Generic[R]):
         history, mask = group.ids[:, :end], group.mask[:, :end]
         info = PassInfo.of(group.rows, history, mask, group.read)
         plan = self._planner(info, group.rows)
-        logits = self._lm.forward(info.ids, mask, info.positions, plan=plan, cache=group.cache, keep=1)
+        logits = self._forward(group, info, plan)
         group.read = end if group.cache is not None else 0
         for row in group.rows:
             row.read = max(0, row.length - (group.width - end))
         return logits[:, -1] if end == group.width else None
+
+    def _forward(self, group: _Group[R], info: PassInfo, plan: Plan | None) -> Tensor:
+        """The logits of a pass over the group's cache, (rows, 1, vocab): by a recorded step where there are such."""
+        steps = None if self._alone else self._lm.steps
+        if steps is not None and group.cache is not None and group.read and info.ids.shape[1] == 1:
+            coming = max(row.sampling.max_new_tokens - len(row.answer) for row in group.rows)
+            done = steps.advance(info.ids, info.mask, info.positions, plan, group.cache, coming)
+            if done is not None:
+                logits, group.cache = done
+                return logits[:, None]
+        if isinstance(group.cache, Seated):
+            everybody = torch.arange(len(group.rows), device=group.ids.device)
+            group.cache = caches.joined(self._lm.new_cache(), [(group.cache, everybody)], group.read)
+        return self._lm.forward(
+            info.ids, info.mask, info.positions, plan=plan, cache=group.cache, keep=1, padded=group.padded
+        )
 
     def _regroup(self) -> None:
         """Read newcomers in groups of their own, and unite groups that have been read and may share passes."""
@@ -338,6 +355,11 @@ class _Group(Generic[R]):
     def width(self) -> int:
         """The columns, padding included."""
         return self.ids.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row is shorter than the group is wide."""
+        return any(row.length < self.width for row in self.rows)
 
     def append(self, tokens: Sequence[int | None]) -> None:
         """One more column. A row that has ended gets any token: it leaves before the next pass."""

@@ -8,7 +8,7 @@ import pytest
 
 from lora_rt.core.base.precision import PRECISIONS, Precision
 from lora_rt.core.runtime import Runtime
-from support.tiny import MLP, TARGETS, Zoo
+from support.tiny import EVEN, MLP, TARGETS, Zoo
 
 Terms = list[tuple[Path, float]]
 
@@ -34,14 +34,16 @@ def terms(zoo: Zoo) -> Terms:
     targets = [*TARGETS["llama"], *MLP["llama"]]
     weights = (0.7, -0.4, 1.0, 0.5, -0.8, 0.3)
     kinds = [{}, {"r": 3, "use_rslora": True}, {"r": 4}, {"lora_bias": True}, {}, {"r": 4}]
-    made = [zoo.adapter("llama", seed=number, targets=targets, **kind) for number, kind in enumerate(kinds)]
+    made = [
+        zoo.adapter("llama", changes=EVEN, seed=number, targets=targets, **kind) for number, kind in enumerate(kinds)
+    ]
     return list(zip(made, weights, strict=True))
 
 
 @pytest.fixture
 def runtime(zoo: Zoo, device: str, precision: Precision, terms: Terms) -> Runtime:
     """A runtime on that device, in that precision, with the six adapters; shared by all tests of one process."""
-    made = zoo.runtime("llama", precision, device=device)
+    made = zoo.runtime("llama", precision, device=device, **EVEN)
     for adapter, _ in terms:
         zoo.load(made, adapter)
     return made

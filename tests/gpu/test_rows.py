@@ -16,7 +16,7 @@ from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
-from support.tiny import Zoo, mode_host
+from support.tiny import EVEN, Zoo, mode_host
 
 PROMPTS = ("rain, tin roof", "a", "two and two. So: four", "the unpaid bill on the table and a late bus", "so it is")
 SPECS = (None, "one:0.7 two:0.3", "two:-1.5", "fading:2", "one[So:] fading", "one:2[ ] two:0.5[e]", "fading:3 one")
@@ -90,13 +90,13 @@ def test_a_row_s_token_is_its_own_whoever_is_beside_it_and_on_whatever_device(de
 def test_a_base_has_one_digest_on_every_device(zoo: Zoo, precision: Precision) -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    here, there = (load_base(str(zoo.base("llama")), precision, device) for device in ("cpu", "cuda"))
+    here, there = (load_base(str(zoo.base("llama", **EVEN)), precision, device) for device in ("cpu", "cuda"))
     assert here.digest() == there.digest()
 
 
 def test_no_adapter_and_no_answer_changes_a_byte_of_the_base(runtime: Runtime, zoo: Zoo) -> None:
     before = runtime.base_digest()
-    name = runtime.load_adapter(str(zoo.adapter("llama", seed=3)), name="passing")
+    name = runtime.load_adapter(str(zoo.adapter("llama", changes=EVEN, seed=3)), name="passing")
     runtime.generate(["one", "a longer prompt"], [f"{name}:1.5", None], max_new_tokens=4)
     runtime.unload_adapter(name)
     assert runtime.base_digest() == before

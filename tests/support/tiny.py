@@ -26,6 +26,7 @@ from lora_rt.registry.registry import Registry
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "gpt_neox")
 HIDDEN, LAYERS, HEADS, HEAD_SIZE, VOCAB = 64, 2, 4, 16, 264
+EVEN = {"intermediate_size": 128}  # inputs of whole blocks of 64, which alone have a 4-bit kernel on a GPU
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<a>", "<b>", "<c>", "<d>"]
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
