@@ -113,6 +113,11 @@ def select(names: Iterable[str]) -> list[str]:
     return [name for name in LIMITS if name in there and (name != SHARD_INDEX or shards)] + shards
 
 
+def weights_in(folder: Path) -> list[str]:
+    """The names of a folder's adapter_config.json and of its weights: one file, or the parts of one and their index."""
+    return [name for name in present(folder) if name in (CONFIG, WEIGHTS, SHARD_INDEX) or shard_number(name)]
+
+
 def sha256_bytes(content: bytes) -> str:
     """The sha256 of bytes in memory."""
     return hashlib.sha256(content).hexdigest()

@@ -79,13 +79,13 @@ class CommandServices:
         from lora_rt.core.step.adapter import described_state
         from lora_rt.registry.card import AdapterCard, write_card
         from lora_rt.registry.durable import new_folder
-        from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
+        from lora_rt.registry.files import STATE, weights_in
 
         if not adapter.card:
             text = f"the adapter {adapter.name!r} has no register.json, in which its mode could stand"
             raise LoraRtError(text, next_step="Give one that lora-rt trained")
         with new_folder(out) as folder:
-            for name in (CONFIG, WEIGHTS):
+            for name in weights_in(adapter.folder):
                 shutil.copyfile(adapter.folder / name, folder / name)
             if state:
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_rt.core.evaluation.bootstrap import Interval, ratio_interval
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
+from lora_rt.core.training.data import check_fit
 
 BASE = "base"
 _BATCH = 16
@@ -77,7 +78,15 @@ def evaluate(
     specs: Sequence[str],
     advance: Callable[[str], None] = lambda _what: None,
 ) -> Matrix:
-    """Every data set under the base and under every composition; `advance` hears of each finished cell."""
+    """Every data set under the base and under every composition; `advance` hears of each finished cell.
+
+    Raises:
+        DataError: examples are longer than the base's context, before any of them is read.
+    """
+    text, limit = runtime.text, runtime.parts.lm.capacity
+    for name, examples in data.items():
+        lengths = [len(text.prompt_ids(e["scene"])) + len(text.answer_ids(e["text"])) for e in examples]
+        check_fit(examples, lengths, limit, name)
     columns: dict[str, str | None] = {BASE: None, **{spec: spec for spec in specs}}
     losses: dict[str, dict[str, TextLosses]] = {name: {} for name in data}
     for name, examples in data.items():

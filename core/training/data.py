@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,15 @@ class Line:
 
     number: int
     example: dict[str, Any]
+
+
+class Pairs(list[dict[str, Any]]):
+    """The examples of a file in their order, with the `path` and the `numbers` of their lines."""
+
+    def __init__(self, path: Path, lines: Sequence[Line]) -> None:
+        super().__init__(line.example for line in lines)
+        self.path = path
+        self.numbers = [line.number for line in lines]
 
 
 def read_lines(path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False) -> list[Line]:
@@ -61,14 +70,38 @@ def read_lines(path: Path, fields: Sequence[str], check: Check | None = None, *,
     return lines
 
 
-def read_pairs(
-    path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False
-) -> list[dict[str, Any]]:
-    """`read_lines` without the numbers."""
-    return [line.example for line in read_lines(path, fields, check, chats=chats)]
+def read_pairs(path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False) -> Pairs:
+    """`read_lines` as a list of the examples, for those who seldom need a number."""
+    return Pairs(path, read_lines(path, fields, check, chats=chats))
 
 
-def bad_lines(path: Path, problems: Sequence[str], next_step: str) -> DataError:
+def check_fit(
+    examples: Sequence[Mapping[str, Any]], lengths: Sequence[int], limit: int, name: str = "the data"
+) -> None:
+    """Before any of them is read by a model: that examples are not longer than its context.
+
+    Args:
+        examples: those of a file are named by their lines, others by their place, from 1.
+        lengths: the tokens of each, prompt and answer.
+        limit: what the model reads at most.
+        name: of examples that come from no file.
+
+    Raises:
+        DataError: naming all that are longer.
+    """
+    numbers, place, word = range(1, len(examples) + 1), name, "example"
+    if isinstance(examples, Pairs):
+        numbers, place, word = examples.numbers, str(examples.path), "line"
+    problems = [
+        f"{word} {number}: {length} tokens, and the base reads {limit}"
+        for number, length in zip(numbers, lengths, strict=True)
+        if length > limit
+    ]
+    if problems:
+        raise bad_lines(place, problems, f"Shorten or remove these {word}s")
+
+
+def bad_lines(path: Path | str, problems: Sequence[str], next_step: str) -> DataError:
     """The error about a file some of whose lines can't be used."""
     shown = list(problems[:_SHOWN])
     if len(problems) > _SHOWN:

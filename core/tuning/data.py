@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.generation.prompts import TextFormat
-from lora_rt.core.training.data import DataError, read_pairs
+from lora_rt.core.training.data import DataError, Pairs, check_fit, read_pairs
 
 _POOL = 8  # batches whose examples are sorted by length together
 
@@ -24,7 +24,7 @@ class Item:
     scene_type: str | None = None
 
 
-def read_lines(path: Path, *, typed: bool) -> list[dict[str, Any]]:
+def read_lines(path: Path, *, typed: bool) -> Pairs:
     """The examples of a JSONL file with "scene" and "text", and with "scene_type" where `typed`.
 
     Raises:
@@ -33,11 +33,17 @@ def read_lines(path: Path, *, typed: bool) -> list[dict[str, Any]]:
     return read_pairs(path, ("scene", "text", "scene_type") if typed else ("scene", "text"), chats=True)
 
 
-def as_items(lines: Sequence[Mapping[str, Any]], text: TextFormat) -> list[Item]:
-    """The examples in a base's tokens."""
-    return [
+def as_items(lines: Sequence[Mapping[str, Any]], text: TextFormat, limit: int) -> list[Item]:
+    """The examples in a base's tokens.
+
+    Raises:
+        DataError: some have more than `limit`, prompt and answer.
+    """
+    items = [
         Item(text.prompt_ids(line["scene"]), text.answer_ids(line["text"]), line.get("scene_type")) for line in lines
     ]
+    check_fit(lines, [len(item.prompt) + len(item.answer) for item in items], limit)
+    return items
 
 
 def held_out(items: Sequence[Item], seed: int, share: float = 0.1) -> tuple[list[Item], list[Item]]:

@@ -15,7 +15,7 @@ from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.weights import Tuned
 from lora_rt.registry.card import read_card, write_card
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
-from lora_rt.registry.files import CONFIG, STATE, WEIGHTS
+from lora_rt.registry.files import STATE, weights_in
 from lora_rt.version import __version__
 
 
@@ -38,7 +38,7 @@ def composition_of(
 
 def write_fitted(source: Path, target: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
     """Copy an adapter into an empty folder with another state and further metrics in its card."""
-    for name in (CONFIG, WEIGHTS):
+    for name in weights_in(source):
         shutil.copyfile(source / name, target / name)
     kept = load_file(source / STATE)
     fitted = {key: value.detach().cpu().to(kept[key].dtype).contiguous() for key, value in state.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.base.shape import context_of
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.named import expanded
@@ -48,7 +49,8 @@ class Job:
 
     def items(self, lines: Sequence[Mapping[str, Any]], base: LoadedBase) -> list[Item]:
         """The examples in the base's tokens."""
-        return as_items(lines, TextFormat.of_base(base, self.template_variables, special_tokens=self.special_tokens))
+        text = TextFormat.of_base(base, self.template_variables, special_tokens=self.special_tokens)
+        return as_items(lines, text, context_of(base.model.config))
 
 
 @dataclass(frozen=True, slots=True)

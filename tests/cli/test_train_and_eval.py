@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_bad_data_is_named_line_by_line_before_anything_is_trained(cli: Cli, tin
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        (["--mode", "no-such-mode"], 1, "no-such-mode"),
+        (["--mode", "no-such-mode"], 2, "no-such-mode"),
         (["--target-modules", "q_porj"], 1, "the nearest is 'q_proj'"),
         (["--option", "x"], 2, "KEY=VALUE"),
         (["--r", "0"], 2, "r is 0"),
@@ -107,3 +108,17 @@ def test_eval_draws_its_matrix(cli: Cli, zoo: Zoo, data: Path, tiny: list[str], 
     assert done.code == 0
     assert "mine" in done.out
     assert (tmp_path / "m.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", [["train", "letters"], ["eval", "ADAPTER"], ["tune", "ADAPTER"]])
+def test_examples_that_are_too_long_are_named_by_their_lines(
+    cli: Cli, zoo: Zoo, tiny: list[str], tmp_path: Path, command: list[str]
+) -> None:
+    file = tmp_path / "long.jsonl"
+    short, long = ({"scene": "ab", "text": text} for text in ("cd", "cd" * 500))
+    file.write_text("\n\n".join(json.dumps(line) for line in [short, short, long, short, long]))  # every other is blank
+    given = [str(zoo.adapter("llama")) if word == "ADAPTER" else word for word in command]
+    done = cli(*given, "--data", f"mine={file}" if command[0] == "eval" else str(file), *tiny)
+    assert done.code == 1
+    assert "2 problems" in done.err
+    assert re.findall(r"line \d+", done.err) == ["line 5", "line 9"]

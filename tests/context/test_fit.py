@@ -25,6 +25,7 @@ from lora_rt.plugins.contract import GateContext
 from lora_rt.registry import home
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions
 from lora_rt.registry.registry import Registry
+from support.adapters import in_parts
 from support.tiny import Zoo
 
 Made = Callable[..., Path]
@@ -151,8 +152,13 @@ def test_a_tuned_composition_resolves_like_an_adapter(
         runtime.logits(ids, compositions="stale")
 
 
-def test_fitted_adapters_are_published_with_their_state_in_the_card(zoo: Zoo, made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [False, True], ids=["one file", "in parts"])
+def test_fitted_adapters_are_published_with_their_state_in_the_card(
+    zoo: Zoo, made: Made, tmp_path: Path, *, parts: bool
+) -> None:
     folder = made("logic", gates=None)
+    if parts:
+        in_parts(folder)
     data = write(tmp_path / "mix.jsonl", LINES)
     base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
     out = tmp_path / "fitted"

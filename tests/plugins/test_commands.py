@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
 from lora_rt.core.cli.plugin_commands import subcommands_of
+from lora_rt.core.cli.services import CommandServices
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Services
 from lora_rt.plugins.manager import SECONDS_VARIABLE, PluginError, finding
+from lora_rt.registry.inspection import inspect_adapter
+from support.adapters import adapter_files, in_parts, write_adapter
 from support.plugins import plugin, point
 
 run = CliRunner().invoke
@@ -74,6 +78,20 @@ def test_a_command_gets_what_it_needs_of_lora_rt_and_may_leave_it(installed: Any
     assert json.loads(run(app, ["whose", "emotion"]).stdout) == ["emotion", "output-only", "emotion", True]
     assert "there is no adapter 'nobody'" in str(run(app, ["whose", "nobody"]).exception)
     assert run(app, ["hello", "world"]).stdout == "hello world\n"
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["one file", "in parts"])
+def test_a_command_copies_an_adapter_under_a_mode_of_its_own(tmp_path: Path, *, parts: bool) -> None:
+    source, out = write_adapter(tmp_path / "theirs", adapter_files()), tmp_path / "copy"
+    if parts:
+        in_parts(source)
+    services = CommandServices()
+    services.copy_adapter(services.adapter(str(source)), out, mode="stranger", state={"knob": torch.ones(2)})
+    copy = services.adapter(str(out))
+    assert (copy.mode, copy.card["state"]["knob"]["shape"]) == ("stranger", (2,))
+    was, now = (inspect_adapter(folder, name="x") for folder in (source, out))
+    assert {now.files[name] for name in was.files if name.startswith("adapter_")} <= set(was.files.values())
+    assert len(now.modules) == len(was.modules)
 
 
 def test_the_help_shows_commands_of_plugins_behind_ours(installed: Any) -> None:

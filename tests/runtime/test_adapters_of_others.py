@@ -23,6 +23,7 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import files
 from lora_rt.registry.files import CONFIG, WEIGHTS
+from support.adapters import in_parts
 from support.tiny import HIDDEN, LAYERS, VOCAB, Zoo, peft_model, save_tokenizer, some_ids
 
 IDS = some_ids(rows=2)
@@ -53,14 +54,6 @@ def tensors(edit: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Change
         save_file(found, folder / WEIGHTS, {"format": "pt"})
 
     return change
-
-
-def in_parts(folder: Path) -> None:
-    found = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    for number in (0, 1):
-        part = {key: found[key] for key in sorted(found)[number::2]}
-        save_file(part, folder / f"adapter_model-0000{number + 1}-of-00002.safetensors", {"format": "pt"})
 
 
 def nothing(folder: Path) -> None:

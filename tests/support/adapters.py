@@ -84,3 +84,20 @@ def write_adapter(folder: Path, files: dict[str, bytes] | None = None) -> Path:
     for name, content in (files or adapter_files()).items():
         (folder / name).write_bytes(content)
     return folder
+
+
+def in_parts(folder: Path) -> None:
+    """Cut the weights of an adapter into two files with an index, as PEFT saves large ones."""
+    from safetensors.torch import load_file, save_file
+
+    whole = folder / "adapter_model.safetensors"
+    found = load_file(whole)
+    whole.unlink()
+    places: dict[str, str] = {}
+    for number in (0, 1):
+        part = {key: found[key] for key in sorted(found)[number::2]}
+        name = f"adapter_model-0000{number + 1}-of-00002.safetensors"
+        save_file(part, folder / name, {"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in found.values())}, "weight_map": places}
+    (folder / f"{whole.name}.index.json").write_text(json.dumps(index))
