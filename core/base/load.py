@@ -17,7 +17,7 @@ from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
-from lora_rt.core.base.shape import heads_of, layers_of
+from lora_rt.core.base.shape import blocks_of, heads_of, vocabulary_of, width_of
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, first_line, parse_base
 from lora_rt.plugins.contract import BaseFacts
@@ -90,7 +90,7 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         identity=prepared.identity,
-        facts=base_facts(model.config, prepared.identity, chosen),
+        facts=base_facts(model, prepared.identity, chosen),
         folder=prepared.folder,
         precision=chosen,
         device=target,
@@ -114,18 +114,18 @@ def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any
     return model, tokenizer
 
 
-def base_facts(config: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:
-    """The facts about a base, from its transformers configuration."""
-    text, heads = config.get_text_config(), heads_of(config)
+def base_facts(model: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:
+    """The facts about a base: its blocks are counted in the model, which may be on the meta device."""
+    heads, embeddings = heads_of(model.config), model.get_input_embeddings()
     return BaseFacts(
         id=identity.id,
         revision=identity.revision,
         digest=identity.digest,
         precision=precision,
-        layers=layers_of(config),
-        hidden_size=int(text.hidden_size),
+        layers=len(blocks_of(model)),
+        hidden_size=width_of(model.config) or int(embeddings.weight.shape[-1]),
         heads=heads.queries,
         kv_heads=heads.keys,
         head_dim=heads.size,
-        vocab_size=int(text.vocab_size),
+        vocab_size=vocabulary_of(model.config),
     )

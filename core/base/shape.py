@@ -69,29 +69,60 @@ class ForwardPass:
 
 def heads_of(config: Any) -> Heads:
     """The heads of a transformers configuration; a model without attention (Mamba, RWKV) is one head as wide as it."""
-    text = config.get_text_config()
-    queries = int(getattr(text, "num_attention_heads", None) or 1)
-    keys = int(getattr(text, "num_key_value_heads", None) or queries)
-    return Heads(queries, keys, int(getattr(text, "head_dim", None) or text.hidden_size // queries))
+    text = config.get_text_config(decoder=True)
+    queries = _number(text, "num_attention_heads", "n_heads") or 1
+    keys = _number(text, "num_key_value_heads") or queries
+    return Heads(queries, keys, _number(text, "head_dim") or max(1, (width_of(config) or queries) // queries))
+
+
+def _number(config: Any, *names: str) -> int | None:
+    """The first field that is a number above 0. Some types raise where a field differs from layer to layer."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            continue
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def width_of(config: Any) -> int | None:
+    """The features of a hidden state."""
+    return _number(config.get_text_config(decoder=True), "hidden_size", "d_model", "n_embd")
+
+
+def vocabulary_of(config: Any) -> int:
+    """How many tokens the model of a configuration knows."""
+    return _number(config.get_text_config(decoder=True), "vocab_size") or 1
 
 
 def layers_of(config: Any) -> int:
     """How many blocks a transformers configuration asks for."""
-    return int(config.get_text_config().num_hidden_layers)
+    text = config.get_text_config(decoder=True)
+    return _number(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks") or 0
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
     """The model's transformer blocks, from the input up.
 
+    Of several lists that lie in no other one, as in models with a tower for pictures: one that is as long as the
+    configuration says, else the one with the most parameters.
+
     Raises:
-        BaseError: it does not keep them in one list.
+        BaseError: it keeps none.
     """
-    count = layers_of(model.config)
+    lists: list[nn.ModuleList] = []
+    inner: set[int] = set()
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    text = f"{type(model).__name__} does not keep its {count} blocks in one list"
-    raise BaseError(text, next_step="Use a base that does")
+        if isinstance(module, nn.ModuleList) and len(module) and id(module) not in inner:
+            lists.append(module)
+            inner |= {id(below) for below in module.modules()} - {id(module)}
+    if not lists:
+        text = f"{type(model).__name__} does not keep its blocks in a list"
+        raise BaseError(text, next_step="Use a base that does")
+    count = layers_of(model.config)
+    return max(lists, key=lambda blocks: (len(blocks) == count, sum(p.numel() for p in blocks.parameters())))
 
 
 def context_of(config: Any) -> int:

@@ -56,7 +56,7 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
         model=model,
         tokenizer=byte_tokenizer(("<pad>", "<s>", "</s>"), pad_token="<pad>", bos_token="<s>", eos_token="</s>"),
         identity=identity,
-        facts=base_facts(model.config, identity, chosen),
+        facts=base_facts(model, identity, chosen),
         folder=Path(tempfile.gettempdir()),
         precision=chosen,
         device=target,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,13 +30,17 @@ class BankError(LoraRtError):
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """One adapter in memory: its factors by site name, and what its mode will want to know of it."""
+    """One adapter in memory: its factors by site name, and what its mode will want to know of it.
+
+    `apart` says that it acts on a layer that is not told which rows it gets: see `Site.layout`.
+    """
 
     name: str
     factors: Mapping[str, Factors]
     mode: str
     card: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    apart: bool = False
 
     @cached_property
     def ranks(self) -> frozenset[int]:
@@ -91,7 +95,8 @@ class AdapterBank:
         """
         self._check(adapter)
         moved = {name: self._moved(factors) for name, factors in adapter.factors.items()}
-        resident = ResidentAdapter(adapter.name, moved, adapter.mode, adapter.card, adapter.state)
+        apart = any(self.topology.sites[self.topology.by_name[name]].layout is None for name in moved)
+        resident = replace(adapter, factors=moved, apart=apart)
         with self._lock:
             replaced = self.residents.get(adapter.name)
             self.residents = {**self.residents, adapter.name: resident}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.shape import ForwardPass, context_of
+from lora_rt.core.base.shape import ForwardPass, context_of, vocabulary_of
 from lora_rt.core.base.upstream import keeps_a_state
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
@@ -163,7 +163,7 @@ class CausalLM:
 
     def _text(self, number: int) -> Tensor:
         """Some tokens, (tokens,)."""
-        vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        vocabulary = vocabulary_of(self.model.config)
         return (torch.arange(_PROBE, device=self.device) * 37 + 11 * number + 5) % max(vocabulary - 8, 1)
 
     def _raw(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:

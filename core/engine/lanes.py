@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_rt.core.engine.plan import Pass, PassError, Plan
+from lora_rt.core.engine.layout import Layout, as_before, rows_first
+from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import Topology
 
@@ -39,12 +40,13 @@ class LaneSite:
 class LaneGroup:
     """Sites with one input: a (rows, R, in), and `owners` (rows, R), the adapter of each rank; K where there is none.
 
-    `offset` (rows, R, 1) is 1 on the ranks that carry a bias; None where there is no bias.
+    `offset` (rows, R, 1) is 1 on the ranks that carry a bias; None where there is no bias. `layout` is the input's.
     """
 
     a: Tensor
     owners: Tensor
     offset: Tensor | None
+    layout: Layout | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +107,8 @@ def _gather_group(
                 b[row, :, at + rank] = factors.bias
         lanes.sites[index] = LaneSite(group, start, start + width, b)
         start += width
-    lanes.groups[group] = LaneGroup(a, owners.to(a.device), offset if bool(offset.any()) else None)
+    biases = offset if bool(offset.any()) else None
+    lanes.groups[group] = LaneGroup(a, owners.to(a.device), biases, sites[0].layout)
 
 
 def _placed(
@@ -165,23 +168,13 @@ class LanePass(Pass):
             self._hidden = self._gated(site.group, x)
             self._input, self._group = x, site.group
         delta = torch.bmm(site.b, self._hidden[:, site.start : site.stop]).transpose(1, 2)
-        return y.add_(delta if y.dim() == 3 else delta.flatten(0, 1))
+        return y.add_(as_before(delta, self._lanes.groups[site.group].layout, x, self._rows, self._tokens))
 
     def _gated(self, number: int, x: Tensor) -> Tensor:
         """g * (A x^T), (rows, R, tokens)."""
         group = self._lanes.groups[number]
-        hidden = torch.bmm(group.a, self._by_row(x).to(group.a.dtype).transpose(1, 2))
+        by_row = rows_first(x, group.layout, self._rows, self._tokens)
+        hidden = torch.bmm(group.a, by_row.to(group.a.dtype).transpose(1, 2))
         if group.offset is not None:
             hidden += group.offset
         return hidden * self._gates[number]
-
-    def _by_row(self, x: Tensor) -> Tensor:
-        """(rows, tokens, n), from that or from (rows * tokens, n)."""
-        if x.dim() == 3:
-            return x
-        if x.shape[0] != self._rows * self._tokens:  # e.g. an expert that is shown some of the tokens
-            raise PassError(
-                f"a layer gets {x.shape[0]} of {self._rows * self._tokens} tokens, without saying which",
-                next_step="Give all rows the same composition, or use adapters that leave the experts alone",
-            )
-        return x.view(self._rows, self._tokens, -1)

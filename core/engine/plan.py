@@ -14,13 +14,8 @@ from contextvars import ContextVar
 from torch import Tensor
 
 from lora_rt.core.engine.topology import Topology
-from lora_rt.errors import LoraRtError
 
 _running: ContextVar[Pass | None] = ContextVar("lora_rt_pass", default=None)
-
-
-class PassError(LoraRtError):
-    """A layer does not get what a plan can gate."""
 
 
 def running_pass() -> Pass | None:
@@ -45,7 +40,7 @@ class Pass(ABC):
 
     @abstractmethod
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """y plus what the adapters of a site make of x; both (batch, tokens, n) or (batch * tokens, n).
+        """y plus what the adapters of a site make of x; both in the layout of the site.
 
         y is the layer's fresh output, and may be changed in place.
         """

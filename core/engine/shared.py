@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
-from lora_rt.core.engine.plan import Pass, PassError, Plan
+from lora_rt.core.engine.layout import Layout, spread
+from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import HeadAxis, Topology
 from lora_rt.plugins.contract import Gate
@@ -60,7 +61,7 @@ class SharedPass(Pass):
         self._hidden: Tensor | None = None
 
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the contribution of the site's adapters to x; both (batch, tokens, n) or (batch * tokens, n)."""
+        """y plus the contribution of the site's adapters to x; both in the layout of the site."""
         site = self._sites[index]
         if site is None:
             return y
@@ -79,21 +80,10 @@ class SharedPass(Pass):
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x."""
         hidden = linear(x.to(group.a.dtype), group.a, group.offset)
-        return hidden * self._like(self._gates[number], x)
+        return hidden * self._like(self._gates[number], group.layout, x)
 
-    def _like(self, gate: Tensor, x: Tensor) -> Tensor:
-        """A gate (batch|1, tokens|1, n) in the layout of x."""
-        if x.dim() == 3:
-            whole = gate.shape[1] in (1, x.shape[1])
-            return gate if whole else gate[:, self._kept]  # the output head: it gets some of the tokens
-        if gate.shape[0] == gate.shape[1] == 1:
-            return gate[0]
-        if x.shape[0] != self._rows * self._tokens:  # e.g. an expert that is shown some of the tokens
-            raise PassError(
-                f"a layer gets {x.shape[0]} of {self._rows * self._tokens} tokens, without saying which",
-                next_step="Give all rows the same composition, or use adapters that leave the experts alone",
-            )
-        return gate.expand(self._rows, self._tokens, -1).flatten(0, 1)
+    def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
+        return spread(gate, layout, x, self._rows, self._tokens, self._kept)
 
     def _add_headed(self, site: StackedSite, axis: HeadAxis, x: Tensor, y: Tensor) -> Tensor:
         """Heads do not lie on the rank axis: each adapter acts alone, with its heads scaled on B's or A's side."""
@@ -101,7 +91,7 @@ class SharedPass(Pass):
             if first == last:
                 continue
             ranks = slice(site.start + first, site.start + last)
-            heads = self._spread(k, axis, self._groups[site.group].layer, x)
+            heads = self._spread(k, axis, self._groups[site.group], x)
             if heads is not None and axis.side == "input":
                 hidden, heads = self._alone(site.group, ranks, x, heads), None
             else:
@@ -115,15 +105,15 @@ class SharedPass(Pass):
         group = self._groups[number]
         offset = None if group.offset is None else group.offset[ranks]
         hidden = linear(x.to(group.a.dtype) * heads, group.a[ranks], offset)
-        return hidden * self._like(self._gates[number], x)[..., ranks]
+        return hidden * self._like(self._gates[number], group.layout, x)[..., ranks]
 
-    def _spread(self, k: int, axis: HeadAxis, layer: int | None, x: Tensor) -> Tensor | None:
+    def _spread(self, k: int, axis: HeadAxis, group: StackedGroup, x: Tensor) -> Tensor | None:
         """Adapter k's head gate spread over the features of a site, in the layout of x, or None."""
         if k not in self._heads:
             return None
-        heads = layer_of(self._heads[k], layer)
+        heads = layer_of(self._heads[k], group.layer)
         if heads.shape[-1] == 1:
-            return self._like(heads, x)
+            return self._like(heads, group.layout, x)
         if axis.pool > 1:
             heads = heads.reshape(*heads.shape[:-1], -1, axis.pool).mean(-1)
-        return self._like(heads[..., axis.index], x)
+        return self._like(heads[..., axis.index], group.layout, x)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_rt.core.engine.layout import Layout
 from lora_rt.core.engine.topology import Topology
 
 _BIAS = -1
@@ -38,12 +39,14 @@ class StackedGroup:
     """Sites with one input share one product with a (R, in). `pattern` is the number of its `Pattern`.
 
     `offset` (R,) is None but where an adapter has a bias: such a bias is one more rank whose hidden value is always 1.
+    `layout` is the input's.
     """
 
     a: Tensor
     pattern: int
     layer: int | None
     offset: Tensor | None
+    layout: Layout | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,4 +116,5 @@ def _stack_group(
         built.patterns.append(Pattern(owners, slots))
     constant = [slot == _BIAS for _, slot in ranks]
     offset = torch.tensor(constant, device=a.device).to(a.dtype) if any(constant) else None
-    built.groups[group] = StackedGroup(a, pattern, topology.sites[indices[0]].layer, offset)
+    site = topology.sites[indices[0]]
+    built.groups[group] = StackedGroup(a, pattern, site.layer, offset, site.layout)

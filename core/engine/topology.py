@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.base.shape import Heads, heads_of
+from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
+from lora_rt.core.base.shape import ForwardPass, Heads, blocks_of, heads_of, vocabulary_of
 from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import BaseError, first_line
+from lora_rt.core.engine.layout import PROBES, Layout, layout_of
 
 Side = Literal["output", "input"]
 
@@ -31,7 +34,10 @@ class HeadAxis:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One linear layer. `layer` is its block's number, or None outside; `group` unites sites with one input."""
+    """One linear layer. `layer` is its block's number, or None outside; `group` unites sites with one input.
+
+    `layout` says how rows and tokens lie in that input; None where that can't be told, as with an expert of several.
+    """
 
     name: str
     module: nn.Module
@@ -40,6 +46,7 @@ class Site:
     layer: int | None
     group: int
     heads: HeadAxis | None
+    layout: Layout | None = ("b", "t")
 
 
 class Topology:
@@ -84,48 +91,88 @@ def block_number(name: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def survey(model: Any) -> Topology:
-    """Run one short forward pass and note which linear layers read the very same tensor.
+def layer_numbers(model: Any) -> Callable[[str], int | None]:
+    """Says of a layer's name in which of the model's blocks it lies; None outside of them."""
+    blocks = blocks_of(model)
+    count = len(blocks)
+    inside = next((f"{name}." for name, module in model.named_modules() if module is blocks), "")
 
-    The pass also makes bitsandbytes repack its 4-bit weights for CPU inference, once and before anything else runs: the
-    repack is a race between threads and changes the weights' bytes.
+    def number(name: str) -> int | None:
+        found = block_number(name[len(inside) - 1 :] if inside and name.startswith(inside) else name)
+        return found if found is not None and found < count else None
+
+    return number
+
+
+def survey(model: Any) -> Topology:
+    """Run two short forward passes and note what each linear layer gets: how rows and tokens lie, and who shares it.
+
+    The passes also make bitsandbytes repack its 4-bit weights for CPU inference, once and before anything else runs:
+    the repack is a race between threads and changes the weights' bytes.
+
+    Raises:
+        BaseError: the model can't be run.
     """
     linears = find_linears(model)
-    order: list[str] = []
-    inputs: list[Tensor] = []  # kept alive during the pass, so that an address is not used twice
-    groups: dict[str, int] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        order.append(name)
-        for group, seen in enumerate(inputs):
-            if seen is x:
-                groups[name] = group
-                return
-        groups[name] = len(inputs)
-        inputs.append(x)
-
-    handles = [
-        module.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
-        for name, module in linears.items()
-    ]
-    try:
-        # No inference mode: what is repacked now has to serve passes with gradients as well.
-        with libraries_silenced(), torch.no_grad():
-            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = [_watched(model, linears, rows, tokens) for rows, tokens in PROBES]
+    order, groups = list(dict.fromkeys(name for name, _ in seen[0])), _groups(seen[0])
+    layouts = _layouts(linears, [dict(reversed(calls)) for calls in seen])
     for name in linears:  # layers that this pass did not reach, e.g. idle experts, stand alone
         if name not in groups:
             order.append(name)
-            groups[name] = len(inputs) + len(order)
-    return Topology([_site(name, linears[name], groups[name], model) for name in dict.fromkeys(order)])
+            groups[name] = len(seen[0]) + len(order)
+    layer = layer_numbers(model)
+    heads = heads_of(model.config)
+    sites = []
+    for name in order:
+        size = features(linears[name])
+        axis = _head_axis(name, *size, heads, model.device)
+        sites.append(Site(name, linears[name], *size, layer(name), groups[name], axis, layouts[name]))
+    return Topology(sites)
 
 
-def _site(name: str, module: nn.Module, group: int, model: Any) -> Site:
-    out_features, in_features = features(module)
-    heads = _head_axis(name, out_features, in_features, heads_of(model.config), model.device)
-    return Site(name, module, out_features, in_features, block_number(name), group, heads)
+def _watched(model: Any, linears: Mapping[str, nn.Module], rows: int, tokens: int) -> list[tuple[str, Tensor]]:
+    """The layers of one pass over rows that are alike, in the order of their calls, and what each call got."""
+    calls: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that an address is not used twice
+    handles = [
+        module.register_forward_pre_hook(lambda _module, args, name=name: calls.append((name, args[0])))
+        for name, module in linears.items()
+    ]
+    ids = (torch.arange(tokens, device=model.device) + 1).remainder(vocabulary_of(model.config)).repeat(rows, 1)
+    forward = ForwardPass.of(model)
+    try:
+        # No inference mode: what is repacked now has to serve passes with gradients as well.
+        with libraries_silenced(), torch.no_grad():
+            model(**forward.arguments(ids))
+    except UNRUNNABLE as error:
+        text = f"{type(model).__name__} can't be run: {first_line(error)}"
+        raise BaseError(text, next_step="Use another base or --precision, and report this one") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _groups(calls: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
+    """Equal numbers for layers that read the very same tensor."""
+    numbers: dict[int, int] = {}
+    return {name: numbers.setdefault(id(x), len(numbers)) for name, x in calls}
+
+
+def _layouts(linears: Mapping[str, nn.Module], inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Layout | None]:
+    """The layout of each layer. One of several experts is shown some of the tokens, even where it once got all."""
+    found: dict[str, Layout | None] = {}
+    alike: dict[str, set[Layout | None]] = {}
+    for name in linears:
+        got = [calls[name] for calls in inputs if name in calls]
+        found[name] = layout_of(got) if len(got) == len(inputs) else None
+        alike.setdefault(_unnumbered(name), set()).add(found[name])
+    return {name: layout if len(alike[_unnumbered(name)]) == 1 else None for name, layout in found.items()}
+
+
+def _unnumbered(name: str) -> str:
+    """The name without the numbers of its block and its expert."""
+    return re.sub(r"\.\d+(?=\.|$)", ".#", name)
 
 
 def _head_axis(name: str, out_features: int, in_features: int, own: Heads, device: torch.device) -> HeadAxis | None:

@@ -55,7 +55,7 @@ def outline(text: str, *, quick: bool = False) -> Outline:
     return Outline(
         source=source,
         identity=identity,
-        facts=base_facts(config, identity, "float32"),
+        facts=base_facts(model, identity, "float32"),
         config=config,
         linears={name: features(module) for name, module in linears.items()},
         transposed=frozenset(name for name, module in linears.items() if isinstance(module, Conv1D)),

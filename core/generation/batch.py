@@ -94,6 +94,11 @@ class DecodingRow:
         """How many tokens it has, the answer's included."""
         return len(self.ids) + len(self.answer)
 
+    @property
+    def company(self) -> Hashable:
+        """Rows share a pass only where this is equal: layers that can't tell rows apart need them under one plan."""
+        return None
+
     def hear(self, token: int) -> bool:
         """Told of each token of the answer; true where it completes a text at which the row stops."""
         return False
@@ -316,6 +321,10 @@ class Batch(Generic[R]):
         """Equal for rows that may share a pass."""
         if self._alone:
             return id(row)
+        return row.company, self._fits(row)
+
+    def _fits(self, row: R) -> Hashable:
+        """The same, of rows that are under one plan."""
         if len(self.rows) == 1:
             return None  # there is nothing to share, and no need to ask the model whether it minds padding
         if not self._lm.rope.varies and len({one.length for one in self.rows}) == 1:

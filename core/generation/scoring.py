@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -24,9 +24,9 @@ def whole_logits(lm: CausalLM, planner: Planner[R], rows: Sequence[R], ids: Tens
     """
     lengths = [row.length for row in rows]
     check_lengths(lengths, lm.capacity, lm.capacity)
-    parts = lm.parts(lengths)
+    parts = _parts(lm, rows)
     gaps = not bool(mask.cummin(-1).values.eq(mask).all())  # padding that some token could see
-    if len(parts) == 1 and not (gaps and lm.keeping != "shared"):
+    if len(parts) == 1 and not (gaps and not lm.ignores_padding):
         with torch.inference_mode():
             return _pass(lm, planner, rows, ids, mask)
     logits: Tensor | None = None
@@ -58,7 +58,7 @@ def answer_nll(lm: CausalLM, planner: Planner[R], rows: Sequence[R], answers: Se
     lengths = [row.length for row in rows]
     check_lengths(lengths, lm.capacity, lm.capacity)
     found: dict[int, Tensor] = {}
-    for numbers in lm.parts(lengths):
+    for numbers in _parts(lm, rows):
         own = [rows[number] for number in numbers]
         starts = [row.length - len(answers[number]) - 1 for row, number in zip(own, numbers, strict=True)]
         ids, mask = pad_right([row.ids for row in own], lm.device)
@@ -80,9 +80,10 @@ def choices_nll(
     Args:
         prompt: the row of the prompt alone. rows: prompt and answer of each. answers: the last tokens of each row.
     """
-    lengths = [prompt.length, *(row.length for row in rows)]
-    check_lengths(lengths[1:], lm.capacity, lm.capacity)
-    if lm.keeping != "shared" or len(lm.parts(lengths)) > 1:  # the prompt's keys are not those of the whole rows
+    check_lengths([row.length for row in rows], lm.capacity, lm.capacity)
+    if (
+        lm.keeping != "shared" or len(_parts(lm, [prompt, *rows])) > 1
+    ):  # the prompt's keys are not those of the whole rows
         return answer_nll(lm, planner, rows, answers)
     cache = lm.new_cache()
     start = prompt.length
@@ -97,6 +98,14 @@ def choices_nll(
         rest = lm.forward(info.ids, info.mask, info.positions, plan=plan, cache=cache)[:, :-1]
         losses = _losses(torch.cat([first.expand(len(rows), -1, -1), rest], dim=1), wanted)
     return [losses[number, : len(answer)].cpu() for number, answer in enumerate(answers)]
+
+
+def _parts(lm: CausalLM, rows: Sequence[DecodingRow]) -> list[list[int]]:
+    """The numbers of rows that may share a pass when they are padded on the right, which no token looks at."""
+    found: dict[Hashable, list[int]] = {}
+    for number, row in enumerate(rows):
+        found.setdefault((lm.rope.factors(row.length), row.company), []).append(number)
+    return list(found.values())
 
 
 def _pass(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from lora_rt.core.generation.batch import DecodingRow
 from lora_rt.core.generation.sampling import Sampling
@@ -68,6 +68,11 @@ class RequestRow(DecodingRow):
         """The same tokens under a single one of its adapters."""
         timeline = self.timeline.alone(self.timeline.row.only(name))
         return RequestRow(self.ids, timeline, self._weigh, prompt_length=self.prompt_length)
+
+    @property
+    def company(self) -> Hashable:
+        """What it is under, where one of its adapters acts on a layer that is not told which rows it gets."""
+        return self.timeline.company
 
     def hear(self, token: int) -> bool:
         """Follows the text of the answer; true where a stop text is complete."""

@@ -11,7 +11,7 @@ cache of those tokens is never made again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,16 @@ class Timeline:
         """Every adapter that it is, was or may come to be under."""
         rows = [one for _, row in self._turns for one in (row, *row.phases.values())]
         return {adapter for row in rows for adapter in row.adapters.values()}
+
+    @property
+    def company(self) -> Hashable:
+        """See `lora_rt.core.generation.batch.DecodingRow.company`."""
+        if not any(adapter.apart for adapter in self.adapters):
+            return None
+        if not self.still or self.row.layers:
+            return id(self)
+        own = self.row
+        return tuple(sorted((n, w, id(own.adapters.get(n))) for n, w in own.weights.items() if w)), own.scene_type
 
     def turn(self, position: int, row: Row) -> None:
         """From this position on the row is under something else."""
