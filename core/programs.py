@@ -121,6 +121,23 @@ def evaluate(
     return measure(loaded, sets, list(compositions))
 
 
+def prepare(base: str = "default", *, precision: str = "bfloat16") -> Path:
+    """The folder of a base that transformers and others load, converted or quantized first where that is needed; once.
+
+    Args:
+        base: as in `Runtime.load`.
+        precision: of its weights; a folder or repository that is dense is given back as it is for dense precisions.
+
+    Raises:
+        LoraRtError: there is no such base, or it can't be converted.
+    """
+    from lora_rt.core.base.precision import check_precision
+    from lora_rt.core.base.prepare import prepare_base
+    from lora_rt.core.base.source import parse_base
+
+    return prepare_base(parse_base(base), check_precision(precision)).folder
+
+
 def tune(
     composition: Composition | str,
     data: str | Path,

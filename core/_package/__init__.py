@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_rt.core.evaluation.bootstrap import ratio_interval
     from lora_rt.core.evaluation.matrix import TextLosses, text_losses
     from lora_rt.core.export.run import Exporter, export
-    from lora_rt.core.programs import evaluate, train, tune
+    from lora_rt.core.programs import evaluate, prepare, train, tune
     from lora_rt.core.requests.composition import Composition, Term
     from lora_rt.core.runtime import Runtime
     from lora_rt.core.step.settings import TrainSettings
@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "prepare",
     "ratio_interval",
     "text_losses",
     "train",
@@ -56,6 +57,7 @@ _HOMES = {
     "TrainSettings": "lora_rt.core.step.settings",
     "evaluate": "lora_rt.core.programs",
     "export": "lora_rt.core.export.run",
+    "prepare": "lora_rt.core.programs",
     "ratio_interval": "lora_rt.core.evaluation.bootstrap",
     "text_losses": "lora_rt.core.evaluation.matrix",
     "train": "lora_rt.core.programs",
