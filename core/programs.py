@@ -143,7 +143,9 @@ def tune(
     data: str | Path,
     *,
     per: Per = "adapter",
-    name: str = "my-mix",
+    name: str | None = None,
+    mode: str | None = None,
+    mode_options: Mapping[str, str] | None = None,
     out: str | Path | None = None,
     base: str = "default",
     precision: str = "int4",
@@ -153,13 +155,15 @@ def tune(
     batch_size: int = 8,
     seed: int = 0,
 ) -> NamedComposition | Fitted:
-    """Learn weights per adapter or per layer and save them as a named composition, or gates per scene type.
+    """Learn weights per adapter, layer, token or scene type as a named composition, or gates of the adapters' own.
 
     Args:
         composition: the adapters; their weights are the start.
         data: a JSONL file; with `per="scene"` every line has a scene_type.
         per: what is learned.
-        name: the composition's name (adapter, layer).
+        name: the composition's name, "my-mix" if left out; with `per="scene"`, keep the gates in it.
+        mode: who decides in such a composition; "router" per token and "context" per scene type if left out.
+        mode_options: the mode's own.
         out: a folder for the adapters instead of the store (scene).
         base: as in `Runtime.load`, like precision and device.
         precision: of the base.
@@ -173,13 +177,23 @@ def tune(
         LoraRtError: settings, data, base or adapters can't be used, or nothing was found that beats the start.
     """
     from lora_rt.core.requests.composition import Composition
-    from lora_rt.core.tuning.settings import SceneSettings, settings_for
+    from lora_rt.core.tuning.settings import MixSettings, SceneSettings, settings_for
 
-    settings = settings_for(per, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    settings = settings_for(
+        per,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        named=name is not None and out is None,
+        mode=mode,
+        mode_options=mode_options,
+    )
     given = Composition.parse(composition) if isinstance(composition, str) else composition
     from lora_rt.core.tuning import session
 
     job = session.Job(given, Path(data), base, precision, device)
     if isinstance(settings, SceneSettings):
         return session.fit_scenes(job, None if out is None else Path(out), settings, lambda _what, _loss: None)
-    return session.tune_composition(job, name, settings, lambda _what, _loss: None)
+    fit = session.tune_mixture if isinstance(settings, MixSettings) else session.tune_composition
+    return fit(job, name or "my-mix", settings, lambda _what, _loss: None)

@@ -17,6 +17,9 @@ A mode decides what an adapter is trained for, where it acts and how it is weigh
     def lora_rt_joint_gate(context): ...  # the same for all adapters of the mode at once: gates among them
 
     @hookimpl
+    def lora_rt_mixture(context): ...     # tune: what is fitted of a composition whose adapters this mode gates
+
+    @hookimpl
     def lora_rt_scene(context): ...       # each request: the scene types of its prompts, where nobody said
 
     @hookimpl

@@ -1,6 +1,9 @@
 """Named compositions: `mixes/<name>.json` in the store. Each resolves, in a composition, like an adapter.
 
 A composition pins the adapters that its weights were found for by their digests: weights for other bytes mean nothing.
+Where it has a mode, which decides for its adapters at inference, the mode's tensors lie beside it in
+`mixes/<name>.safetensors`, pinned by their digest. A package ships one as a folder of `composition.json` and
+`mode.safetensors` (entry-point group `lora_rt.compositions`).
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_rt.registry import durable, strict_json
 from lora_rt.registry.errors import StoreError
-from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain, sha256_bytes
+from lora_rt.registry.files import LIMITS, MEGABYTE, STATE, UnusableFileError, open_plain, sha256_bytes
 from lora_rt.registry.models import Digest, Finite, Text, problems_of
 from lora_rt.registry.reference import check_name, is_name
+from lora_rt.registry.shipped import COMPOSITION, Shipped, shipped_compositions
 
 
 class NamedTerm(BaseModel):
@@ -47,24 +52,40 @@ class NamedComposition(BaseModel):
     data_sha256: Digest = ""
     seed: int | None = None
     metrics: dict[Text, Finite] = Field(default_factory=dict)
+    mode: str = Field(default="", max_length=64)
+    hidden_layers: int | None = Field(default=None, ge=1)
+    scene_types: tuple[Text, ...] = ()
+    card: dict[Text, Any] = Field(default_factory=dict)
+    state: Digest = ""
 
     @property
     def sha256(self) -> str:
-        """The digest of what it does: its base, and its terms in their order with their weights."""
-        facts = {"base": self.base, "terms": [term.model_dump(mode="json") for term in self.terms]}
+        """The digest of what it does: base, terms in their order with their weights, and its mode with its state."""
+        facts: dict[str, Any] = {"base": self.base, "terms": [term.model_dump(mode="json") for term in self.terms]}
+        if self.mode:
+            facts |= self.model_dump(mode="json", include=set(_OF_A_MODE))
         return sha256_bytes(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
 
     def document(self) -> dict[str, Any]:
-        """The JSON form."""
-        return self.model_dump(mode="json")
+        """The JSON form; without a mode, without what a mode would have."""
+        return self.model_dump(mode="json", exclude=set() if self.mode else set(_OF_A_MODE))
+
+    @property
+    def mode_card(self) -> dict[str, Any]:
+        """What the hooks of its mode see as its card."""
+        weights = [term.weight for term in self.terms]
+        return {**self.card, "weights": weights, "scene_types": self.scene_types, "hidden_layers": self.hidden_layers}
 
     def __str__(self) -> str:
         """Its terms as people write them; of weights per layer the mean."""
         return " ".join(f"{term.reference}:{term.mean_weight:.4g}" for term in self.terms)
 
 
+_OF_A_MODE = ("mode", "hidden_layers", "scene_types", "card", "state")
+
+
 class NamedCompositions:
-    """The named compositions of one store, and those that the lock of a project brings for its own folder."""
+    """The named compositions of one store, those that the lock of a project brings, and those that packages ship."""
 
     def __init__(
         self,
@@ -97,7 +118,41 @@ class NamedCompositions:
         """The same for whoever lists what there is."""
         if not is_name(name):
             return None
-        return self.own(name) or next((item for item in self._locked() if item.name == name), None)
+        found = self.own(name) or next((item for item in self._locked() if item.name == name), None)
+        return found or next((_read(folder / COMPOSITION, name) for folder in self._shipped(name)), None)
+
+    def source(self, name: str) -> str:
+        """Where the composition of a name comes from, for people."""
+        if name in self.own_names() or any(item.name == name for item in self._locked()):
+            return "tuned here"
+        return next((f"shipped with {item.package}" for item in self._packaged if item.name == name), "")
+
+    def state(self, composition: NamedComposition) -> bytes:
+        """The file of the tensors of its mode, a safetensors file.
+
+        Raises:
+            StoreError: it is not there, or it is not the one that was fitted.
+        """
+        places = [self.folder / f"{composition.name}.safetensors"]
+        places += [folder / STATE for folder in self._shipped(composition.name)]
+        problems = []
+        for path in places:
+            try:
+                with open_plain(path, LIMITS[STATE]) as (file, _):
+                    content = file.read()
+            except FileNotFoundError:
+                problems.append(f"{path} is not there")
+            except UnusableFileError as error:
+                problems.append(f"{path} {error}")
+            else:
+                if sha256_bytes(content) == composition.state:
+                    return content
+                problems.append(f"{path} has other bytes")
+        raise StoreError(
+            f"the composition {composition.name!r} lacks the tensors of its mode {composition.mode!r}",
+            next_step="Tune it again with: lora-rt tune",
+            problems=problems,
+        )
 
     def own(self, name: str) -> NamedComposition | None:
         """The store's composition of this name, or None.
@@ -105,40 +160,33 @@ class NamedCompositions:
         Raises:
             StoreError: its file is damaged.
         """
-        path = self.folder / f"{name}.json"
-        try:
-            with open_plain(path, MEGABYTE) as (file, _):
-                # A file that was copied by hand is a composition of its new name.
-                return NamedComposition.model_validate(strict_json.loads(file.read())).model_copy(update={"name": name})
-        except FileNotFoundError:
-            return None
-        except (UnusableFileError, strict_json.InvalidJsonError) as error:
-            problem = str(error)
-        except ValidationError as error:
-            problem = f"is not a composition: {problems_of(error)[0]}"
-        raise StoreError(
-            f"the composition {name!r} in the store is damaged",
-            next_step=f"Run lora-rt rm {name}, and tune it again",
-            problems=[f"{path} {problem}"],
-        )
+        return _read(self.folder / f"{name}.json", name)
 
     def names(self) -> list[str]:
         """The names of all compositions, readable or not, sorted."""
-        return sorted({*self.own_names(), *(item.name for item in self._locked())})
+        packaged = (item.name for item in self._packaged)
+        return sorted({*self.own_names(), *(item.name for item in self._locked()), *packaged})
 
     def own_names(self) -> list[str]:
         """Those of the store."""
         return sorted(path.stem for path in self.folder.glob("*.json") if is_name(path.stem))
 
-    def save(self, composition: NamedComposition) -> None:
+    def save(self, composition: NamedComposition, state: bytes = b"") -> None:
         """Write a composition into the store, whole or not at all; one of the same name is replaced.
+
+        Args:
+            composition: what is kept.
+            state: the file of its mode's tensors, where it has a mode; `composition.state` is its digest.
 
         Raises:
             InvalidReferenceError: that is not a name.
         """
         check_name(composition.name, "a composition")
         self.folder.mkdir(parents=True, exist_ok=True)
-        document = json.dumps(composition.model_dump(), indent=2)
+        if state:
+            # First: a composition whose tensors are another's is refused, and not used with them.
+            durable.write_bytes(self.folder / f"{composition.name}.safetensors", state)
+        document = json.dumps(composition.document(), indent=2)
         durable.write_text(self.folder / f"{composition.name}.json", document + "\n")
 
     def remove(self, name: str) -> bool:
@@ -147,4 +195,35 @@ class NamedCompositions:
         found = is_name(name) and os.path.lexists(path)
         if found:
             path.unlink()
+            path.with_suffix(".safetensors").unlink(missing_ok=True)
         return found
+
+    @cached_property
+    def _packaged(self) -> list[Shipped]:
+        return [item for item in shipped_compositions() if item.folder is not None]
+
+    def _shipped(self, name: str) -> list[Path]:
+        return [item.folder for item in self._packaged if item.name == name and item.folder is not None]
+
+
+def _read(path: Path, name: str) -> NamedComposition | None:
+    """The composition of a file, or None where there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        with open_plain(path, MEGABYTE) as (file, _):
+            # A file that was copied by hand is a composition of its new name.
+            return NamedComposition.model_validate(strict_json.loads(file.read())).model_copy(update={"name": name})
+    except FileNotFoundError:
+        return None
+    except (UnusableFileError, strict_json.InvalidJsonError) as error:
+        problem = str(error)
+    except ValidationError as error:
+        problem = f"is not a composition: {problems_of(error)[0]}"
+    raise StoreError(
+        f"the composition {name!r} in the store is damaged",
+        next_step=f"Run lora-rt rm {name}, and tune it again",
+        problems=[f"{path} {problem}"],
+    )

@@ -16,7 +16,13 @@ from typing import Any
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.bases import ANYWAY, BaseIdentity, digests_apart, use_base
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
-from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError, WrongBaseError
+from lora_rt.registry.errors import (
+    ChangedAdapterError,
+    RejectedAdapterError,
+    StoreError,
+    UnknownAdapterError,
+    WrongBaseError,
+)
 from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
 from lora_rt.registry.project import LOCK_FILE
@@ -114,7 +120,13 @@ class Registry:
     def composition_problems(self, composition: NamedComposition) -> list[str]:
         """Every term that leads nowhere, or to other files than its weight was found for; no requests are made."""
         base = BaseIdentity(composition.base, None, "")
-        return [problem for term in composition.terms if (problem := self._term_problem(term, base))]
+        problems = [problem for term in composition.terms if (problem := self._term_problem(term, base))]
+        if composition.mode:
+            try:
+                self.compositions.state(composition)
+            except StoreError as error:
+                problems += error.problems
+        return problems
 
     def _term_problem(self, term: NamedTerm, base: BaseIdentity) -> str:
         try:

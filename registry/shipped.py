@@ -3,6 +3,8 @@
     [project.entry-points."lora_rt.adapters"]
     emotion = "my_package.adapters.emotion"      # the folder my_package/adapters/emotion
 
+and, in the group `lora_rt.compositions`, folders of named compositions (see `lora_rt.registry.compositions`).
+
 The value is never imported. Its folder is found by walking down from the package's place on disk.
 """
 
@@ -19,6 +21,8 @@ from lora_rt.registry.packages import package_of, points_of
 from lora_rt.registry.reference import is_name
 
 GROUP = "lora_rt.adapters"
+COMPOSITIONS = "lora_rt.compositions"
+COMPOSITION = "composition.json"
 OWN_PACKAGE = "lora-rt"
 
 
@@ -37,20 +41,29 @@ def shipped() -> list[Shipped]:
 
     Our own come first among those of one name: no package that is installed beside us changes what they mean.
     """
-    found = [_read(point) for point in points_of(GROUP)[0]]
+    return _all(GROUP, CONFIG)
+
+
+def shipped_compositions() -> list[Shipped]:
+    """The same for the named compositions that packages ship."""
+    return _all(COMPOSITIONS, COMPOSITION)
+
+
+def _all(group: str, file: str) -> list[Shipped]:
+    found = [_read(point, file) for point in points_of(group)[0]]
     return sorted(found, key=lambda item: (item.name, item.package.split(" ")[0] != OWN_PACKAGE, item.package))
 
 
-def _read(point: EntryPoint) -> Shipped:
+def _read(point: EntryPoint, file: str) -> Shipped:
     package = " ".join(package_of(point)).strip()
     if not is_name(point.name):
         return Shipped(point.name, package, None, "is not a name that an adapter can have")
     if not all(part.isidentifier() or part.replace("-", "_").isidentifier() for part in point.value.split(".")):
         return Shipped(point.name, package, None, f"{point.value!r} is not a dotted path of a folder")
     for folder in _places(point.value):
-        if (folder / CONFIG).is_file():
-            return Shipped(point.name, package, _without_links(folder), "")
-    return Shipped(point.name, package, None, f"{point.value} has no {CONFIG}")
+        if (folder / file).is_file():
+            return Shipped(point.name, package, _without_links(folder, file), "")
+    return Shipped(point.name, package, None, f"{point.value} has no {file}")
 
 
 def _places(dotted: str) -> list[Path]:
@@ -72,7 +85,7 @@ def _locations(package: str) -> list[Path]:
     return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
 
 
-def _without_links(folder: Path) -> Path:
+def _without_links(folder: Path, file: str) -> Path:
     """The folder where the files really lie: an editable install links every file of a package one by one."""
-    real = Path(os.path.realpath(folder / CONFIG)).parent
+    real = Path(os.path.realpath(folder / file)).parent
     return real if real.name == folder.name else folder

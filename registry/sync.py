@@ -151,6 +151,8 @@ def _portable_compositions(registry: Registry) -> list[NamedComposition]:
 
 
 def _is_portable(registry: Registry, composition: NamedComposition) -> bool:
+    if composition.mode:
+        return False  # a lock holds numbers, and no tensors of a mode
     base = BaseIdentity(composition.base, None, "")
     try:
         items = [registry.resolve(term.reference, base, offline=True) for term in composition.terms]
@@ -172,6 +174,8 @@ def _project_compositions(registry: Registry, project: Project) -> list[NamedCom
         own = registry.compositions.own(name)
         if own is not None:
             problems += [f"{name}: {problem}" for problem in registry.composition_problems(own)]
+            if own.mode:
+                problems.append(f"{name}: its mode {own.mode!r} has tensors, which a lock does not hold")
         elif name not in locked:
             problems.append(f"{name}: there is no such composition here")
         found += [kept] if (kept := own or locked.get(name)) is not None else []

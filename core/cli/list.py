@@ -47,9 +47,9 @@ def _composition_row(registry: Registry, name: str) -> dict[str, str | None]:
     return {
         "name": name,
         "register": None,
-        "mode": "composition",
+        "mode": (named.mode if named else "") or "composition",
         "base": named.base if named else None,
-        "source": f"tuned here: {named}" if named else f"damaged; see: lora-rt verify {name}",
+        "source": f"{registry.compositions.source(name)}: {named}" if named else f"damaged; see: lora-rt verify {name}",
         "revision": None,
         "sha256": named.sha256 if named else None,
     }

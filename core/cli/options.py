@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_rt.core.cli.failures import usage
+from lora_rt.core.cli.failures import UsageError, usage
 from lora_rt.core.requests.composition import Composition
 from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
 
@@ -47,6 +47,18 @@ def composition_of(specs: Sequence[str]) -> Composition:
         UsageError: naming every bad term.
     """
     return Composition.parse(" ".join(specs))
+
+
+def mode_options(pairs: Sequence[str]) -> dict[str, str]:
+    """What `--option KEY=VALUE` gave.
+
+    Raises:
+        UsageError: one is not of that form.
+    """
+    wrong = [pair for pair in pairs if not pair.partition("=")[0] or "=" not in pair]
+    if wrong:
+        raise UsageError(f"--option {wrong[0]!r} is not an option of a mode", next_step="Write it as KEY=VALUE")
+    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def piped() -> str | None:

@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 def composition_facts(registry: Registry, named: NamedComposition) -> dict[str, Any]:
     """What there is to know of it, in the order in which it is shown."""
     hidden = [f"an adapter of this name ({source}) is hidden by it" for source in registry.clashing(named.name)]
+    source = registry.compositions.source(named.name)
+    of_mode = {"options": dict(named.card), "scene_types": list(named.scene_types), "state": named.state}
     return {
         "name": named.name,
-        "mode": "composition",
+        "mode": named.mode or "composition",
         "base": named.base,
-        "source": "tuned here",
-        "why": f"{named.name!r} is a composition in the store",
+        "source": source,
+        "why": f"{named.name!r} is a composition {'in the store' if source == 'tuned here' else source}",
         "sha256": named.sha256,
         "terms": [_term(term) for term in named.terms],
+        **(of_mode if named.mode else {}),
         "metrics": dict(named.metrics),
         "data_sha256": named.data_sha256,
         "seed": named.seed,

@@ -17,7 +17,6 @@ from lora_rt.core.cli.console import out as console
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.step.settings import TrainSettings, check_targets
 from lora_rt.core.training.data import read_lines
-from lora_rt.errors import UsageError
 from lora_rt.plugins.manager.finding import OURS
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         seed=seed,
-        options=_options(option or []),
+        options=options.mode_options(option or []),
         scene_types=tuple(_words(scene_types)),
         licence=licence,
         **options.text_format(template_var, special_tokens),
@@ -139,10 +138,3 @@ def _report(result: TrainResult, settings: TrainSettings, out: Path | None) -> N
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _options(pairs: list[str]) -> dict[str, str]:
-    wrong = [pair for pair in pairs if not pair.partition("=")[0] or "=" not in pair]
-    if wrong:
-        raise UsageError(f"--option {wrong[0]!r} is not an option of a mode", next_step="Write it as KEY=VALUE")
-    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}

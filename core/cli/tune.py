@@ -1,4 +1,4 @@
-"""`lora-rt tune`: learns the weights of a composition, or the gates of its context adapters, from examples."""
+"""`lora-rt tune`: learns the weights of a composition, per adapter, layer, scene type or token, from examples."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lora_rt.core.cli.console import check_output, compose_hint, err, out, print
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.training.data import read_pairs
 from lora_rt.core.tuning.settings import (
+    MixSettings,
     Per,
     SceneSettings,
     check_adapters_place,
@@ -40,7 +41,16 @@ def tune(
     per: Annotated[Per, typer.Option("--per", help="What is learned; scene needs a scene_type in every line.")] = (
         "adapter"
     ),
-    name: Annotated[str, typer.Option("--name", help="The composition's name (--per adapter, layer).")] = "my-mix",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="The composition's name, my-mix if left out; scene: keep the gates in it."),
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="Who decides: router (token), context (scene with --name).")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of that mode; repeatable.")
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Put the adapters there, not into the store (scene).")
     ] = None,
@@ -50,7 +60,7 @@ def tune(
     device: options.Device = "auto",
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", help="Adam's: 0.03 on weights, 0.1 on gates if left out.")
+        float | None, typer.Option("--lr", help="Adam's: 0.03, or 0.1 per scene, if left out.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per step.")] = 8,
     seed: options.Seed = 0,
@@ -63,7 +73,17 @@ def tune(
     check_precision(precision)
     check_device(device)
     with options.usage():
-        settings = settings_for(per, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+        settings = settings_for(
+            per,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            named=name is not None and folder is None,
+            mode=mode,
+            mode_options=options.mode_options(option or []),
+        )
+    name = name or "my-mix"
     registry = session().registry
     if isinstance(settings, SceneSettings):
         check_adapters_place(folder, registry)
@@ -75,7 +95,7 @@ def tune(
     read_pairs(data, fields, chats=True)
     text = options.text_format(template_var, special_tokens)
     with starting():
-        from lora_rt.core.tuning.session import Job, fit_scenes, tune_composition
+        from lora_rt.core.tuning.session import Job, fit_scenes, tune_composition, tune_mixture
 
     job = Job(composition, data, base, precision, device, allow_base_mismatch=allow_base_mismatch, **text)
     if isinstance(settings, SceneSettings):
@@ -86,7 +106,10 @@ def tune(
             print_json(fitted.document())
         return
     with _Progress() as progress:
-        tuned = tune_composition(job, name, settings, progress.advance)
+        if isinstance(settings, MixSettings):
+            tuned = tune_mixture(job, name, settings, progress.advance)
+        else:
+            tuned = tune_composition(job, name, settings, progress.advance)
     if as_json:
         print_json(tuned.document())
     else:
@@ -107,6 +130,8 @@ def _show(tuned: NamedComposition, base: str) -> None:
         low, high = (f"{min(term.layers):.3f}", f"{max(term.layers):.3f}") if term.layers else ("", "")
         table.add_row(escape(term.reference), f"{mean:.3f}", low, high)
     out.print(table)
+    if "registered" in tuned.metrics:
+        out.print(f"recognizes {tuned.metrics['registered']:.0%} of the scene types of held-out prompts")
     before, after = tuned.metrics["nll_before"], tuned.metrics["nll_after"]
     out.print(f"{before:.3f} -> {after:.3f} nats per token")
     out.print(escape(compose_hint(tuned.name, base)), soft_wrap=True)

@@ -121,7 +121,7 @@ class Gathered:
     @property
     def key(self) -> str:
         """One digest over the base, the adapters' files and their weights, however the composition was spelled."""
-        return key_of(self.base, [(term.resolved.sha256, term.after, term.weights) for term in self.terms])
+        return key_of(self.base, [(term.resolved.sha256, term.condition, term.weights) for term in self.terms])
 
     @property
     def rank(self) -> int:

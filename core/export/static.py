@@ -1,7 +1,8 @@
 """Whether a composition can be written down as weights at all.
 
-A term that waits for a text has no constant weight, and a mode may gate its adapters and decide their weights at
-inference: whether it does so with this adapter is for the mode to say (`lora_rt_static`).
+A term that waits for a text has no constant weight, nor has one of a composition whose mode decides; and an adapter's
+own mode may gate it and decide its weight at inference: whether it does so with this one is for the mode to say
+(`lora_rt_static`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lora_rt.plugins.manager import ModeHost
 def check_static(terms: Sequence[ExportTerm], modes: ModeHost, base: Outline) -> tuple[list[str], list[LoraRtError]]:
     """Notes on adapters whose mode could act at inference and does not; and the terms that are not static."""
     failures: list[LoraRtError] = [_dynamic(t.name, f"it waits for {t.after!r}") for t in terms if t.after]
+    failures += [_dynamic(term.name, term.decided) for term in terms if term.decided]
     notes = []
     for term in terms:
         adapter = term.adapter

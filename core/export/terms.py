@@ -23,17 +23,26 @@ from lora_rt.registry.resolved import Resolved
 
 @dataclass(frozen=True, slots=True)
 class ExportTerm:
-    """One adapter and its weight in every block; `after` is the text that it waits for, where it does."""
+    """One adapter and its weight in every block; `after` is the text that it waits for, where it does.
+
+    `decided` names who decides its weight at inference, where it stands in a named composition with a mode.
+    """
 
     resolved: Resolved
     adapter: ResidentAdapter
     weights: tuple[float, ...]
     after: str | None = None
+    decided: str = ""
 
     @property
     def name(self) -> str:
         """The adapter's name."""
         return self.adapter.name
+
+    @property
+    def condition(self) -> str | None:
+        """What its weight depends on at inference, None where on nothing."""
+        return f"{self.after or ''}{self.decided}" or None
 
     @property
     def weight(self) -> float:
@@ -75,7 +84,7 @@ def read_terms(
 
 
 Fingerprint = tuple[str, str | None, tuple[float, ...]]
-"""The digest of an adapter's files, the text that it waits for, and its weight in every block."""
+"""The digest of an adapter's files, the condition under which it acts, and its weight in every block."""
 
 
 def find_terms(composition: Composition, registry: Registry, base: Outline) -> list[Fingerprint]:
@@ -85,7 +94,7 @@ def find_terms(composition: Composition, registry: Registry, base: Outline) -> l
         LoraRtError: a term can't be found.
     """
     parts = [part for term in composition.terms for part in expanded(term, registry.compositions, base.facts)]
-    return [(registry.find(p.reference, base.identity).sha256, p.after, _weights(p, base)) for p in parts]
+    return [(registry.find(p.reference, base.identity).sha256, _condition(p), _weights(p, base)) for p in parts]
 
 
 def key_of(base: Outline, terms: Sequence[Fingerprint]) -> str:
@@ -122,7 +131,7 @@ def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
     )
     check_pin(part, resolved.name, inspected.sha256)
     adapter = read_adapter(inspected, resolved.name)
-    return ExportTerm(resolved.read(inspected.files), adapter, _weights(part, base), part.after)
+    return ExportTerm(resolved.read(inspected.files), adapter, _weights(part, base), part.after, _decided(part))
 
 
 def _weights(part: Term, base: Outline) -> tuple[float, ...]:
@@ -130,11 +139,20 @@ def _weights(part: Term, base: Outline) -> tuple[float, ...]:
     return tuple(part.weight * factor for factor in part.layers or (1.0,) * base.facts.layers)
 
 
+def _condition(part: Term) -> str | None:
+    return f"{part.after or ''}{_decided(part)}" or None
+
+
+def _decided(part: Term) -> str:
+    """Who decides its weight at inference, where it is not what is written."""
+    return f"the mode {part.mode!r} of the composition {part.composition!r} decides its weight" if part.mode else ""
+
+
 def _united(terms: Sequence[ExportTerm]) -> list[ExportTerm]:
     """The same adapter twice is one adapter with both weights: its rank counts once."""
-    kept: dict[tuple[str, str | None], ExportTerm] = {}
+    kept: dict[tuple[str, str | None, str], ExportTerm] = {}
     for term in terms:
-        key = term.resolved.sha256, term.after
+        key = term.resolved.sha256, term.after, term.decided
         if key in kept:
             total = tuple(a + b for a, b in zip(kept[key].weights, term.weights, strict=True))
             kept[key] = replace(kept[key], weights=total)

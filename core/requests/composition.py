@@ -38,7 +38,8 @@ class Term:
     """One adapter of a composition and its weight; with `after`, it is 0 until that text has appeared.
 
     A term of a named composition also has the name of that `composition`, the digest `sha256` of the adapter that its
-    weights were tuned for, and `layers`, factors of its weight by layer, where it differs between them.
+    weights were tuned for, `layers`, factors of its weight by layer, where it differs between them, and `mode`, where
+    that composition has one, which decides for its adapters at inference.
     """
 
     reference: Reference
@@ -47,6 +48,7 @@ class Term:
     layers: tuple[float, ...] = ()
     sha256: str = ""
     composition: str = ""
+    mode: str = ""
 
     def __post_init__(self) -> None:
         """

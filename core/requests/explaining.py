@@ -34,7 +34,8 @@ class Explanation:
     """Relative sizes of what each adapter added, 0 where it did nothing.
 
     `layers` (adapters, layers); `heads` (adapters, layers, heads) of the attention's q, k and v; `tokens` (adapters,
-    tokens), for `ids` (tokens,). `factors` (adapters, layers, heads) are weight times gate, averaged over the tokens.
+    tokens), for `ids` (tokens,). `factors` (adapters, layers, heads) are weight times gate, averaged over the tokens,
+    and `weights` (adapters, tokens) the same averaged over layers and heads.
     `scene_type` is the one that the gates saw at the start.
     """
 
@@ -45,6 +46,12 @@ class Explanation:
     heads: Tensor
     tokens: Tensor
     factors: Tensor
+    weights: Tensor
+
+    @property
+    def moving(self) -> bool:
+        """Whether the weights differ between the tokens."""
+        return bool((self.weights.amax(-1) - self.weights.amin(-1) > 1e-4).any())
 
     def document(self, prompt: str, spec: str, answer: str, pieces: Sequence[str]) -> dict[str, Any]:
         """The JSON form: every list is by adapter first. `pieces` are the texts of the tokens."""
@@ -63,6 +70,7 @@ class Explanation:
             "heads": rounded(self.heads.tolist()),
             "factors": rounded(self.factors.tolist()),
             "per_token": rounded(self.tokens.tolist()),
+            "weight_per_token": rounded(self.weights.tolist()),
         }
 
 
@@ -75,24 +83,25 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
     whole = torch.tensor([row.ids], device=bank.device)
     info = PassInfo.of([row], whole, torch.ones_like(whole))
     plan = planner(info, [row])
-    rows = {name: row.only(name) for name in row.timeline.row.names}
-    alone = {name: own for name, one in rows.items() if (own := planner(info, [one])) is not None}
+    alone = planner.alone(info, [row])
     if plan is None or not alone:
         text = "no adapter acts on this text"
         raise NothingToExplainError(text, next_step="Give a weight other than 0, and a text in which its words appear")
     config = model.config.get_text_config()
-    probe = Probe(bank, plan, alone, len(row.ids), int(config.num_attention_heads))
+    probe = Probe(
+        bank, plan, {name: own for name, (_, own) in alone.items()}, len(row.ids), int(config.num_attention_heads)
+    )
     probe.run(model, input_ids=whole)
-    factors = [_factors(planner.combined(info, [rows[name]])[name], probe.depth, probe.heads) for name in alone]
-    return probe.explanation(row.ids, row.timeline.row.scene_type, torch.stack(factors))
+    factors = torch.stack([_factors(gate, probe.depth, len(row.ids), probe.heads) for gate, _ in alone.values()])
+    return probe.explanation(row.ids, row.timeline.row.scene_type, factors)
 
 
-def _factors(gate: Gate, layers: int, heads: int) -> Tensor:
-    """(layers, heads): what multiplies the adapter, averaged over ranks and tokens."""
+def _factors(gate: Gate, layers: int, tokens: int, heads: int) -> Tensor:
+    """(layers, tokens, heads): what multiplies the adapter, averaged over ranks."""
     assert gate.ranks is not None
     values = gate.ranks.mean(-1, keepdim=True)
     values = values if gate.heads is None else values * gate.heads
-    return values.expand(layers, 1, values.shape[2], heads).mean(2)[:, 0].float().cpu()
+    return values.expand(layers, 1, tokens, heads)[:, 0].float().cpu()
 
 
 class Probe:
@@ -161,7 +170,8 @@ class Probe:
             layers=(self._added.sum(-1) / self._base.sum(-1).clamp(min=floor)).sqrt(),
             heads=(self._added_heads / self._base_heads.clamp(min=floor)).sqrt(),
             tokens=(self._added.sum(1) / self._base.sum(0).clamp(min=floor)).sqrt(),
-            factors=factors,
+            factors=factors.mean(2),
+            weights=factors.mean((1, 3)),
         )
 
 

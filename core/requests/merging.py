@@ -1,8 +1,12 @@
-"""Phases of rows that share a pass, and weights that differ by layer, as gates on the rank axis.
+"""Whatever is more than one number per row and adapter, as gates on the rank axis: phases of rows that share a pass,
+weights that differ by layer, and named compositions whose mode gates their adapters.
 
 The weight of an adapter at a token becomes part of its gate, and the weight that the engine sees is 1:
 
-    gate = sum over variants v:  mask_v * (weight_v + layers_v) * ranks_v        (layers, rows, tokens, ranks)
+    share = weight_v + layers_v + sum over compositions m:  weight_m * gate_m       (layers, rows, tokens, ranks)
+    gate  = sum over variants v:  mask_v * share_v * own gate_v
+
+Head gates of a composition lie on another axis: what multiplies a head is the mean of theirs, weighted by the shares.
 """
 
 from __future__ import annotations
@@ -12,18 +16,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_rt.core.requests.mixes import Mix
 from lora_rt.core.requests.rows import Row
 from lora_rt.core.requests.timeline import Variant
 from lora_rt.plugins.contract import Gate
+
+Mixed = Sequence[tuple[Mix, Mapping[str, Gate]]]
+"""The gates that each named composition of a variant gives its adapters."""
 
 
 def merged(
     names: Sequence[str],
     variants: Sequence[Variant],
     gates: Sequence[Mapping[str, Gate | None]],
+    mixed: Sequence[Mixed],
     device: torch.device,
 ) -> tuple[list[dict[str, float]], dict[str, Gate]]:
-    """The weights of each row, 1 or 0, and the gate of each adapter; `gates[v]` are those of the modes in variant v."""
+    """The weights of each row, 1 or 0, and the gate of each adapter.
+
+    `gates[v]` are those of the adapters' own modes in variant v, `mixed[v]` those of named compositions.
+    """
     rows = len(variants[0].rows)
     weights: list[dict[str, float]] = [{} for _ in range(rows)]
     combined: dict[str, Gate] = {}
@@ -32,25 +44,30 @@ def merged(
         for i in acting:
             weights[i][name] = 1.0
         if acting:
-            combined[name] = _gate(name, variants, [own.get(name) for own in gates], device)
+            shares = [_share(name, variant.rows, ours, device) for variant, ours in zip(variants, mixed, strict=True)]
+            combined[name] = _gate(variants, shares, [own.get(name) for own in gates], device)
     return weights, combined
 
 
 def _acts(variant: Variant, row: int, name: str) -> bool:
     here = variant.mask is None or bool(variant.mask[row].any())
-    return here and (variant.rows[row].weights.get(name, 0.0) != 0.0 or name in variant.rows[row].layers)
+    return here and variant.rows[row].uses(name)
 
 
-def _gate(name: str, variants: Sequence[Variant], gates: Sequence[Gate | None], device: torch.device) -> Gate:
+def _gate(
+    variants: Sequence[Variant], shares: Sequence[Gate], gates: Sequence[Gate | None], device: torch.device
+) -> Gate:
     ranks: list[Tensor] = []
     heads: list[Tensor] = []
-    headed = any(gate is not None and gate.heads is not None for gate in gates)
-    for variant, gate in zip(variants, gates, strict=True):
+    headed = any(gate is not None and gate.heads is not None for gate in (*gates, *shares))
+    for variant, share, gate in zip(variants, shares, gates, strict=True):
         where = torch.ones(1, 1, 1, device=device) if variant.mask is None else variant.mask[..., None].float()
-        weight = _weight(name, variant.rows, device) * where
+        assert share.ranks is not None
+        weight = share.ranks * where
         ranks.append(weight if gate is None or gate.ranks is None else weight * gate.ranks)
         if headed:
-            heads.append(where if gate is None or gate.heads is None else where * gate.heads)
+            factors = where if share.heads is None else where * share.heads
+            heads.append(factors if gate is None or gate.heads is None else factors * gate.heads)
     return Gate(ranks=_sum(ranks), heads=_sum(heads) if headed else None)
 
 
@@ -59,6 +76,24 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -> Gate:
+    """What multiplies an adapter before its own mode's gate does: ranks (layers|1, rows, tokens|1, ranks|1)."""
+    static = _weight(name, rows, device)
+    parts = [(static, None)] if any(row.weights.get(name) or name in row.layers for row in rows) else []
+    for mix, gates in mixed:
+        if (gate := gates.get(name)) is not None:
+            own = torch.tensor([row.mixes.get(mix, {}).get(name, 0.0) for row in rows], device=device)
+            weight = own[None, :, None, None]
+            parts.append((weight if gate.ranks is None else weight * gate.ranks, gate.heads))
+    if not parts:
+        return Gate(ranks=static)
+    total = _sum([ranks for ranks, _ in parts])
+    if all(heads is None for _, heads in parts):
+        return Gate(ranks=total)
+    headed = _sum([ranks if heads is None else ranks * heads for ranks, heads in parts])
+    return Gate(ranks=total, heads=torch.where(total == 0, 1.0, headed / torch.where(total == 0, 1.0, total)))
 
 
 def _weight(name: str, rows: Sequence[Row], device: torch.device) -> Tensor:

@@ -58,6 +58,8 @@ def expanded(term: Term, compositions: NamedLookup, base: BaseFacts) -> list[Ter
         text = f"the composition {named.name!r} does not fit this base: {'; '.join(problems)}"
         raise NamedCompositionError(text, next_step=f"{use_base(named.base)}, or tune it again")
     return [
-        Term(Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, named.name)
+        Term(
+            Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, named.name, named.mode
+        )
         for i in named.terms
     ]

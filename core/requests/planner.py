@@ -14,10 +14,11 @@ from lora_rt.core.engine.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.batch import PassInfo
 from lora_rt.core.requests.merging import merged
+from lora_rt.core.requests.mixes import Mix
 from lora_rt.core.requests.rows import Row
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.requests.timeline import Variant, variants
-from lora_rt.plugins.contract import BaseFacts, Gate, GateContext
+from lora_rt.plugins.contract import BaseFacts, Gate, GateContext, JointGateContext
 from lora_rt.plugins.manager import ModeHost
 
 _REMEMBERED = 16  # plans without gates
@@ -36,14 +37,14 @@ class RowPlanner:
     def __call__(self, info: PassInfo, rows: Sequence[RequestRow]) -> Plan | None:
         """The plan of this pass, or None where it is the base's alone."""
         phases = _phases(info, rows)
-        still = len(phases) == 1 and not any(row.layers for row in phases[0].rows)
+        still = len(phases) == 1 and all(row.static for row in phases[0].rows)
         if still and (known := self._static.get(tuple(id(row) for row in phases[0].rows))) is not None:
             return known[1]
         adapters, phases = _named_apart(phases)
-        gates = self._gates(phases, adapters, info)
         if not still:
-            weights, combined = merged(list(adapters), phases, gates, self._bank.device)
+            weights, combined = self._merged(phases, adapters, info)
             return self._bank.plan(weights, combined, adapters)
+        gates = self._gates(phases, adapters, info)
         weights = [dict(row.weights) for row in phases[0].rows]
         plan = self._bank.plan(weights, gates[0], adapters)
         if not gates[0]:  # no mode has a say: it is the same in the next pass
@@ -53,23 +54,71 @@ class RowPlanner:
             self._static[tuple(id(row) for row in phases[0].rows)] = phases[0].rows, plan
         return plan
 
-    def combined(self, info: PassInfo, rows: Sequence[RequestRow]) -> Mapping[str, Gate]:
-        """The gate of each adapter in this pass with its weights in it."""
+    def alone(self, info: PassInfo, rows: Sequence[RequestRow]) -> dict[str, tuple[Gate, Plan]]:
+        """Of each adapter of this pass, its gate with its weights in it, and a plan in which it acts alone."""
         adapters, phases = _named_apart(_phases(info, rows))
-        return merged(list(adapters), phases, self._gates(phases, adapters, info), self._bank.device)[1]
+        weights, gates = self._merged(phases, adapters, info)
+        plans = {n: self._bank.plan([{n: w.get(n, 0.0)} for w in weights], {n: g}, adapters) for n, g in gates.items()}
+        return {name: (gates[name], plan) for name, plan in plans.items() if plan is not None}
+
+    def _merged(
+        self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo
+    ) -> tuple[list[dict[str, float]], dict[str, Gate]]:
+        own = self._gates(phases, adapters, info)
+        mixed = self._mixed_gates(phases, adapters, info)
+        return merged(list(adapters), phases, own, mixed, self._bank.device)
 
     def _gates(
         self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo
     ) -> list[dict[str, Gate | None]]:
         """What the modes say to this pass in each phase, by the name of each adapter that one of its rows uses."""
-        hidden = cache(partial(self._hidden, info))
+        hidden = self._hidden_of(info)
         gated = {name: one for name, one in adapters.items() if self._modes.gates_of(one.mode)}
         found = []
         for phase in phases:
-            acting = {name: one for name, one in gated.items() if any(_uses(row, name) for row in phase.rows)}
+            acting = {name: one for name, one in gated.items() if any(row.uses(name) for row in phase.rows)}
             asked = [(one.mode, self._context(name, one, phase.rows, info, hidden)) for name, one in acting.items()]
             found.append(dict(zip(acting, self._modes.gates(asked), strict=True)))
         return found
+
+    def _mixed_gates(
+        self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo
+    ) -> list[list[tuple[Mix, dict[str, Gate]]]]:
+        """What the modes of named compositions say to this pass in each phase, by the names of their adapters."""
+        hidden = self._hidden_of(info)
+        found = []
+        for phase in phases:
+            # The same composition may stand over adapters that were loaded twice.
+            mixes = dict.fromkeys((mix, tuple(names)) for row in phase.rows for mix, names in row.mixes.items())
+            found.append([(mix, self._of_mix(mix, names, phase.rows, adapters, info, hidden)) for mix, names in mixes])
+        return found
+
+    def _of_mix(
+        self,
+        mix: Mix,
+        names: Sequence[str],
+        rows: Sequence[Row],
+        adapters: Mapping[str, ResidentAdapter],
+        info: PassInfo,
+        hidden: Callable[[int | None], torch.Tensor],
+    ) -> dict[str, Gate]:
+        early = partial(hidden, mix.card.get("hidden_layers"))
+        weights = [[row.mixes.get(mix, {}).get(name, 0.0) for row in rows] for name in names]
+        contexts = [
+            replace(
+                self._context(name, adapters[name], rows, info, hidden),
+                active=[weight != 0.0 for weight in own],
+                weights=own,
+                hidden=early,
+            )
+            for name, own in zip(names, weights, strict=True)
+        ]
+        gates = self._modes.mixture_gates(mix.mode, JointGateContext(contexts, mix.view(self._base)))
+        return {name: gate or Gate() for name, gate in zip(names, gates, strict=True)}
+
+    def _hidden_of(self, info: PassInfo) -> Callable[[int | None], torch.Tensor]:
+        """Early hidden states of this pass by depth, each computed once and when it is first asked for."""
+        return cache(partial(self._hidden, info))
 
     def _context(
         self,
@@ -89,7 +138,7 @@ class RowPlanner:
             input_ids=info.ids,
             positions=info.positions,
             prompt_lengths=info.prompt_lengths,
-            active=[_uses(row, name) for row in rows],
+            active=[row.uses(name) for row in rows],
             scene_types=[row.scene_type for row in rows],
             prompts=[row.prompt for row in rows],
             weights=[row.weights.get(name, 0.0) for row in rows],
@@ -132,8 +181,5 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
         adapters={names.get(name, name): adapter for name, adapter in row.adapters.items()},
         weights={names.get(name, name): weight for name, weight in row.weights.items()},
         layers={names.get(name, name): layers for name, layers in row.layers.items()},
+        mixes={mix: {names.get(name, name): w for name, w in own.items()} for mix, own in row.mixes.items()},
     )
-
-
-def _uses(row: Row, name: str) -> bool:
-    return row.weights.get(name, 0.0) != 0.0 or name in row.layers

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.composition import Composition, Term
-from lora_rt.core.requests.named import check_pin, expanded
+from lora_rt.core.requests.mixes import Mix, read_mix
+from lora_rt.core.requests.named import check_pin, expanded, named_composition
 from lora_rt.core.requests.names import RequestNames
 from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
@@ -48,11 +49,15 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResolvedTerm:
-    """A term and the adapter that it means, as they were when it was looked up: another thread may unload one."""
+    """A term and the adapter that it means, as they were when it was looked up: another thread may unload one.
+
+    `mix` is the named composition that it stands in, where that has a mode.
+    """
 
     term: Term
     info: AdapterInfo
     adapter: ResidentAdapter
+    mix: Mix | None = None
 
 
 class Residents:
@@ -74,6 +79,7 @@ class Residents:
         self._lock = threading.RLock()
         self._aliases: dict[str, str] = {}  # text of a reference -> the resident name it was given
         self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
+        self._mixes: dict[str, Mix] = {}  # by digest
         self.infos: Mapping[str, AdapterInfo] = {}
 
     def load(
@@ -143,7 +149,8 @@ class Residents:
         failures: list[LoraRtError] = []
         for term in composition.terms:
             try:
-                found += [self._resolved(part) for part in expanded(term, names, self._base.facts)]
+                parts = [self._resolved(part) for part in expanded(term, names, self._base.facts)]
+                found += self._mixed(term, parts, names) if parts[0].term.mode else parts
             except LoraRtError as error:
                 failures.append(error)
         if len(failures) == 1:
@@ -152,6 +159,17 @@ class Residents:
             problems = [f"{error.message}. {error.next_step}" for error in failures]
             raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
         return found
+
+    def _mixed(self, term: Term, parts: Sequence[ResolvedTerm], names: RequestNames) -> list[ResolvedTerm]:
+        """The terms of a named composition with a mode, and what its mode keeps."""
+        named = named_composition(term, names)
+        assert named is not None
+        self._modes.require(named.mode)
+        with self._lock:
+            mix = self._mixes.get(named.sha256)
+            if mix is None:
+                mix = self._mixes[named.sha256] = read_mix(named, self._registry.compositions)
+        return [replace(part, mix=mix) for part in parts]
 
     def _resolved(self, term: Term) -> ResolvedTerm:
         with self._lock:  # name, facts and factors are those of one moment

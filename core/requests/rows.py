@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
+from lora_rt.core.requests.mixes import Mix
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import SceneType
 
@@ -27,7 +28,8 @@ class Row:
     """What one row is under; it never changes (see `lora_rt.core.requests.running` for rows that do).
 
     `adapters` are the residents that it uses, as they were when it began. `weights` by resident name; `layers` is added
-    to them, one number per layer, where a named composition says so.
+    to them, one number per layer, where a named composition says so, and `mixes`, weights by resident name that the
+    mode of a named composition gates.
     `scene_type` is the caller's or the registered one. `phases` are the rows to go on as once activation texts have
     appeared, by the set of those that have (see `lora_rt.core.requests.timeline`); empty where nothing changes.
     """
@@ -38,28 +40,23 @@ class Row:
     prompt: str | None = None
     layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     phases: Mapping[frozenset[str], Row] = field(default_factory=dict)
+    mixes: Mapping[Mix, Mapping[str, float]] = field(default_factory=dict)
+
+    def uses(self, name: str) -> bool:
+        """Whether an adapter acts in this phase."""
+        if self.weights.get(name, 0.0) != 0.0 or name in self.layers:
+            return True
+        return any(mixed.get(name, 0.0) != 0.0 for mixed in self.mixes.values())
 
     @property
-    def names(self) -> list[str]:
-        """The adapters that act, now or in a later phase."""
-        now = [name for name, weight in self.weights.items() if weight != 0.0]
-        later = [name for phase in self.phases.values() for name in phase.names]
-        return list(dict.fromkeys([*now, *self.layers, *later]))
+    def static(self) -> bool:
+        """Whether its weights are one number per adapter."""
+        return not self.layers and not self.mixes
 
     @property
     def texts(self) -> list[str]:
         """The activation texts that it waits for."""
         return sorted({text for seen in self.phases for text in seen})
-
-    def only(self, name: str) -> Row:
-        """The same with a single one of its adapters."""
-        return replace(
-            self,
-            adapters={key: adapter for key, adapter in self.adapters.items() if key == name},
-            weights={key: weight for key, weight in self.weights.items() if key == name},
-            layers={key: layers for key, layers in self.layers.items() if key == name},
-            phases={seen: phase.only(name) for seen, phase in self.phases.items()},
-        )
 
     def phase(self, seen: Iterable[str]) -> Row:
         """The row to go on as when these texts have appeared."""

@@ -64,11 +64,6 @@ class RequestRow(DecodingRow):
         """Put it under something else, from its next token on."""
         self.timeline.turn(self.read, row)
 
-    def only(self, name: str) -> RequestRow:
-        """The same tokens under a single one of its adapters."""
-        timeline = self.timeline.alone(self.timeline.row.only(name))
-        return RequestRow(self.ids, timeline, self._weigh, prompt_length=self.prompt_length)
-
     @property
     def company(self) -> Hashable:
         """What it is under, where one of its adapters acts on a layer that is not told which rows it gets."""

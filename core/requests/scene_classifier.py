@@ -11,11 +11,13 @@ from lora_rt.core.base.shape import pad_right, positions_of
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.hidden_states import EarlyHidden
+from lora_rt.core.requests.mixes import Mix
 from lora_rt.core.requests.rows import Turns
 from lora_rt.plugins.contract import BaseFacts, SceneContext, ScenePrediction
 from lora_rt.plugins.manager import ModeHost
 
 _HOOK = "lora_rt_scene"
+Asked = ResidentAdapter | Mix
 
 
 class SceneClassifier:
@@ -28,17 +30,17 @@ class SceneClassifier:
         self._early = early
 
     def classified(
-        self, adapters: Sequence[Sequence[ResidentAdapter]], scenes: Sequence[Turns], prompts: Sequence[Sequence[int]]
+        self, adapters: Sequence[Sequence[Asked]], scenes: Sequence[Turns], prompts: Sequence[Sequence[int]]
     ) -> list[Turns]:
         """The scenes, with those that nobody gave replaced where one of the row's adapters can tell them.
 
         Args:
-            adapters: those of each row's terms.
+            adapters: those of each row's terms, and the named compositions that have a mode.
             scenes: what the caller gave.
             prompts: the token ids of each row's prompt.
         """
         found = list(scenes)
-        asked: dict[ResidentAdapter, list[int]] = {}
+        asked: dict[Asked, list[int]] = {}
         for row, mine in enumerate(adapters):
             able = next((one for one in mine if self._modes.implements(one.mode, _HOOK)), None)
             if able is not None and len(scenes[row]) == 1 and scenes[row][0][1] is None:
@@ -50,7 +52,7 @@ class SceneClassifier:
                     found[row] = [(None, dict(zip(prediction.types, shares, strict=True)))]
         return found
 
-    def ask(self, adapter: ResidentAdapter, prompts: Sequence[Sequence[int]]) -> ScenePrediction | None:
+    def ask(self, adapter: Asked, prompts: Sequence[Sequence[int]]) -> ScenePrediction | None:
         """What one adapter's mode makes of prompts, given as token ids."""
         hidden, mask = self.features(prompts, adapter.card.get("hidden_layers"))
         context = SceneContext(

@@ -64,7 +64,7 @@ class Timeline:
         """See `lora_rt.core.generation.batch.DecodingRow.company`."""
         if not any(adapter.apart for adapter in self.adapters):
             return None
-        if not self.still or self.row.layers:
+        if not self.still or not self.row.static:
             return id(self)
         own = self.row
         return tuple(sorted((n, w, id(own.adapters.get(n))) for n, w in own.weights.items() if w)), own.scene_type
@@ -73,10 +73,6 @@ class Timeline:
         """From this position on the row is under something else."""
         self._turns = [*(turn for turn in self._turns if turn[0] < position), (position, row)]
         self._read = 0  # its texts may have appeared long ago
-
-    def alone(self, row: Row) -> Timeline:
-        """A timeline of the same row from its first token on."""
-        return Timeline(row, self._decode)
 
     def spans(self, tokens: Sequence[int], positions: Tensor) -> list[tuple[Row, Tensor]]:
         """The phases of a pass in order, each with the mask (tokens,) of its tokens.

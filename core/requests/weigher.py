@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 
 from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.mixes import Mix
 from lora_rt.core.requests.residents import Residents, ResolvedTerm
 from lora_rt.core.requests.rows import RequestError, Row, Turns
 from lora_rt.core.requests.scene_classifier import SceneClassifier
@@ -40,7 +41,9 @@ class Weigher:
     ) -> list[Row]:
         """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is classified."""
         found = self._residents.resolved(compositions)
-        known = self._classifier.classified([[item.adapter for item in row] for row in found], scenes, ids)
+        # A composition that knows scenes is asked before its adapters, which may have learned other ones.
+        asked = [[x for item in row for x in (item.mix, item.adapter) if x is not None] for row in found]
+        known = self._classifier.classified(asked, scenes, ids)
         modes = {item.info.mode for row in found for item in row}
         parts = list(zip(found, known, prompts, strict=True))
         return self._modes.deciding(modes, lambda: [self._row(*part) for part in parts])
@@ -65,14 +68,18 @@ class Weigher:
         awake = [item for item in found if item.term.after is None or item.term.after in seen]
         weights: dict[str, float] = {}
         layers: dict[str, tuple[float, ...]] = {}
+        mixes: dict[Mix, dict[str, float]] = {}
         for item, weight in zip(awake, self._decided(awake, scene, prompt), strict=True):
             name, factors = item.info.name, item.term.layers
-            if factors:
+            if item.mix is not None:
+                mixed = mixes.setdefault(item.mix, {})
+                mixed[name] = mixed.get(name, 0.0) + weight
+            elif factors:
                 before = layers.get(name, (0.0,) * len(factors))
                 layers[name] = tuple(b + weight * x for b, x in zip(before, factors, strict=True))
             else:
                 weights[name] = weights.get(name, 0.0) + weight
-        return Row({item.info.name: item.adapter for item in awake}, weights, scene, prompt, layers)
+        return Row({item.info.name: item.adapter for item in awake}, weights, scene, prompt, layers, mixes=mixes)
 
     def _decided(self, found: Sequence[ResolvedTerm], scene: SceneType, prompt: str | None) -> list[float]:
         """The user's weights, except where a term's mode says otherwise."""

@@ -5,6 +5,7 @@ fitted. Nothing here knows a mode: gates are fitted by calling the mode's own ho
 
 settings.py  what a fit is told and where it may go      weights.py  weights per adapter or layer
 frozen.py    base and adapters without gradients         scenes.py   a mode's gates and classifier, by scene type
-data.py      examples as tokens                          session.py  from the command line to a finished fit
-saving.py    what a fit leaves behind
+data.py      examples as tokens                          mixes.py    a composition whose mode decides, by token or scene
+saving.py    what a fit leaves behind                    session.py  from the command line to a finished fit
+classifier.py  a mode's classifier of scene types
 """

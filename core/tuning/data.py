@@ -82,3 +82,14 @@ def _batches(items: Sequence[Item], size: int, rng: random.Random) -> Iterator[l
         pool.sort(key=lambda item: len(item.prompt) + len(item.answer))
         cut += [pool[start : start + size] for start in range(0, len(pool), size)]
     yield from rng.sample(cut, len(cut))
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """The items in their order, so many at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def chance(items: Sequence[Item]) -> float:
+    """The share of the most frequent scene type."""
+    kinds = [item.scene_type for item in items]
+    return max(map(kinds.count, kinds)) / len(items)

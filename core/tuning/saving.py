@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from lora_rt.core.step.adapter import described_state
 from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.weights import Tuned
 from lora_rt.registry.card import read_card, write_card
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
-from lora_rt.registry.files import STATE, weights_in
+from lora_rt.registry.files import STATE, sha256_bytes, weights_in
 from lora_rt.version import __version__
 
 
@@ -34,6 +35,29 @@ def composition_of(
     ]
     metrics = {"nll_before": round(tuned.loss_before, 4), "nll_after": round(tuned.loss_after, 4)}
     return NamedComposition(name=name, base=frozen.base.identity.id, terms=tuple(terms), metrics=metrics, **facts)
+
+
+def mixture_of(
+    name: str, references: Mapping[str, str], frozen: Frozen, start: Mapping[str, float], fit: MixFit, **facts: Any
+) -> tuple[NamedComposition, bytes]:
+    """A named composition with a mode, and the file of what its mode has learned."""
+    content = save({key: value.detach().cpu().contiguous() for key, value in fit.state.items()})
+    infos = frozen.residents.infos
+    terms = [
+        NamedTerm(reference=references[resident], sha256=infos[resident].sha256, weight=weight)
+        for resident, weight in start.items()
+    ]
+    made = NamedComposition(
+        name=name,
+        base=frozen.base.identity.id,
+        terms=tuple(terms),
+        hidden_layers=fit.hidden_layers,
+        scene_types=fit.scene_types,
+        card=fit.card,
+        state=sha256_bytes(content),
+        **facts,
+    )
+    return made, content
 
 
 def write_fitted(source: Path, target: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:

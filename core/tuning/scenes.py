@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.shape import positions_of
-from lora_rt.core.tuning.data import Item, steps
+from lora_rt.core.tuning.classifier import Classifier
+from lora_rt.core.tuning.data import Item, chance, chunks, steps
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.settings import SceneSettings
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import ComposeContext, Gate, GateContext, SceneContext, TermFacts
+from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, GateContext, TermFacts
 
 State = dict[str, Tensor]
 _JUDGED = 10  # how often on the way the gates are tried on the held-out examples
@@ -56,6 +57,9 @@ class SceneFit:
             for name in self._names
         }
         self._check()
+        first = self._names[0]
+        view = AdapterView(first, self._card(first), self.states[first], frozen.base.facts)
+        self._classifier = Classifier(frozen, self._mode(first), view, settings)
 
     def _check(self) -> None:
         types = {name: tuple(self._card(name).get("scene_types", ())) for name in self._names}
@@ -76,27 +80,12 @@ class SceneFit:
         Returns:
             The share of prompts that it gets right.
         """
-        features = [self._features(batch) for batch in _chunks(self._items, 32)]
-        name, state = self._names[0], self.states[self._names[0]]
-        optimizer = torch.optim.Adam(state.values(), lr=self._settings.registrar_rate)
-        for _ in range(self._settings.registrar_steps):
-            optimizer.zero_grad()
-            total = torch.zeros(())
-            for (hidden, mask), batch in zip(features, _chunks(self._items, 32), strict=True):
-                chosen = self._log_shares(name, hidden, mask).gather(1, self._targets(name, batch)[:, None])
-                (-chosen.sum() / len(self._items)).backward()  # type: ignore[no-untyped-call]
-                total = total - chosen.detach().sum().cpu() / len(self._items)
-            touched = {key: value for key, value in state.items() if value.grad is not None}
-            for value in touched.values():
-                assert value.grad is not None
-                value.grad += self._settings.registrar_decay * value.detach()
-            optimizer.step()
-            advance(float(total))
+        touched = self._classifier.fit(self._items, advance)
         for other in self._names[1:]:
             for key, value in touched.items():
                 if key in self.states[other] and self.states[other][key].shape == value.shape:
                     self.states[other][key].data.copy_(value.data)
-        return self._accuracy(name, features)
+        return self._classifier.accuracy(self._items)
 
     def fit_gates(self, advance: Callable[[float], None] = lambda _loss: None) -> list[float]:
         """Fit the gates on the examples of the types that the adapters know; each step's loss, nats per token."""
@@ -159,20 +148,14 @@ class SceneFit:
             raise GatingError(text, next_step="Give examples of these types")
         total, count = 0.0, 0
         with torch.no_grad():
-            for batch in _chunks(known, 32):
+            for batch in chunks(known, 32):
                 nll, tokens = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], self._gates(batch)[0])
                 total, count = total + float(nll), count + tokens
         return total / count
 
     def accuracy(self, items: Sequence[Item]) -> tuple[float, float]:
         """The share of prompts whose type the classifier tells, and the share of the most frequent type."""
-        name, right = self._names[0], 0
-        with torch.no_grad():
-            for batch in _chunks(items, 32):
-                found = self._log_shares(name, *self._features(batch)).argmax(1)
-                right += int((found == self._targets(name, batch)).sum())
-        kinds = [item.scene_type for item in items]
-        return right / len(items), max(map(kinds.count, kinds)) / len(items)
+        return self._classifier.accuracy(items), chance(items)
 
     def _copied(self) -> dict[str, State]:
         return {name: {key: value.detach().clone() for key, value in s.items()} for name, s in self.states.items()}
@@ -233,46 +216,8 @@ class SceneFit:
         device = self._frozen.bank.device
         return torch.stack([torch.as_tensor(value, device=device, dtype=torch.float32) for value in values])
 
-    def _features(self, batch: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        """Hidden states that a gradient may be led past: those of an inference pass may not be kept for one."""
-        depth = self._card(self._names[0]).get("hidden_layers")
-        hidden, mask = self._frozen.classifier.features([item.prompt for item in batch], depth)
-        return hidden.clone(), mask
-
-    def _log_shares(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:
-        registration = self._frozen.modes.scene(self._mode(name), self._context(name, hidden, mask))
-        if registration is None:
-            text = f"the mode {self._mode(name)!r} registers no scenes"
-            raise GatingError(text, next_step="Name the scene type with --scene")
-        self._columns = list(registration.types)
-        return registration.probabilities.clamp(min=1e-9).log()
-
-    def _context(self, name: str, hidden: Tensor, mask: Tensor) -> SceneContext:
-        facts = self._frozen.base.facts
-        return SceneContext(name, self._card(name), self.states[name], facts, hidden, mask)
-
-    def _targets(self, name: str, batch: Sequence[Item]) -> Tensor:
-        strange = sorted({str(item.scene_type) for item in batch} - set(self._columns))
-        if strange:
-            text = f"the data has the scene type {strange[0]!r}, which {name} does not know"
-            raise GatingError(text, next_step=f"Use: {', '.join(self._columns)}")
-        indices = [self._columns.index(str(item.scene_type)) for item in batch]
-        return torch.tensor(indices, device=self._frozen.bank.device)
-
-    def _accuracy(self, name: str, features: Sequence[tuple[Tensor, Tensor]]) -> float:
-        right = 0
-        with torch.no_grad():
-            for (hidden, mask), batch in zip(features, _chunks(self._items, 32), strict=True):
-                found = self._log_shares(name, hidden, mask).argmax(1)
-                right += int((found == self._targets(name, batch)).sum())
-        return right / len(self._items)
-
     def _card(self, name: str) -> Mapping[str, Any]:
         return self._frozen.bank.residents[name].card
 
     def _mode(self, name: str) -> str:
         return self._frozen.bank.residents[name].mode
-
-
-def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

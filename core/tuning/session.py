@@ -18,9 +18,16 @@ from lora_rt.core.training.data import digest_of
 from lora_rt.core.training.destination import Destination
 from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
 from lora_rt.core.tuning.frozen import Frozen
-from lora_rt.core.tuning.saving import composition_of, write_fitted
+from lora_rt.core.tuning.mixes import MixFit
+from lora_rt.core.tuning.saving import composition_of, mixture_of, write_fitted
 from lora_rt.core.tuning.scenes import GatingError, SceneFit
-from lora_rt.core.tuning.settings import SceneSettings, TuneSettings, check_adapters_place, check_composition_place
+from lora_rt.core.tuning.settings import (
+    MixSettings,
+    SceneSettings,
+    TuneSettings,
+    check_adapters_place,
+    check_composition_place,
+)
 from lora_rt.core.tuning.weights import tune
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import load_modes
@@ -123,6 +130,43 @@ def tune_composition(job: Job, name: str, settings: TuneSettings, advance: Advan
     return found
 
 
+def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -> NamedComposition:
+    """Fit what a mode decides by, and save it as a named composition.
+
+    Raises:
+        LoraRtError: the name is taken, or mode, data, base or adapters can't be used.
+    """
+    modes = load_modes()
+    modes.require(settings.mode)
+    registry = Registry(sources=modes.sources(), allow_base_mismatch=job.allow_base_mismatch)
+    check_composition_place(name, registry)
+    lines = read_lines(job.data, typed=False)
+    frozen, weights, references = open_job(job, registry)
+    items, aside = held_out(job.items(lines, frozen.base), settings.seed)
+    fit = MixFit(frozen, name, weights, items, settings)
+    told = fit.fit_classifier(aside, lambda loss: advance("classifier", loss))
+    first, last, losses = fit.fit(aside, lambda loss: advance("gates", loss))
+    if not last < first:
+        raise _no_better("gates", job, first, min(losses), _told(*told) if told else "")
+    metrics = {"nll_before": round(first, 4), "nll_after": round(last, 4)}
+    if told:
+        metrics["registered"] = round(told[0], 4)
+    found, state = mixture_of(
+        name,
+        references,
+        frozen,
+        weights,
+        fit,
+        mode=settings.mode,
+        data_sha256=digest_of(lines),
+        seed=settings.seed,
+        metrics=metrics,
+    )
+    with storage_errors("the composition"):
+        registry.compositions.save(found, state)
+    return found
+
+
 def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Advance) -> Fitted:
     """Fit gates and classifier, and publish the adapters anew: into the store, or as folders in `out`.
 
@@ -142,14 +186,17 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     registered, chance = fit.accuracy(aside)
     first, last, losses = fit.fit_best_gates(aside, lambda loss: advance("gates", loss))
     if not last < first:
-        told = f"; the classifier is right on {registered:.0%} of the held-out prompts, by chance it is on {chance:.0%}"
-        raise _no_better("gates", job, first, min(losses), told)
+        raise _no_better("gates", job, first, min(losses), _told(registered, chance))
     metrics = {"gates_nll_first": round(first, 4), "gates_nll_last": round(last, 4), "registered": round(registered, 4)}
     sources = {name: registry.resolve(references[name], frozen.base.identity).folder for name in weights}
     return Fitted(_publish(destinations, sources, fit, metrics), registered, first, last)
 
 
 _SOURCE = "fitted here"
+
+
+def _told(registered: float, chance: float) -> str:
+    return f"; the classifier is right on {registered:.0%} of the held-out prompts, by chance it is on {chance:.0%}"
 
 
 def _no_better(what: str, job: Job, start: float, seen: float, told: str = "") -> GatingError:

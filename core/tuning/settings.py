@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,13 +50,47 @@ class SceneSettings:
     seed: int = 0
 
 
-Per = Literal["adapter", "layer", "scene"]
+@dataclass(frozen=True, slots=True)
+class MixSettings:
+    """Of a composition whose `mode` decides for its adapters; `options` are the mode's own.
+
+    `keep` is the weight of the mean squared distance of the gates from 1, the static composition. The learning rate is
+    Adam's.
+    """
+
+    mode: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    epochs: float = 3
+    batch_size: int = 8
+    learning_rate: float = 0.03
+    keep: float = 0.002
+    seed: int = 0
+
+
+Per = Literal["adapter", "layer", "scene", "token"]
+_RATES = {"token": 0.03, "scene": 0.1}
+_MODES = {"token": "router", "scene": "context"}
 
 
 def settings_for(
-    per: Per, *, epochs: float, batch_size: int, learning_rate: float | None, seed: int
-) -> TuneSettings | SceneSettings:
+    per: Per,
+    *,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float | None,
+    seed: int,
+    named: bool = False,
+    mode: str | None = None,
+    mode_options: Mapping[str, str] | None = None,
+) -> TuneSettings | SceneSettings | MixSettings:
     """The settings of what is to be learned; without a learning rate the usual one for it.
+
+    Args:
+        per: what is learned.
+        epochs: like the three that follow, of the fit.
+        named: whether what is learned per scene is to be a named composition, instead of the adapters' own gates.
+        mode: of that composition, or of one that is learned per token.
+        mode_options: the mode's own.
 
     Raises:
         TuneError: naming everything that is out of range.
@@ -69,14 +104,20 @@ def settings_for(
         problems.append(f"the batch size is {batch_size}; it must be from 1 to 4096")
     if not 0 <= seed < 2**32:
         problems.append(f"the seed is {seed}; it must be from 0 to {2**32 - 1}")
-    if per not in ("adapter", "layer", "scene"):
-        problems.append(f"weights are learned per adapter, layer or scene, not per {per!r}")
+    if per not in ("adapter", "layer", "scene", "token"):
+        problems.append(f"weights are learned per adapter, layer, scene or token, not per {per!r}")
+    mixed = per == "token" or (per == "scene" and named)
+    if (mode or mode_options) and not mixed:
+        problems.append("a mode and its options belong to --per token, and to --per scene with a --name")
     if problems:
         raise TuneError("these settings can't tune", problems=problems, next_step="See: lora-rt tune --help")
-    made: TuneSettings | SceneSettings
-    if per == "scene":
+    made: TuneSettings | SceneSettings | MixSettings
+    if mixed:
+        made = MixSettings(mode or _MODES[per], mode_options or {}, epochs, batch_size, _RATES[per], seed=seed)
+    elif per == "scene":
         made = SceneSettings(epochs=epochs, batch_size=batch_size, seed=seed)
     else:
+        assert per in ("adapter", "layer")
         made = TuneSettings(per=per, epochs=epochs, batch_size=batch_size, seed=seed)
     return made if learning_rate is None else replace(made, learning_rate=learning_rate)
 

@@ -12,6 +12,7 @@ from lora_rt.plugins.contract.composing import ComposeContext, TermFacts
 from lora_rt.plugins.contract.facts import BaseFacts, SceneType
 from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
 from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
+from lora_rt.plugins.contract.mixture import Mixture, MixtureContext
 from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext, SceneToText
 from lora_rt.plugins.contract.options import OptionError, read_options
 from lora_rt.plugins.contract.scenes import Registration, SceneContext, ScenePrediction
@@ -31,6 +32,8 @@ __all__ = [
     "GateContext",
     "JointGateContext",
     "LoraRtError",
+    "Mixture",
+    "MixtureContext",
     "Objective",
     "ObjectiveContext",
     "OptionError",

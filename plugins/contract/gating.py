@@ -68,6 +68,11 @@ class JointGateContext:
 
     A softmax over adapters, for instance, is over `adapters`, in each row over those that are `active` there. All of
     them see the same tokens.
+
+    Where a named composition has a mode (see `Mixture`), `composition` is its name, card and state, and `adapters` are
+    its adapters in its order, whatever modes they have themselves. Its card has the `weights` that it was fitted
+    around, which the gates multiply, its `scene_types`, `hidden_layers`, and what the mode put there.
     """
 
     adapters: Sequence[GateContext]
+    composition: AdapterView | None = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lora_rt.plugins.contract.composing import ComposeContext
     from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
+    from lora_rt.plugins.contract.mixture import Mixture, MixtureContext
     from lora_rt.plugins.contract.objective import Objective, ObjectiveContext
     from lora_rt.plugins.contract.scenes import SceneContext, ScenePrediction
     from lora_rt.plugins.contract.services import Services
@@ -51,7 +52,17 @@ def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | Non
     """Fires once per forward pass in place of `lora_rt_gate`, with all adapters of the mode that act in it.
 
     One gate per adapter in `context.adapters`; None for all of it leaves the pass to `lora_rt_gate`. Otherwise as
-    there.
+    there. Fires as well for a named composition of this mode, with `context.composition`: its gates then multiply those
+    that the adapters have of themselves.
+    """
+
+
+@hookspec(firstresult=True)
+def lora_rt_mixture(context: MixtureContext) -> Mixture | None:
+    """Fires once at the start of `lora-rt tune --per token` (or scene): the state of a composition of this mode.
+
+    What it gives is fitted by gradient through `lora_rt_joint_gate` (and `lora_rt_scene`), with base and adapters
+    frozen. Runs in a thread of its own and is given up after 60 s.
     """
 
 

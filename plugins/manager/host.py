@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         ComposeContext,
         Gate,
         GateContext,
+        Mixture,
+        MixtureContext,
         Objective,
         ObjectiveContext,
         SceneContext,
@@ -140,26 +142,62 @@ class ModeHost:
             contexts = [asked[index][1] for index in mine]
             for index, gate in zip(mine, self._gates_of(self._owner(mode), contexts), strict=True):
                 found[index] = gate
-        fault = results.not_finite(found)
-        if fault is not None:
-            owner = self._owner(asked[fault[0]][0])
-            hook = "lora_rt_joint_gate" if owner.implements("lora_rt_joint_gate") else "lora_rt_gate"
-            raise owner.broke(hook, f"{fault[1]} holds numbers that are not finite")
+        self._check_finite(found, [mode for mode, _ in asked])
         return found
 
+    def mixture_gates(self, mode: str, context: JointGateContext) -> list[Gate | None]:
+        """The checked gates of the adapters of a named composition, as its mode decides; None is "always 1".
+
+        Raises:
+            UnknownModeError, PluginError: as `call`.
+        """
+        assert context.composition is not None
+        found = self._joint(self._owner(mode), context.adapters, context.composition)
+        gates = found if found is not None else [None] * len(context.adapters)
+        self._check_finite(gates, [mode] * len(gates))
+        return gates
+
+    def mixture(self, mode: str, context: MixtureContext) -> Mixture:
+        """The checked start of a fit of a composition of this mode.
+
+        Raises:
+            UnknownModeError: there is no such mode, or it can't be fitted so.
+            PluginError: as `call`.
+        """
+        hook, owner = "lora_rt_mixture", self._owner(mode)
+        found: Mixture | None = owner.ask(hook, lambda value: results.checked_mixture(value, context), context=context)
+        if found is None:
+            text = f"the mode {mode!r} does not mix adapters"
+            raise UnknownModeError(text, next_step=f"Use one of: {', '.join(self.providers(hook))}")
+        return found
+
+    def _check_finite(self, gates: Sequence[Gate | None], modes: Sequence[str]) -> None:
+        fault = results.not_finite(gates)
+        if fault is not None:
+            owner = self._owner(modes[fault[0]])
+            hook = "lora_rt_joint_gate" if owner.implements("lora_rt_joint_gate") else "lora_rt_gate"
+            raise owner.broke(hook, f"{fault[1]} holds numbers that are not finite")
+
     def _gates_of(self, owner: Plugin, contexts: Sequence[GateContext]) -> list[Gate | None]:
-        if owner.implements("lora_rt_joint_gate"):
-            joint: list[Gate | None] | None = owner.ask(
-                "lora_rt_joint_gate",
-                lambda value: results.checked_gates(value, contexts),
-                context=JointGateContext([private(context) for context in contexts]),
-            )
-            if joint is not None:
-                return joint
+        if (joint := self._joint(owner, contexts)) is not None:
+            return joint
         return [
             owner.ask("lora_rt_gate", partial(results.checked_gate, context=context), context=private(context))
             for context in contexts
         ]
+
+    def _joint(
+        self, owner: Plugin, contexts: Sequence[GateContext], composition: AdapterView | None = None
+    ) -> list[Gate | None] | None:
+        if not owner.implements("lora_rt_joint_gate"):
+            return None
+        mine = JointGateContext(
+            [private(one) for one in contexts], None if composition is None else private(composition)
+        )
+        found: list[Gate | None] | None = owner.ask(
+            "lora_rt_joint_gate", lambda value: results.checked_gates(value, contexts), context=mine
+        )
+        return found
 
     def scene(self, mode: str, context: SceneContext) -> ScenePrediction | None:
         """The checked scene types of the rows of a request, or None for none.

@@ -19,6 +19,7 @@ IMPORT = "import"
 _SECONDS = {
     IMPORT: 20.0,
     "lora_rt_objective": 60.0,
+    "lora_rt_mixture": 60.0,
     "lora_rt_scene": 10.0,
     "lora_rt_compose": 10.0,
     "lora_rt_static": 10.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from lora_rt.plugins.contract import (
     Encoded,
     Gate,
     GateContext,
+    Mixture,
+    MixtureContext,
     Objective,
     ObjectiveContext,
     SceneContext,
@@ -77,6 +80,29 @@ def checked_gates(value: object, contexts: Sequence[GateContext]) -> list[Gate |
         count = f" of {len(value)}" if isinstance(value, (list, tuple)) else ""
         raise ResultError(f"it returned a {type(value).__name__}{count}, not a list of {len(contexts)} gates")
     return [checked_gate(gate, context) for gate, context in zip(value, contexts, strict=True)]
+
+
+def checked_mixture(value: object, context: MixtureContext) -> Mixture | None:
+    """Finite tensors by name, a card that is JSON, and a depth that the base has."""
+    import torch
+
+    if value is None:
+        return None
+    if not isinstance(value, Mixture):
+        raise ResultError(f"it returned a {type(value).__name__}, not a Mixture")
+    for name, tensor in value.state.items():
+        if not isinstance(name, str) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise ResultError(f"the state {name!r} is a {type(tensor).__name__}, not a tensor")
+        if not bool(tensor.isfinite().all()):
+            raise ResultError(f"the state {name!r} holds numbers that are not finite")
+    depth, layers = value.hidden_layers, context.base.layers
+    if depth is not None and (type(depth) is not int or not 1 <= depth <= layers):
+        raise ResultError(f"Mixture.hidden_layers is {depth!r}, not a number of blocks from 1 to {layers}")
+    try:
+        json.dumps(dict(value.card), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultError(f"Mixture.card is not JSON: {error}") from error
+    return value
 
 
 def not_finite(gates: Sequence[Gate | None]) -> tuple[int, str] | None:

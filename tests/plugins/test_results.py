@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_rt.plugins.contract import IGNORE, Encoded, Gate, LoraRtError, Objective, ScenePrediction
+from lora_rt.plugins.contract import (
+    IGNORE,
+    Encoded,
+    Gate,
+    LoraRtError,
+    Mixture,
+    MixtureContext,
+    Objective,
+    ScenePrediction,
+)
 from lora_rt.plugins.manager import ModeHost, PluginError
 from lora_rt.plugins.testing import compose_context, gate_context, host_of, objective_context, scene_context
 from support.plugins import plugin
@@ -367,3 +376,24 @@ BAD_OBJECTIVES = [
 def test_an_objective_of_nonsense_is_refused(value: Any, reason: str) -> None:
     host = returning("lora_rt_objective", value)
     assert reason in refused(host, lambda: host.objective("mine", objective_context()))
+
+
+def test_a_mixture_that_can_not_be_fitted_is_named() -> None:
+    context = MixtureContext(
+        ["a", "b"], [0.5, 0.5], [], {}, gate_context([1], 2).base, lambda _depth: torch.zeros(3, 4)
+    )
+    for bad, told in (
+        ({"state": {}}, "a dict, not a Mixture"),
+        (Mixture({"map": [1.0]}), "the state 'map' is a list, not a tensor"),  # type: ignore[dict-item]
+        (Mixture({"map": torch.tensor([float("nan")])}), "not finite"),
+        (Mixture({}, {"gate": {1, 2}}), "Mixture.card is not JSON"),
+        (Mixture({}, hidden_layers=0), "Mixture.hidden_layers is 0"),
+    ):
+
+        def lora_rt_mixture(context: Any, bad: Any = bad) -> Any:
+            return bad
+
+        with pytest.raises(PluginError, match=told):
+            host_of(plugin(lora_rt_mixture), builtin=False).mixture("mine", context)
+    with pytest.raises(LoraRtError, match="does not mix adapters"):
+        joint(None).mixture("mine", context)

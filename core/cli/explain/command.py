@@ -53,7 +53,7 @@ def explain(
     if png is not None:
         from lora_rt.core.cli.explain.picture import draw
 
-        draw(explanation, png, title)
+        draw(explanation, png, title, pieces)
     if as_json:
         print_json(explanation.document(prompt, str(composition), answer, pieces))
         return

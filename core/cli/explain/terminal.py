@@ -37,6 +37,14 @@ def show(console: Console, explanation: Explanation, pieces: Sequence[str], *, h
             for head in range(explanation.heads.shape[2]):
                 factor = f"x{float(explanation.factors[index, :, head].mean()):.2f}"
                 _line(console, f"head {head}".rjust(width), explanation.heads[index, :, head], best, factor)
+    if explanation.moving:
+        console.print("\n[bold]weight of each at each token[/]: dark is 0", soft_wrap=True)
+        largest = float(explanation.weights.abs().max())
+        for index, name in enumerate(explanation.names):
+            line = Text(f"{name.rjust(width)}  ")
+            line.append_text(_coloured(pieces, explanation.weights[index].abs(), largest))
+            line.append(f"  {float(explanation.weights[index].mean()):.2f}")
+            console.print(line, soft_wrap=True)
     if tokens:
         for index, name in enumerate(explanation.names):
             console.print(f"\n[bold]{escape(name)}[/]")

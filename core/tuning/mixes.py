@@ -1,0 +1,176 @@
+"""A named composition whose mode decides for its adapters: its state, fitted with base and adapters frozen.
+
+The mode's own hooks are the functions: `lora_rt_mixture` gives the state that is the static composition, and gradients
+lead through `lora_rt_joint_gate` to it. Where the data has scene types and the mode tells them apart
+(`lora_rt_scene`), its classifier is fitted first, on prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.base.shape import positions_of
+from lora_rt.core.tuning.classifier import Classifier
+from lora_rt.core.tuning.data import Item, chance, chunks, steps
+from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.settings import MixSettings, SceneSettings, TuneError
+from lora_rt.plugins.contract import AdapterView, Gate, GateContext, JointGateContext, MixtureContext
+
+NEUTRAL = "neutral"
+_JUDGED = 10  # how often on the way the state is tried on the held-out examples
+_ROWS = 16
+_LOOKED_AT = 64  # examples whose hidden states the mode may look at before it begins
+
+
+class MixFit:
+    """One fit of a composition.
+
+    Args:
+        frozen: base and adapters.
+        name: the composition's.
+        start: resident name -> weight of the static composition.
+        items: examples; those of the scene type "neutral" teach the classifier alone.
+        settings: of the fit; `settings.mode` is the mode that decides, `settings.options` are its own.
+
+    Raises:
+        LoraRtError: the mode can't mix these adapters.
+    """
+
+    def __init__(
+        self, frozen: Frozen, name: str, start: Mapping[str, float], items: Sequence[Item], settings: MixSettings
+    ) -> None:
+        self._frozen = frozen
+        self._start = start
+        self._settings = settings
+        self._items = items
+        types = dict.fromkeys(item.scene_type for item in items if item.scene_type not in (None, NEUTRAL))
+        context = MixtureContext(
+            adapters=list(start),
+            weights=list(start.values()),
+            scene_types=[str(kind) for kind in types],
+            options=settings.options,
+            base=frozen.base.facts,
+            hidden=self._some_hidden,
+        )
+        made = frozen.modes.mixture(settings.mode, context)
+        self.state: dict[str, Tensor] = {
+            key: value.detach().to(frozen.bank.device).float().clone().requires_grad_()
+            for key, value in made.state.items()
+        }
+        self.scene_types = tuple(types)
+        self.hidden_layers = made.hidden_layers
+        self.card = dict(made.card)
+        seen = {"weights": list(start.values()), "scene_types": self.scene_types, "hidden_layers": made.hidden_layers}
+        self._view = AdapterView(name, {**self.card, **seen}, self.state, frozen.base.facts)
+
+    def fit_classifier(self, aside: Sequence[Item], advance: Callable[[float], None]) -> tuple[float, float] | None:
+        """Fit it where there is one and the data has types.
+
+        Returns:
+            The share of held-out prompts whose type it tells, and that of the most frequent type; None without one.
+        """
+        mode = self._settings.mode
+        if not self.scene_types or not self._frozen.modes.implements(mode, "lora_rt_scene"):
+            return None
+        classifier = Classifier(self._frozen, mode, self._view, SceneSettings())
+        classifier.fit(self._items, advance)
+        return classifier.accuracy(aside), chance(aside)
+
+    def fit(
+        self, aside: Sequence[Item], advance: Callable[[float], None] = lambda _loss: None
+    ) -> tuple[float, float, list[float]]:
+        """Fit the gates and keep the best state seen on held-out examples, perhaps that of the start.
+
+        Returns:
+            The loss of held-out examples under the start and under what was kept, nats per token; each step's loss.
+
+        Raises:
+            TuneError: the loss is no number.
+        """
+        settings = self._settings
+        batches = list(steps(self._gated(self._items), settings.batch_size, settings.epochs, settings.seed))
+        optimizer = torch.optim.Adam(self.state.values(), lr=settings.learning_rate)
+        first = last = self.loss(aside)
+        best = {key: value.detach().clone() for key, value in self.state.items()}
+        judged = max(1, len(batches) // _JUDGED)
+        losses: list[float] = []
+        for batch in batches:
+            gates, distance = self._gates(batch)
+            total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
+            if not bool(total.isfinite()):
+                text = f"the loss is {float(total.detach())} at step {len(losses) + 1}"
+                raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
+            optimizer.zero_grad()
+            (total / count + settings.keep * distance).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(total.detach()) / count)
+            advance(losses[-1])
+            if (len(losses) % judged == 0 or len(losses) == len(batches)) and (found := self.loss(aside)) < last:
+                last, best = found, {key: value.detach().clone() for key, value in self.state.items()}
+        for key, value in best.items():
+            self.state[key].data.copy_(value)
+        return first, last, losses
+
+    def loss(self, items: Sequence[Item]) -> float:
+        """Nats per answer token under the gates as they are."""
+        ordered = sorted(self._gated(items), key=lambda item: len(item.prompt) + len(item.answer))
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in chunks(ordered, _ROWS):
+                nll, tokens = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], self._gates(batch)[0])
+                total, count = total + float(nll), count + tokens
+        if not count:
+            raise TuneError("the data has only neutral examples", next_step="Give examples of other scene types")
+        return total / count
+
+    def _gated(self, items: Sequence[Item]) -> list[Item]:
+        return [item for item in items if item.scene_type != NEUTRAL]
+
+    def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:
+        """The gates of a batch with the weights in them, and their mean squared distance from 1."""
+        ids, mask, _ = self._frozen.tensors(batch)
+        hidden = partial(self._hidden, ids, mask)
+        contexts = [self._context(name, ids, mask, batch, hidden) for name in self._start]
+        found = self._frozen.modes.mixture_gates(self._settings.mode, JointGateContext(contexts, self._view))
+        distance = torch.zeros((), device=ids.device)
+        gates: dict[str, Gate | None] = {}
+        for (name, weight), gate in zip(self._start.items(), found, strict=True):
+            ranks = torch.ones(1, device=ids.device) if gate is None or gate.ranks is None else gate.ranks
+            heads = None if gate is None else gate.heads
+            for part in (ranks, heads):
+                distance = distance if part is None else distance + (part - 1).square().mean()
+            gates[name] = Gate(ranks=weight * ranks, heads=heads)
+        return gates, distance
+
+    def _context(self, name: str, ids: Tensor, mask: Tensor, batch: Sequence[Item], hidden: Any) -> GateContext:
+        resident = self._frozen.bank.residents[name]
+        return GateContext(
+            adapter=name,
+            card=resident.card,
+            state=resident.state,
+            base=self._frozen.base.facts,
+            rank=resident.rank,
+            uniform_rank=len(resident.ranks) == 1,
+            input_ids=ids,
+            positions=positions_of(mask),
+            prompt_lengths=torch.tensor([len(item.prompt) for item in batch], device=ids.device),
+            active=[True] * len(batch),
+            scene_types=[item.scene_type for item in batch],
+            prompts=[None] * len(batch),
+            weights=[self._start[name]] * len(batch),
+            hidden=hidden,
+        )
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self._frozen.early(ids, mask, positions_of(mask), self.hidden_layers).clone()
+
+    def _some_hidden(self, depth: int | None) -> Tensor:
+        """(tokens, hidden)"""
+        some = [[*item.prompt, *item.answer] for item in self._items[:_LOOKED_AT]]
+        hidden, mask = self._frozen.classifier.features(some, depth)
+        return hidden[mask.bool()].float().clone()
