@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.engine.plan import Plan
@@ -115,6 +116,48 @@ class Runtime:
         text = base if isinstance(base, str) else str(Path(fspath(base)).absolute())
         loaded = load_base(text, precision, device)
         return cls(loaded, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
+
+    @classmethod
+    def over(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        base_id: str | None = None,
+        *,
+        project: Path | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        special_tokens: bool = False,
+        modes: ModeHost | None = None,
+        registry: Registry | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> Runtime:
+        """A runtime over a model that is in memory already: on any device or several, quantized by anyone.
+
+        The engine adds to the outputs of the model's linear layers, whatever these are. Closing gives the model back as
+        it was; until then it is in eval mode, and outside of this runtime's calls no adapter acts on it. Of PEFT's
+        model the base is used, and PEFT's adapters stay out. What is not done over it is training: give `train` the
+        folder or hub id of the base.
+
+        Args:
+            model: a causal language model of transformers.
+            tokenizer: its tokenizer.
+            base_id: which base it is: "default", a folder, a GGUF file, or a hub id with an optional @revision. Left
+                out, it is what the model calls itself: adapters of a base with another hub id are refused, others are
+                taken where their shapes fit, with a warning where nothing tells that they belong here.
+            project, template_variables, special_tokens, modes, registry, allow_base_mismatch: as in `load`.
+
+        Raises:
+            LoraRtError: with what went wrong and what to do; the model is then as it was.
+        """
+        modes = modes or load_modes()
+        if registry is None:
+            registry = Registry(project=project, sources=modes.sources(), allow_base_mismatch=allow_base_mismatch)
+        base = given_base(model, tokenizer, base_id)
+        try:
+            return cls(base, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
+        except BaseException:
+            base.give_back()
+            raise
 
     def __enter__(self) -> Runtime:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,27 @@ from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
 
+def _nothing() -> None:
+    """The model of a base that we loaded is ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """The model in memory (eval mode, frozen), its tokenizer, and what it is."""
+    """The model in memory (eval mode, frozen), its tokenizer, and what it is.
+
+    `precision` is one of ours, or in words what others have quantized it to. `give_back` undoes what was done to a
+    model that is a caller's.
+    """
 
     model: Any
     tokenizer: Any
     identity: BaseIdentity
     facts: BaseFacts
     folder: Path
-    precision: Precision
+    precision: str
     device: torch.device
     dtype: torch.dtype
+    give_back: Callable[[], None] = _nothing
 
     def digest(self) -> str:
         """The sha256 of every parameter, buffer and quantization scale as it lies in memory.
@@ -45,8 +54,20 @@ class LoadedBase:
         total = hashlib.sha256()
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers(), *scales(self.model)]:
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            for part in plain_parts(tensor.detach()):
+                total.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return total.hexdigest()
+
+
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a tensor consists of: torchao keeps a weight as several. Of what is kept elsewhere, none."""
+    if tensor.device.type == "meta":
+        return
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_parts(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def scales(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,7 +135,7 @@ def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any
     return model, tokenizer
 
 
-def base_facts(model: Any, identity: BaseIdentity, precision: Precision) -> BaseFacts:
+def base_facts(model: Any, identity: BaseIdentity, precision: str) -> BaseFacts:
     """The facts about a base: its blocks are counted in the model, which may be on the meta device."""
     heads, embeddings = heads_of(model.config), model.get_input_embeddings()
     return BaseFacts(

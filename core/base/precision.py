@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lora_rt.core.base import gpus
@@ -84,6 +85,49 @@ def quantization_config(precision: Precision) -> Any:
             bnb_4bit_compute_dtype=compute_dtype("int4"),
         )
     return None
+
+
+def precision_of(model: Any) -> str:
+    """How a loaded model keeps its weights: one of `PRECISIONS`, or in words what others have quantized it to."""
+    how = getattr(model.config, "quantization_config", None)
+    if how is not None:
+        return described(how if isinstance(how, dict) else how.to_dict())
+    foreign = {type(module).__module__.partition(".")[0] for module in model.modules() if _is_packed(module)}
+    if foreign:
+        return f"quantized ({', '.join(sorted(foreign))})"
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.dim() > 1]
+    return str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "unknown"
+
+
+def described(how: Mapping[str, Any]) -> str:
+    """A `quantization_config` in words: "int4" and "int8" as we make them, else "gptq, 4 bits"."""
+    method = str(how.get("quant_method", "an unknown format")).rpartition(".")[2].lower()
+    if how.get("load_in_4bit"):
+        kind = how.get("bnb_4bit_quant_type", "fp4")
+        return "int4" if kind == "nf4" else f"bitsandbytes, {kind}"
+    if how.get("load_in_8bit"):
+        return "int8"
+    bits, kind = _first_of(how, ("bits", "w_bit", "nbits"), int), _first_of(how, ("_type", "weights", "format"), str)
+    detail = f"{bits} bits" if bits is not None else kind
+    return f"{method}, {detail}" if detail else method
+
+
+def _first_of(how: Mapping[str, Any], names: Sequence[str], kind: type) -> Any:
+    """The first value of that kind under one of these names, however deep it lies."""
+    found = next((how[name] for name in names if isinstance(how.get(name), kind)), None)
+    deeper = (_first_of(value, names, kind) for value in how.values() if isinstance(value, Mapping))
+    return found if found is not None else next((value for value in deeper if value is not None), None)
+
+
+def _is_packed(module: Any) -> bool:
+    """Whether a layer says that it is linear, and keeps its weight in another form than numbers of 16 or 32 bits."""
+    if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
+        return False
+    weight = getattr(module, "weight", None)
+    if callable(weight) and not hasattr(weight, "dtype"):
+        return True
+    plain = weight is not None and not hasattr(weight, "__tensor_flatten__")
+    return not (plain and weight.is_floating_point() and weight.dtype.itemsize > 1)
 
 
 def choose_device(device: str, precision: Precision) -> torch.device:

@@ -67,6 +67,18 @@ class ForwardPass:
         return logits[:, -columns:] if isinstance(columns, int) else logits[:, columns]
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its token ids: its embedding's device, or where accelerate computes what it offloads."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    moved = next((found for one in hooks if (found := getattr(one, "execution_device", None)) is not None), None)
+    if moved is not None:
+        return torch.device(moved)
+    tensors = [*embedding.parameters(), *embedding.buffers()]
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+
+
 def heads_of(config: Any) -> Heads:
     """The heads of a transformers configuration; a model without attention (Mamba, RWKV) is one head as wide as it."""
     text = config.get_text_config(decoder=True)

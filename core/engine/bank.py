@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rt.core.base.shape import device_of
 from lora_rt.core.engine.lanes import LanePlan, Lanes, Membership, gather, pay_off
 from lora_rt.core.engine.lru import LRUCache
-from lora_rt.core.engine.plan import Plan
+from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.shared import SharedPlan
-from lora_rt.core.engine.site import hook_up
+from lora_rt.core.engine.site import hook_up, pass_by
 from lora_rt.core.engine.stack import Factors, Stack, stack
-from lora_rt.core.engine.topology import survey
+from lora_rt.core.engine.topology import Site, survey
+from lora_rt.core.engine.wrappers import wrappers_of
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate
 
@@ -62,28 +65,28 @@ class ResidentAdapter:
 class AdapterBank:
     """Residents over one model.
 
-    Factors are kept in float32 on a CPU, where few rows make a bfloat16 matmul the slower one, and in the base's
-    compute dtype on a GPU. Adding and removing replaces the table of residents; plans made before keep what they were
-    made of.
+    Factors lie where their layer computes: in float32 on a CPU, where few rows make a bfloat16 matmul the slower one,
+    and in the base's compute dtype on a GPU. Adding and removing replaces the table of residents; plans made before
+    keep what they were made of.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self.topology = survey(model)
-        self.device = model.device
-        self.dtype = torch.float32 if self.device.type == "cpu" else dtype
+        with ExitStack() as undo:
+            undo.enter_context(pass_by(wrappers_of(model), self))
+            with base_alone():
+                self.topology = survey(model)
+            undo.enter_context(hook_up(self.topology))
+            self._hooks = undo.pop_all()
+        self.device = device_of(model)
+        self._computed = dtype
+        self.dtype = self._dtype_on(self.device)
         self.residents: Mapping[str, ResidentAdapter] = {}
         self._laid_out = LRUCache()
         self._lock = threading.Lock()
-        self._forwards = [vars(site.module).get("forward") for site in self.topology.sites]
-        hook_up(self.topology)
 
     def close(self) -> None:
         """Give the model its own layers back and forget all residents."""
-        for site, forward in zip(self.topology.sites, self._forwards, strict=True):
-            if forward is None:
-                vars(site.module).pop("forward", None)
-            else:  # another bank's, or a user's, that stood there before
-                site.module.forward = forward
+        self._hooks.close()
         self.residents = {}
         self._laid_out = LRUCache()
 
@@ -94,8 +97,9 @@ class AdapterBank:
             BankError: a factor names no site of this model or has another shape, all of them listed.
         """
         self._check(adapter)
-        moved = {name: self._moved(factors) for name, factors in adapter.factors.items()}
-        apart = any(self.topology.sites[self.topology.by_name[name]].layout is None for name in moved)
+        sites = {site.name: site for site in self.topology.sites}
+        moved = {name: self._moved(factors, sites[name]) for name, factors in adapter.factors.items()}
+        apart = any(sites[name].layout is None for name in moved)
         resident = replace(adapter, factors=moved, apart=apart)
         with self._lock:
             replaced = self.residents.get(adapter.name)
@@ -179,9 +183,12 @@ class AdapterBank:
     def _room(self) -> int:
         return max(_ROOM, sum(resident.nbytes for resident in self.residents.values()))
 
-    def _moved(self, factors: Factors) -> Factors:
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        return torch.float32 if device.type == "cpu" else self._computed
+
+    def _moved(self, factors: Factors, site: Site) -> Factors:
         def move(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device=self.device, dtype=self.dtype).contiguous()
+            return tensor.detach().to(device=site.device, dtype=self._dtype_on(site.device)).contiguous()
 
         return Factors(move(factors.a), move(factors.b), None if factors.bias is None else move(factors.bias))
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.shape import ForwardPass, context_of, vocabulary_of
+from lora_rt.core.base.shape import ForwardPass, context_of, device_of, vocabulary_of
 from lora_rt.core.base.upstream import keeps_a_state
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
@@ -35,7 +35,7 @@ class CausalLM:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.device: torch.device = model.device
+        self.device = device_of(model)
         self.capacity = context_of(model.config)
         self.rope = Rope(model.config)
         self._pass = ForwardPass.of(model)
@@ -76,7 +76,7 @@ class CausalLM:
             if self.rope.varies:
                 forget_growth(self.model)
             logits: Tensor = self.model(**given).logits
-        return self._pass.kept(logits, keep)
+        return self._pass.kept(logits, keep).to(self.device)
 
     def at_columns(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """The last logits (rows, 1, vocab) of a pass over a cache in fixed places, under whatever plan is running.
@@ -171,7 +171,7 @@ class CausalLM:
         given = self._pass.arguments(ids, mask) | self._cached(cache)
         with self._one_at_a_time, base_alone():
             logits: Tensor = self.model.forward(**given).logits
-        return logits[:, -1]
+        return logits[:, -1].to(self.device)
 
     def _keeps_rows_apart(self) -> bool:
         """Whether two rows that are read in turn, with a cache each, get what reading all tokens at once gives."""

@@ -16,18 +16,24 @@ from lora_rt.plugins.contract import Gate
 
 
 def rank_gates(stack: Stack, weights: Tensor, gates: Sequence[Gate | None]) -> dict[int, Tensor]:
-    """Group -> weight times gate of each of its ranks, (batch|1, tokens|1, R). `weights` is (batch|1, K)."""
+    """Group -> weight times gate of each of its ranks, (batch|1, tokens|1, R), where the group lies.
+
+    `weights` is (batch|1, K).
+    """
     ranked = {k: four(g.ranks, weights) for k, g in enumerate(gates) if g is not None and g.ranks is not None}
     if not ranked:
-        static = [weights[:, None, pattern.owners] for pattern in stack.patterns]
-        return {number: static[group.pattern] for number, group in stack.groups.items()}
+        static = [weights[:, None, pattern.owners.to(weights.device)] for pattern in stack.patterns]
+        return {number: static[group.pattern].to(group.a) for number, group in stack.groups.items()}
     columns = [_column(weights[None, :, k, None, None], ranked.get(k), stack.widest) for k in range(weights.shape[1])]
     combined = torch.stack(torch.broadcast_tensors(*columns), dim=3)  # type: ignore[no-untyped-call]
     gathered = []
     for pattern in stack.patterns:
-        slots = pattern.slots.remainder(combined.shape[-1])  # a bias's slot, -1, is the last one
-        gathered.append(combined[..., pattern.owners, slots])  # (layers|1, batch|1, tokens|1, R)
-    return {number: layer_of(gathered[group.pattern], group.layer) for number, group in stack.groups.items()}
+        owners, slots = pattern.owners.to(combined.device), pattern.slots.to(combined.device)
+        slots = slots.remainder(combined.shape[-1])  # a bias's slot, -1, is the last one
+        gathered.append(combined[..., owners, slots])  # (layers|1, batch|1, tokens|1, R)
+    return {
+        number: layer_of(gathered[group.pattern], group.layer).to(group.a) for number, group in stack.groups.items()
+    }
 
 
 def _column(weight: Tensor, gate: Tensor | None, widest: int) -> Tensor:

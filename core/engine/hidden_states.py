@@ -69,7 +69,7 @@ class EarlyHidden:
             with torch.inference_mode():
                 self.lm.forward(ids, mask, positions, cache=cache)
         except _Reached as reached:
-            return reached.hidden
+            return reached.hidden.to(ids.device)
         finally:
             _wanted.reset(token)
         raise RuntimeError("the model has no blocks to stop at")

@@ -135,7 +135,9 @@ class LanePlan(Plan):
         self.topology = topology
         self.lanes = lanes
         padded = torch.cat([weights, weights.new_zeros(len(weights), 1)], dim=1)
-        self.gates = {number: padded.gather(1, group.owners)[:, :, None] for number, group in lanes.groups.items()}
+        self.gates = {
+            number: padded.to(group.a).gather(1, group.owners)[:, :, None] for number, group in lanes.groups.items()
+        }
 
     def begin(self, rows: int, tokens: int, kept: int | Tensor | None) -> Pass:
         """A pass of a batch (rows, tokens)."""
@@ -174,7 +176,7 @@ class LanePass(Pass):
         """g * (A x^T), (rows, R, tokens)."""
         group = self._lanes.groups[number]
         by_row = rows_first(x, group.layout, self._rows, self._tokens)
-        hidden = torch.bmm(group.a, by_row.to(group.a.dtype).transpose(1, 2))
+        hidden = torch.bmm(group.a, by_row.to(group.a).transpose(1, 2))
         if group.offset is not None:
             hidden += group.offset
         return hidden * self._gates[number]

@@ -80,7 +80,9 @@ def spread(
     if gate.shape[0] == gate.shape[1] == 1:
         return gate.view(gate.shape[-1])
     if layout == _USUAL and x.dim() == 3:
-        return gate if gate.shape[1] in (1, x.shape[1]) else gate[:, kept]
+        if gate.shape[1] in (1, x.shape[1]):
+            return gate
+        return gate[:, kept.to(gate.device) if isinstance(kept, Tensor) else kept]
     if layout is None or len(layout) != x.dim() - 1:
         raise _unknown(x, rows * tokens)
     if "b" in layout and "t" in layout:

@@ -10,23 +10,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal
 
 from torch import Tensor
 
 from lora_rt.core.engine.topology import Topology
 
-_running: ContextVar[Pass | None] = ContextVar("lora_rt_pass", default=None)
+_running: ContextVar[Pass | Literal["base"] | None] = ContextVar("lora_rt_pass", default=None)
 
 
 def running_pass() -> Pass | None:
     """The pass that this thread is in, or None: then every layer is the base's own."""
-    return _running.get()
+    found = _running.get()
+    return None if found == "base" else found
+
+
+def in_a_pass() -> bool:
+    """Whether this thread is in a pass of ours, under a plan or of the base alone, and not in somebody else's call."""
+    return _running.get() is not None
 
 
 @contextmanager
 def base_alone() -> Iterator[None]:
     """Within the block, no plan acts, whatever pass stands around it."""
-    token = _running.set(None)
+    token = _running.set("base")
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ class SharedPass(Pass):
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x."""
-        hidden = linear(x.to(group.a.dtype), group.a, group.offset)
+        hidden = linear(x.to(group.a), group.a, group.offset)
         return hidden * self._like(self._gates[number], group.layout, x)
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
@@ -104,14 +104,14 @@ class SharedPass(Pass):
         """The gated hidden of one adapter, whose heads stand on its input side."""
         group = self._groups[number]
         offset = None if group.offset is None else group.offset[ranks]
-        hidden = linear(x.to(group.a.dtype) * heads, group.a[ranks], offset)
+        hidden = linear(x.to(group.a) * heads, group.a[ranks], offset)
         return hidden * self._like(self._gates[number], group.layout, x)[..., ranks]
 
     def _spread(self, k: int, axis: HeadAxis, group: StackedGroup, x: Tensor) -> Tensor | None:
         """Adapter k's head gate spread over the features of a site, in the layout of x, or None."""
         if k not in self._heads:
             return None
-        heads = layer_of(self._heads[k], group.layer)
+        heads = layer_of(self._heads[k], group.layer).to(axis.index.device)
         if heads.shape[-1] == 1:
             return self._like(heads, group.layout, x)
         if axis.pool > 1:

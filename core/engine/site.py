@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
 
-from lora_rt.core.engine.cpu_4bit import Forward, direct_forward
-from lora_rt.core.engine.plan import running_pass
+from torch import Tensor, nn
+
+from lora_rt.core.engine.cpu_4bit import direct_forward
+from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
+from lora_rt.core.engine.wrappers import inner_of
 
 
-def hook_up(topology: Topology) -> None:
-    """Let every site's forward add what the running pass says; outside a pass it is the layer's own forward.
+class _Hooked:
+    """A forward in place of a module's own, for as long as somebody uses it.
 
     Set as an instance attribute rather than by wrapping the module: names, parameters and the state dict stay as they
-    were, and no second module call is paid.
+    were, and no second module call is paid. Several banks over one model share it, and close in any order.
     """
-    for index, site in enumerate(topology.sites):
-        # The short way would pass by what another bank, or a user, has put around the layer's forward.
-        wrapped = "forward" in vars(site.module)
-        forward = site.module.forward if wrapped else direct_forward(site.module)
-        site.module.forward = _with_adapters(forward, topology, index)
+
+    def __init__(self, module: nn.Module, own: Callable[..., Any]) -> None:
+        self.module = module
+        self.own = own
+        self.before: Any = vars(module).get("forward")  # what a user, or accelerate, has put there
+        self.users: dict[Any, int] = {}
+        module.forward = self
+
+    def leave(self, user: Any) -> None:
+        """The last one gives the module its own forward back, unless somebody has put another one around this."""
+        self.users.pop(user, None)
+        if self.users or vars(self.module).get("forward") is not self:
+            return
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.own(*args, **named)
 
 
-def _with_adapters(base_forward: Forward, topology: Topology, index: int) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        y = base_forward(x)
+class _Adapted(_Hooked):
+    """A layer's forward, and what the running pass adds. Its users are topologies, each with its number for the layer.
+
+    Another model, or another bank over this one, may be in the same thread: its pass is none of theirs.
+    """
+
+    def __call__(self, x: Tensor, *rest: Any, **named: Any) -> Any:
+        y = self.own(x, *rest, **named)
         current = running_pass()
-        # Another model, or another bank over this one, may be in the same thread: its pass is none of ours.
-        return y if current is None or current.topology is not topology else current.add(index, x, y)
+        if current is None or (index := self.users.get(current.topology)) is None:
+            return y
+        return current.add(index, x, y)
 
-    return forward
+
+class _Bare(_Hooked):
+    """The forward of a layer that PEFT has wrapped: in a pass of ours that of the layer itself."""
+
+    def __init__(self, module: nn.Module, own: Callable[..., Any]) -> None:
+        super().__init__(module, own)
+        self._inner = inner_of(module)
+
+    def __call__(self, x: Tensor, *rest: Any, **named: Any) -> Any:
+        return self._inner(x) if in_a_pass() else self.own(x, *rest, **named)
+
+
+def hook_up(topology: Topology) -> ExitStack:
+    """Let every site's forward add what the running pass says; outside a pass it is the layer's own forward.
+
+    Returns:
+        What takes the hooks off again when it is closed.
+    """
+
+    def hooked(module: nn.Module) -> _Hooked:
+        # The short way would pass by what a user has put around the layer's forward.
+        return _Adapted(module, module.forward if "forward" in vars(module) else direct_forward(module))
+
+    return _hooked(((site.module, index) for index, site in enumerate(topology.sites)), topology, _Adapted, hooked)
+
+
+def pass_by(wrappers: Iterable[nn.Module], user: object) -> ExitStack:
+    """Let passes of ours go by what PEFT has wrapped around layers; everybody else's go through it as before."""
+    return _hooked(((module, 0) for module in wrappers), user, _Bare, lambda module: _Bare(module, module.forward))
+
+
+def _hooked(
+    modules: Iterable[tuple[nn.Module, int]], user: object, kind: type[_Hooked], hook: Callable[[nn.Module], _Hooked]
+) -> ExitStack:
+    with ExitStack() as undo:
+        for module, number in modules:
+            there = vars(module).get("forward")
+            found = there if isinstance(there, kind) else hook(module)
+            found.users[user] = number
+            undo.callback(found.leave, user)
+        return undo.pop_all()

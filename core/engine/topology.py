@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
-from lora_rt.core.base.shape import ForwardPass, Heads, blocks_of, heads_of, vocabulary_of
+from lora_rt.core.base.shape import ForwardPass, Heads, blocks_of, device_of, heads_of, vocabulary_of
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, first_line
 from lora_rt.core.engine.layout import PROBES, Layout, layout_of
+from lora_rt.core.engine.wrappers import bare_modules
 
 Side = Literal["output", "input"]
 
@@ -37,6 +38,7 @@ class Site:
     """One linear layer. `layer` is its block's number, or None outside; `group` unites sites with one input.
 
     `layout` says how rows and tokens lie in that input; None where that can't be told, as with an expert of several.
+    `device` is where its output lies: layers of one model may lie on several.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Site:
     layer: int | None
     group: int
     heads: HeadAxis | None
+    device: torch.device
     layout: Layout | None = ("b", "t")
 
 
@@ -71,18 +74,69 @@ class Topology:
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of every torch Linear (bitsandbytes' are subclasses) and every Conv1D of GPT-2."""
+    """Name -> module of every linear layer: torch's and its subclasses (bitsandbytes'), GPT-2's Conv1D, and strangers.
+
+    A stranger (of GPTQ, AWQ, HQQ, torch.ao, ...) says how many features it takes and gives; what lies in it is its own.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in bare_modules(model):
+        if _says_linear(module) and not _parents(name) & found.keys():
+            found[name] = module
+    return found
+
+
+def _says_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features). Not read off the weight: a quantized one is packed, a Conv1D's is transposed."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
+    if (sizes := getattr(module, "out_features", None)) is not None:
+        return int(sizes), int(module.in_features)  # type: ignore[arg-type]
     rows, columns = module.weight.shape  # type: ignore[misc]  # Conv1D: (in, out)
     return int(columns), int(rows)
+
+
+def _nameless(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Layers of unknown classes with tensors of their own, which may be linear without saying so."""
+    return {
+        name: module
+        for name, module in bare_modules(model)
+        if name not in linears
+        and not _parents(name) & linears.keys()
+        and not type(module).__module__.startswith(("torch.nn.", "transformers."))
+        and next(module.children(), None) is None
+        and (next(module.parameters(), None) is not None or next(module.buffers(), None) is not None)
+    }
+
+
+def multiplies(module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether a layer that made y of x, both (..., n), is a product with a matrix, told by what it does.
+
+    Sums go through it (up to what quantized inputs lose), and one feature reaches several: a norm fails the first, a
+    scale the second.
+    """
+    if not x.is_floating_point() or x.dim() < 2 or x.shape[:-1] != y.shape[:-1]:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(x.shape, generator=generator).to(x) for _ in range(2))
+    single = torch.zeros_like(x)
+    single[..., 0] = 1.0
+    with torch.no_grad():
+        zero = module(torch.zeros_like(x)).float()
+        alone, both = module(one).float() + module(other).float() - 2 * zero, module(one + other).float() - zero
+        column = (module(single).float() - zero).abs().flatten(0, -2)[0]
+    adds_up = (both - alone).abs().max() <= 0.1 * both.std()
+    return bool(adds_up and (column > 0.01 * column.max()).sum() > 1)
 
 
 def block_number(name: str) -> int | None:
@@ -95,7 +149,7 @@ def layer_numbers(model: Any) -> Callable[[str], int | None]:
     """Says of a layer's name in which of the model's blocks it lies; None outside of them."""
     blocks = blocks_of(model)
     count = len(blocks)
-    inside = next((f"{name}." for name, module in model.named_modules() if module is blocks), "")
+    inside = next((f"{name}." for name, module in bare_modules(model) if module is blocks), "")
 
     def number(name: str) -> int | None:
         found = block_number(name[len(inside) - 1 :] if inside and name.startswith(inside) else name)
@@ -114,31 +168,50 @@ def survey(model: Any) -> Topology:
         BaseError: the model can't be run.
     """
     linears = find_linears(model)
-    seen = [_watched(model, linears, rows, tokens) for rows, tokens in PROBES]
-    order, groups = list(dict.fromkeys(name for name, _ in seen[0])), _groups(seen[0])
-    layouts = _layouts(linears, [dict(reversed(calls)) for calls in seen])
-    for name in linears:  # layers that this pass did not reach, e.g. idle experts, stand alone
-        if name not in groups:
-            order.append(name)
-            groups[name] = len(seen[0]) + len(order)
-    layer = layer_numbers(model)
-    heads = heads_of(model.config)
+    strangers = _nameless(model, linears)
+    passes = [_watched(model, linears | strangers, rows, tokens) for rows, tokens in PROBES]
+    sizes = {name: features(module) for name, module in linears.items()}
+    for name, (x, y) in {call.name: (call.x, call.y) for call in passes[0] if call.name in strangers}.items():
+        if multiplies(strangers[name], x, y):
+            linears[name], sizes[name] = strangers[name], (y.shape[-1], x.shape[-1])
+    calls = {call.name: call for call in reversed(passes[0]) if call.name in linears}
+    # Layers that the pass did not reach, e.g. idle experts, come last and stand alone.
+    order = list(dict.fromkeys([*(call.name for call in passes[0] if call.name in linears), *linears]))
+    devices = {n: calls[n].y.device if n in calls else _device_of(linears[n], device_of(model)) for n in order}
+    groups = _groups(order, calls, devices)
+    layouts = _layouts(linears, [{call.name: call.x for call in reversed(one)} for one in passes])
+    layer, heads = layer_numbers(model), heads_of(model.config)
     sites = []
     for name in order:
-        size = features(linears[name])
-        axis = _head_axis(name, *size, heads, model.device)
-        sites.append(Site(name, linears[name], *size, layer(name), groups[name], axis, layouts[name]))
+        axis = _head_axis(name, *sizes[name], heads, devices[name])
+        place = (layer(name), groups[name], axis, devices[name], layouts[name])
+        sites.append(Site(name, linears[name], *sizes[name], *place))
     return Topology(sites)
 
 
-def _watched(model: Any, linears: Mapping[str, nn.Module], rows: int, tokens: int) -> list[tuple[str, Tensor]]:
-    """The layers of one pass over rows that are alike, in the order of their calls, and what each call got."""
-    calls: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that an address is not used twice
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a layer got and gave. Kept, so that the address of an input is not used twice."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+
+
+def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int) -> list[_Call]:
+    """The calls of layers in one pass over rows that are alike, in their order."""
+    calls: list[_Call] = []
+
+    def note(name: str, given: tuple[Any, ...], output: Any) -> None:
+        if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
+            calls.append(_Call(name, given[0], output))
+
+    # Before hooks of others, which may move an output: adapters add to what the forward itself gives.
     handles = [
-        module.register_forward_pre_hook(lambda _module, args, name=name: calls.append((name, args[0])))
-        for name, module in linears.items()
+        module.register_forward_hook(lambda _, args, output, name=name: note(name, args, output), prepend=True)
+        for name, module in layers.items()
     ]
-    ids = (torch.arange(tokens, device=model.device) + 1).remainder(vocabulary_of(model.config)).repeat(rows, 1)
+    ids = (torch.arange(tokens, device=device_of(model)) + 1).remainder(vocabulary_of(model.config)).repeat(rows, 1)
     forward = ForwardPass.of(model)
     try:
         # No inference mode: what is repacked now has to serve passes with gradients as well.
@@ -153,10 +226,16 @@ def _watched(model: Any, linears: Mapping[str, nn.Module], rows: int, tokens: in
     return calls
 
 
-def _groups(calls: Sequence[tuple[str, Tensor]]) -> dict[str, int]:
-    """Equal numbers for layers that read the very same tensor."""
-    numbers: dict[int, int] = {}
-    return {name: numbers.setdefault(id(x), len(numbers)) for name, x in calls}
+def _groups(order: Sequence[str], calls: Mapping[str, _Call], devices: Mapping[str, torch.device]) -> dict[str, int]:
+    """Equal numbers for layers that read the very same tensor on one device."""
+    numbers: dict[tuple[object, torch.device], int] = {}
+    keys = {name: (id(calls[name].x) if name in calls else name, devices[name]) for name in order}
+    return {name: numbers.setdefault(key, len(numbers)) for name, key in keys.items()}
+
+
+def _device_of(module: nn.Module, otherwise: torch.device) -> torch.device:
+    tensors = [*module.parameters(), *module.buffers()]
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), otherwise)
 
 
 def _layouts(linears: Mapping[str, nn.Module], inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Layout | None]:

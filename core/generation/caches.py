@@ -30,8 +30,8 @@ def joined(empty: Any, parts: Sequence[tuple[Any, Tensor]], read: int) -> Any:
         columns = read
         if hasattr(layer, "cumulative_length"):  # a sliding window keeps the columns that the next token still sees
             columns = min(read, layer.sliding_window - 1)
-        keys = torch.cat([fitted(one.keys[rows], columns, dim=2) for one, rows in old])
-        values = torch.cat([fitted(one.values[rows], columns, dim=2) for one, rows in old])
+        keys = torch.cat([fitted(one.keys[rows.to(one.keys.device)], columns, dim=2) for one, rows in old])
+        values = torch.cat([fitted(one.values[rows.to(one.values.device)], columns, dim=2) for one, rows in old])
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         if hasattr(layer, "cumulative_length"):

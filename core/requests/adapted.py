@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from lora_rt.core.base.load import LoadedBase
@@ -32,12 +33,17 @@ class AdaptedBase:
         self.base = base
         self.modes = modes
         self.registry = registry
-        self.lm = CausalLM(base.model)
-        self.bank = AdapterBank(base.model, base.dtype)
-        self.early = EarlyHidden(self.lm, base.facts.layers)
-        self.residents = Residents(base, self.bank, modes, registry, text)
-        self.classifier = SceneClassifier(self.lm, modes, base.facts, self.early)
-        self.weigher = Weigher(self.residents, modes, base.facts, self.classifier)
+        with ExitStack() as undo:  # where this fails half-way, too
+            undo.callback(base.give_back)
+            self.lm = CausalLM(base.model)
+            self.bank = AdapterBank(base.model, base.dtype)
+            undo.callback(self.bank.close)
+            self.early = EarlyHidden(self.lm, base.facts.layers)
+            undo.callback(self.early.close)
+            self.residents = Residents(base, self.bank, modes, registry, text)
+            self.classifier = SceneClassifier(self.lm, modes, base.facts, self.early)
+            self.weigher = Weigher(self.residents, modes, base.facts, self.classifier)
+            self._undo = undo.pop_all()
 
     def rows(
         self,
@@ -97,6 +103,5 @@ class AdaptedBase:
         return RowPlanner(self.bank, self.modes, self.base.facts, self.early)
 
     def close(self) -> None:
-        """Give the model its own layers back."""
-        self.early.close()
-        self.bank.close()
+        """Give the model its own layers back, and a caller's model as it was."""
+        self._undo.close()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
+from lora_rt.core.engine.wrappers import bare_parameters
 from lora_rt.registry.inspection import InspectedAdapter, OwnWeights, RawTensor
 from lora_rt.registry.inspection.keys import inner_path
 
@@ -48,7 +49,7 @@ def own_weights(model: nn.Module) -> OwnWeights:
     A tied head is found under its own name. A layer that is kept in 4 or 8 bits equals nothing.
     """
     # The same parameter under every name that it has: a tied head is the embedding.
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = bare_parameters(model)
     return _comparing(own, own.__getitem__)
 
 

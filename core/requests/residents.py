@@ -240,5 +240,8 @@ class Residents:
             card=inspected.card,
         )
         self.infos = {**self.infos, name: info}
+        if info.card and not self._base.identity.digest and not info.card.base.matches(self._base.identity):
+            stated, mine = info.card.base.id, self._base.identity.id
+            _log.warning("%s was made for %s, and the model in memory is %s: only the shapes agree", name, stated, mine)
         if self._text and info.card and (difference := self._text.differs_from(info.card.training)):
             _log.warning("%s was trained %s", name, difference)

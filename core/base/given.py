@@ -1,0 +1,114 @@
+"""A model that a caller has loaded: taken as it is, whatever its layers are, and given back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_rt.core.base.identity import identify
+from lora_rt.core.base.load import LoadedBase, base_facts
+from lora_rt.core.base.precision import precision_of
+from lora_rt.core.base.shape import device_of
+from lora_rt.core.base.source import BaseError, parse_base
+from lora_rt.registry.card import BaseIdentity
+
+_REPACKS = "support_avx512bf16_for_cpu"
+_HOW = "Give what AutoModelForCausalLM.from_pretrained() returns, and its tokenizer"
+
+
+def given_base(model: Any, tokenizer: Any, base_id: str | None = None) -> LoadedBase:
+    """A loaded model as a base. It is put into eval mode until the base is given back.
+
+    Args:
+        model: a causal language model of transformers, or PEFT's or torch.compile's around one.
+        tokenizer: its tokenizer, or the processor that holds it.
+        base_id: which base it is, as `--base` would say it; what the model itself says where left out.
+
+    Raises:
+        BaseError: it is no such model, or not one that can be used as it stands.
+    """
+    inner = _causal_model(model)
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    if not callable(words) or not hasattr(words, "eos_token_id"):
+        raise BaseError(f"{type(tokenizer).__name__} is not a tokenizer of transformers", next_step=_HOW)
+    identity = _identity(inner, base_id)
+    precision = precision_of(inner)
+    facts = base_facts(inner, identity, precision)
+    floats = (p.dtype for p in inner.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return LoadedBase(
+        model=inner,
+        tokenizer=words,
+        identity=identity,
+        facts=facts,
+        folder=Path(str(getattr(inner, "name_or_path", ""))),
+        precision=precision,
+        device=device_of(inner),
+        dtype=next(floats, torch.float32),
+        give_back=_borrow(inner),
+    )
+
+
+def _causal_model(model: Any) -> Any:
+    """The model itself, out of what stands around it."""
+    inner = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):  # PEFT's: its adapters stay out of our passes
+        _check_unmerged(inner)
+        inner = inner.get_base_model()
+    if not isinstance(inner, nn.Module) or not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
+        raise BaseError(f"{type(model).__name__} is not a model of transformers", next_step=_HOW)
+    if getattr(inner.config, "is_encoder_decoder", False) or inner.get_output_embeddings() is None:
+        raise BaseError(f"{type(inner).__name__} is not a causal language model", next_step=_HOW)
+    if any(hasattr(parameter, "device_mesh") for parameter in inner.parameters()):
+        text = f"{type(inner).__name__} is split over several processes"
+        raise BaseError(text, next_step='Load it in one process, with device_map="auto" for several devices')
+    return inner
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    merged = [name for name, module in model.named_modules() if getattr(module, "merged_adapters", None)]
+    if merged:
+        text = f"PEFT has merged adapters into {len(merged)} layers of this model"
+        raise BaseError(text, next_step="Call its unmerge_adapter() first, or merge_and_unload() and give the result")
+
+
+def _identity(model: Any, base_id: str | None) -> BaseIdentity:
+    """What the caller says it is; else its name, and no digest: what is in memory may be anything."""
+    if base_id is None:
+        said = str(getattr(model.config, "_name_or_path", "") or "").rstrip("/")
+        name = Path(said).name if Path(said).is_absolute() or said.startswith(".") else said
+        return BaseIdentity(name or type(model).__name__, getattr(model.config, "_commit_hash", None), "")
+    source = parse_base(base_id)
+    return BaseIdentity(source.text, source.revision, "") if source.kind == "hub" else identify(source)
+
+
+def _borrow(model: nn.Module) -> Callable[[], None]:
+    """Put a model into eval mode by its flags alone; what is returned puts back all that may differ after use."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            if module.training:
+                undo.callback(setattr, module, "training", True)
+                module.training = False
+            if (compiled := vars(module).get("_compiled_call_impl")) is not None:  # it would not see the adapters
+                undo.callback(setattr, module, "_compiled_call_impl", compiled)
+                module._compiled_call_impl = None
+            if vars(module).get(_REPACKS):  # repacked weights have no gradient
+                undo.callback(setattr, module, _REPACKS, True)
+                setattr(module, _REPACKS, False)
+            if (grown := vars(module).get("max_seq_len_cached")) is not None:  # rope that grows with its texts
+                undo.callback(setattr, module, "max_seq_len_cached", grown)
+            for tensors in (module._parameters, module._buffers):
+                if tensors:
+                    undo.callback(_put_back, tensors, dict(tensors))
+        return undo.pop_all().close
+
+
+def _put_back(tensors: dict[str, Any], before: dict[str, Any]) -> None:
+    """Undo what rope and offloading put into a model in a pass without gradients, where no gradient could follow."""
+    for name, tensor in before.items():
+        if tensor is not None and (now := tensors.get(name)) is not None and now.is_inference():
+            tensors[name] = tensor
