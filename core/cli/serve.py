@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,6 +73,9 @@ def serve(
     template_var: options.TemplateVar = None,
     special_tokens: options.SpecialTokens = False,
     allow_base_mismatch: options.AllowBaseMismatch = False,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Also a page at /: sliders, a chat, and which register acted.")
+    ] = False,
     engine: Annotated[str, typer.Option("--engine", help="What computes: lora-rt.")] = _OWN,
 ) -> None:
     """Serve OpenAI's API, in which `model` is a composition: every request its own, all in one batch."""
@@ -105,23 +109,29 @@ def serve(
     if not settings.loopback:
         open_to_all = "" if api_key else ", and without --api-key everybody who can connect may use it"
         _warn(f"others can connect to {host}{open_to_all}")
-    _serve(settings, base, precision, device, options.text_format(template_var, special_tokens))
+    _serve(settings, base, precision, device, options.text_format(template_var, special_tokens), ui)
 
 
-def _serve(settings: ServeSettings, base: str, precision: str, device: str, text: dict[str, object]) -> None:
+def _serve(settings: ServeSettings, base: str, precision: str, device: str, text: dict[str, object], ui: bool) -> None:
+    from lora_rt.core.serving import page
     from lora_rt.core.serving.server import listen, log_to_stderr, serve
+
+    option = "" if base == "default" else base
+    extend = partial(page.install, base_option=option) if ui else None
 
     # The socket first: that it can't be had is said before a base is loaded for seconds.
     with listen(settings) as bound, session().runtime(base, precision, device, **text) as runtime:
         log_to_stderr()
-        serve(runtime, settings, bound, announce=lambda url: _banner(url, settings, runtime.base.id))
+        serve(runtime, settings, bound, announce=lambda url: _banner(url, settings, runtime.base.id, ui), extend=extend)
 
 
-def _banner(url: str, settings: ServeSettings, base: str) -> None:
+def _banner(url: str, settings: ServeSettings, base: str, ui: bool) -> None:
     """What is served, and a command that works."""
     key = ' -H "Authorization: Bearer $LORA_RT_API_KEY"' if settings.api_key else ""
     body = '{"model": "emotion:0.7 logic:0.3", "messages": [{"role": "user", "content": "rain, tin roof"}]}'
     err.print(f"[bold]lora-rt[/] serves {escape(base)} at [bold]{url}/v1[/]; Ctrl-C ends it. Try:")
+    if ui:
+        err.print(f"  the page at [bold]{url}/[/], or")
     err.print(
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n    -d '{body}'",
         markup=False,

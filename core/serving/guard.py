@@ -71,7 +71,7 @@ class Guard:
                 return Refusal(404, "There is no /admin here. Start the server with --admin-key", "no_admin")
             if not _holds(headers, self._settings.admin_key):
                 return Refusal(401, "Send the admin key as Authorization: Bearer ...", "invalid_api_key")
-        elif (path.startswith("/v1") or path == "/metrics") and not self._may_ask(headers):
+        elif (path.startswith(("/v1", "/ui/")) or path == "/metrics") and not self._may_ask(headers):
             return Refusal(401, "Send the key of this server as Authorization: Bearer ...", "invalid_api_key")
         if path in ASKING and scope["method"] == "POST":
             try:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Given = dict[str, Weight] | str
 _NEUTRAL: dict[str, Sequence[Any]] = {
@@ -35,7 +35,7 @@ _NEUTRAL: dict[str, Sequence[Any]] = {
 class TextPart(BaseModel):
     """A part of a message's content."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     type: Literal["text"]
     text: str
@@ -61,7 +61,7 @@ class StreamOptions(BaseModel):
 class _Request(BaseModel):
     """What both kinds of requests have."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     model: str = Field(description='A composition ("emotion:0.7 logic:0.3"), a named composition, or "base".')
     composition: Given | None = Field(
@@ -144,11 +144,16 @@ class ChatRequest(_Request):
     @property
     def prompt(self) -> str | list[dict[str, str]]:
         """The chat as the runtime takes it; a single user message is one text."""
-        found = []
-        for message in self.messages:
-            text = message.content if isinstance(message.content, str) else "".join(p.text for p in message.content)
-            found.append({"role": "system" if message.role == "developer" else message.role, "content": text})
-        return found[0]["content"] if len(found) == 1 and found[0]["role"] == "user" else found
+        return chat_prompt(self.messages)
+
+
+def chat_prompt(messages: Sequence[Message]) -> str | list[dict[str, str]]:
+    """A chat as the runtime takes it; a single user message is one text."""
+    found = []
+    for message in messages:
+        text = message.content if isinstance(message.content, str) else "".join(p.text for p in message.content)
+        found.append({"role": "system" if message.role == "developer" else message.role, "content": text})
+    return found[0]["content"] if len(found) == 1 and found[0]["role"] == "user" else found
 
 
 class CompletionRequest(_Request):
@@ -189,7 +194,7 @@ class CompletionRequest(_Request):
 class TurnRequest(BaseModel):
     """The body of PATCH /v1/responses-in-flight/{id}: what its answers are under from their next token on."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     model: str = "base"
     composition: Given | None = None
@@ -198,7 +203,7 @@ class TurnRequest(BaseModel):
 class AdminRequest(BaseModel):
     """The body of POST /admin/adapters."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     name: str = Field(description="A name of this machine's store; never a path or a repository.")
     action: Literal["load", "reload", "pin", "unpin", "unload"]

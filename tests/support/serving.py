@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import openai
 import uvicorn
+from fastapi import FastAPI
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.api import make_app
@@ -42,10 +43,14 @@ class Live:
 
 
 @contextmanager
-def live(runtime: Runtime, settings: ServeSettings) -> Iterator[Live]:
-    """A server on a free port, until the block ends."""
+def live(
+    runtime: Runtime, settings: ServeSettings, extend: Callable[[FastAPI, Service], None] | None = None
+) -> Iterator[Live]:
+    """A server on a free port, until the block ends. `extend` adds to the application before it starts."""
     service = Service(runtime, settings)
     app = make_app(service)
+    if extend is not None:
+        extend(app, service)
     service.start()
     bound = listen(settings)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))

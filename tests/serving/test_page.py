@@ -1,0 +1,176 @@
+"""The page: what it asks of the server, and a person at a browser who drags a slider while the model speaks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving import page
+from lora_rt.core.serving.settings import Limits, ServeSettings
+from support.serving import Live, live
+
+PROMPT = "rain, tin roof"
+FILES = Path(page.__file__).resolve().parent / "static"
+
+
+@pytest.fixture(scope="module")
+def served(runtime: Runtime) -> Iterator[Live]:
+    with live(runtime, ServeSettings(port=0), extend=page.install) as started:
+        yield started
+
+
+def test_every_file_of_the_page_is_there_and_no_other_site_is_named(served: Live) -> None:
+    with served.http() as http:
+        for file in FILES.iterdir():
+            answer = http.get(f"/{file.name}")
+            assert answer.status_code == 200
+            assert answer.headers["content-security-policy"].startswith("default-src 'self'")
+            text = answer.text.replace("http://www.w3.org/2000/svg", "")
+            assert "http://" not in text
+            assert "https://" not in text
+        assert http.get("/").text == (FILES / "index.html").read_text()
+        assert http.get("/../api.py").status_code == 404
+
+
+def test_the_page_begins_with_what_can_have_a_slider(served: Live) -> None:
+    with served.http() as http:
+        state = http.get("/ui/state").json()
+    names = [adapter["name"] for adapter in state["adapters"]]
+    assert {"one", "two", "fading"} <= set(names)
+    assert "base" not in names
+    assert set(state["start"]) <= set(names)
+    assert state["precision"] == "float32"
+
+
+def test_what_acted_at_each_token_is_what_the_runtime_explains(served: Live, runtime: Runtime) -> None:
+    request = {"model": "one:0.7 two:-0.5", "messages": [{"role": "user", "content": PROMPT}], "answer": "and so on"}
+    with served.http() as http:
+        told = http.post("/ui/acted", json=request).json()
+    known = runtime.explain(PROMPT, "one:0.7 two:-0.5", answer="and so on")
+    answer = len(runtime.text.text_ids("and so on"))
+    assert told["adapters"] == known.names
+    assert len(told["tokens"]) == answer
+    for found, whole in zip(told["per_token"], known.tokens[:, -answer:].tolist(), strict=True):
+        assert found == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        ({"model": "nobody:1"}, 404, "nobody"),
+        ({"model": "../secrets"}, 404, "names only"),
+        ({"model": "base"}, 400, "no adapter acts"),
+        ({"answer": ""}, 400, "answer"),
+        ({"messages": []}, 400, "messages"),
+        ({"answer": "long " * 4000}, 400, "longer than the model takes"),
+    ],
+)
+def test_what_can_not_be_explained_is_refused_in_words(
+    served: Live, change: dict[str, Any], status: int, says: str
+) -> None:
+    request = {"model": "one", "messages": [{"role": "user", "content": PROMPT}], "answer": "so", **change}
+    with served.http() as http:
+        answer = http.post("/ui/acted", json=request)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+
+
+def test_without_an_adapter_that_recognizes_scenes_this_is_said(served: Live) -> None:
+    with served.http() as http:
+        assert http.get("/ui/state").json()["classifier"] is None
+        answer = http.post("/ui/scenes", json={"text": PROMPT})
+    assert answer.status_code == 404
+    assert "recognizes scenes" in answer.json()["error"]["message"]
+
+
+def test_the_page_is_open_and_what_it_asks_needs_the_key(runtime: Runtime) -> None:
+    with live(runtime, ServeSettings(port=0, api_key="k"), extend=page.install) as served:
+        with served.http() as http:
+            assert http.get("/").status_code == 200
+            assert http.get("/ui/state").status_code == 401
+        with served.http("k") as http:
+            assert http.get("/ui/state").status_code == 200
+
+
+# In a real browser, where there is one.
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    shown = context.new_page()
+    wrong: list[str] = []
+    shown.on("pageerror", lambda error: wrong.append(str(error)))
+    yield shown
+    context.close()
+    assert wrong == []
+
+
+def opened(tab: Any, url: str) -> None:
+    """The page, as soon as it can be used."""
+    tab.goto(url)
+    tab.locator("#send:enabled").wait_for()
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_dragged_while_the_model_speaks_acts_from_the_next_token(served: Live, tab: Any) -> None:
+    opened(tab, f"{served.url}/#mix=one:0.5+two:0&max_tokens=300&temperature=0")
+    tab.get_by_text("Registers", exact=True).click()
+    tab.get_by_label("Your message").fill(PROMPT)
+    tab.get_by_label("Your message").press("Enter")
+    tab.locator(".answer .text:not(:empty)").wait_for()
+    tab.get_by_label("two", exact=True).focus()
+    for _ in range(3):
+        tab.keyboard.press("ArrowRight")
+    tab.locator(".turned").first.wait_for()
+    assert tab.locator(".answer .spec").inner_text() == "one:0.5 → one:0.5 two:0.15"
+    tab.keyboard.press("Escape")
+    tab.get_by_text("stopped").wait_for()
+    assert "two:0.15" in tab.url.replace("%3A", ":")
+    assert tab.locator("body").bounding_box()["width"] <= 400
+
+
+@pytest.mark.slow
+def test_an_answer_shows_which_register_acted_where(served: Live, tab: Any) -> None:
+    opened(tab, f"{served.url}/#mix=one:0.5+two:1&max_tokens=8&temperature=0")
+    tab.get_by_label("Your message").fill(PROMPT)
+    tab.get_by_role("button", name="Send").click()
+    tab.get_by_role("button", name="Which register acted where").click()
+    tab.locator(".heat .token").first.hover()
+    assert "one" in tab.locator(".token-detail").inner_text()
+    assert "%" in tab.locator(".token-detail").inner_text()
+
+
+@pytest.mark.slow
+def test_a_composition_that_is_broken_is_told_where_the_answer_would_stand(served: Live, tab: Any) -> None:
+    opened(tab, f"{served.url}/#mix=nobody:1")
+    tab.get_by_label("Your message").fill(PROMPT)
+    tab.get_by_label("Your message").press("Enter")
+    assert "nobody" in tab.get_by_role("alert").inner_text()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_full_says_so_on_the_page(runtime: Runtime, tab: Any) -> None:
+    with live(runtime, ServeSettings(port=0, limits=Limits(answers=1, tokens=8)), extend=page.install) as small:
+        opened(tab, f"{small.url}/#mix=one:1")
+        tab.get_by_label("Your message").fill("far too long for so small a model, " * 3)
+        tab.get_by_label("Your message").press("Enter")
+        assert "tokens" in tab.get_by_role("alert").inner_text()
