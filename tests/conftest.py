@@ -43,6 +43,14 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "home"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_folder() -> Iterator[None]:
+    """No test leaves a file or a folder where the tests were started."""
+    before = set(os.listdir())
+    yield
+    assert sorted(name for name in set(os.listdir()) - before if not name.startswith(".")) == []
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """Tiny models and adapters, made once for all tests. torch gets one thread: their matrices are too small."""

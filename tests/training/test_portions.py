@@ -23,6 +23,7 @@ from lora_rt.core.training.run import train
 from lora_rt.core.training.trainer import Collator, split
 from lora_rt.plugins.contract import IGNORE
 from lora_rt.plugins.manager import load_modes
+from lora_rt.registry import home
 
 Make = Callable[..., TrainSettings]
 LENGTHS = (40, 1, 2, 30, 3, 17, 1, 5)
@@ -56,7 +57,7 @@ def run_of(settings: TrainSettings) -> Any:
 
 def first_batch(run: Any) -> tuple[Any, dict[str, Any]]:
     """The trainer, and all its sequences as one batch."""
-    trainer, _, live = make_trainer(run, Path("nowhere"))
+    trainer, _, live = make_trainer(run, home.checkpoints() / "run")
     live.stop()
     return trainer, Collator(0)([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
 
