@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-_console = Console(stderr=True)
+
+class PlainConsole(Console):
+    """A terminal that gets letters alone: no colour, no bold, no cursor that moves."""
+
+    @property
+    def is_dumb_terminal(self) -> bool:
+        """Also where TERM names a clever one."""
+        return True
+
+
+def plain_wanted() -> bool:
+    """Whether NO_COLOR asks for letters alone (https://no-color.org); rich itself heeds TERM=dumb."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console of rich's as everything here uses it."""
+    if plain_wanted():
+        return PlainConsole(stderr=stderr, highlight=False, color_system=None)
+    return Console(stderr=stderr, highlight=False)
+
+
+_console = console(stderr=True)
 
 
 @contextmanager

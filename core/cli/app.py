@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from lora_rt.core.base.progress import plain_wanted
 from lora_rt.core.base.silence import silence_this_process
 from lora_rt.core.cli.console import hear_notes
 from lora_rt.core.cli.failures import explain
@@ -47,6 +48,8 @@ def run() -> None:
     if sys.argv[1:2] and sys.argv[1] in ("--show-completion", "--install-completion") and sys.argv[2:]:
         # Typer takes the shell that it finds itself in, unless it is told not to look; then it takes the one named.
         os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
+    if plain_wanted():
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # the help has a console of its own
     silence_this_process()
     hear_notes()
     try:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from lora_rt.core.base import progress
+
 _PLAIN_LINES = 10
 
 
@@ -16,7 +18,7 @@ class LiveLine(TrainerCallback):  # type: ignore[misc]
     """Reports loss (nats per labelled token, of the last step), tokens/s (padding not counted) and the time left."""
 
     def __init__(self, tokens_per_step: float, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or progress.console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

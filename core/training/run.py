@@ -99,15 +99,14 @@ def check_run(settings: TrainSettings, modes: ModeHost, destination: Destination
 
 @libraries_silenced()
 def _execute(prepared: Prepared, destination: Destination, run: Path, *, resume: bool) -> TrainResult:
-    from rich.console import Console
-
+    from lora_rt.core.base.progress import console
     from lora_rt.core.training.fit import fit
     from lora_rt.core.training.publish import check_publication
 
     checkpoint = _checkpoint(run, resume)
     check_publication(prepared, destination, run)
     if prepared.portions.why:
-        Console(stderr=True, highlight=False).print(prepared.portions.why, markup=False, soft_wrap=True)
+        console(stderr=True).print(prepared.portions.why, markup=False, soft_wrap=True)
     fitted = fit(prepared, run, checkpoint)
     card, folder, where = _publish(prepared, fitted, destination, run)
     forget(run)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 from lora_rt.plugins.contract.terminal import harmless
 from support.cli import Cli
@@ -42,3 +49,26 @@ def test_a_template_that_complains_in_colours_is_quoted_without_them(cli: Cli, t
     done = cli("compose", "emotion:0", "-p", "x", "--base", str(tmp_path / "base"), "--precision", "float32")
     assert done.code == 1
     assert "\x1b" not in done.err
+
+
+@pytest.mark.parametrize("asks", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=lambda asks: next(iter(asks)))
+@pytest.mark.parametrize("command", [["list"], ["--help"], ["compose", "--help"], ["show", "nobody"], ["doctor"]])
+def test_who_wants_letters_alone_gets_nothing_else(command: list[str], asks: dict[str, str]) -> None:
+    ours, theirs = pty.openpty()
+    plain = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM", "FORCE_COLOR")}
+    code = "from lora_rt.core.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *command],
+        stdout=theirs,
+        stderr=theirs,
+        env=plain | {"TERM": "xterm-256color"} | asks,
+    ) as child:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # how the end of a terminal is told
+            while piece := os.read(ours, 65536):
+                said += piece
+    os.close(ours)
+    assert len(said) > 20
+    assert b"\x1b" not in said
+    assert child.returncode in (0, 1)

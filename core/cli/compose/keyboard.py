@@ -129,7 +129,8 @@ def _readline() -> Any:
         import readline
     except ImportError:
         return None
-    readline.parse_and_bind("set enable-bracketed-paste on")
+    if _takes_orders():
+        readline.parse_and_bind("set enable-bracketed-paste on")
     return readline
 
 
@@ -151,6 +152,10 @@ def _without_echo() -> Any:
 
 def _tell(order: str) -> None:
     """An order for the terminal, where it is one that takes orders."""
-    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    if _takes_orders():
         sys.stdout.write(order)
         sys.stdout.flush()
+
+
+def _takes_orders() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
