@@ -32,6 +32,27 @@ _NEUTRAL: dict[str, Sequence[Any]] = {
 }
 
 
+def _of_unicode(value: Any) -> Any:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes and no answer can repeat."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            if any("\ud800" <= letter <= "\udfff" for letter in one):
+                raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is not Unicode text")
+        elif isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, list):
+            left += one
+    return value
+
+
+class _Body(BaseModel):
+    """The body of a request: all of its texts are Unicode."""
+
+    _is_unicode = model_validator(mode="before")(_of_unicode)
+
+
 class TextPart(BaseModel):
     """A part of a message's content."""
 
@@ -58,7 +79,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Request(_Body):
     """What both kinds of requests have."""
 
     model_config = STRICT
@@ -191,7 +212,7 @@ class CompletionRequest(_Request):
         return self
 
 
-class TurnRequest(BaseModel):
+class TurnRequest(_Body):
     """The body of PATCH /v1/responses-in-flight/{id}: what its answers are under from their next token on."""
 
     model_config = STRICT
@@ -200,7 +221,7 @@ class TurnRequest(BaseModel):
     composition: Given | None = None
 
 
-class AdminRequest(BaseModel):
+class AdminRequest(_Body):
     """The body of POST /admin/adapters."""
 
     model_config = STRICT

@@ -65,12 +65,15 @@ def listen(settings: ServeSettings) -> socket.socket:
     Raises:
         ServeError: somebody else has the port, or there is no such address here.
     """
+    found: socket.socket | None = None
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((settings.host, settings.port))
     except OSError as error:
+        if found is not None:
+            found.close()
         text = f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}"
         raise ServeError(text, next_step="Choose another --port or --host") from error
     return found

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
+from lora_rt.core.base.load import load_base
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.settings import ServeSettings
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+from lora_rt.registry.registry import Registry
 from support.serving import Live, live
 from support.tiny import Zoo, mode_host
 
 ADMIN = "the operator's own"
+CHANGES = {"max_position_embeddings": 512}
 
 
 class Fading:
@@ -38,16 +44,28 @@ class Raising:
 
 
 @pytest.fixture(scope="package")
-def runtime(zoo: Zoo) -> Runtime:
-    """Two plain adapters, one gated by position, and one whose gate can raise."""
-    runtime = zoo.runtime_with(mode_host(fading=Fading, raising=Raising), "llama", max_position_embeddings=512)
-    changes = {"max_position_embeddings": 512}
-    plain = {"one": {"seed": 41}, "two": {"seed": 42, "r": 3, "targets": ["q_proj", "down_proj"]}, "huge": {"seed": 5}}
+def project(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose names are two plain adapters, a third one, one gated by position, and one that can raise."""
+    folder = tmp_path_factory.mktemp("project")
+    plain: dict[str, dict[str, Any]] = {
+        "one": {"seed": 41},
+        "two": {"seed": 42, "r": 3, "targets": ["q_proj", "down_proj"]},
+        "huge": {"seed": 5},
+        "fading": {"seed": 3, "mode": "fading"},
+        "raising": {"seed": 3, "mode": "raising"},
+    }
     for name, options in plain.items():
-        runtime.load_adapter(str(zoo.adapter("llama", changes=changes, **options)), name=name)
-    for name in ("fading", "raising"):
-        runtime.load_adapter(str(zoo.adapter("llama", mode=name, changes=changes, seed=3)), name=name)
-    return runtime
+        shutil.copytree(zoo.adapter("llama", changes=CHANGES, **options), folder / name)
+    lines = [f'{name} = "./{name}"' for name in plain]
+    (folder / "lora-rt.toml").write_text("[adapters]\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="package")
+def runtime(zoo: Zoo, project: Path) -> Runtime:
+    """A runtime of that project."""
+    base = load_base(str(zoo.base("llama", **CHANGES)), "float32", "cpu")
+    return Runtime(base, mode_host(fading=Fading, raising=Raising), Registry(project=project))
 
 
 @pytest.fixture(scope="package")

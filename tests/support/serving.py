@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ class Live:
     def async_openai(self) -> openai.AsyncOpenAI:
         """The same, asynchronous."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def idle(self) -> bool:
+        """Whether nothing is left of any request; waits for those whose clients have just gone."""
+        while self.service.busy:
+            time.sleep(0.002)
+        return self.service.scheduler.idle
 
     def http(self, key: str = "") -> httpx2.Client:
         """A plain client."""

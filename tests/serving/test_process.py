@@ -1,0 +1,102 @@
+"""The command: what it says, what its own example does, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from support.cli import Cli, command_line
+from support.serving import asked
+from support.tiny import Zoo
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return command_line(monkeypatch, capsys)
+
+
+@pytest.fixture
+def process(zoo: Zoo, project: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`lora-rt serve` of a tiny base, in a process of its own."""
+    base = zoo.base("llama", max_position_embeddings=2048)
+    command = [sys.executable, "-m", "lora_rt", "serve", "--base", str(base), "--precision", "float32", "--port", "0"]
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "LORA_RT_HOME": str(tmp_path / "home")}
+    started = subprocess.Popen(
+        [*command, "--max-new-tokens", "1500"], cwd=project, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    yield started
+    started.kill()
+    started.wait()
+    assert started.stderr is not None
+    started.stderr.close()
+
+
+def banner(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """The address, and the command of the example."""
+    assert process.stderr is not None
+    text = ""
+    while "-d '" not in text:
+        line = process.stderr.readline()
+        assert line, text
+        text += line
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    url = re.search(r"http://127\.0\.0\.1:\d+", text)
+    assert url is not None
+    return url[0], text[text.index("curl") :].replace("\\\n", " ")
+
+
+def test_the_example_of_the_banner_works_and_a_signal_lets_answers_end(process: subprocess.Popen[str]) -> None:
+    url, example = banner(process)
+    words = shlex.split(example)
+    assert words[0] == "curl"
+    with httpx2.Client(base_url=url, timeout=60) as http:
+        # The registers that ship with the package are for another base: the answer says so.
+        refused = http.post(
+            words[1], content=words[words.index("-d") + 1], headers={"Content-Type": "application/json"}
+        )
+        assert refused.status_code == 400
+        assert "emotion" in refused.json()["error"]["message"]
+        body = asked(model="one:0.5", max_tokens=400, stream=True)
+        with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            for _ in range(4):
+                next(lines)
+            process.send_signal(signal.SIGTERM)
+            while http.get("/ready").status_code != 503:
+                pass
+            assert http.post("/v1/chat/completions", json=asked()).status_code == 503
+            pieces = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+    assert process.wait() == 0
+
+
+def test_a_port_that_somebody_has_is_told_before_a_base_is_loaded(cli: Cli) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        outcome = cli("serve", "--port", str(taken.getsockname()[1]), "--base", "/nowhere")
+    assert outcome.code == 1
+    assert "can't listen" in outcome.err
+
+
+def test_an_address_that_others_can_reach_is_warned_of(cli: Cli) -> None:
+    outcome = cli("serve", "--host", "0.0.0.0", "--port", "0", "--base", "/nowhere")
+    assert "without --api-key everybody" in outcome.err
+    assert "everybody" not in cli("serve", "--port", "0", "--base", "/nowhere").err
+
+
+def test_another_engine_is_a_wrong_option(cli: Cli) -> None:
+    assert cli("serve", "--engine", "magic").code == 2

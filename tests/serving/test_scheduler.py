@@ -1,0 +1,207 @@
+"""Rows join, leave and fail each by itself; nobody waits for ever, and a long prompt stalls nobody."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving.service import Ask, Service
+from lora_rt.core.serving.settings import Limits, ServeError, ServeSettings
+from lora_rt.core.serving.ticket import Event, Over, Said, Ticket
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+from support.serving import Live, asked
+from support.tiny import Zoo, mode_host
+
+LONG = "a long prompt about rain on a tin roof and a bill that nobody has paid. "
+
+
+class Crowd:
+    """Fails where more than two rows share a pass, as memory that is too small does."""
+
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]  # a hook of a module has no self
+        if len(context.active) > 2:
+            raise MemoryError
+        return Gate(ranks=torch.ones(1))
+
+
+class Heard:
+    """What the rows of requests are told, in the order of telling."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Ticket, Event]] = []
+
+    def listener(self, name: str) -> Any:
+        return lambda ticket, event: self.events.append((name, ticket, event))
+
+    def ended(self) -> list[str]:
+        return [name for name, _, event in self.events if isinstance(event, Over)]
+
+
+def settled(service: Service) -> None:
+    while service.busy:
+        time.sleep(0.002)
+
+
+def ask(prompt: Any = "a", model: str = "one", tokens: int = 6, **settings: Any) -> Ask:
+    return Ask([prompt], model, sampling={"max_new_tokens": tokens, "min_new_tokens": tokens}, **settings)
+
+
+@pytest.fixture
+def started(runtime: Runtime, request: pytest.FixtureRequest) -> Any:
+    service = Service(runtime, ServeSettings(limits=getattr(request, "param", Limits())))
+    yield service
+    service.close()
+
+
+@pytest.mark.parametrize("started", [Limits(rows=1)], indirect=True)
+def test_whoever_came_first_is_served_first(started: Service) -> None:
+    heard = Heard()
+    for number in range(6):
+        started.submit(ask(LONG * (number % 3) + "a"), str(number), heard.listener(str(number))).result()
+    started.start()
+    settled(started)
+    assert heard.ended() == [str(number) for number in range(6)]
+
+
+@pytest.mark.parametrize("started", [Limits(kv_bytes=260 * 512)], indirect=True)
+def test_a_large_row_is_not_overtaken_by_small_ones_that_would_fit(started: Service) -> None:
+    """Two rows of this size do not fit at once: the second one waits, and whoever came later behind it."""
+    assert started.bytes_per_token == 512
+    heard = Heard()
+    for name, prompt in (("large", LONG * 2), ("next", LONG * 2), ("small", "a")):
+        started.submit(ask(prompt, tokens=20), name, heard.listener(name)).result()
+    started.start()
+    settled(started)
+    assert heard.ended()[0] == "large"
+    first = {name: next(n for n, (who, _, _) in enumerate(heard.events) if who == name) for name in ("next", "small")}
+    over = next(n for n, (who, _, event) in enumerate(heard.events) if who == "large" and isinstance(event, Over))
+    assert over < first["next"] < first["small"]
+
+
+@pytest.mark.parametrize("started", [Limits(chunk=16, reading=16)], indirect=True)
+def test_the_others_go_on_while_a_long_prompt_is_read(started: Service) -> None:
+    heard = Heard()
+    started.submit(ask("a", tokens=40), "short", heard.listener("short")).result()
+    started.submit(ask(LONG * 4, tokens=1), "long", heard.listener("long")).result()
+    started.start()
+    settled(started)
+    before = [name for name, _, event in heard.events if isinstance(event, Said)]
+    assert before.index("long") >= len(LONG) * 4 // 16
+
+
+def test_a_row_whose_client_has_gone_leaves_within_one_token(started: Service) -> None:
+    heard = Heard()
+    started.submit(ask(tokens=200), "gone", heard.listener("gone")).result()
+    started.submit(ask(tokens=3), "other", heard.listener("other")).result()
+    started.start()
+    while not heard.events:
+        time.sleep(0.001)
+    told = started.scheduler.between(lambda: (started.forget("gone"), len(heard.events))[1]).result()
+    settled(started)
+    later = [event for name, _, event in heard.events[told:] if name == "gone" and isinstance(event, Said)]
+    assert later == []
+    assert started.scheduler.idle
+
+
+def test_a_request_that_is_given_up_while_it_is_prepared_never_runs(started: Service) -> None:
+    heard = Heard()
+    started.beside(lambda: time.sleep(0.05))
+    prepared = started.submit(ask(), "gone", heard.listener("gone"))
+    started.forget("gone")
+    prepared.result()
+    started.start()
+    settled(started)
+    assert not any(isinstance(event, Said) for _, _, event in heard.events)
+
+
+@pytest.mark.parametrize("started", [Limits(deadline=0.05)], indirect=True)
+def test_an_answer_that_takes_too_long_is_given_up_with_an_error(started: Service) -> None:
+    heard = Heard()
+    started.submit(ask(tokens=400), "late", heard.listener("late")).result()
+    started.start()
+    settled(started)
+    over = heard.events[-1][2]
+    assert isinstance(over, Over)
+    assert over.error is not None
+    assert "0.05 seconds" in over.error.message
+
+
+def test_a_gate_that_raises_ends_its_own_row_alone(server: Live, client: openai.OpenAI, runtime: Runtime) -> None:
+    with client.chat.completions.create(**asked(model="raising:0.5 one", max_tokens=300), stream=True) as fine:
+        pieces = iter(fine)
+        text = [next(pieces) for _ in range(4)]
+        with pytest.raises(openai.InternalServerError) as raised:
+            client.chat.completions.create(**asked(model="raising", max_tokens=30), extra_body={"scene": "raise"})
+        assert "this gate is broken" in raised.value.message
+        text += list(pieces)
+    expected = runtime.generate(["rain, tin roof"], ["raising:0.5 one"], max_new_tokens=300)[0]
+    assert "".join(c.delta.content or "" for piece in text for c in piece.choices) == expected
+    assert server.idle()
+
+
+def test_a_row_without_numbers_ends_alone(server: Live, client: openai.OpenAI, runtime: Runtime) -> None:
+    with client.chat.completions.create(**asked(model="one", max_tokens=100), stream=True) as fine:
+        pieces = iter(fine)
+        text = [next(pieces) for _ in range(3)]
+        with pytest.raises(openai.InternalServerError, match="not a number"):
+            client.chat.completions.create(**asked(model="huge:1e38"))
+        text += list(pieces)
+    expected = runtime.generate(["rain, tin roof"], ["one"], max_new_tokens=100)[0]
+    assert "".join(c.delta.content or "" for piece in text for c in piece.choices) == expected
+
+
+def test_an_error_in_a_stream_is_told_in_the_stream(client: openai.OpenAI) -> None:
+    settings = asked(model="raising", stream=True)
+    with pytest.raises(openai.APIError, match="this gate is broken"):
+        list(client.chat.completions.create(**settings, extra_body={"scene": "raise"}))
+
+
+def test_rows_that_fail_only_together_take_turns(zoo: Zoo) -> None:
+    runtime = zoo.runtime_with(mode_host(crowd=Crowd), "llama")
+    runtime.load_adapter(str(zoo.adapter("llama", mode="crowd", seed=3)), name="crowd")
+    service, heard = Service(runtime, ServeSettings()), Heard()
+    prompts = ["rain", "tin roof", "unpaid bill", "so", "it is"]
+    prepared = [service.submit(ask(p, "crowd", 9), p, heard.listener(p)).result() for p in prompts]
+    service.start()
+    settled(service)
+    service.close()
+    expected = [runtime.generate([p], ["crowd"], max_new_tokens=9, min_new_tokens=9)[0] for p in prompts]
+    said = {
+        p: "".join(event.text for name, _, event in heard.events if name == p and isinstance(event, Said))
+        for p in prompts
+    }
+    assert [said[p] for p in prompts] == expected
+    assert all(len(item.tickets[0].row.answer) == 9 for item in prepared)
+
+
+def test_what_is_left_when_the_server_is_closed_is_told_so(runtime: Runtime) -> None:
+    service, heard = Service(runtime, ServeSettings(limits=Limits(rows=1))), Heard()
+    for name in "ab":
+        service.submit(ask(tokens=400), name, heard.listener(name)).result()
+    service.start()
+    while not heard.events:
+        time.sleep(0.001)
+    service.close()
+    errors = [event.error for _, _, event in heard.events if isinstance(event, Over)]
+    assert [error is not None and "being stopped" in error.message for error in errors] == [True, True]
+
+
+def test_a_prompt_that_memory_will_never_hold_is_refused(runtime: Runtime) -> None:
+    service = Service(runtime, ServeSettings(limits=Limits(kv_bytes=100 * 512)))
+    with pytest.raises(LoraRtError, match="more than this server has memory for"):
+        service.submit(ask(LONG * 2), "large", Heard().listener("large")).result()
+    assert service.busy == 0
+    service.close()
+
+
+def test_limits_that_leave_no_room_are_refused() -> None:
+    with pytest.raises(ServeError) as raised:
+        Limits(rows=0, deadline=0, chunk=-1).check()
+    assert all(word in raised.value.message for word in ("rows", "deadline", "chunk"))
