@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -21,7 +21,7 @@ from lora_rt.core.generation.batch import LengthError
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.explaining import Explanation
 from lora_rt.core.serving.failures import RESPONSES
-from lora_rt.core.serving.protocol import STRICT, Message, chat_prompt
+from lora_rt.core.serving.protocol import STRICT, Body, Message, chat_prompt
 from lora_rt.core.serving.service import Service
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import UnknownModeError
@@ -38,7 +38,7 @@ _OWN_FILES_ONLY = (
 )
 
 
-class ScenesRequest(BaseModel):
+class ScenesRequest(Body):
     """The body of POST /ui/scenes."""
 
     model_config = STRICT
@@ -46,7 +46,7 @@ class ScenesRequest(BaseModel):
     text: str = Field(min_length=1)
 
 
-class ActedRequest(BaseModel):
+class ActedRequest(Body):
     """The body of POST /ui/acted: an answer, and what it was given under."""
 
     model_config = STRICT

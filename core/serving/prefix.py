@@ -7,7 +7,8 @@ A token's keys and values depend on the tokens up to it and on what they were re
     a row    (I, base) (say, base) (Now, base)               the base alone: two tokens need not be read
 
 What a token is under is told by the adapters themselves (the objects in memory: a reloaded one is another), their
-weights and weights by layer, and, where a mode may gate them, also by scene type, prompt and the prompt's length.
+weights and weights by layer, the named composition whose mode weights them, and, where a mode may gate them, also by
+scene type, prompt and the prompt's length.
 """
 
 from __future__ import annotations
@@ -139,11 +140,16 @@ class PrefixCache:
 
     def _number(self, phase: Row, row: RequestRow) -> int:
         """Equal for what gives the same keys and values, and for nothing else."""
-        acting = sorted((self._adapter(phase.adapters[name]), name) for name in phase.adapters if _acts(phase, name))
-        terms = tuple((adapter, phase.weights.get(name, 0.0), phase.layers.get(name, ())) for adapter, name in acting)
-        gated = any(not self._is_static(phase.adapters[name]) for _, name in acting)
+        serial = {name: self._adapter(adapter) for name, adapter in phase.adapters.items()}
+        acting = sorted((serial[name], name) for name in serial if phase.uses(name))
+        terms = tuple((one, phase.weights.get(name, 0.0), phase.layers.get(name, ())) for one, name in acting)
+        mixes = frozenset(
+            (mix, tuple(sorted((serial[name], weight) for name, weight in own.items())))
+            for mix, own in phase.mixes.items()
+        )
+        gated = bool(mixes) or any(not self._is_static(phase.adapters[name]) for _, name in acting)
         about: Hashable = (_scene(phase.scene_type), phase.prompt, row.prompt_length) if gated else None
-        return self._numbers.setdefault((terms, about), len(self._numbers))
+        return self._numbers.setdefault((terms, mixes, about), len(self._numbers))
 
     def _adapter(self, adapter: ResidentAdapter) -> int:
         if adapter not in self._adapters:
@@ -159,10 +165,6 @@ class PrefixCache:
                 adapter.mode, view
             )
         return self._static[adapter]
-
-
-def _acts(phase: Row, name: str) -> bool:
-    return phase.weights.get(name, 0.0) != 0.0 or name in phase.layers
 
 
 def _scene(kind: Any) -> Hashable:

@@ -47,7 +47,7 @@ def _of_unicode(value: Any) -> Any:
     return value
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """The body of a request: all of its texts are Unicode."""
 
     _is_unicode = model_validator(mode="before")(_of_unicode)
@@ -79,7 +79,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Request(_Body):
+class _Request(Body):
     """What both kinds of requests have."""
 
     model_config = STRICT
@@ -212,7 +212,7 @@ class CompletionRequest(_Request):
         return self
 
 
-class TurnRequest(_Body):
+class TurnRequest(Body):
     """The body of PATCH /v1/responses-in-flight/{id}: what its answers are under from their next token on."""
 
     model_config = STRICT
@@ -221,7 +221,7 @@ class TurnRequest(_Body):
     composition: Given | None = None
 
 
-class AdminRequest(_Body):
+class AdminRequest(Body):
     """The body of POST /admin/adapters."""
 
     model_config = STRICT
