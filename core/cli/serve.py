@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.session import session
 from lora_rt.errors import LoraRtError, UsageError
+from lora_rt.registry.packages import points_of
 
 if TYPE_CHECKING:
     from lora_rt.core.serving.settings import ServeSettings
@@ -20,9 +22,14 @@ if TYPE_CHECKING:
 _NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 _GIB = 2**30
 _OWN = "lora-rt"
+_ENGINES = "lora_rt.engines"
 
 
 def serve(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[BASE REGISTER...]", help="Of another --engine, and behind -- its own flags."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Where to listen; others can connect to any but 127.0.0.1.")] = (
         "127.0.0.1"
     ),
@@ -76,11 +83,14 @@ def serve(
     ui: Annotated[
         bool, typer.Option("--ui", help="Also a page at /: sliders, a chat, and which register acted.")
     ] = False,
-    engine: Annotated[str, typer.Option("--engine", help="What computes: lora-rt.")] = _OWN,
+    engine: Annotated[str, typer.Option("--engine", help="What computes: lora-rt, or vllm with lora-rt-vllm.")] = _OWN,
 ) -> None:
     """Serve OpenAI's API, in which `model` is a composition: every request its own, all in one batch."""
     if engine != _OWN:
-        raise UsageError(f"there is no engine {engine!r}", next_step=f"Use {_OWN}")
+        _other(engine)([*([base] if base != "default" or not words else []), *(words or [])], host, port, api_key)
+        return
+    if words:
+        raise UsageError(f"{' '.join(words)} is for another --engine", next_step="Name the base with --base")
     if any(find_spec(name) is None for name in _NEEDED):
         raise LoraRtError("the server needs more packages", next_step='Run: pip install "lora-rt[serve]"')
     from lora_rt.core.serving.settings import Limits, ServeSettings
@@ -110,6 +120,20 @@ def serve(
         open_to_all = "" if api_key else ", and without --api-key everybody who can connect may use it"
         _warn(f"others can connect to {host}{open_to_all}")
     _serve(settings, base, precision, device, options.text_format(template_var, special_tokens), ui)
+
+
+def _other(name: str) -> Callable[[Sequence[str], str, int, str], None]:
+    """The engine that an installed package brings, which is called with (words, host, port, key)."""
+    found = next((point for point in points_of(_ENGINES)[0] if point.name == name), None)
+    if found is None:
+        brings = f"; pip install lora-rt-{name} brings it" if name == "vllm" else ""
+        raise UsageError(f"there is no engine {name!r} here{brings}", next_step=f"Use --engine {_OWN}, or leave it out")
+    try:
+        engine: Callable[[Sequence[str], str, int, str], None] = found.load()
+    except ImportError as error:
+        text = f"the engine {name!r} can't be loaded: {error}"
+        raise LoraRtError(text, next_step="Install its package anew") from error
+    return engine
 
 
 def _serve(settings: ServeSettings, base: str, precision: str, device: str, text: dict[str, object], ui: bool) -> None:

@@ -205,3 +205,45 @@ def test_the_default_base_is_handed_to_vllm_as_a_dense_folder(monkeypatch: pytes
     assert found.command[4] == str(tmp_path / "dense")
     assert (asked, value(found, "--max-lora-rank")) == (["float32"], "16")
     assert not home.bases().exists()
+
+
+def test_serve_hands_base_registers_and_flags_to_the_engine(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from importlib.metadata import EntryPoint
+
+    from typer.testing import CliRunner
+
+    from lora_rt.core.cli import serve
+    from lora_rt.core.cli.app import app
+
+    became: list[Any] = []
+    monkeypatch.setattr(os, "execvpe", lambda *given: became.append(given))
+    point = EntryPoint("vllm", "lora_rt_vllm.launch:engine", "lora_rt.engines")
+    monkeypatch.setattr(serve, "points_of", lambda group: ([point] if group == point.group else [], []))
+    told = CliRunner().invoke(
+        app, ["serve", "--engine", "vllm", "--port", "8123", str(base), "emotion", "--", "--seed", "3"]
+    )
+    assert told.exit_code == 0, told.output
+    command = became[0][1]
+    assert (command[4], command[-4:]) == (str(base), ("--port", "8123", "--seed", "3"))
+    assert became[0][2]["LORA_RT_VLLM_REGISTERS"] == "emotion"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--engine", "vllm"], "there is no engine 'vllm' here; pip install lora-rt-vllm brings it"),
+        (["--engine", "nonsense"], "there is no engine 'nonsense' here"),
+        (["someone/base"], "someone/base is for another --engine"),
+    ],
+)
+def test_serve_refuses_engines_that_are_not_here(words: list[str], text: str) -> None:
+    from typer.testing import CliRunner
+
+    from lora_rt.core.cli.app import app
+    from lora_rt.errors import UsageError
+
+    error = CliRunner().invoke(app, ["serve", *words]).exception
+    assert isinstance(error, UsageError)
+    assert error.message == text

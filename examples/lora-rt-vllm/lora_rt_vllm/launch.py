@@ -125,6 +125,18 @@ def serve(wanted: Wanted) -> None:
     os.execvpe(found.command[0], found.command, {**os.environ, **found.environment})
 
 
+def engine(words: Sequence[str], host: str, port: int, api_key: str) -> None:
+    """`lora-rt serve --engine vllm BASE REGISTER... -- FLAG...`: from the first flag on, all are vLLM's.
+
+    Raises:
+        LoraRtError: as `serve`.
+    """
+    cut = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
+    base, *registers = words[:cut] or ["default"]
+    extra = tuple(words[cut:])
+    serve(Wanted(base, tuple(registers), host=host, port=port, api_key=api_key, extra=extra))
+
+
 def _environment(own: Settings, wanted: Wanted) -> dict[str, str]:
     found = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", **own.environment()}
     if (allowed := os.environ.get("VLLM_PLUGINS")) is not None and "lora_rt" not in allowed.split(","):
