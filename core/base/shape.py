@@ -25,17 +25,22 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """What a model's forward pass can be told, which differs from architecture to architecture."""
+    """What a model's forward pass can be told, which differs from architecture to architecture.
+
+    `first_position` is what the first token's position is called: RoBERTa's begin behind that of its padding.
+    """
 
     takes_positions: bool
     takes_columns: bool
+    first_position: int = 0
 
     @classmethod
     def of(cls, model: Any) -> ForwardPass:
         """Read off the signature, that of the base where the model is PEFT's."""
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         names = inspect.signature(inner.forward).parameters
-        return cls("position_ids" in names, "logits_to_keep" in names)
+        takes_positions = "position_ids" in names
+        return cls(takes_positions, "logits_to_keep" in names, _first_position(inner) if takes_positions else 0)
 
     def arguments(
         self, ids: Tensor, mask: Tensor | None = None, columns: int | Tensor | None = None, *, cache: Any = None
@@ -55,7 +60,7 @@ class ForwardPass:
         if mask is not None:
             given["attention_mask"] = mask
             if self.takes_positions:
-                given["position_ids"] = positions_of(mask)[:, -ids.shape[1] :]
+                given["position_ids"] = positions_of(mask)[:, -ids.shape[1] :] + self.first_position
         if columns is not None and self.takes_columns:
             given["logits_to_keep"] = columns
         return given
@@ -77,6 +82,14 @@ def device_of(model: Any) -> torch.device:
         return torch.device(moved)
     tensors = [*embedding.parameters(), *embedding.buffers()]
     return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+
+
+def _first_position(model: nn.Module) -> int:
+    """One more than the row of a table of positions that stands for padding; 0 without one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def heads_of(config: Any) -> Heads:

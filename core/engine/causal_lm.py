@@ -69,7 +69,7 @@ class CausalLM:
         masked = not self._pass.takes_positions or (not bool(mask.all()) if padded is None else padded)
         given = self._pass.arguments(ids, mask if masked else None, keep) | self._cached(cache)
         if self._pass.takes_positions:
-            given["position_ids"] = positions
+            given["position_ids"] = positions + self._pass.first_position
         rows, tokens = ids.shape
         kept = keep if self._pass.takes_columns else None
         with self._one_at_a_time, plan.running(rows, tokens, kept) if plan is not None else base_alone():
@@ -111,7 +111,7 @@ class CausalLM:
 
     @cached_property
     def keeping(self) -> Keeping:
-        """How keys and values are kept; a cache of an unusual kind is tried before it is trusted."""
+        """How keys and values are kept; a cache is tried before it is trusted."""
         from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
         if self._cache_name is None or "use_cache" not in self._takes:
@@ -121,9 +121,9 @@ class CausalLM:
             kinds = {type(layer) for layer in self.new_cache().layers}
         except (AttributeError, KeyError, TypeError, ValueError):
             return "none"
-        if usual and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
-            return "shared"
-        return "apart" if self._keeps_rows_apart() else "none"
+        if not self._keeps_rows_apart():
+            return "none"
+        return "shared" if usual and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} else "apart"
 
     def new_cache(self) -> Any:
         """An empty cache of the kinds of layers that this model has."""

@@ -77,10 +77,12 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every linear layer: torch's and its subclasses (bitsandbytes'), GPT-2's Conv1D, and strangers.
 
     A stranger (of GPTQ, AWQ, HQQ, torch.ao, ...) says how many features it takes and gives; what lies in it is its own.
+    Layers that a model's own code makes something else of (routers that return more than a product, Llama 4's among
+    them; projections in groups, DeepSeek V4's) are left out: what they give is not W x.
     """
     found: dict[str, nn.Module] = {}
     for name, module in bare_modules(model):
-        if _says_linear(module) and not _parents(name) & found.keys():
+        if _says_linear(module) and not _is_own(module) and not _parents(name) & found.keys():
             found[name] = module
     return found
 
@@ -96,6 +98,12 @@ def _says_linear(module: nn.Module) -> bool:
 def _parents(name: str) -> set[str]:
     parts = name.split(".")
     return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether its class is a linear layer by inheritance alone."""
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models.")]
+    return any("forward" in vars(kind) for kind in kinds)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -223,6 +231,11 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
     finally:
         for handle in handles:
             handle.remove()
+    if strange := [name for name, x in calls if not x.is_floating_point()]:
+        text = (
+            f"{type(model).__name__} gives {strange[0]} what are no numbers: it takes them for those of packed weights"
+        )
+        raise BaseError(text, next_step="Use --precision bfloat16 or float32")
     return calls
 
 

@@ -19,6 +19,7 @@ from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targ
 from lora_rt.registry.card import BaseIdentity, StateTensor
 from lora_rt.registry.files import STATE, WEIGHTS
 
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # as PEFT lists them
 SAVED_DTYPE = torch.bfloat16
 
 
@@ -29,9 +30,14 @@ def fresh_adapter(base: LoadedBase, settings: TrainSettings) -> Any:
 
 
 def adaptable(model: Any) -> dict[str, nn.Module]:
-    """Name -> module of the linear layers that `--target-modules` can mean: all but the output head."""
+    """Name -> module of the linear layers that `--target-modules` can mean.
+
+    All but the output head, and but those that PEFT refuses in a Mamba, whose fast kernel reads their weights alone.
+    """
     head = model.get_output_embeddings()
-    return {name: module for name, module in find_linears(model).items() if module is not head}
+    refused = ("out_proj",) if model.config.model_type in _MAMBAS else ()
+    linears = find_linears(model)
+    return {n: m for n, m in linears.items() if m is not head and n.rsplit(".", 1)[-1] not in refused}
 
 
 def targets(model: Any, settings: TrainSettings) -> list[str]:

@@ -81,12 +81,16 @@ class Oracle:
 
 
 def everything(model: Any) -> str | list[str]:
-    """What PEFT calls all linear layers; of a Mamba without those that PEFT refuses there by their names."""
-    if model.config.model_type not in _NOT_OUT_PROJ:
-        return "all-linear"
+    """What PEFT calls all linear layers, without those with which PEFT fails.
+
+    It refuses some of a Mamba by their names, and breaks layers that are linear by inheritance alone.
+    """
     head = model.get_output_embeddings()
-    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return [name for name in linears if name.rsplit(".", 1)[-1] not in ("out_proj", "conv1d")]
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    left = [n for n, m in linears.items() if type(m).__module__.startswith("transformers.models.")]
+    if model.config.model_type in _NOT_OUT_PROJ:
+        left += [name for name in linears if name.rsplit(".", 1)[-1] in ("out_proj", "conv1d")]
+    return [name for name in linears if name not in left] if left else "all-linear"
 
 
 def attention_of(model: Any) -> list[str]:
@@ -97,6 +101,7 @@ def attention_of(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if module is not head
         and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+        and not type(module).__module__.startswith("transformers.models.")
         and _ATTENTION.fullmatch(name)
         and not (model.config.model_type in _NOT_OUT_PROJ and name.endswith("out_proj"))
     ]
