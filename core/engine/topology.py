@@ -231,10 +231,9 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
     finally:
         for handle in handles:
             handle.remove()
-    if strange := [name for name, x in calls if not x.is_floating_point()]:
-        text = (
-            f"{type(model).__name__} gives {strange[0]} what are no numbers: it takes them for those of packed weights"
-        )
+    packed = [c.name for c in calls if isinstance(layers[c.name], nn.Linear) and not c.x.is_floating_point()]
+    if packed:
+        text = f"{type(model).__name__} takes the numbers of a packed weight for its own, and so breaks {packed[0]}"
         raise BaseError(text, next_step="Use --precision bfloat16 or float32")
     return calls
 
