@@ -455,16 +455,21 @@ class Runtime:
         return choices_nll(self.parts.lm, self.parts.planner(), alone, rows, texts)
 
     def register_scenes(self, prompts: Sequence[Prompt], adapter: str) -> list[dict[str, float]]:
-        """The scene types of prompts by the classifier of a resident adapter: type -> share, each adding up to 1.
+        """The scene types of prompts, each type -> share, adding up to 1.
+
+        Args:
+            prompts: as in `generate`.
+            adapter: whose classifier: a resident adapter's, or that of a named composition with a mode.
 
         Raises:
-            LoraRtError: the adapter is not resident, or its mode registers no scenes.
+            LoraRtError: there is no such adapter, or its mode registers no scenes.
         """
-        if adapter not in self.adapters:
+        asked = self.parts.residents.mix(adapter) or (self.resident(adapter) if adapter in self.adapters else None)
+        if asked is None:
             raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
-        found = self.parts.classifier.ask(self.resident(adapter), [self.text.prompt_ids(prompt) for prompt in prompts])
+        found = self.parts.classifier.ask(asked, [self.text.prompt_ids(prompt) for prompt in prompts])
         if found is None:
-            text = f"the mode {self.adapters[adapter].mode!r} of {adapter!r} registers no scenes"
+            text = f"the mode {asked.mode!r} of {adapter!r} registers no scenes"
             raise RequestError(text, next_step="Use an adapter of the mode context")
         return [dict(zip(found.types, shares, strict=True)) for shares in found.probabilities.tolist()]
 

@@ -1,4 +1,4 @@
-"""`lora-rt scene`: which scene type a text belongs to, as a context adapter recognizes it."""
+"""`lora-rt scene`: which scene type a text belongs to, as a context adapter or a composition recognizes it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lora_rt.core.cli.session import session
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager import UnknownModeError
+from lora_rt.registry.errors import StoreError
 from lora_rt.registry.reference import Reference
 
 
@@ -22,7 +23,7 @@ def scene(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt whose scene type is to be recognized.")],
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", metavar="REF", help="Whose classifier; the first context adapter by name."),
+        typer.Option("--adapter", metavar="REF", help="Whose classifier: an adapter's, or a composition's."),
     ] = None,
     base: options.Base = "default",
     allow_base_mismatch: options.AllowBaseMismatch = False,
@@ -40,7 +41,7 @@ def scene(
     parsed = Reference.parse(reference)
     look_up(Composition((Term(parsed),)), base)
     runtime = session().runtime(base, precision, device, **form)
-    name = runtime.ensure(reference)
+    name = reference if parsed.kind == "name" and _composed(reference) else runtime.ensure(reference)
     (shares,) = runtime.register_scenes([text], name)
     if as_json:
         print_json({"text": text, "adapter": name, "scene_types": shares})
@@ -52,6 +53,9 @@ def scene(
 
 def _first_able() -> str:
     modes = session().modes
+    for name in session().registry.compositions.names():
+        if _composed(name):
+            return name
     for item in session().registry.installed():
         with suppress(UnknownModeError):
             if item.card is not None and modes.implements(item.card.mode, "lora_rt_scene"):
@@ -59,3 +63,11 @@ def _first_able() -> str:
     raise LoraRtError(
         "no installed adapter recognizes scenes", next_step="Name one with --adapter, or train one with --mode context"
     )
+
+
+def _composed(name: str) -> bool:
+    """Whether a name is a composition's whose mode recognizes scenes."""
+    with suppress(UnknownModeError, StoreError):
+        named = session().registry.compositions.look_up(name)
+        return named is not None and bool(named.mode) and session().modes.implements(named.mode, "lora_rt_scene")
+    return False

@@ -19,6 +19,7 @@ from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.card import AdapterCard
+from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
 from lora_rt.registry.reference import Reference, check_name
 from lora_rt.registry.registry import Registry
@@ -160,15 +161,32 @@ class Residents:
             raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
         return found
 
+    def mix(self, name: str) -> Mix | None:
+        """The named composition of this name in memory, where it has a mode; its adapters are not loaded for it.
+
+        Raises:
+            LoraRtError: it is for another base, or its mode or its tensors are missing.
+        """
+        names = RequestNames(self._registry.compositions, self._given)
+        term = Term(Reference.parse(name))
+        named = named_composition(term, names)
+        if named is None or not named.mode:
+            return None
+        expanded(term, names, self._base.facts)
+        return self._mix(named)
+
+    def _mix(self, named: NamedComposition) -> Mix:
+        self._modes.require(named.mode)
+        with self._lock:
+            if named.sha256 not in self._mixes:
+                self._mixes[named.sha256] = read_mix(named, self._registry.compositions)
+            return self._mixes[named.sha256]
+
     def _mixed(self, term: Term, parts: Sequence[ResolvedTerm], names: RequestNames) -> list[ResolvedTerm]:
         """The terms of a named composition with a mode, and what its mode keeps."""
         named = named_composition(term, names)
         assert named is not None
-        self._modes.require(named.mode)
-        with self._lock:
-            mix = self._mixes.get(named.sha256)
-            if mix is None:
-                mix = self._mixes[named.sha256] = read_mix(named, self._registry.compositions)
+        mix = self._mix(named)
         return [replace(part, mix=mix) for part in parts]
 
     def _resolved(self, term: Term) -> ResolvedTerm:

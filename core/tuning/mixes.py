@@ -22,7 +22,8 @@ from lora_rt.core.tuning.settings import MixSettings, SceneSettings, TuneError
 from lora_rt.plugins.contract import AdapterView, Gate, GateContext, JointGateContext, MixtureContext
 
 NEUTRAL = "neutral"
-_JUDGED = 10  # how often on the way the state is tried on the held-out examples
+_JUDGED = 6  # how often on the way the state is tried on the held-out examples
+_MOST_ASIDE = 48  # of them, so that trying does not take longer than fitting
 _ROWS = 16
 _LOOKED_AT = 64  # examples whose hidden states the mode may look at before it begins
 
@@ -93,6 +94,8 @@ class MixFit:
             TuneError: the loss is no number.
         """
         settings = self._settings
+        gated = self._gated(aside)
+        aside = gated[:: -(-len(gated) // _MOST_ASIDE) or 1]
         batches = list(steps(self._gated(self._items), settings.batch_size, settings.epochs, settings.seed))
         optimizer = torch.optim.Adam(self.state.values(), lr=settings.learning_rate)
         first = last = self.loss(aside)

@@ -8,7 +8,11 @@ of the gates, has the bare scene as its prompt, which shows none.
     adapters/<register>.jsonl   {"scene", "text"}
     gates.jsonl                 {"scene", "text", "scene_type"}, scene_type "neutral" for bare scenes
     heldout.jsonl               the same, of the held-out scenes, without the neutral ones
+    prompts.jsonl               like gates.jsonl, every other prompt the first sentence alone: for the composition
+                                `registers` over the adapters that ship, which are led by prompts of both forms
     turning.jsonl               {"scene", "text", "turn", "scene_types"}: after the words `turn` the register changes
+    turns.jsonl                 texts of the same kind from the training scenes, in both orders of many pairs of
+                                registers: from these a router learns, which is told no turn and no type
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,12 @@ def begun(example: dict[str, Any]) -> dict[str, Any]:
     """An example whose prompt ends in its first sentence."""
     first, rest = parted(example["text"])
     return {"scene": f"{example['scene']}\n\n{first}", "text": rest}
+
+
+def alone(example: dict[str, Any]) -> dict[str, Any]:
+    """An example whose prompt is its first sentence, without its scene."""
+    first, rest = parted(example["text"])
+    return {"scene": first, "text": rest}
 
 
 def bare(example: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +85,20 @@ def make(folder: Path) -> None:
     gates = [{**begun(e), "scene_type": r} for row in rows for r, e in zip(REGISTERS, row, strict=True)]
     gates += [{**bare(e), "scene_type": "neutral"} for e in kept[REGISTERS[0]]]
     write(folder / "gates.jsonl", gates)
+    forms = (begun, alone)
+    prompts = [
+        {**forms[number % 2](e), "scene_type": r}
+        for number, row in enumerate(zip(*kept.values(), strict=True))
+        for r, e in zip(REGISTERS, row, strict=True)
+    ]
+    write(folder / "prompts.jsonl", [*prompts, *gates[-len(kept[REGISTERS[0]]) :]])
+    pairs = list(permutations(REGISTERS, 2))
+    learned = [
+        turning(kept[a][number], kept[b][number], (a, b))
+        for number in range(len(kept[REGISTERS[0]]))
+        for a, b in (pairs[number % len(pairs)], pairs[(number + 5) % len(pairs)])
+    ]
+    write(folder / "turns.jsonl", learned)
     held = zip(*held_out.values(), strict=True)
     typed = ({**begun(e), "scene_type": r} for row in held for r, e in zip(REGISTERS, row, strict=True))
     write(folder / "heldout.jsonl", typed)

@@ -11,6 +11,10 @@ user's weight of the term: with it a mix whose weights suit neutral text can sti
 
 Where the caller names no scene type, a linear classifier on the base's early hidden state gives the shares, once per
 request. State: "theta" (types, layers, heads), "scale" (types,) as logarithm, "registrar" (types + 1, hidden + 1).
+
+A named composition may be of this mode, too, over adapters of any mode: it then has one classifier, and a gate and a
+scale for each of its adapters ("theta" and "scale" have one more axis in front), and lets the register lead to which
+the prompt belongs.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ from lora_rt.plugins.contract import (
     ComposeContext,
     Gate,
     GateContext,
+    JointGateContext,
     LoraRtError,
+    Mixture,
+    MixtureContext,
     Objective,
     ObjectiveContext,
     SceneContext,
@@ -73,11 +80,12 @@ def _untrained(context: ObjectiveContext, options: Options) -> Any:
     return state
 
 
-def _shapes(types: int, base: BaseFacts) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes that each tensor of the state may have."""
+def _shapes(types: int, base: BaseFacts, adapters: int = 0) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each tensor of the state may have: of an adapter, or of a composition of so many."""
+    each = (adapters,) if adapters else ()
     return {
-        "theta": [(types, base.layers, base.heads), (types, base.layers, 1)],
-        "scale": [(types,)],
+        "theta": [(*each, types, base.layers, base.heads), (*each, types, base.layers, 1)],
+        "scale": [(*each, types)],
         "registrar": [(types + 1, base.hidden_size + 1)],
     }
 
@@ -92,7 +100,7 @@ def _read(name: str, of: AdapterView) -> Tensor | None:
     tensor = of.state.get(name)
     if tensor is None or not types:
         return None
-    allowed = _shapes(types, of.base)[name]
+    allowed = _shapes(types, of.base, len(of.card.get("weights", ())))[name]
     if tuple(tensor.shape) not in allowed:
         raise StateError(
             f"{name!r} in the state of {of.adapter!r} has the shape {tuple(tensor.shape)}, not {allowed[0]}",
@@ -111,9 +119,51 @@ def lora_rt_objective(context: ObjectiveContext) -> Objective:
             next_step="Name them, for instance: --scene-types logic,emotion,body,archetype",
         )
     objective = SceneToText(context, _untrained(context, options))
-    # Stated, not left to the runtime's default: a fitted classifier is of use at its own depth alone.
-    objective.hidden_layers = options.hidden_layers or max(1, context.base.layers // 4)
+    objective.hidden_layers = _depth(options, context.base)
     return objective
+
+
+def _depth(options: Options, base: BaseFacts) -> int:
+    """Stated, not left to the runtime's default: a fitted classifier is of use at its own depth alone."""
+    return options.hidden_layers or max(1, base.layers // 4)
+
+
+@hookimpl
+def lora_rt_mixture(context: MixtureContext) -> Mixture:
+    """A composition whose registers lead by the scene type of the prompt."""
+    from torch import zeros
+
+    options = read_options(context.options, Options)
+    types = len(context.scene_types)
+    if not types:
+        text = "no example of the data has a scene type by which a composition could be led"
+        raise SceneTypeError(text, next_step='Give each line one: {"scene": ..., "text": ..., "scene_type": ...}')
+    shapes = _shapes(types, context.base, len(context.adapters))
+    state = {name: zeros(allowed[0] if options.heads else allowed[-1]) for name, allowed in shapes.items()}
+    return Mixture(state, hidden_layers=_depth(options, context.base))
+
+
+@hookimpl
+def lora_rt_joint_gate(context: JointGateContext) -> list[Gate | None] | None:
+    """Of a composition: what each of its adapters says under the scene types of the rows; None for adapters alone."""
+    import torch
+
+    view = context.composition
+    if view is None:
+        return None
+    acting = [any(active) for active in zip(*(one.active for one in context.adapters), strict=True)]
+    kinds = [kind if acts else None for kind, acts in zip(context.adapters[0].scene_types, acting, strict=True)]
+    theta, scale = _read("theta", view), _read("scale", view)
+    if theta is None or scale is None or all(kind is None for kind in kinds):
+        return [None] * len(context.adapters)
+    device = context.adapters[0].input_ids.device
+    theta, scale = theta.to(device), scale.to(device)
+    shares = _shares(kinds, _types(view.card), view.adapter).to(theta)
+    rest = shares[:, -1]
+    # (rows, types) x (adapters, types, layers, heads) -> (adapters, layers, rows, heads)
+    heads = torch.einsum("rt,ktlh->klrh", shares[:, :-1], 2 * theta.sigmoid()) + rest[:, None]
+    ranks = torch.einsum("rt,kt->kr", shares[:, :-1], scale.exp()) + rest
+    return [Gate(ranks=r[None, :, None, None], heads=h[:, :, None, :]) for r, h in zip(ranks, heads, strict=True)]
 
 
 @hookimpl
