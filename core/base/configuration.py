@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.precision import described
 from lora_rt.core.base.source import BaseError
 
 CONFIG = "config.json"
@@ -51,17 +52,13 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 
 
 def quantization_of(folder: Path) -> str | None:
-    """The precision that a folder was saved in, or the name of a format that is none of ours; None where it is dense.
+    """The precision that a folder was saved in, or in words what others have quantized it to; None where it is dense.
 
     Raises:
         BaseError: as `read_configuration`.
     """
     quantization = read_configuration(folder).get("quantization_config")
-    if not quantization:
-        return None
-    if quantization.get("load_in_4bit"):
-        return "int4"
-    return "int8" if quantization.get("load_in_8bit") else str(quantization.get("quant_method", "an unknown format"))
+    return described(quantization) if quantization else None
 
 
 def check_weights(folder: Path) -> None:

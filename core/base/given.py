@@ -7,11 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_rt.core.base.identity import identify
-from lora_rt.core.base.load import LoadedBase, base_facts
+from lora_rt.core.base.load import LoadedBase, base_facts, compute_dtype_of
 from lora_rt.core.base.precision import precision_of
 from lora_rt.core.base.shape import device_of
 from lora_rt.core.base.source import BaseError, parse_base
@@ -39,7 +38,6 @@ def given_base(model: Any, tokenizer: Any, base_id: str | None = None) -> Loaded
     identity = _identity(inner, base_id)
     precision = precision_of(inner)
     facts = base_facts(inner, identity, precision)
-    floats = (p.dtype for p in inner.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
     return LoadedBase(
         model=inner,
         tokenizer=words,
@@ -48,7 +46,7 @@ def given_base(model: Any, tokenizer: Any, base_id: str | None = None) -> Loaded
         folder=Path(str(getattr(inner, "name_or_path", ""))),
         precision=precision,
         device=device_of(inner),
-        dtype=next(floats, torch.float32),
+        dtype=compute_dtype_of(inner),
         give_back=_borrow(inner),
     )
 

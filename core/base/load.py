@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_rt.core.base.bounded import hold_to_limits
-from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
+from lora_rt.core.base.precision import check_precision, choose_device, compute_dtype
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
@@ -26,6 +27,9 @@ from lora_rt.registry.card import BaseIdentity
 
 def _nothing() -> None:
     """The model of a base that we loaded is ours."""
+
+
+_LOGGER = logging.getLogger("lora_rt.base")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +104,15 @@ def load_base(
     chosen = check_precision(precision)
     target = choose_device(device, chosen)
     prepared = prepare_base(parse_base(text), chosen)
-    with libraries_silenced(), step(f"loading {prepared.identity.id} ({chosen})"):
-        model, tokenizer = _read(prepared.folder, chosen, target)
+    kept, dtype = prepared.foreign or chosen, compute_dtype(chosen)
+    if prepared.foreign is not None:
+        if for_training:
+            text = f"{prepared.identity.id} is quantized by others ({kept}), and no adapter is trained over that"
+            raise BaseError(text, next_step="Train over the dense model; the adapter can be used over this one")
+        _LOGGER.info("%s is quantized by others (%s): loaded as it is", prepared.identity.id, kept)
+        dtype = None
+    with libraries_silenced(), step(f"loading {prepared.identity.id} ({kept})"):
+        model, tokenizer = _read(prepared.folder, target, dtype, prepared.foreign)
         model.requires_grad_(False)
         model.eval()
         forbid_uneven_repacking(model)
@@ -111,23 +122,34 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         identity=prepared.identity,
-        facts=base_facts(model, prepared.identity, chosen),
+        facts=base_facts(model, prepared.identity, kept),
         folder=prepared.folder,
-        precision=chosen,
+        precision=kept,
         device=target,
-        dtype=compute_dtype(chosen),
+        dtype=dtype or compute_dtype_of(model),
     )
 
 
-def _read(folder: Path, precision: Precision, device: torch.device) -> tuple[Any, Any]:
+def compute_dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's activations: that of its first weights of 16 or 32 bits."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(floats, torch.float32)
+
+
+def _read(folder: Path, device: torch.device, dtype: torch.dtype | None, foreign: str | None) -> tuple[Any, Any]:
     hold_to_limits(folder)
     try:
-        model = whole_model(folder, dtype=compute_dtype(precision), device_map={"": device})
+        # HQQ takes no map of a CPU, which is where models are loaded anyway.
+        place = {} if foreign is not None and device.type == "cpu" else {"device_map": {"": device}}
+        model = whole_model(folder, dtype=dtype or "auto", **place)
         tokenizer = whole_tokenizer(folder)
     except torch.OutOfMemoryError as error:
         text = f"{folder.name} does not fit into the memory of {device}"
         raise BaseError(text, next_step="Use --precision int4, or a smaller base") from error
     except UNREADABLE as error:
+        if foreign is not None:
+            text = f"{folder.name} is quantized by others ({foreign}), and can't be loaded on {device} here"
+            raise BaseError(f"{text}: {first_line(error)}", next_step="Give a dense copy of it") from error
         text = f"{folder} can't be loaded: {first_line(error)}"
         raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
     if tokenizer.pad_token_id is None:

@@ -39,10 +39,14 @@ _LOGGER = logging.getLogger("lora_rt.base")
 
 @dataclass(frozen=True, slots=True)
 class PreparedBase:
-    """A folder that transformers loads as it is, and which base it holds."""
+    """A folder that transformers loads as it is, and which base it holds.
+
+    `foreign` is how others have quantized it, in words; None where it is in a precision of ours.
+    """
 
     folder: Path
     identity: BaseIdentity
+    foreign: str | None = None
 
 
 def prepare_base(source: BaseSource, precision: Precision) -> PreparedBase:
@@ -72,18 +76,21 @@ def _prepare_default(precision: Precision) -> PreparedBase:
 
 
 def _prepare_folder(dense: Path, precision: Precision, hub_id: str | None = None) -> PreparedBase:
-    """Dense precisions read the folder itself; a quantized one is made once, unless the folder is quantized already."""
+    """Dense precisions read the folder itself; a quantized one is made once, unless the folder is quantized already.
+
+    What others have quantized is loaded as it is, whatever precision is wanted.
+    """
     check_weights(dense)
     _mention_adapter(dense)
     kept = quantization_of(dense)
-    if kept is not None and kept != precision:
-        advice = f"Use --precision {kept}, or a dense copy of it" if kept in QUANTIZED else "Give a dense copy of it"
+    if kept in QUANTIZED and kept != precision:
+        advice = f"Use --precision {kept}, or a dense copy of it"
         raise BaseError(f"{dense.name} is already quantized to {kept}", next_step=advice)
     identity = identify_folder(dense)
     if hub_id is not None:
         identity = BaseIdentity(hub_id, dense.name, identity.digest)
     if kept is not None or precision not in QUANTIZED:
-        return PreparedBase(dense, identity)
+        return PreparedBase(dense, identity, kept if kept not in (None, *QUANTIZED) else None)
     return _keep(identity, precision, lambda folder: _quantize(dense, folder, precision))
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lora_rt.core.base import prepare
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.registry import home
-from support.tiny import Zoo, dense_logits, some_ids
+from support.tiny import Zoo, config_of, dense_logits, random_model, save_tokenizer, some_ids
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 IDS = some_ids()
@@ -300,3 +301,40 @@ def test_progress_is_silent_where_nobody_watches(zoo: Zoo, capfd: pytest.Capture
     load_base(str(zoo.base("llama")), "int8", "cpu")
     assert time.monotonic() - started < 60
     assert capfd.readouterr() == ("", "")
+
+
+def ternary(folder: Path) -> Any:
+    """A model in BitNet's packed ternary weights, which transformers reads without another package."""
+    from transformers.integrations.bitnet import BitLinear, pack_weights
+
+    model = random_model(config_of("llama"))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            packed = BitLinear(module.in_features, module.out_features, bias=False, dtype=torch.float32)
+            packed.weight = pack_weights(module.weight.detach().sign())
+            packed.weight_scale = module.weight.detach().abs().mean().reshape(1).reciprocal()
+            model.set_submodule(name, packed)
+    model.config.quantization_config = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+def test_a_folder_that_others_have_quantized_is_loaded_as_it_is(tmp_path: Path) -> None:
+    model = ternary(tmp_path / "theirs")
+    base = load_base(str(tmp_path / "theirs"), "int4", "cpu")
+    assert base.precision == base.facts.precision == "bitnet"
+    with torch.inference_mode():
+        ours, theirs = (m(input_ids=some_ids()).logits for m in (base.model, model))
+    assert_close(ours, theirs, atol=1e-4, rtol=0.0)
+    with pytest.raises(BaseError, match="quantized by others"):
+        load_base(str(tmp_path / "theirs"), "int4", "cpu", for_training=True)
+
+
+def test_a_quantization_that_can_not_run_here_is_refused_with_its_reason(zoo: Zoo, tmp_path: Path) -> None:
+    shutil.copytree(zoo.base("llama"), tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseError, match=r"quantized by others .gptq, 4 bits., and can't be loaded on cpu here: .+"):
+        load_base(str(tmp_path / "theirs"), "int4", "cpu")
