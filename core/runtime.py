@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from lora_rt.core.base.fastest import check_wish
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.engine.bank import ResidentAdapter
@@ -76,10 +77,11 @@ class Runtime:
         *,
         template_variables: Mapping[str, Any] | None = None,
         special_tokens: bool = False,
+        multiply: str | None = None,
     ) -> None:
         """Use `Runtime.load`; this is for callers who have loaded the parts themselves."""
         self.text = TextFormat.of_base(base, template_variables, special_tokens=special_tokens)
-        self._adapted: AdaptedBase | None = AdaptedBase(base, modes, registry, self.text)
+        self._adapted: AdaptedBase | None = AdaptedBase(base, modes, registry, self.text, multiply)
 
     @classmethod
     def load(
@@ -94,6 +96,7 @@ class Runtime:
         modes: ModeHost | None = None,
         registry: Registry | None = None,
         allow_base_mismatch: bool = False,
+        multiply: str | None = None,
     ) -> Runtime:
         """Load a base, fetching and quantizing it first where that has not been done yet.
 
@@ -106,16 +109,27 @@ class Runtime:
             special_tokens: read `<|im_end|>` and the like in prompts and answers as tokens; they are text by default.
             modes, registry: those that the caller has opened already.
             allow_base_mismatch: take adapters that state another base, if their shapes fit.
+            multiply: how weights that are kept in few bits are multiplied on a CPU: "packed", "dequantize" (made dense
+                for every product), "dense" (a dense copy that is kept), or "auto", the fastest of them for each shape
+                and number of tokens, as measured once on this machine. `$LORA_RT_MULTIPLY` where left out.
 
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
+        check_wish(multiply)
         modes = modes or load_modes()
         if registry is None:
             registry = Registry(project=project, sources=modes.sources(), allow_base_mismatch=allow_base_mismatch)
         text = base if isinstance(base, str) else str(Path(fspath(base)).absolute())
         loaded = load_base(text, precision, device)
-        return cls(loaded, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
+        return cls(
+            loaded,
+            modes,
+            registry,
+            template_variables=template_variables,
+            special_tokens=special_tokens,
+            multiply=multiply,
+        )
 
     @classmethod
     def over(
@@ -154,7 +168,14 @@ class Runtime:
             registry = Registry(project=project, sources=modes.sources(), allow_base_mismatch=allow_base_mismatch)
         base = given_base(model, tokenizer, base_id)
         try:
-            return cls(base, modes, registry, template_variables=template_variables, special_tokens=special_tokens)
+            return cls(
+                base,
+                modes,
+                registry,
+                template_variables=template_variables,
+                special_tokens=special_tokens,
+                multiply="packed",  # no copies of a model that is the caller's
+            )
         except BaseException:
             base.give_back()
             raise

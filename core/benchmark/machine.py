@@ -7,12 +7,12 @@ import platform
 import subprocess
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from lora_rt.core.base.machine import cpu_name
 from lora_rt.version import __version__
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python")
@@ -22,7 +22,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Processor, memory and threads; on a GPU also its name, memory (GiB) and driver."""
     facts: dict[str, Any] = {
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -75,13 +75,3 @@ def _driver() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
-
-
-def _cpu_name() -> str:
-    """Linux names the processor in /proc/cpuinfo; elsewhere the platform module has to do."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -14,8 +14,7 @@ W + sum_k w_k s_k B_k A_k; the base's weights are never touched.
 topology.py  where adapters can act in a model         bank.py    the residents, and plans over them
 stack.py     the active residents' A and B, stacked    shared.py  the plan whose rows share a stack
 lanes.py     the plan whose rows have a lane each      gates.py   what multiplies the ranks
-site.py      the hook-up of a linear layer             cpu_4bit.py  the short way to bitsandbytes' kernel
-wrappers.py  the base within what PEFT wraps around it
+site.py      the hook-up of a linear layer             wrappers.py  the base within what PEFT wraps around it
 plan.py      a plan, and the pass that runs under it   hidden_states.py  the base's early hidden state
 lru.py       what was laid out, kept (LRU, by bytes)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_rt.core.engine.cpu_4bit import direct_forward
+from lora_rt.core.base.cpu_4bit import direct_forward
 from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
 from lora_rt.core.engine.wrappers import inner_of

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from lora_rt.core.base.fastest import Products
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.causal_lm import CausalLM
@@ -29,12 +30,21 @@ from lora_rt.registry.registry import Registry
 class AdaptedBase:
     """The parts, each of which knows only those before it."""
 
-    def __init__(self, base: LoadedBase, modes: ModeHost, registry: Registry, text: TextFormat | None = None) -> None:
+    def __init__(
+        self,
+        base: LoadedBase,
+        modes: ModeHost,
+        registry: Registry,
+        text: TextFormat | None = None,
+        multiply: str | None = None,
+    ) -> None:
         self.base = base
         self.modes = modes
         self.registry = registry
         with ExitStack() as undo:  # where this fails half-way, too
             undo.callback(base.give_back)
+            self.products = Products(base.model, multiply)
+            undo.callback(self.products.close)
             self.lm = CausalLM(base.model)
             self.bank = AdapterBank(base.model, base.dtype)
             undo.callback(self.bank.close)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_rt.core.base.fastest import Products
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.reading import UNREADABLE, config_alone
 from lora_rt.core.base.shape import context_of
@@ -62,6 +63,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     """
     _check_targets(settings)
     base = load_base(settings.base, settings.precision, settings.device, for_training=True)
+    Products(base.model).keep()  # before it is looked how much memory is free
     text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
     objective = objective_of(settings, modes, base, text)
     training, held_out = examples_of(settings, objective, base)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.engine import cpu_4bit
-from lora_rt.core.engine.cpu_4bit import direct_forward
+from lora_rt.core.base import cpu_4bit
+from lora_rt.core.base.cpu_4bit import direct_forward
 
 packs = bnb.functional.has_avx512bf16()
 needs_packing = pytest.mark.skipif(not packs, reason="bitsandbytes packs 4-bit weights on processors with AVX-512 BF16")

@@ -1,0 +1,168 @@
+"""The products of a base's layers, each in the way that is fastest here, with the dense copies that pay off and fit.
+
+Decided when a base is put to use, for each shape of layers and each class of tokens: one process always multiplies the
+same layer by the same number of tokens in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from lora_rt.core.base.machine import free_bytes
+from lora_rt.core.base.measured import Times, layer_name, times_of
+from lora_rt.core.base.multiply import SIZES, Product, Way, computes_in, is_4bit, keeps, packs, ways_of
+from lora_rt.core.base.source import BaseError
+
+Wish = Literal["auto", "packed", "dequantize", "dense"]
+WISHES: tuple[Wish, ...] = get_args(Wish)
+VARIABLE = "LORA_RT_MULTIPLY"
+
+Ways = tuple[Way, ...]
+"""One for each class of `SIZES`."""
+
+_TINY = 4_000_000  # numbers in all layers of a base, below which there is nothing to gain
+_SHARE = 0.5  # of the free memory that dense copies may take
+_GAIN = 0.9  # a way, or a set of copies, is left for another one only if that takes at most this share of its time
+_COPIES: tuple[frozenset[str], ...] = tuple(map(frozenset, ((), ("narrow",), ("wide",), ("narrow", "wide"))))
+"""Sets of dense copies: in the dtype that the layers compute in, in float32, and both; smaller ones come first."""
+
+
+def check_wish(name: str | None) -> Wish:
+    """How weights are to be multiplied: what is given, else what `$LORA_RT_MULTIPLY` says, else "auto".
+
+    Raises:
+        BaseError: there is no such way.
+    """
+    chosen = name or os.environ.get(VARIABLE) or "auto"
+    for wish in WISHES:
+        if chosen == wish:
+            return wish
+    raise BaseError(f"there is no way {chosen!r} to multiply weights", next_step=f"Use one of: {', '.join(WISHES)}")
+
+
+class Products:
+    """The products of a model's layers, until they are closed. `nbytes` is the memory of their dense copies."""
+
+    def __init__(self, model: nn.Module, wish: str | None = None) -> None:
+        """Sets the forward of every layer that has a faster way; one whose forward somebody has set keeps it.
+
+        To be made before the model's first forward pass, which packs 4-bit weights on some processors.
+
+        Raises:
+            BaseError: there is no such wish, or the dense copies that are wished for do not fit into the memory.
+        """
+        chosen = check_wish(wish)
+        layers = [] if chosen == "packed" else _layers(model)
+        if chosen == "auto" and sum(map(_numbers, layers)) < _TINY:
+            layers = []
+        plan = choose(layers, chosen, int(free_bytes("cpu") * _SHARE)) if layers else {}
+        self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
+        self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
+        for layer in self.layers:
+            layer.forward = Product(layer, plan[layer_name(layer)])  # type: ignore[method-assign]  # of this one alone
+
+    def keep(self) -> None:
+        """Make all dense copies now instead of when they are first needed: what is free then is free."""
+        for layer in self.layers:
+            layer.forward.keep()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Give the layers their own forwards back, and the memory of the copies."""
+        for layer in self.layers:
+            if isinstance(vars(layer).get("forward"), Product):
+                del layer.forward
+        self.layers = []
+
+
+def choose(layers: Sequence[nn.Linear], wish: Wish, room: int) -> dict[str, Ways]:
+    """Layer name -> its ways, with the dense copies that pay off among those that fit into `room` bytes.
+
+    Raises:
+        BaseError: those that are wished for do not.
+    """
+    counts = Counter(map(layer_name, layers))
+    examples = {layer_name(layer): layer for layer in layers}
+    times = times_of(examples)
+    shares = {name: counts[name] * _numbers(layer) for name, layer in examples.items()}
+    best: tuple[float, dict[str, Ways]] | None = None
+    needed = []
+    for copies in _COPIES:
+        plan = {name: _ways(layer, times[name], wish, copies) for name, layer in examples.items()}
+        if not all(plan.values()):
+            continue
+        size = sum(counts[name] * _nbytes(layer, plan[name]) for name, layer in examples.items())
+        needed.append(size)
+        score = sum(shares[name] * _score(times[name], ways) for name, ways in plan.items()) / sum(shares.values())
+        if size <= room and (best is None or score < best[0] + math.log(_GAIN)):
+            best = score, plan
+    if best is None:
+        text = (
+            f"dense copies of its weights take {min(needed) / 2**30:.1f} GiB, and {room / 2**30:.1f} are there for them"
+        )
+        raise BaseError(text, next_step="Use --multiply auto or dequantize, or a smaller base")
+    return best[1]
+
+
+def fastest(times: Times, ways: Sequence[Way]) -> Ways:
+    """The fastest for each class of tokens; the layer's own, where that is among them and hardly slower."""
+
+    def pick(number: int) -> Way:
+        best = min(ways, key=lambda way: _time(times, way, number))
+        near = "packed" in ways and _time(times, best, number) > _GAIN * _time(times, "packed", number)
+        return "packed" if near else best
+
+    return tuple(map(pick, range(len(SIZES))))
+
+
+def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[str]) -> Ways:
+    """The fastest ways of a layer among those that are wished for and that these copies allow; empty for none."""
+    if not is_4bit(layer):
+        copies -= {"narrow"}  # it is that copy itself
+    sensible = {"packed": True, "dense": "narrow" in copies, "dense-wide": "wide" in copies}
+    sensible |= {"dense-widened": copies == {"narrow"}, "dequantize": not copies, "dequantize-wide": not copies}
+    ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
+    if not ways:
+        return ()
+    found = fastest(times, ways)
+    if packs(layer) and "packed" in found:  # what was packed can't be dequantized any more
+        found = fastest(times, [way for way in ways if not way.startswith("dequantize")])
+    return found
+
+
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    """All layers whose product can be made in other ways."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in linears if "forward" not in vars(layer) and computes_in(layer) is not None]
+
+
+def _numbers(layer: nn.Linear) -> int:
+    return layer.in_features * layer.out_features
+
+
+def _nbytes(layer: nn.Linear, ways: Iterable[Way]) -> int:
+    """The memory of the copies that a layer needs for these ways."""
+    kept = {keeps(way, _dtype(layer)) for way in ways}
+    return sum(_numbers(layer) * item.itemsize for item in kept if item is not None)
+
+
+def _dtype(layer: nn.Linear) -> torch.dtype:
+    found = computes_in(layer)
+    assert found is not None
+    return found
+
+
+def _time(times: Times, way: str, number: int) -> float:
+    found = times[way][number]
+    return math.inf if found is None else found
+
+
+def _score(times: Times, ways: Ways) -> float:
+    """The mean logarithm of the times."""
+    return sum(math.log(_time(times, way, number)) for number, way in enumerate(ways)) / len(ways)

@@ -1,0 +1,215 @@
+"""How fast each way of multiplying is here: measured once for a machine and a shape of layers, and remembered.
+
+What is remembered lies in the home, in `multiply.json`: machine -> layer -> way -> microseconds for each class of
+`SIZES` tokens. Nothing but speed hangs on it; what can't be read is measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lora_rt.core.base.machine import cpu_name
+from lora_rt.core.base.multiply import (
+    NARROW,
+    SIZES,
+    Way,
+    computes_in,
+    dense_weight,
+    is_4bit,
+    keeps,
+    packed_forward,
+    packs,
+    ways_of,
+)
+from lora_rt.registry import durable, home
+
+Times = Mapping[str, Sequence[float | None]]
+"""Way -> microseconds per class of `SIZES`; None where the way had fallen far behind with fewer tokens."""
+
+_BEHIND = 3.0  # times the best: not tried again
+_GROWING = ("packed", "dense")  # ways whose time grows with the tokens at least as fast as that of the others
+_ROUNDS = 4
+_NUMBERS = 1 << 20  # of a layer that is measured; of a larger one its first outputs
+_POOL = 48 << 20  # bytes
+
+_known: dict[tuple[str, str], Times] = {}  # so that a process goes one way, whatever becomes of the file
+
+
+def machine_name() -> str:
+    """What decides how fast this process multiplies."""
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "bitsandbytes"))
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {versions}"
+
+
+def layer_name(layer: nn.Linear) -> str:
+    """What decides how fast a layer is multiplied: its shape, how it is kept, and what it computes in."""
+    weight: Any = layer.weight
+    kept = [weight.quant_state.quant_type] if is_4bit(layer) else []
+    kept += ["packed"] if packs(layer) else []
+    return " ".join([f"{layer.out_features} x {layer.in_features}", *kept, str(computes_in(layer)).split(".")[-1]])
+
+
+def times_of(layers: Mapping[str, nn.Linear]) -> dict[str, Times]:
+    """Layer name -> times; those of layers that are not known yet are measured now, in some tenths of a second."""
+    here = machine_name()
+    kept = remembered().get(here, {})
+    new: dict[str, Times] = {}
+    pool = None
+    for name, layer in layers.items():
+        if (here, name) not in _known:
+            found = kept.get(name)
+            if found is None or set(found) != set(ways_of(layer)):
+                pool = torch.full((_POOL // 4,), 0.5) if pool is None else pool
+                found = new[name] = measure(layer, pool)
+            _known[here, name] = found
+    if new:
+        _remember(here, new)
+    return {name: _known[here, name] for name in layers}
+
+
+def remembered() -> dict[str, dict[str, Times]]:
+    """Machine -> layer -> times, as far as the file can be read."""
+    try:
+        document = json.loads(_file().read_text())
+        return {
+            machine: {name: times for name, times in layers.items() if _sound(times)}
+            for machine, layers in document.items()
+        }
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _sound(times: Any) -> bool:
+    """Whether these are times: of ways, one for each class, and known for a single token."""
+    return isinstance(times, dict) and all(
+        isinstance(row, list)
+        and len(row) == len(SIZES)
+        and all(item is None or (isinstance(item, int | float) and 0 < item < math.inf) for item in row)
+        and row[0] is not None
+        for row in times.values()
+    )
+
+
+def _remember(here: str, new: Mapping[str, Times]) -> None:
+    """Two processes at once may lose what the other one measured; it is measured again next time."""
+    document = remembered()
+    document[here] = {**document.get(here, {}), **new}
+    with suppress(OSError):  # a home that can't be written costs time alone
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        durable.write_text(_file(), json.dumps(document, indent=1))
+
+
+def _file() -> Path:
+    return home.home() / "multiply.json"
+
+
+def measure(layer: nn.Linear, pool: Tensor) -> Times:
+    """The times of all ways of a layer.
+
+    Args:
+        pool: (n,) float32. Dense weights are taken from it in turn: in a pass over a model none is in a cache either.
+    """
+    dtype = computes_in(layer)
+    assert dtype is not None
+    times: dict[str, list[float | None]] = {way: [] for way in ways_of(layer)}
+    with torch.inference_mode(False), torch.no_grad():
+        candidates = _candidates(layer, dtype, pool)
+        for tokens in SIZES:
+            x = torch.full((1, tokens, layer.in_features), 0.5, dtype=dtype)
+            tried = {way: run for way, run in candidates.items() if None not in times[way]}
+            found = _race(tried, x)
+            limit = _BEHIND * min(found.values())
+            for way, row in times.items():
+                spent = found.get(way)
+                behind = spent is None or (tokens > 1 and way in _GROWING and spent > limit)
+                row.append(None if spent is None or behind else round(spent, 1))
+    return times
+
+
+def _race(candidates: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, float]:
+    """Way -> the least microseconds of some rounds, in turns, so that what disturbs one disturbs all."""
+    best = dict.fromkeys(candidates, math.inf)
+    for turn in range(_ROUNDS):
+        for way, run in candidates.items():
+            if turn > 1 and best[way] > _BEHIND * min(best.values()):
+                continue
+            wall, used = time.perf_counter(), time.process_time()
+            run(x)
+            # Where others hold the processor, the clock on the wall says much more than what one thread used.
+            spent = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
+            best[way] = spent if turn == 1 else min(best[way], spent)  # the first turn warms up
+    return best
+
+
+def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way, Callable[[Tensor], Tensor]]:
+    """Way -> what the layer does that goes this way."""
+    rows = layer.out_features
+    if rows * layer.in_features > _NUMBERS:
+        rows = min(rows, max(64, _NUMBERS // layer.in_features // 64 * 64))
+    pools = {kept: _Pool(pool, rows, layer.in_features, kept) for kept in (dtype, torch.float32)}
+    if is_4bit(layer):
+        small = _small(layer, rows)
+        own, made = small.forward, lambda: dense_weight(small)
+        if packs(small):
+            packing = _small(layer, rows)
+            own = packed_forward(packing, dtype)
+    else:
+        own, made = (lambda x: linear(x, pools[dtype]())), pools[dtype]
+
+    def run(way: Way) -> Callable[[Tensor], Tensor]:
+        product = dtype if way in NARROW else torch.float32
+        kept = keeps(way, dtype)
+        weight = made if kept is None else pools[kept]
+        return lambda x: linear(x.to(product), weight().to(product)).to(x.dtype)
+
+    return {way: own if way == "packed" else run(way) for way in ways_of(layer)}
+
+
+class _Pool:
+    """Weights (out, in) of one dtype, each call another one until all were used."""
+
+    def __init__(self, pool: Tensor, rows: int, width: int, dtype: torch.dtype) -> None:
+        numbers, size = pool.view(dtype), rows * width
+        starts = range(0, max(1, len(numbers) - size + 1), size)
+        if len(numbers) < size:
+            numbers = torch.full((size,), 0.5, dtype=dtype)
+        self._weights = [numbers[start : start + size].view(rows, width) for start in starts]
+        self._next = 0
+
+    def __call__(self) -> Tensor:
+        self._next = (self._next + 1) % len(self._weights)
+        return self._weights[self._next]
+
+
+def _small(layer: Any, rows: int) -> nn.Linear:
+    """A 4-bit layer of the same kind with so many outputs; its numbers are nothing, which takes as long."""
+    from bitsandbytes.functional import QuantState, get_4bit_type
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    like, width = layer.weight.quant_state, layer.in_features
+    made = Linear4bit(width, rows, False, layer.compute_dtype, quant_type=like.quant_type, device="meta").eval()
+    state = QuantState(
+        absmax=torch.ones(-(rows * width // -like.blocksize)),
+        shape=torch.Size((rows, width)),
+        code=get_4bit_type(like.quant_type, device="cpu"),
+        blocksize=like.blocksize,
+        quant_type=like.quant_type,
+        dtype=layer.compute_dtype,
+    )
+    data = torch.zeros((rows * width + 1) // 2, 1, dtype=torch.uint8)
+    made.weight = Params4bit(
+        data, requires_grad=False, quant_state=state, quant_type=like.quant_type, module=made, bnb_quantized=True
+    )
+    made.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu
+    return made  # type: ignore[no-any-return]

@@ -1,0 +1,223 @@
+"""The product W x of one linear layer on a CPU: how a weight is kept does not say how it has to be multiplied.
+
+    packed             the layer's own forward: bitsandbytes' 4-bit kernel, or torch's product of a 16-bit weight
+    dequantize         the weight made dense for every product, which keeps no memory
+    dequantize-wide    the same in float32
+    dense              a dense copy that is kept
+    dense-widened      the same, made float32 for every product
+    dense-wide         a dense copy in float32 that is kept
+
+A dense weight has exactly the numbers that bitsandbytes' own dequantizing gives in the layer's compute dtype, so all
+ways multiply the same numbers and differ in rounding alone: `dense` and `dequantize` have the bits of bitsandbytes' own
+way on processors without AVX-512 BF16, where it dequantizes too; the three ways in float32 have the same bits as each
+other. The weight itself, what is hashed and what is saved stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lora_rt.core.base.cpu_4bit import Forward, direct_forward
+from lora_rt.core.base.repacking import forbid_repacking
+
+Way = Literal["packed", "dequantize", "dequantize-wide", "dense", "dense-widened", "dense-wide"]
+WAYS: tuple[Way, ...] = get_args(Way)
+
+SIZES = (1, 2, 4, 8, 16, 64)
+"""The least tokens of each class of products: 1, 2 to 3, 4 to 7, 8 to 15, 16 to 63, and more."""
+
+_CLASSES = (0, 0, 1, 2, 3, 4, 4, 5)  # by the bits of the number of tokens
+_MANY = len(_CLASSES) - 1
+NARROW = ("dense", "dequantize")
+_KEEPING = ("dense", "dense-wide")
+_ANY = -1
+
+
+def keeps(way: Way, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the dense copy that a way needs in a layer that computes in `dtype`; None for none."""
+    kept = {"dense": dtype, "dense-widened": dtype, "dense-wide": torch.float32}
+    return kept.get(way)
+
+
+def computes_in(module: nn.Module) -> torch.dtype | None:
+    """The dtype in which a layer on a CPU multiplies, where its product can be made in other ways; else None."""
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or weight.requires_grad or weight.is_inference():
+        return None
+    if is_4bit(module):
+        return module.compute_dtype if _unpacked(weight) else None  # type: ignore[return-value]  # bitsandbytes' own
+    return weight.dtype if type(module) is nn.Linear and weight.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether it is bitsandbytes' 4-bit layer."""
+    return isinstance(module, nn.Linear) and hasattr(module, "support_avx512bf16_for_cpu")
+
+
+def ways_of(module: nn.Module) -> tuple[Way, ...]:
+    """All ways that a layer can be multiplied in."""
+    if not is_4bit(module):  # its weight is dense as it is
+        return ("packed", "dequantize-wide", "dense-wide")
+    if computes_in(module) == torch.float32:
+        return ("packed", "dequantize", "dense")
+    return WAYS
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer as numbers (out, in) in the dtype that it computes in; of a dense layer it is its own."""
+    weight: Any = module.weight
+    if not is_4bit(module):
+        return weight.detach()  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(weight.quant_state)
+    state.dtype = module.compute_dtype
+    made: Tensor = dequantize_4bit(weight.data, state)
+    return made
+
+
+class Product:
+    """The forward of one layer, each number of tokens in its way.
+
+    Dense copies are made again when the weight is replaced, moved or changed in place; only a change through `.data`,
+    which torch does not count, goes unseen.
+    """
+
+    __slots__ = (
+        "_address",
+        "_by_bits",
+        "_kept",
+        "_parameters",
+        "_version",
+        "_weight",
+        "dtype",
+        "module",
+        "own",
+        "width",
+    )
+
+    def __init__(self, module: nn.Linear, ways: Sequence[Way]) -> None:
+        """To be made before the layer's first forward pass, which packs its weight on some processors.
+
+        A dense copy is made when it is first needed, or by `keep`; from a weight that is to be packed at once.
+
+        Args:
+            ways: one per class of `SIZES`.
+        """
+        dtype = computes_in(module)
+        assert dtype is not None
+        self.module = module
+        self.dtype: torch.dtype = dtype
+        self.width = module.in_features
+        self._parameters = module._parameters
+        self._by_bits = tuple(ways[number] for number in _CLASSES)
+        self._kept: dict[torch.dtype, Tensor] = {}
+        self._look()
+        self.own: Forward = module.forward
+        if packs(module):
+            if "packed" in ways:
+                self.keep()
+                self.own = packed_forward(module, dtype)
+                self._version = self._address = _ANY  # a state dict lays it out anew, and its numbers stay
+            else:
+                forbid_repacking(module)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y (..., out) of x (..., in)."""
+        way = self.way(x)
+        if way == "packed":
+            return self.own(x)
+        product = self.dtype if way in NARROW else torch.float32
+        bias = self._parameters.get("bias")
+        if bias is not None:
+            bias = bias.to(product)
+        given = x.to(product)
+        if way in _KEEPING:
+            return linear(given, self._copy(product), bias).to(x.dtype)
+        if given.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Remade.apply(given, self, product)  # type: ignore[no-untyped-call]
+            return (y if bias is None else y + bias).to(x.dtype)
+        return linear(given, self.made(product), bias).to(x.dtype)
+
+    def way(self, x: Tensor) -> Way:
+        """How the product with x is made."""
+        count = x.numel() // self.width
+        way = self._by_bits[min(count.bit_length(), _MANY)]
+        if way == "packed" or x.dtype is not self.dtype or x.shape[-1] != self.width or not x.is_cpu or not count:
+            return "packed"
+        weight = self._parameters["weight"]
+        changed = weight is not self._weight or (
+            self._address != _ANY and (weight.data_ptr() != self._address or weight._version != self._version)
+        )
+        return "packed" if changed and not self._renewed() else way
+
+    def made(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight (out, in), made for one product."""
+        widened = "dense-widened" in self._by_bits
+        return (self._copy(self.dtype) if widened else dense_weight(self.module)).to(dtype)
+
+    def keep(self) -> None:
+        """Make the dense copies now."""
+        for way in self._by_bits:
+            if (kept := keeps(way, self.dtype)) is not None:
+                self._copy(kept)
+
+    def _copy(self, dtype: torch.dtype) -> Tensor:
+        """A dense copy that is kept: an ordinary tensor, so that passes with gradients can use it too.
+
+        Two threads that need it at once make it twice, of the same numbers.
+        """
+        found = self._kept.get(dtype)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                narrow = self._kept.get(self.dtype)
+                found = self._kept[dtype] = (dense_weight(self.module) if narrow is None else narrow).to(dtype)
+        return found
+
+    def _look(self) -> None:
+        weight: Any = self._parameters["weight"]
+        self._weight, self._address, self._version = weight, weight.data_ptr(), weight._version
+
+    def _renewed(self) -> bool:
+        """Another weight stands in the layer: its copies are made again, where it still is one that can be copied."""
+        if computes_in(self.module) is not self.dtype:
+            return False
+        self._kept = {}
+        self._look()
+        return True
+
+
+class _Remade(torch.autograd.Function):
+    """x W^T with a weight that is made for the product and again for the gradient, instead of being kept in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
+        ctx.product, ctx.dtype = product, dtype
+        return linear(x, product.made(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.product.made(ctx.dtype), None, None
+
+
+def packs(module: nn.Module) -> bool:
+    """Whether bitsandbytes lays the weight out anew at its first forward, for a kernel of its own."""
+    return bool(getattr(module, "support_avx512bf16_for_cpu", False)) and not module.training
+
+
+def packed_forward(module: nn.Linear, dtype: torch.dtype) -> Forward:
+    """The layer's own forward, its weight packed first."""
+    with torch.inference_mode(False), torch.no_grad():  # in inference mode it would be packed for that mode alone
+        module(torch.zeros(1, module.in_features, dtype=dtype))
+    return direct_forward(module)
+
+
+def _unpacked(weight: Any) -> bool:
+    state = getattr(weight, "quant_state", None)
+    return state is not None and not getattr(state, "packing_format_for_cpu", False)

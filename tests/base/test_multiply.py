@@ -1,0 +1,270 @@
+"""Ways to multiply a weight that is kept in few bits: the same numbers in all of them, and which have the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_rt.core.base import measured
+from lora_rt.core.base.fastest import Products, Ways, check_wish, choose, fastest
+from lora_rt.core.base.load import load_base
+from lora_rt.core.base.measured import layer_name, measure, remembered, times_of
+from lora_rt.core.base.multiply import SIZES, Product, Way, dense_weight, ways_of
+from lora_rt.core.base.source import BaseError
+from lora_rt.core.runtime import Runtime
+from support.tiny import Zoo
+
+OUT, IN = 96, 128
+TOKENS = (1, 3, 5, 9, 17, 80)
+NARROW: tuple[Way, ...] = ("dequantize", "dense")
+WIDE: tuple[Way, ...] = ("dequantize-wide", "dense-widened", "dense-wide")
+
+
+def layer(
+    *, bias: bool = False, dtype: torch.dtype = torch.bfloat16, out: int = OUT, nested: bool = True
+) -> bnb.nn.Linear4bit:
+    torch.manual_seed(0)
+    made = bnb.nn.Linear4bit(IN, out, bias=bias, compute_dtype=dtype, compress_statistics=nested, quant_type="nf4")
+    if bias:
+        made.bias.data = torch.randn(out)
+    made = made.to("cpu").eval().requires_grad_(False)
+    made.support_avx512bf16_for_cpu = False  # as in training; what is packed has a test of its own
+    return made
+
+
+def always(way: Way) -> Ways:
+    return (way,) * len(SIZES)
+
+
+def given(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(1, tokens, IN, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def nf4_by_hand(module: bnb.nn.Linear4bit) -> Tensor:
+    """The numbers of the format: code book times the scale of each block, in the dtype that is computed in."""
+    state = module.weight.quant_state
+    data = module.weight.data.reshape(-1).long()
+    codes = torch.stack([data >> 4, data & 15], dim=1).reshape(-1)
+    scales = state.absmax
+    if state.nested:
+        second = state.state2
+        steps = second.code[scales.long()].view(-1)
+        scales = steps * second.absmax.repeat_interleave(second.blocksize)[: len(steps)] + state.offset
+    numbers = state.code[codes].view(-1, state.blocksize) * scales[:, None]
+    return numbers.reshape(module.out_features, module.in_features).to(module.compute_dtype)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_dense_copy_has_exactly_the_numbers_of_nf4(nested: bool) -> None:
+    module = layer(nested=nested)
+    assert torch.equal(dense_weight(module), nf4_by_hand(module))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("way", NARROW)
+def test_products_in_the_compute_dtype_have_the_bits_of_bitsandbytes_own(way: Way, tokens: int) -> None:
+    module = layer()
+    with torch.no_grad():
+        assert torch.equal(Product(module, always(way))(given(tokens)), module(given(tokens)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_products_in_float32_have_the_bits_of_each_other_and_are_the_exact_product_rounded_once(
+    tokens: int, bias: bool
+) -> None:
+    module, x = layer(bias=bias), given(tokens)
+    found = [Product(module, always(way))(x) for way in WIDE]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    exact = x.double() @ nf4_by_hand(module).double().T
+    if bias:
+        exact += module.bias.double()
+    assert ((found[0].double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+    with torch.no_grad():
+        own = module(x).double()
+    assert (found[0].double() - own).abs().max() < 0.02 * exact.std()
+
+
+@pytest.mark.parametrize("way", [*NARROW, *WIDE])
+def test_gradients_go_through_every_way(way: Way) -> None:
+    module = layer(bias=True)
+    x = given(5).requires_grad_()
+    Product(module, always(way))(x).float().pow(2).sum().backward()
+    weight = nf4_by_hand(module).double()
+    plain = x.detach().double().requires_grad_()
+    (plain @ weight.T + module.bias.double()).pow(2).sum().backward()
+    assert x.grad is not None
+    assert plain.grad is not None
+    assert (x.grad.double() - plain.grad).abs().max() < 0.02 * plain.grad.abs().max()
+
+
+def test_a_gradient_keeps_no_dense_weight_where_none_is_to_be_kept() -> None:
+    module, kept = layer(), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        Product(module, always("dequantize-wide"))(given(5).requires_grad_())
+    assert (OUT, IN) not in kept
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_dense_layer_of_16_bits_is_multiplied_in_float32_with_the_same_numbers(precision: str) -> None:
+    dtype = getattr(torch, precision)
+    module = nn.Linear(IN, OUT, bias=False).to(dtype).requires_grad_(False)
+    x = given(9, dtype)
+    exact = (x.double() @ module.weight.double().T).to(dtype)
+    found = [Product(module, always(way))(x) for way in ways_of(module) if way != "packed"]
+    assert len(found) == 2
+    assert torch.equal(found[0], found[1])
+    assert (found[0].float() - exact.float()).abs().max() <= 0.01
+
+
+def test_what_a_product_does_not_take_goes_the_layer_s_own_way() -> None:
+    module = layer()
+    product = Product(module, always("dense-wide"))
+    with torch.no_grad():
+        for x in (given(3).float(), given(3)[:, :0], given(3).half()):
+            assert torch.equal(product(x), module(x))
+
+
+def test_a_weight_that_is_replaced_or_changed_in_place_is_the_one_that_counts() -> None:
+    module, plain = layer(), nn.Linear(IN, OUT, bias=False).bfloat16().requires_grad_(False)
+    products = [Product(module, always("dense-wide")), Product(plain, always("dense-wide"))]
+    with torch.no_grad():
+        before = [product(given(4)) for product in products]
+        torch.manual_seed(9)
+        other = bnb.nn.Linear4bit(IN, OUT, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+        module.weight = other.weight
+        plain.weight.mul_(2)
+        after = [product(given(4)) for product in products]
+        assert (after[0].float() - other(given(4)).float()).abs().max() < 0.05
+    assert torch.equal(after[1], before[1] * 2)
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes packs where there is AVX-512 BF16")
+def test_where_bitsandbytes_packs_a_weight_its_copies_are_made_before() -> None:
+    module = layer()
+    wanted = Product(layer(), always("dense"))(given(70))
+    module.support_avx512bf16_for_cpu = True
+    product = Product(module, ("packed", *always("dense")[1:]))
+    with torch.no_grad():
+        assert (product(given(1)).float() - module(given(1)).float()).abs().max() == 0
+        assert torch.equal(product(given(70)), wanted)
+        module.state_dict()
+        assert torch.equal(product(given(70)), wanted)
+
+
+TIMES: dict[str, list[float | None]] = {
+    "packed": [10.0, 20.0, 40.0, 80.0, 160.0, None],
+    "dequantize": [100.0] * 6,
+    "dequantize-wide": [150.0, 150.0, 150.0, 150.0, 150.0, 120.0],
+    "dense": [30.0, 30.0, 30.0, 40.0, 50.0, 90.0],
+    "dense-widened": [60.0] * 6,
+    "dense-wide": [36.0, 36.0, 36.0, 36.0, 36.0, 300.0],
+}
+
+
+def test_each_class_of_tokens_gets_its_fastest_way_and_the_own_one_where_nothing_is_clearly_faster() -> None:
+    assert fastest(TIMES, list(TIMES)[:3]) == ("packed", "packed", "packed", "packed", "dequantize", "dequantize")  # type: ignore[arg-type]
+    assert fastest(TIMES, ["packed", "dense"]) == ("packed", "packed", "dense", "dense", "dense", "dense")
+    slow = {way: [9.5] * 6 if way != "packed" else [10.0] * 6 for way in TIMES}
+    assert fastest(slow, ["packed", "dense", "dense-wide"]) == always("packed")
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, wish: str, room: int) -> Ways:
+    module = layer()
+    monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, TIMES))
+    return choose([module, module], check_wish(wish), room)[layer_name(module)]
+
+
+def test_dense_copies_are_kept_as_far_as_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = 2 * OUT * IN
+    none = plan(monkeypatch, "auto", 2 * numbers - 1)
+    assert set(none) == {"packed", "dequantize"}
+    assert set(plan(monkeypatch, "auto", 2 * numbers)) == {"packed", "dense", "dense-widened"}
+    assert set(plan(monkeypatch, "dense", 4 * numbers)) <= {"dense", "dense-widened", "dense-wide"}
+    assert set(plan(monkeypatch, "dequantize", 0)) == {"dequantize"}
+    with pytest.raises(BaseError, match="dense copies"):
+        plan(monkeypatch, "dense", 100)
+
+
+def test_what_was_measured_is_remembered_and_a_damaged_file_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, module, asked = tmp_path / "home/multiply.json", layer(), []
+    monkeypatch.setattr(measured, "_known", {})
+    monkeypatch.setattr(measured, "measure", lambda *given: asked.append(1) or TIMES)
+    name = layer_name(module)
+    assert times_of({name: module}) == {name: TIMES}
+    assert remembered() == {measured.machine_name(): {name: TIMES}}
+    measured._known.clear()
+    times_of({name: module})
+    assert len(asked) == 1
+    for damage in ("", "[]", "{", json.dumps({measured.machine_name(): {name: {"packed": [1, 2]}}}), "\x00\xff"):
+        file.write_text(damage)
+        measured._known.clear()
+        assert times_of({name: module}) == {name: TIMES}
+    assert len(asked) == 6
+
+
+def test_one_process_stays_with_what_it_measured_whatever_becomes_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "_known", {})
+    module = layer()
+    first = times_of({layer_name(module): module})
+    (tmp_path / "home/multiply.json").unlink()
+    assert times_of({layer_name(module): module}) == first
+
+
+def test_measuring_gives_every_way_of_every_kind_of_layer_a_time() -> None:
+    for module in (layer(), layer(dtype=torch.float32), nn.Linear(IN, OUT).bfloat16().requires_grad_(False)):
+        times = measure(module, torch.full((OUT * IN * 3,), 0.5))
+        assert set(times) == set(ways_of(module))
+        assert all(len(row) == len(SIZES) and row[0] for row in times.values())
+
+
+@pytest.mark.parametrize("wish", ["dequantize", "dense"])
+@pytest.mark.parametrize("precision", ["int4", "bfloat16"])
+def test_a_base_says_the_same_in_every_way_and_keeps_its_bytes(zoo: Zoo, precision: str, wish: str) -> None:
+    folder, ids = str(zoo.base("llama")), [[5, 9, 3, 7, 11, 2], [1, 2, 3, 4, 5, 6]]
+    with (
+        Runtime.load(folder, precision=precision, device="cpu", multiply="packed") as plain,
+        Runtime.load(folder, precision=precision, device="cpu", multiply=wish) as other,
+    ):
+        assert other.parts.products.layers
+        assert not plain.parts.products.layers
+        wanted, found = plain.logits(ids), other.logits(ids)
+        assert (wanted - found).abs().max() < 0.05 * wanted.std()
+        assert torch.equal(found, other.logits(ids))
+        if not bnb.functional.has_avx512bf16():
+            assert plain.base_digest() == other.base_digest()
+
+
+def test_a_closed_runtime_leaves_the_model_its_own_forwards(zoo: Zoo) -> None:
+    runtime = Runtime.load(str(zoo.base("llama")), precision="int4", device="cpu", multiply="dense")
+    model = runtime.model
+    runtime.close()
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def test_a_wish_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BaseError, match="quickly"):
+        Runtime.load("default", multiply="quickly")
+    monkeypatch.setenv("LORA_RT_MULTIPLY", "slowly")
+    with pytest.raises(BaseError, match="slowly"):
+        check_wish(None)
+    assert check_wish("dense") == "dense"
+
+
+def test_a_tiny_base_stays_as_it_is(zoo: Zoo) -> None:
+    assert not Products(load_base(str(zoo.base("llama")), "int4", "cpu").model).layers
