@@ -8,6 +8,7 @@ A folder without that file, or whose files have other sizes than it says, is not
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -181,6 +182,8 @@ def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
             text = f"{dense} can't be loaded: {first_line(error)}"
             raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
         _save(model, tokenizer, folder)
+        del model
+        gc.collect()  # a quantized layer and its weight hold each other: until then both lie where it was quantized
 
 
 def _fetch_hub(source: BaseSource) -> Path:

@@ -67,8 +67,12 @@ class SharedPass(Pass):
             return y
         if self._heads and (axis := self.topology.sites[index].heads) is not None:
             return self._add_headed(site, axis, x, y)
+        hidden = self._shared(site, x)[..., site.start : site.stop]
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        return y.add_(linear(self._shared(site, x)[..., site.start : site.stop], site.b))
+        if y.dtype == site.b.dtype and y.is_cuda and y.is_contiguous() and not y.requires_grad:  # one kernel, not two
+            y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), site.b.t())
+            return y
+        return y.add_(linear(hidden, site.b))
 
     def _shared(self, site: StackedSite, x: Tensor) -> Tensor:
         """The gated hidden of the site's group, made by the first of its sites."""

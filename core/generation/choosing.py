@@ -125,8 +125,9 @@ def _drawn(scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> list[i
     high, sure_high = draw.places(draw.most)
     unsure = ((low != high) | ~sure_low | ~sure_high).nonzero()[:, 0].tolist()
     found: list[int] = draw.tokens.gather(1, low[:, None].clamp(max=draw.tokens.shape[1] - 1))[:, 0].tolist()
-    for number in unsure:
-        found[number] = draw.exactly(number)
+    if unsure:
+        for number, token in zip(unsure, draw.exactly(unsure), strict=True):
+            found[number] = token
     return found
 
 
@@ -141,13 +142,14 @@ class _Draw:
         self._best = blocks.amax(-1).double()
         many = scores.shape[1]
 
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=scores.device)
-
-        self._heat = column([row.sampling.temperature or 1.0 for row in rows])
-        self._top_p = column([row.sampling.top_p for row in rows])
-        self._top_k = column([k if 0 < (k := row.sampling.top_k) < many else torch.inf for row in rows])
-        self._uniform = column([row.uniform() for row in rows])
+        settings = [
+            [row.sampling.temperature or 1.0 for row in rows],
+            [row.sampling.top_p for row in rows],
+            [k if 0 < (k := row.sampling.top_k) < many else torch.inf for row in rows],
+            [row.uniform() for row in rows],
+        ]
+        columns = torch.tensor(settings, dtype=torch.float64).to(scores.device)  # one copy: each is waited for
+        self._heat, self._top_p, self._top_k, self._uniform = columns.unbind()
         few = blocks.topk(min(_FEW, blocks.shape[1]), dim=-1, sorted=False).indices
         tokens, values = _tokens_of(scores, few)
         self._whole = few.shape[1] == blocks.shape[1]  # nothing is missing
@@ -171,21 +173,22 @@ class _Draw:
         """Where each row's number falls among its most likely tokens if the sum of all is this, (rows,); if it does."""
         return _places(self._chance, totals, self._top_p, self._top_k, self._uniform, whole=self._whole)
 
-    def exactly(self, number: int) -> int:
-        """The token of one row, by the sum of all its chances, and where that is not enough by sorting everything."""
-        row = slice(number, number + 1)
-        settings = self._top_p[row], self._top_k[row], self._uniform[row]
-        all_chances = self._chances_of(number, self._scores[number])
-        total = all_chances.sum()[None]
-        place, sure = _places(self._chance[row], total, *settings, whole=self._whole)
-        if bool(sure):
-            return int(self.tokens[number, place])
-        order = self._scores[number].argsort(descending=True, stable=True)
-        place, _ = _places(all_chances[order][None], total, *settings, whole=True)
-        return int(order[place])
-
-    def _chances_of(self, number: int, values: Tensor) -> Tensor:
-        return ((values.double() - self._best[number]) / self._heat[number]).exp()
+    def exactly(self, numbers: list[int]) -> list[int]:
+        """The tokens of some rows, by the sums of all chances, and where that is not enough by sorting everything."""
+        rows = torch.tensor(numbers, device=self._scores.device)
+        scores, settings = self._scores[rows], (self._top_p[rows], self._top_k[rows], self._uniform[rows])
+        chances = ((scores.double() - self._best[rows, None]) / self._heat[rows, None]).exp()
+        totals = chances.sum(-1)
+        place, sure = _places(self._chance[rows], totals, *settings, whole=self._whole)
+        found = self.tokens[rows].gather(1, place[:, None])[:, 0]
+        rest = (~sure).nonzero()[:, 0]
+        if len(rest):
+            order = scores[rest].argsort(dim=-1, descending=True, stable=True)
+            sorted_chances = chances[rest].gather(1, order)
+            place, _ = _places(sorted_chances, totals[rest], *(s[rest] for s in settings), whole=True)
+            found[rest] = order.gather(1, place[:, None])[:, 0]
+        tokens: list[int] = found.tolist()
+        return tokens
 
 
 def _places(

@@ -104,6 +104,9 @@ def decoding(book: Book, size: str) -> None:
         for measured in measure(lab, list(workloads(book.tiny)), systems, 2, lambda _done, what: print("#", what)):
             write_before(book, size, measured)
         write_before(book, size, None)
+        if book.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            book.write({"base": book.name(size), "peak of all systems, GiB": round(peak, 2)})
 
 
 _pending: list[Measured] = []

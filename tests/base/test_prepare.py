@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -55,6 +56,23 @@ def test_a_quantized_base_is_made_once_and_then_read(zoo: Zoo, monkeypatch: pyte
     first = logits(str(zoo.base("llama")), "int4")
     monkeypatch.setattr(prepare, "_quantize", None)
     assert torch.equal(logits(str(zoo.base("llama")), "int4"), first)
+
+
+def test_what_was_quantized_is_gone_when_it_is_kept(zoo: Zoo) -> None:
+    """On a GPU it would lie there beside the base that is loaded, and a 4-bit layer and its weight hold each other."""
+
+    def layers() -> set[int]:
+        found = gc.get_objects()
+        return {id(thing) for thing in found if type(thing).__name__ == "Linear4bit"}
+
+    gc.collect()
+    before = layers()
+    gc.disable()
+    try:
+        loaded = load_base(str(zoo.base("llama")), "int4", "cpu")
+        assert layers() - before <= {id(module) for module in loaded.model.modules()}
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -60,6 +60,38 @@ def test_rows_that_join_and_leave_say_what_they_say_alone(zoo: Zoo, device: str)
     assert {row.ended for row in together} <= {"end", "length"}
 
 
+@pytest.mark.gpu
+def test_recorded_steps_say_what_passes_launched_one_by_one_say(zoo: Zoo) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    said = []
+    for records in (True, False):
+        runtime = zoo.runtime_with(mode_host(fading=Fading), "llama", device="cuda")
+        runtime.load_adapter(str(zoo.adapter("llama", seed=41)), name="one")
+        runtime.load_adapter(str(zoo.adapter("llama", seed=42, r=3, lora_bias=True)), name="two")
+        runtime.load_adapter(str(zoo.adapter("llama", mode="fading", seed=3)), name="fading")
+        if not records:
+            runtime.parts.lm.steps = None
+        specs = ["one:0.7 two:0.3", "fading:2", None, "one[So:] fading", "two:-1.5"]
+        ids = [runtime.text.prompt_ids(prompt) for prompt in PROMPTS]
+        options = {"max_new_tokens": 24, "min_new_tokens": 24}
+        said.append([list(runtime.decode(ids[:n], specs[:n], **options)) for n in (5, 1, 3)])
+        if records:
+            assert runtime.parts.lm.steps is not None
+            assert len(runtime.parts.lm.steps) >= 3
+    assert said[0] == said[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_what_can_be_recorded_is(runtime: Runtime, terms: list[tuple[Path, float]], precision: Precision) -> None:
+    """Products in int8 look at their input's outliers, for which the GPU is waited for."""
+    list(runtime.decode([[9, 10, 11]], terms[0][0].name, max_new_tokens=12, min_new_tokens=12))
+    assert runtime.parts.lm.steps is not None
+    print(f"{precision}: {len(runtime.parts.lm.steps)} recordings")
+    assert precision == "int8" or len(runtime.parts.lm.steps) > 0
+
+
 def test_every_precision_decodes_a_mixed_batch_to_its_end(runtime: Runtime, terms: list[tuple[Path, float]]) -> None:
     name = terms[0][0].name
     options = {"max_new_tokens": 9, "min_new_tokens": 9, "temperature": 0.8, "seed": 1}
