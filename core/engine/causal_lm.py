@@ -87,7 +87,8 @@ class CausalLM:
             cache: of `lora_rt.core.engine.fixed_cache`.
         """
         given = self._pass.arguments(ids, None, 1) | self._cached(cache)
-        logits: Tensor = self.model(**given, attention_mask=mask, position_ids=positions).logits
+        places = positions + self._pass.first_position
+        logits: Tensor = self.model(**given, attention_mask=mask, position_ids=places).logits
         return logits[:, -1:]
 
     @cached_property
@@ -102,7 +103,8 @@ class CausalLM:
 
         plain = self.keeping == "shared" and {type(layer) for layer in self.new_cache().layers} == {DynamicLayer}
         attends = getattr(self.model.config, "_attn_implementation", "") == "sdpa"
-        return plain and attends and self._pass.takes_positions and not self.rope.varies
+        whole = {parameter.device for parameter in self.model.parameters()} == {self.device}
+        return plain and attends and whole and self._pass.takes_positions and not self.rope.varies
 
     def _cached(self, cache: Any) -> dict[str, Any]:
         """The arguments that say where keys and values are kept."""

@@ -9,6 +9,7 @@ of one layout share a pool, whatever adapters they are of. Padding ranks have th
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class PooledPlan(SharedPlan):
                 sites[index] = StackedSite(number, width, stop, site.b.new_zeros(len(site.b), stop - width), ())
                 width = stop
             offset = None if group.offset is None else group.offset.new_zeros(width)
-            groups[number] = StackedGroup(group.a.new_zeros(width, group.a.shape[1]), 0, group.layer, offset)
+            groups[number] = replace(group, a=group.a.new_zeros(width, group.a.shape[1]), pattern=0, offset=offset)
             self.group_gates[number] = group.a.new_zeros(rows, 1, width)
         self.stack = Stack(sites, groups, [], like.stack.widest)
         self._filled: SharedPlan | None = None
