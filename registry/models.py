@@ -7,13 +7,17 @@ found into words.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from lora_rt.registry.errors import InvalidReferenceError
 from lora_rt.registry.files import limit_of
 from lora_rt.registry.reference import Reference, name_problem
+from lora_rt.registry.strict_json import shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 MAX_PROBLEMS = 50
@@ -72,10 +76,44 @@ def validated(kind: type[T], document: Any) -> T:
 def problems_of(error: ValidationError) -> list[str]:
     """Everything that pydantic found wrong with a document, one line each, cut where it came from a stranger."""
     problems = []
-    for item in error.errors(include_url=False, include_context=False)[:MAX_PROBLEMS]:
+    for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
         parts = [str(part)[:60] for part in item["loc"] if part != "[key]"]
-        text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "string_pattern_mismatch" and not str(item["input"]).isprintable():
-            text = "it holds a line break or another character that can't be printed"
+        text = in_words(item)
         problems.append(f"{repr('.'.join(parts))[1:-1][:120]}: {text}" if parts else text)
     return problems
+
+
+_WORDS = {
+    "missing": "it is missing",
+    "extra_forbidden": "there is nothing of this name",
+    "unexpected_keyword_argument": "there is nothing of this name",
+    "string_type": "it is not a text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "it is not a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "it is not a number"),
+    "finite_number": "it is not a finite number",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "it is neither true nor false"),
+    **dict.fromkeys(("list_type", "tuple_type", "iterable_type"), "it is not a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "it is not an object"),
+    "greater_than": "it must be above {gt}",
+    "greater_than_equal": "it must be at least {ge}",
+    "less_than": "it must be below {lt}",
+    "less_than_equal": "it must be at most {le}",
+    "string_too_long": "it has more than {max_length} characters",
+    "string_too_short": "it has fewer than {min_length} characters",
+    "too_long": "it has more than {max_length} entries",
+    "too_short": "it has fewer than {min_length} entries",
+    "literal_error": "it is none of: {expected}",
+    "enum": "it is none of: {expected}",
+}
+
+
+def in_words(item: ErrorDetails) -> str:
+    """One finding of pydantic's in a newcomer's words."""
+    if item["type"] == "string_pattern_mismatch":
+        text = str(item["input"])
+        if not text.isprintable():
+            return "it holds a line break or another character that can't be printed"
+        hashes = "0-9a-f" in str(item.get("ctx", {}).get("pattern"))
+        return f"{shown(text)} is not {'64 hexadecimal digits' if hashes else 'of the form that it must have'}"
+    form = _WORDS.get(item["type"])
+    return item["msg"].removeprefix("Value error, ") if form is None else form.format(**item.get("ctx", {}))

@@ -142,10 +142,11 @@ def _problem(target: str, revision: str, has_revision: bool) -> str:
         return "a backslash is not a separator here"
     if "//" in revision:
         return "the revision stands at the end: org/repo//folder@revision"
+    it = repr(target[:80]) if has_revision else "it"
     if "/" in target and not is_hub_target(target):
-        return f"{target[:80]!r} is not of the form org/repo or org/repo//folder"
+        return f"{it} is not of the form org/repo or org/repo//folder"
     if "/" not in target and not is_name(target):
-        return f"{target[:80]!r} is not a name (letters, digits, '.', '_', '-')"
+        return f"{it} is not a name (letters, digits, '.', '_', '-')"
     if has_revision and not (_REVISION.fullmatch(revision) and ".." not in revision):
         return f"{revision[:80]!r} is not a revision (a commit, tag or branch)" if revision else "nothing follows the @"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib.metadata
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -71,12 +72,29 @@ def _misused(error: Any) -> None:
     elif kind == "MissingParameter" and error.param is not None:
         message = error.param.get_error_hint().replace("'", "") + " is missing"
     elif isinstance(error, typer.BadParameter) and error.param is not None:
-        message = f"{error.param.get_error_hint()}: {error.message}".rstrip(".").replace("'", "", 2)
+        message = f"{error.param.get_error_hint()}: {_what_is_wrong(error)}".rstrip(".").replace("'", "", 2)
     message = message.replace("No such command", "there is no command").replace(". Did you mean", "; did you mean")
-    # pydantic's words for what was typed
-    message = message.replace("Input should be", "it should be").replace("Value error, ", "")
+    message = re.sub(
+        r"(?i)^got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"this command does not take \1", message
+    )
+    message = message.replace("requires an argument", "needs a value").replace(
+        "does not take a value", "takes no value"
+    )
     command = context.command_path if context is not None else " ".join(["lora-rt", *sys.argv[1:2]])
     _line(message if message[:2].isupper() else message[:1].lower() + message[1:], f"See: {command} --help")
+
+
+def _what_is_wrong(error: Any) -> str:
+    """typer reads what was typed with pydantic, whose words are for programmers."""
+    from pydantic import ValidationError
+
+    from lora_rt.registry.models import in_words
+
+    if not isinstance(error.__cause__, ValidationError):
+        return str(error.message)
+    found = error.__cause__.errors()[0]
+    words = in_words(found)
+    return f"{str(found['input'])[:80]!r} {words[3:]}" if words.startswith("it ") else words
 
 
 def _about_packages(error: BaseException) -> bool:

@@ -93,7 +93,8 @@ class Composition:
             try:
                 terms.append(_term(reference, weight, after))
             except LoraRtError as error:
-                problems.append(f"{piece!r}: {error.message}")
+                problem = error.message.removeprefix(f"{reference[:120]!r} is not a reference: ")
+                problems.append(problem if piece == text.strip() else f"{piece!r}: {problem}")
         if not terms and not problems:
             problems.append("it has no terms")
         if problems:

@@ -49,3 +49,4 @@ def test_what_is_wrong_with_others_is_said_with_the_forms_that_are_right(text: s
     with pytest.raises(InvalidReferenceError, match=says) as error:
         Reference.parse(text)
     assert "org/repo@revision" in error.value.next_step
+    assert error.value.message.count(repr(text)) == 1, "it is quoted once"
