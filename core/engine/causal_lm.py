@@ -6,6 +6,7 @@ kept. Found out here once, so that nothing above depends on an architecture.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from lora_rt.core.engine.steps import Steps, on_cuda
 Keeping = Literal["shared", "apart", "none"]
 """Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
 
+_VARIABLE = "LORA_RT_CUDA_GRAPHS"
 _CACHES = ("past_key_values", "cache_params")
 _PROBE = 7  # tokens of the texts by which a model is tried
 _PADDING = 3
@@ -93,8 +95,12 @@ class CausalLM:
 
     @cached_property
     def steps(self) -> Steps | None:
-        """Decoding steps that are recorded, where the device has that and the model's passes are all alike."""
-        return Steps(self, on_cuda()) if self.device.type == "cuda" and self.records else None
+        """Decoding steps that are recorded, where the device has that and the model's passes are all alike.
+
+        `$LORA_RT_CUDA_GRAPHS` of 0 says that nothing is to be recorded.
+        """
+        wanted = self.device.type == "cuda" and os.environ.get(_VARIABLE, "") != "0"
+        return Steps(self, on_cuda()) if wanted and self.records else None
 
     @property
     def records(self) -> bool:
