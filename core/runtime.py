@@ -10,9 +10,9 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from lora_rt.core.base.fastest import check_wish
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
+from lora_rt.core.base.precision import check_wish
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.batch import Batch, PassInfo, check_numbers

@@ -7,10 +7,8 @@ same layer by the same number of tokens in the same way.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -18,11 +16,8 @@ from torch import nn
 from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.base.measured import Times, layer_name, times_of
 from lora_rt.core.base.multiply import SIZES, Product, Way, computes_in, is_4bit, keeps, packs, ways_of
+from lora_rt.core.base.precision import Wish, check_wish
 from lora_rt.core.base.source import BaseError
-
-Wish = Literal["auto", "packed", "dequantize", "dense"]
-WISHES: tuple[Wish, ...] = get_args(Wish)
-VARIABLE = "LORA_RT_MULTIPLY"
 
 Ways = tuple[Way, ...]
 """One for each class of `SIZES`."""
@@ -34,19 +29,6 @@ _COPIES: tuple[frozenset[str], ...] = tuple(map(frozenset, ((), ("narrow",), ("w
 """Sets of dense copies: in the dtype that the layers compute in, in float32, and both; smaller ones come first."""
 
 
-def check_wish(name: str | None) -> Wish:
-    """How weights are to be multiplied: what is given, else what `$LORA_RT_MULTIPLY` says, else "auto".
-
-    Raises:
-        BaseError: there is no such way.
-    """
-    chosen = name or os.environ.get(VARIABLE) or "auto"
-    for wish in WISHES:
-        if chosen == wish:
-            return wish
-    raise BaseError(f"there is no way {chosen!r} to multiply weights", next_step=f"Use one of: {', '.join(WISHES)}")
-
-
 class Products:
     """The products of a model's layers, until they are closed. `nbytes` is the memory of their dense copies."""
 
@@ -56,7 +38,7 @@ class Products:
         To be made before the model's first forward pass, which packs 4-bit weights on some processors.
 
         Raises:
-            BaseError: there is no such wish, or the dense copies that are wished for do not fit into the memory.
+            BaseError, UsageError: there is no such wish, or the dense copies that are wished for do not fit.
         """
         chosen = check_wish(wish)
         layers = [] if chosen == "packed" else _layers(model)
@@ -119,6 +101,14 @@ def fastest(times: Times, ways: Sequence[Way]) -> Ways:
         return "packed" if near else best
 
     return tuple(map(pick, range(len(SIZES))))
+
+
+def told(name: str, times: Times) -> str:
+    """How a layer of that name (`layer_name`) is multiplied where its copies fit, and the memory of one copy."""
+    out, _, width = name.split()[:3]
+    found = fastest(times, [way for way in ("packed", "dense", "dense-wide") if way in times])
+    words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
+    return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that"
 
 
 def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[str]) -> Ways:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Wish = Literal["auto", "packed", "dequantize", "dense"]
+WISHES: tuple[Wish, ...] = get_args(Wish)
+VARIABLE = "LORA_RT_MULTIPLY"
 QUANTIZED: tuple[Precision, ...] = ("int8", "int4")
 
 
@@ -31,6 +35,20 @@ def check_precision(name: str) -> Precision:
         if name == precision:
             return precision
     raise UsageError(f"there is no precision {name!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
+
+
+def check_wish(name: str | None) -> Wish:
+    """How weights are to be multiplied on a CPU: as given, else as `$LORA_RT_MULTIPLY` says, else "auto".
+
+    Raises:
+        UsageError: there is no such way.
+    """
+    chosen = name or os.environ.get(VARIABLE) or "auto"
+    for wish in WISHES:
+        if chosen == wish:
+            return wish
+    text = f"there is no way {chosen!r} to multiply weights"
+    raise UsageError(text, next_step=f"Use one of: {', '.join(WISHES)}")
 
 
 def check_device(device: str) -> None:

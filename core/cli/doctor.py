@@ -59,6 +59,7 @@ def _devices() -> list[Check]:
         import torch
 
     checks = [Check("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    checks += _products()
     if not torch.cuda.is_available():
         return [
             *checks,
@@ -68,6 +69,19 @@ def _devices() -> list[Check]:
         facts = torch.cuda.get_device_properties(index)
         checks.append(Check(f"cuda:{index}", "ok", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"))
     return checks
+
+
+def _products() -> list[Check]:
+    """How the layers of the bases that were used here are multiplied on the CPU, and what a dense copy of one takes."""
+    from lora_rt.core.base.fastest import told
+    from lora_rt.core.base.measured import machine_name, remembered
+
+    known = remembered().get(machine_name(), {})
+    if not known:
+        return [
+            Check("multiplying", "note", "not measured yet", "Nothing: it is when a base is first loaded on the CPU")
+        ]
+    return [Check(f"multiplying {name}", "ok", told(name, times)) for name, times in known.items()]
 
 
 def _plugins(records: list[PluginRecord]) -> list[Check]:

@@ -35,6 +35,7 @@ def evaluate(
     allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
+    multiply: options.Multiply = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix into this file.")
     ] = None,

@@ -23,6 +23,7 @@ __all__ = [
     "Device",
     "Json",
     "MaxNewTokens",
+    "Multiply",
     "Name",
     "Offline",
     "Precision",
@@ -98,6 +99,16 @@ def _allow_base_mismatch(allowed: bool) -> bool:
     return allowed
 
 
+def _multiply(wish: str | None) -> str | None:
+    """Told to the session, which loads the base."""
+    from lora_rt.core.base.precision import check_wish
+    from lora_rt.core.cli.session import session
+
+    with usage():
+        session().multiply = check_wish(wish)
+    return wish
+
+
 Specs = Annotated[
     list[str],
     typer.Argument(
@@ -119,6 +130,14 @@ AllowBaseMismatch = Annotated[
         "--allow-base-mismatch",
         callback=_allow_base_mismatch,
         help="Use adapters that state another base, if their shapes fit.",
+    ),
+]
+Multiply = Annotated[
+    str | None,
+    typer.Option(
+        "--multiply",
+        callback=_multiply,
+        help="Weights of few bits on a CPU: packed, dequantize, dense, or auto, the fastest.",
     ),
 ]
 Data = Annotated[

@@ -19,10 +19,11 @@ _session: ContextVar[Session | None] = ContextVar("session", default=None)
 class Session:
     """Modes and registry are opened when they are first asked for.
 
-    `allow_base_mismatch` is what the command's option of that name says.
+    `allow_base_mismatch` and `multiply` are what the command's options of that name say.
     """
 
     allow_base_mismatch = False
+    multiply: str | None = None
 
     @cached_property
     def modes(self) -> ModeHost:
@@ -44,16 +45,18 @@ class Session:
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
-        from lora_rt.core.base.precision import check_device, check_precision
+        from lora_rt.core.base.precision import check_device, check_precision, check_wish
         from lora_rt.core.base.source import parse_base
 
         # What can be wrong with these is said before torch is imported, which takes seconds.
         parse_base(base)
         check_precision(precision)
         check_device(device)
+        check_wish(self.multiply)
         with starting():
             from lora_rt.core.runtime import Runtime
-        return Runtime.load(base, precision=precision, device=device, modes=self.modes, registry=self.registry, **text)
+        text |= {"modes": self.modes, "registry": self.registry, "multiply": self.multiply}
+        return Runtime.load(base, precision=precision, device=device, **text)
 
 
 def session() -> Session:

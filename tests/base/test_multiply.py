@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base import measured
-from lora_rt.core.base.fastest import Products, Ways, check_wish, choose, fastest
+from lora_rt.core.base.fastest import Products, Ways, choose, fastest
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.measured import layer_name, measure, remembered, times_of
 from lora_rt.core.base.multiply import SIZES, Product, Way, dense_weight, ways_of
+from lora_rt.core.base.precision import check_wish
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.runtime import Runtime
+from lora_rt.errors import UsageError
+from support.cli import Cli, command_line
 from support.tiny import Zoo
 
 OUT, IN = 96, 128
@@ -258,13 +261,34 @@ def test_a_closed_runtime_leaves_the_model_its_own_forwards(zoo: Zoo) -> None:
 
 
 def test_a_wish_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BaseError, match="quickly"):
+    with pytest.raises(UsageError, match="quickly"):
         Runtime.load("default", multiply="quickly")
     monkeypatch.setenv("LORA_RT_MULTIPLY", "slowly")
-    with pytest.raises(BaseError, match="slowly"):
+    with pytest.raises(UsageError, match="slowly"):
         check_wish(None)
     assert check_wish("dense") == "dense"
 
 
 def test_a_tiny_base_stays_as_it_is(zoo: Zoo) -> None:
     assert not Products(load_base(str(zoo.base("llama")), "int4", "cpu").model).layers
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return command_line(monkeypatch, capsys)
+
+
+def test_doctor_says_how_layers_are_multiplied_here(zoo: Zoo, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "_known", {})
+    assert "not measured yet" in cli("doctor").out
+    Runtime.load(str(zoo.base("llama")), precision="int4", device="cpu", multiply="dense").close()
+    found = next(check for check in json.loads(cli("doctor", "--json").out) if "multiplying" in check["name"])
+    assert found["status"] == "ok"
+    assert "one token" in found["detail"]
+    assert "MiB a copy" in found["detail"]
+
+
+def test_the_command_line_refuses_a_way_that_is_none_before_anything_is_loaded(cli: Cli) -> None:
+    refused = cli("compose", "logic", "-p", "rain", "--multiply", "quickly")
+    assert refused.code == 2
+    assert "packed, dequantize, dense" in refused.err

@@ -19,6 +19,7 @@ def compose(
     allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
+    multiply: options.Multiply = None,
     scene: options.Scene = None,
     after: Annotated[
         str | None, typer.Option("--after", metavar="TEXT", help="Let the adapters wake up where this has appeared.")
