@@ -94,13 +94,19 @@ class Answers:
         """Why clients may not use a name, "" where they may."""
         if reference.kind != "name":
             return f"{reference.text!r} is a path or a repository, and clients name registers of this server"
-        name, registry = reference.target, self.exporter(model).registry
+        name, exporter = reference.target, self.exporter(model)
         if self.settings.registers:
-            found = name in self.settings.registers
-        else:
-            found = bool(registry.compositions.get(name)) or name in registry.names()
-        if found:
+            if name in self.settings.registers:
+                return ""
+        elif exporter.registry.compositions.get(name):
             return ""
+        else:
+            try:
+                exporter.registry.find(reference, exporter.base.identity)
+                return ""
+            except LoraRtError as error:
+                if name in exporter.registry.names():  # for another base, or in another revision
+                    return error.message
         near = difflib.get_close_matches(name, self._served(model), n=1, cutoff=0.5)
         return f"there is no register {name!r} here" + (f"; did you mean {near[0]!r}?" if near else "")
 
