@@ -14,6 +14,7 @@ from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.cli.wrapping import show_table
+from lora_rt.core.evaluation.knob import Knob
 from lora_rt.core.evaluation.plot import check_plot
 from lora_rt.core.training.data import read_pairs
 from lora_rt.errors import UsageError
@@ -25,19 +26,24 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     specs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="SPEC", help="One composition per argument: emotion, or 'emotion:0.7 logic:0.3'."),
-    ],
+    ] = None,
+    *,
     data: Annotated[
         list[str], typer.Option("--data", metavar="NAME=F.jsonl", help="A data set; may be given several times.")
     ],
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="A:B", help="The curve of a knob: A:w B:1-w for w from 0 to 1."),
+    ] = None,
     base: options.Base = "default",
     allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     multiply: options.Multiply = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix into this file.")
+        Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix, or the curve, into this file.")
     ] = None,
     bridge: Annotated[bool, typer.Option("--bridge", hidden=True)] = False,
     one_direction: Annotated[str | None, typer.Option("--one-direction", hidden=True)] = None,
@@ -50,8 +56,16 @@ def evaluate(
     if bridge:
         shared = ["--base", base, "--precision", precision, "--device", device, "--seed", str(seed)]
         shared += ["--one-direction", one_direction] if one_direction else []
-        _measure_bridges(context, [*specs, *(word for item in data for word in ("--data", item)), *shared], as_json)
+        _measure_bridges(
+            context, [*(specs or []), *(word for item in data for word in ("--data", item)), *shared], as_json
+        )
         return
+    specs = specs or []
+    knob = Knob.parse(sweep) if sweep else None
+    if knob is not None:
+        specs = [*specs, *knob.specs]
+    if not specs:
+        raise UsageError("there is no composition", next_step="Give one, or the curve of two: --sweep emotion:logic")
     compositions = [options.composition_of([spec]) for spec in specs]
     if plot is not None:
         check_plot(plot)
@@ -70,10 +84,12 @@ def evaluate(
         with kept_if_unprinted(matrix.document()):
             out.print(TITLE)
             show_table(out, *matrix_table(matrix))
+            if knob is not None:
+                out.print(knob.drawn(matrix), soft_wrap=True)
     if plot is not None:
-        from lora_rt.core.evaluation.plot import plot_matrix
+        from lora_rt.core.evaluation.plot import plot_knob, plot_matrix
 
-        plot_matrix(matrix, plot)
+        plot_matrix(matrix, plot) if knob is None else plot_knob(matrix, knob, plot)
 
 
 def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ __all__ = [
     "MaxNewTokens",
     "Multiply",
     "Name",
+    "Normalize",
     "Offline",
     "Precision",
     "RepetitionPenalty",
@@ -79,6 +80,12 @@ def text_format(template_var: Sequence[str] | None, special_tokens: bool, *texts
         for text in texts:
             check_text(text, "the prompt")
         return {"template_variables": template_variables(template_var or ()), "special_tokens": special_tokens}
+
+
+Normalize = Annotated[
+    float | None,
+    typer.Option("--normalize", metavar="S", help="Scale the weights down where the sum of |weight| is above S."),
+]
 
 
 def _adapter_names(incomplete: str) -> list[str]:

@@ -56,7 +56,9 @@ class Session:
         with starting():
             from lora_rt.core.runtime import Runtime
         text |= {"modes": self.modes, "registry": self.registry, "multiply": self.multiply}
-        return Runtime.load(base, precision=precision, device=device, **text)
+        made = Runtime.load(base, precision=precision, device=device, **text)
+        made.parts.weigher.told |= {"doubled", "sum", "negative"}  # commands warn before they load a base
+        return made
 
 
 def session() -> Session:

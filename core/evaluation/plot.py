@@ -1,4 +1,4 @@
-"""The matrix as a picture: a heat map of the gain over the base, with the losses written in."""
+"""The matrix as a picture: a heat map of the gain over the base, with the losses written in; and a knob's curve."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.durable import check_writable
 
 if TYPE_CHECKING:
+    from lora_rt.core.evaluation.knob import Knob
     from lora_rt.core.evaluation.matrix import Matrix
 
 _LONGEST_LABEL = 32
@@ -94,6 +95,28 @@ def plot_matrix(matrix: Matrix, path: Path) -> None:
         axes.text(column, row, f"{loss:.2f}", ha="center", va="center")
     figure.colorbar(image, label="gain, nats")
     axes.set_title("negative log-likelihood per response token")
+    save(figure, path)
+
+
+def plot_knob(matrix: Matrix, knob: Knob, path: Path) -> None:
+    """Write the curve of a knob: loss of each data set by weight, with its 95% interval and the base as a dashed line.
+
+    Raises:
+        PlotError: matplotlib is not installed, or the file can't be written.
+    """
+    from lora_rt.core.evaluation.matrix import BASE
+
+    check_plot(path)
+    figure, axes = canvas().subplots(figsize=(6.4, 4.2), layout="constrained")
+    intervals = matrix.intervals()
+    for name, row in matrix.losses.items():
+        (line,) = axes.plot(knob.weights, [row[spec].mean for spec in knob.specs], marker="o", label=_short(name))
+        low, high = zip(*(intervals[name][spec] for spec in knob.specs), strict=True)
+        axes.fill_between(knob.weights, low, high, color=line.get_color(), alpha=0.15)
+        axes.axhline(row[BASE].mean, color=line.get_color(), linestyle="--", linewidth=0.8)
+    axes.set_xlabel(f"w in {_short(knob.first)}:w {_short(knob.second)}:1-w (dashed: the base)")
+    axes.set_ylabel("nats per response token")
+    axes.legend(title="text")
     save(figure, path)
 
 

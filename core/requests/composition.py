@@ -127,6 +127,29 @@ class Composition:
         """The same, with every term asleep until the text has appeared, but those that wait for one of their own."""
         return Composition(tuple(replace(term, after=term.after or after) for term in self.terms))
 
+    @property
+    def total(self) -> float:
+        """The sum of |weight|; a named composition counts with the weight before its name."""
+        return sum(abs(term.mean_weight) for term in self.terms)
+
+    def normalized(self, limit: float, total: float | None = None) -> Composition:
+        """The same mix with the sum of |weight| at most `limit`: itself, or all weights times one factor.
+
+        Args:
+            limit: above 0.
+            total: what the weights add up to, where that is known better, as of named compositions.
+
+        Raises:
+            InvalidCompositionError: the limit is not a finite number above 0.
+        """
+        if not 0 < limit < math.inf:
+            text = f"a composition can't be normalized to {limit!r}"
+            raise InvalidCompositionError(text, next_step="Give a number above 0, for instance 1")
+        whole = self.total if total is None else total
+        if whole <= limit:
+            return self
+        return Composition(tuple(replace(term, weight=term.weight * limit / whole) for term in self.terms))
+
     def __str__(self) -> str:
         return self.text or " ".join(str(term) for term in self.terms)
 

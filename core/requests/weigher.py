@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
 from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.measured import outside
 from lora_rt.core.requests.mixes import Mix
 from lora_rt.core.requests.residents import Residents, ResolvedTerm
 from lora_rt.core.requests.rows import RequestError, Row, Turns
@@ -14,6 +16,7 @@ from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.plugins.contract import BaseFacts, ComposeContext, SceneType, TermFacts
 from lora_rt.plugins.manager import ModeHost
 
+_log = logging.getLogger("lora_rt.requests")
 _MOST_TEXTS = 4  # each doubles the phases of a row
 
 
@@ -31,6 +34,7 @@ class Weigher:
         self._modes = modes
         self._base = base
         self._classifier = classifier
+        self.told: set[str] = set()  # kinds of mixes that were warned of, here or by who asks
 
     def rows(
         self,
@@ -41,12 +45,21 @@ class Weigher:
     ) -> list[Row]:
         """One row each; `ids` are the tokens of the prompts, by which a scene that nobody gave is classified."""
         found = self._residents.resolved(compositions)
+        for row in found:
+            self._caution(row)
         # A composition that knows scenes is asked before its adapters, which may have learned other ones.
         asked = [[x for item in row for x in (item.mix, item.adapter) if x is not None] for row in found]
         known = self._classifier.classified(asked, scenes, ids)
         modes = {item.info.mode for row in found for item in row}
         parts = list(zip(found, known, prompts, strict=True))
         return self._modes.deciding(modes, lambda: [self._row(*part) for part in parts])
+
+    def _caution(self, found: Sequence[ResolvedTerm]) -> None:
+        """Once per kind: a server is asked a thousand times."""
+        outer = outside([(item.info.name, item.term.mean_weight) for item in found], self._base.id)
+        if outer.keys() - self.told - {"base"}:
+            _log.warning("%s", "; ".join(outer.values()))
+            self.told |= outer.keys()
 
     def _row(self, found: Sequence[ResolvedTerm], turns: Turns, prompt: str | None) -> Row:
         waited = [*(item.term.after for item in found), *(after for after, _ in turns)]

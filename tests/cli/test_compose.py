@@ -238,6 +238,16 @@ def test_weights_beyond_what_was_measured_get_one_line_of_warning(
     assert cli("compose", *spec, "-p", "ab", *tiny).err.count("warning:") == warnings
 
 
+def test_normalize_scales_the_weights_and_says_so(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
+    spec = [f"{adapters[0]}:3", f"{adapters[1]}:1"]
+    done = cli("compose", *spec, "--normalize", "1", "-p", "ab", "--max-new-tokens", "2", "--json", *tiny)
+    assert [term["weight"] for term in json.loads(done.out)["terms"]] == [0.75, 0.25]
+    assert "the weights added up to 4, each was multiplied by 0.25" in done.err
+    assert "warning:" not in done.err
+    small = cli("compose", f"{adapters[0]}:0.5", "--normalize", "1", "-p", "ab", "--max-new-tokens", "2", *tiny)
+    assert "normalized" not in small.err
+
+
 def test_a_doubled_term_is_said_once(cli: Cli, tiny: list[str], adapters: tuple[str, str]) -> None:
     err = cli("compose", f"{adapters[0]}:0.2", f"{adapters[0]}:0.3", "-p", "ab", *tiny).err
     assert (err.count("warning:"), "named more than once" in err) == (1, True)

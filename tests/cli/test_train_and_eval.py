@@ -110,6 +110,28 @@ def test_eval_draws_its_matrix(cli: Cli, zoo: Zoo, data: Path, tiny: list[str], 
     assert (tmp_path / "m.png").stat().st_size > 1000
 
 
+def test_a_sweep_draws_the_curve_of_a_knob(cli: Cli, zoo: Zoo, data: Path, tiny: list[str], tmp_path: Path) -> None:
+    pair = [zoo.adapter("llama", seed=seed) for seed in (1, 2)]
+    given = ["--sweep", f"{pair[0]}:{pair[1]}", "--data", f"mine={data}", *tiny]
+    nll = json.loads(cli("eval", *given, "--json").out)["nll"]["mine"]
+    ends = json.loads(cli("eval", f"{pair[0]}", f"{pair[1]}", "--data", f"mine={data}", "--json", *tiny).out)["nll"]
+    assert len(nll) == 6  # the base, and w = 0, 0.25, 0.5, 0.75, 1
+    assert nll[f"{pair[0]}:1 {pair[1]}:0"] == pytest.approx(ends["mine"][str(pair[0])], abs=1e-4)
+    assert nll[f"{pair[0]}:0 {pair[1]}:1"] == pytest.approx(ends["mine"][str(pair[1])], abs=1e-4)
+    shown = cli("eval", *given, "--plot", str(tmp_path / "k.png"))
+    swept = {spec: loss for spec, loss in nll.items() if spec != "base"}
+    best = min(swept, key=lambda spec: swept[spec])
+    assert f"best at {best.split(' ')[0].rpartition(':')[2]}: {swept[best]:.2f}" in shown.out
+    assert (tmp_path / "k.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("given", [["--sweep", "emotion"], ["--sweep", "a:a"], ["--sweep", "a:b:c"], []])
+def test_what_is_no_knob_is_a_usage_error(cli: Cli, data: Path, given: list[str]) -> None:
+    done = cli("eval", *given, "--data", f"mine={data}")
+    assert done.code == 2
+    assert "--sweep emotion:logic" in done.err
+
+
 @pytest.mark.parametrize("command", [["train", "letters"], ["eval", "ADAPTER"], ["tune", "ADAPTER"]])
 def test_examples_that_are_too_long_are_named_by_their_lines(
     cli: Cli, zoo: Zoo, tiny: list[str], tmp_path: Path, command: list[str]

@@ -74,7 +74,7 @@ class Chat:
             composition = Composition.parse(spec)
             self.runtime.terms(composition)
             self.request = replace(self.request, composition=composition)
-            caution(composition)
+            caution(composition, self.request.base)
         show_terms(self.runtime, self.request)
 
     def scene(self, name: str) -> None:

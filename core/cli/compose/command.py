@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import ComposeRequest
+from lora_rt.core.cli.compose.request import ComposeRequest, normalized
 
 
 def compose(
@@ -21,6 +21,7 @@ def compose(
     device: options.Device = "auto",
     multiply: options.Multiply = None,
     scene: options.Scene = None,
+    normalize: options.Normalize = None,
     after: Annotated[
         str | None, typer.Option("--after", metavar="TEXT", help="Let the adapters wake up where this has appeared.")
     ] = None,
@@ -51,7 +52,7 @@ def compose(
 ) -> None:
     """Let a weighted composition of registers speak."""
     request = ComposeRequest.checked(
-        options.composition_of(specs),
+        normalized(options.composition_of(specs), normalize),
         options.piped() if prompt is None else prompt,
         base=base,
         precision=precision,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from lora_rt.core.cli.session import session
 from lora_rt.core.generation.prompts import check_text, template_variables
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.composition import Composition, Term
+from lora_rt.core.requests.measured import outside
 from lora_rt.core.requests.named import named_composition
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.inspection import foreseen
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 # circle around one phrase. Greedy is greedy: the likeliest token.
 TOP_P = 0.9
 REPETITION_PENALTY = 1.1
-# Measured on the default base: beyond, every adapter's texts get worse, and at -1 the model is wrecked.
-MOST_WEIGHT = 1.25
-LEAST_WEIGHT = -0.5
 
 
 class ComposeError(LoraRtError):
@@ -101,7 +98,7 @@ class ComposeRequest:
         with usage():
             Sampling(**request.sampling()).check()
         look_up(composition, request.base)
-        caution(composition)
+        caution(composition, request.base)
         return request
 
     def load(self) -> Runtime:
@@ -170,20 +167,32 @@ def look_up(composition: Composition, base: str | None = None) -> None:
         raise ComposeError(f"{len(problems)} terms can't be used", problems=lines)
 
 
-def caution(composition: Composition) -> None:
+def caution(composition: Composition, base: str | None = None) -> None:
     """One line on standard error about weights that nobody measured: what comes of them may be no text at all."""
-    registry = session().registry
-    terms = [pair for term in composition.terms for pair in _references(term, registry)]
-    doubled = [name for name, count in Counter(reference.text for reference, _ in terms).items() if count > 1]
-    negative = [f"{reference.text}:{weight:g}" for reference, weight in terms if weight <= LEAST_WEIGHT]
-    total = sum(abs(weight) for _, weight in terms)
-    found = [f"{' and '.join(doubled)} is named more than once, and its weights add up"] if doubled else []
-    if total > MOST_WEIGHT:
-        found.append(f"the weights add up to {total:g}, and beyond {MOST_WEIGHT:g} texts fall apart")
-    if negative:
-        found.append(f"{' and '.join(negative)} pushes hard away from what was learned, which can wreck the text")
+    found = outside(_weights(composition), None if base is None else identify_base(base).id)
     if found:
-        err.print(f"[yellow]warning:[/] {escape('; '.join(found))}", soft_wrap=not err.is_terminal)
+        err.print(f"[yellow]warning:[/] {escape('; '.join(found.values()))}", soft_wrap=not err.is_terminal)
+
+
+def normalized(composition: Composition, limit: float | None) -> Composition:
+    """The composition with the sum of |weight| at most the limit, where there is one; says what it did.
+
+    Raises:
+        LoraRtError: the limit is not above 0.
+    """
+    if limit is None:
+        return composition
+    total = sum(abs(weight) for _, weight in _weights(composition))
+    found = composition.normalized(limit, total)
+    if found is not composition:
+        told = f"normalized: the weights added up to {total:g}, each was multiplied by {limit / total:.4g}: {found}"
+        err.print(f"[dim]{escape(told)}[/]", soft_wrap=not err.is_terminal)
+    return found
+
+
+def _weights(composition: Composition) -> list[tuple[str, float]]:
+    registry = session().registry
+    return [(r.text, weight) for term in composition.terms for r, weight in _references(term, registry)]
 
 
 def _references(term: Term, registry: Registry) -> list[tuple[Reference, float]]:
@@ -191,4 +200,4 @@ def _references(term: Term, registry: Registry) -> list[tuple[Reference, float]]
     named = named_composition(term, registry.compositions)
     if named is None:
         return [(term.reference, term.weight)]
-    return [(Reference.parse(item.reference), term.weight * item.weight) for item in named.terms]
+    return [(Reference.parse(item.reference), term.weight * item.mean_weight) for item in named.terms]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import caution, look_up
+from lora_rt.core.cli.compose.request import caution, look_up, normalized
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.evaluation.plot import check_plot
@@ -20,6 +20,7 @@ def explain(
     specs: options.Specs,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to look at.")],
     scene: options.Scene = None,
+    normalize: options.Normalize = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=0, help="Also look at a greedy answer of so many tokens.")
     ] = 0,
@@ -37,12 +38,12 @@ def explain(
     as_json: options.Json = False,
 ) -> None:
     """Show how much each register adds to the base, layer by layer."""
-    composition = options.composition_of(specs)
+    composition = normalized(options.composition_of(specs), normalize)
     text = options.text_format(template_var, special_tokens, prompt)
     if png is not None:
         check_plot(png, "--png")
     look_up(composition, base)
-    caution(composition)
+    caution(composition, base)
     runtime = session().runtime(base, precision, device, **text)
     answer = ""
     if max_new_tokens:
