@@ -86,10 +86,10 @@ class Lab:
     def _write_adapter(self, folder: Path, workload: Workload, seed: int) -> None:
         head = self.base.model.get_output_embeddings()
         inner = {name: module for name, module in self.linears.items() if module is not head}
-        leaves = choose_targets(workload.targets, list(inner))
-        chosen = {name: module for name, module in inner.items() if name.rsplit(".", 1)[-1] in leaves}
+        names = choose_targets(workload.targets, list(inner))
+        chosen = {name: inner[name] for name in names}
         folder.mkdir(parents=True)
-        config = LoraConfig(r=workload.rank, lora_alpha=workload.rank, target_modules=leaves, task_type="CAUSAL_LM")
+        config = LoraConfig(r=workload.rank, lora_alpha=workload.rank, target_modules=names, task_type="CAUSAL_LM")
         config.inference_mode = True
         config.save_pretrained(folder)
         save_file(_random_factors(chosen, workload.rank, seed), folder / WEIGHTS, {"format": "pt"})

@@ -48,7 +48,12 @@ class ResidentAdapter:
     @cached_property
     def ranks(self) -> frozenset[int]:
         """The different ranks among its sites."""
-        return frozenset(factors.a.shape[0] for factors in self.factors.values())
+        return frozenset(factors.rank for factors in self.factors.values())
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether it acts on fused experts, which have no lanes."""
+        return any(factors.a.dim() == 3 for factors in self.factors.values())
 
     @property
     def rank(self) -> int:
@@ -145,7 +150,8 @@ class AdapterBank:
         weights = self._weights(names, rows)
         members = tuple(tuple(k for k, name in enumerate(names) if row.get(name, 0.0) != 0.0) for row in rows)
         ranks = [adapter.rank for adapter in active]
-        if all(gate is None for gate in chosen) and pay_off(ranks, members, self.device.type):
+        fused = any(adapter.fused for adapter in active)
+        if all(gate is None for gate in chosen) and not fused and pay_off(ranks, members, self.device.type):
             return LanePlan(self.topology, self._lanes(active, members), weights)
         return SharedPlan(self.topology, self._stack(active), weights, chosen)
 
@@ -200,8 +206,9 @@ class AdapterBank:
                 problems.append(f"{name}: the model has no such linear layer")
                 continue
             site = self.topology.sites[index]
-            rank = factors.a.shape[0]
-            if factors.a.shape != (rank, site.in_features) or factors.b.shape != (site.out_features, rank):
+            count, rank = (site.experts,) if site.experts else (), factors.rank
+            a, b = (*count, rank, site.in_features), (*count, site.out_features, rank)
+            if factors.a.shape != a or factors.b.shape != b:
                 problems.append(
                     f"{name}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} do not fit "
                     f"({site.out_features}, {site.in_features})"

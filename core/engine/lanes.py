@@ -98,7 +98,7 @@ def _gather_group(
     for index, site, width in zip(indices, sites, widths, strict=True):
         b = like.new_zeros(len(rows), site.out_features, width)
         for row, at, k, factors in _placed(adapters, rows, site.name):
-            rank = factors.a.shape[0]
+            rank = factors.rank
             a[row, start + at : start + at + rank] = factors.a
             b[row, :, at : at + rank] = factors.b
             owners[row, start + at : start + at + _ranks(factors)] = k
@@ -125,7 +125,7 @@ def _placed(
 
 def _ranks(factors: Factors) -> int:
     """How many ranks factors take on a lane; a bias takes one."""
-    return factors.a.shape[0] + (factors.bias is not None)
+    return factors.rank + (factors.bias is not None)
 
 
 class LanePlan(Plan):
@@ -160,6 +160,10 @@ class LanePass(Pass):
         self._group = -1
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
+
+    def acts(self, index: int) -> bool:
+        """Whether a row has an adapter at this site."""
+        return self._lanes.sites[index] is not None
 
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the contribution of each row's adapters to x."""

@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lora_rt.core.engine.experts import Pairs
 from lora_rt.core.engine.topology import Topology
 
 _running: ContextVar[Pass | Literal["base"] | None] = ContextVar("lora_rt_pass", default=None)
@@ -51,6 +52,14 @@ class Pass(ABC):
 
         y is the layer's fresh output, and may be changed in place.
         """
+
+    @abstractmethod
+    def acts(self, index: int) -> bool:
+        """Whether an adapter acts at a site."""
+
+    def add_pairs(self, index: int, x: Tensor, y: Tensor, pairs: Pairs) -> Tensor:
+        """The same at fused experts, whose x and y are (pairs, n)."""
+        raise NotImplementedError
 
 
 class Plan(ABC):

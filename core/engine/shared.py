@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lora_rt.core.engine.experts import Pairs
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.layout import Layout, spread
 from lora_rt.core.engine.plan import Pass, Plan
@@ -59,6 +60,24 @@ class SharedPass(Pass):
         self._group = -1
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
+
+    def acts(self, index: int) -> bool:
+        """Whether an adapter acts at this site."""
+        return self._sites[index] is not None
+
+    def add_pairs(self, index: int, x: Tensor, y: Tensor, pairs: Pairs) -> Tensor:
+        """y plus B[e] ( g * (A[e] x) ) of each pair, whose token says which gate is its own."""
+        site = self._sites[index]
+        assert site is not None
+        group = self._groups[site.group]
+        gate = self._gates[site.group]
+        if gate.shape[0] == gate.shape[1] == 1:
+            own = gate.view(gate.shape[-1])
+        else:
+            tokens = gate.new_zeros(pairs.shown, 1)
+            own = self._like(gate, group.layout, tokens).expand(pairs.shown, -1)[pairs.tokens]
+        hidden = pairs.products(x.to(group.a.dtype), group.a) * own
+        return y + pairs.products(hidden, site.b).to(y.dtype)
 
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the contribution of the site's adapters to x; both in the layout of the site."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_rt.core.base.cpu_4bit import direct_forward
+from lora_rt.core.engine.experts import Pairs, Products, are_experts, given_to_experts, run_experts
 from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
 from lora_rt.core.engine.wrappers import inner_of
@@ -56,6 +57,27 @@ class _Adapted(_Hooked):
         return current.add(index, x, y)
 
 
+class _AdaptedParameters(_Hooked):
+    """The forward of a module whose parameters are sites: a router's, or fused experts'."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        current = running_pass()
+        if current is None or current.topology not in self.users:
+            return self.own(*args, **named)
+        sites = {leaf: n for leaf, n in current.topology.leaves[self.module].items() if current.acts(n)}
+        if not sites:
+            return self.own(*args, **named)
+        if not are_experts(self.module):
+            parameters = {leaf: getattr(self.module, leaf) for leaf in sites}
+            with Products(parameters, lambda leaf, x, y: current.add(sites[leaf], x, y)):
+                return self.own(*args, **named)
+
+        def add(leaf: str, x: Tensor, y: Tensor, pairs: Pairs) -> Tensor:
+            return current.add_pairs(sites[leaf], x, y, pairs) if leaf in sites else y
+
+        return run_experts(self.module, *given_to_experts(args, named), add)
+
+
 class _Bare(_Hooked):
     """The forward of a layer that PEFT has wrapped: in a pass of ours that of the layer itself."""
 
@@ -78,7 +100,13 @@ def hook_up(topology: Topology) -> ExitStack:
         # The short way would pass by what a user has put around the layer's forward.
         return _Adapted(module, module.forward if "forward" in vars(module) else direct_forward(module))
 
-    return _hooked(((site.module, index) for index, site in enumerate(topology.sites)), topology, _Adapted, hooked)
+    layers = [(site.module, index) for index, site in enumerate(topology.sites) if not site.leaf]
+    with ExitStack() as undo:
+        undo.enter_context(_hooked(layers, topology, _Adapted, hooked))
+        owners = ((module, 0) for module in topology.leaves)
+        fused = _hooked(owners, topology, _AdaptedParameters, lambda module: _AdaptedParameters(module, module.forward))
+        undo.enter_context(fused)
+        return undo.pop_all()
 
 
 def pass_by(wrappers: Iterable[nn.Module], user: object) -> ExitStack:

@@ -16,11 +16,19 @@ _BIAS = -1
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One adapter at one site: a (r, in), b (out, r) with the scaling folded in, bias (out,) likewise or None."""
+    """One adapter at one site: a (r, in), b (out, r) with the scaling folded in, bias (out,) likewise or None.
+
+    Of fused experts a (experts, r, in) and b (experts, out, r).
+    """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[-2]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +84,7 @@ class Stack:
 
 def stack(topology: Topology, adapters: Sequence[Mapping[str, Factors]]) -> Stack:
     """Lay the adapters side by side at every site where at least one of them acts."""
-    widest = max(factors.a.shape[0] for adapter in adapters for factors in adapter.values())
+    widest = max(factors.rank for adapter in adapters for factors in adapter.values())
     built = Stack([None] * len(topology.sites), {}, [], widest)
     known: dict[tuple[tuple[int, int], ...], int] = {}
     for group, indices in topology.groups_of(adapters).items():
@@ -101,15 +109,15 @@ def _stack_group(
             if (factors := adapter.get(topology.sites[index].name)) is not None:
                 rows.append(factors.a)
                 columns.append(factors.b)
-                ranks += [(k, slot) for slot in range(factors.a.shape[0])]
+                ranks += [(k, slot) for slot in range(factors.rank)]
                 if factors.bias is not None:
                     rows.append(torch.zeros_like(factors.a[:1]))
                     columns.append(factors.bias[:, None])
                     ranks.append((k, _BIAS))
             spans.append((first, len(ranks) - start))
-        b = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        b = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
         built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans))
-    a = rows[0] if len(rows) == 1 else torch.cat(rows)
+    a = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
     pattern = known.setdefault(tuple(ranks), len(known))
     if pattern == len(built.patterns):
         owners, slots = torch.tensor(ranks, device=a.device).unbind(1)

@@ -14,6 +14,7 @@ from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
 from lora_rt.core.base.shape import ForwardPass, Heads, blocks_of, device_of, heads_of, vocabulary_of
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, first_line
+from lora_rt.core.engine.experts import find_parameters, watched_experts, watched_products
 from lora_rt.core.engine.layout import PROBES, Layout, layout_of
 from lora_rt.core.engine.wrappers import bare_modules
 
@@ -38,7 +39,8 @@ class Site:
     """One linear layer. `layer` is its block's number, or None outside; `group` unites sites with one input.
 
     `layout` says how rows and tokens lie in that input; None where that can't be told, as with an expert of several.
-    `device` is where its output lies: layers of one model may lie on several.
+    `device` is where its output lies: layers of one model may lie on several. A site may be a parameter of the module:
+    `leaf` then names it, and `experts` is how many matrices it holds, 0 for one (see `experts.py`).
     """
 
     name: str
@@ -50,6 +52,8 @@ class Site:
     heads: HeadAxis | None
     device: torch.device
     layout: Layout | None = ("b", "t")
+    leaf: str = ""
+    experts: int = 0
 
 
 class Topology:
@@ -58,11 +62,15 @@ class Topology:
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
         self.by_name: Mapping[str, int] = {site.name: index for index, site in enumerate(sites)}
+        self.leaves: dict[nn.Module, dict[str, int]] = {}  # module -> its parameters that are sites, and their numbers
+        for index, site in enumerate(sites):
+            if site.leaf:
+                self.leaves.setdefault(site.module, {})[site.leaf] = index
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Site name -> (out_features, in_features)."""
-        return {site.name: (site.out_features, site.in_features) for site in self.sites}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Site name -> (out_features, in_features), or (experts, out_features, in_features)."""
+        return {s.name: (*((s.experts,) if s.experts else ()), s.out_features, s.in_features) for s in self.sites}
 
     def groups_of(self, adapters: Sequence[Container[str]]) -> dict[int, list[int]]:
         """Group -> the indices of its sites, of those where at least one of the adapters acts."""
@@ -112,6 +120,13 @@ def features(module: nn.Module) -> tuple[int, int]:
         return int(sizes), int(module.in_features)  # type: ignore[arg-type]
     rows, columns = module.weight.shape  # type: ignore[misc]  # Conv1D: (in, out)
     return int(columns), int(rows)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What `Topology.shapes` says, of a model that need not run: on the meta device, or under PEFT."""
+    parameters = find_parameters(model)
+    fused = {n: (*((p.experts,) if p.experts else ()), p.out_features, p.in_features) for n, p in parameters.items()}
+    return {name: features(module) for name, module in find_linears(model).items()} | fused
 
 
 def _nameless(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -194,6 +209,13 @@ def survey(model: Any) -> Topology:
         axis = _head_axis(name, *sizes[name], heads, devices[name])
         place = (layer(name), groups[name], axis, devices[name], layouts[name])
         sites.append(Site(name, linears[name], *sizes[name], *place))
+    for name, one in find_parameters(model).items():
+        got = [x for calls in passes for x in [c.x for c in calls if c.name == name][:1]]
+        if one.experts or len(got) == len(PROBES):  # a router's is one only where a pass multiplies with it
+            device = getattr(one.module, one.leaf).device
+            layout = layout_of(got) if len(got) == len(PROBES) else None
+            place = (layer(name), len(groups) + len(sites), None, device, layout, one.leaf, one.experts)
+            sites.append(Site(name, one.module, one.out_features, one.in_features, *place))
     return Topology(sites)
 
 
@@ -219,11 +241,16 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
         module.register_forward_hook(lambda _, args, output, name=name: note(name, args, output), prepend=True)
         for name, module in layers.items()
     ]
+    handles += watched_experts(model, lambda name, x: calls.append(_Call(name, x, x)))
     ids = (torch.arange(tokens, device=device_of(model)) + 1).remainder(vocabulary_of(model.config)).repeat(rows, 1)
     forward = ForwardPass.of(model)
     try:
         # No inference mode: what is repacked now has to serve passes with gradients as well.
-        with libraries_silenced(), torch.no_grad():
+        with (
+            libraries_silenced(),
+            torch.no_grad(),
+            watched_products(model, lambda name, x: calls.append(_Call(name, x, x))),
+        ):
             model(**forward.arguments(ids))
     except UNRUNNABLE as error:
         text = f"{type(model).__name__} can't be run: {first_line(error)}"
@@ -231,7 +258,7 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
     finally:
         for handle in handles:
             handle.remove()
-    packed = [c.name for c in calls if isinstance(layers[c.name], nn.Linear) and not c.x.is_floating_point()]
+    packed = [c.name for c in calls if isinstance(layers.get(c.name), nn.Linear) and not c.x.is_floating_point()]
     if packed:
         text = f"{type(model).__name__} takes the numbers of a packed weight for its own, and so breaks {packed[0]}"
         raise BaseError(text, next_step="Use --precision bfloat16 or float32")

@@ -31,8 +31,11 @@ def read_adapter(inspected: InspectedAdapter, name: str) -> ResidentAdapter:
     tensors = inspected.tensors
     for module in inspected.modules:
         bias = as_tensor(tensors[module.bias_key]).float() * module.scaling if module.bias_key else None
-        b = as_tensor(tensors[module.b_key]).float() * module.scaling
-        factors[module.module] = Factors(as_tensor(tensors[module.a_key]).float(), b, bias)
+        a, b = as_tensor(tensors[module.a_key]).float(), as_tensor(tensors[module.b_key]).float() * module.scaling
+        if module.experts:  # (experts * r, in) -> (experts, r, in); (out, r * experts) -> (experts, out, r)
+            a = a.view(module.experts, module.rank, -1)
+            b = b.view(-1, module.rank, module.experts).permute(2, 0, 1)
+        factors[module.module] = Factors(a, b, bias)
     card: Mapping[str, Any] = inspected.card.model_dump() if inspected.card else {}
     state = {key: as_tensor(tensor) for key, tensor in inspected.state.items()}
     return ResidentAdapter(name, factors, inspected.mode, card, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.base.roles import as_peft_takes_them
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.engine.topology import find_linears
 from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targets
 from lora_rt.registry.card import BaseIdentity, StateTensor
 from lora_rt.registry.files import STATE, WEIGHTS
 
+_LOGGER = logging.getLogger("lora_rt.training")
 _MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # as PEFT lists them
 SAVED_DTYPE = torch.bfloat16
 
@@ -42,28 +45,39 @@ def adaptable(model: Any) -> dict[str, nn.Module]:
 
 def targets(model: Any, settings: TrainSettings) -> list[str]:
     """The full names of the layers that an adapter of these settings acts on."""
-    names = list(adaptable(model))
-    wanted = choose_targets(settings.target_modules, names)
-    return [name for name in names if name.rsplit(".", 1)[-1] in wanted]
+    return choose_targets(settings.target_modules, list(adaptable(model)))
 
 
 @libraries_silenced()
 def with_adapter(model: Any, settings: TrainSettings) -> Any:
     """The model with a new adapter in it; works on the meta device as well."""
+    everything = [name for name, _ in model.named_modules()]
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
-        target_modules=choose_targets(settings.target_modules, list(adaptable(model))),
+        target_modules=as_peft_takes_them(targets(model, settings), everything),
         lora_dropout=settings.dropout,
         bias="none",
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in adaptable(model).values()),
         task_type=TaskType.CAUSAL_LM,
     )
     try:
+        if config.lora_dropout and _reaches_experts(model, config):
+            _LOGGER.warning("fused experts can't be trained with dropout: it is left out (--dropout 0)")
+            config.lora_dropout = 0.0
         return get_peft_model(model, config)
     except (ValueError, NotImplementedError) as error:
         text = f"PEFT can't put an adapter on these layers: {str(error).splitlines()[0][:300]}"
         raise SettingsError(text, next_step="Name other layers with --target-modules") from error
+
+
+def _reaches_experts(model: Any, config: LoraConfig) -> bool:
+    """Whether PEFT will adapt parameters: it takes the names of old experts for the fused ones of today."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    tried = copy.copy(config)
+    convert_peft_config_for_transformers(tried, model=model, conversions=None)
+    return bool(tried.target_parameters)
 
 
 def checkpointed(model: Any) -> None:

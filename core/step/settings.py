@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from lora_rt.core.base.identity import known_linears
 from lora_rt.core.base.precision import check_device, check_precision
+from lora_rt.core.base.roles import TargetError, resolved
 from lora_rt.core.base.source import BaseSource, parse_base
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import parse_card
@@ -19,7 +19,6 @@ from lora_rt.registry.files import CARD
 from lora_rt.registry.inspection.config import read_config
 from lora_rt.registry.reference import is_name
 
-ALL_LINEAR = "all-linear"
 Optimizer = Literal["adamw", "paged-adamw-8bit"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
@@ -78,7 +77,7 @@ class TrainSettings:
         if not 0 < self.alpha < 1e6:
             problems.append(f"alpha is {self.alpha}; it must be above 0")
         if not self.target_modules:
-            problems.append(f"there are no target modules; name some, or {ALL_LINEAR}")
+            problems.append("there are no target modules; name some, or all-linear")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout}; it must be from 0 to below 1")
         if not 0 < self.learning_rate <= 1:
@@ -159,27 +158,16 @@ def check_targets(wanted: Sequence[str], base: BaseSource) -> None:
 
 
 def choose_targets(wanted: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """The layer names to adapt, as PEFT takes them.
+    """The full names of the layers to adapt.
 
     Args:
-        wanted: last parts of layer names ("q_proj"), or "all-linear" for every linear layer but the output head.
-        linears: full names of the model's linear layers.
+        wanted: names, ends of paths, roles, patterns, or "all-linear" (see `lora_rt.core.base.roles`).
+        linears: full names of the model's linear layers but the output head.
 
     Raises:
-        SettingsError: a name that the model lacks, with the names it has and the nearest one.
+        SettingsError: a target that the model has no layers for, with the nearest name and the role.
     """
-    names = sorted({name.rsplit(".", 1)[-1] for name in linears if "." in name})
-    if list(wanted) == [ALL_LINEAR]:
-        return names
-    problems = []
-    for name in wanted:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-            problems.append(f"no layer is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
-    if problems or not wanted:
-        raise SettingsError(
-            f"the target modules do not fit this base, which has: {', '.join(names)}",
-            problems=problems or ["none is given"],
-            next_step=f"Use some of these, or {ALL_LINEAR}",
-        )
-    return list(dict.fromkeys(wanted))
+    try:
+        return resolved(wanted, linears)
+    except TargetError as error:
+        raise SettingsError(error.message, problems=error.problems, next_step=error.next_step) from error

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_rt.core.engine.topology import features, find_linears
+from lora_rt.core.engine.topology import shapes_of
 from lora_rt.core.step.adapter import described_state, write_adapter
 from lora_rt.core.step.settings import SettingsError
 from lora_rt.core.training.destination import Destination
@@ -44,8 +44,7 @@ def write_finished(prepared: Prepared, fitted: Fitted, folder: Path) -> AdapterC
     write_adapter(prepared.model, prepared.base.identity, prepared.objective.state, folder)
     card = AdapterCard.model_validate(_facts(prepared, fitted) | {"state": described_state(folder)})
     write_card(folder, card)
-    shapes = {name: features(module) for name, module in find_linears(prepared.model.get_base_model()).items()}
-    linears = {name.replace(".base_layer", ""): shape for name, shape in shapes.items() if ".lora_" not in name}
+    linears = shapes_of(prepared.model.get_base_model())
     inspect_adapter(folder, name=card.register, linears=linears, base=prepared.base.identity)
     return card
 

@@ -237,7 +237,7 @@ class _Inspection:
     ) -> list[str]:
         entries = {key: entry for part in parts.values() for key, entry in part.items()}
         problems = [] if len(entries) == sum(map(len, parts.values())) else ["its parts hold one tensor twice"]
-        problems += rank_problems(entries)
+        problems += rank_problems(entries, experts=bool(self.settings and self.settings.parameters))
         copies: Mapping[str, str] = {}
         if self.settings is not None:
             pairing = pair_modules(entries, self.settings, self.linears)

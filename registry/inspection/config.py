@@ -17,7 +17,7 @@ from lora_rt.registry.inspection.kinds import not_lora, of_another_kind
 from lora_rt.registry.inspection.modules import MAX_RANK
 from lora_rt.registry.inspection.patterns import peft_key
 from lora_rt.registry.inspection.settings import LoraSettings, Pattern
-from lora_rt.registry.inspection.targets import selector
+from lora_rt.registry.inspection.targets import selector, target_parameters
 from lora_rt.registry.strict_json import shown
 
 MAX_SCALING = 1000.0
@@ -27,7 +27,7 @@ _MERGE = "merge it into its base, and extract a plain LoRA"
 _EXACT = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "init_lora_weights", "lora_bias", "bias", "base_model_name_or_path",
-    "auto_mapping", "megatron_core",
+    "target_parameters", "auto_mapping", "megatron_core",
 )  # fmt: skip
 _INERT = (
     "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out", "qalora_group_size",
@@ -43,7 +43,6 @@ _REFUSED = {
     "use_dora": f"it needs DoRA, which rescales the base's output and does not add up; {_MERGE}",
     "modules_to_save": "it replaces layers of the base; train without it",
     "trainable_token_indices": "it replaces rows of the base's embedding; train without it",
-    "target_parameters": "it adapts bare parameters (fused experts), which are not composed yet; train linear layers",
     "alora_invocation_tokens": "it is an aLoRA, which wakes up at a text of its own; write term[text] and train a LoRA",
     "layer_replication": "it makes the base deeper, and so makes another base; train without it",
     "use_qalora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {_MERGE}",
@@ -90,7 +89,8 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
     selects, target_problems = selector(config)
     ranks, rank_problems = _patterns(config, "rank_pattern", _rank_problem)
     alphas, alpha_problems = _patterns(config, "alpha_pattern", _alpha_problem)
-    problems += [*_numbers(config), *target_problems, *rank_problems, *alpha_problems]
+    parameters, parameter_problems = target_parameters(config)
+    problems += [*_numbers(config), *target_problems, *parameter_problems, *rank_problems, *alpha_problems]
     if problems:
         return None, [f"{CONFIG}: {problem}" for problem in problems]
     settings = LoraSettings(
@@ -100,6 +100,7 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
         lora_bias=config.get("lora_bias") or False,
         all_linear=config["target_modules"] == "all-linear",
         selects=selects,
+        parameters=parameters,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         biases=config.get("bias") in ("all", "lora_only"),

@@ -15,11 +15,13 @@ from lora_rt.registry.strict_json import shown
 
 FLOATS = ("F32", "F16", "BF16")
 MAX_RANK = 4096
+MAX_EXPERTS = 1024
 
 # What PEFT copies out of the base into an adapter's file: biases, and embedding and head when it adapts one of them.
 _COPIED = re.compile(r"(.*\.)?(base_layer\.weight|(lm_head|embed_tokens|embed_out|embed_in|wte|output)\.weight|bias)")
 _LAYER = re.compile(r"(^|\.)\d+\.")
-Linears = Mapping[str, tuple[int, int]]
+Linears = Mapping[str, tuple[int, ...]]
+"""Path -> (out, in) of a linear layer or a router's parameter, (experts, out, in) of a parameter of fused experts."""
 _Parts = dict[str, TensorEntry]
 
 
@@ -29,6 +31,9 @@ class LoraModule:
 
     `module` is its path in the base; A (`a_key`) is (rank, in), B (`b_key`) is (out, rank), the bias of B where there
     is one is (out,). The layer adds `scaling * B A x`, and `scaling * bias`.
+
+    Of a parameter of fused experts (`experts` above 0) A is (experts * rank, in) and B (out, rank * experts), the
+    experts outside in A and inside in B.
     """
 
     module: str
@@ -37,6 +42,7 @@ class LoraModule:
     a_key: str
     b_key: str
     bias_key: str | None
+    experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
     A path that the base does not have is looked for under its other names (`keys.renamed`).
     """
     given, copies, problems = _group(entries)
-    new_paths = renamed(given, linears or ())
+    new_paths = {**renamed(given, linears or ()), **parameter_paths(given, settings, linears or {})}
     old_paths = {new_paths.get(path, path): path for path in given}
     if len(old_paths) != len(given):
         twice = sorted(new for new, count in Counter(new_paths.get(p, p) for p in given).items() if count > 1)
@@ -67,7 +73,8 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
         wrong = _module_problems(paths, parts[module], settings, linears)
         problems += wrong
         if not wrong:
-            modules.append(_lora_module(paths, parts[module], settings))
+            size = (linears or {}).get(module, ())
+            modules.append(_lora_module(paths, parts[module], settings, size[0] if len(size) == 3 else 0))
     missing = [module for module in expected or () if module not in parts and _is_required(module, settings)]
     problems += [f"{shown(module)} is to be adapted and has no tensors" for module in missing]
     if not parts and not problems:
@@ -77,14 +84,43 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
     return Pairing(tuple(modules), copies, problems)
 
 
-def rank_problems(entries: Mapping[str, TensorEntry]) -> list[str]:
-    """Factors of a rank beyond all use, told by the header alone, before a value is read."""
+def rank_problems(entries: Mapping[str, TensorEntry], *, experts: bool = False) -> list[str]:
+    """Factors of a rank beyond all use, told by the header alone, before a value is read.
+
+    With `experts` one matrix holds the factors of up to a thousand of them.
+    """
+    limit = MAX_RANK * (MAX_EXPERTS if experts else 1)
     ranks = [
         (key, entry.shape[0] if ".lora_A." in key else entry.shape[-1])
         for key, entry in entries.items()
         if len(entry.shape) == 2 and (".lora_A." in key or ".lora_B." in key)
     ]
-    return [f"{shown(key)} is of rank {rank:,}, more than {MAX_RANK:,}" for key, rank in ranks if rank > MAX_RANK]
+    return [f"{shown(key)} is of rank {rank:,}, more than {limit:,}" for key, rank in ranks if rank > limit]
+
+
+def parameter_paths(paths: Iterable[str], settings: LoraSettings, linears: Linears) -> dict[str, str]:
+    """For paths in a file: the parameters that they stand for. PEFT wraps a module once for each of its parameters.
+
+    mlp.experts.base_layer   the first, gate_up_proj          mlp.experts   the last, down_proj
+    """
+    wrapped: dict[str, list[str]] = {}
+    for path in linears:
+        if _is_parameter(path, linears) and settings.adapts_parameter(path):
+            wrapped.setdefault(path.rpartition(".")[0], []).append(path)
+    found = {}
+    by_inner = {inner_path(owner): owner for owner in wrapped}
+    for path in paths:
+        owner, depth = path, 0
+        while owner.endswith(".base_layer"):
+            owner, depth = owner.removesuffix(".base_layer"), depth + 1
+        own = wrapped.get(owner) or wrapped.get(by_inner.get(inner_path(owner), ""), [])
+        if depth < len(own):
+            found[path] = own[len(own) - 1 - depth]
+    return found
+
+
+def _is_parameter(path: str, linears: Linears) -> bool:
+    return len(linears[path]) == 3 or path.endswith(".weight")
 
 
 def _group(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, _Parts], dict[str, str], list[str]]:
@@ -121,7 +157,7 @@ def _expected(settings: LoraSettings, linears: Linears | None, found: list[str] 
     """The modules that must have tensors; None where nobody can say. `found` limits them to its part of the model."""
     if linears is None or settings.selects is None:
         return None
-    chosen = [module for module in linears if settings.adapts(module)]
+    chosen = [m for m in linears if (settings.adapts_parameter(m) if _is_parameter(m, linears) else settings.adapts(m))]
     if found is not None:
         # Written for another class of the model, maybe for its text part alone: other towers are not expected.
         towers = {inner_path(module).partition(".")[0] for module in found}
@@ -131,7 +167,7 @@ def _expected(settings: LoraSettings, linears: Linears | None, found: list[str] 
 
 def _is_required(module: str, settings: LoraSettings) -> bool:
     # "all-linear" leaves out the output head, which lies outside of the numbered layers.
-    return not settings.all_linear or _LAYER.search(module) is not None
+    return not settings.all_linear or (_LAYER.search(module) is not None and not settings.adapts_parameter(module))
 
 
 def _ordered(parts: Mapping[str, _Parts], linears: Linears | None) -> Iterable[str]:
@@ -152,17 +188,21 @@ def _module_problems(
         problems.append(f"{shown(module)} has no lora_B.bias though lora_bias is true")
     if not settings.lora_bias and "lora_B.bias" in found:
         problems.append(f"{shown(module)} has a lora_B.bias though lora_bias is not true")
-    if linears is not None and module not in linears:
-        problems.append(f"{shown(module)} is not a linear layer of this base")
-    elif not settings.adapts(*paths):
-        problems.append(f"{shown(module)} has tensors but is not among target_modules")
     size = linears.get(module) if linears is not None else None
+    if linears is not None and size is None:
+        problems.append(f"{shown(module)} is not a linear layer of this base")
+    elif not settings.adapts(*paths) and not settings.adapts_parameter(module):
+        if size is None and settings.parameters:
+            return problems  # a parameter's, maybe: its base tells
+        problems.append(f"{shown(module)} has tensors but is not among target_modules")
     problems += _shape_problems(settings.rank_of(*paths), found, size)
     return problems
 
 
-def _shape_problems(rank: int, found: Mapping[str, TensorEntry], size: tuple[int, int] | None) -> list[str]:
-    out_features, in_features = size or (None, None)
+def _shape_problems(rank: int, found: Mapping[str, TensorEntry], size: tuple[int, ...] | None) -> list[str]:
+    out_features, in_features = size[-2:] if size else (None, None)
+    if size and len(size) == 3:
+        rank *= size[0]
     wanted: Mapping[str, tuple[int | None, ...]] = {
         "lora_A.weight": (rank, in_features),
         "lora_B.weight": (out_features, rank),
@@ -183,7 +223,9 @@ def _shape(shape: tuple[int | None, ...]) -> str:
     return f"({', '.join('any' if size is None else str(size) for size in shape)})"
 
 
-def _lora_module(paths: tuple[str, str], found: Mapping[str, TensorEntry], settings: LoraSettings) -> LoraModule:
+def _lora_module(
+    paths: tuple[str, str], found: Mapping[str, TensorEntry], settings: LoraSettings, experts: int
+) -> LoraModule:
     bias = found.get("lora_B.bias")
     return LoraModule(
         module=paths[0],
@@ -192,4 +234,5 @@ def _lora_module(paths: tuple[str, str], found: Mapping[str, TensorEntry], setti
         a_key=found["lora_A.weight"].key,
         b_key=found["lora_B.weight"].key,
         bias_key=bias.key if bias else None,
+        experts=experts,
     )

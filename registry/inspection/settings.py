@@ -15,7 +15,8 @@ class LoraSettings:
     """A LoRA configuration that may be used.
 
     `selects(module)` says whether PEFT would adapt a module of that path; None where that can't be told safely, and the
-    tensors alone decide. `all_linear` says that it names no modules but every linear layer. `biases` that biases
+    tensors alone decide. `parameters` are the bare parameters that it adapts, by their paths or ends of
+    them. `all_linear` says that it names no modules but every linear layer. `biases` that biases
     of the base were trained, where it has any. The patterns are in the file's order, the first match wins, as in PEFT.
     """
 
@@ -25,6 +26,7 @@ class LoraSettings:
     lora_bias: bool
     all_linear: bool
     selects: Callable[[str], bool] | None
+    parameters: tuple[str, ...]
     rank_pattern: Sequence[Pattern]
     alpha_pattern: Sequence[Pattern]
     biases: bool
@@ -33,6 +35,10 @@ class LoraSettings:
     def adapts(self, *paths: str) -> bool:
         """Whether a module of one of these paths may have tensors."""
         return self.selects is None or any(self.selects(path) for path in paths)
+
+    def adapts_parameter(self, path: str) -> bool:
+        """Whether it adapts the parameter of this path."""
+        return any(path == name or path.endswith(f".{name}") for name in self.parameters)
 
     def rank_of(self, *paths: str) -> int:
         """The rank that the configuration gives a module, by its path here or the one in the file."""

@@ -26,7 +26,7 @@ def selector(config: dict[str, Any]) -> tuple[Selects | None, list[str]]:
     None where nothing is wrong: a pattern among the fields is not one that can be matched safely.
     """
     problems: list[str] = []
-    targets = _matcher(config.get("target_modules"), "target_modules", problems)
+    targets = _matcher(config.get("target_modules"), "target_modules", problems, bool(config.get("target_parameters")))
     excludes = _matcher(config.get("exclude_modules") or [], "exclude_modules", problems)
     layers = _layers(config.get("layers_to_transform"), problems)
     numbered = _layer_patterns(config.get("layers_pattern"), problems)
@@ -42,13 +42,22 @@ def selector(config: dict[str, Any]) -> tuple[Selects | None, list[str]]:
     return selects, []
 
 
-def _matcher(value: Any, field: str, problems: list[str]) -> Selects | None:
+def target_parameters(config: dict[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """The parameters that are adapted without a layer, such as fused experts, and what is wrong with them."""
+    value = config.get("target_parameters") or []
+    if not isinstance(value, list) or len(value) > MAX_TARGETS or not all(isinstance(item, str) for item in value):
+        return (), [f"target_parameters is {shown(value)}, not a list of names"]
+    strange = [item for item in value if not _PATH.fullmatch(item)]
+    return tuple(value), [f"target_parameters holds {shown(item)}, which is not a name" for item in strange[:20]]
+
+
+def _matcher(value: Any, field: str, problems: list[str], parameters: bool = False) -> Selects | None:
     if isinstance(value, str):
         return _regex(value)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         problems.append(f"{field} is {shown(value)}, not a list of module names")
         return None
-    if field == "target_modules" and not value:
+    if field == "target_modules" and not value and not parameters:
         problems.append(f"{field} is empty, so nothing is adapted")
         return None
     if len(value) > MAX_TARGETS:

@@ -12,9 +12,10 @@ KINDS = (
     "mpt",
     "mamba",  # no attention
     "recurrent_gemma",  # a recurrence that padding would enter
+    "mixtral",  # fused experts, and a router that is a parameter
     "bart",  # positions that can't be given
 )
-CHECKS = ("load", "attention", "left padding", "generate", "text")
+CHECKS = ("load", "all-linear", "attention", "mixed rows", "left padding", "generate", "text")
 
 
 @pytest.mark.parametrize("kind", KINDS)
