@@ -207,8 +207,8 @@ def survey(model: Any) -> Topology:
     sites = []
     for name in order:
         axis = _head_axis(name, *sizes[name], heads, devices[name])
-        place = (layer(name), groups[name], axis, devices[name], layouts[name])
-        sites.append(Site(name, linears[name], *sizes[name], *place))
+        made = Site(name, linears[name], *sizes[name], layer(name), groups[name], axis, devices[name], layouts[name])
+        sites.append(made)
     for name, one in find_parameters(model).items():
         got = [x for calls in passes for x in [c.x for c in calls if c.name == name][:1]]
         if one.experts or len(got) == len(PROBES):  # a router's is one only where a pass multiplies with it

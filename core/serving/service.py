@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.generation.batch import LengthError
 from lora_rt.core.generation.prompts import Prompt
 from lora_rt.core.generation.sampling import Sampling
-from lora_rt.core.memory.process import free_bytes
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
@@ -335,4 +335,4 @@ def _bytes_per_token(runtime: Runtime) -> int:
         [getattr(layer, "keys", None) for layer in cache.layers],
         [getattr(layer, "values", None) for layer in cache.layers],
     )
-    return max(1, sum(tensor.nbytes for part in kept for tensor in part if tensor is not None) // 2)
+    return max(1, sum(int(tensor.nbytes) for part in kept for tensor in part if tensor is not None) // 2)
