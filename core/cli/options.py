@@ -14,7 +14,19 @@ import typer
 
 from lora_rt.core.cli.failures import UsageError, usage
 from lora_rt.core.requests.composition import Composition
-from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
+from lora_rt.plugins.contract.cli import (
+    ALLOW_BASE_MISMATCH,
+    Base,
+    Device,
+    Json,
+    Precision,
+    RepetitionPenalty,
+    SpecialTokens,
+    Temperature,
+    TemplateVar,
+    TopK,
+    TopP,
+)
 
 __all__ = [
     "AllowBaseMismatch",
@@ -132,12 +144,7 @@ Scene = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Make no request over the network.")]
 AllowBaseMismatch = Annotated[
-    bool,
-    typer.Option(
-        "--allow-base-mismatch",
-        callback=_allow_base_mismatch,
-        help="Use adapters that state another base, if their shapes fit.",
-    ),
+    bool, typer.Option("--allow-base-mismatch", callback=_allow_base_mismatch, help=ALLOW_BASE_MISMATCH)
 ]
 Multiply = Annotated[
     str | None,
@@ -153,21 +160,6 @@ Data = Annotated[
 
 # How a prompt is put to the base.
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system message before the prompt.")]
-TemplateVar = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--template-var", metavar="KEY=VALUE", help="Of the chat template: enable_thinking=false. Repeatable."
-    ),
-]
-SpecialTokens = Annotated[
-    bool, typer.Option("--special-tokens", help="Read <|im_end|> and the like in texts as tokens; they are text.")
-]
 
 # How an answer is chosen.
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="The longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among the likeliest that make up this share.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample among so many of the likeliest; 0 is off.")]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", help="On the answer's own tokens; 1 is off.")
-]

@@ -53,14 +53,26 @@ class CommandServices:
 
         return read_pairs(path, fields)
 
-    def runtime(self, *compositions: str, base: str, precision: str = "int4", device: str = "auto") -> Runtime:
+    def runtime(
+        self,
+        *compositions: str,
+        base: str,
+        precision: str = "int4",
+        device: str = "auto",
+        allow_base_mismatch: bool = False,
+        template_var: Sequence[str] | None = None,
+        special_tokens: bool = False,
+    ) -> Runtime:
         """A runtime; what can be wrong with names is found out before the base is loaded."""
         from lora_rt.core.cli.compose.request import look_up
+        from lora_rt.core.cli.options import text_format
         from lora_rt.core.requests.composition import Composition
 
+        text = text_format(template_var, special_tokens)
+        session().allow_base_mismatch = session().allow_base_mismatch or allow_base_mismatch
         for composition in [Composition.parse(text) for text in compositions]:
             look_up(composition, base)
-        return session().runtime(base, precision, device)
+        return session().runtime(base, precision, device, **text)
 
     def registry(self) -> Registry:
         """The registry of the working directory, with the sources of plugins."""

@@ -52,8 +52,20 @@ class Services(Protocol):
     def read_lines(self, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         """The objects of a JSONL file, each with these fields as non-empty texts; every bad line is named at once."""
 
-    def runtime(self, *compositions: str, base: str, precision: str = "int4", device: str = "auto") -> Any:
-        """A `lora_rt.Runtime`. Names in the compositions are looked up before seconds are spent on loading."""
+    def runtime(
+        self,
+        *compositions: str,
+        base: str,
+        precision: str = "int4",
+        device: str = "auto",
+        allow_base_mismatch: bool = False,
+        template_var: Sequence[str] | None = None,
+        special_tokens: bool = False,
+    ) -> Any:
+        """A `lora_rt.Runtime`. Names in the compositions are looked up before seconds are spent on loading.
+
+        The rest is as the options of `lora_rt.plugins.contract.cli` give it.
+        """
 
     def registry(self) -> Any:
         """The `lora_rt.Registry` of the working directory."""

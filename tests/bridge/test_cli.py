@@ -116,3 +116,18 @@ def test_every_bad_line_is_named() -> None:
 def test_arguments_and_a_file_at_once_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="both arguments and --data"):
         read_items(["a"], tmp_path / "pairs.jsonl", "text")
+
+
+def test_a_command_takes_what_compose_takes_of_base_and_sampling(run: Run) -> None:
+    """What differs by seed was sampled; what a template does not have was asked for."""
+    hot = ["--temperature", "30", "--top-p", "1", "--repetition-penalty", "1.2", "--top-k", "0"]
+    said = {run("bridge", "expand", "c", *hot, "--seed", str(seed)).stdout for seed in range(4)}
+    assert len(said) > 1
+    assert run("bridge", "compress", "aaaa", "--max-new-tokens", "1", "--allow-base-mismatch").stdout == "a\n"
+    for command in ("compress", "expand", "roundtrip", "cycle"):
+        shown = CliRunner().invoke(app, ["bridge", command, "--help"], env={"COLUMNS": "200"}).stdout
+        for option in ("--template-var", "--special-tokens", "--allow-base-mismatch", "--temperature", "--top-p"):
+            assert option in shown
+    assert "--template-var" in CliRunner().invoke(app, ["bridge", "measure", "--help"]).stdout
+    with pytest.raises(UsageError, match="template variable"):
+        run("bridge", "compress", "aaaa", "--template-var", "thinking")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_rt.plugins.contract import Services, UsageError
-from lora_rt.plugins.contract.cli import Base, Device, Json, Precision
+from lora_rt.plugins.contract.cli import Json, OverBase, RepetitionPenalty, Temperature, TopK, TopP, spread
 from lora_rt.plugins.contract.terminal import harmless
 from lora_rt.plugins.modes.bridge.items import read_items
 
@@ -22,9 +23,37 @@ Data = Annotated[Path | None, typer.Option("--data", metavar="F.jsonl", help="On
 Candidates = Annotated[
     int, typer.Option("--candidates", min=1, help="Texts per scene; the one that compresses back best is kept.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the candidates after the first.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", min=1, help="Of an answer: 32 for scenes, 96 for texts if left out."),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of samples; greedy answers need none.")]
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Standard input, a line each, if left out.")]
 Scenes = Annotated[list[str] | None, typer.Argument(metavar="SCENE", help="Standard input, a line each, if left out.")]
+
+
+@dataclass(frozen=True)
+class Asked(OverBase):
+    """The options of every command that lets a bridge answer."""
+
+    adapter: Adapter = "bridge"
+    max_new_tokens: MaxNewTokens = None
+    temperature: Temperature = 0.0
+    top_p: TopP = None
+    top_k: TopK = 0
+    repetition_penalty: RepetitionPenalty = None
+    seed: Seed = 0
+
+    @property
+    def over(self) -> dict[str, Any]:
+        """The base's options alone."""
+        return {name: getattr(self, name) for name in asdict(OverBase())}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What the bridge is told of how to choose; what was not given is the bridge's to say."""
+        given = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
+        return {"seed": self.seed, "top_k": self.top_k} | {n: value for n, value in given.items() if value is not None}
 
 
 class Side(StrEnum):
@@ -39,7 +68,7 @@ def group(services: Services) -> typer.Typer:
     app = typer.Typer(help="Compress texts to scenes, expand scenes to texts.", no_args_is_help=True)
     commands = Commands(services)
     for command in (commands.compress, commands.expand, commands.roundtrip, commands.cycle, commands.measure):
-        app.command()(command)
+        app.command()(spread(command))
     return app
 
 
@@ -49,70 +78,59 @@ class Commands:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def compress(
-        self,
-        texts: Texts = None,
-        data: Data = None,
-        adapter: Adapter = "bridge",
-        base: Base = "default",
-        precision: Precision = "int4",
-        device: Device = "auto",
-        as_json: Json = False,
-    ) -> None:
+    def compress(self, asked: Asked, texts: Texts = None, data: Data = None, as_json: Json = False) -> None:
         """Text to scene."""
         given = self._items(texts, data, "text")
-        scenes = self._bridge(adapter, base, precision, device).compress(given)
+        scenes = self._bridge(asked).compress(given, **asked.sampling)
         rows = [{"text": text, "scene": scene} for text, scene in zip(given, scenes, strict=True)]
         self._show(rows, ["scene"], as_json)
 
     def expand(
         self,
+        asked: Asked,
         scenes: Scenes = None,
         data: Data = None,
         candidates: Candidates = 1,
-        seed: Seed = 0,
-        adapter: Adapter = "bridge",
-        base: Base = "default",
-        precision: Precision = "int4",
-        device: Device = "auto",
         as_json: Json = False,
     ) -> None:
         """Scene to text."""
         given = self._items(scenes, data, "scene")
-        texts = self._bridge(adapter, base, precision, device).expand(given, candidates=candidates, seed=seed)
+        texts = self._bridge(asked).expand(given, candidates=candidates, **asked.sampling)
         rows = [{"scene": scene, "text": text} for scene, text in zip(given, texts, strict=True)]
         self._show(rows, ["text"], as_json)
 
     def roundtrip(
         self,
+        asked: Asked,
         items: Annotated[list[str] | None, typer.Argument(metavar="ITEM", help="Standard input if left out.")] = None,
         start: Annotated[Side, typer.Option("--from", help="What the items are.")] = Side.scene,
         data: Data = None,
         candidates: Candidates = 1,
-        seed: Seed = 0,
-        adapter: Adapter = "bridge",
-        base: Base = "default",
-        precision: Precision = "int4",
-        device: Device = "auto",
         as_json: Json = False,
     ) -> None:
         """Scene to text to scene, or with --from text the other way round."""
         given = self._items(items, data, start.value)
-        bridge = self._bridge(adapter, base, precision, device)
+        bridge = self._bridge(asked)
         from lora_rt.plugins.modes.bridge.hyper import onward
 
         def expand(items: Sequence[str]) -> list[str]:
-            return bridge.expand(items, candidates=candidates, seed=seed)
+            return bridge.expand(items, candidates=candidates, **asked.sampling)
 
-        from_scene = start is Side.scene
-        keys = ("scene", "text") if from_scene else ("text", "scene")
-        between = expand(given) if from_scene else bridge.compress(given)
-        back = onward(bridge.compress, between) if from_scene else onward(expand, between)
-        rows = [dict(zip((*keys, "back"), row, strict=True)) for row in zip(given, between, back, strict=True)]
+        def compress(items: Sequence[str]) -> list[str]:
+            return bridge.compress(items, **asked.sampling)
+
+        first, second = (expand, compress) if start is Side.scene else (compress, expand)
+        keys = ("scene", "text") if start is Side.scene else ("text", "scene")
+        between = first(given)
+        rows = [
+            dict(zip((*keys, "back"), row, strict=True))
+            for row in zip(given, between, onward(second, between), strict=True)
+        ]
         self._show(rows, [*keys, "back"], as_json)
 
     def cycle(
         self,
+        asked: Asked,
         out: Annotated[Path, typer.Option("--out", metavar="F.jsonl", help="Where the lines go; a new file.")],
         texts: Annotated[
             Path | None, typer.Option("--texts", metavar="F.jsonl", help="Texts that have no scene.")
@@ -120,10 +138,6 @@ class Commands:
         scenes: Annotated[
             Path | None, typer.Option("--scenes", metavar="F.jsonl", help="Scenes that have no text.")
         ] = None,
-        adapter: Adapter = "bridge",
-        base: Base = "default",
-        precision: Precision = "int4",
-        device: Device = "auto",
     ) -> None:
         """Give unpaired texts and scenes a partner, to train on beside the pairs (`train --mode bridge`)."""
         from lora_rt.plugins.modes.bridge.cycle import check_items, check_new_file, cycle_pairs, write_lines
@@ -132,13 +146,13 @@ class Commands:
         lone_texts = self._field(texts, "text") or []
         lone_scenes = self._field(scenes, "scene") or []
         check_items(lone_texts, lone_scenes)
-        bridge = self._bridge(adapter, base, precision, device)
-        lines = cycle_pairs(bridge, lone_texts, lone_scenes)
+        lines = cycle_pairs(self._bridge(asked), lone_texts, lone_scenes, **asked.sampling)
         write_lines(out, lines)
         typer.echo(f"{len(lines)} lines in {out}", err=True)
 
     def measure(
         self,
+        over: OverBase,
         data: Annotated[
             list[str],
             typer.Option("--data", metavar="NAME=F.jsonl", help="Held-out pairs; may be given several times."),
@@ -149,17 +163,14 @@ class Commands:
         one_direction: Annotated[
             str | None, typer.Option("--one-direction", metavar="REF", help="An adapter of scene -> text alone.")
         ] = None,
-        seed: Annotated[int, typer.Option("--seed", help="Of candidates and of random controls.")] = 0,
-        base: Base = "default",
-        precision: Precision = "int4",
-        device: Device = "auto",
+        seed: Annotated[int, typer.Option("--seed", min=0, help="Of candidates and of random controls.")] = 0,
         as_json: Json = False,
     ) -> None:
         """What bridges do on pairs that they have not seen: both directions, beside controls, with intervals."""
         specs = adapters or ["bridge"]
         pairs = {name: self._services.read_lines(Path(file), ("scene", "text")) for name, file in map(_named, data)}
         compared = [one_direction] if one_direction else []
-        runtime = self._services.runtime(*specs, *compared, base=base, precision=precision, device=device)
+        runtime = self._services.runtime(*specs, *compared, **asdict(over))
         from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, measure_bridge
         from lora_rt.plugins.modes.bridge.table import bridge_table
 
@@ -176,11 +187,11 @@ class Commands:
             for spec, document in row.items():
                 self._services.out.print(bridge_table(document, f"{spec} on {name}, {len(pairs[name])} pairs"))
 
-    def _bridge(self, adapter: str, base: str, precision: str, device: str) -> HyperBridge:
-        runtime = self._services.runtime(adapter, base=base, precision=precision, device=device)
+    def _bridge(self, asked: Asked) -> HyperBridge:
+        runtime = self._services.runtime(asked.adapter, **asked.over)
         from lora_rt.plugins.modes.bridge.hyper import HyperBridge
 
-        return HyperBridge(runtime, adapter)
+        return HyperBridge(runtime, asked.adapter)
 
     def _items(self, arguments: Sequence[str] | None, data: Path | None, field: str) -> list[str]:
         return read_items(arguments or [], self._field(data, field), field)

@@ -11,13 +11,16 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_rt.plugins.contract import UsageError
 from lora_rt.plugins.modes.bridge.hyper import BridgeError, HyperBridge
 
 
-def cycle_pairs(bridge: HyperBridge, texts: Sequence[str] = (), scenes: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Training lines {"scene", "text", "direction"}, each for one direction.
+def cycle_pairs(
+    bridge: HyperBridge, texts: Sequence[str] = (), scenes: Sequence[str] = (), **sampling: Any
+) -> list[dict[str, str]]:
+    """Training lines {"scene", "text", "direction"}, each for one direction; `sampling` as of `HyperBridge.expand`.
 
     Lines whose made half is empty are left out.
 
@@ -26,7 +29,7 @@ def cycle_pairs(bridge: HyperBridge, texts: Sequence[str] = (), scenes: Sequence
         BridgeError: some are empty.
     """
     check_items(texts, scenes)
-    made_scenes, made_texts = bridge.compress(list(texts)), bridge.expand(list(scenes))
+    made_scenes, made_texts = bridge.compress(list(texts), **sampling), bridge.expand(list(scenes), **sampling)
     lines = [{"scene": s, "text": t, "direction": "expand"} for s, t in zip(made_scenes, texts, strict=True)]
     lines += [{"scene": s, "text": t, "direction": "compress"} for s, t in zip(scenes, made_texts, strict=True)]
     return [line for line in lines if line["scene"] and line["text"]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from lora_rt import Composition, LoraRtError
 from lora_rt.plugins.modes.bridge.directions import Direction, prompt_for
@@ -52,34 +52,54 @@ class HyperBridge:
             runtime.ensure(term.reference)
 
     @overload  # a string is a sequence of strings, too: the first one wins
-    def compress(self, texts: str, *, max_new_tokens: int = ...) -> str: ...  # type: ignore[overload-overlap]
+    def compress(  # type: ignore[overload-overlap]
+        self, texts: str, *, max_new_tokens: int = ..., seed: int = ..., **sampling: Any
+    ) -> str: ...
     @overload
-    def compress(self, texts: Sequence[str], *, max_new_tokens: int = ...) -> list[str]: ...
-    def compress(self, texts: str | Sequence[str], *, max_new_tokens: int = _SCENE_TOKENS) -> str | list[str]:
-        """The scene of each text, greedily decoded.
+    def compress(
+        self, texts: Sequence[str], *, max_new_tokens: int = ..., seed: int = ..., **sampling: Any
+    ) -> list[str]: ...
+    def compress(
+        self, texts: str | Sequence[str], *, max_new_tokens: int = _SCENE_TOKENS, seed: int = 0, **sampling: Any
+    ) -> str | list[str]:
+        """The scene of each text, greedily decoded unless `sampling` (settings of `Runtime.generate`) says otherwise.
 
         Raises:
             BridgeError: a text is empty.
         """
         given = _listed(texts, "text")
-        scenes = self._answers([self.prompt("compress", text) for text in given], max_new_tokens=max_new_tokens)
+        settings = {"max_new_tokens": max_new_tokens, "seed": seed, **sampling}
+        scenes = self._answers([self.prompt("compress", text) for text in given], **settings)
         return scenes[0] if isinstance(texts, str) else scenes
 
     @overload
     def expand(  # type: ignore[overload-overlap]
-        self, scenes: str, *, candidates: int = ..., max_new_tokens: int = ..., seed: int = ...
+        self, scenes: str, *, candidates: int = ..., max_new_tokens: int = ..., seed: int = ..., **sampling: Any
     ) -> str: ...
     @overload
     def expand(
-        self, scenes: Sequence[str], *, candidates: int = ..., max_new_tokens: int = ..., seed: int = ...
+        self,
+        scenes: Sequence[str],
+        *,
+        candidates: int = ...,
+        max_new_tokens: int = ...,
+        seed: int = ...,
+        **sampling: Any,
     ) -> list[str]: ...
     def expand(
-        self, scenes: str | Sequence[str], *, candidates: int = 1, max_new_tokens: int = _TEXT_TOKENS, seed: int = 0
+        self,
+        scenes: str | Sequence[str],
+        *,
+        candidates: int = 1,
+        max_new_tokens: int = _TEXT_TOKENS,
+        seed: int = 0,
+        **sampling: Any,
     ) -> str | list[str]:
         """The text of each scene: the greedy one, or the best of several.
 
         With more than one candidate, the greedy text and `candidates - 1` samples are compared by log p(scene | text)
-        under the same adapter, and the one that compresses back best is returned (a noisy channel).
+        under the same adapter, and the one that compresses back best is returned (a noisy channel). With `sampling`
+        (settings of `Runtime.generate`) the first text is no longer the greedy one.
 
         Raises:
             BridgeError: a scene is empty, or there are no candidates.
@@ -87,9 +107,10 @@ class HyperBridge:
         given = _listed(scenes, "scene")
         if candidates < 1:
             raise BridgeError(f"candidates is {candidates}", next_step="Give at least 1")
-        texts = self._answers([self.prompt("expand", scene) for scene in given], max_new_tokens=max_new_tokens)
+        settings = {"max_new_tokens": max_new_tokens, **sampling}
+        texts = self._answers([self.prompt("expand", scene) for scene in given], **settings, seed=seed)
         if candidates > 1 and given:
-            pools = [texts, *(self._sampled(given, seed + n, max_new_tokens) for n in range(1, candidates))]
+            pools = [texts, *(self._sampled(given, seed + n, settings) for n in range(1, candidates))]
             texts = self._best(given, pools)
         return texts[0] if isinstance(scenes, str) else texts
 
@@ -155,9 +176,9 @@ class HyperBridge:
         # Answers are short beside a prompt, which every batch reads again.
         return self._batched([len(answer) for answer in answers], scored, 4 * self._batch_size)
 
-    def _sampled(self, scenes: Sequence[str], seed: int, max_new_tokens: int) -> list[str]:
-        settings = {"max_new_tokens": max_new_tokens, "temperature": _TEMPERATURE, "top_p": _TOP_P, "seed": seed}
-        return self._answers([self.prompt("expand", scene) for scene in scenes], **settings)
+    def _sampled(self, scenes: Sequence[str], seed: int, settings: Mapping[str, Any]) -> list[str]:
+        warm = {} if settings.get("temperature") else {"temperature": _TEMPERATURE, "top_p": _TOP_P}
+        return self._answers([self.prompt("expand", scene) for scene in scenes], **{**settings, **warm, "seed": seed})
 
     def _best(self, scenes: Sequence[str], pools: Sequence[Sequence[str]]) -> list[str]:
         """Of the texts pools[n][i], for each scene i the one from which the scene is likeliest; the first of equals."""
@@ -169,7 +190,7 @@ class HyperBridge:
         ]
         return [pools[n][i] for i, n in enumerate(best)]
 
-    def _answers(self, prompts: Sequence[str], **settings: float) -> list[str]:
+    def _answers(self, prompts: Sequence[str], **settings: Any) -> list[str]:
         def answered(rows: Sequence[int]) -> list[str]:
             answers = self.runtime.generate([prompts[i] for i in rows], self.composition, **settings)
             return [answer.strip() for answer in answers]
