@@ -144,7 +144,7 @@ class Fading:
         ("", f"'' is not a composition: it has no terms. {TERMS}"),
         (
             "emotion:warm",
-            f"'emotion:warm' is not a composition: 'emotion:warm': 'warm' is not a number. {TERMS}",
+            f"'emotion:warm' is not a composition: 'warm' is not a number. {TERMS}",
         ),
         (
             "emotin:0.7 logic:0.3",
