@@ -26,6 +26,7 @@ from lora_rt.core.benchmark.workloads import (
     refuse_unknown,
 )
 from lora_rt.core.cli import options
+from lora_rt.core.cli.bench_serve import serve
 from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
 from lora_rt.core.cli.session import starting
 from lora_rt.core.evaluation.plot import check_plot
@@ -34,6 +35,7 @@ _INTERRUPTED = 130
 
 
 def bench(
+    context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="A small set, for a first look.")] = False,
     workloads: Annotated[
         str, typer.Option("--workloads", metavar="NAME,...", help="These alone, by name or pattern (rows16-*).")
@@ -58,6 +60,8 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Measure lora-rt beside the base alone, PEFT and llama.cpp: the same base, prompts and adapters, interleaved."""
+    if context.invoked_subcommand is not None:
+        return
     with options.usage():
         chosen = choose_workloads(_split(workloads), QUICK if quick else DEFAULT)
         names = _systems(systems)
@@ -80,6 +84,11 @@ def bench(
         draw(document, plot)
     if not whole:
         raise typer.Exit(_INTERRUPTED)
+
+
+commands = typer.Typer(rich_markup_mode="rich", add_completion=False)
+commands.callback(invoke_without_command=True)(bench)
+commands.command("serve")(serve)
 
 
 def _warn(text: str) -> None:

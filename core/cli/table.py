@@ -72,7 +72,7 @@ COMMANDS = {
         "uninstall:uninstall", "Uninstall plugin packages with pip, and say which modes and adapters went."
     ),
     "bench": Entry(
-        "bench:bench",
+        "bench:commands",
         "Measure lora-rt beside the base alone, PEFT and llama.cpp: the same base, prompts and adapters, interleaved.",
     ),
     "plan": Entry(

@@ -149,7 +149,7 @@ async def _answered(
         spoken.log["prompts"] = list(prompts)
     if asked.stream:
         counted = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventSourceResponse(_pieces(spoken, answer, counted), ping=_PING)
+        return _Stream(spoken, _pieces(spoken, answer, counted))
     try:
         await _unless_gone(request, spoken.all())
     finally:
@@ -228,8 +228,22 @@ class _Spoken:
             self.log["answers"] = ["".join(choice.text) for choice in self.choices]
 
 
+class _Stream(EventSourceResponse):
+    """A stream whose rows leave when it is over, also where the client has gone before its first piece."""
+
+    def __init__(self, spoken: _Spoken, pieces: AsyncIterator[dict[str, str]]) -> None:
+        super().__init__(pieces, ping=_PING)
+        self._spoken = spoken
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._spoken.close()
+
+
 async def _pieces(spoken: _Spoken, answer: Answer, counted: bool) -> AsyncIterator[dict[str, str]]:
-    """The events of a stream. When the client goes away, the generator is closed, and the rows leave."""
+    """The events of a stream."""
     try:
         if answer.kind == "chat":
             for place in range(len(spoken.choices)):
@@ -243,8 +257,6 @@ async def _pieces(spoken: _Spoken, answer: Answer, counted: bool) -> AsyncIterat
             yield _sse(answer.counted(spoken.choices))
     except LoraRtError as error:
         yield _sse(failures.of_error(error)[1])
-    finally:
-        spoken.close()
     yield {"data": "[DONE]"}
 
 

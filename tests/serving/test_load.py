@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from typing import Any
 
@@ -12,7 +13,7 @@ import openai
 from lora_rt.core.runtime import Runtime
 from support.serving import Live, asked
 
-REQUESTS, AT_ONCE = 300, 16
+REQUESTS, AT_ONCE = int(os.environ.get("SERVE_REQUESTS", "300")), int(os.environ.get("SERVE_AT_ONCE", "16"))
 ADMIN = "the operator's own"
 PROMPTS = (
     "rain, tin roof",
