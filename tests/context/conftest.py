@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.adapter import described_state
 from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card
+from support.cli import Cli, command_line
 from support.tiny import HEADS, HIDDEN, LAYERS, Zoo
 
 TYPES = ("logic", "body")
@@ -35,6 +36,12 @@ def make_context_adapter(zoo: Zoo, folder: Path, *, seed: int, state: dict[str, 
     card = AdapterCard(register="logic", mode="context", base=base, scene_types=TYPES, state=described_state(folder))
     write_card(folder, card)
     return folder
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`cli("compose", "logic", "--scene", "body")`."""
+    return command_line(monkeypatch, capsys)
 
 
 @pytest.fixture

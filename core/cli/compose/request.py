@@ -16,6 +16,7 @@ from lora_rt.core.cli.options import usage
 from lora_rt.core.cli.session import session
 from lora_rt.core.generation.prompts import check_text, template_variables
 from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.measured import outside
 from lora_rt.core.requests.named import named_composition
@@ -23,6 +24,7 @@ from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.inspection import foreseen
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
+from lora_rt.registry.resolved import Resolved
 
 if TYPE_CHECKING:
     from lora_rt.core.generation.prompts import Prompt
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 # circle around one phrase. Greedy is greedy: the likeliest token.
 TOP_P = 0.9
 REPETITION_PENALTY = 1.1
+
+
+_NEUTRAL = "neutral"  # a scene that belongs to no type
 
 
 class ComposeError(LoraRtError):
@@ -97,7 +102,7 @@ class ComposeRequest:
         )
         with usage():
             Sampling(**request.sampling()).check()
-        look_up(composition, request.base)
+        check_scene(request.scene, composition, look_up(composition, request.base))
         caution(composition, request.base)
         return request
 
@@ -133,11 +138,14 @@ class ComposeRequest:
         return [{"role": "system", "content": self.system}, *messages]
 
 
-def look_up(composition: Composition, base: str | None = None) -> None:
+def look_up(composition: Composition, base: str | None = None) -> list[Resolved]:
     """Whatever can be known of a composition's adapters before a base is fetched, converted or loaded.
 
     Names, cards, configurations, modes, and whether they are for the base that `--base` means. No weights of what is
     here are read; what only the Hub has is fetched first, since an adapter is small and a base is not.
+
+    Returns:
+        The adapters.
 
     Raises:
         LoraRtError: terms that can't be used; all of them are named.
@@ -145,12 +153,14 @@ def look_up(composition: Composition, base: str | None = None) -> None:
     opened = session()
     identity = None if base is None else identify_base(base)
     stated = None if opened.registry.allow_base_mismatch else identity
+    adapters: list[Resolved] = []
     problems: list[LoraRtError] = []
     for reference in dict.fromkeys(r for term in composition.terms for r, _ in _references(term, opened.registry)):
         try:
             with step(f"looking up {reference.text}"):
                 found = opened.registry.find(reference, identity)
             opened.modes.require(foreseen(found.folder, name=found.name, base=stated))
+            adapters.append(found)
         except LoraRtError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -165,6 +175,32 @@ def look_up(composition: Composition, base: str | None = None) -> None:
             )
         ]
         raise ComposeError(f"{len(problems)} terms can't be used", problems=lines)
+    return adapters
+
+
+def check_scene(scene: str | None, composition: Composition, adapters: Sequence[Resolved]) -> None:
+    """What `--scene` says, against the scene types in the cards of the adapters and compositions in use.
+
+    Where no card has any, only a mode that lora-rt does not know could make something of it: that is said in a line.
+
+    Raises:
+        ComposeError: none of them has it.
+    """
+    if scene is None:
+        return
+    turns = scene_turns(scene) if "[" in scene else [(None, scene)]
+    if not turns:
+        raise UsageError(f"{scene!r} is not a scene", next_step="Write a scene type, or: logic body[So:]")
+    compositions = [named_composition(term, session().registry.compositions) for term in composition.terms]
+    cards = [*(item.card for item in adapters), *compositions]
+    known = dict.fromkeys(kind for card in cards if card for kind in card.scene_types)
+    unknown = [kind for _, kind in turns if kind not in (*known, _NEUTRAL)]
+    if unknown and known:
+        text = f"there is no scene type {' or '.join(map(repr, unknown))}"
+        raise ComposeError(text, next_step=f"The scene types here are: {', '.join(known)}")
+    if unknown:
+        text = f"no adapter in use has scene types, so --scene {scene} changes nothing"
+        err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)
 
 
 def caution(composition: Composition, base: str | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import caution, look_up, normalized
+from lora_rt.core.cli.compose.request import caution, check_scene, look_up, normalized
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.evaluation.plot import check_plot
@@ -42,7 +42,7 @@ def explain(
     text = options.text_format(template_var, special_tokens, prompt)
     if png is not None:
         check_plot(png, "--png")
-    look_up(composition, base)
+    check_scene(scene, composition, look_up(composition, base))
     caution(composition, base)
     runtime = session().runtime(base, precision, device, **text)
     answer = ""
