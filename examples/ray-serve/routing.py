@@ -25,6 +25,7 @@ def choose(
     residents: Mapping[Replica, Collection[str]],
     load: Mapping[Replica, int],
     slack: float = 1.25,
+    room: int = 16,
 ) -> Replica:
     """The replica that lacks the fewest of the adapters, and of those the one with the fewest requests.
 
@@ -32,10 +33,11 @@ def choose(
         adapters: those of the request.
         residents: replica -> the adapters that it has in memory.
         load: replica -> its requests that are not done; the replicas to choose from.
-        slack: a replica with this many times the mean load, or more, is left out. Large values keep adapters where they
-            are, 1 spreads the load as evenly as can be.
+        slack: a replica with this many times the mean load is left out, unless it has room all the same. Large values
+            keep adapters where they are, 1 spreads the load as evenly as can be.
+        room: how many requests a replica answers in one batch (`--max-rows`): with fewer than that it is not busy.
     """
-    limit = math.ceil(slack * (sum(load.values()) + 1) / len(load))
+    limit = max(room, math.ceil(slack * (sum(load.values()) + 1) / len(load)))
     open_ones = [replica for replica, busy in load.items() if busy < limit]
 
     def cost(replica: Replica) -> tuple[int, int]:

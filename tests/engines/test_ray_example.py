@@ -45,15 +45,17 @@ def test_a_request_goes_where_its_adapters_are(routing: Any) -> None:
 
 def test_a_replica_with_too_much_to_do_is_left_out(routing: Any) -> None:
     residents = {"a": {"x"}, "b": set()}
-    assert routing.choose(("x",), residents, {"a": 5, "b": 4}) == "a"
-    assert routing.choose(("x",), residents, {"a": 9, "b": 4}) == "b"
-    assert routing.choose(("x",), residents, {"a": 9, "b": 4}, slack=10) == "a"
+    assert routing.choose(("x",), residents, {"a": 25, "b": 20}) == "a"
+    assert routing.choose(("x",), residents, {"a": 40, "b": 20}) == "b"
+    assert routing.choose(("x",), residents, {"a": 40, "b": 20}, slack=10) == "a"
+    assert routing.choose(("x",), residents, {"a": 15, "b": 0}) == "a", "one batch holds them all"
+    assert routing.choose(("x",), residents, {"a": 15, "b": 0}, room=8) == "b"
 
 
 def test_somebody_always_answers(routing: Any) -> None:
     for busy in range(40):
-        assert routing.choose(("x",), {}, {"a": busy}, slack=1.0) == "a"
-        assert routing.choose(("x",), {}, {"a": busy, "b": busy}, slack=1.0) in ("a", "b")
+        assert routing.choose(("x",), {}, {"a": busy}, slack=1.0, room=0) == "a"
+        assert routing.choose(("x",), {}, {"a": busy, "b": busy}, slack=1.0, room=0) in ("a", "b")
 
 
 def test_the_simulation_finds_more_hits_where_it_looks_at_who_has_what() -> None:
