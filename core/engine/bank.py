@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rt.core.base.roles import roles_of
 from lora_rt.core.base.shape import device_of
 from lora_rt.core.engine.lanes import LanePlan, Lanes, Membership, gather, pay_off
 from lora_rt.core.engine.lru import LRUCache
@@ -147,6 +148,7 @@ class AdapterBank:
         active = tuple(_get(table, name) for name in names)
         chosen = [(gates or {}).get(name) for name in names]
         _check_gates(active, chosen)
+        self._check_heads(active, chosen)
         weights = self._weights(names, rows)
         members = tuple(tuple(k for k, name in enumerate(names) if row.get(name, 0.0) != 0.0) for row in rows)
         ranks = [adapter.rank for adapter in active]
@@ -154,6 +156,25 @@ class AdapterBank:
         if all(gate is None for gate in chosen) and not fused and pay_off(ranks, members, self.device.type):
             return LanePlan(self.topology, self._lanes(active, members), weights)
         return SharedPlan(self.topology, self._stack(active), weights, chosen)
+
+    def _check_heads(self, adapters: Sequence[ResidentAdapter], gates: Sequence[Gate | None]) -> None:
+        """A gate for heads has to find them wherever its adapter acts in an attention.
+
+        Raises:
+            BankError: it does not.
+        """
+        problems = []
+        for adapter, gate in zip(adapters, gates, strict=True):
+            if gate is None or gate.heads is None or gate.heads.dim() == 0 or gate.heads.shape[-1] == 1:
+                continue
+            inside = [name for name in adapter.factors if {"query", "key", "value", "output"} & {*roles_of(name)}]
+            blind = [name for name in inside if self.topology.by_name[name] not in self.topology.heads]
+            if blind or not self.topology.heads:
+                where = f"those of {blind[0]} can't be told" if blind else "this base has none that can be told"
+                problems.append(f"{adapter.name}: its gate is one for attention heads, and {where}")
+        if problems:
+            text = "a gate for attention heads does not fit this base"
+            raise BankError(text, problems=problems, next_step="Use a mode or an adapter without one (heads=no)")
 
     def _weights(self, names: Sequence[str], rows: Sequence[Mapping[str, float]]) -> Tensor:
         """(rows, K), or (1, K) where all rows are alike."""

@@ -49,12 +49,13 @@ def find_parameters(model: nn.Module) -> dict[str, Parameter]:
             for leaf, value in module.named_parameters(recurse=False):
                 if value.dim() == 3:
                     count, out, width = value.shape
-                    size = (width, out) if module.is_transposed else (out, width)
-                    found[f"{name}.{leaf}"] = Parameter(module, leaf, *size, count)
+                    if module.is_transposed:
+                        out, width = width, out
+                    found[f"{name}.{leaf}"] = Parameter(module, leaf, out, width, count)
         elif type(module).__name__.endswith(("Router", "Gate")) and not isinstance(module, nn.Linear):
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2:
-                found[f"{name}.weight"] = Parameter(module, "weight", *weight.shape, 0)
+                found[f"{name}.weight"] = Parameter(module, "weight", weight.shape[0], weight.shape[1], 0)
     return found
 
 

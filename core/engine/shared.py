@@ -13,10 +13,11 @@ from torch.nn.functional import linear
 
 from lora_rt.core.engine.experts import Pairs
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
+from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.layout import Layout, spread
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
-from lora_rt.core.engine.topology import HeadAxis, Topology
+from lora_rt.core.engine.topology import Topology
 from lora_rt.plugins.contract import Gate
 
 
@@ -84,7 +85,7 @@ class SharedPass(Pass):
         site = self._sites[index]
         if site is None:
             return y
-        if self._heads and (axis := self.topology.sites[index].heads) is not None:
+        if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
@@ -137,6 +138,4 @@ class SharedPass(Pass):
         heads = layer_of(self._heads[k], group.layer).to(axis.index.device)
         if heads.shape[-1] == 1:
             return self._like(heads, group.layout, x)
-        if axis.pool > 1:
-            heads = heads.reshape(*heads.shape[:-1], -1, axis.pool).mean(-1)
-        return self._like(heads[..., axis.index], group.layout, x)
+        return self._like(axis.spread(heads), group.layout, x)

@@ -5,33 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
-from lora_rt.core.base.shape import ForwardPass, Heads, blocks_of, device_of, heads_of, vocabulary_of
+from lora_rt.core.base.shape import ForwardPass, blocks_of, device_of, vocabulary_of
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, first_line
 from lora_rt.core.engine.experts import find_parameters, watched_experts, watched_products
+from lora_rt.core.engine.heads import HeadAxis, find_heads
 from lora_rt.core.engine.layout import PROBES, Layout, layout_of
 from lora_rt.core.engine.wrappers import bare_modules
-
-Side = Literal["output", "input"]
-
-
-@dataclass(frozen=True, slots=True)
-class HeadAxis:
-    """Where attention heads lie on a layer: `index[f]` is the head of feature f on its output or input side.
-
-    For key and value projections under grouped-query attention the heads are the fewer key/value heads, each of which
-    stands for `pool` query heads.
-    """
-
-    side: Side
-    index: Tensor  # (features,) int64
-    pool: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +36,6 @@ class Site:
     in_features: int
     layer: int | None
     group: int
-    heads: HeadAxis | None
     device: torch.device
     layout: Layout | None = ("b", "t")
     leaf: str = ""
@@ -59,13 +45,19 @@ class Site:
 class Topology:
     """All sites of a model, in the order in which a forward pass meets them."""
 
-    def __init__(self, sites: list[Site]) -> None:
+    def __init__(self, sites: list[Site], find: Callable[[], Mapping[str, HeadAxis]] = dict) -> None:
         self.sites = sites
+        self._find = find
         self.by_name: Mapping[str, int] = {site.name: index for index, site in enumerate(sites)}
         self.leaves: dict[nn.Module, dict[str, int]] = {}  # module -> its parameters that are sites, and their numbers
         for index, site in enumerate(sites):
             if site.leaf:
                 self.leaves.setdefault(site.module, {})[site.leaf] = index
+
+    @cached_property
+    def heads(self) -> Mapping[int, HeadAxis]:
+        """Site number -> where attention heads lie on it. Found when it is first asked for, with passes of its own."""
+        return {self.by_name[name]: axis for name, axis in self._find().items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,9 +101,25 @@ def _parents(name: str) -> set[str]:
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Whether its class is a linear layer by inheritance alone."""
+    """Whether a model's own code makes something else of it than a product with its weight, told by trying it."""
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models.")]
-    return any("forward" in vars(kind) for kind in kinds)
+    if not isinstance(module, nn.Linear) or not any("forward" in vars(kind) for kind in kinds):
+        return False
+    x = torch.ones(2, 3, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    x[1] = -0.5
+    try:
+        with torch.no_grad():
+            y, wanted = type(module).forward(module, x), nn.functional.linear(x, module.weight, module.bias)
+            return not isinstance(y, Tensor) or y.shape != wanted.shape or not _alike(y, wanted)
+    except UNRUNNABLE:
+        return True
+
+
+def _alike(y: Tensor, wanted: Tensor) -> bool:
+    try:
+        return torch.allclose(y.float(), wanted.float(), atol=0.05, rtol=0.05)
+    except (RuntimeError, NotImplementedError):  # without values, the shape has to do
+        return True
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -203,20 +211,19 @@ def survey(model: Any) -> Topology:
     devices = {n: calls[n].y.device if n in calls else _device_of(linears[n], device_of(model)) for n in order}
     groups = _groups(order, calls, devices)
     layouts = _layouts(linears, [{call.name: call.x for call in reversed(one)} for one in passes])
-    layer, heads = layer_numbers(model), heads_of(model.config)
+    layer = layer_numbers(model)
     sites = []
     for name in order:
-        axis = _head_axis(name, *sizes[name], heads, devices[name])
-        made = Site(name, linears[name], *sizes[name], layer(name), groups[name], axis, devices[name], layouts[name])
+        made = Site(name, linears[name], *sizes[name], layer(name), groups[name], devices[name], layouts[name])
         sites.append(made)
     for name, one in find_parameters(model).items():
         got = [x for calls in passes for x in [c.x for c in calls if c.name == name][:1]]
         if one.experts or len(got) == len(PROBES):  # a router's is one only where a pass multiplies with it
             device = getattr(one.module, one.leaf).device
             layout = layout_of(got) if len(got) == len(PROBES) else None
-            place = (layer(name), len(groups) + len(sites), None, device, layout, one.leaf, one.experts)
+            place = (layer(name), len(groups) + len(sites), device, layout, one.leaf, one.experts)
             sites.append(Site(name, one.module, one.out_features, one.in_features, *place))
-    return Topology(sites)
+    return Topology(sites, lambda: find_heads(model, linears, sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,27 +298,3 @@ def _layouts(linears: Mapping[str, nn.Module], inputs: Sequence[Mapping[str, Ten
 def _unnumbered(name: str) -> str:
     """The name without the numbers of its block and its expert."""
     return re.sub(r"\.\d+(?=\.|$)", ".#", name)
-
-
-def _head_axis(name: str, out_features: int, in_features: int, own: Heads, device: torch.device) -> HeadAxis | None:
-    """The heads of an attention projection, by its name and width; None for every other layer."""
-    *parents, leaf = name.split(".")
-    if not parents or "att" not in parents[-1]:
-        return None
-    heads, kv_heads, size = own.queries, own.keys, own.size
-
-    def each(count: int) -> Tensor:
-        return torch.arange(count, device=device).repeat_interleave(size)
-
-    if leaf in ("q_proj", "query", "k_proj", "v_proj", "key", "value"):
-        if out_features == heads * size:
-            return HeadAxis("output", each(heads))
-        if out_features == kv_heads * size:
-            return HeadAxis("output", each(kv_heads), pool=heads // kv_heads)
-    if leaf == "c_attn" and out_features == 3 * heads * size:  # GPT-2: [q | k | v]
-        return HeadAxis("output", each(heads).repeat(3))
-    if leaf == "query_key_value" and out_features == 3 * heads * size:  # GPT-NeoX: [q k v] of each head
-        return HeadAxis("output", torch.arange(heads, device=device).repeat_interleave(3 * size))
-    if leaf in ("o_proj", "out_proj", "c_proj", "dense") and in_features == heads * size:
-        return HeadAxis("input", each(heads))
-    return None

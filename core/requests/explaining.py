@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rt.core.base.shape import heads_of
 from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.topology import Site
 from lora_rt.core.generation.batch import PassInfo
@@ -87,9 +89,8 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
     if plan is None or not alone:
         text = "no adapter acts on this text"
         raise NothingToExplainError(text, next_step="Give a weight other than 0, and a text in which its words appear")
-    config = model.config.get_text_config()
     probe = Probe(
-        bank, plan, {name: own for name, (_, own) in alone.items()}, len(row.ids), int(config.num_attention_heads)
+        bank, plan, {name: own for name, (_, own) in alone.items()}, len(row.ids), heads_of(model.config).queries
     )
     probe.run(model, input_ids=whole)
     factors = torch.stack([_factors(gate, probe.depth, len(row.ids), probe.heads) for gate, _ in alone.values()])
@@ -113,6 +114,8 @@ class Probe:
         self._alone = {name: own.begin(1, tokens, None) for name, own in alone.items()}
         depth = 1 + max((s.layer for s in bank.topology.sites if s.layer is not None), default=0)
         self.depth, self.heads = depth, heads
+        named = {bank.topology.sites[index].name: axis for index, axis in bank.topology.heads.items()}
+        self._axes = {name: axis for name, axis in named.items() if axis.side == "output"}
         self._added = torch.zeros(len(alone), depth, tokens)
         self._base = torch.zeros(depth, tokens)
         self._added_heads = torch.zeros(len(alone), depth, heads)
@@ -146,19 +149,15 @@ class Probe:
             added = own.add(index, x, torch.zeros_like(y, dtype=torch.float32))
             rest -= added
             self._added[k, site.layer] += _square(added)
-            if site.heads is not None and site.heads.side == "output":
-                self._added_heads[k, site.layer] += self._by_head(site, added)
+            if (axis := self._axes.get(site.name)) is not None:
+                self._added_heads[k, site.layer] += self._by_head(axis, added)
         self._base[site.layer] += _square(rest)
-        if site.heads is not None and site.heads.side == "output":
-            self._base_heads[site.layer] += self._by_head(site, rest)
+        if (axis := self._axes.get(site.name)) is not None:
+            self._base_heads[site.layer] += self._by_head(axis, rest)
 
-    def _by_head(self, site: Site, values: Tensor) -> Tensor:
+    def _by_head(self, axis: HeadAxis, values: Tensor) -> Tensor:
         """The sum of squares of each head, (heads,); a key/value head counts for each of its query heads."""
-        assert site.heads is not None
-        squares = values.reshape(-1, values.shape[-1]).square().sum(0)
-        few = torch.zeros(int(site.heads.index.max()) + 1, device=squares.device)
-        few.index_add_(0, site.heads.index, squares)
-        return few.repeat_interleave(site.heads.pool).cpu()
+        return axis.gathered(values.reshape(-1, values.shape[-1]).square().sum(0), self.heads).cpu()
 
     def explanation(self, ids: list[int], scene_type: SceneType, factors: Tensor) -> Explanation:
         """What the pass showed."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_rt import train
 from lora_rt.core.runtime import Runtime
@@ -60,6 +61,8 @@ class Subject:
         folder = self.folder / self.kind
         self.model.save_pretrained(folder)
         save_tokenizer(folder)
+        with torch.device("meta"):  # that transformers itself can load what it has saved
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         return folder
 
     @cached_property
@@ -202,8 +205,6 @@ def _quantized(s: Subject, precision: str) -> None:
 
 
 def _peft_over(folder: Path, dtype: torch.dtype, s: Subject, row: Sequence[int]) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         oracle = Oracle(model)

@@ -87,10 +87,24 @@ def everything(model: Any) -> str | list[str]:
     """
     head = model.get_output_embeddings()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    left = [n for n, m in linears.items() if type(m).__module__.startswith("transformers.models.")]
+    left = [name for name, module in linears.items() if not _is_plain(module)]
     if model.config.model_type in _NOT_OUT_PROJ:
         left += [name for name in linears if name.rsplit(".", 1)[-1] in ("out_proj", "conv1d")]
     return [name for name in linears if name not in left] if left else "all-linear"
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a layer gives W x + b."""
+    if "quant_state" in vars(module.weight) or module.weight.dtype == torch.int8:
+        return True
+    x = torch.randn(1, 2, module.in_features).to(module.weight)
+    try:
+        with torch.no_grad():
+            y = module(x)
+    except RuntimeError:
+        return False
+    wanted = torch.nn.functional.linear(x, module.weight, module.bias)
+    return isinstance(y, Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted, atol=0.05)
 
 
 def attention_of(model: Any) -> list[str]:
@@ -101,7 +115,7 @@ def attention_of(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if module is not head
         and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
-        and not type(module).__module__.startswith("transformers.models.")
+        and (type(module).__name__ == "Conv1D" or _is_plain(module))
         and _ATTENTION.fullmatch(name)
         and not (model.config.model_type in _NOT_OUT_PROJ and name.endswith("out_proj"))
     ]
