@@ -48,11 +48,13 @@ class HeadAxis:
         """A gate (..., heads) over the features."""
         if self.pool > 1:
             heads = torch.cat([heads, heads.unflatten(-1, (-1, self.pool)).mean(-1)], dim=-1)
-        return heads[..., self.index]
+        return heads[..., self.index.to(heads.device)]
 
     def gathered(self, values: Tensor, heads: int) -> Tensor:
         """The sums over each head's features, (heads,), of values (features,); a group's count for all its heads."""
-        sums = values.new_zeros(heads + (heads // self.pool if self.pool > 1 else 0)).index_add_(0, self.index, values)
+        sums = values.new_zeros(heads + (heads // self.pool if self.pool > 1 else 0)).index_add_(
+            0, self.index.to(values.device), values
+        )
         groups = sums[heads:].repeat_interleave(self.pool)
         return sums[:heads] + (groups if self.pool > 1 else 0)
 
