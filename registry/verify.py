@@ -107,7 +107,7 @@ def _remote(item: Resolved) -> tuple[list[str], list[str]]:
         return [], [f"not compared with the Hub: {error.message}{away}"]
     if commit == item.revision:
         return [], []
-    return [f"{item.requested} of {repo} moved to {commit[:12]}"], []
+    return [f"{item.requested} of {repo} moved to {commit}"], []
 
 
 def _repair(item: Resolved) -> str:

@@ -41,5 +41,5 @@ def pull(
     if as_json:
         print_json({"name": found.name, "source": found.source, "revision": found.revision, "sha256": found.sha256})
         return
-    where = f"{parsed.target}@{(found.revision or '')[:12]}"
-    out.print(f"pulled [bold]{escape(found.name)}[/] from {escape(where)}, sha256 {found.sha256[:12]}", soft_wrap=True)
+    where = f"{parsed.target}@{found.revision or ''}"
+    out.print(f"pulled [bold]{escape(found.name)}[/] from {escape(where)}, sha256 {found.sha256}", soft_wrap=True)

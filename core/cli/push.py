@@ -26,4 +26,4 @@ def push(
     if as_json:
         print_json({"name": adapter.name, "repo": pushed.repo, "revision": pushed.commit})
         return
-    out.print(f"pushed [bold]{escape(adapter.name)}[/] to {pushed.repo}@{pushed.commit[:12]}", soft_wrap=True)
+    out.print(f"pushed [bold]{escape(adapter.name)}[/] to {pushed.repo}@{pushed.commit}", soft_wrap=True)

@@ -44,9 +44,7 @@ def rm(
     if not removed:
         out.print(f"removed the damaged record of [bold]{escape(name)}[/]", soft_wrap=True)
     for item in removed:
-        out.print(
-            f"removed [bold]{escape(item.name)}[/] ({escape(item.source)}, sha256 {item.sha256[:12]})", soft_wrap=True
-        )
+        out.print(f"removed [bold]{escape(item.name)}[/] ({escape(item.source)}, sha256 {item.sha256})", soft_wrap=True)
 
 
 def _agreed(name: str, what: str) -> bool:

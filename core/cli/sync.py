@@ -33,6 +33,6 @@ def sync(
     if changed:
         out.print(f"{LOCK_FILE} was brought up to date")
     for item in found:
-        out.print(f"[bold]{escape(item.name)}[/] {escape(item.source)} sha256 {item.sha256[:12]}", soft_wrap=True)
+        out.print(f"[bold]{escape(item.name)}[/] {escape(item.source)} sha256 {item.sha256}", soft_wrap=True)
     for composition in compositions:
         out.print(f"[bold]{escape(composition.name)}[/] composition {escape(str(composition))}", soft_wrap=True)

@@ -213,7 +213,7 @@ def _check_tag(store: Store, reference: Reference, requested: str | None, commit
     for record in store.records.all():
         if record.source == source_of(reference.target) and record.requested == requested and record.revision != commit:
             raise ChangedAdapterError(
-                f"{reference.text} moved: it was {(record.revision or '')[:12]} when it was pulled, now {commit[:12]}",
+                f"{reference.text} moved: it was {record.revision or ''} when it was pulled, now {commit}",
                 next_step=f"To take the new one: lora-rt rm {record.name}, then lora-rt pull {reference.text}",
             )
 
@@ -221,7 +221,7 @@ def _check_tag(store: Store, reference: Reference, requested: str | None, commit
 def _check_files(repo: str, commit: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
     names = sorted({*found, *expected})
     problems = [
-        f"{name}: sha256 is {found.get(name, 'missing')[:12]}, locked is {expected.get(name, 'nothing')[:12]}"
+        f"{name}: sha256 is {found.get(name, 'missing')}, locked is {expected.get(name, 'nothing')}"
         for name in names
         if found.get(name) != expected.get(name)
     ]

@@ -87,7 +87,7 @@ def inspect_adapter(
     combined = files.combined(found)
     if sha256 is not None and combined != sha256:
         raise ChangedAdapterError(
-            f"the files of {name} changed: their digest is {combined[:12]}, pinned was {sha256[:12]}",
+            f"the files of {name} changed: their digest is {combined}, pinned was {sha256}",
             next_step=f"Run: lora-rt verify {name}",
         )
     card = inspection.card

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,21 @@ def test_what_a_stranger_wrote_cannot_paint_the_terminal(line: Line, hub: LocalH
     assert line("pull", "someone/paint") == 0
     assert line("show", "paint") == 0
     assert "[bold red]emotion[/]" in line.out
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+def test_commits_and_digests_are_shown_whole_where_they_are_compared(
+    line: Line, registry: Registry, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    line("pull", REPO)
+    item = registry.store.installed()[0]
+    assert f"@{item.revision}, sha256 {item.sha256}\n" in line.out
+    (registry.folder / "lora-rt.toml").write_text(f'[adapters]\nmood = "{REPO}"\n')
+    line("lock")
+    line("sync", "--frozen")
+    assert f"sha256 {item.sha256}\n" in line.out
+    assert line("push", item.name, "me/mood") == 0, line.err
+    assert re.fullmatch(r"pushed mood to me/mood@[0-9a-f]{40}\n", line.out)
+    line("rm", item.name, "-y")
+    assert f"sha256 {item.sha256})\n" in line.out
