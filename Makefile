@@ -32,9 +32,15 @@ format: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/python tests/support/readme.py --write
 
-# Retrains the four registers that ship with the package (about 20 minutes on two cores).
+# Retrains the four registers that ship with the package and the composition that leads them (about 20 minutes on two
+# cores). BASE=... trains them for another base, into the folder OUT.
+BASE ?= default
+OUT ?= registers-of-another-base
 registers: $(VENV)/ready
-	for register in $(REGISTERS); do sh examples/registers/train.sh $(BIN)/lora-rt $$register || exit 1; done
+	for register in $(REGISTERS); do \
+		BASE=$(BASE) sh examples/registers/train.sh $(BIN)/lora-rt $$register \
+			$$([ $(BASE) = default ] || echo $(OUT)/$$register) || exit 1; done
+	[ $(BASE) != default ] || sh examples/context/registers.sh $(BIN)/lora-rt $(BIN)/python
 
 report: $(VENV)/ready
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt scikit-learn

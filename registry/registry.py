@@ -27,7 +27,7 @@ from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.records import Damaged, Record, read
-from lora_rt.registry.reference import Reference
+from lora_rt.registry.reference import Reference, is_name
 from lora_rt.registry.resolved import Resolved, changes, read_folder
 from lora_rt.registry.shadowing import say_hidden
 from lora_rt.registry.shipped import Shipped, shipped
@@ -129,6 +129,10 @@ class Registry:
         return problems
 
     def _term_problem(self, term: NamedTerm, base: BaseIdentity) -> str:
+        if term.sha256 and is_name(term.reference):
+            with suppress(LoraRtError):  # the name may mean another adapter by now, and that one still be there
+                self.resolve(f"{term.reference}@{term.sha256}", base, offline=True)
+                return ""
         try:
             found = self.resolve(term.reference, base, offline=True)
         except LoraRtError as error:

@@ -63,7 +63,9 @@ def _agreed(name: str, what: str) -> bool:
 def _not_in_store(registry: Registry, name: str) -> StoreError:
     Reference.parse(name)  # what could never be a name is a mistake of another kind
     if name in registry.compositions.names():
-        return StoreError(f"{name!r} is a composition of {LOCK_FILE}", next_step="Remove it there")
+        packaged = registry.compositions.source(name)
+        place = packaged if packaged.startswith("shipped") else f"of {LOCK_FILE}"
+        return StoreError(f"{name!r} is a composition {place}", next_step="Remove it there")
     for item in registry.installed():
         if item.name == name:
             return StoreError(f"{name!r} is not in the store: {item.why}", next_step="Remove it there")

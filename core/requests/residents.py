@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 
@@ -20,6 +21,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.card import AdapterCard
 from lora_rt.registry.compositions import NamedComposition
+from lora_rt.registry.errors import UnknownAdapterError, WrongBaseError
 from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
 from lora_rt.registry.reference import Reference, check_name
 from lora_rt.registry.registry import Registry
@@ -206,7 +208,14 @@ class Residents:
     def _pinned(self, term: Term) -> AdapterInfo:
         """The adapter that a named composition was tuned for: a caller's own of that name is another one."""
         same = next((info for info in self.infos.values() if info.sha256 == term.sha256), None)
-        return same or self._found(term.reference)
+        if same is not None:
+            return same
+        reference = term.reference
+        if reference.kind == "name" and reference.revision is None:
+            # The name may have come to mean another adapter, and the one that is meant still be there behind it.
+            with suppress(UnknownAdapterError, WrongBaseError):
+                return self._found(Reference.parse(f"{reference.text}@{term.sha256}"))
+        return self._found(reference)
 
     def _found(self, reference: Reference) -> AdapterInfo:
         # Named first: loading replaces the table of infos.

@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named_and_hides_nothing(
     assert rows["blend"]["source"] == "damaged; see: lora-rt verify blend"
     assert "dawn" in rows
     assert cli("rm", "blend", "-y").code == 0
-    assert registry.compositions.names() == []
+    assert "blend" not in registry.compositions.names()
 
 
 def test_doctor_notes_an_adapter_that_a_composition_hides(registry: Registry, blend: NamedComposition) -> None:
@@ -218,3 +218,16 @@ def test_a_composition_is_not_pushed_and_the_reason_is_said(
     assert "'blend' is a composition, and here an adapter is needed. lora-rt show blend lists its adapters" in done.err
     with pytest.raises(UnknownAdapterError, match="is a composition"):
         registry.resolve("blend")
+
+
+def test_a_composition_finds_its_adapter_behind_another_of_that_name(tmp_path: Path) -> None:
+    """It was tuned over the register that ships, and stays so when a user calls one of their own `logic`."""
+    registry = Registry(home=tmp_path / "home", project=tmp_path)
+    term = NamedTerm(reference="logic", sha256=registry.resolve("logic").sha256)
+    mix = NamedComposition(name="mix", base="HuggingFaceTB/SmolLM2-135M-Instruct", terms=(term,))
+    publish(registry, "logic")
+    assert registry.resolve("logic").source == "trained here"
+    assert registry.composition_problems(mix) == []
+    gone = term.model_copy(update={"sha256": "0" * 64})
+    (problem,) = registry.composition_problems(mix.model_copy(update={"terms": (gone,)}))
+    assert "was tuned as 000000000000" in problem
