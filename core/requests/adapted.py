@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from lora_rt.core.base.fastest import Products
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.hidden_states import EarlyHidden
+from lora_rt.core.generation.batch import PassInfo
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
@@ -25,6 +29,8 @@ from lora_rt.core.requests.weigher import Weigher
 from lora_rt.plugins.contract import SceneType
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.registry import Registry
+
+_TRIED = 4  # tokens
 
 
 class AdaptedBase:
@@ -107,6 +113,23 @@ class AdaptedBase:
             return row
 
         return weigh
+
+    def try_out(self, row: RequestRow, under: Row) -> None:
+        """Make the plan of a few of a row's tokens in each phase, for what a pass would find too late.
+
+        Args:
+            under: what it is or will be under.
+
+        Raises:
+            LoraRtError: a weight is too large, or a mode does not take the row's scene type.
+        """
+        few = row.ids[-_TRIED:]
+        ids = torch.tensor([few], device=self.lm.device)
+        for phase in (under, *under.phases.values()):
+            timeline = Timeline(replace(phase, phases={}), self.base.tokenizer.decode)
+            trial = RequestRow(few, timeline, lambda _: under)
+            with torch.inference_mode():
+                self.planner()(PassInfo.of([trial], ids, torch.ones_like(ids)), [trial])
 
     def planner(self) -> RowPlanner:
         """The planner of one batch."""

@@ -15,6 +15,7 @@ from lora_rt.core.serving.protocol import ErrorBody
 from lora_rt.core.serving.scheduler import ModelError
 from lora_rt.core.serving.service import DrainingError, FullError, GoneError
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.manager import PluginError
 from lora_rt.registry.errors import ChangedAdapterError, StoreError, UnknownAdapterError
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"
@@ -25,6 +26,7 @@ _KINDS: tuple[tuple[type[LoraRtError], int, str, str | None], ...] = (
     (UnknownAdapterError, 404, _INVALID, "model_not_found"),
     (LengthError, 400, _INVALID, "context_length_exceeded"),
     (ModelError, 500, _SERVER, None),
+    (PluginError, 500, _SERVER, None),
     (ChangedAdapterError, 500, _SERVER, None),
     (StoreError, 500, _SERVER, None),
 )

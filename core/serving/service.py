@@ -193,6 +193,8 @@ class Service:
             wanted = self.names.composition(model, composition)
             tickets = self._running(name)
             turned = [(ticket, ticket.row.weighed(wanted)) for ticket in tickets]
+            for ticket, row in turned:
+                self.runtime.parts.try_out(ticket.row, row)
 
             def act() -> Mapping[str, Any]:
                 self._running(name)
@@ -240,7 +242,7 @@ class Service:
         needs = [self._need(row) for row in rows]
         for row in rows:
             row.likely = ask.likely
-            self._try(row)
+            self.runtime.parts.try_out(row, row.timeline.row)  # so that what fails, fails here and not in a step
         tickets = [
             Ticket(
                 number,
@@ -308,12 +310,6 @@ class Service:
             text = f"{need} tokens are more than this server has memory for"
             raise LengthError(text, next_step="Shorten the prompt, or ask for fewer tokens")
         return need
-
-    def _try(self, row: RequestRow) -> None:
-        """Lay out its adapters, so that what can't be computed with is refused now."""
-        bank = self.runtime.parts.bank
-        for phase in (row.timeline.row, *row.timeline.row.phases.values()):
-            bank.plan([dict(phase.weights)], None, phase.adapters)
 
 
 def _told(composition: Composition | None) -> str:

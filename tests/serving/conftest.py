@@ -32,14 +32,16 @@ class Fading:
 
 
 class Raising:
-    """Raises where the row's scene type is "raise", and is 1 elsewhere."""
+    """Is 1; raises where the scene type is "raise", and at the third token of the answer where it is "raise later"."""
 
     @hookimpl
     def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]
         import torch
 
-        if "raise" in [kind for kind, active in zip(context.scene_types, context.active, strict=True) if active]:
-            raise RuntimeError("this gate is broken")
+        answered = (context.positions - context.prompt_lengths[:, None]).amax(-1).tolist()
+        for kind, active, said in zip(context.scene_types, context.active, answered, strict=True):
+            if active and (kind == "raise" or (kind == "raise later" and said >= 2)):
+                raise RuntimeError("this gate is broken")
         return Gate(ranks=torch.ones(1))
 
 

@@ -149,6 +149,7 @@ def test_only_an_answer_that_is_being_given_can_be_turned(server: Live, client: 
             name = next(iter(stream)).id
             assert turn(http, name, model="../x").status_code == 404
             assert turn(http, name, model="one:nan").status_code == 400
+            assert turn(http, name, model="one:1e39").status_code == 400
             assert turn(http, name, colour="red").status_code == 400
             assert turn(http, name, model="two").status_code == 200
 

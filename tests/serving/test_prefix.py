@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter
 from lora_rt.core.serving.prefix import PrefixCache
 from lora_rt.core.serving.ticket import Ticket
+from lora_rt.registry.compositions import NamedComposition, NamedTerm
+from lora_rt.registry.files import sha256_bytes
+from support.routers import router_state
 from support.serving import Live, asked
 
 STORY = "It rained on the tin roof all night, and nobody had paid the bill that lay on the table. "
@@ -167,3 +171,22 @@ def test_answers_do_not_depend_on_what_is_kept(server: Live, client: Any, runtim
             found = client.chat.completions.create(**asked(text, model=spec))
             expected = runtime.generate([text], None if spec == "base" else spec, max_new_tokens=12)[0]
             assert found.choices[0].message.content == expected
+
+
+def test_a_composition_whose_own_mode_weights_it_shares_with_itself_alone(runtime: Runtime, cache: PrefixCache) -> None:
+    content = save(router_state(2))
+    made = NamedComposition(
+        name="routed",
+        base=runtime.base.id,
+        terms=(NamedTerm(reference="one", weight=0.5), NamedTerm(reference="two", weight=0.3)),
+        mode="router",
+        state=sha256_bytes(content),
+        hidden_layers=1,
+        card={"gate": "softmax"},
+    )
+    runtime.parts.registry.compositions.save(made, content)
+    first = read(runtime, cache, Under("routed"), STORY)
+    for other in ("one:0.5 two:0.3", "routed:2", None):
+        assert read(runtime, cache, Under(other), STORY).cached == 0
+    again = read(runtime, cache, Under("routed"), STORY)
+    assert again.row.answer == first.row.answer

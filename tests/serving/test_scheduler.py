@@ -138,12 +138,25 @@ def test_a_gate_that_raises_ends_its_own_row_alone(server: Live, client: openai.
         pieces = iter(fine)
         text = [next(pieces) for _ in range(4)]
         with pytest.raises(openai.InternalServerError) as raised:
-            client.chat.completions.create(**asked(model="raising", max_tokens=30), extra_body={"scene": "raise"})
+            client.chat.completions.create(**asked(model="raising", max_tokens=30), extra_body={"scene": "raise later"})
         assert "this gate is broken" in raised.value.message
         text += list(pieces)
     expected = runtime.generate(["rain, tin roof"], ["raising:0.5 one"], max_new_tokens=300)[0]
     assert "".join(c.delta.content or "" for piece in text for c in piece.choices) == expected
     assert server.idle()
+
+
+def test_what_can_be_seen_to_fail_never_joins_the_batch(server: Live, client: openai.OpenAI, runtime: Runtime) -> None:
+    passes = []
+    handle = runtime.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with pytest.raises(openai.InternalServerError, match="this gate is broken"):
+            client.chat.completions.create(**asked(model="raising"), extra_body={"scene": "raise"})
+        with pytest.raises(openai.InternalServerError, match="this gate is broken"):
+            client.chat.completions.create(**asked(model="raising[never said]"), extra_body={"scene": "raise"})
+    finally:
+        handle.remove()
+    assert passes == []
 
 
 def test_a_row_without_numbers_ends_alone(server: Live, client: openai.OpenAI, runtime: Runtime) -> None:
@@ -160,7 +173,7 @@ def test_a_row_without_numbers_ends_alone(server: Live, client: openai.OpenAI, r
 def test_an_error_in_a_stream_is_told_in_the_stream(client: openai.OpenAI) -> None:
     settings = asked(model="raising", stream=True)
     with pytest.raises(openai.APIError, match="this gate is broken"):
-        list(client.chat.completions.create(**settings, extra_body={"scene": "raise"}))
+        list(client.chat.completions.create(**settings, extra_body={"scene": "raise later"}))
 
 
 def test_rows_that_fail_only_together_take_turns(zoo: Zoo) -> None:
