@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files -co --exclude-standard core plugins registry)
 REGISTERS := logic emotion body archetype
 
-.PHONY: demo test quick check format docs registers report clean
+.PHONY: demo test quick check format docs registers architectures report clean
 
 demo: $(VENV)/installed
 	$(BIN)/lora-rt compose emotion:0.7 logic:0.3 --compare --seed 3 -p "rain, tin roof, unpaid bill"
@@ -41,6 +41,11 @@ registers: $(VENV)/ready
 		BASE=$(BASE) sh examples/registers/train.sh $(BIN)/lora-rt $$register \
 			$$([ $(BASE) = default ] || echo $(OUT)/$$register) || exit 1; done
 	[ $(BASE) != default ] || sh examples/context/registers.sh $(BIN)/lora-rt $(BIN)/python
+
+# Every causal architecture of the installed transformers against PEFT (half an hour on two cores), and the README's table.
+architectures: $(VENV)/ready
+	$(BIN)/python tests/support/architectures/table.py --workers 2
+	$(BIN)/python tests/support/readme.py --write
 
 report: $(VENV)/ready
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt scikit-learn

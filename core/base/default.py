@@ -46,6 +46,13 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """The linear layers of a block, by the names that most architectures give them."""
 
 
+def linears() -> list[str]:
+    """The paths of the default base's linear layers."""
+    blocks = range(int(CONFIG["num_hidden_layers"]))
+    parts = ("self_attn",) * 4 + ("mlp",) * 3
+    return [f"model.layers.{n}.{part}.{name}" for n in blocks for part, name in zip(parts, LINEARS, strict=True)]
+
+
 def fetch_gguf(folder: Path) -> Path:
     """Put the default base's GGUF file into `folder` and return its path; a file that is there and whole is kept.
 

@@ -64,7 +64,7 @@ def known_linears(source: BaseSource) -> list[str]:
     their files have, and may put experts together.
     """
     if source.kind == "default":
-        return [f"model.layers.0.x.{name}" for name in default.LINEARS]
+        return default.linears()
     folder = _cached(source) if source.kind == "hub" else source.path
     if folder is None or not folder.is_dir():
         return []

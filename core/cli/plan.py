@@ -42,7 +42,7 @@ def plan(
     ] = "auto",
     r: Annotated[int, typer.Option("--r", help="Rank of an adapter.")] = 16,
     target_modules: Annotated[
-        str, typer.Option("--target-modules", help="Layer names, comma-separated, or all-linear.")
+        str, typer.Option("--target-modules", help="Layer names, roles (attention, mlp) or all-linear.")
     ] = "q_proj,v_proj",
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once.")] = 8,
     seq: Annotated[int, typer.Option("--seq", help="Tokens of a sequence, prompt and answer.")] = 512,

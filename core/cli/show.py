@@ -1,27 +1,41 @@
-"""`lora-rt show REF`: what a reference means here, and why."""
+"""`lora-rt show REF`: what a reference means here, and why; `lora-rt show --base B`: what a base has for adapters."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
 
+from lora_rt.core.base.roles import ROLES, roles_of
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import out, print_json
-from lora_rt.core.cli.session import session
+from lora_rt.core.cli.session import session, starting
 from lora_rt.core.cli.show_composition import composition_facts, term_text
 from lora_rt.core.cli.wrapping import show_table
+from lora_rt.errors import UsageError
 from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
 
 
 def show(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="A name, org/repo, or a path; with @revision.")],
+    reference: Annotated[
+        str | None, typer.Argument(metavar="[REF]", help="A name, org/repo, or a path; with @revision.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Show the roles, layers and shapes of this base instead.")
+    ] = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show an adapter or a named composition: where it is, which rule led there, and what it holds."""
+    """Show an adapter or a named composition, where it is and what it holds; or what a base has for adapters."""
+    if (reference is None) == (base is None):
+        raise UsageError("show takes one thing", next_step="Name an adapter, or a base with --base")
+    if base is not None:
+        _show_base(base, as_json)
+        return
+    assert reference is not None
     registry = session().registry
     named = registry.compositions.get(reference)
     facts = composition_facts(registry, named) if named is not None else _adapter_facts(registry, reference, offline)
@@ -29,6 +43,24 @@ def show(
         print_json(facts)
         return
     show_table(out, ("", ""), [(key, _text(value)) for key, value in facts.items()])
+
+
+def _show_base(text: str, as_json: bool) -> None:
+    """Role -> layers -> shapes. A layer that serves several roles stands in each of them."""
+    with starting():
+        from lora_rt.core.export.outline import outline
+
+    rows: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+    for name, shape in outline(text, quick=True).shapes.items():
+        for role in roles_of(name) or ("",):
+            rows.setdefault((role, re.sub(r"\.\d+(?=\.)", ".*", name), shape), []).append(name)
+    order = {role: number for number, role in enumerate((*ROLES, ""))}
+    found = sorted(rows.items(), key=lambda item: order[item[0][0]])
+    if as_json:
+        print_json([{"role": r or None, "modules": names, "shape": list(shape)} for (r, _, shape), names in found])
+        return
+    cells = [(r or "-", layer, str(len(names)), " x ".join(map(str, shape))) for (r, layer, shape), names in found]
+    show_table(out, ("role", "layers", "count", "shape"), cells)
 
 
 def _adapter_facts(registry: Registry, reference: str, offline: bool) -> dict[str, Any]:

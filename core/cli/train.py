@@ -41,7 +41,7 @@ def train(
     r: Annotated[int, typer.Option("--r", help="Rank.")] = 16,
     alpha: Annotated[float, typer.Option("--alpha", help="Scale; the adapter acts with alpha/r.")] = 32,
     target_modules: Annotated[
-        str, typer.Option("--target-modules", help="Layer names, comma-separated, or all-linear.")
+        str, typer.Option("--target-modules", help="Layer names, roles (attention, mlp) or all-linear.")
     ] = "q_proj,v_proj",
     dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
     learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of a cosine schedule.")] = 1e-3,

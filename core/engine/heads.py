@@ -47,7 +47,7 @@ class HeadAxis:
     def spread(self, heads: Tensor) -> Tensor:
         """A gate (..., heads) over the features."""
         if self.pool > 1:
-            heads = torch.cat([heads, heads.unflatten(-1, (-1, self.pool)).mean(-1)], dim=-1)
+            heads = torch.cat([heads, heads.reshape(*heads.shape[:-1], -1, self.pool).mean(-1)], dim=-1)
         return heads[..., self.index.to(heads.device)]
 
     def gathered(self, values: Tensor, heads: int) -> Tensor:
@@ -113,7 +113,7 @@ def _tried(model: Any, layer: nn.Module, features: int, out: nn.Module, heads: i
     reached = _reached(model, layer, blocks, out)
     if reached is None:
         return None
-    changes = (reached[1:] - reached[:1]).abs().amax(1).unflatten(-1, (heads, size)).amax(-1)  # (blocks, heads)
+    changes = (reached[1:] - reached[:1]).abs().amax(1).reshape(-1, heads, size).amax(-1)  # (blocks, heads)
     owners = [_owner(change, number, blocks) for number, change in enumerate(changes)]
     pools = {pool for _, pool in owners} - {1}
     if 0 in pools or len(pools) > 1:

@@ -11,7 +11,7 @@ from lora_rt.core.base.identity import identify, identify_base
 from lora_rt.core.base.load import base_facts
 from lora_rt.core.base.reading import UNREADABLE, config_alone
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, parse_base
-from lora_rt.core.engine.topology import features, find_linears
+from lora_rt.core.engine.topology import features, find_linears, shapes_of
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
@@ -21,7 +21,7 @@ class Outline:
     """A base without its weights.
 
     `linears` are its linear layers, path to (out_features, in_features); `transposed` those whose weight is kept as
-    (in, out); `parameters` counts its weights.
+    (in, out); `parameters` counts its weights. `shapes` are those of all that an adapter can act on, fused experts too.
     """
 
     source: BaseSource
@@ -29,6 +29,7 @@ class Outline:
     facts: BaseFacts
     config: Any
     linears: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, ...]]
     transposed: frozenset[str]
     parameters: int
 
@@ -58,6 +59,7 @@ def outline(text: str, *, quick: bool = False) -> Outline:
         facts=base_facts(model, identity, "float32"),
         config=config,
         linears={name: features(module) for name, module in linears.items()},
+        shapes=shapes_of(model),
         transposed=frozenset(name for name, module in linears.items() if isinstance(module, Conv1D)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

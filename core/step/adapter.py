@@ -16,7 +16,7 @@ from torch import nn
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.base.roles import as_peft_takes_them
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.engine.topology import find_linears
+from lora_rt.core.engine.topology import find_linears, shapes_of
 from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targets
 from lora_rt.registry.card import BaseIdentity, StateTensor
 from lora_rt.registry.files import STATE, WEIGHTS
@@ -65,10 +65,16 @@ def with_adapter(model: Any, settings: TrainSettings) -> Any:
         if config.lora_dropout and _reaches_experts(model, config):
             _LOGGER.warning("fused experts can't be trained with dropout: it is left out (--dropout 0)")
             config.lora_dropout = 0.0
-        return get_peft_model(model, config)
+        made = get_peft_model(model, config)
     except (ValueError, NotImplementedError) as error:
         text = f"PEFT can't put an adapter on these layers: {str(error).splitlines()[0][:300]}"
         raise SettingsError(text, next_step="Name other layers with --target-modules") from error
+    # Nobody could load what is trained there: better said now than after the training.
+    strange = [name for name in made.base_model.targeted_parameter_names if name not in shapes_of(model)]
+    if strange:
+        text = f"{type(model).__name__} runs its experts in its own way: adapters of {strange[0]} are not composed"
+        raise SettingsError(text, next_step="Train its attention alone: --target-modules attention")
+    return made
 
 
 def _reaches_experts(model: Any, config: LoraConfig) -> bool:

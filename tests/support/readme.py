@@ -5,6 +5,7 @@ python tests/support/readme.py --write    brings it up to date
 
 <!-- output of: lora-rt --help -->        the command's output, in a fenced block
 <!-- registers report -->                 the table from examples/registers/report.json
+<!-- architectures report -->             the table from tests/architectures/results.json
 <!-- end -->
 """
 
@@ -20,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-_BLOCK = re.compile(r"(<!-- (?P<what>output of: [^\n]+|registers report) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (?P<what>output of: [^\n]+|registers report|architectures report) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def output_of(command: str) -> str:
@@ -59,12 +62,21 @@ def registers_report() -> str:
     return "\n".join(rows) + "\n"
 
 
+def architectures_report() -> str:
+    """What works over which architectures."""
+    sys.path[:0] = [str(ROOT / "tests")]
+    from support.architectures.table import RESULTS, report
+
+    return report(json.loads(RESULTS.read_text()))
+
+
 def rendered(text: str) -> str:
     """The README as it should be."""
 
     def replace(match: re.Match[str]) -> str:
         what = match["what"]
-        body = registers_report() if what == "registers report" else output_of(what.removeprefix("output of: "))
+        made = {"registers report": registers_report, "architectures report": architectures_report}.get(what)
+        body = made() if made else output_of(what.removeprefix("output of: "))
         return f"{match[1]}{body}{match[3]}"
 
     return _BLOCK.sub(replace, text)

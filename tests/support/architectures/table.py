@@ -12,14 +12,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
+RESULTS = HERE.parents[1] / "architectures" / "results.json"
 SECONDS = 120  # of one check
 
 
@@ -120,23 +120,45 @@ def all_kinds() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def summary(found: Sequence[dict[str, Any]]) -> str:
-    """Counts by check and by type."""
-    checks = list(dict.fromkeys(one["check"] for one in found if one["check"] != "base"))
-    results = ("exact", "refused", "wrong", "crash", "not by PEFT")
-    lines = ["| check | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    for check in checks:
-        counts = [sum(one["check"] == check and one["result"] == result for one in found) for result in results]
-        lines.append(f"| {check} | " + " | ".join(map(str, counts)) + " |")
-    by_kind: dict[str, set[str]] = {}
+def condensed(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept: check -> result -> how many types, and of each type what is not exact, and why."""
+    import peft
+    import torch
+    import transformers
+
+    counts: dict[str, dict[str, int]] = {}
+    exceptions: dict[str, dict[str, list[str]]] = {}
     for one in found:
         if one["check"] != "base":
-            by_kind.setdefault(one["kind"], set()).add(one["result"])
-    worst = [
-        next(r for r in ("crash", "wrong", "refused", "exact", "not by PEFT") if r in rs) for rs in by_kind.values()
-    ]
-    counts = ", ".join(f"{worst.count(result)} {result}" for result in dict.fromkeys(sorted(worst)))
-    return "\n".join([*lines, "", f"{len(by_kind)} types: {counts}"])
+            of_check = counts.setdefault(one["check"], {})
+            of_check[one["result"]] = of_check.get(one["result"], 0) + 1
+        if one["result"] != "exact":
+            exceptions.setdefault(one["kind"], {})[one["check"]] = [one["result"], one["why"][:200]]
+    versions = {library.__name__: library.__version__ for library in (transformers, peft, torch)}
+    kinds = sorted({one["kind"] for one in found if one["check"] != "base"})
+    return {"versions": versions, "kinds": kinds, "counts": counts, "exceptions": exceptions}
+
+
+def report(kept: Mapping[str, Any]) -> str:
+    """The README's table: counts by check, and the types of which not everything that PEFT can do is exact."""
+    results = ("exact", "refused", "wrong", "crash", "not by PEFT")
+    lines = ["| of a type | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    for check, counts in kept["counts"].items():
+        lines.append(f"| {check} | " + " | ".join(str(counts.get(result, 0)) for result in results) + " |")
+    left = {
+        kind: [check for check, (result, _) in checks.items() if result in ("refused", "wrong", "crash")]
+        for kind, checks in kept["exceptions"].items()
+    }
+    odd = {kind: checks for kind, checks in left.items() if checks}
+    bases = [kind for kind, checks in kept["exceptions"].items() if "base" in checks]
+    whole = len(kept["kinds"]) - len(odd)
+    versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
+    text = f"{whole} of {len(kept['kinds'])} types are exact in every check that PEFT itself can do ({versions}). "
+    text += (
+        "Not whole: " + "; ".join(f"{kind} ({', '.join(checks)})" for kind, checks in odd.items()) + ". " if odd else ""
+    )
+    text += f"Not tried, for they have no causal form or no tiny base: {', '.join(bases)}." if bases else ""
+    return "\n".join([*lines, "", text]) + "\n"
 
 
 def main() -> None:
@@ -176,8 +198,9 @@ def main() -> None:
     for thread in threads:
         thread.join()
     found.sort(key=lambda one: one["kind"])
-    given.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(summary(found))
+    kept = condensed(found)
+    given.json.write_text(json.dumps(kept, indent=1) + "\n")
+    print(report(kept))
 
 
 if __name__ == "__main__":
