@@ -9,8 +9,10 @@ texts and everything else work as on one machine. What is forwarded is OpenAI's 
 
 # No `from __future__ import annotations`: FastAPI could not read the types of a class that Ray has sent elsewhere.
 import asyncio
+import ctypes
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -72,7 +74,8 @@ class Replica:
         key = secrets.token_urlsafe(16)
         words = ["serve", "--port", port, "--base", BASE, "--precision", PRECISION, "--max-rows", ROWS]
         environment = os.environ | {"LORA_RT_ADMIN_KEY": key}
-        self.process = subprocess.Popen([sys.executable, "-m", "lora_rt", *map(str, words)], env=environment)
+        command = [sys.executable, "-m", "lora_rt", *map(str, words)]
+        self.process = subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)
         self.address = f"http://127.0.0.1:{port}"
         self.session: aiohttp.ClientSession | None = None
         self.admin = {"Authorization": f"Bearer {key}"}
@@ -116,6 +119,11 @@ class Replica:
 
     def __del__(self) -> None:
         self.process.terminate()  # it lets running answers end
+
+
+def _end_with_parent() -> None:
+    """In the child: a SIGTERM when the actor is gone, however it went (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})

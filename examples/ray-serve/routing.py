@@ -27,7 +27,7 @@ def choose(
     slack: float = 1.25,
     room: int = 16,
 ) -> Replica:
-    """The replica that lacks the fewest of the adapters, and of those the one with the fewest requests.
+    """The replica that lacks the fewest of the adapters; of those the least busy, then the one with fewest adapters.
 
     Args:
         adapters: those of the request.
@@ -40,8 +40,8 @@ def choose(
     limit = max(room, math.ceil(slack * (sum(load.values()) + 1) / len(load)))
     open_ones = [replica for replica, busy in load.items() if busy < limit]
 
-    def cost(replica: Replica) -> tuple[int, int]:
+    def cost(replica: Replica) -> tuple[int, int, int]:
         there = residents.get(replica, ())
-        return sum(name not in there for name in adapters), load[replica]
+        return sum(name not in there for name in adapters), load[replica], len(there)
 
     return min(open_ones, key=cost)

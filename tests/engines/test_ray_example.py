@@ -41,6 +41,7 @@ def test_a_request_goes_where_its_adapters_are(routing: Any) -> None:
     assert routing.choose(("x", "y"), residents, {"a": 3, "b": 3, "c": 3}) == "b"
     assert routing.choose((), residents, {"a": 3, "b": 3, "c": 2}) == "c"
     assert routing.choose(("z",), residents, {"a": 3, "b": 2, "c": 3}) == "b"
+    assert routing.choose(("z",), residents, {"a": 3, "b": 3, "c": 3}) == "c", "memories fill evenly"
 
 
 def test_a_replica_with_too_much_to_do_is_left_out(routing: Any) -> None:
