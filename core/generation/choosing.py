@@ -9,7 +9,8 @@ token down, passes u times the chance of its nucleus. Which tokens those are is 
 
 Where the nucleus ends depends on the sum of all chances. For what is not among the few it lies between the chances of
 their blocks' best and 64 times these, and mostly both ends give the same token; only where they do not is everything
-added up, and only where the nucleus is larger than the few is the vocabulary sorted. The token is the same either way.
+added up. On a CPU tokens are then put into classes of nearly equal chances, and only the two are sorted in which
+the nucleus ends and the draw falls; a GPU sorts faster than it is asked. The token is the same either way.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from lora_rt.core.generation.sampling import Sampling
 
 _BLOCK = 64
 _FEW = 96  # tokens that are looked at first
+_CLASSES = 2560  # of nearly equal chances,
+_FINENESS = 64.0  # so many for every factor of e
 _ROUNDING = 1e-4  # more than what single precision loses in a sum of chances
+_CLOSE = 2e-5  # more than what chances in single precision lose
 _WIDEST = torch.finfo(torch.float32).max
 
 
@@ -82,7 +86,7 @@ def _adjusted(logits: Tensor, rows: Sequence[RowSampler], forbidden: Sequence[Co
     """Scores under the repetition penalties (Keskar et al. 2019), without the forbidden tokens."""
     places = [(number, token) for number, row in enumerate(rows) for token in row.penalised]
     barred = [(number, token) for number, tokens in enumerate(forbidden) for token in tokens]
-    scores = logits.float()
+    scores = logits.float().contiguous()
     if places:
         where = torch.tensor(places, device=scores.device).unbind(1)
         strengths = torch.tensor([row.sampling.repetition_penalty for row in rows], dtype=torch.float64)
@@ -103,28 +107,35 @@ def _best_of_blocks(scores: Tensor) -> Tensor:
     return best if whole == scores.shape[1] else torch.cat([best, scores[:, whole:].amax(-1, keepdim=True)], dim=1)
 
 
-def _tokens_of(scores: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of some blocks (rows, n) and their scores, both (rows, 64 n); none where a block is short."""
+def _values_of(scores: Tensor, blocks: Tensor) -> Tensor:
+    """The scores of the tokens of some blocks (rows, n), (rows, 64 n); -inf for what a short block lacks."""
+    if scores.shape[1] % _BLOCK == 0:
+        rows = torch.arange(len(scores), device=scores.device)[:, None]
+        return scores.view(len(scores), -1, _BLOCK)[rows, blocks].flatten(1)
     tokens = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=scores.device)).flatten(1)
     last = scores.shape[1] - 1
-    values = scores.gather(1, tokens.clamp(max=last))
-    return tokens, values.masked_fill_(tokens > last, -torch.inf)
+    return scores.gather(1, tokens.clamp(max=last)).masked_fill_(tokens > last, -torch.inf)
+
+
+def _tokens_at(blocks: Tensor, places: Tensor) -> Tensor:
+    """Which tokens stand at places (rows, m) of what `_values_of` gives for these blocks."""
+    return blocks.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
 
 
 def _most_likely(scores: Tensor, blocks: Tensor, _rows: Sequence[RowSampler]) -> list[int]:
     """The best token of every row, the first one of equals."""
-    tokens, values = _tokens_of(scores, blocks.argmax(-1, keepdim=True))
-    found: list[int] = tokens.gather(1, values.argmax(-1, keepdim=True))[:, 0].tolist()
+    best = blocks.argmax(-1, keepdim=True)
+    found: list[int] = _tokens_at(best, _values_of(scores, best).argmax(-1, keepdim=True))[:, 0].tolist()
     return found
 
 
 def _drawn(scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     """A token for every row, drawn."""
     draw = _Draw(scores, blocks, rows)
-    low, sure_low = draw.places(draw.least)
-    high, sure_high = draw.places(draw.most)
-    unsure = ((low != high) | ~sure_low | ~sure_high).nonzero()[:, 0].tolist()
-    found: list[int] = draw.tokens.gather(1, low[:, None].clamp(max=draw.tokens.shape[1] - 1))[:, 0].tolist()
+    found, unsure = draw.found()
+    if unsure and scores.is_cpu:
+        draw.add_up(unsure)
+        found, unsure = draw.found()
     if unsure:
         for number, token in zip(unsure, draw.exactly(unsure), strict=True):
             found[number] = token
@@ -150,16 +161,36 @@ class _Draw:
         ]
         columns = torch.tensor(settings, dtype=torch.float64).to(scores.device)  # one copy: each is waited for
         self._heat, self._top_p, self._top_k, self._uniform = columns.unbind()
-        few = blocks.topk(min(_FEW, blocks.shape[1]), dim=-1, sorted=False).indices
-        tokens, values = _tokens_of(scores, few)
-        self._whole = few.shape[1] == blocks.shape[1]  # nothing is missing
-        known = self._roughly(values).sum(-1).double()
-        others = self._roughly(blocks).scatter_(1, few, 0.0).sum(-1).double()
-        values, where = values.topk(many if self._whole else _FEW, dim=-1)
-        values, self.tokens = _sorted(values, tokens.gather(1, where))
-        self.least = (known + others) * (1 - _ROUNDING)
-        self.most = (known + others * _BLOCK) * (1 + _ROUNDING)
+        self._whole = blocks.shape[1] <= _FEW  # nothing is missing
+        if self._whole:
+            values, self.tokens = scores.sort(dim=-1, descending=True, stable=True)
+            self.least = self.most = self._best  # the sum that is known counts instead
+        else:
+            few = blocks.topk(_FEW, dim=-1, sorted=False).indices
+            values = _values_of(scores, few)
+            known = self._roughly(values).sum(-1).double()
+            others = self._roughly(blocks).scatter_(1, few, 0.0).sum(-1).double()
+            values, where = values.topk(_FEW, dim=-1)
+            values, self.tokens = _sorted(values, _tokens_at(few, where))
+            self.least = (known + others) * (1 - _ROUNDING)
+            self.most = (known + others * _BLOCK) * (1 + _ROUNDING)
         self._chance = self._chances(values)
+
+    def found(self) -> tuple[list[int], list[int]]:
+        """A token for every row, and the numbers of the rows for which the bounds leave it open."""
+        low, sure_low = self.places(self.least)
+        high, sure_high = self.places(self.most)
+        unsure: list[int] = ((low != high) | ~sure_low | ~sure_high).nonzero()[:, 0].tolist()
+        tokens = self.tokens.gather(1, low[:, None].clamp(max=self.tokens.shape[1] - 1))[:, 0]
+        return tokens.tolist(), unsure
+
+    def add_up(self, numbers: list[int]) -> None:
+        """Narrow the bounds of some rows: all chances in single precision, added up in double."""
+        for number in numbers:
+            row = slice(number, number + 1)
+            chances = (self._scores[row] - self._best[row, None].float()).div_(self._heat[row, None].float()).exp_()
+            total = chances.sum(dtype=torch.float64)
+            self.least[row], self.most[row] = total * (1 - _CLOSE), total * (1 + _CLOSE)
 
     def _roughly(self, values: Tensor) -> Tensor:
         """The chances in single precision, which is enough for bounds, (rows, n)."""
@@ -174,7 +205,43 @@ class _Draw:
         return _places(self._chance, totals, self._top_p, self._top_k, self._uniform, whole=self._whole)
 
     def exactly(self, numbers: list[int]) -> list[int]:
-        """The tokens of some rows, by the sums of all chances, and where that is not enough by sorting everything."""
+        """The tokens of some rows, by the sums of all chances."""
+        if self._scores.is_cpu:
+            bounded = self._top_k.isfinite().tolist()
+            free = [number for number in numbers if not bounded[number]]
+            known = {number: self._by_classes(number) for number in free}
+            rest = [number for number in numbers if bounded[number]]
+            known |= dict(zip(rest, self._by_sorting(rest), strict=True)) if rest else {}
+            return [known[number] for number in numbers]
+        return self._by_sorting(numbers)
+
+    def _by_classes(self, number: int) -> int:
+        """The token of a row without top_k: only tokens of two classes of nearly equal chances are sorted."""
+        scores = self._scores[number]
+        depth = scores.double().sub_(self._best[number]).div_(self._heat[number])  # 0 for the best, falling
+        classes = depth.mul(-_FINENESS).clamp_(max=_CLASSES - 1).long()
+        chances = depth.exp_()
+        top_p, uniform = float(self._top_p[number]), float(self._uniform[number])
+        sums = classes.bincount(chances, minlength=_CLASSES).cumsum(0)
+
+        def passing(goal: float, *, strictly: bool) -> tuple[int, float]:
+            """The token with which the sum of chances, from the most likely one down, passes the goal, and that sum."""
+            found = int(torch.searchsorted(sums, goal, right=strictly))
+            if found == _CLASSES:  # rounded up to the sum of all
+                found = int(classes[chances > 0].amax())
+            members = (classes == found).nonzero()[:, 0]
+            members = members[chances[members] > 0]
+            members = members[scores[members].argsort(descending=True, stable=True)]
+            within = chances[members].cumsum(0) + (sums[found - 1] if found else 0.0)
+            place = min(int(torch.searchsorted(within, goal, right=strictly)), len(members) - 1)
+            return int(members[place]), float(within[place])
+
+        total = float(sums[-1])
+        last, mass = passing(top_p * total, strictly=False) if top_p < 1 else (-1, total)
+        return last if top_p < 1 and uniform * mass >= mass else passing(uniform * mass, strictly=True)[0]
+
+    def _by_sorting(self, numbers: list[int]) -> list[int]:
+        """The tokens of some rows; where the most likely ones are not enough, everything is sorted."""
         rows = torch.tensor(numbers, device=self._scores.device)
         scores, settings = self._scores[rows], (self._top_p[rows], self._top_k[rows], self._uniform[rows])
         chances = ((scores.double() - self._best[rows, None]) / self._heat[rows, None]).exp()

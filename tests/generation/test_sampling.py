@@ -123,6 +123,38 @@ def test_the_nucleus_is_that_of_sorting_the_whole_vocabulary(spread: float, voca
                 assert float(scores[row, token]) == pytest.approx(edge, abs=1e-4 * spread)
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 2.0])
+def test_a_draw_is_the_token_at_which_the_sorted_chances_pass_the_number(spread: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    scores = (torch.randn(4, 3001, generator=generator) * spread).bfloat16().float()  # with many equal ones
+    for turn in range(6):
+        rows = [sampler(seed=100 * turn + number, temperature=0.8, top_p=top_p) for number in range(4)]
+        numbers = [sampler(seed=100 * turn + number, temperature=0.8).uniform() for number in range(4)]
+        found = choose(scores.clone(), rows)
+        for row, number, token in zip(scores, numbers, found, strict=True):
+            order = row.argsort(descending=True, stable=True)
+            chances = torch.softmax(row.double() / 0.8, -1)[order]
+            sums = chances.cumsum(0)
+            inside = int(((sums - chances) < top_p * sums[-1]).sum())
+            place = min(int((sums <= number * sums[inside - 1]).sum()), inside - 1)
+            assert token == order[place]
+
+
+def test_rows_of_a_large_vocabulary_choose_together_what_they_choose_alone() -> None:
+    scores = torch.randn(5, 250_000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    said = [(7, 249_999), (), (123_456,), (), (1,)]
+    settings = [{"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3}, {}, {"repetition_penalty": 2.0}, {}, {}]
+
+    def rows(numbers: range) -> list[RowSampler]:
+        return [sampler(number, said[number], **settings[number]) for number in numbers]
+
+    together = choose(scores.clone(), rows(range(5)), [(3,), (), (), (), ()])
+    alone = [choose(scores[n : n + 1].clone(), rows(range(n, n + 1)), [(3,) if n == 0 else ()])[0] for n in range(5)]
+    assert together == alone
+    assert together[1] == int(scores[1].argmax())
+
+
 def test_tokens_beyond_the_few_most_likely_are_drawn_with_their_chances() -> None:
     flat = torch.zeros(1, 30_000)
     flat[0, :10] = 2.0
