@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lora_rt.registry import files
 from lora_rt.registry.card import AdapterCard, read_card
@@ -69,6 +70,18 @@ class Resolved:
     def files(self) -> Mapping[str, str]:
         """File name -> sha256, hashed where nobody has recorded them."""
         return self.digests.files
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form, as `lora-rt list --json` has it."""
+        return {
+            "name": self.name,
+            "register": self.card.register if self.card else None,
+            "mode": self.card.mode if self.card else "output-only",
+            "base": self.card.base.id if self.card else None,
+            "source": self.source,
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
 
     def read(self, digests: Mapping[str, str]) -> Resolved:
         """The same, with the digests of the files as somebody has read them."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
 from lora_rt.registry.hub.limits import NEXT_STEP
@@ -29,6 +30,10 @@ class Verdict:
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
     todo: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**asdict(self), "status": "damaged" if self.problems else "ok"}
 
 
 def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = False) -> list[Verdict]:

@@ -13,18 +13,7 @@ from lora_rt.registry.registry import Registry
 def list_adapters(as_json: Json = False) -> None:
     """List the adapters that can be used by name."""
     registry = session().registry
-    rows = [
-        {
-            "name": item.name,
-            "register": item.card.register if item.card else None,
-            "mode": item.card.mode if item.card else "output-only",
-            "base": item.card.base.id if item.card else None,
-            "source": item.source,
-            "revision": item.revision,
-            "sha256": item.sha256,
-        }
-        for item in registry.installed()
-    ]
+    rows = [item.document() for item in registry.installed()]
     compositions = [_composition_row(registry, name) for name in registry.compositions.names()]
     compositions += [_damaged_row(item.name) for item in registry.store.records.damaged()]
     if as_json:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_rt.core.cli.failures import UsageError, usage
+from lora_rt.core.cli.failures import usage
 from lora_rt.core.requests.composition import Composition
+from lora_rt.errors import UsageError
 from lora_rt.plugins.contract.cli import (
     ALLOW_BASE_MISMATCH,
     Base,

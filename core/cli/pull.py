@@ -39,7 +39,7 @@ def pull(
             text = f"{found.name!r} means this one now; the one shipped with {item.package} is hidden by it"
             err.print(f"[yellow]note:[/] {escape(text)} (--as gives another name)", soft_wrap=True)
     if as_json:
-        print_json({"name": found.name, "source": found.source, "revision": found.revision, "sha256": found.sha256})
+        print_json(found.document())
         return
     where = f"{parsed.target}@{found.revision or ''}"
     out.print(f"pulled [bold]{escape(found.name)}[/] from {escape(where)}, sha256 {found.sha256}", soft_wrap=True)

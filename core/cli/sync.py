@@ -27,8 +27,8 @@ def sync(
         found, changed = run(registry, frozen=frozen, offline=offline, report=report)
     compositions = read_locked_compositions(registry.folder)
     if as_json:
-        rows = [{"name": i.name, "source": i.source, "revision": i.revision, "sha256": i.sha256} for i in found]
-        print_json({"changed": changed, "adapters": rows, "compositions": [item.name for item in compositions]})
+        names = [item.name for item in compositions]
+        print_json({"changed": changed, "adapters": [item.document() for item in found], "compositions": names})
         return
     if changed:
         out.print(f"{LOCK_FILE} was brought up to date")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ def verify(
     with err.status("comparing files" if offline else "comparing files and asking the Hub"):
         verdicts = run(registry, names or (), offline=offline)
     if as_json:
-        print_json([{**dataclasses.asdict(item), "status": "damaged" if item.problems else "ok"} for item in verdicts])
+        print_json([item.document() for item in verdicts])
     else:
         rows = []
         for item in verdicts:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lora_rt.core.base.precision import Precision
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import (
-    Device,
     bytes_of,
     largest_dequantized,
     materialise,
@@ -20,6 +19,7 @@ from lora_rt.core.memory.skeleton import (
     skeleton,
 )
 from lora_rt.core.memory.upstream import FakeTensorMode
+from lora_rt.core.memory.workload import Device
 from lora_rt.core.step.adapter import checkpointed, with_adapter
 from lora_rt.core.step.loss import nll_at
 from lora_rt.core.step.settings import Optimizer, TrainSettings

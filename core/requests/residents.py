@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any
 
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
@@ -48,6 +49,17 @@ class AdapterInfo:
     sha256: str
     why: str
     card: AdapterCard | None
+
+    def term(self, weight: float) -> dict[str, Any]:
+        """The JSON form of the adapter as a term of an answer."""
+        return {
+            "name": self.name,
+            "weight": weight,
+            "mode": self.mode,
+            "source": self.source,
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

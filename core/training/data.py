@@ -89,7 +89,7 @@ def check_fit(
     Raises:
         DataError: naming all that are longer.
     """
-    numbers, place, word = range(1, len(examples) + 1), name, "example"
+    numbers, place, word = list(range(1, len(examples) + 1)), name, "example"
     if isinstance(examples, Pairs):
         numbers, place, word = examples.numbers, str(examples.path), "line"
     problems = [

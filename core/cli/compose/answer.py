@@ -99,24 +99,13 @@ def _document(runtime: Runtime, request: ComposeRequest) -> dict[str, Any]:
         **request.sampling(),
     )
     seconds = time.perf_counter() - started
-    terms = [
-        {
-            "name": info.name,
-            "weight": weight,
-            "mode": info.mode,
-            "source": info.source,
-            "revision": info.revision,
-            "sha256": info.sha256,
-        }
-        for info, weight in _terms(runtime, request)
-    ]
     return {
         "prompt": request.prompt,
         "text": text,
         "base": runtime.base.id,
         "precision": runtime.base.precision,
         "seed": request.seed,
-        "terms": terms,
+        "terms": [info.term(weight) for info, weight in _terms(runtime, request)],
         "tokens": len(runtime.tokenizer(text, add_special_tokens=False).input_ids),
         "seconds": round(seconds, 3),
     }

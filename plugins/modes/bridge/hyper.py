@@ -52,9 +52,7 @@ class HyperBridge:
             runtime.ensure(term.reference)
 
     @overload  # a string is a sequence of strings, too: the first one wins
-    def compress(  # type: ignore[overload-overlap]
-        self, texts: str, *, max_new_tokens: int = ..., seed: int = ..., **sampling: Any
-    ) -> str: ...
+    def compress(self, texts: str, *, max_new_tokens: int = ..., seed: int = ..., **sampling: Any) -> str: ...
     @overload
     def compress(
         self, texts: Sequence[str], *, max_new_tokens: int = ..., seed: int = ..., **sampling: Any
@@ -73,7 +71,7 @@ class HyperBridge:
         return scenes[0] if isinstance(texts, str) else scenes
 
     @overload
-    def expand(  # type: ignore[overload-overlap]
+    def expand(
         self, scenes: str, *, candidates: int = ..., max_new_tokens: int = ..., seed: int = ..., **sampling: Any
     ) -> str: ...
     @overload
