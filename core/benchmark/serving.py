@@ -26,7 +26,6 @@ import psutil
 
 from lora_rt.core.runtime import Runtime
 
-REGISTERS = ("logic", "emotion", "body", "archetype")
 _PROMPTS = ("rain, tin roof, unpaid bill", "frozen rope, harbour", "a spare key under the third stone", "last train")
 _CHAT = "/v1/chat/completions"
 
@@ -57,7 +56,7 @@ class Served:
     tokens: int = 0
 
 
-def wishes(count: int, tokens: int, names: Sequence[str] = REGISTERS) -> list[Wish]:
+def wishes(count: int, tokens: int, names: Sequence[str]) -> list[Wish]:
     """Requests whose compositions all differ, of two adapters each."""
     dice = random.Random(0)
     pairs = list(combinations(names, 2))

@@ -11,6 +11,7 @@ from rich.table import Table
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.session import session
+from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     import psutil
@@ -22,6 +23,9 @@ def serve(
     requests: Annotated[int, typer.Option("--requests", min=2, help="Requests, each with its own composition.")] = 64,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of each answer.")] = 64,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Answers that are given at once.")] = 16,
+    adapters: Annotated[
+        str, typer.Option("--adapters", metavar="NAME,...", help="Each request has two of these.")
+    ] = "logic,emotion,body,archetype",
     overload: Annotated[
         float, typer.Option("--overload", min=0, help="Seconds of ten times as much as it carries; 0 leaves it out.")
     ] = 0,
@@ -37,7 +41,10 @@ def serve(
     from lora_rt.core.benchmark import serving
     from lora_rt.core.benchmark.machine import machine, versions
 
-    asked = serving.wishes(requests, tokens)
+    names = adapters.replace(",", " ").split()
+    if len(names) < 2:
+        raise UsageError("a request has two adapters", next_step="Name at least two: --adapters logic,emotion")
+    asked = serving.wishes(requests, tokens, names)
     with session().runtime(base, precision, device) as runtime:
         serving.generated(runtime, asked[:2], 2)
         own = ["--base", base, "--precision", precision, "--device", device, "--max-rows", str(rows)]

@@ -8,7 +8,8 @@ names.py      which compositions they may name     prefix.py     keys and values
 service.py    from a request to its rows           shelf.py      which adapters stay in memory
 answers.py    from tokens to OpenAI's objects      metrics.py    figures for Prometheus
 api.py, admin.py   the endpoints                   guard.py      keys, sizes and queue, before a body is read
-failures.py   errors in OpenAI's form              server.py     the process: sockets, signals, banner
+failures.py   errors in OpenAI's form              server.py     the process: sockets, signals
+page.py       the page of `--ui` and what it asks
 
 Needs the extra `lora-rt[serve]`: FastAPI, uvicorn, sse-starlette, prometheus-client. Only api.py, admin.py, guard.py,
 failures.py and server.py know HTTP.

@@ -100,3 +100,20 @@ def test_an_address_that_others_can_reach_is_warned_of(cli: Cli) -> None:
 
 def test_another_engine_is_a_wrong_option(cli: Cli) -> None:
     assert cli("serve", "--engine", "magic").code == 2
+
+
+def test_a_server_is_measured_beside_generate(
+    cli: Cli, zoo: Zoo, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    base = str(zoo.base("llama", max_position_embeddings=512))
+    small = ("--requests", "4", "--tokens", "3", "--rows", "2", "--adapters", "one,two", "--overload", "0.2")
+    outcome = cli("bench", "serve", "--base", base, "--precision", "float32", *small, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found["at_once"]["served"] == 4
+    assert found["at_once"]["failed"] == 0
+    assert found["overload"]["failed"] == 0
+    assert found["ratio_to_generate"] > 0
+    assert found["at_90%"]["first_ms"]["p99"] > 0
