@@ -123,6 +123,16 @@ def run_experts(module: Any, hidden: Tensor, index: Tensor, shares: Tensor, add:
     return slots.view(*index.shape, -1).sum(1).to(hidden.dtype)
 
 
+def run_without_values(model: nn.Module) -> None:
+    """Let fused experts run on tensors that have no values: transformers' ways ask the data who goes where."""
+
+    def alone(module: nn.Module, *args: Any, **named: Any) -> Tensor:
+        return run_experts(module, *given_to_experts(args, named), lambda _leaf, _x, y, _pairs: y)
+
+    for module in {one.module for one in find_parameters(model).values() if one.experts}:
+        module.forward = partial(alone, module)
+
+
 class Products(TorchFunctionMode):
     """While it stands, `seen(name, x, y)` is asked what `linear(x, parameter)` gives; casts are followed."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lora_rt.core.base.shape import ForwardPass, layers_of
 from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.stack import Factors
-from lora_rt.core.engine.topology import features
+from lora_rt.core.engine.topology import features, shapes_of
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import (
     bytes_of,
@@ -65,8 +66,9 @@ def plan_inference(
 
     def measure(model: Any, blocks: nn.ModuleList) -> tuple[int, ...]:
         linears = adaptable(model)
-        names = targets(model, settings)
-        factors = {name: features(linears[name]) for name in names}
+        names, parameters = targets(model, settings.target_modules)
+        factors: dict[str, tuple[int, ...]] = {name: features(linears[name]) for name in names}
+        factors |= {name: shape for name, shape in shapes_of(model).items() if name in parameters}
         with FakeTensorMode():
             materialise(model, device)
             packable = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
@@ -74,7 +76,12 @@ def plan_inference(
             plan = _plan(model, precision, device, factors, adapters, settings.r)
             per_token, activations = _prefill(model, plan, rows, tokens, len(blocks))
             _repack(packable, compute_dtype(precision))
-            return bytes_of(model), sum(sum(shape) for shape in factors.values()), per_token, activations
+            return (
+                bytes_of(model),
+                sum(prod(shape[:-2]) * sum(shape[-2:]) for shape in factors.values()),
+                per_token,
+                activations,
+            )
 
     weights, features_of_all, per_token, activations = over_blocks(config, precision, measure)
     item = (torch.float32 if device == "cpu" else compute_dtype(precision)).itemsize
@@ -109,7 +116,7 @@ def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int)
 
 
 def _plan(
-    model: Any, precision: Precision, device: Device, factors: dict[str, tuple[int, int]], adapters: int, rank: int
+    model: Any, precision: Precision, device: Device, factors: dict[str, tuple[int, ...]], adapters: int, rank: int
 ) -> Plan | None:
     """A plan with every adapter in use, made as the runtime makes it; None where there are none."""
     bank = AdapterBank(model, compute_dtype(precision))
@@ -118,9 +125,10 @@ def _plan(
     names = [str(number) for number in range(adapters)]
     for name in names:
         made = {
-            site: Factors(torch.empty(rank, factors[site][1]), torch.empty(factors[site][0], rank))
+            site: Factors(torch.empty(*experts, rank, width), torch.empty(*experts, out, rank))
             for site in bank.topology.by_name
             if site in factors
+            for *experts, out, width in [factors[site]]
         }
         bank.add(ResidentAdapter(name, made, "output-only"))
     return bank.plan([dict.fromkeys(names, 1.0)])

@@ -21,6 +21,7 @@ from lora_rt.core.base.precision import Precision, compute_dtype, quantization_c
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
+from lora_rt.core.engine.experts import run_without_values
 from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, own_tensors, quantize_layers, storage_key
 from lora_rt.core.memory.workload import Device, PlanError
 
@@ -40,6 +41,7 @@ def skeleton(config: Any, precision: Precision) -> Any:
     if (how := quantization_config(precision)) is not None:
         quantize_layers(model, how)
     model.requires_grad_(False)
+    run_without_values(model)
     return model.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_rt.core.base.load import LoadedBase
-from lora_rt.core.base.roles import as_peft_takes_them
+from lora_rt.core.base.roles import ALL_LINEAR, as_peft_takes_them
 from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.engine.experts import find_parameters
 from lora_rt.core.engine.topology import find_linears, shapes_of
 from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targets
 from lora_rt.registry.card import BaseIdentity, StateTensor
@@ -43,19 +45,29 @@ def adaptable(model: Any) -> dict[str, nn.Module]:
     return {n: m for n, m in linears.items() if m is not head and n.rsplit(".", 1)[-1] not in refused}
 
 
-def targets(model: Any, settings: TrainSettings) -> list[str]:
-    """The full names of the layers that an adapter of these settings acts on."""
-    return choose_targets(settings.target_modules, list(adaptable(model)))
+def targets(model: Any, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The full names of the layers, and of the parameters of fused experts, that targets mean.
+
+    Raises:
+        SettingsError: a target that the model has nothing for.
+    """
+    layers = list(adaptable(model))
+    # "all-linear" is what PEFT makes of it, which adds the experts of some architectures by itself.
+    fused = [] if ALL_LINEAR in wanted else [name for name, one in find_parameters(model).items() if one.experts]
+    chosen = choose_targets(wanted, [*layers, *fused])
+    return [name for name in chosen if name not in fused], [name for name in chosen if name in fused]
 
 
 @libraries_silenced()
 def with_adapter(model: Any, settings: TrainSettings) -> Any:
     """The model with a new adapter in it; works on the meta device as well."""
+    layers, parameters = targets(model, settings.target_modules)
     everything = [name for name, _ in model.named_modules()]
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
-        target_modules=as_peft_takes_them(targets(model, settings), everything),
+        target_modules=as_peft_takes_them(layers, everything),
+        target_parameters=parameters or None,
         lora_dropout=settings.dropout,
         bias="none",
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in adaptable(model).values()),

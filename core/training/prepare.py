@@ -17,8 +17,8 @@ from lora_rt.core.base.source import parse_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import Portions, pick_portions
 from lora_rt.core.memory.skeleton import skeleton
-from lora_rt.core.step.adapter import adaptable, checkpointed, fresh_adapter
-from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets, choose_targets
+from lora_rt.core.step.adapter import checkpointed, fresh_adapter, targets
+from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
@@ -100,7 +100,7 @@ def _check_targets(settings: TrainSettings) -> None:
     if source.kind in ("default", "gguf"):  # known by now; and a GGUF file's configuration takes seconds to read
         return
     with suppress(*UNREADABLE):  # what is wrong with the base itself is said where it is loaded
-        choose_targets(settings.target_modules, list(adaptable(skeleton(config_alone(source), "float32"))))
+        targets(skeleton(config_alone(source), "float32"), settings.target_modules)
 
 
 def objective_of(settings: TrainSettings, modes: ModeHost, base: LoadedBase, text: TextFormat) -> Objective:

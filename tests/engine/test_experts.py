@@ -1,0 +1,85 @@
+"""Adapters of fused experts and routers, against PEFT with its tensors in memory; every row under its own."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import lora_rt
+from lora_rt.core.engine.experts import find_parameters
+from lora_rt.core.step.adapter import with_adapter
+from lora_rt.core.step.settings import TrainSettings
+from support.architectures.shrink import random_model, tiny_config
+from support.tiny import save_tokenizer
+
+EXACT = {"atol": 2e-3, "rtol": 0.0}
+IDS = torch.arange(24).view(3, 8) + 8
+
+
+def base(folder: Path, kind: str) -> Any:
+    model = random_model(tiny_config(kind))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # gpt_oss keeps its experts transposed, and gives them biases
+def test_rows_under_adapters_of_experts_are_what_peft_gives_each(kind: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = base(tmp_path / "base", kind)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=[], task_type="CAUSAL_LM")
+    config.target_parameters = ["experts.gate_up_proj", "1.mlp.experts.down_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(model, config).eval()
+        torch.manual_seed(1)
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, 0, 0.2)
+        tuned.save_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        wanted = tuned(input_ids=IDS).logits
+        with tuned.disable_adapter():
+            alone = tuned(input_ids=IDS).logits
+    assert (wanted - alone).abs().max() > 0.1
+    with lora_rt.Runtime.load(tmp_path / "base", precision="float32", device="cpu", project=tmp_path) as runtime:
+        runtime.load_adapter(str(tmp_path / "one"), name="one")
+        found = runtime.logits(IDS, compositions=["one:1", None, "one:1"])
+    assert_close(found, torch.stack([wanted[0], alone[1], wanted[2]]), **EXACT)
+
+
+def test_experts_are_trained_by_their_role_and_without_dropout(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model(tiny_config("mixtral"))
+    fused = [name for name, one in find_parameters(model).items() if one.experts]
+    settings = TrainSettings(register="x", mode="output-only", data=Path("x.jsonl"), target_modules=("experts",))
+    made = with_adapter(model, settings)
+    assert sorted(made.base_model.targeted_parameter_names) == sorted(fused)
+    assert made.peft_config["default"].lora_dropout == 0.0
+    assert "dropout" in caplog.text
+
+
+def test_memory_is_estimated_with_adapters_of_experts(tmp_path: Path) -> None:
+    from lora_rt.core.memory.inference import plan_inference
+
+    model = base(tmp_path, "mixtral")
+    settings = TrainSettings(register="x", mode="output-only", data=Path("x.jsonl"), target_modules=("experts",), r=2)
+    found = plan_inference(model.config, "float32", "cpu", settings, adapters=2, rows=2, tokens=6)
+    sizes = [p.experts * (p.out_features + p.in_features) for p in find_parameters(model).values() if p.experts]
+    assert found.adapters == 2 * 2 * 4 * sum(sizes)
+
+
+def test_a_target_parameter_that_is_none_is_named(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [], "target_parameters": "all"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    from lora_rt.registry.inspection.config import read_config
+
+    _, problems = read_config(json.dumps(config).encode())
+    assert any("target_parameters is 'all', not a list of names" in problem for problem in problems)
