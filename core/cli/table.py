@@ -34,6 +34,9 @@ COMMANDS = {
         "export:export",
         "Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model.",
     ),
+    "convert": Entry(
+        "convert:convert", "Make a plain LoRA in safetensors of a pickle, or of an adapter that changed its base."
+    ),
     "explain": Entry("explain.command:explain", "Show how much each register adds to the base, layer by layer."),
     "scene": Entry("scene:scene", "Show the distribution over scene types that the gates would see."),
     "serve": Entry(

@@ -7,12 +7,13 @@ one call, so that threads, and nested passes, never see each other's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_rt.core.engine.experts import Pairs
 from lora_rt.core.engine.topology import Topology
@@ -45,6 +46,7 @@ class Pass(ABC):
     """One forward pass of a batch under a plan."""
 
     topology: Topology
+    twins: Mapping[str, nn.Module] = MappingProxyType({})
 
     @abstractmethod
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:

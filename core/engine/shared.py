@@ -6,10 +6,10 @@ y     += B hidden         B: (out, R)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
 
 from lora_rt.core.engine.experts import Pairs
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
@@ -29,10 +29,19 @@ class SharedPlan(Plan):
         stack: the active adapters.
         weights: (rows, K), or (1, K) where all rows are alike: the user's, 0 where a row does not use an adapter.
         gates: one per adapter, None for "always 1".
+        twins: modules that stand in for the model's own of these names.
     """
 
-    def __init__(self, topology: Topology, stack: Stack, weights: Tensor, gates: Sequence[Gate | None]) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        stack: Stack,
+        weights: Tensor,
+        gates: Sequence[Gate | None],
+        twins: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.topology = topology
+        self.twins = twins or {}
         self.stack = stack
         self.group_gates = rank_gates(stack, weights, gates)
         self.head_gates = head_gates(weights, gates)
@@ -51,6 +60,7 @@ class SharedPass(Pass):
 
     def __init__(self, plan: SharedPlan, rows: int, tokens: int, kept: int | Tensor | None) -> None:
         self.topology = plan.topology
+        self.twins = plan.twins
         self._sites = plan.stack.sites
         self._groups = plan.stack.groups
         self._gates = plan.group_gates
@@ -85,6 +95,10 @@ class SharedPass(Pass):
         site = self._sites[index]
         if site is None:
             return y
+        if site.scales is not None:  # DoRA: the layer's own output, without its bias, is rescaled
+            bias = getattr(self.topology.sites[index].module, "bias", None)
+            shares = linear(self._shared(site, x)[..., site.start : site.stop], site.scales)
+            y = (y + (y if bias is None else y - bias) * shares).to(y.dtype)
         if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]
@@ -102,9 +116,12 @@ class SharedPass(Pass):
         return self._hidden
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
-        """g * (A x), in the layout of x."""
-        hidden = linear(x.to(group.a), group.a, group.offset)
-        return hidden * self._like(self._gates[number], group.layout, x)
+        """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
+        if x.is_floating_point():
+            hidden = linear(x.to(group.a), group.a, group.offset)
+        else:
+            hidden = embedding(x.to(group.a.device), group.a.T)
+        return hidden * self._like(self._gates[number], group.layout, hidden)
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
         return spread(gate, layout, x, self._rows, self._tokens, self._kept)

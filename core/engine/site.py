@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,10 +34,13 @@ class _Hooked:
         self.users.pop(user, None)
         if self.users or vars(self.module).get("forward") is not self:
             return
-        if self.before is None:
+        before = self.before
+        while isinstance(before, _Hooked) and not before.users:  # of a bank that was closed before this one
+            before = before.before
+        if before is None:
             del self.module.forward
         else:
-            self.module.forward = self.before
+            self.module.forward = before
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self.own(*args, **named)
@@ -89,6 +92,17 @@ class _Bare(_Hooked):
         return self._inner(x) if in_a_pass() else self.own(x, *rest, **named)
 
 
+class _Replaced(_Hooked):
+    """The forward of a module that adapters may hold as a whole: that of the running pass's, where it has one."""
+
+    name = ""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        current = running_pass()
+        twin = current.twins.get(self.name) if current is not None and current.topology in self.users else None
+        return self.own(*args, **named) if twin is None else twin(*args, **named)
+
+
 def hook_up(topology: Topology) -> ExitStack:
     """Let every site's forward add what the running pass says; outside a pass it is the layer's own forward.
 
@@ -112,6 +126,18 @@ def hook_up(topology: Topology) -> ExitStack:
 def pass_by(wrappers: Iterable[nn.Module], user: object) -> ExitStack:
     """Let passes of ours go by what PEFT has wrapped around layers; everybody else's go through it as before."""
     return _hooked(((module, 0) for module in wrappers), user, _Bare, lambda module: _Bare(module, module.forward))
+
+
+def let_replace(modules: Mapping[str, nn.Module], topology: Topology) -> ExitStack:
+    """Let modules' forwards be those of the running pass's modules of the same names."""
+    names = {id(module): name for name, module in modules.items()}
+
+    def hooked(module: nn.Module) -> _Hooked:
+        made = _Replaced(module, module.forward)
+        made.name = names[id(module)]
+        return made
+
+    return _hooked(((module, 0) for module in modules.values()), topology, _Replaced, hooked)
 
 
 def _hooked(

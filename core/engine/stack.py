@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_rt.core.engine.layout import Layout
 from lora_rt.core.engine.topology import Topology
 
-_BIAS = -1
+_CONSTANT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,15 @@ class Factors:
     """One adapter at one site: a (r, in), b (out, r) with the scaling folded in, bias (out,) likewise or None.
 
     Of fused experts a (experts, r, in) and b (experts, out, r).
+    `magnitude` (out,) is DoRA's, as it stands in the file; once the layer is known it is in b and in `scale` (out,),
+    by which the layer's own output is multiplied and added.
     """
 
     a: Tensor
     b: Tensor
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -33,20 +37,24 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackedSite:
-    """One site: its ranks `start:stop` in its group's hidden, b (out, ranks), `spans[k]` of adapter k within them."""
+    """One site: its ranks `start:stop` in its group's hidden, b (out, ranks), `spans[k]` of adapter k within them.
+
+    `scales` (out, ranks) is b for what multiplies the layer's own output, None where nothing does.
+    """
 
     group: int
     start: int
     stop: int
     b: Tensor
     spans: tuple[tuple[int, int], ...]
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackedGroup:
     """Sites with one input share one product with a (R, in). `pattern` is the number of its `Pattern`.
 
-    `offset` (R,) is None but where an adapter has a bias: such a bias is one more rank whose hidden value is always 1.
+    `offset` (R,) is None but where an adapter has a bias or a scale: each is one more rank whose hidden value is 1.
     `layout` is the input's.
     """
 
@@ -79,7 +87,18 @@ class Stack:
 
     def tensors(self) -> list[Tensor]:
         """A of every group and B of every site."""
-        return [*(group.a for group in self.groups.values()), *(site.b for site in self.sites if site is not None)]
+        found = [tensor for site in self.sites if site is not None for tensor in (site.b, site.scales)]
+        return [*(group.a for group in self.groups.values()), *(tensor for tensor in found if tensor is not None)]
+
+
+def _placed(scales: Mapping[int, Tensor], b: Tensor) -> Tensor | None:
+    """(out, ranks) with each scale on its own rank."""
+    if not scales:
+        return None
+    placed = torch.zeros_like(b)
+    for rank, scale in scales.items():
+        placed[:, rank] = scale
+    return placed
 
 
 def stack(topology: Topology, adapters: Sequence[Mapping[str, Factors]]) -> Stack:
@@ -104,6 +123,7 @@ def _stack_group(
     ranks: list[tuple[int, int]] = []  # (adapter, slot) of each
     for index in indices:
         start, columns, spans = len(ranks), [], []
+        scales: dict[int, Tensor] = {}
         for k, adapter in enumerate(adapters):
             first = len(ranks) - start
             if (factors := adapter.get(topology.sites[index].name)) is not None:
@@ -111,18 +131,23 @@ def _stack_group(
                 columns.append(factors.b)
                 ranks += [(k, slot) for slot in range(factors.rank)]
                 if factors.bias is not None:
-                    rows.append(torch.zeros_like(factors.a[:1]))
+                    rows.append(factors.a.new_zeros(1, factors.a.shape[1]))
                     columns.append(factors.bias[:, None])
-                    ranks.append((k, _BIAS))
+                    ranks.append((k, _CONSTANT))
+                if factors.scale is not None:
+                    rows.append(factors.a.new_zeros(1, factors.a.shape[1]))
+                    columns.append(factors.b.new_zeros(len(factors.b), 1))
+                    scales[len(ranks) - start] = factors.scale
+                    ranks.append((k, _CONSTANT))
             spans.append((first, len(ranks) - start))
         b = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
-        built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans))
+        built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans), _placed(scales, b))
     a = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
     pattern = known.setdefault(tuple(ranks), len(known))
     if pattern == len(built.patterns):
         owners, slots = torch.tensor(ranks, device=a.device).unbind(1)
         built.patterns.append(Pattern(owners, slots))
-    constant = [slot == _BIAS for _, slot in ranks]
-    offset = torch.tensor(constant, device=a.device).to(a.dtype) if any(constant) else None
+    fixed = [slot == _CONSTANT for _, slot in ranks]
+    offset = torch.tensor(fixed, device=a.device).to(a.dtype) if any(fixed) else None
     site = topology.sites[indices[0]]
     built.groups[group] = StackedGroup(a, pattern, site.layer, offset, site.layout)

@@ -18,7 +18,7 @@ from lora_rt.core.base.source import BaseError, first_line
 from lora_rt.core.engine.experts import find_parameters, watched_experts, watched_products
 from lora_rt.core.engine.heads import HeadAxis, find_heads
 from lora_rt.core.engine.layout import PROBES, Layout, layout_of
-from lora_rt.core.engine.wrappers import bare_modules
+from lora_rt.core.engine.wrappers import bare_modules, inner_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class Site:
     `layout` says how rows and tokens lie in that input; None where that can't be told, as with an expert of several.
     `device` is where its output lies: layers of one model may lie on several. A site may be a parameter of the module:
     `leaf` then names it, and `experts` is how many matrices it holds, 0 for one (see `experts.py`).
+    `device` is where its output lies: layers of one model may lie on several. `embeds` marks the embedding, whose
+    input are token ids: `in_features` of them, looked up instead of multiplied.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Site:
     layout: Layout | None = ("b", "t")
     leaf: str = ""
     experts: int = 0
+    embeds: bool = False
 
 
 class Topology:
@@ -223,7 +226,18 @@ def survey(model: Any) -> Topology:
             layout = layout_of(got) if len(got) == len(PROBES) else None
             place = (layer(name), len(groups) + len(sites), device, layout, one.leaf, one.experts)
             sites.append(Site(name, one.module, one.out_features, one.in_features, *place))
-    return Topology(sites, lambda: find_heads(model, linears, sizes))
+    return Topology([*sites, *_embedding(model, len(groups) + len(sites))], lambda: find_heads(model, linears, sizes))
+
+
+def _embedding(model: Any, group: int) -> list[Site]:
+    """The model's embedding, which has a group of its own."""
+    own = model.get_input_embeddings()
+    found = [(name, module) for name, module in bare_modules(model) if module is inner_of(own)]
+    return [
+        Site(name, m, m.embedding_dim, m.num_embeddings, None, group, device_of(model), embeds=True)
+        for name, m in found
+        if isinstance(m, nn.Embedding)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

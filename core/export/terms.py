@@ -130,6 +130,9 @@ def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
         load=True,
     )
     check_pin(part, resolved.name, inspected.sha256)
+    if extras := inspected.extras:
+        text = f"{resolved.name} holds {' and '.join(extras)}, which is not exported"
+        raise ExportError(text, next_step="Compose with it at run time, or export it with PEFT: merge_and_unload()")
     adapter = read_adapter(inspected, resolved.name)
     return ExportTerm(resolved.read(inspected.files), adapter, _weights(part, base), part.after, _decided(part))
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.special import TokenRows
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.wrappers import bare_parameters
 from lora_rt.registry.inspection import InspectedAdapter, OwnWeights, RawTensor
@@ -35,10 +36,16 @@ def read_adapter(inspected: InspectedAdapter, name: str) -> ResidentAdapter:
         if module.experts:  # (experts * r, in) -> (experts, r, in); (out, r * experts) -> (experts, out, r)
             a = a.view(module.experts, module.rank, -1)
             b = b.view(-1, module.rank, module.experts).permute(2, 0, 1)
-        factors[module.module] = Factors(a, b, bias)
+        magnitude = as_tensor(tensors[module.magnitude_key]).float() if module.magnitude_key else None
+        factors[module.module] = Factors(a, b, bias, magnitude)
     card: Mapping[str, Any] = inspected.card.model_dump() if inspected.card else {}
     state = {key: as_tensor(tensor) for key, tensor in inspected.state.items()}
-    return ResidentAdapter(name, factors, inspected.mode, card, state)
+    whole: dict[str, dict[str, Tensor]] = {}
+    for (owner, leaf), key in inspected.whole.items():
+        whole.setdefault(owner, {})[leaf] = as_tensor(tensors[key])
+    rows = {t.module: TokenRows(torch.tensor(t.ids), as_tensor(tensors[t.key]).float()) for t in inspected.tokens}
+    biases = {owner: as_tensor(tensors[key]).float() for owner, key in inspected.biases.items()}
+    return ResidentAdapter(name, factors, inspected.mode, card, state, tokens=rows, biases=biases, whole=whole)
 
 
 def as_tensor(raw: RawTensor) -> Tensor:

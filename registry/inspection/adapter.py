@@ -16,7 +16,7 @@ from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, MEGABYTE, STATE, WEIGHTS, UnusableFileError
 from lora_rt.registry.inspection import kinds
 from lora_rt.registry.inspection.config import read_config
-from lora_rt.registry.inspection.modules import Linears, LoraModule, pair_modules, rank_problems
+from lora_rt.registry.inspection.modules import Linears, LoraModule, TokenModule, pair_modules, rank_problems
 from lora_rt.registry.inspection.safetensors_header import TensorEntry, read_header
 from lora_rt.registry.inspection.settings import LoraSettings
 from lora_rt.registry.inspection.values import RawTensor, TensorFacts, norm_problems, read_values, value_problems
@@ -38,6 +38,8 @@ class InspectedAdapter:
 
     `files` maps each file's name to its sha256; `sha256` is one digest over them. Where the inspection was asked to
     load, `tensors` are the factors by key and `state` those of `mode.safetensors`: the very bytes that were checked.
+    `tokens` are trained rows of embeddings; `whole` maps (module, weight | bias) of what was trained as a whole, and
+    `biases` modules with trained biases, to their keys.
     """
 
     name: str
@@ -49,6 +51,21 @@ class InspectedAdapter:
     files: Mapping[str, str]
     tensors: Mapping[str, RawTensor] = field(default_factory=dict)
     state: Mapping[str, RawTensor] = field(default_factory=dict)
+    tokens: tuple[TokenModule, ...] = ()
+    whole: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def extras(self) -> list[str]:
+        """What it holds besides A, B and their biases, in words."""
+        found = {
+            "DoRA": any(module.magnitude_key for module in self.modules),
+            "a LoRA of the embedding": any(module.embeds for module in self.modules),
+            "trained token rows": bool(self.tokens),
+            "modules that were trained as a whole": bool(self.whole),
+            "trained biases": bool(self.biases),
+        }
+        return [what for what, there in found.items() if there]
 
 
 def inspect_adapter(
@@ -71,7 +88,8 @@ def inspect_adapter(
         base: the base in use; an adapter that states another one is refused.
         sha256: the digest the adapter was pinned to.
         own: compares a tensor with the base's own: PEFT saves copies of the head and of biases beside the factors.
-            An equal one is left out; without `own` a base takes none, and without `linears` nobody can compare yet.
+            An equal one is left out, a trained bias kept; without `own` a base takes none, and without `linears` nobody
+            can compare yet.
         load: keep the tensors.
 
     Raises:
@@ -82,7 +100,7 @@ def inspect_adapter(
     problems = [] if is_hub_target(name) else name_problem(name)
     problems += inspection.run()
     if problems:
-        raise RejectedAdapterError(_summary(name, problems), problems=_bounded(problems))
+        raise _rejected(name, folder, problems)
     found = inspection.found
     combined = files.combined(found)
     if sha256 is not None and combined != sha256:
@@ -101,6 +119,9 @@ def inspect_adapter(
         files=found,
         tensors=inspection.tensors,
         state=inspection.state,
+        tokens=inspection.tokens,
+        whole=inspection.whole,
+        biases=inspection.biases,
     )
 
 
@@ -115,8 +136,13 @@ def foreseen(folder: Path, *, name: str, base: BaseIdentity | None = None) -> st
     if not problems:
         problems = [missing] if (missing := kinds.missing_weights(os.listdir(folder))) else []
     if problems:
-        raise RejectedAdapterError(_summary(name, problems), problems=_bounded(problems))
+        raise _rejected(name, folder, problems)
     return inspection.card.mode if inspection.card else DEFAULT_MODE
+
+
+def _rejected(name: str, folder: Path, problems: Sequence[str]) -> RejectedAdapterError:
+    way_out = kinds.way_out(problems, folder)
+    return RejectedAdapterError(_summary(name, problems), problems=_bounded(problems), next_step=way_out)
 
 
 def _summary(name: str, problems: Sequence[str]) -> str:
@@ -148,6 +174,9 @@ class _Inspection:
         self.card: AdapterCard | None = None
         self.settings: LoraSettings | None = None
         self.modules: tuple[LoraModule, ...] = ()
+        self.tokens: tuple[TokenModule, ...] = ()
+        self.whole: Mapping[tuple[str, str], str] = {}
+        self.biases: dict[str, str] = {}
 
     def run(self) -> list[str]:
         """Every problem of the folder."""
@@ -242,6 +271,7 @@ class _Inspection:
         if self.settings is not None:
             pairing = pair_modules(entries, self.settings, self.linears)
             self.modules, copies = pairing.modules, pairing.copies
+            self.tokens, self.whole = pairing.tokens, pairing.whole
             problems += pairing.problems
         if self.linears is not None and self.own is None:
             problems += [f"{shown(key)} is {kinds.of_tensor(key)}" for key in copies]
@@ -267,9 +297,20 @@ class _Inspection:
             same = self.own(name, tensor) if self.own is not None and tensor is not None else True
             if same is None:
                 problems.append(f"{shown(key)} is {kinds.of_tensor(key)}")
+            elif not same and tensor is not None and self._is_trained(name):
+                owner = name.removesuffix(".bias")
+                if owner in (self.linears or {}):
+                    self.biases[owner] = key
+                else:
+                    self.whole = {**self.whole, (owner, "bias"): key}
+                self.tensors[key] = tensor
             elif not same:
                 problems.append(f"{shown(key)} is not the base's own {name}, and no adapter may replace it")
         return problems
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether a tensor that the base has otherwise is a bias, and biases were trained."""
+        return self.settings is not None and self.settings.biases and name.endswith(".bias")
 
     def _read_state(self, names: list[str]) -> list[str]:
         if STATE not in names:

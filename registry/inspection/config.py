@@ -22,16 +22,19 @@ from lora_rt.registry.strict_json import shown
 
 MAX_SCALING = 1000.0
 MAX_PATTERNS = 10_000
+MAX_WHOLE = 100
+MAX_TOKENS = 512  # each is a rank as wide as the vocabulary
 
 _MERGE = "merge it into its base, and extract a plain LoRA"
 _EXACT = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "init_lora_weights", "lora_bias", "bias", "base_model_name_or_path",
-    "target_parameters", "auto_mapping", "megatron_core",
+    "target_parameters", "auto_mapping", "megatron_core", "use_dora", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying",
 )  # fmt: skip
 _INERT = (
     "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out", "qalora_group_size",
-    "runtime_config", "ephemeral_gpu_offload", "ensure_weight_tying",
+    "runtime_config", "ephemeral_gpu_offload",
     # how the factors were begun; what they are now stands in the tensors
     "eva_config", "corda_config", "lora_ga_config", "loftq_config",
     # written by ms-swift, Unsloth, PEFT before 0.3 and others, read by their training alone
@@ -40,9 +43,6 @@ _INERT = (
     "torch_dtype", "dtype", "transformers_version", "library_name", "velora_config",
 )  # fmt: skip
 _REFUSED = {
-    "use_dora": f"it needs DoRA, which rescales the base's output and does not add up; {_MERGE}",
-    "modules_to_save": "it replaces layers of the base; train without it",
-    "trainable_token_indices": "it replaces rows of the base's embedding; train without it",
     "alora_invocation_tokens": "it is an aLoRA, which wakes up at a text of its own; write term[text] and train a LoRA",
     "layer_replication": "it makes the base deeper, and so makes another base; train without it",
     "use_qalora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {_MERGE}",
@@ -64,9 +64,7 @@ FIELDS: Mapping[str, str] = {
 "refused: ..." with the way out. What can be converted is a value of `init_lora_weights`, see `_CONVERTIBLE`."""
 
 _UNTOUCHED_BASE = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
-_CONVERSION = (
-    "convert it to a plain LoRA with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=INITIAL)"
-)
+_CONVERSION = "convert it to a plain LoRA with lora-rt convert"
 _CONVERTIBLE = {
     **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERSION),
     "loftq": f"PEFT can not convert it: {_MERGE}",
@@ -90,6 +88,8 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
     ranks, rank_problems = _patterns(config, "rank_pattern", _rank_problem)
     alphas, alpha_problems = _patterns(config, "alpha_pattern", _alpha_problem)
     parameters, parameter_problems = target_parameters(config)
+    saves, tokens, special = _special(config)
+    problems += special
     problems += [*_numbers(config), *target_problems, *parameter_problems, *rank_problems, *alpha_problems]
     if problems:
         return None, [f"{CONFIG}: {problem}" for problem in problems]
@@ -105,6 +105,9 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
         alpha_pattern=alphas,
         biases=config.get("bias") in ("all", "lora_only"),
         base_name=config.get("base_model_name_or_path") or "",
+        dora=config.get("use_dora") or False,
+        saves=saves,
+        tokens=tokens,
     )
     return settings, []
 
@@ -123,6 +126,32 @@ def _method(config: dict[str, Any]) -> list[str]:
     if config.get("bias") not in (None, "none", "all", "lora_only"):
         problems.append(f"bias is {shown(config['bias'])}, not 'none', 'all' or 'lora_only'")
     return problems
+
+
+def _special(config: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]], list[str]]:
+    """The modules that were trained as a whole, the tokens whose rows were, and what is wrong with both."""
+    problems = []
+    saves, tokens = config.get("modules_to_save") or [], config.get("trainable_token_indices") or {}
+    if not isinstance(saves, list) or len(saves) > MAX_WHOLE or not all(isinstance(name, str) for name in saves):
+        problems.append(f"modules_to_save is {shown(saves)}, not a list of module names")
+        saves = []
+    if isinstance(tokens, list):
+        tokens = {"": tokens}
+    if not isinstance(tokens, dict) or not all(_are_tokens(ids) for ids in tokens.values()):
+        problems.append(f"trainable_token_indices is {shown(tokens)}, not up to {MAX_TOKENS:,} token ids")
+        tokens = {}
+    if config.get("ensure_weight_tying") and config.get("target_modules") != "all-linear":
+        targets = config.get("target_modules")
+        named = [*saves, *(targets if isinstance(targets, list) else [str(targets)])]
+        if any("embed" in str(name) or "wte" in str(name) or "lm_head" in str(name) for name in named):
+            problems.append(f"ensure_weight_tying ties what was trained of embedding and head; {_MERGE}")
+    return tuple(saves), {name: tuple(ids) for name, ids in tokens.items()}, problems
+
+
+def _are_tokens(ids: Any) -> bool:
+    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_TOKENS or len({str(one) for one in ids}) != len(ids):
+        return False
+    return all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 1 << 24 for one in ids)
 
 
 def _surroundings(config: dict[str, Any]) -> list[str]:

@@ -4,6 +4,10 @@
     <module>.lora_A.weight                             without its prefix
     base_model.model.<module>.lora_A.default.weight    saved with state_dict(): the adapter's name is inside
     _orig_mod. / _fsdp_wrapped_module. / module.       left by torch.compile, FSDP, DDP
+    base_model.model.<module>.lora_embedding_A         of an embedding: (r, tokens), B (n, r)
+    base_model.model.<module>.lora_magnitude_vector    DoRA's, (out,)
+    base_model.model.<module>.token_adapter.trainable_tokens_delta     what trained token rows became, (tokens, n)
+    base_model.model.<module>.weight                   of a module that was trained as a whole
 
 `<module>` is a path in the model that was trained. The same layer has other paths in other classes and versions:
 
@@ -21,6 +25,12 @@ from collections.abc import Iterable, Mapping
 PREFIX = "base_model.model."
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<name>[^.]+))?\.(?P<leaf>weight|bias)")
+_BARE = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_embedding_[AB]|lora_magnitude_vector)(?:\.(?P<name>[^.]+?))?(?:\.weight)?"
+)
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+_WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)??)?\.(?P<leaf>weight|bias)")
+MAGNITUDE = "lora_magnitude_vector"
 _SHELLS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "gpt_neox", "backbone", "llm"})
 
@@ -34,11 +44,35 @@ def plain(key: str) -> str:
 
 
 def lora_key(key: str) -> tuple[str, str, str] | None:
-    """(module, `lora_A.weight` | `lora_B.weight` | `lora_B.bias`, adapter's name or "") of a key; None for others."""
+    """(module, part, adapter's name or "") of a key; None for others.
+
+    The part is `lora_A.weight`, `lora_B.weight` (an embedding's, too), `lora_B.bias` or `lora_magnitude_vector`.
+    """
+    if (bare := _BARE.fullmatch(plain(key))) is not None:
+        name = "" if bare["name"] in (None, "weight") else bare["name"]
+        part = bare["part"].replace("_embedding", "")
+        return bare["module"], part if part == MAGNITUDE else f"{part}.weight", name
     found = _KEY.fullmatch(plain(key))
     if found is None or (found["part"], found["leaf"]) == ("lora_A", "bias"):
         return None
     return found["module"], f"{found['part']}.{found['leaf']}", found["name"] or ""
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a factor is one of an embedding."""
+    return ".lora_embedding_" in key
+
+
+def tokens_key(key: str) -> str | None:
+    """The embedding whose trained token rows a tensor holds; None for others."""
+    found = _TOKENS.fullmatch(plain(key))
+    return found["module"] if found else None
+
+
+def whole_key(key: str) -> tuple[str, str] | None:
+    """(module, weight | bias) of a tensor of a module that was trained as a whole; None for names of other forms."""
+    found = _WHOLE.fullmatch(plain(key))
+    return (found["module"], found["leaf"]) if found else None
 
 
 def base_key(key: str) -> str:

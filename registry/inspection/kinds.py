@@ -5,7 +5,9 @@ Told by names alone: of files, of fields of the configuration, of tensors. Nothi
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.files import CONFIG, PICKLES, WEIGHTS, shard_number
@@ -28,8 +30,6 @@ _METHODS = {
     "LN_TUNING": "LN_TUNING (layer norms), not LoRA",
 }
 _MARKS = (  # a part of a tensor's name, and what it tells
-    ("lora_magnitude_vector", "a DoRA magnitude: it needs DoRA, which does not add up; merge it, extract a plain LoRA"),
-    ("lora_embedding_", "a LoRA of an embedding, which is not composed; train without embeddings in target_modules"),
     ("lora_E", "of AdaLoRA, not plain LoRA"),
     ("lora_ranknum", "of AdaLoRA, not plain LoRA"),
     ("ia3_l", "of IA3, not LoRA"),
@@ -73,6 +73,22 @@ def not_lora(config: Mapping[str, Any]) -> list[str]:
     return [] if method == "LORA" else [f"peft_type is {shown(method)}, only 'LORA' is composed"]
 
 
+def way_out(problems: Iterable[str], folder: Path) -> str:
+    """What to do about an adapter that is refused."""
+    said = " ".join(problems)
+    ways = (
+        ("with lora-rt convert", f"Run: lora-rt convert {shlex.quote(str(folder))} --out NEW_FOLDER --base BASE"),
+        ("lora-rt convert", f"Run: lora-rt convert {shlex.quote(str(folder))} --out NEW_FOLDER"),
+        ("--allow-base-mismatch", "Use the base that it names, or say --allow-base-mismatch"),
+        ("merge it", "Merge it into its base with PEFT (merge_and_unload), and give the result to --base"),
+        ("router over", "Use the LoRAs that it chooses from, with weights of yours"),
+        ("train without", "Train without it, or merge it into its base and give the result to --base"),
+        ("aLoRA", "Train a LoRA, which can wake up too: lora-rt compose 'NAME[text]'"),
+        ("not LoRA", "Train a LoRA, or merge it into its base and give the result to --base"),
+    )
+    return next((way for mark, way in ways if mark in said), "Fetch it again, or ask its author for a LoRA of PEFT")
+
+
 def missing_weights(names: Iterable[str]) -> str:
     """Why a folder with these files has no weights of an adapter, in one line."""
     there = sorted(names)
@@ -101,7 +117,7 @@ def _instead(names: list[str]) -> str:
         return "; a .gguf is an adapter for llama.cpp: get the PEFT folder that it was made of"
     pickles = [name for name in names if name.endswith(PICKLES) and name.startswith("adapter")]
     if pickles:
-        return f"; {shown(pickles[0])} is a pickle, which is never opened: save the adapter as safetensors"
+        return f"; {shown(pickles[0])} is a pickle, which is never opened here: lora-rt convert reads it apart"
     if any(name.startswith(("model", "pytorch_model")) and name.endswith((".safetensors", *PICKLES)) for name in names):
         return "; it holds a whole model (merged, or all of it trained), not an adapter: use it with --base"
     if any(name.startswith("pytorch_lora_weights") for name in names):

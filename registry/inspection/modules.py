@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lora_rt.registry.inspection import kinds
-from lora_rt.registry.inspection.keys import PREFIX, base_key, inner_path, lora_key, renamed
+from lora_rt.registry.inspection.keys import (
+    MAGNITUDE,
+    PREFIX,
+    base_key,
+    inner_path,
+    is_embedding,
+    lora_key,
+    renamed,
+    tokens_key,
+    whole_key,
+)
 from lora_rt.registry.inspection.safetensors_header import TensorEntry
 from lora_rt.registry.inspection.settings import LoraSettings
 from lora_rt.registry.strict_json import shown
@@ -19,6 +29,7 @@ MAX_EXPERTS = 1024
 
 # What PEFT copies out of the base into an adapter's file: biases, and embedding and head when it adapts one of them.
 _COPIED = re.compile(r"(.*\.)?(base_layer\.weight|(lm_head|embed_tokens|embed_out|embed_in|wte|output)\.weight|bias)")
+_FIRST, _SECOND = (re.compile(rf"\.lora_(embedding_)?{part}(\.|$)") for part in "AB")
 _LAYER = re.compile(r"(^|\.)\d+\.")
 Linears = Mapping[str, tuple[int, ...]]
 """Path -> (out, in) of a linear layer or a router's parameter, (experts, out, in) of a parameter of fused experts."""
@@ -27,10 +38,10 @@ _Parts = dict[str, TensorEntry]
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One adapted linear layer.
+    """One adapted linear layer, or an embedding, whose `in` is the number of tokens.
 
     `module` is its path in the base; A (`a_key`) is (rank, in), B (`b_key`) is (out, rank), the bias of B where there
-    is one is (out,). The layer adds `scaling * B A x`, and `scaling * bias`.
+    is one is (out,). The layer adds `scaling * B A x`, and `scaling * bias`. DoRA's magnitude is (out,).
 
     Of a parameter of fused experts (`experts` above 0) A is (experts * rank, in) and B (out, rank * experts), the
     experts outside in A and inside in B.
@@ -43,15 +54,30 @@ class LoraModule:
     b_key: str
     bias_key: str | None
     experts: int = 0
+    magnitude_key: str | None = None
+    embeds: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenModule:
+    """An embedding some of whose rows were trained: (k, n) in the file, of the tokens `ids`."""
+
+    module: str
+    ids: tuple[int, ...]
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What the tensors are: adapted modules, tensors that claim to be the base's own by their name in the base."""
+    """What the tensors are: adapted modules, trained token rows, modules that were trained as a whole by the base's
+    (module, weight | bias), and tensors that claim to be the base's own by their name in the base.
+    """
 
     modules: tuple[LoraModule, ...]
     copies: Mapping[str, str]
     problems: list[str]
+    tokens: tuple[TokenModule, ...] = ()
+    whole: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, linears: Linears | None) -> Pairing:
@@ -59,8 +85,10 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
 
     A path that the base does not have is looked for under its other names (`keys.renamed`).
     """
-    given, copies, problems = _group(entries)
-    new_paths = {**renamed(given, linears or ()), **parameter_paths(given, settings, linears or {})}
+    given, copies, problems, special = _group(entries, settings)
+    wanted = [*given, *special.tokens]
+    new_paths = {**renamed(wanted, linears or ()), **parameter_paths(given, settings, linears or {})}
+    tokens = tuple(_tokens(special, settings, new_paths, problems))
     old_paths = {new_paths.get(path, path): path for path in given}
     if len(old_paths) != len(given):
         twice = sorted(new for new, count in Counter(new_paths.get(p, p) for p in given).items() if count > 1)
@@ -81,7 +109,7 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
         problems.append("it holds no factors of a LoRA")
     if expected is not None and not expected:
         problems.append("target_modules selects no linear layer of this base")
-    return Pairing(tuple(modules), copies, problems)
+    return Pairing(tuple(modules), copies, problems, tokens, special.whole)
 
 
 def rank_problems(entries: Mapping[str, TensorEntry], *, experts: bool = False) -> list[str]:
@@ -91,9 +119,9 @@ def rank_problems(entries: Mapping[str, TensorEntry], *, experts: bool = False) 
     """
     limit = MAX_RANK * (MAX_EXPERTS if experts else 1)
     ranks = [
-        (key, entry.shape[0] if ".lora_A." in key else entry.shape[-1])
+        (key, entry.shape[0] if _FIRST.search(key) else entry.shape[-1])
         for key, entry in entries.items()
-        if len(entry.shape) == 2 and (".lora_A." in key or ".lora_B." in key)
+        if len(entry.shape) == 2 and (_FIRST.search(key) or _SECOND.search(key))
     ]
     return [f"{shown(key)} is of rank {rank:,}, more than {limit:,}" for key, rank in ranks if rank > limit]
 
@@ -123,7 +151,35 @@ def _is_parameter(path: str, linears: Linears) -> bool:
     return len(linears[path]) == 3 or path.endswith(".weight")
 
 
-def _group(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, _Parts], dict[str, str], list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Special:
+    """Tensors that are no factors: of trained token rows by their module, of whole modules by (module, leaf)."""
+
+    tokens: dict[str, TensorEntry] = field(default_factory=dict)
+    whole: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def _tokens(
+    special: _Special, settings: LoraSettings, new_paths: Mapping[str, str], problems: list[str]
+) -> Iterator[TokenModule]:
+    for module, entry in special.tokens.items():
+        ids = settings.tokens_of(module)
+        if ids is None or len(entry.shape) != 2 or entry.shape[0] != len(ids) or entry.dtype not in FLOATS:
+            count = "no" if ids is None else f"{len(ids):,}"
+            problems.append(f"{shown(entry.key)} is {_shape(entry.shape)}, and the configuration names {count} tokens")
+        else:
+            yield TokenModule(new_paths.get(module, module), ids, entry.key)
+    for name in settings.saves:
+        if not any(module.endswith(name) for module, _ in special.whole):
+            problems.append(f"modules_to_save names {shown(name)}, and there are no tensors of it")
+    if settings.tokens and not special.tokens:
+        problems.append("trainable_token_indices names tokens, and there are no rows of them")
+
+
+def _group(
+    entries: Mapping[str, TensorEntry], settings: LoraSettings
+) -> tuple[dict[str, _Parts], dict[str, str], list[str], _Special]:
+    special = _Special()
     parts: dict[str, _Parts] = {}
     copies: dict[str, str] = {}
     strangers: dict[str, list[str]] = {}
@@ -132,7 +188,11 @@ def _group(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, _Parts], dict[
     for key, entry in entries.items():
         found = lora_key(key)
         if found is None:
-            if _COPIED.fullmatch(key) and "lora_" not in key:
+            if (owner := tokens_key(key)) is not None:
+                special.tokens[owner] = entry
+            elif (leaf := whole_key(key)) is not None and settings.keeps(leaf[0]) and "lora_" not in key:
+                special.whole[leaf] = key
+            elif _COPIED.fullmatch(key) and "lora_" not in key:
                 copies[key] = base_key(key)
             else:
                 strangers.setdefault(kinds.of_tensor(key), []).append(key)
@@ -150,7 +210,7 @@ def _group(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, _Parts], dict[
     for what, keys in strangers.items():
         others = f", and {len(keys) - 3:,} more tensors are" if len(keys) > 3 else ""
         problems += [f"{shown(key)} is {what}" for key in keys[:2]] + [f"{shown(k)}{others} {what}" for k in keys[2:3]]
-    return parts, copies, problems
+    return parts, copies, problems, special
 
 
 def _expected(settings: LoraSettings, linears: Linears | None, found: list[str] | None) -> dict[str, None] | None:
@@ -188,6 +248,12 @@ def _module_problems(
         problems.append(f"{shown(module)} has no lora_B.bias though lora_bias is true")
     if not settings.lora_bias and "lora_B.bias" in found:
         problems.append(f"{shown(module)} has a lora_B.bias though lora_bias is not true")
+    if settings.dora and MAGNITUDE not in found:
+        problems.append(f"{shown(module)} has no {MAGNITUDE}, which DoRA needs (use_dora is true)")
+    if not settings.dora and MAGNITUDE in found:
+        problems.append(f"{shown(module)} has a {MAGNITUDE} of DoRA though use_dora is not true")
+    if settings.dora and "lora_A.weight" in found and is_embedding(found["lora_A.weight"].key):
+        problems.append(f"{shown(module)} is an embedding with DoRA; merge it into its base, and extract a plain LoRA")
     size = linears.get(module) if linears is not None else None
     if linears is not None and size is None:
         problems.append(f"{shown(module)} is not a linear layer of this base")
@@ -207,6 +273,7 @@ def _shape_problems(rank: int, found: Mapping[str, TensorEntry], size: tuple[int
         "lora_A.weight": (rank, in_features),
         "lora_B.weight": (out_features, rank),
         "lora_B.bias": (out_features,),
+        MAGNITUDE: (out_features,),
     }
     return [
         f"{shown(entry.key)} is {_shape(entry.shape)}, should be {_shape(wanted[part])}"
@@ -226,7 +293,7 @@ def _shape(shape: tuple[int | None, ...]) -> str:
 def _lora_module(
     paths: tuple[str, str], found: Mapping[str, TensorEntry], settings: LoraSettings, experts: int
 ) -> LoraModule:
-    bias = found.get("lora_B.bias")
+    bias, magnitude = found.get("lora_B.bias"), found.get(MAGNITUDE)
     return LoraModule(
         module=paths[0],
         rank=settings.rank_of(*paths),
@@ -235,4 +302,6 @@ def _lora_module(
         b_key=found["lora_B.weight"].key,
         bias_key=bias.key if bias else None,
         experts=experts,
+        magnitude_key=magnitude.key if magnitude else None,
+        embeds=is_embedding(found["lora_A.weight"].key),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 Pattern = tuple[re.Pattern[str], float]
 
@@ -17,7 +17,9 @@ class LoraSettings:
     `selects(module)` says whether PEFT would adapt a module of that path; None where that can't be told safely, and the
     tensors alone decide. `parameters` are the bare parameters that it adapts, by their paths or ends of
     them. `all_linear` says that it names no modules but every linear layer. `biases` that biases
-    of the base were trained, where it has any. The patterns are in the file's order, the first match wins, as in PEFT.
+    of the base were trained, where it has any. `saves` are the ends of names of modules that were trained as a whole,
+    `tokens` the ids of trained rows by the end of their embedding's name. The patterns are in the file's order, the
+    first match wins, as in PEFT.
     """
 
     rank: int
@@ -31,6 +33,9 @@ class LoraSettings:
     alpha_pattern: Sequence[Pattern]
     biases: bool
     base_name: str
+    dora: bool = False
+    saves: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def adapts(self, *paths: str) -> bool:
         """Whether a module of one of these paths may have tensors."""
@@ -39,6 +44,15 @@ class LoraSettings:
     def adapts_parameter(self, path: str) -> bool:
         """Whether it adapts the parameter of this path."""
         return any(path == name or path.endswith(f".{name}") for name in self.parameters)
+
+    def keeps(self, module: str) -> bool:
+        """Whether a module was trained as a whole; PEFT asks for the end of its name, wherever that begins."""
+        return any(module.endswith(name) for name in self.saves)
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The ids of a module's trained rows; "" names the embedding whatever it is called."""
+        named = (ids for name, ids in self.tokens.items() if name and (module == name or module.endswith(f".{name}")))
+        return next(named, self.tokens.get(""))
 
     def rank_of(self, *paths: str) -> int:
         """The rank that the configuration gives a module, by its path here or the one in the file."""

@@ -35,7 +35,7 @@ COMMANDS = (
         ("register.json", CARD | {"base": BASE}, "it was made for the base 'tests/tiny-base'"),
         ("register.json", CARD | {"base": BASE | {"id": "folder", "digest": ""}, "mode": "nobodys"}, "nobodys"),
         ("adapter_config.json", CONFIG | {"peft_type": "IA3"}, "IA3, not LoRA"),
-        ("adapter_config.json", CONFIG | {"use_dora": True}, "needs DoRA"),
+        ("adapter_config.json", CONFIG | {"use_qalora": True}, "QA-LoRA"),
     ],
 )
 def test_an_adapter_that_can_not_be_used_is_refused_before_torch_is_imported(

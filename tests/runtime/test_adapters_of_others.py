@@ -255,7 +255,6 @@ REFUSED: dict[str, tuple[dict[str, Any], Change, str]] = {
         ),
         "a weight of the base, which no adapter may replace",
     ),
-    "DoRA": ({"use_dora": True}, nothing, "needs DoRA"),
     "a pickle": ({}, lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin") and None, "pickle"),
     "one of its layers missing": (
         {},

@@ -1,0 +1,35 @@
+"""`lora-rt convert FOLDER`: a plain LoRA in safetensors, of an adapter that is neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.options import Json
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="The adapter.")],
+    folder: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="A new folder.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The dense base that a PiSSA or OLoRA was trained over.")
+    ] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option("--initial", metavar="DIR", help="The adapter as it was saved before training (CorDA, LoRA-GA)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a plain LoRA in safetensors of a pickle, or of an adapter that changed its base."""
+    with err.status("converting"):
+        from lora_rt.core.export.convert import convert as run
+
+        made = run(source, folder, base=base, initial=initial)
+    if as_json:
+        print_json({"folder": str(made.folder), "did": list(made.did)})
+    else:
+        out.print(f"wrote [bold]{escape(str(made.folder))}[/]: {escape('; '.join(made.did))}", soft_wrap=True)

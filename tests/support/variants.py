@@ -1,0 +1,268 @@
+"""Adapters of every kind that PEFT writes, and what becomes of each: exact, refused, or wrong.
+
+The oracle is PEFT's model in memory, never one that was read back from a file. Run as a program it prints the table:
+
+    python -m support.variants          (in tests/)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_rt.errors import LoraRtError
+from lora_rt.registry.files import CONFIG, WEIGHTS
+from support.tiny import Zoo, some_ids
+
+IDS = some_ids(rows=2)
+_NEAR = 2e-4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One adapter: options of PEFT's LoraConfig, the base, what a trainer has done to the folder, what converts it."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = "llama"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    edit: Callable[[Path], None] | None = None
+    convert: bool = False
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        found = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(found | changes))
+
+    return edit
+
+
+def _keys(rename: Callable[[str], str]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        found = {rename(key): value for key, value in load_file(folder / WEIGHTS).items()}
+        save_file(found, folder / WEIGHTS, {"format": "pt"})
+
+    return edit
+
+
+def _as_bin(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def _in_parts(folder: Path) -> None:
+    found = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    for number in (0, 1):
+        part = {key: found[key] for key in sorted(found)[number::2]}
+        save_file(part, folder / f"adapter_model-0000{number + 1}-of-00002.safetensors", {"format": "pt"})
+
+
+def _made() -> dict[str, Variant]:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    tied = {"tie_word_embeddings": True}
+    found = {
+        "attention": Variant({"target_modules": attention}),
+        "q, v": Variant({"target_modules": ["q_proj", "v_proj"]}),
+        "mlp": Variant({"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+        "all-linear": Variant({"target_modules": "all-linear"}),
+        "a pattern": Variant({"target_modules": r".*\.layers\.\d+\.self_attn\.(q|v)_proj"}),
+        "a lookahead": Variant({"target_modules": r"^(?!.*visual).*(q_proj|v_proj)$"}),
+        "whole paths": Variant({"target_modules": ["model.layers.0.self_attn.q_proj"]}),
+        "with the head": Variant({"target_modules": ["q_proj", "lm_head"]}),
+        "with a tied head": Variant({"target_modules": ["q_proj", "lm_head"]}, changes=tied),
+        "with the embedding": Variant({"target_modules": ["q_proj", "embed_tokens"]}),
+        "with a tied embedding": Variant({"target_modules": ["q_proj", "embed_tokens"]}, changes=tied),
+        "the embedding alone": Variant({"target_modules": ["embed_tokens"]}),
+        "embedding and head": Variant({"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+        "a scaled embedding": Variant({"target_modules": ["q_proj", "embed_tokens"]}, "gemma"),
+        "an embedding of GPT-2": Variant({"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}, "gpt2"),
+        "an embedding, tied by force": Variant(
+            {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, changes=tied
+        ),
+        "Conv1D": Variant({"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, "gpt2"),
+        "Conv1D, said otherwise": Variant({"target_modules": ["c_attn", "c_fc"]}, "gpt2"),
+        "rank-stabilised": Variant({"use_rslora": True}),
+        "ranks": Variant({"rank_pattern": {"v_proj": 3}}),
+        "alphas": Variant({"alpha_pattern": {"v_proj": 5}}),
+        "ranks, alphas, rank-stabilised": Variant(
+            {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}, "use_rslora": True}
+        ),
+        "layers": Variant({"layers_to_transform": [1], "target_modules": attention}),
+        "one layer": Variant({"layers_to_transform": 0, "layers_pattern": "layers"}),
+        "excluded": Variant({"target_modules": attention, "exclude_modules": ["k_proj"]}),
+        "excluded by a pattern": Variant({"target_modules": attention, "exclude_modules": r".*\.0\..*k_proj"}),
+        "bias of lora": Variant({"lora_bias": True}),
+        "bias of lora, rank-stabilised": Variant({"lora_bias": True, "use_rslora": True}),
+        "gaussian": Variant({"init_lora_weights": "gaussian"}),
+        "orthogonal": Variant({"init_lora_weights": "orthogonal"}),
+        "random": Variant({"init_lora_weights": False}),
+        "eva": Variant(edit=_config(init_lora_weights="eva", eva_config={"rho": 2.0})),
+        "alpha of a fraction": Variant({"lora_alpha": 3}),
+        "rank 1": Variant({"r": 1}),
+        "a large rank": Variant({"r": 48}),
+        "unequal sizes": Variant({"target_modules": ["up_proj", "k_proj"], "r": 5}),
+        "DoRA": Variant({"use_dora": True}),
+        "DoRA of all layers": Variant({"use_dora": True, "target_modules": "all-linear"}),
+        "DoRA, rank-stabilised": Variant({"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}}),
+        "DoRA over biases": Variant({"use_dora": True}, "qwen2"),
+        "DoRA of Conv1D": Variant({"use_dora": True, "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"),
+        "DoRA with the head": Variant({"use_dora": True, "target_modules": ["q_proj", "lm_head"]}),
+        "DoRA of the embedding": Variant({"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}),
+        "DoRA of the MLP": Variant({"use_dora": True, "target_modules": ["down_proj"]}),
+        "all biases of a base without": Variant({"bias": "all"}),
+        "its biases of a base without": Variant({"bias": "lora_only"}),
+        "all biases": Variant({"bias": "all"}, "qwen2"),
+        "biases of adapted layers": Variant({"bias": "lora_only"}, "qwen2"),
+        "all biases of GPT-2": Variant({"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"),
+        "biases of GPT-2's layers": Variant(
+            {"bias": "lora_only", "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}, "gpt2"
+        ),
+        "all biases of OPT": Variant({"bias": "all"}, "opt"),
+        "all biases of GPT-NeoX": Variant({"bias": "all", "target_modules": ["query_key_value"]}, "gpt_neox"),
+        "token rows": Variant({"trainable_token_indices": [9, 11, 40]}),
+        "token rows, tied": Variant({"trainable_token_indices": [9, 11, 40]}, changes=tied),
+        "token rows by name": Variant({"trainable_token_indices": {"embed_tokens": [9, 17]}}),
+        "token rows of the head": Variant({"trainable_token_indices": {"embed_tokens": [9], "lm_head": [9]}}),
+        "token rows of a scaled embedding": Variant({"trainable_token_indices": [9, 11]}, "gemma"),
+        "token rows of GPT-2": Variant(
+            {"trainable_token_indices": {"wte": [9, 11]}, "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"
+        ),
+        "token rows and all layers": Variant({"trainable_token_indices": [20], "target_modules": "all-linear"}),
+        "token rows and DoRA": Variant({"trainable_token_indices": [20], "use_dora": True}),
+        "a whole head": Variant({"modules_to_save": ["lm_head"]}),
+        "a whole head, tied": Variant({"modules_to_save": ["lm_head"]}, changes=tied),
+        "a whole embedding": Variant({"modules_to_save": ["embed_tokens"]}),
+        "a whole embedding, tied": Variant({"modules_to_save": ["embed_tokens"]}, changes=tied),
+        "embedding and head whole": Variant({"modules_to_save": ["embed_tokens", "lm_head"]}),
+        "embedding and head whole, tied": Variant({"modules_to_save": ["embed_tokens", "lm_head"]}, changes=tied),
+        "whole norms": Variant({"modules_to_save": ["input_layernorm", "norm"]}),
+        "whole norms of Gemma": Variant({"modules_to_save": ["norm"]}, "gemma"),
+        "whole norms of GPT-2": Variant(
+            {"modules_to_save": ["ln_f"], "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"
+        ),
+        "a whole layer": Variant({"modules_to_save": ["down_proj"]}),
+        "a whole head, DoRA": Variant({"modules_to_save": ["lm_head"], "use_dora": True}),
+        "a whole head, all layers": Variant({"modules_to_save": ["lm_head"], "target_modules": "all-linear"}),
+        "PiSSA": Variant({"init_lora_weights": "pissa"}),
+        "PiSSA, converted": Variant({"init_lora_weights": "pissa"}, convert=True),
+        "PiSSA, rank-stabilised, converted": Variant({"init_lora_weights": "pissa", "use_rslora": True}, convert=True),
+        "PiSSA of some steps": Variant({"init_lora_weights": "pissa_niter_4"}),
+        "OLoRA": Variant({"init_lora_weights": "olora"}),
+        "OLoRA, converted": Variant({"init_lora_weights": "olora"}, convert=True),
+        "CorDA": Variant(edit=_config(init_lora_weights="corda", corda_config={})),
+        "LoRA-GA": Variant(edit=_config(init_lora_weights="lora_ga", lora_ga_config={})),
+        "LoftQ": Variant(edit=_config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4})),
+        "aLoRA": Variant({"alora_invocation_tokens": [40, 41]}),
+        "more layers": Variant({"layer_replication": [[0, 2], [1, 2]]}),
+        "bare parameters": Variant(edit=_config(target_parameters=["mlp.experts.gate_up_proj"])),
+        "Arrow": Variant(edit=_config(arrow_config={"top_k": 2})),
+        "X-LoRA": Variant(edit=_config(peft_type="XLORA")),
+        "IA3": Variant(edit=_config(peft_type="IA3")),
+        "QA-LoRA": Variant(edit=_config(use_qalora=True)),
+        "a field of the future": Variant(edit=_config(new_thing=True)),
+        "pickled": Variant(edit=_as_bin),
+        "pickled, converted": Variant(edit=_as_bin, convert=True),
+        "DoRA, pickled, converted": Variant({"use_dora": True}, edit=_as_bin, convert=True),
+        "in parts": Variant(edit=_in_parts),
+        "without a prefix": Variant(edit=_keys(lambda key: key.removeprefix("base_model.model."))),
+        "with the adapter's name": Variant(edit=_keys(lambda key: key.replace(".weight", ".default.weight"))),
+        "of DDP": Variant(edit=_keys(lambda key: f"module.{key}")),
+        "compiled": Variant(edit=_keys(lambda key: key.replace("model.model.model", "model.model._orig_mod.model"))),
+        "of a multimodal model": Variant(
+            edit=_keys(lambda key: key.replace("model.model.layers", "model.model.language_model.layers"))
+        ),
+        "DoRA of another PEFT": Variant(
+            {"use_dora": True}, edit=_keys(lambda key: key.replace("_vector", "_vector.weight"))
+        ),
+        "empty fields of the future": Variant(edit=_config(new_switch=False, new_list=[], new_table={})),
+    }
+    return {
+        name: Variant({"target_modules": ["q_proj", "v_proj"], **one.options}, *_rest(one))
+        for name, one in found.items()
+    }
+
+
+def _rest(one: Variant) -> tuple[Any, ...]:
+    return one.architecture, one.changes, one.edit, one.convert
+
+
+VARIANTS = _made()
+
+
+def trained(base: Path, folder: Path, options: Mapping[str, Any], seed: int = 5) -> Tensor:
+    """The logits of PEFT's model in memory after everything that it trains was changed; saved into the folder."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        settings = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
+        adapted = get_peft_model(model, settings).eval()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name or parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * (0.02 if "magnitude" in name else 0.1))
+        adapted.save_pretrained(folder)
+        with torch.inference_mode():
+            given = {"alora_offsets": [3, 3]} if options.get("alora_invocation_tokens") else {}
+            found: Tensor = adapted(input_ids=IDS, **given).logits
+    return found
+
+
+def check(variant: Variant, zoo: Zoo, folder: Path) -> str:
+    """What becomes of a variant: exact, "refused: why | what to do", "refused without a way out", wrong, or crash."""
+    base = zoo.base(variant.architecture, **variant.changes)
+    wanted = trained(base, folder / "a", variant.options)
+    if variant.edit is not None:
+        variant.edit(folder / "a")
+    runtime = zoo.runtime(variant.architecture, **variant.changes)
+    adapter = folder / "a"
+    try:
+        if variant.convert:
+            from lora_rt.core.export.convert import convert
+
+            adapter = folder / "converted"
+            convert(folder / "a", adapter, base=str(base))
+        name = runtime.load_adapter(str(adapter), name=f"v{abs(hash(str(folder)))}")
+        try:
+            got = runtime.logits(IDS, compositions=name)
+        finally:
+            runtime.unload_adapter(name)
+    except LoraRtError as error:
+        text = "; ".join([error.message, *error.problems])[:160]
+        return f"refused: {text} | {error.next_step}" if error.next_step else f"refused without a way out: {text}"
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {error}"[:300]
+    off = float((got - wanted).abs().max())
+    return "exact" if off <= _NEAR else f"wrong by {off:.3g}"
+
+
+def main() -> None:
+    """Print what is not exact, and the counts."""
+    torch.set_num_threads(1)
+    zoo = Zoo(Path(tempfile.mkdtemp()))
+    counts: Counter[str] = Counter()
+    for name in sys.argv[1:] or VARIANTS:
+        found = check(VARIANTS[name], zoo, Path(tempfile.mkdtemp()))
+        counts[found.partition(":")[0].partition(" by")[0]] += 1
+        if found != "exact":
+            print(f"{name:40} {found}")
+    print(dict(counts))
+
+
+if __name__ == "__main__":
+    main()
