@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_rt.core.base.bounded import hold_to_limits
+from lora_rt.core.base.packed import remark
 from lora_rt.core.base.precision import check_precision, choose_device, compute_dtype
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
@@ -118,6 +119,8 @@ def load_base(
         forbid_uneven_repacking(model)
         if for_training:
             forbid_repacking(model)
+    if (found := remark(model, kept)) is not None:
+        _LOGGER.warning("%s is %s", prepared.identity.id, found)
     return LoadedBase(
         model=model,
         tokenizer=tokenizer,
