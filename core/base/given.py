@@ -53,11 +53,12 @@ def given_base(model: Any, tokenizer: Any, base_id: str | None = None) -> Loaded
 
 def _causal_model(model: Any) -> Any:
     """The model itself, out of what stands around it."""
-    inner = getattr(model, "_orig_mod", model)
+    inner: Any = getattr(model, "_orig_mod", model)
     if hasattr(inner, "get_base_model"):  # PEFT's: its adapters stay out of our passes
         _check_unmerged(inner)
         inner = inner.get_base_model()
-    if not isinstance(inner, nn.Module) or not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
+    parts = ("config", "get_input_embeddings", "get_output_embeddings", "named_modules")
+    if not all(hasattr(inner, part) for part in parts):
         raise BaseError(f"{type(model).__name__} is not a model of transformers", next_step=_HOW)
     if getattr(inner.config, "is_encoder_decoder", False) or inner.get_output_embeddings() is None:
         raise BaseError(f"{type(inner).__name__} is not a causal language model", next_step=_HOW)

@@ -105,7 +105,8 @@ def load_base(
     chosen = check_precision(precision)
     target = choose_device(device, chosen)
     prepared = prepare_base(parse_base(text), chosen)
-    kept, dtype = prepared.foreign or chosen, compute_dtype(chosen)
+    kept = prepared.foreign or chosen
+    dtype: torch.dtype | None = compute_dtype(chosen)
     if prepared.foreign is not None:
         if for_training:
             text = f"{prepared.identity.id} is quantized by others ({kept}), and no adapter is trained over that"

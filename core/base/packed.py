@@ -18,7 +18,8 @@ def packed_share(model: Any) -> tuple[float, list[str]]:
     Biases and norms are not counted. Of what is left dense, at most three names, the largest first.
     """
     ends = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
-    packed, dense = 0, {}
+    packed = 0
+    dense: dict[str, int] = {}
     for name, module in model.named_modules():
         if id(module) in ends:
             continue

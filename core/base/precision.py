@@ -144,8 +144,9 @@ def _is_packed(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if callable(weight) and not hasattr(weight, "dtype"):
         return True
-    plain = weight is not None and not hasattr(weight, "__tensor_flatten__")
-    return not (plain and weight.is_floating_point() and weight.dtype.itemsize > 1)
+    if weight is None or hasattr(weight, "__tensor_flatten__"):
+        return True
+    return not (weight.is_floating_point() and weight.dtype.itemsize > 1)
 
 
 def choose_device(device: str, precision: Precision) -> torch.device:

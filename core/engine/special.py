@@ -44,15 +44,17 @@ def rescaled(factors: Factors, module: nn.Module) -> Factors:
 def dense_weight(module: Any) -> Tensor:
     """The weight (out, in) of a linear layer of any kind: where it is packed, what the layer makes of each input."""
     weight = getattr(module, "weight", None)
-    whole = isinstance(weight, Tensor) and weight.dim() == 2 and not hasattr(weight, "__tensor_flatten__")
-    if whole and weight.is_floating_point() and weight.dtype.itemsize > 1:
-        return weight.detach() if isinstance(module, (nn.Linear, nn.Embedding)) else weight.detach().T
+    if isinstance(weight, Tensor) and weight.dim() == 2 and not hasattr(weight, "__tensor_flatten__"):
+        dense = weight.detach()
+        if dense.is_floating_point() and dense.dtype.itemsize > 1:
+            return dense if isinstance(module, (nn.Linear, nn.Embedding)) else dense.T
     own = next(tensor for tensor in [*module.parameters(), *module.buffers()])
     dtype = getattr(module, "compute_dtype", None) or torch.float32
     with torch.no_grad(), base_alone():
         zero = module(torch.zeros(1, module.in_features, device=own.device, dtype=dtype)).float()
         eye = torch.eye(module.in_features, device=own.device, dtype=dtype)
-        return torch.cat([module(part).float() - zero for part in eye.split(_CHUNK)]).T
+        parts = [eye[start : start + _CHUNK] for start in range(0, len(eye), _CHUNK)]
+        return torch.cat([module(part).float() - zero for part in parts]).T
 
 
 def embedded(factors: Factors, module: Any) -> Factors:

@@ -20,6 +20,7 @@ from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 
 if TYPE_CHECKING:
     from lora_rt.core.base.load import LoadedBase
+from lora_rt.core.base.precision import check_precision
 
 _SHARE = 0.8  # of the free memory that a run may plan with; the rest is for what planning does not see
 _GIB = 2**30
@@ -99,7 +100,7 @@ def _need(
     columns = {place for item in longest for place, label in enumerate(item.labels[1:]) if label != IGNORE}
     memory = plan_training(
         base.model.config,
-        base.precision,
+        check_precision(base.precision),
         "cpu" if base.device.type == "cpu" else "cuda",
         settings,
         rows=rows,

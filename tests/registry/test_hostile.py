@@ -72,10 +72,10 @@ def test_a_known_other_kind_is_named_in_one_line(tmp_path: Path) -> None:
 def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     files = adapter_files()
     value("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", float("nan"))(files)
-    config(r=0, peft_type="EVIL", use_dora=True, rank_pattern={"(b+)+$": -1})(files)
+    config(r=0, peft_type="EVIL", use_qalora=True, rank_pattern={"(b+)+$": -1})(files)
     files["register.json"] = b"{"
     text = str(_refusal(write_adapter(tmp_path / "bad", files)))
-    for part in ("r is 0", "EVIL", "DoRA", "(b+)+$", "-1", "register.json", "NaN or infinite"):
+    for part in ("r is 0", "EVIL", "QA-LoRA", "(b+)+$", "-1", "register.json", "NaN or infinite"):
         assert part in text
 
 
