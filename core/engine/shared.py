@@ -152,7 +152,7 @@ class SharedPass(Pass):
         """Adapter k's head gate spread over the features of a site, in the layout of x, or None."""
         if k not in self._heads:
             return None
-        heads = layer_of(self._heads[k], group.layer).to(axis.index.device)
+        heads = layer_of(self._heads[k], group.layer).to(group.a.device)
         if heads.shape[-1] == 1:
             return self._like(heads, group.layout, x)
         return self._like(axis.spread(heads), group.layout, x)

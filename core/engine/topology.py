@@ -28,8 +28,7 @@ class Site:
     `layout` says how rows and tokens lie in that input; None where that can't be told, as with an expert of several.
     `device` is where its output lies: layers of one model may lie on several. A site may be a parameter of the module:
     `leaf` then names it, and `experts` is how many matrices it holds, 0 for one (see `experts.py`).
-    `device` is where its output lies: layers of one model may lie on several. `embeds` marks the embedding, whose
-    input are token ids: `in_features` of them, looked up instead of multiplied.
+    `embeds` marks the embedding, whose input are token ids: `in_features` of them, looked up instead of multiplied.
     """
 
     name: str

@@ -250,7 +250,7 @@ def test_layers_of_one_model_may_lie_on_several_devices() -> None:
             for site in bank.topology.sites
         }
         bank.add(ResidentAdapter("one", factors, "output-only"))
-        gate = Gate(ranks=torch.ones(1, 2, 1, 1), heads=torch.ones(4))
+        gate = Gate(ranks=torch.ones(1, 2, 1, 1))
         for plan in (bank.plan([{"one": 0.5}, {}]), bank.plan([{"one": 0.5}, {}], {"one": gate})):
             assert plan is not None
             with plan.running(2, 9), torch.no_grad():
