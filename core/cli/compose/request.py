@@ -179,9 +179,9 @@ def look_up(composition: Composition, base: str | None = None) -> list[Resolved]
 
 
 def check_scene(scene: str | None, composition: Composition, adapters: Sequence[Resolved]) -> None:
-    """What `--scene` says, against the scene types in the cards of the adapters and compositions in use.
+    """What `--scene` says, against the scene types of the adapters and compositions in use that tell scenes apart.
 
-    Where no card has any, only a mode that lora-rt does not know could make something of it: that is said in a line.
+    Where none does, that is said in a line: a mode may read scenes without telling them apart, but few do.
 
     Raises:
         ComposeError: none of them has it.
@@ -191,15 +191,16 @@ def check_scene(scene: str | None, composition: Composition, adapters: Sequence[
     turns = scene_turns(scene) if "[" in scene else [(None, scene)]
     if not turns:
         raise UsageError(f"{scene!r} is not a scene", next_step="Write a scene type, or: logic body[So:]")
-    compositions = [named_composition(term, session().registry.compositions) for term in composition.terms]
-    cards = [*(item.card for item in adapters), *compositions]
-    known = dict.fromkeys(kind for card in cards if card for kind in card.scene_types)
+    opened = session()
+    compositions = [named_composition(term, opened.registry.compositions) for term in composition.terms]
+    cards = [item.card for item in adapters if item.card and opened.modes.implements(item.card.mode, "lora_rt_scene")]
+    known = dict.fromkeys(kind for card in [*cards, *compositions] if card for kind in card.scene_types)
     unknown = [kind for _, kind in turns if kind not in (*known, _NEUTRAL)]
     if unknown and known:
         text = f"there is no scene type {' or '.join(map(repr, unknown))}"
         raise ComposeError(text, next_step=f"The scene types here are: {', '.join(known)}")
     if unknown:
-        text = f"no adapter in use has scene types, so --scene {scene} changes nothing"
+        text = f"no adapter in use tells scenes apart, so --scene {scene} may change nothing"
         err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)
 
 

@@ -21,16 +21,15 @@ def raw_losses(runtime: Runtime, texts: Sequence[str]) -> NDArray[np.float64]:
     """
     import torch
     from torch.nn.functional import cross_entropy
+    from torch.nn.utils.rnn import pad_sequence
 
     tokenizer = runtime.tokenizer
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    rows = [[int(first), *tokenizer(text, add_special_tokens=False).input_ids] for text in texts]
+    rows = [torch.tensor([int(first), *tokenizer(text, add_special_tokens=False).input_ids]) for text in texts]
     losses = np.zeros(len(rows))
     for start in range(0, len(rows), _ROWS):
         batch = rows[start : start + _ROWS]
-        width = max(len(row) for row in batch)
-        ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in batch])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+        ids, mask = (pad_sequence(part, batch_first=True) for part in (batch, list(map(torch.ones_like, batch))))
         logits = runtime.logits(ids, mask)[:, :-1].flatten(0, 1).float().cpu()
         nll = cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(len(batch), -1)
         losses[start : start + len(batch)] = (nll * mask[:, 1:]).sum(1).numpy()
