@@ -21,6 +21,7 @@ from lora_rt.core.memory.skeleton import (
 from lora_rt.core.memory.upstream import FakeTensorMode
 from lora_rt.core.memory.workload import Device
 from lora_rt.core.step.adapter import checkpointed, with_adapter
+from lora_rt.core.step.attention import attend_in_float32
 from lora_rt.core.step.loss import nll_at
 from lora_rt.core.step.settings import Optimizer, TrainSettings
 
@@ -83,7 +84,9 @@ def plan_training(
         model = with_adapter(base, settings).train()
         if checkpointing:
             checkpointed(model)
-        if device != "cpu":
+        if device == "cpu":
+            attend_in_float32(model)
+        else:
             _fuse_dropout(model)
         with FakeTensorMode():
             materialise(model, device, for_training=True)

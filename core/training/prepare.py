@@ -18,6 +18,7 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import Portions, pick_portions
 from lora_rt.core.memory.skeleton import skeleton
 from lora_rt.core.step.adapter import checkpointed, fresh_adapter, targets
+from lora_rt.core.step.attention import attend_in_float32
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
 from lora_rt.core.training.ranks import RankGates
@@ -70,6 +71,8 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     encoded = [[item for _, sequences in part for item in sequences] for part in (training, held_out)]
     portions = pick_portions(settings, base, objective, [*encoded[0], *encoded[1]])
     model = fresh_adapter(base, settings)
+    if base.device.type == "cpu":
+        attend_in_float32(model)
     if portions.checkpointing:
         checkpointed(model)
     if objective.state is not None:

@@ -20,6 +20,7 @@ from lora_rt.core.memory.skeleton import bytes_of, resident
 from lora_rt.core.memory.training import TrainingMemory, plan_training
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.adapter import checkpointed, with_adapter
+from lora_rt.core.step.attention import attend_in_float32
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import TrainSettings
 from support.tiny import Zoo
@@ -138,6 +139,7 @@ def real_step(base: Path, precision: Precision, rows: int, tokens: int, labels: 
     """Saved bytes at the end of the forward pass, and the peak of a whole step, over real tensors."""
     loaded = load_base(str(base), precision, "cpu", for_training=True)
     model = with_adapter(loaded.model, settings()).train()
+    attend_in_float32(model)
     if checkpointing:
         checkpointed(model)
     saved: dict[int, int] = {}
