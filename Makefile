@@ -11,6 +11,8 @@ REGISTERS := logic emotion body archetype
 
 demo: $(VENV)/installed
 	$(BIN)/lora-rt compose emotion:0.7 logic:0.3 --compare --seed 3 -p "rain, tin roof, unpaid bill"
+	$(BIN)/lora-rt scene "Rope burn across both palms; the fingers had gone numb."
+	$(BIN)/lora-rt compose registers --seed 3 -p "Rope burn across both palms; the fingers had gone numb."
 
 test: $(VENV)/ready
 	$(BIN)/pytest

@@ -231,3 +231,24 @@ def test_a_composition_finds_its_adapter_behind_another_of_that_name(tmp_path: P
     gone = term.model_copy(update={"sha256": "0" * 64})
     (problem,) = registry.composition_problems(mix.model_copy(update={"terms": (gone,)}))
     assert "was tuned as 000000000000" in problem
+
+
+def test_ones_own_composition_comes_before_one_that_ships(tmp_path: Path) -> None:
+    registry = Registry(home=tmp_path / "home", project=tmp_path)
+    own = named_composition("registers", registry.resolve("logic"))
+    registry.compositions.save(own)
+    assert registry.compositions.get("registers") == own
+    assert registry.compositions.source("registers") == "tuned here"
+    assert registry.compositions.remove("registers")
+    assert registry.compositions.source("registers").startswith("shipped")
+    assert not registry.compositions.remove("registers")
+
+
+def test_what_ships_can_not_be_removed_and_is_not_locked(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli("rm", "registers", "-y")
+    assert done.code == 1
+    assert "'registers' is a composition shipped with lora-rt" in done.err
+    assert cli("show", "registers", "--json").code == 0
