@@ -195,5 +195,7 @@ def tune(
     job = session.Job(given, Path(data), base, precision, device)
     if isinstance(settings, SceneSettings):
         return session.fit_scenes(job, None if out is None else Path(out), settings, lambda _what, _loss: None)
-    fit = session.tune_mixture if isinstance(settings, MixSettings) else session.tune_composition
-    return fit(job, name or "my-mix", settings, lambda _what, _loss: None)
+    named = name or "my-mix"
+    if isinstance(settings, MixSettings):
+        return session.tune_mixture(job, named, settings, lambda _what, _loss: None)
+    return session.tune_composition(job, named, settings, lambda _what, _loss: None)

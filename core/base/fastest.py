@@ -48,7 +48,7 @@ class Products:
         self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
         self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
         for layer in self.layers:
-            layer.forward = Product(layer, plan[layer_name(layer)])  # type: ignore[method-assign]  # of this one alone
+            layer.forward = Product(layer, plan[layer_name(layer)])  # type: ignore[method-assign,assignment]  # of this one alone
 
     def keep(self) -> None:
         """Make all dense copies now instead of when they are first needed: what is free then is free."""

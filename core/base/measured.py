@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def measure(layer: nn.Linear, pool: Tensor) -> Times:
     """
     dtype = computes_in(layer)
     assert dtype is not None
-    times: dict[str, list[float | None]] = {way: [] for way in ways_of(layer)}
+    times: dict[Way, list[float | None]] = {way: [] for way in ways_of(layer)}
     with torch.inference_mode(False), torch.no_grad():
         candidates = _candidates(layer, dtype, pool)
         for tokens in SIZES:
@@ -134,10 +135,10 @@ def measure(layer: nn.Linear, pool: Tensor) -> Times:
                 spent = found.get(way)
                 behind = spent is None or (tokens > 1 and way in _GROWING and spent > limit)
                 row.append(None if spent is None or behind else round(spent, 1))
-    return times
+    return {str(way): row for way, row in times.items()}
 
 
-def _race(candidates: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, float]:
+def _race(candidates: Mapping[Way, Callable[[Tensor], Tensor]], x: Tensor) -> dict[Way, float]:
     """Way -> the least microseconds of some rounds, in turns, so that what disturbs one disturbs all."""
     best = dict.fromkeys(candidates, math.inf)
     for turn in range(_ROUNDS):
@@ -159,8 +160,9 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
         rows = min(rows, max(64, _NUMBERS // layer.in_features // 64 * 64))
     pools = {kept: _Pool(pool, rows, layer.in_features, kept) for kept in (dtype, torch.float32)}
     if is_4bit(layer):
-        small = _small(layer, rows)
-        own, made = small.forward, lambda: dense_weight(small)
+        small: Any = _small(layer, rows)
+        own: Callable[[Tensor], Tensor] = small.forward
+        made: Callable[[], Tensor] = partial(dense_weight, small)
         if packs(small):
             packing = _small(layer, rows)
             own = packed_forward(packing, dtype)

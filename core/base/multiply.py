@@ -134,7 +134,7 @@ class Product:
         if way == "packed":
             return self.own(x)
         product = self.dtype if way in NARROW else torch.float32
-        bias = self._parameters.get("bias")
+        bias: Tensor | None = self._parameters.get("bias")
         if bias is not None:
             bias = bias.to(product)
         given = x.to(product)

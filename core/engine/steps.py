@@ -47,7 +47,7 @@ def on_cuda() -> Record:
 
     def record(run: Run) -> Run:
         with lock:
-            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(here)
             with torch.cuda.stream(aside):
                 for _ in range(_WARM_UP):  # kernels are loaded and workspaces made before the recording
@@ -231,7 +231,7 @@ class Steps:
         if self._lm.device.type != "cuda":
             return True
         sizes = [t.shape[1] * t.shape[3] * t.element_size() for la in cache.layers for t in (la.keys, la.values)]
-        return rows * columns * sum(sizes) <= _SHARE * torch.cuda.mem_get_info(self._lm.device)[0]
+        return bool(rows * columns * sum(sizes) <= _SHARE * torch.cuda.mem_get_info(self._lm.device)[0])
 
 
 def rounded_rows(rows: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_rt.core.base.machine import free_bytes
+from lora_rt.core.base.precision import check_precision
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.training import plan_training
 from lora_rt.core.memory.workload import PlanError
@@ -20,7 +21,6 @@ from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 
 if TYPE_CHECKING:
     from lora_rt.core.base.load import LoadedBase
-from lora_rt.core.base.precision import check_precision
 
 _SHARE = 0.8  # of the free memory that a run may plan with; the rest is for what planning does not see
 _GIB = 2**30

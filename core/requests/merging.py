@@ -81,7 +81,8 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -> Gate:
     """What multiplies an adapter before its own mode's gate does: ranks (layers|1, rows, tokens|1, ranks|1)."""
     static = _weight(name, rows, device)
-    parts = [(static, None)] if any(row.weights.get(name) or name in row.layers for row in rows) else []
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    parts += [(static, None)] if any(row.weights.get(name) or name in row.layers for row in rows) else []
     for mix, gates in mixed:
         if (gate := gates.get(name)) is not None:
             own = torch.tensor([row.mixes.get(mix, {}).get(name, 0.0) for row in rows], device=device)

@@ -153,7 +153,7 @@ class ModeHost:
         """
         assert context.composition is not None
         found = self._joint(self._owner(mode), context.adapters, context.composition)
-        gates = found if found is not None else [None] * len(context.adapters)
+        gates: list[Gate | None] = [None] * len(context.adapters) if found is None else list(found)
         self._check_finite(gates, [mode] * len(gates))
         return gates
 

@@ -118,7 +118,8 @@ def _scores(state: dict[str, Tensor], hidden: Tensor) -> Tensor:
     weight = state["map"].to(features)
     # Along features of length about sqrt(hidden) a small step of the map is a small step of z.
     scale = weight.shape[-1] ** -0.5
-    return (features @ weight[:, None, :, :-1].mT) * scale + weight[:, None, None, :, -1]
+    scores: Tensor = (features @ weight[:, None, :, :-1].mT) * scale + weight[:, None, None, :, -1]
+    return scores
 
 
 def _unit(hidden: Tensor) -> Tensor:
