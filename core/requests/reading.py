@@ -14,7 +14,7 @@ from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.engine.special import TokenRows
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.wrappers import bare_parameters
-from lora_rt.registry.inspection import InspectedAdapter, OwnWeights, RawTensor
+from lora_rt.registry.inspection import InspectedAdapter, LoraModule, OwnWeights, RawTensor
 from lora_rt.registry.inspection.keys import inner_path
 
 _DTYPES = {
@@ -31,6 +31,8 @@ def read_adapter(inspected: InspectedAdapter, name: str) -> ResidentAdapter:
     factors: dict[str, Factors] = {}
     tensors = inspected.tensors
     for module in inspected.modules:
+        if module.expert is not None:
+            continue
         bias = as_tensor(tensors[module.bias_key]).float() * module.scaling if module.bias_key else None
         a, b = as_tensor(tensors[module.a_key]).float(), as_tensor(tensors[module.b_key]).float() * module.scaling
         if module.experts:  # (experts * r, in) -> (experts, r, in); (out, r * experts) -> (experts, out, r)
@@ -38,6 +40,7 @@ def read_adapter(inspected: InspectedAdapter, name: str) -> ResidentAdapter:
             b = b.view(-1, module.rank, module.experts).permute(2, 0, 1)
         magnitude = as_tensor(tensors[module.magnitude_key]).float() if module.magnitude_key else None
         factors[module.module] = Factors(a, b, bias, magnitude)
+    factors |= _fused([module for module in inspected.modules if module.expert is not None], tensors)
     card: Mapping[str, Any] = inspected.card.model_dump() if inspected.card else {}
     state = {key: as_tensor(tensor) for key, tensor in inspected.state.items()}
     whole: dict[str, dict[str, Tensor]] = {}
@@ -46,6 +49,27 @@ def read_adapter(inspected: InspectedAdapter, name: str) -> ResidentAdapter:
     rows = {t.module: TokenRows(torch.tensor(t.ids), as_tensor(tensors[t.key]).float()) for t in inspected.tokens}
     biases = {owner: as_tensor(tensors[key]).float() for owner, key in inspected.biases.items()}
     return ResidentAdapter(name, factors, inspected.mode, card, state, tokens=rows, biases=biases, whole=whole)
+
+
+def _fused(modules: Sequence[LoraModule], tensors: Mapping[str, RawTensor]) -> dict[str, Factors]:
+    """The factors of layers of single experts at the parameters that hold all of them.
+
+    Two layers that one parameter holds lie side by side: A of both below one another, B of each in its own rows.
+    """
+    found: dict[str, Factors] = {}
+    for module in modules:
+        own = module.expert
+        assert own is not None
+        a, b = as_tensor(tensors[module.a_key]).float(), as_tensor(tensors[module.b_key]).float() * module.scaling
+        ranks = max(other.rank for other in modules if other.module == module.module)
+        if module.module not in found:
+            whole_a = a.new_zeros(module.experts, own.parts * ranks, a.shape[1])
+            whole_b = b.new_zeros(module.experts, own.parts * len(b), own.parts * ranks)
+            found[module.module] = Factors(whole_a, whole_b)
+        there, first = found[module.module], own.part * ranks
+        there.a[own.number, first : first + len(a)] = a
+        there.b[own.number, own.part * len(b) : (own.part + 1) * len(b), first : first + len(a)] = b
+    return found
 
 
 def as_tensor(raw: RawTensor) -> Tensor:

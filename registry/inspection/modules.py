@@ -31,9 +31,27 @@ MAX_EXPERTS = 1024
 _COPIED = re.compile(r"(.*\.)?(base_layer\.weight|(lm_head|embed_tokens|embed_out|embed_in|wte|output)\.weight|bias)")
 _FIRST, _SECOND = (re.compile(rf"\.lora_(embedding_)?{part}(\.|$)") for part in "AB")
 _LAYER = re.compile(r"(^|\.)\d+\.")
+_OLD_EXPERT = re.compile(
+    r"(?P<block>.+)\.(block_sparse_moe|mlp|feed_forward)\.experts\.(?P<number>\d{1,4})\."
+    r"(?P<leaf>w1|w2|w3|gate_proj|up_proj|down_proj)"
+)
+_OLD_LEAVES = {
+    **dict.fromkeys(("w1", "gate_proj"), ("gate_up_proj", 0, 2)),
+    **dict.fromkeys(("w3", "up_proj"), ("gate_up_proj", 1, 2)),
+    **dict.fromkeys(("w2", "down_proj"), ("down_proj", 0, 1)),
+}
 Linears = Mapping[str, tuple[int, ...]]
 """Path -> (out, in) of a linear layer or a router's parameter, (experts, out, in) of a parameter of fused experts."""
 _Parts = dict[str, TensorEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class OldExpert:
+    """A layer of one expert, in a file that is older than fused experts: its number, and its part of the fused rows."""
+
+    number: int
+    part: int
+    parts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,7 @@ class LoraModule:
     experts: int = 0
     magnitude_key: str | None = None
     embeds: bool = False
+    expert: OldExpert | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +107,18 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
     given, copies, problems, special = _group(entries, settings)
     wanted = [*given, *special.tokens]
     new_paths = {**renamed(wanted, linears or ()), **parameter_paths(given, settings, linears or {})}
+    new_paths |= _old_routers(given, linears or {})
     tokens = tuple(_tokens(special, settings, new_paths, problems))
     old_paths = {new_paths.get(path, path): path for path in given}
     if len(old_paths) != len(given):
         twice = sorted(new for new, count in Counter(new_paths.get(p, p) for p in given).items() if count > 1)
         problems += [f"{shown(path)} is there under two names" for path in twice]
     parts = {new: given[old] for new, old in old_paths.items()}
-    expected = _expected(settings, linears, [*parts] if new_paths else None)
-    modules: list[LoraModule] = []
+    fused, wrong = _old_experts(parts, settings, linears or {})
+    problems += wrong
+    expected = _expected(settings, linears, [path for path in parts if path not in fused] if new_paths else None)
+    modules: list[LoraModule] = [*fused.values()]
+    parts = {path: found for path, found in parts.items() if path not in fused}
     for module in _ordered(parts, linears):
         paths = (module, old_paths[module])
         wrong = _module_problems(paths, parts[module], settings, linears)
@@ -105,9 +128,9 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
             modules.append(_lora_module(paths, parts[module], settings, size[0] if len(size) == 3 else 0))
     missing = [module for module in expected or () if module not in parts and _is_required(module, settings)]
     problems += [f"{shown(module)} is to be adapted and has no tensors" for module in missing]
-    if not parts and not problems:
+    if not parts and not fused and not problems:
         problems.append("it holds no factors of a LoRA")
-    if expected is not None and not expected:
+    if expected is not None and not expected and not fused:
         problems.append("target_modules selects no linear layer of this base")
     return Pairing(tuple(modules), copies, problems, tokens, special.whole)
 
@@ -145,6 +168,48 @@ def parameter_paths(paths: Iterable[str], settings: LoraSettings, linears: Linea
         if depth < len(own):
             found[path] = own[len(own) - 1 - depth]
     return found
+
+
+def _old_routers(paths: Iterable[str], linears: Linears) -> dict[str, str]:
+    """Layers that route, in files that are older than routers which are modules of their own."""
+    routers = {inner_path(path): path for path in linears if path.endswith(".gate.weight")}
+    now = {path: path.replace(".block_sparse_moe.", ".mlp.") + ".weight" for path in paths if path.endswith(".gate")}
+    return {path: routers[inner_path(name)] for path, name in now.items() if inner_path(name) in routers}
+
+
+def _old_experts(
+    parts: Mapping[str, _Parts], settings: LoraSettings, linears: Linears
+) -> tuple[dict[str, LoraModule], list[str]]:
+    """Path -> the layers of single experts, where the base of today keeps them fused.
+
+    block_sparse_moe.experts.3.w1    ->    mlp.experts.gate_up_proj, matrix 3, the upper half of its rows
+    """
+    fused = {inner_path(path): path for path, size in linears.items() if len(size) == 3}
+    found: dict[str, LoraModule] = {}
+    problems: list[str] = []
+    for path, given in parts.items():
+        old = _OLD_EXPERT.fullmatch(path)
+        if old is None or path in linears or "lora_A.weight" not in given or "lora_B.weight" not in given:
+            continue
+        leaf, part, count = _OLD_LEAVES[old["leaf"]]
+        site = fused.get(inner_path(f"{old['block']}.mlp.experts.{leaf}"))
+        if site is None:
+            continue
+        experts, out, width = linears[site]
+        expert = OldExpert(int(old["number"]), part, count)
+        problems += _shape_problems(settings.rank_of(path), given, (out // count, width))
+        problems += [f"{shown(path)}: the base has {experts} experts"] if expert.number >= experts else []
+        found[path] = LoraModule(
+            module=site,
+            rank=settings.rank_of(path),
+            scaling=settings.scaling_of(path),
+            a_key=given["lora_A.weight"].key,
+            b_key=given["lora_B.weight"].key,
+            bias_key=None,
+            experts=experts,
+            expert=expert,
+        )
+    return found, problems
 
 
 def _is_parameter(path: str, linears: Linears) -> bool:
@@ -257,7 +322,7 @@ def _module_problems(
     size = linears.get(module) if linears is not None else None
     if linears is not None and size is None:
         problems.append(f"{shown(module)} is not a linear layer of this base")
-    elif not settings.adapts(*paths) and not settings.adapts_parameter(module):
+    elif not settings.adapts(*paths, module.removesuffix(".weight")) and not settings.adapts_parameter(module):
         if size is None and settings.parameters:
             return problems  # a parameter's, maybe: its base tells
         problems.append(f"{shown(module)} has tensors but is not among target_modules")

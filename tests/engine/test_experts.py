@@ -83,3 +83,38 @@ def test_a_target_parameter_that_is_none_is_named(tmp_path: Path) -> None:
 
     _, problems = read_config(json.dumps(config).encode())
     assert any("target_parameters is 'all', not a list of names" in problem for problem in problems)
+
+
+def test_a_file_of_single_experts_is_read_as_the_fused_ones(tmp_path: Path) -> None:
+    """As Mixtral's were written before its experts were fused: one layer per expert, and the router as one."""
+    from safetensors.torch import save_file
+
+    model = base(tmp_path / "base", "mixtral")
+    torch.manual_seed(2)
+    tensors: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for number, block in enumerate(model.model.layers):
+            where = f"base_model.model.model.layers.{number}.block_sparse_moe"
+            fused = block.mlp.experts
+            middle = fused.down_proj.shape[2]
+            for expert in range(len(fused.down_proj)):
+                rows = {"w1": slice(0, middle), "w3": slice(middle, 2 * middle)}
+                for leaf, (out, width) in {"w1": (middle, 64), "w3": (middle, 64), "w2": (64, middle)}.items():
+                    a, b = torch.randn(2, width) * 0.2, torch.randn(out, 2) * 0.2
+                    tensors[f"{where}.experts.{expert}.{leaf}.lora_A.weight"] = a
+                    tensors[f"{where}.experts.{expert}.{leaf}.lora_B.weight"] = b
+                    if leaf == "w2":
+                        fused.down_proj[expert] += 3 * b @ a
+                    else:
+                        fused.gate_up_proj[expert, rows[leaf]] += 3 * b @ a
+            a, b = torch.randn(2, 64) * 0.2, torch.randn(len(fused.down_proj), 2) * 0.2
+            tensors |= {f"{where}.gate.lora_A.weight": a, f"{where}.gate.lora_B.weight": b}
+            block.mlp.gate.weight += 3 * b @ a
+        wanted = model(input_ids=IDS).logits
+    (tmp_path / "old").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3", "gate"]}
+    (tmp_path / "old/adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "old/adapter_model.safetensors", {"format": "pt"})
+    with lora_rt.Runtime.load(tmp_path / "base", precision="float32", device="cpu", project=tmp_path) as runtime:
+        runtime.load_adapter(str(tmp_path / "old"), name="old")
+        assert_close(runtime.logits(IDS, compositions="old"), wanted, **EXACT)
