@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_rt.core.step.loss import batch_loss, is_plain
+from lora_rt.core.step.settings import SettingsError
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.core.training.upstream import LengthGroupedTrainer
 from lora_rt.errors import LoraRtError
@@ -100,6 +101,9 @@ class ModeTrainer(LengthGroupedTrainer):
             if share is not None:
                 loss = loss * share
             self._check(loss)
+            if not loss.requires_grad:  # at the first step: a model that cuts the graph off (Reformer)
+                text = "no gradient reaches the adapter, for the base's own code cuts it off: it can't be trained"
+                raise SettingsError(text, next_step="Name other layers with --target-modules, or use another base")
             with self._blaming():
                 self.accelerator.backward(loss)
         return loss.detach().float()
