@@ -112,6 +112,10 @@ def _print(made: MemoryPlan) -> None:
     out.print()
     _show_rows(f"training, {size} (* with gradient checkpointing)", _training_rows(made))
     out.print()
+    copies = [f"{gib(size)} in {i.precision}" for i in made.precisions if (size := i.inference.copies)]
+    if copies:
+        text = f"dense copies for speed, where half of the free memory holds them: at most {', '.join(copies)}"
+        out.print(text, soft_wrap=True)
     for line in _fit_lines(made):
         out.print(escape(line), soft_wrap=True)
     out.print(escape(_summary(made)), soft_wrap=True)

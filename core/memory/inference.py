@@ -23,6 +23,7 @@ from lora_rt.core.memory.skeleton import (
     bytes_of,
     largest_dequantized,
     materialise,
+    most_copies,
     over_blocks,
     resident,
     skeleton,
@@ -35,7 +36,11 @@ from lora_rt.core.step.settings import TrainSettings
 
 @dataclass(frozen=True, slots=True)
 class InferenceMemory:
-    """Bytes. `stacked` is the copy of several adapters side by side that a plan over them works with."""
+    """Bytes. `stacked` is the copy of several adapters side by side that a plan over them works with.
+
+    `copies` is the most that dense copies of the weights take on a CPU. It is not in the total: what does not fit into
+    half of the free memory is not kept.
+    """
 
     weights: int
     adapters: int
@@ -43,6 +48,7 @@ class InferenceMemory:
     kv_cache: int
     activations: int
     workspace: int
+    copies: int = 0
 
     @property
     def total(self) -> int:
@@ -83,6 +89,7 @@ def plan_inference(
                 activations,
             )
 
+    whole = skeleton(config, precision)
     weights, features_of_all, per_token, activations = over_blocks(config, precision, measure)
     item = (torch.float32 if device == "cpu" else compute_dtype(precision)).itemsize
     resident_bytes = adapters * settings.r * features_of_all * item
@@ -92,7 +99,8 @@ def plan_inference(
         stacked=resident_bytes if adapters > 1 else 0,  # that of one adapter mostly shares its memory
         kv_cache=_kv_cache(config, per_token, tokens),
         activations=activations,
-        workspace=largest_dequantized(skeleton(config, precision), precision),
+        workspace=largest_dequantized(whole, precision),
+        copies=most_copies(whole, precision, device),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.load import scales
+from lora_rt.core.base.multiply import is_4bit
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of
@@ -127,3 +128,12 @@ def largest_dequantized(model: nn.Module, precision: Precision) -> int:
     quantized = [m for m in model.modules() if type(m).__module__.startswith("bitsandbytes") and hasattr(m, "weight")]
     sizes = [m.in_features * m.out_features for m in quantized if isinstance(m, nn.Linear)]
     return max(sizes, default=0) * compute_dtype(precision).itemsize
+
+
+def most_copies(model: nn.Module, precision: Precision, device: Device) -> int:
+    """Bytes of all dense copies that a CPU may keep (see `base.fastest`): in the compute dtype, and in float32."""
+    if device != "cpu" or precision in ("float32", "int8"):
+        return 0
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    narrow = compute_dtype(precision).itemsize
+    return sum(m.in_features * m.out_features * (4 + (narrow if is_4bit(m) else 0)) for m in layers)

@@ -17,6 +17,9 @@ from lora_rt.core.base.measured import layer_name, measure, remembered, times_of
 from lora_rt.core.base.multiply import SIZES, Product, Way, dense_weight, ways_of
 from lora_rt.core.base.precision import check_wish
 from lora_rt.core.base.source import BaseError
+from lora_rt.core.memory.config import read_config
+from lora_rt.core.memory.estimate import plan_memory
+from lora_rt.core.memory.workload import Workload
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import UsageError
 from support.cli import Cli, command_line
@@ -292,3 +295,15 @@ def test_the_command_line_refuses_a_way_that_is_none_before_anything_is_loaded(c
     refused = cli("compose", "logic", "-p", "rain", "--multiply", "quickly")
     assert refused.code == 2
     assert "packed, dequantize, dense" in refused.err
+
+
+def test_a_plan_knows_the_most_that_dense_copies_take(zoo: Zoo) -> None:
+    folder = str(zoo.base("llama"))
+    wanted = sum(
+        module.in_features * module.out_features * (6 if "lm_head" not in name else 4)
+        for name, module in load_base(folder, "int4", "cpu").model.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    workload = Workload("cpu", r=2, target_modules=("q_proj",), batch=1, seq=8, adapters=1, labels=4)
+    (item,) = plan_memory(read_config(folder), ["int4"], workload).precisions
+    assert item.inference.copies == wanted
