@@ -112,7 +112,7 @@ def _print(made: MemoryPlan) -> None:
     out.print()
     _show_rows(f"training, {size} (* with gradient checkpointing)", _training_rows(made))
     out.print()
-    copies = [f"{gib(size)} in {i.precision}" for i in made.precisions if (size := i.inference.copies)]
+    copies = [f"{gib(i.inference.copies)} in {i.precision}" for i in made.precisions if i.inference.copies]
     if copies:
         text = f"dense copies for speed, where half of the free memory holds them: at most {', '.join(copies)}"
         out.print(text, soft_wrap=True)
