@@ -52,16 +52,19 @@ def scene(
 
 
 def _first_able() -> str:
-    modes = session().modes
-    for name in session().registry.compositions.names():
-        if _composed(name):
-            return name
-    for item in session().registry.installed():
+    """One's own come first: a composition ships with the package, and knows the four registers alone."""
+    modes, registry = session().modes, session().registry
+    for item in registry.installed():
         with suppress(UnknownModeError):
             if item.card is not None and modes.implements(item.card.mode, "lora_rt_scene"):
                 return item.name
+    own = registry.compositions.own_names()
+    for name in sorted(registry.compositions.names(), key=lambda name: (name not in own, name)):
+        if _composed(name):
+            return name
     raise LoraRtError(
-        "no installed adapter recognizes scenes", next_step="Name one with --adapter, or train one with --mode context"
+        "nothing that is installed recognizes scenes",
+        next_step="Name an adapter with --adapter, or train one with --mode context",
     )
 
 
