@@ -177,4 +177,7 @@ def random_model(config: Any, seed: int = 0) -> Any:
                 parameter.copy_(noise * (0.5 if "embed" in name else 1.0 / parameter.shape[-1] ** 0.5))
             else:
                 parameter.add_(noise * 0.05)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # as some types have it when they are loaded
     return model
