@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lora_rt.core.base.precision import PRECISIONS, Precision
 from lora_rt.core.memory.estimate import MemoryPlan
+from lora_rt.core.memory.inference import InferenceMemory
 from lora_rt.core.memory.training import TrainingMemory
 
 DEVICES_GB = (24, 48, 80)
@@ -95,7 +96,8 @@ def document(plan: MemoryPlan) -> dict[str, Any]:
         "process": plan.process,
         "precisions": {
             item.precision: {
-                "inference": {**asdict(item.inference), "total": item.inference.total + plan.process},
+                "inference": _parts(item.inference) | {"total": item.inference.total + plan.process},
+                "copies": item.inference.copies,
                 "training": training(item.training),
                 "training_checkpointed": training(item.checkpointed),
             }
@@ -103,3 +105,8 @@ def document(plan: MemoryPlan) -> dict[str, Any]:
         },
         "fits": {f"{size} GB": fits(size) for size in DEVICES_GB},
     }
+
+
+def _parts(memory: InferenceMemory) -> dict[str, int]:
+    """What adds up to the total."""
+    return {name: size for name, size in asdict(memory).items() if name != "copies"}

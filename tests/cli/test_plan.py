@@ -30,6 +30,7 @@ def test_the_parts_add_up_in_json(cli: Cli, zoo: Zoo) -> None:
     item = document["precisions"]["int4"]
     inference = dict(item["inference"])
     assert inference.pop("total") == sum(inference.values()) + document["process"]
+    assert item["copies"] > 0
     training = dict(item["training"])
     assert training.pop("peak") == sum(training.values()) + document["process"]
     assert item["training_checkpointed"]["activations"] <= training["activations"]
