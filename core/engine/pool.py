@@ -22,8 +22,12 @@ _LEAST = 16
 
 
 def can_be_pooled(plan: Plan | None) -> bool:
-    """Whether a plan's work depends on its layout alone: not with gates per head, nor with a lane per row."""
-    return plan is None or (isinstance(plan, SharedPlan) and not plan.head_gates)
+    """Whether a plan's work is that of its layout: not with gates per head, a lane per row, DoRA, experts or twins."""
+    if plan is None:
+        return True
+    if not isinstance(plan, SharedPlan) or plan.head_gates or plan.twins:
+        return False
+    return all(site is None or (site.scales is None and site.b.dim() == 2) for site in plan.stack.sites)
 
 
 def layout_of(plan: Plan | None) -> Hashable:
@@ -51,7 +55,7 @@ class PooledPlan(SharedPlan):
 
     def __init__(self, like: SharedPlan, rows: int) -> None:
         self.topology = like.topology
-        self.head_gates = {}
+        self.twins, self.head_gates = {}, {}
         sites: list[StackedSite | None] = [None] * len(like.stack.sites)
         groups: dict[int, StackedGroup] = {}
         self.group_gates = {}
