@@ -21,7 +21,6 @@ from report import REGISTERS, compared, constant, losses, uniform, waking
 
 import lora_rt
 from lora_rt import Runtime
-from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.errors import LoraRtError
 
 KINDS: Mapping[str, Mapping[str, str]] = {
@@ -44,16 +43,6 @@ def trained(name: str, data: Path, options: Mapping[str, str], seed: int, settin
         print(f"{name}: {error}", flush=True)
         return None
     return name
-
-
-def control(name: str, data: Path, settings: Mapping[str, Any]) -> str | None:
-    """A router that is fitted on the hidden states of other rows of its batch."""
-    own = MixFit._hidden
-    MixFit._hidden = lambda fit, ids, mask: own(fit, ids, mask).roll(1, 0)  # type: ignore[method-assign]
-    try:
-        return trained(name, data, {}, 0, settings)
-    finally:
-        MixFit._hidden = own  # type: ignore[method-assign]
 
 
 def tokens_per_second(runtime: Runtime, spec: str) -> float:
@@ -81,7 +70,9 @@ def main() -> None:
     for kind, options in KINDS.items():
         for seed in range(given.seeds if kind == "softmax" else 1):
             names[f"router, {kind}, seed {seed}"] = trained(f"router-{len(names)}", learned, options, seed, settings)
-    names["control: softmax of other rows' states"] = control("router-control", learned, settings)
+    names["control: softmax of other rows' states"] = trained(
+        "router-control", learned, {"control": "true"}, 0, settings
+    )
     try:
         tuned = str(lora_rt.tune(uniform(0.25), learned, name="router-static", **settings))
     except LoraRtError as error:

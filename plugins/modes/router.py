@@ -48,12 +48,14 @@ class RouterError(LoraRtError):
 class Options:
     """`gate`: softmax, independent or top1. `groups`: of layers that are decided for apart; 0 is every layer.
 
-    `hidden_layers`: after how many of the base's blocks the state is read; 0 is a quarter of them.
+    `hidden_layers`: after how many of the base's blocks the state is read; 0 is a quarter of them. `control`: fitted on
+    the states of other rows of its batch, to see what is found where there is nothing to find.
     """
 
     gate: str = "softmax"
     groups: int = 1
     hidden_layers: int = 0
+    control: bool = False
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -83,7 +85,7 @@ def lora_rt_mixture(context: MixtureContext) -> Mixture:
             "mean": features.mean(0),
             "spread": features.std(0, correction=0).clamp(min=1e-6),
         },
-        {"gate": options.gate},
+        {"gate": options.gate, **({"control": True} if options.control else {})},
         depth,
     )
 
@@ -95,10 +97,12 @@ def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | Non
 
     if context.composition is None:
         return None
-    view = context.composition
+    view, hidden = context.composition, context.adapters[0].hidden()
+    if view.card.get("control") and torch.is_grad_enabled():
+        hidden = hidden.roll(1, 0)
     weights = torch.tensor([abs(weight) for weight in view.card["weights"]])
     state = _checked(view, len(weights))
-    z = _scores(state, context.adapters[0].hidden())
+    z = _scores(state, hidden)
     gates = _gates(str(view.card.get("gate")), z, weights.to(z), state["total"].to(z))
     owners = torch.arange(view.base.layers, device=z.device) * len(z) // view.base.layers
     spread = gates if len(z) == 1 else gates[owners]  # a gate of one group broadcasts over the layers

@@ -52,7 +52,7 @@ def test_the_table_fits_a_hundred_columns_and_gives_reasons(cli: Cli, monkeypatc
         (["--random-base", "70b"], 2, ["70b", "13b"]),
         (["--precision", "int3"], 2, ["int3", "int4"]),
         (["--plot", "no-such-folder/x.png"], 1, ["no-such-folder/x.png"]),
-        (["--plot", "x.docx"], 1, ["x.docx", ".png"]),
+        (["--plot", "x.docx"], 2, ["x.docx", ".png"]),
     ],
 )
 def test_what_does_not_exist_is_refused_before_anything_is_loaded(
