@@ -140,7 +140,7 @@ class NamedCompositions:
             try:
                 with open_plain(path, LIMITS[STATE]) as (file, _):
                     content = file.read()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 problems.append(f"{path} is not there")
             except UnusableFileError as error:
                 problems.append(f"{path} {error}")
@@ -216,7 +216,7 @@ def _read(path: Path, name: str) -> NamedComposition | None:
         with open_plain(path, MEGABYTE) as (file, _):
             # A file that was copied by hand is a composition of its new name.
             return NamedComposition.model_validate(strict_json.loads(file.read())).model_copy(update={"name": name})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where the home is a file, which others say
         return None
     except (UnusableFileError, strict_json.InvalidJsonError) as error:
         problem = str(error)

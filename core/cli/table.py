@@ -46,7 +46,7 @@ COMMANDS = {
     "list": Entry("list:list_adapters", "List the adapters that can be used by name."),
     "show": Entry(
         "show:show",
-        "Show an adapter or a named composition: where it is, which rule led there, and what it holds.",
+        "Show an adapter or a named composition, where it is and what it holds; or what a base has for adapters.",
     ),
     "pull": Entry(
         "pull:pull",

@@ -203,7 +203,7 @@ def test_a_strangers_package_is_installed_used_and_uninstalled(wheel: Path, tmp_
     train = ("train", "rain", "--data", "pairs.jsonl", *on, "--r", 2, "--epochs", 1, "--batch-size", 8)
 
     missing = there.lora_rt(*train, "--mode", "fade-in")
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert "no plugin provides the mode 'fade-in'" in missing.stderr
     assert "lora-rt install PACKAGE" in missing.stderr
 

@@ -113,7 +113,8 @@ class Answers:
     def _served(self, model: str) -> list[str]:
         """The names that clients may use: those that were given, or all adapters and named compositions."""
         registry = self.exporter(model).registry
-        return sorted(self.settings.registers or {*registry.names(), *registry.compositions.names()})
+        mixes = (name for name in registry.compositions.names() if _is_static(registry.compositions, name))
+        return sorted(self.settings.registers or {*registry.names(), *mixes})
 
     def _check(self, gathered: Any, text: str) -> None:
         """Whatever vLLM, or a file of constant weights, can't do."""
@@ -131,6 +132,15 @@ class Answers:
             how = f"--max-lora-rank {larger}" if larger else f"vLLM takes ranks up to {RANKS[-1]}"
             step = f"Leave terms out, or have the server started with {how}" if larger else f"Leave terms out: {how}"
             raise _refused(text, [f"its adapters have rank {rank} together, and this server takes {most}"], step)
+
+
+def _is_static(compositions: Any, name: str) -> bool:
+    """Whether no mode decides anew for every text; one whose file is damaged is served to nobody."""
+    try:
+        found = compositions.look_up(name)
+    except LoraRtError:
+        return False
+    return found is not None and not found.mode
 
 
 def _refused(text: str, problems: Sequence[str], step: str) -> RefusedCompositionError:
