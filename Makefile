@@ -15,10 +15,10 @@ demo: $(VENV)/installed
 	$(BIN)/lora-rt compose registers --seed 3 -p "Rope burn across both palms; the fingers had gone numb."
 
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 quick: $(VENV)/ready
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile -m "not slow"
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

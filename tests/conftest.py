@@ -34,6 +34,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "LORA_RT_HOME": str(Path(_FOLDER.name) / "home"),
+    "OMP_NUM_THREADS": "1",  # as many processes as cores run tests already
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich import box
@@ -15,6 +16,8 @@ from lora_rt.core.benchmark.results import TRAINER
 from lora_rt.core.benchmark.workloads import SYSTEMS
 
 Row = Mapping[str, Any]
+
+WIDTH = 100
 
 BUSY = 0.25
 """A spread (half of the middle of the repeats, relative to their median) beyond which a row is noise."""
@@ -87,7 +90,8 @@ def _machine(document: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     cores = f"{facts['threads']} threads of {facts['cores']} cores"
     where = f"{device}, {cores}, {facts['memory_gib']} GiB, load {facts['load']}"
-    return [f"{document['base']} ({document['precision']}) on {where}", versions, ""]
+    about = f"{document['base']} ({document['precision']}) on {where}", versions
+    return [line for text in about for line in wrap(text, WIDTH)] + [""]
 
 
 def _title(item: Mapping[str, Any]) -> str:

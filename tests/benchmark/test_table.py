@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lora_rt.core.base.progress import PlainConsole
 from lora_rt.core.benchmark.results import Measured, Sample, rows, settings
 from lora_rt.core.benchmark.table import noise, shown
 from lora_rt.core.benchmark.workloads import Workload
@@ -43,6 +44,20 @@ def test_machine_and_versions_stand_above_the_numbers() -> None:
     first, second, *_ = text_of(decode()).splitlines()
     assert first.startswith("some/base (int4) on a processor, 2 threads of 4 cores")
     assert second.startswith("torch 2.9")
+
+
+def test_long_names_of_machine_and_versions_are_wrapped_where_the_output_is_a_file_too() -> None:
+    document: dict[str, Any] = {
+        "machine": {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz " * 2, "threads": 2, "cores": 4}
+        | {"memory_gib": 8.0, "load": 0.1},
+        "versions": dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes", "lora-rt"), "2.13.0+cpu"),
+        **dict.fromkeys(("base", "precision"), "some"),
+        **dict.fromkeys(("systems", "workloads", "rows"), ()),
+    }
+    console = PlainConsole(width=100, file=io.StringIO())
+    console.print(shown(document))
+    assert isinstance(console.file, io.StringIO)
+    assert max(map(len, console.file.getvalue().splitlines())) <= 100
 
 
 def test_a_reason_is_a_number_in_the_cell_and_a_line_below() -> None:
