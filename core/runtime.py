@@ -15,9 +15,11 @@ from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.precision import check_wish
 from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.engine.plan import Plan
-from lora_rt.core.generation.batch import Batch, PassInfo, check_numbers
+from lora_rt.core.generation.batch import Batch
 from lora_rt.core.generation.given import given_batch
-from lora_rt.core.generation.prompts import Prompt, TextFormat
+from lora_rt.core.generation.messages import Prompt
+from lora_rt.core.generation.prompts import TextFormat
+from lora_rt.core.generation.row import PassInfo, check_numbers
 from lora_rt.core.generation.sampling import Sampling, Seeds, seeds_per_row
 from lora_rt.core.generation.scoring import answer_nll, choices_nll, whole_logits
 from lora_rt.core.requests.adapted import AdaptedBase

@@ -87,7 +87,8 @@ def text_format(template_var: Sequence[str] | None, special_tokens: bool, *texts
     Raises:
         UsageError: a variable without a value, or what is not Unicode.
     """
-    from lora_rt.core.generation.prompts import check_text, template_variables
+    from lora_rt.core.generation.messages import check_text
+    from lora_rt.core.generation.prompts import template_variables
 
     with usage():
         for text in texts:

@@ -21,114 +21,18 @@ model that does not ignore padding. Knows models, plans and tokens; knows nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.shape import pad_left, positions_of
 from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.steps import Seated
 from lora_rt.core.generation import caches
-from lora_rt.core.generation.choosing import RowSampler, choose
-from lora_rt.core.generation.sampling import Sampling, SamplingError
-from lora_rt.errors import LoraRtError
-
-Ending = Literal["end", "stop", "length", "context", "error"]
-"""The end of the turn, a stop text, `max_new_tokens`, the model's context, or output that is not a number."""
-
-
-class LengthError(LoraRtError):
-    """More tokens than the model's context holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScore:
-    """A token of an answer, the natural logarithm of its chance, and those of the likeliest ones in its place.
-
-    By the model's own scores: before temperature, penalties and the nucleus.
-    """
-
-    token: int
-    logprob: float
-    likeliest: tuple[tuple[int, float], ...] = ()
-
-    @classmethod
-    def of(cls, logprobs: Tensor, token: int, many: int) -> TokenScore:
-        """From the row's (vocabulary,)."""
-        values, tokens = logprobs.topk(min(many, len(logprobs)))
-        return cls(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
-
-
-class DecodingRow:
-    """One row: the tokens of its prompt, how its tokens are chosen, and what it has said so far.
-
-    Args:
-        ids: the tokens that are given.
-        sampling, seed: its own; without a seed every run is another one.
-        prompt_length: how many of the ids are the prompt; all where left out.
-    """
-
-    def __init__(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        prompt_length: int | None = None,
-    ) -> None:
-        self.ids = list(ids)
-        self.prompt_length = len(self.ids) if prompt_length is None else prompt_length
-        self.sampling = sampling or Sampling()
-        self.sampler = RowSampler(self.sampling, seed)
-        self.answer: list[int] = []
-        self.ended: Ending | None = None
-        self.read = 0  # tokens whose keys and values lie in a cache; the next pass begins behind them
-        self.begin: tuple[Any, int] | None = None  # a cache of its first tokens, and how many; not read again
-        self.likely: int | None = None  # how many of the likeliest tokens are noted at each step; None notes nothing
-        self.scores: list[TokenScore] = []  # one per token of the answer, where they are noted
-
-    @property
-    def length(self) -> int:
-        """How many tokens it has, the answer's included."""
-        return len(self.ids) + len(self.answer)
-
-    @property
-    def company(self) -> Hashable:
-        """Rows share a pass only where this is equal: layers that can't tell rows apart need them under one plan."""
-        return None
-
-    def hear(self, token: int) -> bool:
-        """Told of each token of the answer; true where it completes a text at which the row stops."""
-        return False
-
-
-R = TypeVar("R", bound=DecodingRow)
-
-
-@dataclass(frozen=True, slots=True)
-class PassInfo:
-    """What a plan may depend on.
-
-    `ids` and `positions` (rows, tokens) are this pass's, `history` and `mask` (rows, all tokens) those of all so far.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    history: Tensor
-    mask: Tensor
-    prompt_lengths: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[DecodingRow], history: Tensor, mask: Tensor, start: int = 0) -> PassInfo:
-        """The pass that reads the columns from `start` on."""
-        prompts = torch.tensor([row.prompt_length for row in rows], device=history.device)
-        return cls(history[:, start:], positions_of(mask)[:, start:], history, mask, prompts)
-
-
-Planner = Callable[[PassInfo, Sequence[R]], Plan | None]
-"""The plan of a pass over these rows; None is the base alone."""
+from lora_rt.core.generation.choosing import choose
+from lora_rt.core.generation.group import Group, united
+from lora_rt.core.generation.row import PassInfo, Planner, R, TokenScore, check_lengths
 
 
 class Batch(Generic[R]):
@@ -161,7 +65,7 @@ class Batch(Generic[R]):
         self._chunk = chunk
         self._alone = deterministic or lm.keeping == "apart"
         self._keep = keep
-        self._groups: list[_Group[R]] = []
+        self._groups: list[Group[R]] = []
         self._unread: list[R] = []
         self.rows: list[R] = []
 
@@ -216,7 +120,7 @@ class Batch(Generic[R]):
                         one = torch.tensor([number], device=group.ids.device)
                         self._keep(row, caches.joined(self._lm.new_cache(), [(group.cache, one)], row.read))
 
-    def _choose(self, ready: Sequence[tuple[_Group[R], Tensor]]) -> dict[int, int | None]:
+    def _choose(self, ready: Sequence[tuple[Group[R], Tensor]]) -> dict[int, int | None]:
         """The next token of every row that was read to its end, by the id of the row; None where there is none."""
         if not ready:
             return {}
@@ -251,7 +155,7 @@ class Batch(Generic[R]):
             row.ended = "context"
         return True
 
-    def _pass(self, group: _Group[R]) -> Tensor | None:
+    def _pass(self, group: Group[R]) -> Tensor | None:
         """One pass of a group: the logits of its last position, (rows, vocab), or None where it is not read yet."""
         end = group.width
         if self._chunk is not None and group.cache is not None:
@@ -265,7 +169,7 @@ class Batch(Generic[R]):
             row.read = max(0, row.length - (group.width - end))
         return logits[:, -1] if end == group.width else None
 
-    def _forward(self, group: _Group[R], info: PassInfo, plan: Plan | None) -> Tensor:
+    def _forward(self, group: Group[R], info: PassInfo, plan: Plan | None) -> Tensor:
         """The logits of a pass over the group's cache, (rows, 1, vocab): by a recorded step where there are such."""
         steps = None if self._alone else self._lm.steps
         if steps is not None and group.cache is not None and group.read and info.ids.shape[1] == 1:
@@ -289,26 +193,26 @@ class Batch(Generic[R]):
                 self._unread += [row for row in group.rows if self._outgrown(row)]
                 group.keep(stay)
         groups = [part for group in self._groups if group.rows for part in self._parted(group)]
-        united: dict[Hashable, list[_Group[R]]] = {}
+        alike: dict[Hashable, list[Group[R]]] = {}
         for group in groups:
             reading = group.cache is not None and group.read < group.width - 1
-            united.setdefault((id(group) if reading else None, self._share(group.rows[0])), []).append(group)
-        self._groups = [_united(self._lm, same) for same in united.values()]
-        begun = [_Group.continued(self._lm, row) for row in self._unread if row.begin is not None]
+            alike.setdefault((id(group) if reading else None, self._share(group.rows[0])), []).append(group)
+        self._groups = [united(self._lm, same) for same in alike.values()]
+        begun = [Group.continued(self._lm, row) for row in self._unread if row.begin is not None]
         fresh: dict[Hashable, list[R]] = {}
         for row in self._unread:
             if row.begin is None:
                 fresh.setdefault(self._share(row), []).append(row)
         for group in begun:
             group.rows[0].begin = None  # read again, it begins at its beginning
-        self._groups += [_Group.begun(self._lm, rows) for rows in fresh.values()]
+        self._groups += [Group.begun(self._lm, rows) for rows in fresh.values()]
         self._groups += begun
         self._unread = []
 
     def _outgrown(self, row: R) -> bool:
         return self._lm.rope.reread(row.read, row.length)
 
-    def _parted(self, group: _Group[R]) -> list[_Group[R]]:
+    def _parted(self, group: Group[R]) -> list[Group[R]]:
         """The group, or its parts where its rows have got different rope factors by growing."""
         if not self._lm.rope.varies:
             return [group]
@@ -330,102 +234,3 @@ class Batch(Generic[R]):
         if not self._lm.rope.varies and len({one.length for one in self.rows}) == 1:
             return None
         return self._lm.share(row.length)
-
-
-class _Group(Generic[R]):
-    """Rows that share passes: `ids` and `mask` (rows, width), padded on the left, and the cache of the first columns.
-
-    `read` is how many columns lie in the cache; without a cache every pass reads all of them.
-    """
-
-    def __init__(self, lm: CausalLM, rows: list[R], ids: Tensor, mask: Tensor, cache: Any, read: int) -> None:
-        self._lm = lm
-        self.rows = rows
-        self.ids = ids
-        self.mask = mask
-        self.cache = cache
-        self.read = read
-
-    @classmethod
-    def begun(cls, lm: CausalLM, rows: list[R]) -> _Group[R]:
-        """Rows of which nothing has been read."""
-        ids, mask = pad_left([[*row.ids, *row.answer] for row in rows], lm.device)
-        return cls(lm, list(rows), ids, mask, None if lm.keeping == "none" else lm.new_cache(), 0)
-
-    @classmethod
-    def continued(cls, lm: CausalLM, row: R) -> _Group[R]:
-        """A row whose first tokens were read before."""
-        assert row.begin is not None
-        group, (cache, read) = cls.begun(lm, [row]), row.begin
-        group.cache, group.read = cache, read
-        return group
-
-    @property
-    def width(self) -> int:
-        """The columns, padding included."""
-        return self.ids.shape[1]
-
-    @property
-    def padded(self) -> bool:
-        """Whether a row is shorter than the group is wide."""
-        return any(row.length < self.width for row in self.rows)
-
-    def append(self, tokens: Sequence[int | None]) -> None:
-        """One more column. A row that has ended gets any token: it leaves before the next pass."""
-        column = torch.tensor([[token or 0] for token in tokens], device=self.ids.device)
-        self.ids = torch.cat([self.ids, column], dim=1)
-        self.mask = torch.cat([self.mask, torch.ones_like(column)], dim=1)
-
-    def keep(self, numbers: list[int]) -> None:
-        """Forget all other rows, and the padding that only they needed."""
-        if len(numbers) < len(self.rows):
-            rest = self.part(numbers) if numbers else None
-            self.rows = rest.rows if rest else []
-            if rest:
-                self.ids, self.mask, self.cache, self.read = rest.ids, rest.mask, rest.cache, rest.read
-
-    def part(self, numbers: list[int]) -> _Group[R]:
-        """Some of the rows, as a group of their own."""
-        return _joined(self._lm, [(self, numbers)])
-
-
-def _united(lm: CausalLM, groups: list[_Group[R]]) -> _Group[R]:
-    if len(groups) == 1:
-        return groups[0]
-    return _joined(lm, [(group, list(range(len(group.rows)))) for group in groups])
-
-
-def _joined(lm: CausalLM, parts: list[tuple[_Group[R], list[int]]]) -> _Group[R]:
-    """Rows of one or several groups in one group, which is as wide as its longest row.
-
-    Where it is read, all of its parts are read alike: up to the last column, or not at all.
-    """
-    rows = [group.rows[number] for group, numbers in parts for number in numbers]
-    cut = [(group, torch.tensor(numbers, device=group.ids.device)) for group, numbers in parts]
-    width = max(int(group.mask[index].sum(-1).max()) for group, index in cut)
-    ids = torch.cat([caches.fitted(group.ids[index], width, dim=1) for group, index in cut])
-    mask = torch.cat([caches.fitted(group.mask[index], width, dim=1) for group, index in cut])
-    first = parts[0][0]
-    if first.cache is None:
-        return _Group(lm, rows, ids, mask, None, 0)
-    read = width - (first.width - first.read)
-    if read <= 0:
-        return _Group(lm, rows, ids, mask, lm.new_cache(), 0)
-    cache = caches.joined(lm.new_cache(), [(group.cache, index) for group, index in cut], read)
-    return _Group(lm, rows, ids, mask, cache, read)
-
-
-def check_lengths(lengths: Sequence[int], limit: int, capacity: int) -> None:
-    """Raises LengthError that names every row of more than `limit` tokens."""
-    problems = [f"row {row}: {length} tokens" for row, length in enumerate(lengths) if length > limit]
-    if problems:
-        text = f"this base takes {capacity} tokens in all, and that is exceeded"
-        raise LengthError(text, problems=problems, next_step="Shorten the prompt or the conversation")
-
-
-def check_numbers(rows: Sequence[DecodingRow]) -> None:
-    """Raises SamplingError that names every row that has ended because its output is not a number any more."""
-    broken = [str(number) for number, row in enumerate(rows) if row.ended == "error"]
-    if broken:
-        text = f"the model's output is not a number any more (row {', '.join(broken)})"
-        raise SamplingError(text, next_step="Use smaller weights, or a precision with more range")

@@ -1,24 +1,18 @@
 """Turns prompts and answers into tokens: through the base's chat template where it has one, as they are elsewhere.
 
-template.py   the chat template     controls.py   control tokens in a user's text are text
+messages.py   what a prompt may be     template.py   the chat template     controls.py   control tokens are text
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from lora_rt.core.generation.controls import Controls
+from lora_rt.core.generation.messages import Prompt, check_text, checked_messages, each_text
 from lora_rt.core.generation.template import ChatTemplate, PromptError
-
-Prompt = str | Sequence[Mapping[str, Any]]
-"""A user message, or a list of chat messages {"role", "content"}, where content is a text or a list of text parts."""
-
-_FORM = 'Each message is {"role": "system" | "user" | "assistant", "content": text}'
-_ROLE = re.compile(r"\w[\w.-]*")
 
 
 class TextFormat:
@@ -165,11 +159,11 @@ class TextFormat:
 
     def _templated(self, template: ChatTemplate, messages: list[dict[str, Any]]) -> list[int]:
         given: list[str] = []
-        _each_text(messages, given.append)
+        each_text(messages, given.append)
         if self.special_tokens or not any(self.controls.within(text) for text in given):
             return self._encoded(template.render(messages, opening=True))
         fences = self.controls.fences(given)
-        fenced = _each_text(messages, lambda text: self.controls.fenced(text, fences))
+        fenced = each_text(messages, lambda text: self.controls.fenced(text, fences))
         return self.controls.ids(template.render(fenced, opening=True), fences)
 
     def document_ids(self, text: str) -> list[int]:
@@ -228,64 +222,6 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
     """`TextFormat.answer_ids` with a tokenizer alone."""
     return TextFormat(tokenizer).answer_ids(text)
-
-
-def checked_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt as a list of messages whose contents are texts.
-
-    Raises:
-        PromptError: what is neither a text nor a list of chat messages, or is no Unicode.
-    """
-    if isinstance(prompt, str):
-        check_text(prompt, "the prompt")
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
-        text = f"a prompt is a {type(prompt).__name__}"
-        raise PromptError(text, next_step="Give a text, or a list of chat messages")
-    messages = [_message(message) for message in prompt]
-    problems = [f"message {n}: {prompt[n - 1]!r:.200}" for n, message in enumerate(messages, 1) if message is None]
-    if problems:
-        raise PromptError("the prompt holds what is not a chat message", problems=problems, next_step=_FORM)
-    if not messages:
-        raise PromptError("the prompt has no messages", next_step="Give a text, or at least one chat message")
-    whole = [message for message in messages if message is not None]
-    for message in whole:
-        check_text(message["content"], "the prompt")
-    return whole
-
-
-def _message(given: object) -> dict[str, Any] | None:
-    """A message with its content as one text; None where it is none that a text model can read."""
-    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str) or not _ROLE.fullmatch(given["role"]):
-        return None
-    content = given.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-        whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-        content = "".join(texts) if whole else None  # type: ignore[arg-type]
-    return {**given, "content": content} if isinstance(content, str) else None
-
-
-def _each_text(value: Any, change: Callable[[str], Any]) -> Any:
-    """The same messages with every text in them changed, whatever field it stands in."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _each_text(item, change) for key, item in value.items()}
-    return [_each_text(item, change) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def check_text(text: str, what: str) -> None:
-    """Tokenizers fail on half of a surrogate pair: bytes of a command line that are not UTF-8, or a cut emoji.
-
-    Raises:
-        PromptError: there is one.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        where = f"character {error.start + 1} is {text[error.start]!a}"
-        raise PromptError(f"{what} is not Unicode text: {where}", next_step="Give it in UTF-8") from error
 
 
 def template_variables(pairs: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from lora_rt.core.base.shape import pad_right
 from lora_rt.core.engine.causal_lm import CausalLM
-from lora_rt.core.generation.batch import DecodingRow, PassInfo, Planner, check_lengths
+from lora_rt.core.generation.row import DecodingRow, PassInfo, Planner, check_lengths
 
 R = TypeVar("R", bound=DecodingRow)
 

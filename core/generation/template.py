@@ -17,7 +17,7 @@ NAME_VARIABLE = "chat_template"
 """The variable that picks one of several named templates."""
 # Digits: a template that changes letters (capitalize, upper) or trims blanks leaves them alone.
 _USER, _ANSWER, _SYSTEM, _NEXT = "80715539642", "31846207957", "59920418673", "74450163928"
-_FORM = 'Each message is {"role": "system" | "user" | "assistant", "content": text}'
+MESSAGE_FORM = 'Each message is {"role": "system" | "user" | "assistant", "content": text}'
 
 
 class PromptError(LoraRtError):
@@ -115,7 +115,9 @@ class ChatTemplate:
                 shown, chat_template=self.source, add_generation_prompt=opening, tokenize=False, **self.variables
             )
         except Exception as error:  # a template is a stranger's program: it can fail in any way
-            raise PromptError(f"the base's chat template refuses these messages: {error}", next_step=_FORM) from error
+            raise PromptError(
+                f"the base's chat template refuses these messages: {error}", next_step=MESSAGE_FORM
+            ) from error
         return str(rendered)
 
 

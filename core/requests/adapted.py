@@ -14,8 +14,8 @@ from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.hidden_states import EarlyHidden
-from lora_rt.core.generation.batch import PassInfo
 from lora_rt.core.generation.prompts import TextFormat
+from lora_rt.core.generation.row import PassInfo
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
 from lora_rt.core.requests.composition import Composition

@@ -20,7 +20,7 @@ from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.topology import Site
-from lora_rt.core.generation.batch import PassInfo
+from lora_rt.core.generation.row import PassInfo
 from lora_rt.core.requests.planner import RowPlanner
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.errors import LoraRtError

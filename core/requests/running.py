@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from lora_rt.core.generation.batch import DecodingRow
+from lora_rt.core.generation.row import DecodingRow
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
 from lora_rt.core.requests.composition import Composition, CompositionLike

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lora_rt.core.generation.batch import Ending, TokenScore
+from lora_rt.core.generation.row import Ending, TokenScore
 from lora_rt.core.serving.service import Prepared
 from lora_rt.core.serving.ticket import Ticket
 

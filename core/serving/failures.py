@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from lora_rt.core.generation.batch import LengthError
+from lora_rt.core.generation.row import LengthError
 from lora_rt.core.serving.protocol import ErrorBody
 from lora_rt.core.serving.scheduler import ModelError
 from lora_rt.core.serving.service import DrainingError, FullError, GoneError

@@ -17,7 +17,7 @@ from pydantic import Field
 from starlette.responses import Response
 from starlette.types import Scope
 
-from lora_rt.core.generation.batch import LengthError
+from lora_rt.core.generation.row import LengthError
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.explaining import Explanation
 from lora_rt.core.serving.failures import RESPONSES

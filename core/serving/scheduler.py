@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from lora_rt.core.generation.batch import Batch, Ending
+from lora_rt.core.generation.batch import Batch
+from lora_rt.core.generation.row import Ending
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter

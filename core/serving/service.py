@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_rt.core.base.machine import free_bytes
-from lora_rt.core.generation.batch import LengthError
-from lora_rt.core.generation.prompts import Prompt
+from lora_rt.core.generation.messages import Prompt
+from lora_rt.core.generation.row import LengthError
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.running import RequestRow

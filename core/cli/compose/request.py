@@ -14,7 +14,8 @@ from lora_rt.core.base.progress import step
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.options import usage
 from lora_rt.core.cli.session import session
-from lora_rt.core.generation.prompts import check_text, template_variables
+from lora_rt.core.generation.messages import check_text
+from lora_rt.core.generation.prompts import template_variables
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition, Term
@@ -27,7 +28,7 @@ from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
 
 if TYPE_CHECKING:
-    from lora_rt.core.generation.prompts import Prompt
+    from lora_rt.core.generation.messages import Prompt
     from lora_rt.core.runtime import Runtime
 
 # Where answers are sampled and nothing else is said. Chosen by reading: without a penalty the samples of a small base

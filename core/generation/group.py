@@ -1,0 +1,97 @@
+"""Rows of a batch that share passes, side by side in one cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.base.shape import pad_left
+from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.core.generation import caches
+from lora_rt.core.generation.row import R
+
+
+class Group(Generic[R]):
+    """Rows that share passes: `ids` and `mask` (rows, width), padded on the left, and the cache of the first columns.
+
+    `read` is how many columns lie in the cache; without a cache every pass reads all of them.
+    """
+
+    def __init__(self, lm: CausalLM, rows: list[R], ids: Tensor, mask: Tensor, cache: Any, read: int) -> None:
+        self._lm = lm
+        self.rows = rows
+        self.ids = ids
+        self.mask = mask
+        self.cache = cache
+        self.read = read
+
+    @classmethod
+    def begun(cls, lm: CausalLM, rows: list[R]) -> Group[R]:
+        """Rows of which nothing has been read."""
+        ids, mask = pad_left([[*row.ids, *row.answer] for row in rows], lm.device)
+        return cls(lm, list(rows), ids, mask, None if lm.keeping == "none" else lm.new_cache(), 0)
+
+    @classmethod
+    def continued(cls, lm: CausalLM, row: R) -> Group[R]:
+        """A row whose first tokens were read before."""
+        assert row.begin is not None
+        group, (cache, read) = cls.begun(lm, [row]), row.begin
+        group.cache, group.read = cache, read
+        return group
+
+    @property
+    def width(self) -> int:
+        """The columns, padding included."""
+        return self.ids.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether a row is shorter than the group is wide."""
+        return any(row.length < self.width for row in self.rows)
+
+    def append(self, tokens: Sequence[int | None]) -> None:
+        """One more column. A row that has ended gets any token: it leaves before the next pass."""
+        column = torch.tensor([[token or 0] for token in tokens], device=self.ids.device)
+        self.ids = torch.cat([self.ids, column], dim=1)
+        self.mask = torch.cat([self.mask, torch.ones_like(column)], dim=1)
+
+    def keep(self, numbers: list[int]) -> None:
+        """Forget all other rows, and the padding that only they needed."""
+        if len(numbers) < len(self.rows):
+            rest = self.part(numbers) if numbers else None
+            self.rows = rest.rows if rest else []
+            if rest:
+                self.ids, self.mask, self.cache, self.read = rest.ids, rest.mask, rest.cache, rest.read
+
+    def part(self, numbers: list[int]) -> Group[R]:
+        """Some of the rows, as a group of their own."""
+        return joined(self._lm, [(self, numbers)])
+
+
+def united(lm: CausalLM, groups: list[Group[R]]) -> Group[R]:
+    if len(groups) == 1:
+        return groups[0]
+    return joined(lm, [(group, list(range(len(group.rows)))) for group in groups])
+
+
+def joined(lm: CausalLM, parts: list[tuple[Group[R], list[int]]]) -> Group[R]:
+    """Rows of one or several groups in one group, which is as wide as its longest row.
+
+    Where it is read, all of its parts are read alike: up to the last column, or not at all.
+    """
+    rows = [group.rows[number] for group, numbers in parts for number in numbers]
+    cut = [(group, torch.tensor(numbers, device=group.ids.device)) for group, numbers in parts]
+    width = max(int(group.mask[index].sum(-1).max()) for group, index in cut)
+    ids = torch.cat([caches.fitted(group.ids[index], width, dim=1) for group, index in cut])
+    mask = torch.cat([caches.fitted(group.mask[index], width, dim=1) for group, index in cut])
+    first = parts[0][0]
+    if first.cache is None:
+        return Group(lm, rows, ids, mask, None, 0)
+    read = width - (first.width - first.read)
+    if read <= 0:
+        return Group(lm, rows, ids, mask, lm.new_cache(), 0)
+    cache = caches.joined(lm.new_cache(), [(group.cache, index) for group, index in cut], read)
+    return Group(lm, rows, ids, mask, cache, read)
