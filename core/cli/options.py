@@ -157,7 +157,7 @@ Multiply = Annotated[
     ),
 ]
 Data = Annotated[
-    Path, typer.Option("--data", metavar="F.jsonl", help="Scene and text, or messages, or instruction and output.")
+    Path, typer.Option("--data", metavar="DATA", help="Scene and text, or messages, or instruction and output.")
 ]
 
 # How a prompt is put to the base.

@@ -28,12 +28,15 @@ def train(
         str, typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name.")
     ],
     data: Annotated[
-        Path, typer.Option("--data", metavar="F.jsonl", help='One example per line: {"scene": "...", "text": "..."}.')
+        Path,
+        typer.Option(
+            "--data", metavar="DATA", help="JSON lines, a list, Parquet, a folder of them, or org/name of a data set."
+        ),
     ],
     mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")] = "output-only",
     held_out: Annotated[
         Path | None,
-        typer.Option("--held-out", metavar="F.jsonl", help="Examples to measure on; a tenth of the data if left out."),
+        typer.Option("--held-out", metavar="DATA", help="Examples to measure on; a tenth of the data if left out."),
     ] = None,
     base: options.Base = "default",
     precision: options.Precision = "int4",

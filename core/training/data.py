@@ -1,4 +1,4 @@
-"""Reads training and evaluation data: JSON lines in any of the known forms, every bad line reported at once."""
+"""Reads training and evaluation data in any of the known forms, every bad line reported at once."""
 
 from __future__ import annotations
 
@@ -10,63 +10,54 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.training.forms import FIELDS, KNOWN, in_our_form
-from lora_rt.errors import LoraRtError
+from lora_rt.core.training.sources import DataError, records
 
 Check = Callable[[dict[str, Any]], list[str]]
 _SHOWN = 20
 
 
-class DataError(LoraRtError):
-    """A data file that can't be used; `problems` has every bad line with its number."""
-
-
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One example and the number of its line in the file, from 1, blank lines counted."""
+    """One example and its place: "line 3" of a file, from 1, blank lines counted; see `sources` for others."""
 
-    number: int
+    place: str
     example: dict[str, Any]
 
 
 class Pairs(list[dict[str, Any]]):
-    """The examples of a file in their order, with the `path` and the `numbers` of their lines."""
+    """The examples of a source in their order, with its `path` and their `places`."""
 
     def __init__(self, path: Path, lines: Sequence[Line]) -> None:
         super().__init__(line.example for line in lines)
         self.path = path
-        self.numbers = [line.number for line in lines]
+        self.places = [line.place for line in lines]
 
 
 def read_lines(path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False) -> list[Line]:
-    """The examples of a JSONL file, one object per line; blank lines are skipped.
+    """The examples of a file, a folder or a data set: what `sources` reads. Blank lines are skipped.
 
     Args:
-        path: the file, UTF-8.
+        path: the source.
         fields: keys that every line must have, non-empty strings. Where "scene" and "text" are among them, lines of
             the other known forms (chats, instructions) are read into these two.
         check: further findings about one example.
         chats: whether "scene" may be a list of chat messages.
 
     Raises:
-        DataError: the file can't be read, is empty, or has bad lines.
+        DataError: it can't be read, is empty, or has bad lines.
     """
-    try:
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which some editors put before UTF-8
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}", next_step="Give a JSONL file") from error
     lines: list[Line] = []
     problems: list[str] = []
-    for number, text in enumerate(raw.split(b"\n"), 1):
-        if text.strip():
-            found = _read_line(text, fields, check, chats=chats)
-            if isinstance(found, dict):
-                lines.append(Line(number, found))
-            else:
-                problems += [f"line {number}: {problem}" for problem in found]
+    for place, record in records(path):
+        found = _read_record(record, fields, check, chats=chats)
+        if isinstance(found, dict):
+            lines.append(Line(place, found))
+        else:
+            problems += [f"{place}: {problem}" for problem in found]
     if problems:
         raise bad_lines(path, problems, _next_step(fields))
     if not lines:
-        raise DataError(f"{path} has no examples", next_step="Give at least one line")
+        raise DataError(f"{path} has no examples", next_step="Give at least one")
     return lines
 
 
@@ -81,7 +72,7 @@ def check_fit(
     """Before any of them is read by a model: that examples are not longer than its context.
 
     Args:
-        examples: those of a file are named by their lines, others by their place, from 1.
+        examples: those that were read are named by their lines, others by their number, from 1.
         lengths: the tokens of each, prompt and answer.
         limit: what the model reads at most.
         name: of examples that come from no file.
@@ -89,16 +80,16 @@ def check_fit(
     Raises:
         DataError: naming all that are longer.
     """
-    numbers, place, word = list(range(1, len(examples) + 1)), name, "example"
+    places = [f"example {number}" for number in range(1, len(examples) + 1)]
     if isinstance(examples, Pairs):
-        numbers, place, word = examples.numbers, str(examples.path), "line"
+        places, name = examples.places, str(examples.path)
     problems = [
-        f"{word} {number}: {length} tokens, and the base reads {limit}"
-        for number, length in zip(numbers, lengths, strict=True)
+        f"{place}: {length} tokens, and the base reads {limit}"
+        for place, length in zip(places, lengths, strict=True)
         if length > limit
     ]
     if problems:
-        raise bad_lines(place, problems, f"Shorten or remove these {word}s")
+        raise bad_lines(name, problems, "Shorten or remove these")
 
 
 def bad_lines(path: Path | str, problems: Sequence[str], next_step: str) -> DataError:
@@ -118,14 +109,16 @@ def _next_step(fields: Sequence[str]) -> str:
     return f"Each line has one of these forms: {KNOWN}{also}"
 
 
-def _read_line(line: bytes, fields: Sequence[str], check: Check | None, *, chats: bool) -> dict[str, Any] | list[str]:
-    """The example of one line, or what is wrong with it."""
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return ["not UTF-8"]
-    except (ValueError, RecursionError) as error:
-        return [f"not JSON: {error}"]
+def _read_record(record: Any, fields: Sequence[str], check: Check | None, *, chats: bool) -> dict[str, Any] | list[str]:
+    """The example of a record, or what is wrong with it; bytes are a line of JSON."""
+    value = record
+    if isinstance(record, bytes):
+        try:
+            value = json.loads(record.decode("utf-8"))
+        except UnicodeDecodeError:
+            return ["not UTF-8"]
+        except (ValueError, RecursionError) as error:
+            return [f"not JSON: {error}"]
     if not isinstance(value, dict):
         return [f"a JSON {type(value).__name__}, not an object"]
     if set(FIELDS) <= set(fields):
@@ -160,6 +153,6 @@ def _is_message(item: object) -> bool:
 
 
 def digest_of(examples: Sequence[dict[str, Any]]) -> str:
-    """The sha256 of the examples in their order, whatever the layout of the file; 64 hex digits."""
-    text = "\n".join(json.dumps(example, sort_keys=True, ensure_ascii=False) for example in examples)
+    """The sha256 of the examples in their order, wherever they were read from; 64 hex digits."""
+    text = "\n".join(json.dumps(one, sort_keys=True, ensure_ascii=False, default=str) for one in examples)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -173,7 +173,7 @@ def _encoded(settings: TrainSettings, path: Path, objective: Objective, base: Lo
     for line in read_lines(path, objective.fields, objective.check, chats=objective.chats):
         sequences = objective.encode(line.example)
         examples.append((line, sequences))
-        problems += [f"line {line.number}: {problem}" for item in sequences for problem in _unfit(item, limit)]
+        problems += [f"{line.place}: {problem}" for item in sequences for problem in _unfit(item, limit)]
     if problems:
         raise bad_lines(path, problems, f"Shorten or remove these lines (the mode {settings.mode!r} reads them)")
     _refuse_nothing(settings, path, examples)

@@ -85,4 +85,4 @@ def test_what_is_wrong_is_said_by_line_with_the_forms_that_are_taken(tmp_path: P
 
 def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path) -> None:
     path = written(tmp_path / "d.jsonl", "\n", {"messages": [ASK, SAY]}, "\n", "\n", {"scene": "a", "text": "b"})
-    assert [line.number for line in read_lines(path, FIELDS)] == [2, 5]
+    assert [line.place for line in read_lines(path, FIELDS)] == ["line 2", "line 5"]

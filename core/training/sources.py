@@ -1,0 +1,157 @@
+"""Where records of data come from: one line, row or item at a time, with the place by which a person finds it again.
+
+F.jsonl           one JSON object per line            "line 3"
+F.json            a list of objects                   "item 3"
+F.parquet         needs pyarrow                       "row 3"
+DIR               all of these in it, by name         "F.jsonl line 3"
+org/name          a data set of the Hub, which needs datasets: org/name/configuration@revision:split    "row 3"
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lora_rt.errors import LoraRtError
+
+Record = tuple[str, bytes | Any]
+"""The place of a record, and its line as bytes or its value."""
+
+_HUB = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?:/(?P<configuration>[\w.-]+))?(?:@(?P<revision>[^:]+))?(?::(?P<split>.+))?"
+)
+_INSTALL = "Install it with: pip install 'lora-rt[data]'"
+FORMS = "Give a .jsonl, .json or .parquet file, a folder of them, or a data set of the Hub as org/name"
+
+
+class DataError(LoraRtError):
+    """Data that can't be used; `problems` has every bad line with its place."""
+
+
+def check_source(path: Path) -> None:
+    """That there is something to read, as far as that can be told without reading it.
+
+    Raises:
+        DataError: there is not, or what reads it is not installed.
+    """
+    if path.is_dir():
+        for file in _files(path):
+            check_source(file)
+    elif path.exists():
+        if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise DataError(f"{path}: reading Parquet needs pyarrow", next_step=_INSTALL)
+    elif not _is_hub_name(path):
+        raise DataError(f"{path} can't be read: there is no such file", next_step=FORMS)
+    elif find_spec("datasets") is None:
+        text = f"{path} is no file here, and reading it as a data set of the Hub needs the package datasets"
+        raise DataError(text, next_step=_INSTALL)
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The records of a source in their order; blank lines are none, but they count.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    check_source(path)
+    try:
+        if path.is_dir():
+            for file in _files(path):
+                yield from ((f"{file.name} {place}", value) for place, value in records(file))
+        elif not path.exists():
+            yield from _data_set(str(path))
+        elif path.suffix == ".parquet":
+            yield from _parquet(path)
+        elif path.suffix == ".json" and (items := _json_list(path)) is not None:
+            yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
+        else:
+            for number, line in enumerate(_content(path).split(b"\n"), 1):
+                if line.strip():
+                    yield f"line {number}", line
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or _first_line(error)}", next_step=FORMS) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The data files of a folder, by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder} can't be read: {error.strerror}", next_step=FORMS) from error
+    files = [f for f in inside if f.is_file() and f.suffix in (".jsonl", ".json", ".parquet") and f.name[0] != "."]
+    if not files:
+        folders = [f.name for f in inside if f.is_dir() and f.name[0] != "."]
+        step = f"Give one of its folders: {', '.join(folders[:5])}" if folders else FORMS
+        raise DataError(f"{folder} has no .jsonl, .json or .parquet file", next_step=step)
+    return files
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which some editors put before UTF-8
+
+
+def _json_list(path: Path) -> list[Any] | None:
+    """The items of a file that is one JSON list; None for anything else, JSON lines under that name for instance."""
+    try:
+        found = json.loads(_content(path))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", _without_nulls(row)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not Parquet: {_first_line(error)}", next_step=FORMS) from error
+
+
+def _is_hub_name(path: Path) -> bool:
+    return path.suffix not in (".jsonl", ".json", ".parquet") and _HUB.fullmatch(str(path)) is not None
+
+
+def _data_set(text: str) -> Iterator[Record]:
+    found = _HUB.fullmatch(text)
+    assert found is not None
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from datasets.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+    try:
+        loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        text = f"{text} is no file here, and no data set that can be read: {_first_line(error)}"
+        raise DataError(text, next_step=FORMS) from error
+    split = found["split"] or ("train" if "train" in loaded or len(loaded) > 1 else next(iter(loaded)))
+    if split not in loaded:
+        step = f"Name one behind a colon: {found['name']}:{next(iter(loaded))}"
+        raise DataError(f"{text} has no split {split!r}; it has: {', '.join(loaded)}", next_step=step)
+    for number, row in enumerate(loaded[split], 1):
+        yield f"row {number}", _without_nulls(row)
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table has every column in every row: what is null there is missing."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

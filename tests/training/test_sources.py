@@ -1,0 +1,115 @@
+"""Data as people have it: a list, a table, a folder of files or a data set gives the records that JSON lines give."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_rt.core.training import sources
+from lora_rt.core.training.data import digest_of, read_lines, read_pairs
+from lora_rt.core.training.sources import DataError, records
+
+FIELDS = ("scene", "text")
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+ROWS = [CHAT, {"instruction": "c", "output": "d"}, {"scene": "e", "text": "f"}]
+READ = [{"scene": "a", "text": "b"}, {"scene": "c", "text": "d"}, {"scene": "e", "text": "f"}]
+
+
+def as_parquet(path: Path, rows: list[dict[str, object]]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(_schema(pyarrow))), path)
+    return path
+
+
+def _schema(pyarrow: object) -> list[tuple[str, object]]:
+    arrow: object = pyarrow
+    text = arrow.string()  # type: ignore[attr-defined]
+    message = arrow.struct([("role", text), ("content", text)])  # type: ignore[attr-defined]
+    names = ("instruction", "output", "scene", "text")
+    return [("messages", arrow.list_(message)), *((name, text) for name in names)]  # type: ignore[attr-defined]
+
+
+def as_lines(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_table_a_list_and_lines_are_the_same_examples(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    made = [as_lines(tmp_path / "a.jsonl", ROWS), tmp_path / "a.json", as_parquet(tmp_path / "a.parquet", ROWS)]
+    found = [read_pairs(path, FIELDS) for path in made]
+    assert found == [READ] * 3
+    assert len({digest_of(pairs) for pairs in found}) == 1
+
+
+def test_a_folder_is_read_file_by_file_and_its_lines_are_named_with_their_file(tmp_path: Path) -> None:
+    as_lines(tmp_path / "b.jsonl", ROWS[2:])
+    as_lines(tmp_path / "a.jsonl", [ROWS[1], {"scene": "no text"}])
+    (tmp_path / "README.md").write_text("about it")
+    (tmp_path / ".hidden.jsonl").write_text("{")
+    with pytest.raises(DataError) as caught:
+        read_lines(tmp_path, FIELDS)
+    assert caught.value.problems == ('a.jsonl line 2: "text" is missing',)
+    as_lines(tmp_path / "a.jsonl", ROWS[:2])
+    assert [(line.place, line.example) for line in read_lines(tmp_path, FIELDS)] == [
+        ("a.jsonl line 1", READ[0]),
+        ("a.jsonl line 2", READ[1]),
+        ("b.jsonl line 1", READ[2]),
+    ]
+
+
+def test_what_is_null_in_a_row_is_missing_and_named_by_its_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_lines(as_parquet(tmp_path / "a.parquet", [ROWS[2], {"scene": "e"}]), FIELDS)
+    assert caught.value.problems == ('row 2: "text" is missing',)
+
+
+def test_a_folder_without_data_names_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"no \.jsonl") as caught:
+        read_lines(tmp_path, FIELDS)
+    assert "train" in caught.value.next_step
+
+
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_text("PAR1 it is not")
+    with pytest.raises(DataError, match="is not Parquet") as caught:
+        read_lines(tmp_path / "a.parquet", FIELDS)
+    assert "\n" not in caught.value.message
+
+
+def test_rows_of_a_data_set_are_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    as_lines(tmp_path / "org" / "name" / "train.jsonl", ROWS[1:])
+    monkeypatch.chdir(tmp_path)  # there the library takes a folder of that name for the data set
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = list(sources._data_set("org/name:train"))
+    assert rows == [("row 1", ROWS[1]), ("row 2", ROWS[2])]
+    with pytest.raises(DataError, match="no split 'other'; it has: train"):
+        list(sources._data_set("org/name:other"))
+
+
+@pytest.mark.parametrize(("package", "given"), [("pyarrow", "a.parquet"), ("datasets", "org/name:train")])
+def test_a_package_that_is_not_installed_is_said_with_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.parquet").write_text("")
+    monkeypatch.setattr(sources, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=package) as caught:
+        list(records(Path(given)))
+    assert "pip install 'lora-rt[data]'" in caught.value.next_step
+
+
+@pytest.mark.parametrize("given", ["none.jsonl", "some/where/none.parquet", "/none", "./none", "none"])
+def test_a_path_that_is_not_there_is_no_data_set(given: str) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        read_lines(Path(given), FIELDS)
