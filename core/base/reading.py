@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,15 @@ def whole_tokenizer(where: Any, **arguments: Any) -> Any:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:  # the tokenizers library raises no other kind
         text = f"the tokenizer of {arguments.get('gguf_file', where)} can't be read: {first_line(error)}"
-        raise BaseError(text, next_step="Fetch the model again") from error
+        raise BaseError(text, next_step=_how_to_read(where)) from error
+
+
+def _how_to_read(where: Any) -> str:
+    """What a tokenizer that can't be read lacks: the files of sentencepiece and tiktoken need those to be converted."""
+    absent = [name for name in ("sentencepiece", "tiktoken") if find_spec(name) is None]
+    if absent and not Path(where, "tokenizer.json").exists() and any(Path(where).glob("*.model")):
+        return f"Install what reads such files with: pip install {' '.join(absent)}"
+    return "Fetch the model again"
 
 
 def _misshapen(model: Any) -> list[str]:

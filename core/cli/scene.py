@@ -6,12 +6,14 @@ from contextlib import suppress
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.markup import escape
 
 from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session
+from lora_rt.core.cli.wrapping import padded
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager import UnknownModeError
@@ -46,9 +48,9 @@ def scene(
     if as_json:
         print_json({"text": text, "adapter": name, "scene_types": shares})
         return
-    width = max(len(kind) for kind in shares)
+    width = max(cell_len(kind) for kind in shares)
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
-        out.print(f"{escape(kind.ljust(width))}  {share:6.1%}  {'█' * round(40 * share)}", soft_wrap=True)
+        out.print(f"{escape(padded(kind, width))}  {share:6.1%}  {'█' * round(40 * share)}", soft_wrap=True)
 
 
 def _first_able() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
@@ -12,6 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 Cell = str | Text
+
+# Scripts without spaces, whose lines break between letters; never before what closes, nor behind what opens.
+_IDEOGRAPH = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffdc\U00020000-\U0003fffd]"
+_CLOSES = "[^\\w\\s「『（【《〈［｛\ufe00-\ufe0f]|[ぁぃぅぇぉっゃゅょァィゥェォッャュョー々〜]"
+_OPENS = "[「『（【《〈［｛]"
+_BREAK = re.compile(rf"(?<=\S)(?=\s)|(?:(?<={_IDEOGRAPH})(?=\S)|(?<=\S)(?={_IDEOGRAPH}))(?<!{_OPENS})(?!{_CLOSES})")
+
+
+def padded(text: str, width: int, *, right: bool = False) -> str:
+    """A text with blanks behind it, or `right` of them, up to so many cells: a wide letter takes two."""
+    blanks = " " * max(width - cell_len(text), 0)
+    return blanks + text if right else text + blanks
 
 
 class WordWrap:
@@ -25,13 +36,18 @@ class WordWrap:
         self._width = width
         self._column = 0
         self._held = ""  # blanks and the beginning of a word
+        self._inside = False  # a word whose beginning was shown already
 
     def feed(self, piece: str) -> str:
         """Take the next piece and return what can be shown."""
         if self._width is None:
             return piece
-        parts = re.split(r"(?<=\S)(?=\s)", self._held + piece)
+        parts = _BREAK.split(self._held + piece)
         self._held = parts.pop()
+        if cell_len(self._held) > self._width:  # no line holds it: a long link, or a script that has no spaces
+            shown = "".join(map(self._placed, [*parts, self._held]))
+            self._held, self._inside = "", True
+            return shown
         return "".join(map(self._placed, parts))
 
     def end(self) -> str:
@@ -46,10 +62,11 @@ class WordWrap:
         word = part[len(blanks) :]
         if "\n" in blanks:
             self._column = cell_len(blanks[blanks.rindex("\n") + 1 :])
-        elif self._column and self._column + cell_len(part) > self._width:
+        elif self._column and not (self._inside and not blanks) and self._column + cell_len(part) > self._width:
             blanks, self._column = "\n", 0
         else:
             self._column += cell_len(blanks)
+        self._inside = False
         self._column += cell_len(word)
         if self._column > self._width:  # a word that is longer than a line: the terminal breaks it
             self._column %= self._width
@@ -89,13 +106,19 @@ def _block(console: Console, title: Text, cells: Sequence[tuple[str, Text]], lab
         if not cell.plain:
             continue
         for line in cell.split("\n"):
-            _line(console, f"  {name.ljust(label)}  " if label else "  ", line)
+            _line(console, f"  {padded(name, label)}  " if label else "  ", line)
             name = ""
 
 
 def _line(console: Console, head: str, text: Text) -> None:
     """A line that wraps between words, and lets a word that is too long for it (a path, a digest) run over whole."""
     room = max(console.width - cell_len(head), 20)
-    for piece in textwrap.wrap(text.plain, room, break_long_words=False, break_on_hyphens=False) or [""]:
+    lines = [""]
+    for part in _BREAK.split(text.plain):
+        if lines[-1] and cell_len(lines[-1] + part) > room:
+            lines.append(part.lstrip())
+        else:
+            lines[-1] += part
+    for piece in lines:
         console.print(Text(head, style="dim") + Text(piece, style=text.style), soft_wrap=True)
         head = " " * cell_len(head)

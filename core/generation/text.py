@@ -18,6 +18,16 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return "".join([*(stream.push(token) for token in ids), stream.rest()])
 
 
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds, control tokens too; a character of several stands at its last one.
+
+    A token decoded by itself would lose the space before its word, and be no text where it is part of a character.
+    """
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    pieces = [stream.push(token) for token in ids]
+    return [*pieces[:-1], pieces[-1] + stream.rest()] if pieces else []
+
+
 class TextStream:
     """Gives the new text of each token as soon as it can't change any more.
 
@@ -25,8 +35,9 @@ class TextStream:
     neighbours: so each piece is the difference of two decodings that share their beginning.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._ids: list[int] = []
         self._start = 0  # of the window that is decoded again
         self._read = 0  # tokens whose text was given out
@@ -48,4 +59,4 @@ class TextStream:
     def _decode(self, end: int) -> str:
         ids = self._ids[self._start : end]
         # Spaces are not tidied: that depends on what follows.
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False))

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from lora_rt.core.generation.row import LengthError
+from lora_rt.core.generation.text import pieces_of
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.explaining import Explanation
 from lora_rt.core.serving.failures import RESPONSES
@@ -171,9 +172,7 @@ def _acted(service: Service, asked: ActedRequest) -> dict[str, Any]:
         return runtime.explain(prompt, composition, scene=asked.scene, answer=asked.answer)
 
     found = service.scheduler.between(look).result()
-    decode = runtime.tokenizer.decode
-    pieces = [decode([token]) for token in found.ids]
-    told = found.document("", str(composition), asked.answer, pieces)
+    told = found.document("", str(composition), asked.answer, pieces_of(runtime.tokenizer, found.ids))
     return {
         "adapters": told["adapters"],
         "scene_type": told["scene_type"],

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_rt.core.base import reading
 from lora_rt.core.base.identity import identify_folder
 from lora_rt.core.base.precision import check_precision, choose_device
+from lora_rt.core.base.reading import whole_tokenizer
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError, UsageError
@@ -90,3 +92,12 @@ def test_a_device_that_is_not_here_is_refused(device: str, zoo: Zoo) -> None:
     with pytest.raises(LoraRtError) as caught:
         Runtime.load(str(zoo.base("llama")), precision="float32", device=device)
     assert caught.value.next_step
+
+
+def test_a_tokenizer_that_needs_another_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0e\n\x00")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    with pytest.raises(BaseError) as caught:
+        whole_tokenizer(tmp_path)
+    assert "pip install sentencepiece tiktoken" in str(caught.value.next_step)

@@ -12,6 +12,7 @@ from lora_rt.core.cli.compose.request import caution, check_scene, look_up, norm
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.evaluation.plot import check_plot
+from lora_rt.core.generation.text import pieces_of
 
 _LONGEST_TITLE = 80
 
@@ -49,7 +50,7 @@ def explain(
     if max_new_tokens:
         answer = runtime.generate(prompt, composition, scenes=[scene], max_new_tokens=max_new_tokens)
     explanation = runtime.explain(prompt, composition, scene=scene, answer=answer)
-    pieces = [runtime.tokenizer.decode([token]) for token in explanation.ids]
+    pieces = pieces_of(runtime.tokenizer, explanation.ids)
     title = f"{composition} on {_short(prompt)!r}"
     if png is not None:
         from lora_rt.core.cli.explain.picture import draw

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from lora_rt.core.cli.wrapping import padded
 from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ _SHADES = ((" ", "grey15"), ("░", "blue"), ("▒", "cyan"), ("▓", "yellow"),
 
 def show(console: Console, explanation: Explanation, pieces: Sequence[str], *, heads: bool, tokens: bool) -> None:
     """Layer x register; with `heads` one line per head of each register, with `tokens` the text of each."""
-    width = max(len(name) for name in explanation.names)
+    width = max(cell_len(name) for name in explanation.names)
     _legend(console, explanation)
     top = float(explanation.layers.max())
     layers = explanation.layers.shape[1]
@@ -30,18 +32,24 @@ def show(console: Console, explanation: Explanation, pieces: Sequence[str], *, h
     console.print(f"{'layer':>{width}}  {ruler}", soft_wrap=True)
     for index, name in enumerate(explanation.names):
         _line(
-            console, name.rjust(width), explanation.layers[index], top, f"{float(explanation.layers[index].mean()):.3f}"
+            console,
+            padded(name, width, right=True),
+            explanation.layers[index],
+            top,
+            f"{float(explanation.layers[index].mean()):.3f}",
         )
         if heads:
             best = float(explanation.heads.max())
             for head in range(explanation.heads.shape[2]):
                 factor = f"x{float(explanation.factors[index, :, head].mean()):.2f}"
-                _line(console, f"head {head}".rjust(width), explanation.heads[index, :, head], best, factor)
+                _line(
+                    console, padded(f"head {head}", width, right=True), explanation.heads[index, :, head], best, factor
+                )
     if explanation.moving:
         console.print("\n[bold]weight of each at each token[/]: dark is 0", soft_wrap=True)
         largest = float(explanation.weights.abs().max())
         for index, name in enumerate(explanation.names):
-            line = Text(f"{name.rjust(width)}  ")
+            line = Text(f"{padded(name, width, right=True)}  ")
             line.append_text(_coloured(pieces, explanation.weights[index].abs(), largest))
             line.append(f"  {float(explanation.weights[index].mean()):.2f}")
             console.print(line, soft_wrap=True)
