@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # A strict editable install shows only the files that were there when it was made.
 SOURCES := $(shell git ls-files -co --exclude-standard core plugins registry)
 REGISTERS := logic emotion body archetype
+# The tests of a file share what they have made, so a file stays with one process; tests/conftest.py orders the files.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick check format docs registers architectures report clean
 
@@ -15,10 +17,10 @@ demo: $(VENV)/installed
 	$(BIN)/lora-rt compose registers --seed 3 -p "Rope burn across both palms; the fingers had gone numb."
 
 test: $(VENV)/ready
-	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(PYTEST)
 
 quick: $(VENV)/ready
-	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.precision import check_wish
-from lora_rt.core.engine.bank import ResidentAdapter
 from lora_rt.core.engine.plan import Plan
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.batch import Batch
 from lora_rt.core.generation.given import given_batch
 from lora_rt.core.generation.messages import Prompt

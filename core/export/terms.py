@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_rt.core.base.configuration import weight_files
-from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.outline import Outline
 from lora_rt.core.requests.composition import Composition, Term

@@ -14,8 +14,9 @@ from torch import nn
 from lora_rt.core.base.precision import Precision, compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
 from lora_rt.core.base.shape import ForwardPass, layers_of
-from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.plan import Plan
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import features, shapes_of
 from lora_rt.core.memory.live import LiveMemory

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.special import TokenRows
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.wrappers import bare_parameters

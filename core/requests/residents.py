@@ -11,7 +11,8 @@ from os import PathLike
 from typing import Any
 
 from lora_rt.core.base.load import LoadedBase
-from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.mixes import Mix, read_mix

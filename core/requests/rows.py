@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.mixes import Mix

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.requests.rows import Row
 
 

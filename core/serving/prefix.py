@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation import caches
 from lora_rt.core.requests.rows import Row
 from lora_rt.core.requests.running import RequestRow

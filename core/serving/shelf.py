@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.requests.residents import AdapterInfo
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter

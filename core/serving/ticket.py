@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lora_rt.core.engine.bank import ResidentAdapter
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.row import Ending, TokenScore
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.errors import LoraRtError

@@ -3,6 +3,7 @@
     finding.py    which entry points are installed, in which order they count
     loading.py    the host over all of them
     host.py       who owns which mode; the calls of hooks, with what they may see and may return
+    sources.py    where plugins find adapters
     plugin.py     one plugin: its import and its calls, given up after a time limit
     surface.py    what a plugin offers: its API version, its hooks, their arguments
     copies.py     what hooks get to see is theirs
@@ -15,11 +16,12 @@ Importing this package has no effect; `load_modes()` returns a host, which impor
 """
 
 from lora_rt.plugins.manager.finding import GROUP, OTHERS
-from lora_rt.plugins.manager.host import ModeHost, each
+from lora_rt.plugins.manager.host import ModeHost
 from lora_rt.plugins.manager.limits import SECONDS_VARIABLE
 from lora_rt.plugins.manager.loading import BLOCK_VARIABLE, load_modes
 from lora_rt.plugins.manager.plugin import Plugin
 from lora_rt.plugins.manager.record import PluginError, PluginRecord, UnknownModeError
+from lora_rt.plugins.manager.sources import each
 
 __all__ = [
     "BLOCK_VARIABLE",

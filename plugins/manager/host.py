@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_rt.plugins.contract import JointGateContext
@@ -17,6 +14,7 @@ from lora_rt.plugins.manager.finding import GROUP
 from lora_rt.plugins.manager.limits import Limits, within
 from lora_rt.plugins.manager.plugin import Plugin, shared_thread
 from lora_rt.plugins.manager.record import PluginError, PluginRecord, UnknownModeError
+from lora_rt.plugins.manager.sources import Sources, each
 
 if TYPE_CHECKING:
     from lora_rt.plugins.contract import (
@@ -32,12 +30,10 @@ if TYPE_CHECKING:
         ScenePrediction,
     )
 
-Find = Callable[[str, Any], Any]
 T = TypeVar("T")
 _GATES = ("lora_rt_gate", "lora_rt_joint_gate")
-_ACTING = (*_GATES, "lora_rt_compose")
-_COMPOSE, _SOURCES = "lora_rt_compose", "lora_rt_sources"
-_log = logging.getLogger("lora_rt.plugins")
+_COMPOSE = "lora_rt_compose"
+_ACTING = (*_GATES, _COMPOSE)
 
 
 class ModeHost:
@@ -262,7 +258,7 @@ class ModeHost:
 
     def sources(self) -> Sources:
         """(label, find) of every registry source that plugins add; no plugin is imported before they are looked at."""
-        return Sources(self)
+        return Sources(partial(self.offering, "lora_rt_sources"))
 
     def call(self, mode: str, hook: str, **arguments: Any) -> Any:
         """The unchecked result of one hook of one mode, or None if the mode does not implement it.
@@ -307,59 +303,3 @@ class ModeHost:
 
     def _load_all(self) -> None:
         each(self._plugins, self._settled)
-
-
-class Sources(Sequence[tuple[str, Find]]):
-    """The sources of plugins; what fails is named in the log and left out."""
-
-    def __init__(self, host: ModeHost) -> None:
-        self._host = host
-
-    @cached_property
-    def _found(self) -> list[tuple[str, Find]]:
-        return [source for found in each(self._host.offering(_SOURCES), _sources_of) for source in found]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._found[index]
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def __iter__(self) -> Iterator[tuple[str, Find]]:
-        return iter(self._found)
-
-
-def _sources_of(plugin: Plugin) -> list[tuple[str, Find]]:
-    mine: list[tuple[str, Find]] = []
-    try:
-        plugin.ask(_SOURCES, register=lambda label, find: mine.append((str(label), _guarded(plugin, find))))
-    except PluginError as error:
-        _log.warning("%s", error.message)
-        return []
-    return mine
-
-
-def _guarded(plugin: Plugin, find: Find) -> Find:
-    """A source's `find` that gives a path or None whatever the plugin does; a LoraRtError of its own passes."""
-
-    def guarded(name: str, base: Any) -> Any:
-        if not plugin.record.usable:
-            return None
-        try:
-            place = plugin.timed(_SOURCES, lambda: find(name, base))
-            if place is not None and not isinstance(place, (str, os.PathLike)):
-                raise plugin.broke(_SOURCES, f"find returned a {type(place).__name__}, not a path")
-        except PluginError as error:
-            _log.warning("%s", error.message)
-            return None
-        return place
-
-    return guarded
-
-
-def each(plugins: Sequence[Plugin], ask: Callable[[Plugin], T]) -> list[T]:
-    """Ask several plugins at once, each within its own time limit, so that all take no longer than the slowest."""
-    if not plugins:
-        return []
-    with ThreadPoolExecutor(len(plugins)) as pool:
-        return list(pool.map(ask, plugins))

@@ -13,10 +13,11 @@ from torch.testing import assert_close
 
 from lora_rt.core.base.shape import blocks_of, positions_of
 from lora_rt.core.engine import shared
-from lora_rt.core.engine.bank import AdapterBank, BankError
+from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.core.engine.layout import PassError
 from lora_rt.core.engine.plan import Plan, base_alone, running_pass
+from lora_rt.core.engine.resident import BankError
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.engine.stack import Factors
 from lora_rt.errors import LoraRtError

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lora_rt.core.engine.bank import BankError
+from lora_rt.core.engine.resident import BankError
 from lora_rt.plugins.contract import Gate
 from support.engine import Engine
 from support.tiny import HEAD_SIZE, HEADS, LAYERS, MLP, TARGETS, Zoo, peft_model, some_ids

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lora_rt.core.base.roles import roles_of
 from lora_rt.core.base.shape import heads_of
-from lora_rt.core.engine.bank import AdapterBank, BankError, ResidentAdapter
+from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.engine.resident import BankError, ResidentAdapter
 from lora_rt.core.engine.stack import Factors
 from lora_rt.plugins.contract import Gate
 from support.architectures.shrink import random_model, tiny_config

@@ -21,23 +21,19 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 REGISTERS = ("logic", "emotion", "body", "archetype")
-SCENES = 6
+SCENES = 4
 
 
 @pytest.fixture(scope="module")
 def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
-    import torch
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_RT_HOME", str(request.config.cache.mkdir("lora-rt-home")))
-        torch.set_num_threads(2)
         yield Runtime.load("default")
-    torch.set_num_threads(1)
 
 
-def held_out(register: str) -> list[dict[str, Any]]:
+def held_out(register: str, count: int = SCENES) -> list[dict[str, Any]]:
     lines = (ROOT / f"examples/registers/heldout/{register}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:SCENES]]
+    return [json.loads(line) for line in lines[:count]]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +90,7 @@ def test_no_register_changes_the_base(runtime: Runtime) -> None:
 
 def begun(register: str) -> list[dict[str, str]]:
     """Prompts that end in the first sentence of a held-out text, and the rest of it."""
-    parts = [(e["scene"], *re.split(r"(?<=[.!?])\s+", e["text"], maxsplit=1)) for e in held_out(register)]
+    parts = [(e["scene"], *re.split(r"(?<=[.!?])\s+", e["text"], maxsplit=1)) for e in held_out(register, 6)]
     return [{"scene": f"{part[0]}\n\n{part[1]}", "text": part[2]} for part in parts if len(part) == 3]
 
 

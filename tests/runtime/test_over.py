@@ -211,7 +211,8 @@ def test_layers_of_one_model_may_lie_on_several_devices() -> None:
     """Tensors without values know their devices, and refuse to be added to one of another."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from lora_rt.core.engine.bank import AdapterBank, ResidentAdapter
+    from lora_rt.core.engine.bank import AdapterBank
+    from lora_rt.core.engine.resident import ResidentAdapter
     from lora_rt.core.engine.stack import Factors
 
     def moved(module: nn.Module, device: str) -> None:
