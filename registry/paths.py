@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_rt.registry import files
 from lora_rt.registry.errors import InvalidReferenceError, RejectedAdapterError, UnknownAdapterError
 from lora_rt.registry.inspection import kinds
-from lora_rt.registry.inspection.adapter import folder_problems
+from lora_rt.registry.inspection.folder import folder_problems
 from lora_rt.registry.reference import Reference, is_name
 from lora_rt.registry.resolved import Resolved, read_folder
 from lora_rt.registry.strict_json import shown

@@ -13,8 +13,8 @@ from typing import Any
 
 from lora_rt.registry import strict_json
 from lora_rt.registry.files import CONFIG
+from lora_rt.registry.inspection.adapted import MAX_RANK
 from lora_rt.registry.inspection.kinds import not_lora, of_another_kind
-from lora_rt.registry.inspection.modules import MAX_RANK
 from lora_rt.registry.inspection.patterns import peft_key
 from lora_rt.registry.inspection.settings import LoraSettings, Pattern
 from lora_rt.registry.inspection.targets import selector, target_parameters

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_rt.registry.files import CHUNK
-from lora_rt.registry.inspection.modules import LoraModule
+from lora_rt.registry.inspection.adapted import LoraModule
 from lora_rt.registry.inspection.safetensors_header import TensorEntry
 from lora_rt.registry.strict_json import shown
 
