@@ -3,7 +3,7 @@
 A composition pins the adapters that its weights were found for by their digests: weights for other bytes mean nothing.
 Where it has a mode, which decides for its adapters at inference, the mode's tensors lie beside it in
 `mixes/<name>.safetensors`, pinned by their digest. A package ships one as a folder of `composition.json` and
-`mode.safetensors` (entry-point group `lora_rt.compositions`).
+`mode.safetensors` (entry-point group `lora_rt.compositions`). The lock of a project has the tensors in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
 from lora_rt.registry import durable, strict_json
 from lora_rt.registry.errors import StoreError
@@ -57,18 +57,19 @@ class NamedComposition(BaseModel):
     scene_types: tuple[Text, ...] = ()
     card: dict[Text, Any] = Field(default_factory=dict)
     state: Digest = ""
+    tensors: Base64Bytes = Field(default=b"", exclude=True, repr=False)  # of its mode, where a lock brought it
 
     @property
     def sha256(self) -> str:
         """The digest of what it does: base, terms in their order with their weights, and its mode with its state."""
         facts: dict[str, Any] = {"base": self.base, "terms": [term.model_dump(mode="json") for term in self.terms]}
         if self.mode:
-            facts |= self.model_dump(mode="json", include=set(_OF_A_MODE))
+            facts |= self.model_dump(mode="json", include=set(OF_A_MODE))
         return sha256_bytes(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
 
     def document(self) -> dict[str, Any]:
         """The JSON form; without a mode, without what a mode would have."""
-        return self.model_dump(mode="json", exclude=set() if self.mode else set(_OF_A_MODE))
+        return self.model_dump(mode="json", exclude=set() if self.mode else set(OF_A_MODE))
 
     @property
     def mode_card(self) -> dict[str, Any]:
@@ -81,7 +82,8 @@ class NamedComposition(BaseModel):
         return " ".join(f"{term.reference}:{term.mean_weight:.4g}" for term in self.terms)
 
 
-_OF_A_MODE = ("mode", "hidden_layers", "scene_types", "card", "state")
+OF_A_MODE = ("mode", "hidden_layers", "scene_types", "card", "state")
+"""Fields that mean nothing without a mode."""
 
 
 class NamedCompositions:
@@ -133,6 +135,8 @@ class NamedCompositions:
         Raises:
             StoreError: it is not there, or it is not the one that was fitted.
         """
+        if composition.tensors and sha256_bytes(composition.tensors) == composition.state:
+            return composition.tensors
         places = [self.folder / f"{composition.name}.safetensors"]
         places += [folder / STATE for folder in self._shipped(composition.name)]
         problems = []

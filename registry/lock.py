@@ -27,10 +27,13 @@ Named compositions follow whole, so that another machine can use them:
     sha256 = "9b1c..."
     weight = 0.61
     layers = []
+
+One with a mode, which decides for its adapters, has the mode's tensors as base64 of a safetensors file.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +42,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from lora_rt.registry import durable, files
-from lora_rt.registry.compositions import NamedComposition
+from lora_rt.registry.compositions import OF_A_MODE, NamedComposition
 from lora_rt.registry.errors import ProjectError
+from lora_rt.registry.files import MEGABYTE
 from lora_rt.registry.models import Name, Pins, SourceText, Text, problems_of, validated
 from lora_rt.registry.project import LOCK_FILE, read_toml
 from lora_rt.registry.reference import Reference, is_commit, name_problem
@@ -90,8 +94,16 @@ def read_locked_compositions(folder: Path) -> list[NamedComposition]:
 
 
 def write_lock(folder: Path, entries: Sequence[Locked], compositions: Sequence[NamedComposition] = ()) -> bool:
-    """Write the lock, whole or not at all; whether anything changed."""
+    """Write the lock, whole or not at all; whether anything changed.
+
+    Raises:
+        ProjectError: it is too large to be read again.
+    """
     text = render(entries, compositions)
+    if len(text.encode()) > MEGABYTE:  # it could not be read again
+        sizes = [f"{item.name}: {len(item.tensors):,} bytes of tensors" for item in compositions if item.tensors]
+        told = f"{LOCK_FILE} would be larger than 1 MB"
+        raise ProjectError(told, next_step="Leave compositions out, or fit routers with fewer groups", problems=sizes)
     path = folder / LOCK_FILE
     if path.is_file() and path.read_bytes() == text.encode():
         return False
@@ -118,15 +130,18 @@ def render(entries: Sequence[Locked], compositions: Sequence[NamedComposition] =
     document[ADAPTERS] = tables
     if compositions:
         document[COMPOSITIONS] = [
-            {
-                "name": item.name,
-                "base": item.base,
-                "sha256": item.sha256,
-                "terms": [term.model_dump(mode="json") for term in item.terms],
-            }
-            for item in sorted(compositions, key=lambda composition: composition.name)
+            _entry(item) for item in sorted(compositions, key=lambda composition: composition.name)
         ]
     return tomlkit.dumps(document)
+
+
+def _entry(item: NamedComposition) -> dict[str, Any]:
+    terms = [term.model_dump(mode="json") for term in item.terms]
+    decided: dict[str, Any] = {}
+    if item.mode:
+        facts = item.model_dump(mode="json", include=set(OF_A_MODE), exclude_none=True)
+        decided = {**facts, "tensors": base64.b64encode(item.tensors).decode()}
+    return {"name": item.name, "base": item.base, "sha256": item.sha256, **decided, "terms": terms}
 
 
 def _document(folder: Path) -> dict[str, object] | None:
@@ -172,4 +187,6 @@ def _locked_composition(entry: Any) -> NamedComposition:
         raise ValueError(problem)
     if entry.get("sha256") != composition.sha256:
         raise ValueError("its sha256 does not follow from its terms")
+    if composition.mode and files.sha256_bytes(composition.tensors) != composition.state:
+        raise ValueError(f"the tensors of its mode {composition.mode!r} are others")
     return composition

@@ -145,14 +145,22 @@ def _differences(project: Project, entries: Sequence[Locked]) -> list[str]:
 
 
 def _portable_compositions(registry: Registry) -> list[NamedComposition]:
-    """The compositions whose adapters other machines can get."""
-    found = [registry.compositions.look_up(name) for name in registry.compositions.names()]
-    return [item for item in found if item is not None and _is_portable(registry, item)]
+    """The compositions, but those that packages ship, whose adapters other machines can get."""
+    names = [
+        name for name in registry.compositions.names() if not registry.compositions.source(name).startswith("ship")
+    ]
+    found = [registry.compositions.look_up(name) for name in names]
+    return [_whole(registry, item) for item in found if item is not None and _is_portable(registry, item)]
+
+
+def _whole(registry: Registry, composition: NamedComposition) -> NamedComposition:
+    """With the tensors of its mode."""
+    if not composition.mode:
+        return composition
+    return composition.model_copy(update={"tensors": registry.compositions.state(composition)})
 
 
 def _is_portable(registry: Registry, composition: NamedComposition) -> bool:
-    if composition.mode:
-        return False  # a lock holds numbers, and no tensors of a mode
     base = BaseIdentity(composition.base, None, "")
     try:
         items = [registry.resolve(term.reference, base, offline=True) for term in composition.terms]
@@ -162,7 +170,7 @@ def _is_portable(registry: Registry, composition: NamedComposition) -> bool:
 
 
 def _project_compositions(registry: Registry, project: Project) -> list[NamedComposition]:
-    """The compositions that the project names. One that is not in the store stays as it is locked.
+    """The compositions that the project names. One that is not in the store stays as it is locked, or as it ships.
 
     Raises:
         ProjectError: one is neither in the store nor locked, or has terms that can't be used; all are named.
@@ -171,18 +179,16 @@ def _project_compositions(registry: Registry, project: Project) -> list[NamedCom
     found: list[NamedComposition] = []
     problems: list[str] = []
     for name in project.compositions:
-        own = registry.compositions.own(name)
-        if own is not None:
-            problems += [f"{name}: {problem}" for problem in registry.composition_problems(own)]
-            if own.mode:
-                problems.append(f"{name}: its mode {own.mode!r} has tensors, which a lock does not hold")
-        elif name not in locked:
+        kept = registry.compositions.own(name) or locked.get(name) or registry.compositions.look_up(name)
+        if kept is None:
             problems.append(f"{name}: there is no such composition here")
-        found += [kept] if (kept := own or locked.get(name)) is not None else []
+        elif name not in locked or kept is not locked[name]:
+            problems += [f"{name}: {problem}" for problem in registry.composition_problems(kept)]
+        found += [kept] if kept is not None else []
     if problems:
         text = f"compositions of {PROJECT_FILE} can't be locked"
         raise ProjectError(text, next_step="Tune them with: lora-rt tune", problems=problems)
-    return found
+    return [_whole(registry, item) for item in found]
 
 
 def _composition_differences(registry: Registry, project: Project | None) -> list[str]:

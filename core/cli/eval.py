@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import look_up
+from lora_rt.core.cli.compose.request import look_up, normalized
 from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.cli.wrapping import show_table
@@ -21,6 +21,7 @@ from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
+    from lora_rt.core.requests.composition import Composition
 
 
 def evaluate(
@@ -37,6 +38,7 @@ def evaluate(
         str | None,
         typer.Option("--sweep", metavar="A:B", help="The curve of a knob: A:w B:1-w for w from 0 to 1."),
     ] = None,
+    normalize: options.Normalize = None,
     base: options.Base = "default",
     allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
@@ -66,15 +68,19 @@ def evaluate(
         specs = [*specs, *knob.specs]
     if not specs:
         raise UsageError("there is no composition", next_step="Give one, or the curve of two: --sweep emotion:logic")
-    compositions = [options.composition_of([spec]) for spec in specs]
+    columns: dict[str, Composition] = {}
+    for spec in specs:
+        composition = normalized(options.composition_of([spec]), normalize)
+        # The columns of a knob keep the names by which its curve finds them.
+        columns[spec if knob is not None and spec in knob.specs else str(composition)] = composition
     if plot is not None:
         check_plot(plot)
-    for composition in compositions:
+    for composition in columns.values():
         look_up(composition, base)
     text = options.text_format(template_var, special_tokens)
     examples = _read(data)
     check_output()
-    matrix = _measure(specs, examples, base, precision, device, text)
+    matrix = _measure(columns, examples, base, precision, device, text)
     # A picture that can't be written after all must not take the figures with it.
     if as_json:
         print_json(matrix.document())
@@ -105,7 +111,7 @@ def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _measure(
-    specs: list[str],
+    columns: dict[str, Composition],
     data: dict[str, list[dict[str, Any]]],
     base: str,
     precision: str,
@@ -118,8 +124,8 @@ def _measure(
     counts = ", ".join(f"{len(examples)} of {name}" for name, examples in data.items())
     err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({precision})[/]", soft_wrap=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("evaluating", total=len(data) * (len(specs) + 1))
-        return measure(runtime, data, specs, lambda what: progress.update(task, advance=1, description=what))
+        task = progress.add_task("evaluating", total=len(data) * (len(columns) + 1))
+        return measure(runtime, data, columns, lambda what: progress.update(task, advance=1, description=what))
 
 
 def _measure_bridges(context: typer.Context, arguments: list[str], as_json: bool) -> None:

@@ -75,10 +75,12 @@ def text_losses(
 def evaluate(
     runtime: Runtime,
     data: Mapping[str, Sequence[Mapping[str, Any]]],
-    specs: Sequence[str],
+    specs: Sequence[str] | Mapping[str, Composition],
     advance: Callable[[str], None] = lambda _what: None,
 ) -> Matrix:
     """Every data set under the base and under every composition; `advance` hears of each finished cell.
+
+    `specs` are texts of compositions, or compositions by the name of their column.
 
     Raises:
         DataError: examples are longer than the base's context, before any of them is read.
@@ -87,7 +89,8 @@ def evaluate(
     for name, examples in data.items():
         lengths = [len(text.prompt_ids(e["scene"])) + len(text.answer_ids(e["text"])) for e in examples]
         check_fit(examples, lengths, limit, name)
-    columns: dict[str, str | None] = {BASE: None, **{spec: spec for spec in specs}}
+    given = specs if isinstance(specs, Mapping) else {spec: spec for spec in specs}
+    columns: dict[str, Composition | str | None] = {BASE: None, **given}
     losses: dict[str, dict[str, TextLosses]] = {name: {} for name in data}
     for name, examples in data.items():
         for spec, composition in columns.items():

@@ -125,6 +125,17 @@ def test_a_sweep_draws_the_curve_of_a_knob(cli: Cli, zoo: Zoo, data: Path, tiny:
     assert (tmp_path / "k.png").stat().st_size > 1000
 
 
+def test_eval_normalizes_every_composition_but_those_within_the_sum(
+    cli: Cli, zoo: Zoo, data: Path, tiny: list[str]
+) -> None:
+    a, b = (str(zoo.adapter("llama", seed=seed)) for seed in (1, 2))
+    measured = ["--data", f"mine={data}", "--json", *tiny]
+    done = cli("eval", f"{a}:1.5 {b}:0.5", f"{a}:0.5", "--normalize", "1", *measured)
+    assert "normalized: the weights added up to 2, each was multiplied by 0.5" in done.err
+    plain = cli("eval", f"{a}:0.75 {b}:0.25", f"{a}:0.5", *measured)
+    assert json.loads(done.out)["nll"] == json.loads(plain.out)["nll"]
+
+
 @pytest.mark.parametrize("given", [["--sweep", "emotion"], ["--sweep", "a:a"], ["--sweep", "a:b:c"], []])
 def test_what_is_no_knob_is_a_usage_error(cli: Cli, data: Path, given: list[str]) -> None:
     done = cli("eval", *given, "--data", f"mine={data}")

@@ -10,6 +10,7 @@ import pytest
 
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, ProjectError, UnknownAdapterError
+from lora_rt.registry.files import sha256_bytes
 from lora_rt.registry.health import registry_checks
 from lora_rt.registry.hub.pull import pull
 from lora_rt.registry.lock import read_locked_compositions
@@ -117,6 +118,61 @@ def test_the_lock_holds_the_composition_and_frozen_puts_it_back(project: Registr
     again = project.compositions.get("blend")
     assert again is not None
     assert again.sha256 == here.sha256
+
+
+def decided(project: Registry, tensors: bytes) -> NamedComposition:
+    """The composition of the project with a mode that has learned something."""
+    facts = {"mode": "router", "card": {"gate": "top1"}, "state": sha256_bytes(tensors)}
+    return named_composition("blend", project.resolve("mood")).model_copy(update=facts)
+
+
+def test_the_lock_holds_what_the_mode_of_a_composition_has_learned(project: Registry) -> None:
+    tensors = bytes(range(256)) * 40
+    project.compositions.save(decided(project, tensors), tensors)
+    here = project.compositions.get("blend")
+    make_lock(project)
+    assert make_lock(project)[1] is False
+    shutil.rmtree(project.store.root)
+    sync(project, frozen=True)
+    again = project.compositions.get("blend")
+    assert here is not None
+    assert again is not None
+    assert (again.sha256, again.mode_card) == (here.sha256, here.mode_card)
+    assert project.compositions.state(again) == tensors
+    assert "tensors" not in again.document()
+
+
+@pytest.mark.parametrize("change", ["tensors", "too large"])
+def test_tensors_that_are_others_or_too_many_are_refused(project: Registry, change: str) -> None:
+    tensors = b"x" * (800_000 if change == "too large" else 30)
+    project.compositions.save(decided(project, tensors), tensors)
+    if change == "too large":
+        with pytest.raises(ProjectError, match="larger than 1 MB") as error:
+            make_lock(project)
+        assert error.value.problems == ("blend: 800,000 bytes of tensors",)
+        assert not (project.folder / "lora-rt.lock").exists()
+        return
+    make_lock(project)
+    path = project.folder / "lora-rt.lock"
+    path.write_text(path.read_text().replace('tensors = "eHh4', 'tensors = "eHh5'))
+    with pytest.raises(ProjectError) as error:
+        read_locked_compositions(project.folder)
+    assert error.value.problems == ("composition 1 ('blend'): the tensors of its mode 'router' are others",)
+
+
+def test_a_composition_that_ships_is_locked_where_the_project_names_it_and_only_there(
+    registry: Registry, hub: LocalHub
+) -> None:
+    shipped = registry.compositions.look_up("registers")
+    assert shipped is not None
+    hub.commit(REPO, adapter_files())
+    registry.compositions.save(named_composition("mine", pull(registry.store, Reference.parse(REPO))))
+    make_lock(registry)
+    assert [mix.name for mix in read_locked_compositions(registry.folder)] == ["mine"]
+    (registry.folder / "lora-rt.toml").write_text('compositions = ["registers"]\n[adapters]\n')
+    make_lock(registry)
+    (locked,) = read_locked_compositions(registry.folder)
+    assert (locked.sha256, sha256_bytes(locked.tensors)) == (shipped.sha256, shipped.state)
 
 
 def test_frozen_names_a_composition_that_is_another_here_and_changes_nothing(project: Registry) -> None:
