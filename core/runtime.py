@@ -27,41 +27,11 @@ from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.explaining import Explanation, explain
 from lora_rt.core.requests.residents import AdapterInfo, ResidentError
 from lora_rt.core.requests.rows import Compositions, RequestError
-from lora_rt.core.requests.running import RequestRow
+from lora_rt.core.requests.running import RequestRow, RowStream
 from lora_rt.plugins.contract import BaseFacts, SceneType
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
-
-
-class TextStream(Iterator[str]):
-    """The pieces of one answer as they are decoded; its composition can be changed between two of them."""
-
-    def __init__(self, runtime: Runtime, row: RequestRow, steps: Iterator[list[int | None]]) -> None:
-        self._runtime = runtime
-        self._row = row
-        self._steps = steps
-        self._last = ""
-
-    def compose(self, composition: CompositionLike | None) -> None:
-        """Go on under another composition from the next token on; what was read and said stays as it was computed.
-
-        Raises:
-            LoraRtError: it can't be used; the stream then goes on as it was.
-        """
-        self._row.compose(composition)
-
-    def __next__(self) -> str:
-        for _ in self._steps:
-            if piece := self._row.new_text():
-                return piece
-        if piece := self._row.new_text():
-            return piece
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop decoding."""
-        self._steps.close()  # type: ignore[attr-defined]  # a generator
 
 
 class Runtime:
@@ -119,9 +89,7 @@ class Runtime:
             LoraRtError: with what went wrong and what to do.
         """
         check_wish(multiply)
-        modes = modes or load_modes()
-        if registry is None:
-            registry = Registry(project=project, sources=modes.sources(), allow_base_mismatch=allow_base_mismatch)
+        modes, registry = _opened(modes, registry, project, allow_base_mismatch)
         text = base if isinstance(base, str) else str(Path(fspath(base)).absolute())
         loaded = load_base(text, precision, device)
         return cls(
@@ -165,9 +133,7 @@ class Runtime:
         Raises:
             LoraRtError: with what went wrong and what to do; the model is then as it was.
         """
-        modes = modes or load_modes()
-        if registry is None:
-            registry = Registry(project=project, sources=modes.sources(), allow_base_mismatch=allow_base_mismatch)
+        modes, registry = _opened(modes, registry, project, allow_base_mismatch)
         base = given_base(model, tokenizer, base_id)
         try:
             return cls(
@@ -336,7 +302,15 @@ class Runtime:
         given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if not given:
             return []
-        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, min_new_tokens, _texts(stop))
+        sampling = Sampling.given(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            stop=stop,
+        )
         rows = self._prompted(given, compositions, scenes, sampling, seed)
         for _ in self._steps(rows, deterministic):
             pass
@@ -352,7 +326,7 @@ class Runtime:
         seed: Seeds = None,
         deterministic: bool = False,
         **sampling: Any,
-    ) -> TextStream:
+    ) -> RowStream:
         """The answer to one prompt, piece by piece as it is decoded; joined, the pieces are what `generate` returns.
 
         Takes the sampling settings of `generate` by name. The stream's `compose` changes the weights while it runs:
@@ -362,8 +336,8 @@ class Runtime:
                 if "So:" in piece:
                     stream.compose("emotion:0.2 logic:0.8")
         """
-        rows = self._prompted([prompt], composition, [scene], _sampling(sampling), seed)
-        return TextStream(self, rows[0], self._steps(rows, deterministic))
+        rows = self._prompted([prompt], composition, [scene], Sampling.given(**sampling), seed)
+        return RowStream(rows[0], self._steps(rows, deterministic))
 
     def decode(
         self,
@@ -379,8 +353,7 @@ class Runtime:
 
         Takes the sampling settings of `generate` by name.
         """
-        chosen = _sampling(sampling)
-        seeds = seeds_per_row(seed, len(input_ids))
+        chosen, seeds = Sampling.given(**sampling), seeds_per_row(seed, len(input_ids))
         rows = self.parts.rows(input_ids, compositions, scenes, sampling=chosen, seeds=seeds)
         return self._steps(rows, deterministic)
 
@@ -412,7 +385,7 @@ class Runtime:
         **sampling: Any,
     ) -> list[RequestRow]:
         """Rows that can join a `batch`, each with the settings of `generate`; `compose` changes them while they run."""
-        return self._prompted(prompts, compositions, scenes, _sampling(sampling), seed)
+        return self._prompted(prompts, compositions, scenes, Sampling.given(**sampling), seed)
 
     def plan(
         self, input_ids: Sequence[Sequence[int]], compositions: Compositions = None, scenes: str | None = None
@@ -517,7 +490,6 @@ class Runtime:
         sampling: Sampling,
         seed: Seeds,
     ) -> list[RequestRow]:
-        sampling.check()
         seeds = seeds_per_row(seed, len(prompts))
         ids = [self.text.prompt_ids(prompt) for prompt in prompts]
         return self.parts.rows(ids, compositions, scenes, prompts=prompts, sampling=sampling, seeds=seeds, spoken=True)
@@ -546,15 +518,11 @@ class Runtime:
                 yield [row.answer[-1] if id(row) in got else None for row in rows]
 
 
-def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """The settings that a caller gives by name, checked."""
-    given = dict(settings)
-    if "stop" in given:
-        given["stop"] = _texts(given["stop"])
-    chosen = Sampling(**given)
-    chosen.check()
-    return chosen
-
-
-def _texts(stop: Sequence[str] | str) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _opened(
+    modes: ModeHost | None, registry: Registry | None, project: Path | None, allow_base_mismatch: bool
+) -> tuple[ModeHost, Registry]:
+    """The caller's modes and registry, or new ones."""
+    modes = modes or load_modes()
+    if registry is None:
+        registry = Registry(project=project, sources=modes.sources(), allow_base_mismatch=allow_base_mismatch)
+    return modes, registry

@@ -39,6 +39,17 @@ class Sampling:
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
 
+    @classmethod
+    def given(cls, *, stop: Sequence[str] | str = (), **settings: Any) -> Sampling:
+        """The settings that a caller gives by name, checked; a single text is a `stop` too.
+
+        Raises:
+            SamplingError: as `check`.
+        """
+        chosen = cls(stop=(stop,) if isinstance(stop, str) else tuple(stop), **settings)
+        chosen.check()
+        return chosen
+
     def check(self) -> None:
         """Raises SamplingError with everything that is not a number or out of range."""
         problems = self._not_numbers()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from lora_rt.core.generation.row import DecodingRow
 from lora_rt.core.generation.sampling import Sampling
@@ -84,3 +84,36 @@ class RequestRow(DecodingRow):
         found = "".join(self._text[self._taken :])
         self._taken = len(self._text)
         return found
+
+
+class RowStream(Iterator[str]):
+    """The pieces of one answer as they are decoded; its composition can be changed between two of them.
+
+    Args:
+        row: whose text it is.
+        steps: a generator that decodes; each of its items is a step.
+    """
+
+    def __init__(self, row: RequestRow, steps: Iterator[list[int | None]]) -> None:
+        self._row = row
+        self._steps = steps
+
+    def compose(self, composition: CompositionLike | None) -> None:
+        """Go on under another composition from the next token on; what was read and said stays as it was computed.
+
+        Raises:
+            LoraRtError: it can't be used; the stream then goes on as it was.
+        """
+        self._row.compose(composition)
+
+    def __next__(self) -> str:
+        for _ in self._steps:
+            if piece := self._row.new_text():
+                return piece
+        if piece := self._row.new_text():
+            return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop decoding."""
+        self._steps.close()  # type: ignore[attr-defined]  # a generator

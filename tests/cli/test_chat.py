@@ -138,7 +138,7 @@ def test_a_chat_at_a_terminal(zoo: Zoo) -> None:
     with chat(one, *tiny) as terminal:
         terminal.see("Type a message, or /help.")
         terminal.type("/scene nonsense\r")
-        terminal.see("there is no scene type 'nonsense'")
+        terminal.see("no adapter in use tells scenes apart")
         terminal.type("/dance\r")
         terminal.see("there is no /dance")
         terminal.type("\x1b[200~a\rb\x1b[201~")

@@ -1,13 +1,18 @@
-"""`--scene` is held against the scene types of the adapters in use, before a base is loaded."""
+"""`--scene`, and `/scene` in a chat, are held against the scene types of the adapters in use."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lora_rt.core.cli.compose.chat import Chat
+from lora_rt.core.cli.compose.request import ComposeRequest
+from lora_rt.core.requests.composition import Composition
+from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card
 from support.cli import Cli
 from support.tiny import Zoo
@@ -32,7 +37,7 @@ def test_a_scene_that_nobody_reads_is_said_to_change_nothing(cli: Cli, zoo: Zoo,
     tiny = ["--base", str(zoo.base("llama")), "--precision", "float32"]
     done = cli(*command, str(zoo.adapter("llama")), "--scene", "body", *tiny)
     assert done.code == 0
-    assert "warning: no adapter in use tells scenes apart, so --scene body may change nothing" in done.err
+    assert "warning: no adapter in use tells scenes apart, so the scene type body may change nothing" in done.err
 
 
 @pytest.mark.parametrize("scene", ["body", "neutral", "logic body[So:]"])
@@ -55,3 +60,16 @@ def test_the_field_of_an_adapter_that_tells_no_scenes_apart_binds_nobody(cli: Cl
     done = cli(*COMMANDS[0], str(adapter), "--scene", "body", *tiny)
     assert done.code == 0
     assert "may change nothing" in done.err
+
+
+def test_a_chat_knows_the_scene_types_of_a_composition_as_the_option_does() -> None:
+    """The composition that ships tells scenes apart, its four adapters do not."""
+    nothing: Any = None  # a runtime, which is not asked
+    talk = Chat(nothing, ComposeRequest(Composition.parse("registers"), None, "default", "int4", "cpu", None, 4, 0, 1))
+    talk.scene("logic body[So:]")
+    assert talk.request.scene == "logic body[So:]"
+    with pytest.raises(LoraRtError, match="there is no scene type 'nonsense'") as caught:
+        talk.scene("nonsense")
+    assert "archetype" in caught.value.next_step
+    talk.scene("")
+    assert talk.request.scene is None

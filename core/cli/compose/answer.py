@@ -17,7 +17,9 @@ from lora_rt.core.cli.wrapping import WordWrap
 from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
-    from lora_rt.core.runtime import Runtime, TextStream
+    from lora_rt.core.requests.answered import Answer
+    from lora_rt.core.requests.running import RowStream
+    from lora_rt.core.runtime import Runtime
 
 
 def answer(request: ComposeRequest, *, as_json: bool) -> None:
@@ -25,14 +27,14 @@ def answer(request: ComposeRequest, *, as_json: bool) -> None:
     runtime = request.load()
     assert request.prompt is not None
     if as_json:
-        print_json(_document(runtime, request))
+        print_json(_answered(runtime, request, request.prompt).document())
         return
     show_terms(runtime, request)
     speak(runtime, request, request.prompt)
 
 
 def speak(
-    runtime: Runtime, request: ComposeRequest, prompt: Any, between: Callable[[TextStream], str] | None = None
+    runtime: Runtime, request: ComposeRequest, prompt: Any, between: Callable[[RowStream], str] | None = None
 ) -> str:
     """Stream an answer to standard output and return it.
 
@@ -68,7 +70,7 @@ def _show(text: str) -> None:
 def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
     """Which adapters speak, with which weight, and where each came from; on standard error."""
     lines = []
-    terms = _terms(runtime, request)
+    terms = runtime.terms(request.composition)
     for info, weight in terms:
         revision = f"@{info.revision[:12]}" if info.revision else ""
         origin = f"{info.mode}, {info.source}{revision}, sha256 {info.sha256[:8]}"
@@ -84,28 +86,20 @@ def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
         err.print(line, soft_wrap=not err.is_terminal)
 
 
-def _terms(runtime: Runtime, request: ComposeRequest) -> list[tuple[Any, float]]:
-    return list(runtime.terms(request.composition))
+def _answered(runtime: Runtime, request: ComposeRequest, prompt: str) -> Answer:
+    from lora_rt.core.requests.answered import Answer
 
-
-def _document(runtime: Runtime, request: ComposeRequest) -> dict[str, Any]:
-    assert request.prompt is not None
     started = time.perf_counter()
     (text,) = runtime.generate(
-        [request.asked(request.prompt)],
-        request.composition,
-        scenes=request.scene,
-        seed=request.seed,
-        **request.sampling(),
+        [request.asked(prompt)], request.composition, scenes=request.scene, seed=request.seed, **request.sampling()
     )
     seconds = time.perf_counter() - started
-    return {
-        "prompt": request.prompt,
-        "text": text,
-        "base": runtime.base.id,
-        "precision": runtime.base.precision,
-        "seed": request.seed,
-        "terms": [info.term(weight) for info, weight in _terms(runtime, request)],
-        "tokens": len(runtime.tokenizer(text, add_special_tokens=False).input_ids),
-        "seconds": round(seconds, 3),
-    }
+    return Answer(
+        prompt=prompt,
+        text=text,
+        base=runtime.base,
+        seed=request.seed,
+        terms=runtime.terms(request.composition),
+        tokens=len(runtime.tokenizer(text, add_special_tokens=False).input_ids),
+        seconds=seconds,
+    )

@@ -10,14 +10,15 @@ from rich.markup import escape
 
 from lora_rt.core.cli.compose.answer import show_terms, speak
 from lora_rt.core.cli.compose.keyboard import Keyboard
-from lora_rt.core.cli.compose.request import ComposeRequest, caution
+from lora_rt.core.cli.compose.request import ComposeRequest, caution, check_scene, look_up
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.failures import explain, in_words
 from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import LoraRtError
 
 if TYPE_CHECKING:
-    from lora_rt.core.runtime import Runtime, TextStream
+    from lora_rt.core.requests.running import RowStream
+    from lora_rt.core.runtime import Runtime
 
 _HELP = """\
 [bold]/weights emotion:0.2 logic:0.8[/]  change the weights, also during an answer (alone: show them)
@@ -49,7 +50,7 @@ class Chat:
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         self.request = replace(self.request, seed=self.request.seed + 1)
 
-    def _between(self, stream: TextStream) -> str:
+    def _between(self, stream: RowStream) -> str:
         """Weights that were typed while an answer is shown hold from its next token on; a note about each."""
         notes = []
         for line in self.keyboard.poll():
@@ -81,19 +82,12 @@ class Chat:
         """Set or clear the scene type.
 
         Raises:
-            LoraRtError: no adapter of the composition knows it; its types are named.
+            LoraRtError: adapters and compositions in use tell scenes apart, and none has it; their types are named.
         """
-        known = self.scene_types()
-        if name and name not in known:
-            has = f"The scene types here are: {', '.join(known)}" if known else "No adapter in use tells scenes apart"
-            raise LoraRtError(f"there is no scene type {name!r}", next_step=has)
+        composition, base = self.request.composition, self.request.base
+        check_scene(name or None, composition, look_up(composition, base))
         self.request = replace(self.request, scene=name or None)
         err.print(f"[dim]scene type: {escape(name) or 'recognized from each message'}[/]")
-
-    def scene_types(self) -> list[str]:
-        """The scene types of the adapters in use, in their order."""
-        infos = [info for info, _ in self.runtime.terms(self.request.composition)]
-        return list(dict.fromkeys(kind for info in infos if info.card for kind in info.card.scene_types))
 
     def seed(self, text: str) -> None:
         """Set the seed of the next answer."""

@@ -180,7 +180,7 @@ def look_up(composition: Composition, base: str | None = None) -> list[Resolved]
 
 
 def check_scene(scene: str | None, composition: Composition, adapters: Sequence[Resolved]) -> None:
-    """What `--scene` says, against the scene types of the adapters and compositions in use that tell scenes apart.
+    """What `--scene` or `/scene` says, against the scene types of whatever in use tells scenes apart.
 
     Where none does, that is said in a line: a mode may read scenes without telling them apart, but few do.
 
@@ -201,7 +201,7 @@ def check_scene(scene: str | None, composition: Composition, adapters: Sequence[
         text = f"there is no scene type {' or '.join(map(repr, unknown))}"
         raise ComposeError(text, next_step=f"The scene types here are: {', '.join(known)}")
     if unknown:
-        text = f"no adapter in use tells scenes apart, so --scene {scene} may change nothing"
+        text = f"no adapter in use tells scenes apart, so the scene type {scene} may change nothing"
         err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)
 
 
