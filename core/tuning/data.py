@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.generation.prompts import TextFormat
-from lora_rt.core.training.data import DataError, Pairs, check_fit, read_pairs
+from lora_rt.core.training.data import Pairs, check_fit, read_pairs
+from lora_rt.core.training.sources import DataError
 
 _POOL = 8  # batches whose examples are sorted by length together
 
