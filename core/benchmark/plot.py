@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.picture import PlotError, canvas, save
 from lora_rt.core.benchmark.table import noise
 from lora_rt.core.benchmark.workloads import SYSTEMS
-from lora_rt.core.evaluation.plot import PlotError, canvas, save
 
 _BAR = 0.8
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.benchmark.table import IDLE, noise, shown
@@ -29,7 +30,6 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.bench_serve import serve
 from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
 from lora_rt.core.cli.session import starting
-from lora_rt.core.evaluation.plot import check_plot
 
 _INTERRUPTED = 130
 

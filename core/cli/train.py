@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,27 +13,37 @@ from rich.markup import escape
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli import options
-from lora_rt.core.cli.console import compose_hint
+from lora_rt.core.cli.console import compose_hint, err
 from lora_rt.core.cli.console import out as console
 from lora_rt.core.cli.session import session, starting
+from lora_rt.core.step.runfile import read_run, written
 from lora_rt.core.step.settings import TrainSettings, check_targets
 from lora_rt.core.training.data import read_lines
+from lora_rt.core.training.destination import Destination
+from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager.finding import OURS
+from lora_rt.registry.store import Store
 
 if TYPE_CHECKING:
+    from lora_rt.core.training.prepare import Prepared
+    from lora_rt.core.training.rehearsal import Rehearsal
     from lora_rt.core.training.run import TrainResult
 
 
 def train(
+    context: typer.Context,
     register: Annotated[
-        str, typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name.")
-    ],
+        str | None,
+        typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name."),
+    ] = None,
     data: Annotated[
-        Path,
-        typer.Option(
-            "--data", metavar="DATA", help="JSON lines, a list, Parquet, a folder of them, or org/name of a data set."
-        ),
-    ],
+        Path | None,
+        typer.Option("--data", metavar="DATA", help="JSON lines, a list, Parquet, a folder of them, or a data set."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="RUN.yaml", help="Options from a file, or of a register.json's run."),
+    ] = None,
     mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")] = "output-only",
     held_out: Annotated[
         Path | None,
@@ -76,59 +87,148 @@ def train(
     template_var: options.TemplateVar = None,
     special_tokens: options.SpecialTokens = False,
     licence: Annotated[str, typer.Option("--licence", help="The adapter's licence, e.g. Apache-2.0.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say tokens, steps, memory and time; train and write nothing.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same run.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Put the adapter there instead of into the store.")
     ] = None,
 ) -> None:
-    """Train an adapter for REGISTER on JSON lines and publish it with its card."""
-    settings = TrainSettings(
-        register=register,
-        mode=mode,
-        data=data,
-        held_out=held_out,
-        base=base,
-        precision=precision,
-        device=device,
-        r=r,
-        alpha=alpha,
-        target_modules=tuple(_words(target_modules)),
-        dropout=dropout,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        seed=seed,
-        options=options.mode_options(option or []),
-        scene_types=tuple(_words(scene_types)),
-        licence=licence,
+    """Train an adapter for REGISTER on examples and publish it with its card."""
+    given: dict[str, Any] = {
+        "register": register,
+        "mode": mode,
+        "data": data,
+        "held_out": held_out,
+        "base": base,
+        "precision": precision,
+        "device": device,
+        "r": r,
+        "alpha": alpha,
+        "target_modules": tuple(_words(target_modules)),
+        "dropout": dropout,
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "gradient_checkpointing": gradient_checkpointing,
+        "optimizer": optimizer,
+        "seed": seed,
+        "options": options.mode_options(option or []),
+        "scene_types": tuple(_words(scene_types)),
+        "licence": licence,
         **options.text_format(template_var, special_tokens),
-    )
-    _check(settings)
-    from lora_rt.core.training.run import train as run
+        "out": out,
+        "resume": resume,
+        "dry_run": dry_run,
+    }
+    with _all_at_once() as attempt:
+        if config is not None:
+            given |= _of_file(config, context, attempt)
+        out, resume, dry_run = (given.pop(name) for name in ("out", "resume", "dry_run"))
+        _check(given, out, attempt)
+    settings = TrainSettings(**given)
+    with starting():
+        from lora_rt.core.training.rehearsal import rehearse
+        from lora_rt.core.training.run import train as run
 
-    _report(run(settings, out=out, resume=resume), settings, out)
+    def show(prepared: Prepared) -> None:
+        if config is not None or dry_run:
+            further = {"out": out, "resume": resume}
+            err.print(escape(written(prepared.resolved, **further).rstrip()), highlight=False, soft_wrap=True)
+
+    if dry_run:
+        _report_rehearsal(rehearse(settings, session().modes, show))
+    else:
+        _report(run(settings, out=out, resume=resume, ready=show), settings, out)
 
 
-def _check(settings: TrainSettings) -> None:
-    """What can be said before torch is imported, which takes seconds, and before a base is loaded."""
-    source = parse_base(settings.base)
-    check_device(settings.device)
+Attempt = Callable[[Callable[[], object]], None]
+
+
+@contextmanager
+def _all_at_once() -> Iterator[Attempt]:
+    """Gives what runs a check and keeps its refusal; at the end one error tells them all.
+
+    Raises:
+        LoraRtError: the refusal, or one with all of them.
+    """
+    found: dict[str, LoraRtError] = {}
+
+    def attempt(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except LoraRtError as error:
+            found.setdefault(str(error), error)
+
+    yield attempt
+    errors = list(found.values())
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [line for error in errors for line in (error.problems or (error.message,))]
+        kind = UsageError if any(isinstance(error, UsageError) for error in errors) else LoraRtError
+        raise kind("this run can't be", problems=problems, next_step=errors[0].next_step)
+
+
+def _of_file(file: Path, context: typer.Context, attempt: Attempt) -> Mapping[str, Any]:
+    """What the file says and the command line does not."""
+
+    def whole() -> None:
+        if found.problems:
+            text = f"{file} has {'a problem' if len(found.problems) == 1 else f'{len(found.problems)} problems'}"
+            raise UsageError(text, problems=found.problems, next_step="Its options are those of: lora-rt train --help")
+
     with options.usage():
-        settings.check()
-    check_targets(settings.target_modules, source)
+        found = read_run(file)
+    attempt(whole)
+    typed = {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
+    spelled = {"options": "option", "template_variables": "template_var"}
+    return {name: value for name, value in found.values.items() if spelled.get(name, name) not in typed}
+
+
+def _check(given: Mapping[str, Any], out: Path | None, attempt: Attempt) -> None:
+    """What can be said before torch is imported, which takes seconds, and before a base is loaded."""
+    for name, spelled in (("register", "REGISTER"), ("data", "--data")):
+        if given[name] is None:
+            attempt(lambda spelled=spelled: _missing(spelled))  # type: ignore[misc]
+    settings = TrainSettings(**{**given, "register": given["register"] or "x", "data": given["data"] or Path()})
+
+    def base() -> None:
+        source = parse_base(settings.base)
+        check_device(settings.device)
+        check_targets(settings.target_modules, source)
+
+    def in_range() -> None:
+        with options.usage():
+            settings.check()
+        if given["register"]:
+            Destination(Store(), settings.register, out).check()
+
+    def mode() -> None:
+        with nullcontext() if any(record.name == settings.mode for record in modes.records) else options.usage():
+            modes.require(settings.mode)
+
+    attempt(base)
+    attempt(in_range)
     modes = session().modes
-    with nullcontext() if any(record.name == settings.mode for record in modes.records) else options.usage():
-        modes.require(settings.mode)
+    attempt(mode)
     # Which fields a stranger's mode reads is known only when it has seen the base; ours read these.
     ours = any(record.name == settings.mode and record.package == OURS for record in modes.records)
-    for path in (settings.data, settings.held_out):
+    for path in (given["data"], settings.held_out):
         if path is not None:
-            read_lines(path, ("scene", "text") if ours else (), chats=True)
-    with starting():
-        import lora_rt.core.training.run  # noqa: F401
+            attempt(lambda path=path: read_lines(path, ("scene", "text") if ours else (), chats=True))  # type: ignore[misc]
+
+
+def _missing(spelled: str) -> None:
+    raise UsageError(f"{spelled} is missing", next_step="See: lora-rt train --help")
+
+
+def _report_rehearsal(found: Rehearsal) -> None:
+    for name, text in found.lines():
+        console.print(f"{name.ljust(10)}{escape(text)}", soft_wrap=True, highlight=False)
+    console.print("nothing was trained and nothing was written")
 
 
 def _report(result: TrainResult, settings: TrainSettings, out: Path | None) -> None:

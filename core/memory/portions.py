@@ -52,7 +52,7 @@ def pick_portions(
     needs = {}
     for way in ways:
         try:
-            needs[way] = _need(settings, base, sequences, optimizer, *way)
+            needs[way] = bytes_needed(settings, base, sequences, optimizer, *way)
         except (PlanError, BaseError) as error:
             return Portions(optimizer, *ways[0], why=f"memory is not planned: {error.message}")
         if needs[way] <= _SHARE * free:
@@ -86,7 +86,7 @@ def _ways(settings: TrainSettings, base: LoadedBase, *, divisible: bool) -> Iter
     yield from ((n, checkpointing) for checkpointing in again for n in parts)
 
 
-def _need(
+def bytes_needed(
     settings: TrainSettings,
     base: LoadedBase,
     sequences: Sequence[Encoded],

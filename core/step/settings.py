@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from lora_rt.registry.inspection.config import read_config
 from lora_rt.registry.reference import is_name
 
 Optimizer = Literal["adamw", "paged-adamw-8bit"]
+_MOST_OF_A_PATH = 300  # characters that a card has room for
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 
@@ -96,6 +98,7 @@ class TrainSettings:
             problems.append(f"the seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         problems += self._unpublishable() if not problems else []
         if problems:
+            problems += _refusals(check_precision, self.precision) + _refusals(check_device, self.device)
             raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
         check_precision(self.precision)
         check_device(self.device)
@@ -110,7 +113,10 @@ class TrainSettings:
         return [problem.removeprefix(f"{CARD}: ") for problem in card] + config
 
     def card_facts(self) -> dict[str, Any]:
-        """What the settings give to the adapter's card."""
+        """What the settings give to the adapter's card: enough for `lora-rt train --config register.json` to repeat it.
+
+        What the run picks by itself and how it reads texts is added when it is published.
+        """
         return {
             "register": self.register,
             "mode": self.mode,
@@ -126,6 +132,10 @@ class TrainSettings:
                 "epochs": self.epochs,
                 "batch_size": self.batch_size,
                 "precision": self.precision,
+                "device": self.device,
+                "base": _as_typed(self.base),
+                "data": _as_typed(self.data),
+                "held_out": None if self.held_out is None else _as_typed(self.held_out),
                 **{f"option {key}": value for key, value in self.options.items()},
             },
         }
@@ -145,6 +155,21 @@ class TrainSettings:
         plain = {key: str(value) for key, value in asdict(self).items() if key not in apart} | {"optimizer": optimizer}
         facts = json.dumps([plain, data_digest, base_digest], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _refusals(check: Callable[[str], object], value: str) -> list[str]:
+    try:
+        check(value)
+    except LoraRtError as error:
+        return [error.message]
+    return []
+
+
+def _as_typed(place: str | Path) -> str:
+    """A path as the user gave it, but without the name of the home that it may begin with: cards get published."""
+    text, home = str(place), str(Path.home())
+    text = f"~{text[len(home) :]}" if text.startswith(home + os.sep) else text
+    return text if len(text) <= _MOST_OF_A_PATH else Path(text).name[-_MOST_OF_A_PATH:]
 
 
 def check_targets(wanted: Sequence[str], base: BaseSource) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +28,17 @@ class InterruptedRunError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Held-out losses in nats per labelled token before and after, the steps of the run, and its speed."""
+    """Held-out losses in nats per labelled token before and after, the steps of the run, and its speed.
+
+    `losses` are those of the steps, each with its number; `held_out` those of the held-out examples, after so many.
+    """
 
     loss_before: float
     loss_after: float
     steps: int
     tokens_per_second: float
+    losses: Sequence[tuple[int, float]] = ()
+    held_out: Sequence[tuple[int, float]] = ()
 
 
 def fit(prepared: Prepared, folder: Path, checkpoint: Path | None) -> Fitted:
@@ -68,7 +73,9 @@ def fit(prepared: Prepared, folder: Path, checkpoint: Path | None) -> Fitted:
         raise TrainingDivergedError(text, next_step="Try a smaller --lr, or another --precision")
     share = (state.max_steps - checkpoints.first_step) / max(state.max_steps, 1)
     tokens = sum(len(item.input_ids) for item in prepared.training) * prepared.settings.epochs * share
-    return Fitted(before, after, state.global_step, tokens / max(output.metrics["train_runtime"], 1e-9))
+    speed = tokens / max(output.metrics["train_runtime"], 1e-9)
+    losses = [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
+    return Fitted(before, after, state.global_step, speed, losses, [(0, before), (state.global_step, after)])
 
 
 def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpoints, LiveLine]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +47,17 @@ class Prepared:
     portions: Portions
     model: Any
     gates: RankGates
+
+    @property
+    def resolved(self) -> TrainSettings:
+        """The settings with what the run picked where they left it open."""
+        picked = self.portions
+        return replace(
+            self.settings,
+            optimizer=picked.optimizer,
+            accumulation=picked.accumulation,
+            gradient_checkpointing=picked.checkpointing,
+        )
 
     @property
     def fingerprint(self) -> str:

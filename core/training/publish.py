@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.progress import console
 from lora_rt.core.engine.topology import shapes_of
 from lora_rt.core.step.adapter import described_state, write_adapter
 from lora_rt.core.step.settings import SettingsError
@@ -17,6 +19,8 @@ from lora_rt.registry.card import AdapterCard, write_card
 from lora_rt.registry.durable import storage_errors
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.version import __version__
+
+PICTURE = "loss.png"
 
 
 def check_publication(prepared: Prepared, destination: Destination, run: Path) -> None:
@@ -47,6 +51,23 @@ def write_finished(prepared: Prepared, fitted: Fitted, folder: Path) -> AdapterC
     linears = shapes_of(prepared.model.get_base_model())
     inspect_adapter(folder, name=card.register, linears=linears, base=prepared.base.identity)
     return card
+
+
+def draw_losses(fitted: Fitted, folder: Path) -> None:
+    """Draw the losses of the run beside the card, or say once what that needs."""
+    if find_spec("matplotlib") is None:
+        console(stderr=True).print(f"no {PICTURE} beside the card: pip install 'lora-rt[plot]'", markup=False)
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*fitted.losses, strict=True), linewidth=0.8, label="training, each step")
+    axes.plot(*zip(*fitted.held_out, strict=True), marker="o", label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.legend()
+    figure.savefig(folder / PICTURE, dpi=120)
 
 
 def _facts(prepared: Prepared, fitted: Fitted) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,12 @@ class TrainResult:
 
 
 def train(
-    settings: TrainSettings, modes: ModeHost | None = None, out: Path | None = None, *, resume: bool = False
+    settings: TrainSettings,
+    modes: ModeHost | None = None,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    ready: Callable[[Prepared], None] | None = None,
 ) -> TrainResult:
     """Train one adapter and publish it: into the store under the register's name, or into a folder.
 
@@ -66,6 +72,7 @@ def train(
         modes: the loaded mode plugins, of which `settings.mode` must be one; the installed ones by default.
         out: a new or empty folder for the adapter, which appears when the run has ended well; the store by default.
         resume: go on from the newest whole checkpoint of a run with the same settings, base and data.
+        ready: called before the first step with what the run came to.
 
     Raises:
         LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the user interrupted.
@@ -79,6 +86,8 @@ def train(
     prepared = prepare(settings, modes)
     run = home.checkpoints() / f"{settings.register}-{prepared.fingerprint}"
     with alone(run):
+        if ready is not None:
+            ready(prepared)
         return _execute(prepared, destination, run, resume=resume)
 
 
@@ -110,7 +119,9 @@ def _execute(prepared: Prepared, destination: Destination, run: Path, *, resume:
     fitted = fit(prepared, run, checkpoint)
     card, folder, where = _publish(prepared, fitted, destination, run)
     forget(run)
-    return TrainResult(folder, where, card, **asdict(fitted))
+    return TrainResult(
+        folder, where, card, fitted.loss_before, fitted.loss_after, fitted.steps, fitted.tokens_per_second
+    )
 
 
 def _checkpoint(run: Path, resume: bool) -> Path | None:
@@ -132,7 +143,7 @@ def _publish(prepared: Prepared, fitted: Fitted, destination: Destination, run: 
     Raises:
         StoreError: it can't be written or published; it is kept, or at least its checkpoint is.
     """
-    from lora_rt.core.training.publish import write_finished
+    from lora_rt.core.training.publish import draw_losses, write_finished
 
     finished = run / "adapter"
     shutil.rmtree(finished, ignore_errors=True)
@@ -141,6 +152,7 @@ def _publish(prepared: Prepared, fitted: Fitted, destination: Destination, run: 
         with storage_errors("the adapter"):
             finished.mkdir(parents=True)
             card = write_finished(prepared, fitted, finished)
+            draw_losses(fitted, finished)
             written = True
             return card, *destination.publish(finished)
     except (LoraRtError, OSError) as error:

@@ -34,7 +34,11 @@ class Sequences(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self._encoded)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self._encoded[index]
+        return self.row(self._encoded[index])
+
+    @staticmethod
+    def row(item: Encoded) -> dict[str, Any]:
+        """One sequence as the collator takes it."""
         return {
             "input_ids": torch.tensor(item.input_ids),
             "labels": torch.tensor(item.labels),

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from lora_rt.core.step.settings import TrainSettings
+from support.cli import Cli, command_line
 from support.tiny import Zoo
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The command line, in this process."""
+    return command_line(monkeypatch, capsys)
 
 
 def write_pairs(path: Path, count: int = 24) -> Path:

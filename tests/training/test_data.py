@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_rt.core.training.data import DataError, digest_of, read_pairs
+from lora_rt.core.training.data import digest_of, read_pairs
+from lora_rt.core.training.sources import DataError
 
 GOOD = '{"scene": "тишинажарвход", "text": "Он стоял, не в силах дышать."}'
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lora_rt.core.training.data import DataError, read_lines, read_pairs
+from lora_rt.core.training.data import read_lines, read_pairs
+from lora_rt.core.training.sources import DataError
 
 FIELDS = ("scene", "text")
 ASK = {"role": "user", "content": "rain?"}

@@ -14,8 +14,8 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.settings import TrainSettings
 from lora_rt.core.training import prepare
-from lora_rt.core.training.data import DataError
 from lora_rt.core.training.run import train
+from lora_rt.core.training.sources import DataError
 from lora_rt.plugins.contract import IGNORE
 from lora_rt.plugins.manager import load_modes
 from support import templates

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from lora_rt.core.base.picture import check_plot
 from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import caution, check_scene, look_up, normalized
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session
-from lora_rt.core.evaluation.plot import check_plot
 from lora_rt.core.generation.text import pieces_of
 
 _LONGEST_TITLE = 80

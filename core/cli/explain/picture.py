@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_rt.core.evaluation.plot import canvas, check_plot, save
+from lora_rt.core.base.picture import canvas, check_plot, save
 from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
