@@ -1,9 +1,7 @@
 """Under load, every answer is the one that is given alone: two of eight adapters, gated, waking and plain ones.
 
-A few hundred requests are part of the suite. `make load` asks 10,000, and 300 of the default base at int4; by hand:
-
-    SERVE_REQUESTS=10000 SERVE_AT_ONCE=32 pytest tests/serving/test_load.py
-    SERVE_REQUESTS=300 SERVE_AT_ONCE=32 SERVE_BASE=default SERVE_PRECISION=int4 pytest tests/serving/test_load.py
+A few hundred requests are part of the suite; `make load` asks 10,000, and 300 of the default base at int4.
+SERVE_REQUESTS, SERVE_AT_ONCE, SERVE_BASE (a folder) and SERVE_PRECISION say otherwise.
 
 In fewer bits than float32 a batch of another shape rounds otherwise, so there every row gets passes of its own.
 """
