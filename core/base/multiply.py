@@ -16,7 +16,7 @@ other. The weight itself, what is hashed and what is saved stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,6 +37,7 @@ _MANY = len(_CLASSES) - 1
 NARROW = ("dense", "dequantize")
 _KEEPING = ("dense", "dense-wide")
 _ANY = -1
+_FLOAT32 = torch.empty(0)
 
 
 def keeps(way: Way, dtype: torch.dtype) -> torch.dtype | None:
@@ -133,17 +134,31 @@ class Product:
         way = self.way(x)
         if way == "packed":
             return self.own(x)
-        product = self.dtype if way in NARROW else torch.float32
+        return self._made(x.to(self.dtype if way in NARROW else torch.float32), way).to(x.dtype)
+
+    def unrounded(self, x: Tensor, widened: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+        """y in float32, before it is rounded to the dtype of x; None where the product with x is not made in float32.
+
+        Args:
+            widened: casts x to the dtype of another tensor; several layers that read one x may share what it gives.
+        """
+        way = self.way(x)
+        if way == "packed" or way in NARROW:
+            return None
+        return self._made(widened(x, _FLOAT32), way)
+
+    def _made(self, given: Tensor, way: Way) -> Tensor:
+        """The product with an x in the dtype of the product."""
+        product = given.dtype
         bias: Tensor | None = self._parameters.get("bias")
         if bias is not None:
             bias = bias.to(product)
-        given = x.to(product)
         if way in _KEEPING:
-            return linear(given, self._copy(product), bias).to(x.dtype)
+            return linear(given, self._copy(product), bias)
         if given.requires_grad and torch.is_grad_enabled():
             y: Tensor = _Remade.apply(given, self, product)  # type: ignore[no-untyped-call]
-            return (y if bias is None else y + bias).to(x.dtype)
-        return linear(given, self.made(product), bias).to(x.dtype)
+            return y if bias is None else y + bias
+        return linear(given, self.made(product), bias)
 
     def way(self, x: Tensor) -> Way:
         """How the product with x is made."""

@@ -117,4 +117,6 @@ def _moved(factors: Factors, site: Site, dtype: torch.dtype) -> Factors:
         factors = rescaled(factors, site.module)
     if site.embeds:
         factors = embedded(factors, site.module)
-    return Factors(move(factors.a), move(factors.b), move(factors.bias), scale=move(factors.scale))
+    # Of one matrix, rank after rank lies in memory: so it is multiplied and laid out fastest.
+    b = move(factors.b.T).T if factors.b.dim() == 2 else move(factors.b)
+    return Factors(move(factors.a), b, move(factors.bias), scale=move(factors.scale))

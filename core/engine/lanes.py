@@ -1,7 +1,7 @@
 """The plan whose rows have a lane each: a row passes through its own adapters alone, gathered once for the batch.
 
     hidden = g * (A x^T)      A: (rows, R, in)    g: (rows, R, 1)    R: the most ranks that a row uses
-    y     += (B hidden)^T     B: (rows, out, R)
+    y     += hidden^T B       B: (rows, R, out)
 
 With sixteen rows of two adapters each, all different, a shared stack would multiply every row with all thirty-two.
 The weights are an argument of the gathered factors: they can change without gathering anew.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_rt.core.engine.layout import Layout, as_before, rows_first
+from lora_rt.core.engine.layout import Layout, as_before, is_usual, rows_first
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import Topology
@@ -28,7 +28,7 @@ _WIDE = 1024  # ranks
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LaneSite:
-    """One site: the ranks `start:stop` of its group's hidden, b (rows, out, ranks)."""
+    """One site: the ranks `start:stop` of its group's hidden, b (rows, ranks, out)."""
 
     group: int
     start: int
@@ -96,15 +96,15 @@ def _gather_group(
     owners = torch.full((len(rows), sum(widths)), len(adapters))
     start = 0
     for index, site, width in zip(indices, sites, widths, strict=True):
-        b = like.new_zeros(len(rows), site.out_features, width)
+        b = like.new_zeros(len(rows), width, site.out_features)
         for row, at, k, factors in _placed(adapters, rows, site.name):
             rank = factors.rank
             a[row, start + at : start + at + rank] = factors.a
-            b[row, :, at : at + rank] = factors.b
+            b[row, at : at + rank] = factors.b.t()
             owners[row, start + at : start + at + _ranks(factors)] = k
             if factors.bias is not None:
                 offset[row, start + at + rank] = 1.0
-                b[row, :, at + rank] = factors.bias
+                b[row, at + rank] = factors.bias
         lanes.sites[index] = LaneSite(group, start, start + width, b)
         start += width
     biases = offset if bool(offset.any()) else None
@@ -173,14 +173,17 @@ class LanePass(Pass):
         if self._hidden is None or self._input is not x or self._group != site.group:
             self._hidden = self._gated(site.group, x)
             self._input, self._group = x, site.group
-        delta = torch.bmm(site.b, self._hidden[:, site.start : site.stop]).transpose(1, 2)
-        return y.add_(as_before(delta, self._lanes.groups[site.group].layout, x, self._rows, self._tokens))
+        hidden = self._hidden[:, site.start : site.stop].transpose(1, 2)
+        layout = self._lanes.groups[site.group].layout
+        if y.dtype == site.b.dtype and is_usual(layout, x) and not y.requires_grad:
+            return y.baddbmm_(hidden, site.b)
+        return y.add_(as_before(torch.bmm(hidden, site.b), layout, x, self._rows, self._tokens))
 
     def _gated(self, number: int, x: Tensor) -> Tensor:
         """g * (A x^T), (rows, R, tokens)."""
         group = self._lanes.groups[number]
-        by_row = rows_first(x, group.layout, self._rows, self._tokens)
-        hidden = torch.bmm(group.a, by_row.to(group.a).transpose(1, 2))
+        by_row = rows_first(self.widened(x, group.a), group.layout, self._rows, self._tokens)
+        hidden = torch.bmm(group.a, by_row.transpose(1, 2))
         if group.offset is not None:
             hidden += group.offset
         return hidden * self._gates[number]

@@ -67,6 +67,11 @@ def _alike(x: Tensor, layout: Layout) -> bool:
         return True
 
 
+def is_usual(layout: Layout | None, x: Tensor) -> bool:
+    """Whether x is (rows, tokens, n)."""
+    return layout == _USUAL and x.dim() == 3
+
+
 def spread(
     gate: Tensor, layout: Layout | None, x: Tensor, rows: int, tokens: int, kept: slice | Tensor | None
 ) -> Tensor:
@@ -79,7 +84,7 @@ def spread(
     """
     if gate.shape[0] == gate.shape[1] == 1:
         return gate.view(gate.shape[-1])
-    if layout == _USUAL and x.dim() == 3:
+    if is_usual(layout, x):
         if gate.shape[1] in (1, x.shape[1]):
             return gate
         return gate[:, kept.to(gate.device) if isinstance(kept, Tensor) else kept]
@@ -104,7 +109,7 @@ def rows_first(x: Tensor, layout: Layout | None, rows: int, tokens: int) -> Tens
     Raises:
         PassError: the layer does not say which tokens it gets.
     """
-    if layout == _USUAL and x.dim() == 3:
+    if is_usual(layout, x):
         return x
     if layout is None or len(layout) != x.dim() - 1:
         raise _unknown(x, rows * tokens)
@@ -115,7 +120,7 @@ def rows_first(x: Tensor, layout: Layout | None, rows: int, tokens: int) -> Tens
 
 def as_before(found: Tensor, layout: Layout | None, x: Tensor, rows: int, tokens: int) -> Tensor:
     """What was made of `rows_first`, (rows, everything else, n), in the layout of x."""
-    if layout is None or (layout == _USUAL and x.dim() == 3):
+    if layout is None or is_usual(layout, x):
         return found
     if "b" in layout:
         axis = layout.index("b")

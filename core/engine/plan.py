@@ -47,6 +47,15 @@ class Pass(ABC):
 
     topology: Topology
     twins: Mapping[str, nn.Module] = MappingProxyType({})
+    _given: Tensor | None = None
+    _cast: Tensor | None = None
+
+    def widened(self, x: Tensor, like: Tensor) -> Tensor:
+        """x in the dtype and on the device of another tensor. Kept, since layers that read one x follow on another."""
+        cast = self._cast
+        if cast is None or self._given is not x or cast.dtype != like.dtype or cast.device != like.device:
+            self._given, self._cast = x, (cast := x.to(like))
+        return cast
 
     @abstractmethod
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import Topology
 from lora_rt.plugins.contract import Gate
 
+_AT_ONCE = 128  # tokens: a sum of two dtypes makes copies of both, which then stay in the cache
+
 
 class SharedPlan(Plan):
     """Weights and gates of a batch over a stack.
@@ -103,10 +105,16 @@ class SharedPass(Pass):
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        if y.dtype == site.b.dtype and y.is_cuda and y.is_contiguous() and not y.requires_grad:  # one kernel, not two
-            y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), site.b.t())
+        if not y.is_contiguous() or y.requires_grad:
+            return y.add_(linear(hidden, site.b))
+        into, flat = y.view(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        if y.dtype == site.b.dtype:  # one kernel, not two
+            into.addmm_(flat, site.b.t())
             return y
-        return y.add_(linear(hidden, site.b))
+        step = len(into) if y.is_cuda else _AT_ONCE
+        for start in range(0, len(into), step):
+            into[start : start + step].add_(linear(flat[start : start + step], site.b))
+        return y
 
     def _shared(self, site: StackedSite, x: Tensor) -> Tensor:
         """The gated hidden of the site's group, made by the first of its sites."""
@@ -118,7 +126,7 @@ class SharedPass(Pass):
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
         if x.is_floating_point():
-            hidden = linear(x.to(group.a), group.a, group.offset)
+            hidden = linear(self.widened(x, group.a), group.a, group.offset)
         else:
             hidden = embedding(x.to(group.a.device), group.a.T)
         return hidden * self._like(self._gates[number], group.layout, hidden)

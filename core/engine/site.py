@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_rt.core.base.cpu_4bit import direct_forward
+from lora_rt.core.base.multiply import Product
 from lora_rt.core.engine.experts import Pairs, Products, are_experts, given_to_experts, run_experts
 from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
@@ -53,11 +54,15 @@ class _Adapted(_Hooked):
     """
 
     def __call__(self, x: Tensor, *rest: Any, **named: Any) -> Any:
-        y = self.own(x, *rest, **named)
         current = running_pass()
         if current is None or (index := self.users.get(current.topology)) is None:
-            return y
-        return current.add(index, x, y)
+            return self.own(x, *rest, **named)
+        if isinstance(self.own, Product) and current.acts(index):
+            # A sum that is made in float32 is rounded once, with what the adapters add to it.
+            y = self.own.unrounded(x, current.widened)
+            if y is not None:
+                return current.add(index, x, y).to(x.dtype)
+        return current.add(index, x, self.own(x, *rest, **named))
 
 
 class _AdaptedParameters(_Hooked):

@@ -91,6 +91,13 @@ class Stack:
         return [*(group.a for group in self.groups.values()), *(tensor for tensor in found if tensor is not None)]
 
 
+def _beside(columns: Sequence[Tensor]) -> Tensor:
+    """(out, ranks), rank after rank in memory as in the columns; of experts (experts, out, ranks), as ever."""
+    if columns[0].dim() == 3:
+        return torch.cat(columns, dim=-1)
+    return torch.cat([column.T for column in columns]).T
+
+
 def _placed(scales: Mapping[int, Tensor], b: Tensor) -> Tensor | None:
     """(out, ranks) with each scale on its own rank."""
     if not scales:
@@ -140,7 +147,7 @@ def _stack_group(
                     scales[len(ranks) - start] = factors.scale
                     ranks.append((k, _CONSTANT))
             spans.append((first, len(ranks) - start))
-        b = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        b = columns[0] if len(columns) == 1 else _beside(columns)
         built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans), _placed(scales, b))
     a = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
     pattern = known.setdefault(tuple(ranks), len(known))

@@ -66,6 +66,23 @@ def test_the_change_is_exact_to_the_base_s_own_precision(runtime: Runtime, zoo: 
     assert (found - wanted).abs().mean() < 0.01
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_float32_sum_is_rounded_once_with_what_adapters_add_to_it(zoo: Zoo, rows: int) -> None:
+    with Runtime.load(str(zoo.base("llama")), precision="bfloat16", device="cpu", multiply="dense") as runtime:
+        names = [runtime.load_adapter(str(adapter)) for adapter, _ in terms(zoo)]
+        plan = runtime.parts.bank.plan([{names[0]: 0.7, names[1]: -0.4}])
+        changes = [deltas(zoo.base("llama"), adapter) for adapter, _ in terms(zoo)]
+        layer = "model.layers.0.mlp.up_proj"
+        module = runtime.model.get_submodule(layer)
+        x = torch.randn(rows, 20, module.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        assert plan is not None
+        with plan.running(rows, 20), torch.inference_mode():
+            found = module(x)
+        weight = module.weight.double() + 0.7 * changes[0][layer][0] - 0.4 * changes[1][layer][0]
+        wanted = (x.double() @ weight.T).to(found.dtype)
+        assert (found != wanted).float().mean() < 0.005  # rounded twice, a tenth of them is another number
+
+
 def test_load_generate_and_unload_leave_every_byte_of_the_base(runtime: Runtime, zoo: Zoo) -> None:
     before = runtime.base_digest()
     name = runtime.load_adapter(str(zoo.adapter("llama", seed=3)), name="passing")
