@@ -9,7 +9,7 @@ REGISTERS := logic emotion body archetype
 # The tests of a file share what they have made, so a file stays with one process; tests/conftest.py orders the files.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick check format docs registers architectures report clean
+.PHONY: demo test quick check format docs registers architectures load report clean
 
 demo: $(VENV)/installed
 	$(BIN)/lora-rt compose emotion:0.7 logic:0.3 --compare --seed 3 -p "rain, tin roof, unpaid bill"
@@ -50,6 +50,12 @@ registers: $(VENV)/ready
 architectures: $(VENV)/ready
 	$(BIN)/python tests/support/architectures/table.py --workers 2
 	$(BIN)/python tests/support/readme.py --write
+
+# Every answer of a server under load against the one given alone: 10,000 requests of a tiny base, 300 of the default one.
+load: $(VENV)/ready
+	SERVE_REQUESTS=10000 SERVE_AT_ONCE=32 $(BIN)/pytest -s tests/serving/test_load.py
+	SERVE_REQUESTS=300 SERVE_AT_ONCE=32 SERVE_PRECISION=int4 \
+		SERVE_BASE=$$($(BIN)/python -c "import lora_rt; print(lora_rt.prepare(precision='int4'))") $(BIN)/pytest -s tests/serving/test_load.py
 
 report: $(VENV)/ready
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt scikit-learn

@@ -53,6 +53,12 @@ class CommandServices:
 
         return read_pairs(path, fields)
 
+    def check_fit(self, lines: Sequence[Mapping[str, Any]], lengths: Sequence[int], runtime: Runtime) -> None:
+        """Lines that are longer than the base's context are named."""
+        from lora_rt.core.training.data import check_fit
+
+        check_fit(lines, lengths, runtime.parts.lm.capacity)
+
     def runtime(
         self,
         *compositions: str,

@@ -29,7 +29,8 @@ class ResidentAdapter:
     `tokens` are trained rows of embeddings, `biases` trained biases of linear layers, and `whole` modules that were
     trained as a whole, by their names; a bank turns the first two into factors. `apart` says that rows under this
     adapter share no pass with others: it acts on a layer that is not told which rows it gets (see `Site.layout`), or
-    holds whole modules. `plain` says that it consists of nothing but A, B and biases.
+    holds whole modules. `plain` says that it consists of nothing but A, B and biases. `invocation` are the tokens from
+    which on it acts (aLoRA, arXiv:2504.12397); none where it always does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ResidentAdapter:
     plain: bool = True
     tokens: Mapping[str, TokenRows] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
     whole: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     twins: Mapping[str, nn.Module] = field(default_factory=dict)
 

@@ -97,7 +97,7 @@ class AdaptedBase:
         return [
             RequestRow(
                 ids[number],
-                Timeline(row, self.base.tokenizer.decode),
+                Timeline(row, self.base.tokenizer.decode, len(ids[number])),
                 self._weighing(turns[number], texts[number], asked[number]),
                 sampling=chosen,
                 seed=seeds[number] if seeds is not None else None,

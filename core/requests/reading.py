@@ -48,7 +48,17 @@ def read_adapter(inspected: InspectedAdapter, name: str) -> ResidentAdapter:
         whole.setdefault(owner, {})[leaf] = as_tensor(tensors[key])
     rows = {t.module: TokenRows(torch.tensor(t.ids), as_tensor(tensors[t.key]).float()) for t in inspected.tokens}
     biases = {owner: as_tensor(tensors[key]).float() for owner, key in inspected.biases.items()}
-    return ResidentAdapter(name, factors, inspected.mode, card, state, tokens=rows, biases=biases, whole=whole)
+    return ResidentAdapter(
+        name,
+        factors,
+        inspected.mode,
+        card,
+        state,
+        tokens=rows,
+        biases=biases,
+        whole=whole,
+        invocation=inspected.invocation,
+    )
 
 
 def _fused(modules: Sequence[LoraModule], tensors: Mapping[str, RawTensor]) -> dict[str, Factors]:

@@ -15,6 +15,8 @@ from lora_rt.plugins.contract import SceneType
 
 Compositions = CompositionLike | None | Sequence[CompositionLike | None]
 """One composition for all rows of a request, or a list of one per row."""
+Waking = str | tuple[int, ...]
+"""What changes what a row is under: a text that the user wrote, or the tokens of an aLoRA."""
 Turns = Sequence[tuple[str | None, SceneType]]
 """The scene types of a row in order, each with the text after which it holds; the first from the start on."""
 
@@ -39,7 +41,7 @@ class Row:
     scene_type: SceneType = None
     prompt: str | None = None
     layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    phases: Mapping[frozenset[str], Row] = field(default_factory=dict)
+    phases: Mapping[frozenset[Waking], Row] = field(default_factory=dict)
     mixes: Mapping[Mix, Mapping[str, float]] = field(default_factory=dict)
 
     def uses(self, name: str) -> bool:
@@ -54,11 +56,11 @@ class Row:
         return not self.layers and not self.mixes
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[Waking]:
         """The activation texts that it waits for."""
-        return sorted({text for seen in self.phases for text in seen})
+        return sorted({text for seen in self.phases for text in seen}, key=str)
 
-    def phase(self, seen: Iterable[str]) -> Row:
+    def phase(self, seen: Iterable[Waking]) -> Row:
         """The row to go on as when these texts have appeared."""
         return self.phases.get(frozenset(seen), self)
 

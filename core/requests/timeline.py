@@ -2,7 +2,8 @@
 
 A row's turns are the compositions that it was given, each from a position on. Each of them has one phase per set of
 activation texts that have appeared so far. A text has appeared from the token on that completes it, wherever it stands,
-in the prompt (template and special tokens included) or in the answer. What was computed before is left as it is: the
+in the prompt (template and special tokens included) or in the answer. An aLoRA acts from the first of its tokens on,
+where they stand last in what the row was given, as in PEFT. What was computed before is left as it is: the
 cache of those tokens is never made again.
 
     tokens     I  say  So  :  four  and  then      turn 1 from 0: logic[So:]     turn 2 from 6: logic:0.5[So:] body
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.engine.resident import ResidentAdapter
-from lora_rt.core.requests.rows import Row
+from lora_rt.core.requests.rows import Row, Waking
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,14 @@ class Timeline:
     Args:
         row: what it is under from its first token on.
         decode: token ids to text, special tokens included.
+        given: how many tokens the row begins with.
     """
 
-    def __init__(self, row: Row, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, row: Row, decode: Callable[[Sequence[int]], str], given: int | None = None) -> None:
         self._decode = decode
+        self._given = given
         self._turns: list[tuple[int, Row]] = [(0, row)]
-        self._seen: dict[str, int] = {}  # text -> position of the token that completes it
+        self._seen: dict[Waking, int] = {}  # text -> position of the token that completes it
         self._read = 0
 
     @property
@@ -93,8 +96,11 @@ class Timeline:
                 spans.append((row.phase(seen), mask))
         return spans
 
-    def _search(self, tokens: Sequence[int], texts: set[str]) -> None:
-        missing = [text for text in texts if text not in self._seen]
+    def _search(self, tokens: Sequence[int], wakings: set[Waking]) -> None:
+        for waking in wakings - self._seen.keys():
+            if not isinstance(waking, str) and (place := _last(tokens[: self._given], waking)) is not None:
+                self._seen[waking] = place
+        missing = [text for text in wakings if isinstance(text, str) and text not in self._seen]
         if not missing:
             return
         start = max(0, self._read - max(len(text.encode()) for text in missing))
@@ -115,6 +121,13 @@ class Timeline:
             else:
                 low = middle + 1
         return low
+
+
+def _last(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Where these tokens begin for the last time."""
+    first, length = wanted[0], len(wanted)
+    places = (n for n in range(len(tokens) - length, -1, -1) if tokens[n] == first)
+    return next((n for n in places if list(tokens[n : n + length]) == list(wanted)), None)
 
 
 def variants(timelines: Sequence[Timeline], tokens: Sequence[Sequence[int]], positions: Tensor) -> list[Variant]:

@@ -11,7 +11,7 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.measured import outside
 from lora_rt.core.requests.mixes import Mix
 from lora_rt.core.requests.residents import Residents, ResolvedTerm
-from lora_rt.core.requests.rows import RequestError, Row, Turns
+from lora_rt.core.requests.rows import RequestError, Row, Turns, Waking
 from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.plugins.contract import BaseFacts, ComposeContext, SceneType, TermFacts
 from lora_rt.plugins.manager import ModeHost
@@ -62,7 +62,7 @@ class Weigher:
             self.told |= outer.keys()
 
     def _row(self, found: Sequence[ResolvedTerm], turns: Turns, prompt: str | None) -> Row:
-        waited = [*(item.term.after for item in found), *(after for after, _ in turns)]
+        waited = [*(key for item in found for key in _wakings(item)), *(after for after, _ in turns)]
         texts = list(dict.fromkeys(text for text in waited if text))
         if len(texts) > _MOST_TEXTS:
             text = f"a row waits for {len(texts)} texts"
@@ -75,10 +75,10 @@ class Weigher:
         first = phases.pop(frozenset())
         return replace(first, phases=phases) if phases else first
 
-    def _phase(self, found: Sequence[ResolvedTerm], turns: Turns, seen: frozenset[str], prompt: str | None) -> Row:
+    def _phase(self, found: Sequence[ResolvedTerm], turns: Turns, seen: frozenset[Waking], prompt: str | None) -> Row:
         """The row while exactly these texts have appeared."""
         scene = next((kind for after, kind in reversed(turns) if after is None or after in seen), None)
-        awake = [item for item in found if item.term.after is None or item.term.after in seen]
+        awake = [item for item in found if seen.issuperset(_wakings(item))]
         weights: dict[str, float] = {}
         layers: dict[str, tuple[float, ...]] = {}
         mixes: dict[Mix, dict[str, float]] = {}
@@ -113,3 +113,9 @@ class Weigher:
                 for index, weight in zip(mine, decided, strict=True):
                     weights[index] = weight
         return weights
+
+
+def _wakings(item: ResolvedTerm) -> list[Waking]:
+    """What a term waits for: the text in its bracket, and the tokens of an aLoRA."""
+    wakings: tuple[Waking | None, ...] = (item.term.after, item.adapter.invocation)
+    return [waking for waking in wakings if waking]

@@ -96,7 +96,8 @@ class Service:
             runtime,
             limits,
             self.meter,
-            PrefixCache(runtime, self.meter, limits.prefix_bytes),
+            # A prompt whose beginning was read before is read in other passes, and in few bits those round otherwise.
+            PrefixCache(runtime, self.meter, 0 if settings.deterministic else limits.prefix_bytes),
             kv_bytes=room,
             bytes_per_token=self.bytes_per_token,
             deterministic=settings.deterministic,

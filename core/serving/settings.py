@@ -75,7 +75,7 @@ class ServeSettings:
             Hub.
         log_prompts: write prompts and answers into the log.
         drain: seconds that running answers get after SIGTERM.
-        deterministic: give every row forward passes of its own (see `Runtime.generate`).
+        deterministic: give every row forward passes of its own (see `Runtime.generate`), and keep no prefixes.
     """
 
     host: str = "127.0.0.1"

@@ -52,6 +52,9 @@ class Services(Protocol):
     def read_lines(self, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         """The objects of a JSONL file, each with these fields as non-empty texts; every bad line is named at once."""
 
+    def check_fit(self, lines: Sequence[Mapping[str, Any]], lengths: Sequence[int], runtime: Any) -> None:
+        """Lines that were read, each of so many tokens: those that are longer than the base's context are named."""
+
     def runtime(
         self,
         *compositions: str,

@@ -28,7 +28,7 @@ class InspectedAdapter:
     `files` maps each file's name to its sha256; `sha256` is one digest over them. Where the inspection was asked to
     load, `tensors` are the factors by key and `state` those of `mode.safetensors`: the very bytes that were checked.
     `tokens` are trained rows of embeddings; `whole` maps (module, weight | bias) of what was trained as a whole, and
-    `biases` modules with trained biases, to their keys.
+    `biases` modules with trained biases, to their keys. `invocation` are the tokens that wake an aLoRA up.
     """
 
     name: str
@@ -43,6 +43,7 @@ class InspectedAdapter:
     tokens: tuple[TokenModule, ...] = ()
     whole: Mapping[tuple[str, str], str] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     @property
     def extras(self) -> list[str]:
@@ -53,6 +54,7 @@ class InspectedAdapter:
             "trained token rows": bool(self.tokens),
             "modules that were trained as a whole": bool(self.whole),
             "trained biases": bool(self.biases),
+            "tokens that wake it up (aLoRA)": bool(self.invocation),
         }
         return [what for what, there in found.items() if there]
 
@@ -111,6 +113,7 @@ def inspect_adapter(
         tokens=inspection.tokens,
         whole=inspection.whole,
         biases=inspection.biases,
+        invocation=inspection.settings.invocation if inspection.settings else (),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from lora_rt.registry import strict_json
 from lora_rt.registry.files import CONFIG
 from lora_rt.registry.inspection.adapted import MAX_RANK
-from lora_rt.registry.inspection.kinds import not_lora, of_another_kind
+from lora_rt.registry.inspection.kinds import not_lora, of_another_kind, parts_of
 from lora_rt.registry.inspection.patterns import peft_key
 from lora_rt.registry.inspection.settings import LoraSettings, Pattern
 from lora_rt.registry.inspection.targets import selector, target_parameters
@@ -30,7 +30,7 @@ _EXACT = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "init_lora_weights", "lora_bias", "bias", "base_model_name_or_path",
     "target_parameters", "auto_mapping", "megatron_core", "use_dora", "modules_to_save", "trainable_token_indices",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "alora_invocation_tokens",
 )  # fmt: skip
 _INERT = (
     "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out", "qalora_group_size",
@@ -43,11 +43,9 @@ _INERT = (
     "torch_dtype", "dtype", "transformers_version", "library_name", "velora_config",
 )  # fmt: skip
 _REFUSED = {
-    "alora_invocation_tokens": "it is an aLoRA, which wakes up at a text of its own; write term[text] and train a LoRA",
     "layer_replication": "it makes the base deeper, and so makes another base; train without it",
     "use_qalora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {_MERGE}",
     "use_bdlora": f"its factors are block-diagonal, which is not composed; {_MERGE}",
-    "arrow_config": "it is a router over several LoRAs (Arrow); use the LoRAs themselves",
     "kasa_config": f"KaSA changes the base's weights; {_MERGE}",
     "monteclora_config": f"MonteCLoRA draws its factors anew; {_MERGE}",
     "megatron_config": "it is for a model that Megatron splits; save it for the whole model",
@@ -59,6 +57,7 @@ FIELDS: Mapping[str, str] = {
     **dict.fromkeys(_EXACT, "exact"),
     **dict.fromkeys(_INERT, "inert"),
     **{field: f"refused: {way_out}" for field, way_out in _REFUSED.items()},
+    "arrow_config": "refused: it is a router over several LoRAs",
 }
 """Every field that is known: "exact" is checked and computed as it says, "inert" changes nothing once trained,
 "refused: ..." with the way out. What can be converted is a value of `init_lora_weights`, see `_CONVERTIBLE`."""
@@ -89,7 +88,7 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
     alphas, alpha_problems = _patterns(config, "alpha_pattern", _alpha_problem)
     parameters, parameter_problems = target_parameters(config)
     saves, tokens, special = _special(config)
-    problems += special
+    problems += [*special, *_invocation(config)]
     problems += [*_numbers(config), *target_problems, *parameter_problems, *rank_problems, *alpha_problems]
     if problems:
         return None, [f"{CONFIG}: {problem}" for problem in problems]
@@ -108,6 +107,7 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
         dora=config.get("use_dora") or False,
         saves=saves,
         tokens=tokens,
+        invocation=tuple(config.get("alora_invocation_tokens") or ()),
     )
     return settings, []
 
@@ -115,6 +115,11 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
 def _method(config: dict[str, Any]) -> list[str]:
     filled = [field for field in _REFUSED if config.get(field) not in _EMPTY]
     problems = not_lora(config)
+    if (arrow := config.get("arrow_config")) not in _EMPTY:
+        names = (
+            [arrow.get(key) for key in ("task_adapter_names", "gks_adapter_names")] if isinstance(arrow, dict) else []
+        )
+        problems.append(f"arrow_config: it is a router over several LoRAs (Arrow){parts_of(*names)}")
     problems += [f"{field} is {shown(config[field])}: {_REFUSED[field]}" for field in filled]
     start = config.get("init_lora_weights")
     name = str(start).lower()
@@ -148,8 +153,19 @@ def _special(config: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[i
     return tuple(saves), {name: tuple(ids) for name, ids in tokens.items()}, problems
 
 
-def _are_tokens(ids: Any) -> bool:
-    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_TOKENS or len({str(one) for one in ids}) != len(ids):
+def _invocation(config: dict[str, Any]) -> list[str]:
+    ids = config.get("alora_invocation_tokens")
+    if ids is None or (_are_tokens(ids, twice=True) and not config.get("use_dora")):
+        return []
+    if config.get("use_dora"):
+        return ["it is an aLoRA (alora_invocation_tokens) with DoRA, which PEFT does not train either"]
+    return [f"alora_invocation_tokens is {shown(ids)}, not up to {MAX_TOKENS:,} token ids"]
+
+
+def _are_tokens(ids: Any, *, twice: bool = False) -> bool:
+    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_TOKENS:
+        return False
+    if not twice and len({str(one) for one in ids}) != len(ids):
         return False
     return all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 1 << 24 for one in ids)
 

@@ -16,13 +16,14 @@ from lora_rt.registry.strict_json import shown
 _MLX = "written by MLX, whose LoRA has other names and turned matrices; convert it to PEFT's form first"
 _DIFFUSERS = "a LoRA of an image model (diffusers), not of a language model"
 
+_FEW = 10  # LoRAs that are named
 _METHODS = {
     "IA3": "IA3, not LoRA",
     "LOHA": "LoHa, not LoRA",
     "LOKR": "LoKr, not LoRA",
     "ADALORA": "AdaLoRA, not plain LoRA: its values are in lora_E; fold them in and save a LoRA",
     "VERA": "VeRA, not LoRA: its matrices are drawn from a seed",
-    "XLORA": "X-LoRA, a router over several LoRAs; use the LoRAs themselves, with weights of yours",
+    "XLORA": "X-LoRA, a router over several LoRAs",
     "PROMPT_TUNING": "PROMPT_TUNING (prompt tuning), not LoRA",
     "P_TUNING": "P_TUNING (prompt tuning), not LoRA",
     "PREFIX_TUNING": "PREFIX_TUNING (prefix tuning), not LoRA",
@@ -64,7 +65,16 @@ def of_another_kind(config: Mapping[str, Any]) -> str:
         return _MLX
     if method is None and "model_type" in config and "architectures" in config:
         return "the configuration of a whole model, not of an adapter; use its folder with --base"
-    return _METHODS.get(method, "") if isinstance(method, str) else ""
+    known = _METHODS.get(method, "") if isinstance(method, str) else ""
+    return known + parts_of(config.get("adapters")) if method == "XLORA" else known
+
+
+def parts_of(*given: Any) -> str:
+    """The LoRAs that a router chooses from, for the end of a line: X-LoRA's by name and place, Arrow's by name."""
+    named = [f"{k} ({v})" for one in given if isinstance(one, Mapping) for k, v in one.items()]
+    named += [str(name) for one in given if isinstance(one, list) for name in one]
+    few = ", ".join(shown(name) for name in named[:_FEW]) + (f" and {len(named) - _FEW} more" if named[_FEW:] else "")
+    return f": {few}" if named else ""
 
 
 def not_lora(config: Mapping[str, Any]) -> list[str]:
@@ -83,7 +93,6 @@ def way_out(problems: Iterable[str], folder: Path) -> str:
         ("merge it", "Merge it into its base with PEFT (merge_and_unload), and give the result to --base"),
         ("router over", "Use the LoRAs that it chooses from, with weights of yours"),
         ("train without", "Train without it, or merge it into its base and give the result to --base"),
-        ("aLoRA", "Train a LoRA, which can wake up too: lora-rt compose 'NAME[text]'"),
         ("not LoRA", "Train a LoRA, or merge it into its base and give the result to --base"),
     )
     return next((way for mark, way in ways if mark in said), "Fetch it again, or ask its author for a LoRA of PEFT")

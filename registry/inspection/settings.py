@@ -18,7 +18,8 @@ class LoraSettings:
     tensors alone decide. `parameters` are the bare parameters that it adapts, by their paths or ends of
     them. `all_linear` says that it names no modules but every linear layer. `biases` that biases
     of the base were trained, where it has any. `saves` are the ends of names of modules that were trained as a whole,
-    `tokens` the ids of trained rows by the end of their embedding's name. The patterns are in the file's order, the
+    `tokens` the ids of trained rows by the end of their embedding's name, `invocation` the tokens that wake an aLoRA
+    up. The patterns are in the file's order, the
     first match wins, as in PEFT.
     """
 
@@ -36,6 +37,7 @@ class LoraSettings:
     dora: bool = False
     saves: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     def adapts(self, *paths: str) -> bool:
         """Whether a module of one of these paths may have tensors."""

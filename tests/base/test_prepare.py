@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,9 +314,7 @@ def test_training_goes_on_after_an_evaluation_over_int4(zoo: Zoo) -> None:
 
 
 def test_progress_is_silent_where_nobody_watches(zoo: Zoo, capfd: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
     load_base(str(zoo.base("llama")), "int8", "cpu")
-    assert time.monotonic() - started < 60
     assert capfd.readouterr() == ("", "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from lora_rt.core.cli.app import app
 from lora_rt.core.runtime import Runtime
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import UsageError
 from lora_rt.plugins.modes.bridge.items import ItemsError, read_items
 from lora_rt.registry.bases import BaseIdentity
@@ -84,6 +86,17 @@ def test_bridges_are_measured_and_one_document_is_printed(
     found = json.loads(done.stdout)
     assert found["examples"] == {"pairs": 8}
     assert found["bridge"]["pairs"][str(learned[1])]["compress"]["f1"]["mean"] == 1.0
+
+
+def test_a_pair_that_is_too_long_is_named_by_its_line_before_any_is_read(
+    run: Run, learned: tuple[Runtime, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    write_lines(file, [PAIRS[0], {"scene": "b", "text": "b" * 2000}])
+    file.write_text("\n" + file.read_text())
+    with pytest.raises(LoraRtError, match=r"pairs\.jsonl has 1 problem") as caught:
+        run("bridge", "measure", str(learned[1]), "--data", str(file))
+    assert re.fullmatch(r"line 3: 2\d{3} tokens, and the base reads 1024", caught.value.problems[0])
 
 
 class Terminal(StringIO):

@@ -40,9 +40,11 @@ def test_a_batch_gives_what_single_calls_give(bridge: HyperBridge) -> None:
 
 
 def test_scenes_and_texts_may_be_in_any_script(bridge: HyperBridge) -> None:
-    assert isinstance(bridge.compress(DOCUMENT["text"]), str)
-    assert isinstance(bridge.expand(DOCUMENT["scene"]), str)
-    assert isinstance(bridge.score(DOCUMENT["scene"], DOCUMENT["text"]), float)
+    scene, text = DOCUMENT["scene"], DOCUMENT["text"]
+    for made, prompt in ((bridge.compress(text), bridge.prompt("compress", text)), (bridge.expand(scene), scene)):
+        assert bridge.runtime.generate(prompt, bridge.composition).startswith(made)
+    assert bridge.score(scene, text, kind="logp") < 0
+    assert bridge.score([scene], [text]) == pytest.approx([bridge.score(scene, text)], abs=1e-4)
 
 
 def test_pmi_is_the_likelihood_of_the_scene_less_its_prior(bridge: HyperBridge) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -52,8 +53,10 @@ for _point in installed()[0]:
 
 
 def test_every_built_in_mode_is_tested() -> None:
-    """The loop above found each of the three."""
-    assert {"TestBridge", "TestContext", "TestOutputOnly"} <= globals().keys()
+    """The loop above found each that the project's own file names."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    modes = project["project"]["entry-points"]["lora_rt.modes"]
+    assert {"Test" + "".join(map(str.capitalize, mode.split("-"))) for mode in modes} <= globals().keys()
 
 
 @pytest.mark.parametrize(("position", "expected"), [(0, 0.2), (2, 0.2), (3, 0.4), (5, 0.8), (6, 1.0), (9, 1.0)])

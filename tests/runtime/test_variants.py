@@ -5,6 +5,7 @@ The whole table of a hundred is printed by `python -m support.variants`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ ALONE = (
     "a whole embedding", "whole norms", "a whole head, DoRA", "PiSSA, converted", "OLoRA, converted",
     "PiSSA, rank-stabilised, converted", "pickled, converted", "DoRA, pickled, converted",
 )  # fmt: skip
-REFUSED = ("DoRA of the embedding", "PiSSA", "LoftQ", "aLoRA", "X-LoRA", "Arrow", "QA-LoRA", "pickled")
+REFUSED = ("DoRA of the embedding", "PiSSA", "LoftQ", "X-LoRA", "Arrow", "QA-LoRA", "pickled")
 
 
 @pytest.fixture
@@ -169,3 +170,80 @@ def test_a_plain_adapter_needs_no_conversion(zoo: Zoo, tmp_path: Path) -> None:
     adapter(zoo, tmp_path / "one", 5)
     with pytest.raises(LoraRtError, match="is a plain LoRA"):
         convert(tmp_path / "one", tmp_path / "out")
+
+
+ALORA = {"alora_invocation_tokens": [40, 41]}
+
+
+def of_alora(base: Path, folder: Path, ids: Tensor) -> Tensor:
+    """What PEFT's own aLoRA makes of these tokens; it searches for the invocation itself only where it generates."""
+    from peft import PeftModel
+    from peft.tuners.lora.variants import calculate_alora_offsets
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
+    offsets = calculate_alora_offsets(model.peft_config, "default", ids)
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=ids, alora_offsets=offsets).logits
+    return found
+
+
+def test_an_alora_acts_from_where_its_tokens_stand_last(zoo: Zoo, runtime: Runtime, tmp_path: Path) -> None:
+    adapter(zoo, tmp_path / "one", 5, **ALORA)
+    adapter(zoo, tmp_path / "two", 6)
+    for name in ("one", "two"):
+        runtime.load_adapter(str(tmp_path / name), name)
+    ids = some_ids(rows=4, tokens=9)
+    ids[0, 2:4] = ids[0, 5:7] = ids[1, 7:9] = ids[3, 0:2] = torch.tensor([40, 41])
+    ids[2][ids[2] == 41] = 42
+    wanted = of_alora(zoo.base("llama"), tmp_path / "one", ids)
+    assert_close(runtime.logits(ids, compositions="one"), wanted, **EXACT)
+    base = runtime.logits(ids)
+    assert_close(wanted[2], base[2], **EXACT)
+    assert_close(wanted[0, :5], base[0, :5], **EXACT)
+    assert (wanted[3] - base[3]).abs().max() > 0.05
+    mixed = runtime.logits(ids, compositions=["one", "two", None, "one:0.5 two"])
+    assert_close(mixed[0], wanted[0], **EXACT)
+    for row, spec in ((1, "two"), (3, "one:0.5 two")):
+        assert_close(mixed[row], runtime.logits(ids[row : row + 1], compositions=spec)[0], **EXACT)
+
+
+def test_an_alora_generates_what_peft_generates(zoo: Zoo, runtime: Runtime, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter(zoo, tmp_path / "one", 5, **ALORA)
+    runtime.load_adapter(str(tmp_path / "one"), "one")
+    plain = AutoModelForCausalLM.from_pretrained(zoo.base("llama"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, tmp_path / "one").eval()
+    for start in (None, 3):
+        ids = some_ids(tokens=8, seed=3)
+        ids[ids == 41] = 42
+        if start is not None:
+            ids[0, start : start + 2] = torch.tensor([40, 41])
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+        wanted = model.generate(input_ids=ids, **given)[0, 8:].tolist()
+        said = [step[0] for step in runtime.decode(ids.tolist(), "one", max_new_tokens=6)]
+        assert said == wanted[: len(said)]
+        assert len(said) > 2
+
+
+def test_an_export_does_not_forget_what_wakes_an_alora(zoo: Zoo, tmp_path: Path) -> None:
+    adapter(zoo, tmp_path / "one", 5, **ALORA)
+    with pytest.raises(LoraRtError, match="aLoRA"):
+        export(f"{tmp_path / 'one'}", "peft", tmp_path / "out", base=str(zoo.base("llama")))
+
+
+def test_a_router_is_refused_with_the_names_of_its_parts(zoo: Zoo, runtime: Runtime, tmp_path: Path) -> None:
+    for name, changes in {
+        "arrow": {"arrow_config": {"top_k": 2, "task_adapter_names": ["math", "code"], "gks_adapter_names": ["text"]}},
+        "xlora": {"peft_type": "XLORA", "adapters": {"math": "org/math", "code": "org/code", "text": "./text"}},
+    }.items():
+        adapter(zoo, tmp_path / name, 5)
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        with pytest.raises(LoraRtError) as caught:
+            runtime.load_adapter(str(tmp_path / name), name)
+        said = " ".join(caught.value.problems)
+        assert all(part in said for part in ("math", "code", "text"))
+        assert "with weights of yours" in str(caught.value.next_step)

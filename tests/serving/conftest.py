@@ -13,36 +13,9 @@ import pytest
 from lora_rt.core.base.load import load_base
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.settings import ServeSettings
-from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from lora_rt.registry.registry import Registry
-from support.serving import Live, live
+from support.serving import ADMIN, CHANGES, Fading, Live, Raising, live
 from support.tiny import Zoo, mode_host
-
-ADMIN = "the operator's own"
-CHANGES = {"max_position_embeddings": 512}
-
-
-class Fading:
-    """Comes in over the first tokens of the answer, by position."""
-
-    @hookimpl
-    def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]  # a hook of a module has no self
-        answered = context.positions - (context.prompt_lengths[:, None] - 1)
-        return Gate(ranks=(answered / 4).clamp(0, 1)[..., None])
-
-
-class Raising:
-    """Is 1; raises where the scene type is "raise", and at the third token of the answer where it is "raise later"."""
-
-    @hookimpl
-    def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]
-        import torch
-
-        answered = (context.positions - context.prompt_lengths[:, None]).amax(-1).tolist()
-        for kind, active, said in zip(context.scene_types, context.active, answered, strict=True):
-            if active and (kind == "raise" or (kind == "raise later" and said >= 2)):
-                raise RuntimeError("this gate is broken")
-        return Gate(ranks=torch.ones(1))
 
 
 @pytest.fixture(scope="package")

@@ -19,6 +19,33 @@ from lora_rt.core.serving.api import make_app
 from lora_rt.core.serving.server import listen
 from lora_rt.core.serving.service import Service
 from lora_rt.core.serving.settings import ServeSettings
+from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+
+ADMIN = "the operator's own"
+CHANGES = {"max_position_embeddings": 512}
+
+
+class Fading:
+    """Comes in over the first tokens of the answer, by position."""
+
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]  # a hook of a module has no self
+        answered = context.positions - (context.prompt_lengths[:, None] - 1)
+        return Gate(ranks=(answered / 4).clamp(0, 1)[..., None])
+
+
+class Raising:
+    """Is 1; raises where the scene type is "raise", and at the third token of the answer where it is "raise later"."""
+
+    @hookimpl
+    def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]
+        import torch
+
+        answered = (context.positions - context.prompt_lengths[:, None]).amax(-1).tolist()
+        for kind, active, said in zip(context.scene_types, context.active, answered, strict=True):
+            if active and (kind == "raise" or (kind == "raise later" and said >= 2)):
+                raise RuntimeError("this gate is broken")
+        return Gate(ranks=torch.ones(1))
 
 
 @dataclass(frozen=True)
@@ -33,9 +60,9 @@ class Live:
         """OpenAI's own client, without retries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
-    def async_openai(self) -> openai.AsyncOpenAI:
+    def async_openai(self, timeout: float = 60) -> openai.AsyncOpenAI:
         """The same, asynchronous."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout)
 
     def idle(self) -> bool:
         """Whether nothing is left of any request; waits for those whose clients have just gone."""

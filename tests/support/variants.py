@@ -164,7 +164,11 @@ def _made() -> dict[str, Variant]:
         "CorDA": Variant(edit=_config(init_lora_weights="corda", corda_config={})),
         "LoRA-GA": Variant(edit=_config(init_lora_weights="lora_ga", lora_ga_config={})),
         "LoftQ": Variant(edit=_config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4})),
-        "aLoRA": Variant({"alora_invocation_tokens": [40, 41]}),
+        "aLoRA": Variant({"alora_invocation_tokens": IDS[0, -3:-1].tolist()}),
+        "aLoRA of a text that is not there": Variant({"alora_invocation_tokens": [40, 41, 42]}),
+        "aLoRA of all layers": Variant(
+            {"alora_invocation_tokens": IDS[1, 2:4].tolist(), "target_modules": "all-linear", "use_rslora": True}
+        ),
         "more layers": Variant({"layer_replication": [[0, 2], [1, 2]]}),
         "bare parameters": Variant(edit=_config(target_parameters=["mlp.experts.gate_up_proj"])),
         "Arrow": Variant(edit=_config(arrow_config={"top_k": 2})),
@@ -204,6 +208,7 @@ VARIANTS = _made()
 def trained(base: Path, folder: Path, options: Mapping[str, Any], seed: int = 5) -> Tensor:
     """The logits of PEFT's model in memory after everything that it trains was changed; saved into the folder."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.variants import calculate_alora_offsets
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
@@ -218,7 +223,8 @@ def trained(base: Path, folder: Path, options: Mapping[str, Any], seed: int = 5)
                     parameter.add_(torch.randn_like(parameter) * (0.02 if "magnitude" in name else 0.1))
         adapted.save_pretrained(folder)
         with torch.inference_mode():
-            given = {"alora_offsets": [3, 3]} if options.get("alora_invocation_tokens") else {}
+            alora = bool(options.get("alora_invocation_tokens"))
+            given = {"alora_offsets": calculate_alora_offsets(adapted.peft_config, "default", IDS)} if alora else {}
             found: Tensor = adapted(input_ids=IDS, **given).logits
     return found
 

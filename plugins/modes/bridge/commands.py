@@ -171,9 +171,11 @@ class Commands:
         pairs = {name: self._services.read_lines(Path(file), ("scene", "text")) for name, file in map(_named, data)}
         compared = [one_direction] if one_direction else []
         runtime = self._services.runtime(*specs, *compared, **asdict(over))
-        from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, measure_bridge
+        from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, lengths, measure_bridge
         from lora_rt.plugins.modes.bridge.table import bridge_table
 
+        for examples in pairs.values():
+            self._services.check_fit(examples, lengths(runtime, examples), runtime)
         settings = BridgeSettings(seed=seed, one_direction=one_direction)
         found: dict[str, dict[str, Any]] = {name: {} for name in pairs}
         with self._services.progress("measuring", len(pairs) * len(specs) * len(SECTIONS)) as advance:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_rt import TextLosses, ratio_interval, text_losses
-from lora_rt.plugins.modes.bridge.directions import Direction
+from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, Direction
 from lora_rt.plugins.modes.bridge.hyper import HyperBridge, onward
 from lora_rt.plugins.modes.bridge.losses import raw_losses
 from lora_rt.plugins.modes.bridge.words import chrf, f1, guesses, literal_and_hidden, wanted_words, words_of
@@ -78,6 +78,18 @@ def measure_bridge(
         document[name] = section(bridge, base, examples, settings)
         advance(name)
     return document
+
+
+def lengths(runtime: Runtime, examples: Examples) -> list[int]:
+    """How many tokens the longest question of each pair takes, with its answer: either direction, base or bridge."""
+    text = runtime.text
+
+    def length(asks: HyperBridge, pair: Mapping[str, Any], direction: Direction) -> int:
+        given, answer = ("text", "scene") if direction == "compress" else ("scene", "text")
+        return len(text.prompt_ids(asks.prompt(direction, pair[given]))) + len(text.answer_ids(pair[answer]))
+
+    asking = (HyperBridge(runtime, None), InstructedBase(runtime))
+    return [max(length(one, pair, direction) for one in asking for direction in DIRECTIONS) for pair in examples]
 
 
 def compression(bridge: HyperBridge, base: HyperBridge, examples: Examples, settings: BridgeSettings) -> Document:

@@ -1,0 +1,94 @@
+"""Adapters that take their first factors out of the base by data: what they learned is told from how they began."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_rt.core.export.convert import convert
+from lora_rt.core.export.errors import ExportError
+from support.tiny import Zoo, some_ids
+
+IDS = some_ids(rows=2)
+
+
+def begun(kind: str, model: Any) -> Any:
+    """PEFT's model as each method begins it."""
+    from peft import LoraConfig, get_peft_model
+
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    if kind == "corda":
+        from peft.tuners.lora.config import CordaConfig
+        from peft.tuners.lora.corda import preprocess_corda
+
+        settings = LoraConfig(**options, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+        preprocess_corda(model, settings, run_model=lambda: model(input_ids=some_ids(tokens=200, seed=2)))
+    elif kind == "lora_ga":
+        from peft.tuners.lora.config import LoraGAConfig
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        settings = LoraConfig(**options, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+
+        def step() -> None:
+            ids = some_ids(rows=4, seed=2)
+            model(input_ids=ids, labels=ids).loss.backward()
+
+        preprocess_loraga(model, settings, step)
+    else:
+        settings = LoraConfig(**options, init_lora_weights=kind)
+    return get_peft_model(model, settings).eval()
+
+
+@pytest.mark.parametrize("kind", ["corda", "lora_ga", "pissa", "pissa_niter_4", "olora"])
+def test_what_it_began_with_is_taken_off_by_the_adapter_saved_before_training(
+    kind: str, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if find_spec("attr") is None:  # of which PEFT takes `dataclass` alone, for CorDA, and does not depend on it
+        monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclass))
+
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(zoo.base("llama"), dtype=torch.float32)
+        adapted = begun(kind, model)
+        adapted.save_pretrained(tmp_path / "before")
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+        adapted.save_pretrained(tmp_path / "after")
+    with torch.inference_mode():
+        wanted: Tensor = adapted(input_ids=IDS).logits
+    convert(tmp_path / "after", tmp_path / "plain", initial=tmp_path / "before")
+    runtime = zoo.runtime("llama")
+    name = runtime.load_adapter(str(tmp_path / "plain"), f"plain-{kind.replace('_', '-')}")
+    found = runtime.logits(IDS, compositions=name)
+    runtime.unload_adapter(name)
+    assert (wanted - runtime.logits(IDS)).abs().max() > 0.05
+    torch.testing.assert_close(found, wanted, atol=3e-4, rtol=0)
+
+
+def test_another_adapter_is_not_taken_for_how_it_began(zoo: Zoo, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for name, targets in (("after", ["q_proj", "v_proj"]), ("other", ["down_proj"])):
+        from peft import LoraConfig, get_peft_model
+
+        model = AutoModelForCausalLM.from_pretrained(zoo.base("llama"), dtype=torch.float32)
+        get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights="olora")).save_pretrained(
+            tmp_path / name
+        )
+    with pytest.raises(ExportError, match="not of the same layers"):
+        convert(tmp_path / "after", tmp_path / "plain", initial=tmp_path / "other")
+    assert not (tmp_path / "plain").exists()
