@@ -146,6 +146,7 @@ def tune(
     name: str | None = None,
     mode: str | None = None,
     mode_options: Mapping[str, str] | None = None,
+    prompts: str | Path | None = None,
     out: str | Path | None = None,
     base: str = "default",
     precision: str = "int4",
@@ -164,6 +165,7 @@ def tune(
         name: the composition's name, "my-mix" if left out; with `per="scene"`, keep the gates in it.
         mode: who decides in such a composition; "router" per token and "context" per scene type if left out.
         mode_options: the mode's own.
+        prompts: a JSONL file of scene and scene_type: more prompts for the classifier (scene).
         out: a folder for the adapters instead of the store (scene).
         base: as in `Runtime.load`, like precision and device.
         precision: of the base.
@@ -188,11 +190,13 @@ def tune(
         named=name is not None and out is None,
         mode=mode,
         mode_options=mode_options,
+        prompts=prompts is not None,
     )
     given = Composition.parse(composition) if isinstance(composition, str) else composition
     from lora_rt.core.tuning import session
 
-    job = session.Job(given, Path(data), base, precision, device)
+    more = None if prompts is None else Path(prompts)
+    job = session.Job(given, Path(data), base, precision, device, prompts=more)
     if isinstance(settings, SceneSettings):
         return session.fit_scenes(job, None if out is None else Path(out), settings, lambda _what, _loss: None)
     named = name or "my-mix"

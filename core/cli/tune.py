@@ -17,6 +17,7 @@ from lora_rt.core.cli.console import check_output, compose_hint, err, out, print
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.training.data import read_pairs
 from lora_rt.core.tuning.settings import (
+    PROMPT_FIELDS,
     MixSettings,
     Per,
     SceneSettings,
@@ -54,6 +55,12 @@ def tune(
     folder: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Put the adapters there, not into the store (scene).")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", metavar="F.jsonl", help="More prompts with a scene_type, for the classifier (scene)."
+        ),
+    ] = None,
     base: options.Base = "default",
     allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
@@ -82,6 +89,7 @@ def tune(
             named=name is not None and folder is None,
             mode=mode,
             mode_options=options.mode_options(option or []),
+            prompts=prompts is not None,
         )
     name = name or "my-mix"
     registry = session().registry
@@ -93,11 +101,14 @@ def tune(
     check_output()
     fields = ("scene", "text", "scene_type") if per == "scene" else ("scene", "text")
     read_pairs(data, fields, chats=True)
+    if prompts is not None:
+        read_pairs(prompts, PROMPT_FIELDS, chats=True)
     text = options.text_format(template_var, special_tokens)
     with starting():
         from lora_rt.core.tuning.session import Job, fit_scenes, tune_composition, tune_mixture
 
-    job = Job(composition, data, base, precision, device, allow_base_mismatch=allow_base_mismatch, **text)
+    shared = {"allow_base_mismatch": allow_base_mismatch, "prompts": prompts, **text}
+    job = Job(composition, data, base, precision, device, **shared)
     if isinstance(settings, SceneSettings):
         with _Progress() as progress:
             fitted = fit_scenes(job, folder, settings, progress.advance)

@@ -12,6 +12,7 @@ from typing import Any
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.training.data import Pairs, check_fit, read_pairs
 from lora_rt.core.training.sources import DataError
+from lora_rt.core.tuning.settings import PROMPT_FIELDS
 
 _POOL = 8  # batches whose examples are sorted by length together
 
@@ -35,16 +36,30 @@ def read_lines(path: Path, *, typed: bool) -> Pairs:
 
 
 def as_items(lines: Sequence[Mapping[str, Any]], text: TextFormat, limit: int) -> list[Item]:
-    """The examples in a base's tokens.
+    """The examples in a base's tokens; without a text they are prompts alone.
 
     Raises:
         DataError: some have more than `limit`, prompt and answer.
     """
     items = [
-        Item(text.prompt_ids(line["scene"]), text.answer_ids(line["text"]), line.get("scene_type")) for line in lines
+        Item(
+            text.prompt_ids(line["scene"]),
+            text.answer_ids(line["text"]) if "text" in line else [],
+            line.get("scene_type"),
+        )
+        for line in lines
     ]
     check_fit(lines, [len(item.prompt) + len(item.answer) for item in items], limit)
     return items
+
+
+def read_prompts(path: Path) -> Pairs:
+    """Prompts with their scene types, from which a classifier learns beside the data: "scene" and "scene_type".
+
+    Raises:
+        DataError: listing every bad line.
+    """
+    return read_pairs(path, PROMPT_FIELDS, chats=True)
 
 
 def held_out(items: Sequence[Item], seed: int, share: float = 0.1) -> tuple[list[Item], list[Item]]:

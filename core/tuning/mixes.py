@@ -69,8 +69,10 @@ class MixFit:
         seen = {"weights": list(start.values()), "scene_types": self.scene_types, "hidden_layers": made.hidden_layers}
         self._view = AdapterView(name, {**self.card, **seen}, self.state, frozen.base.facts)
 
-    def fit_classifier(self, aside: Sequence[Item], advance: Callable[[float], None]) -> tuple[float, float] | None:
-        """Fit it where there is one and the data has types.
+    def fit_classifier(
+        self, aside: Sequence[Item], advance: Callable[[float], None], more: Sequence[Item] = ()
+    ) -> tuple[float, float] | None:
+        """Fit it where there is one and the data has types; `more` are prompts that it learns on beside the data.
 
         Returns:
             The share of held-out prompts whose type it tells, and that of the most frequent type; None without one.
@@ -79,7 +81,7 @@ class MixFit:
         if not self.scene_types or not self._frozen.modes.implements(mode, "lora_rt_scene"):
             return None
         classifier = Classifier(self._frozen, mode, self._view, SceneSettings())
-        classifier.fit(self._items, advance)
+        classifier.fit([*self._items, *more], advance)
         return classifier.accuracy(aside), chance(aside)
 
     def fit(

@@ -74,13 +74,15 @@ class SceneFit:
             raise GatingError(text, problems=problems, next_step="Train them with --mode context and one --scene-types")
         self.types = next(iter(types.values()))
 
-    def fit_classifier(self, advance: Callable[[float], None] = lambda _loss: None) -> float:
+    def fit_classifier(self, advance: Callable[[float], None] = lambda _loss: None, more: Sequence[Item] = ()) -> float:
         """Fit the first adapter's classifier and give it to all that are like it.
+
+        `more` are prompts that it learns on beside the examples.
 
         Returns:
             The share of prompts that it gets right.
         """
-        touched = self._classifier.fit(self._items, advance)
+        touched = self._classifier.fit([*self._items, *more], advance)
         for other in self._names[1:]:
             for key, value in touched.items():
                 if key in self.states[other] and self.states[other][key].shape == value.shape:

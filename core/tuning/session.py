@@ -16,7 +16,7 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.named import expanded
 from lora_rt.core.training.data import digest_of
 from lora_rt.core.training.destination import Destination
-from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
+from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines, read_prompts
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.saving import composition_of, mixture_of, write_fitted
@@ -43,7 +43,10 @@ Advance = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be fitted: a composition whose weights are the start, the data, and the base."""
+    """What is to be fitted: a composition whose weights are the start, the data, and the base.
+
+    `prompts` is a file of prompts, from which a classifier of scene types learns beside the data.
+    """
 
     composition: Composition
     data: Path
@@ -53,11 +56,16 @@ class Job:
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     special_tokens: bool = False
     allow_base_mismatch: bool = False
+    prompts: Path | None = None
 
     def items(self, lines: Sequence[Mapping[str, Any]], base: LoadedBase) -> list[Item]:
         """The examples in the base's tokens."""
         text = TextFormat.of_base(base, self.template_variables, special_tokens=self.special_tokens)
         return as_items(lines, text, context_of(base.model.config))
+
+    def more(self, base: LoadedBase) -> list[Item]:
+        """The prompts that teach the classifier alone."""
+        return [] if self.prompts is None else self.items(read_prompts(self.prompts), base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,7 @@ def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -
     frozen, weights, references = open_job(job, registry)
     items, aside = held_out(job.items(lines, frozen.base), settings.seed)
     fit = MixFit(frozen, name, weights, items, settings)
-    told = fit.fit_classifier(aside, lambda loss: advance("classifier", loss))
+    told = fit.fit_classifier(aside, lambda loss: advance("classifier", loss), job.more(frozen.base))
     first, last, losses = fit.fit(aside, lambda loss: advance("gates", loss))
     if not last < first:
         raise _no_better("gates", job, first, min(losses), _told(*told) if told else "")
@@ -182,7 +190,7 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
         destination.check()
     items, aside = held_out(job.items(lines, frozen.base), settings.seed)
     fit = SceneFit(frozen, weights, items, settings)
-    fit.fit_classifier(lambda loss: advance("classifier", loss))
+    fit.fit_classifier(lambda loss: advance("classifier", loss), job.more(frozen.base))
     registered, chance = fit.accuracy(aside)
     first, last, losses = fit.fit_best_gates(aside, lambda loss: advance("gates", loss))
     if not last < first:

@@ -14,6 +14,9 @@ from lora_rt.registry.errors import StoreError
 from lora_rt.registry.reference import check_name as check_form
 from lora_rt.registry.registry import Registry
 
+PROMPT_FIELDS = ("scene", "scene_type")
+"""What a line of prompts has that teach a classifier alone."""
+
 
 class TuneError(LoraRtError):
     """Settings or weights that nothing can be tuned with."""
@@ -44,7 +47,7 @@ class SceneSettings:
     batch_size: int = 8
     learning_rate: float = 0.1
     keep: float = 0.02
-    registrar_steps: int = 150
+    registrar_steps: int = 300
     registrar_rate: float = 1.0
     registrar_decay: float = 1e-6
     seed: int = 0
@@ -82,6 +85,7 @@ def settings_for(
     named: bool = False,
     mode: str | None = None,
     mode_options: Mapping[str, str] | None = None,
+    prompts: bool = False,
 ) -> TuneSettings | SceneSettings | MixSettings:
     """The settings of what is to be learned; without a learning rate the usual one for it.
 
@@ -91,6 +95,7 @@ def settings_for(
         named: whether what is learned per scene is to be a named composition, instead of the adapters' own gates.
         mode: of that composition, or of one that is learned per token.
         mode_options: the mode's own.
+        prompts: whether there are some that teach a classifier of scene types.
 
     Raises:
         TuneError: naming everything that is out of range.
@@ -109,6 +114,8 @@ def settings_for(
     mixed = per == "token" or (per == "scene" and named)
     if (mode or mode_options) and not mixed:
         problems.append("a mode and its options belong to --per token, and to --per scene with a --name")
+    if prompts and per != "scene":
+        problems.append("prompts with scene types belong to --per scene")
     if problems:
         raise TuneError("these settings can't tune", problems=problems, next_step="See: lora-rt tune --help")
     made: TuneSettings | SceneSettings | MixSettings

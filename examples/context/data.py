@@ -10,6 +10,8 @@ of the gates, has the bare scene as its prompt, which shows none.
     heldout.jsonl               the same, of the held-out scenes, without the neutral ones
     prompts.jsonl               like gates.jsonl, every other prompt the first sentence alone: for the composition
                                 `registers` over the adapters that ship, which are led by prompts of both forms
+    everyday.jsonl              {"scene", "scene_type"}: prompts that teach the classifier of `registers` alone: the
+                                corpus's in their other form, everyday sentences, and every other text by another hand
     turning.jsonl               {"scene", "text", "turn", "scene_types"}: after the words `turn` the register changes
     turns.jsonl                 texts of the same kind from the training scenes, in both orders of many pairs of
                                 registers: from these a router learns, which is told no turn and no type
@@ -68,6 +70,40 @@ def turning(first: dict[str, Any], second: dict[str, Any], types: tuple[str, str
     return {"scene": example["scene"], "text": text, "turn": example["text"][-24:], "scene_types": list(types)}
 
 
+def sentences(text: str) -> list[str]:
+    """The first three of three words or more."""
+    parts = (part.strip() for part in re.split(r"(?<=[.!?])['”\"]?\s+", text))
+    return [part for part in parts if len(part.split()) >= 3][:3]
+
+
+def everyday(split: str) -> list[dict[str, str]]:
+    """Sentences as people write them, none of them from the corpus."""
+    path = Path(__file__).parent / "everyday" / f"{split}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def other_hand(half: int) -> list[dict[str, str]]:
+    """The sentences of every other text by another hand: half 0 is learned on, half 1 is for judging."""
+    texts = corpus("otherhand")
+    return [
+        {"scene": sentence, "scene_type": register}
+        for register in REGISTERS
+        for example in texts[register][half::2]
+        for sentence in sentences(example["text"])
+    ]
+
+
+def taught(training: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """Prompts for the classifier beside those of prompts.jsonl."""
+    forms = (alone, begun)
+    shown = [
+        {"scene": forms[number % 2](e)["scene"], "scene_type": register}
+        for register in REGISTERS
+        for number, e in enumerate(training[register])
+    ]
+    return [*shown, *everyday("train"), *other_hand(0)]
+
+
 def write(path: Path, examples: Iterable[dict[str, Any]]) -> None:
     """JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +128,7 @@ def make(folder: Path) -> None:
         for r, e in zip(REGISTERS, row, strict=True)
     ]
     write(folder / "prompts.jsonl", [*prompts, *gates[-len(kept[REGISTERS[0]]) :]])
+    write(folder / "everyday.jsonl", taught(training))
     pairs = list(permutations(REGISTERS, 2))
     learned = [
         turning(kept[a][number], kept[b][number], (a, b))

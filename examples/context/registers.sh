@@ -10,7 +10,8 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 "$python" "$here/data.py" "$scratch"
 "$lora_rt" tune logic:0.25 emotion:0.25 body:0.25 archetype:0.25 --per scene --name registers \
-    --base "$base" --precision float32 --data "$scratch/prompts.jsonl" --epochs 0.3 --lr 0.12 --seed 0
+    --base "$base" --precision float32 --data "$scratch/prompts.jsonl" --prompts "$scratch/everyday.jsonl" \
+    --epochs 0.3 --lr 0.12 --seed 0
 [ "$base" = default ] || exit 0
 out=$here/../../registry/shipped/registers
 mkdir -p "$out"

@@ -62,6 +62,7 @@ def data(tmp_path: Path) -> Path:
         (["tune", "nobody", "--data", "GOOD"], 1, "there is no adapter 'nobody'"),
         (["tune", "emotion", "--data", "GOOD", "--name", "logic"], 1, "'logic' is the name of an adapter"),
         (["tune", "emotion", "--data", "GOOD", "--per", "scene"], 1, "scene_type"),
+        (["tune", "emotion", "--data", "GOOD", "--prompts", "GOOD"], 2, "belong to --per scene"),
         (["tune", "emotion", "--data", "GOOD", "--per", "scene", "--out", "GOOD"], 1, "nothing can be written into"),
         (["eval", "nobody", "--data", "x=GOOD"], 1, "there is no adapter 'nobody'"),
         (["eval", "emotion", "--data", "x=GOOD", "--device", "tpu"], 2, "there is no device 'tpu'"),

@@ -45,6 +45,21 @@ def items(zoo: Zoo) -> list[Item]:
     ]
 
 
+def test_prompts_without_answers_teach_the_classifier_alone(zoo: Zoo, made: Made) -> None:
+    """They are of letters that the data gives to the other type; the gates are what they are without them."""
+    more = [Item([1, 200, 60 + n], [], "body") for n in range(6)]
+    adapter, found = made("logic", gates=None), []
+    for taught in ([], more):
+        frozen, weights, _ = open_job(job(zoo, f"{adapter}:0.5"), Registry())
+        fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=1, registrar_steps=40))
+        fit.fit_classifier(more=taught)
+        right, _ = fit.accuracy([Item([1, 200, 70], [], "body")])
+        found.append((right, fit.fit_gates()))
+    (before, losses), (after, same) = found
+    assert (before, after) == (0, 1)
+    assert same == losses
+
+
 def test_fitting_changes_the_state_and_nothing_else(zoo: Zoo, made: Made) -> None:
     frozen, weights, _ = open_job(job(zoo, f"{made('logic', gates=None)}:0.5 {made('body', seed=2)}:0.5"), Registry())
     digest = frozen.base.digest()
