@@ -38,14 +38,14 @@ def bench(
     context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="A small set, for a first look.")] = False,
     workloads: Annotated[
-        str, typer.Option("--workloads", metavar="NAME,...", help="These alone, by name or pattern (rows16-*).")
+        str, typer.Option("--workloads", metavar="NAME,...", help="Only these, by name or pattern (rows16-*).")
     ] = "",
     systems: Annotated[
-        str, typer.Option("--systems", metavar="NAME,...", help=f"These alone, of: {', '.join(SYSTEMS)}.")
+        str, typer.Option("--systems", metavar="NAME,...", help=f"Only these, of: {', '.join(SYSTEMS)}.")
     ] = "",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="How often each is measured.")] = 5,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the processor; torch's default if left out.")
+        int | None, typer.Option("--threads", min=1, help="Threads to compute with; torch's default if left out.")
     ] = None,
     base: options.Base = "default",
     precision: options.Precision = "int4",

@@ -21,8 +21,8 @@ _SHARES = (0.5, 0.9)
 
 def serve(
     requests: Annotated[int, typer.Option("--requests", min=2, help="Requests, each with its own composition.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of each answer.")] = 64,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Answers that are given at once.")] = 16,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each answer.")] = 64,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Answers that are generated at the same time.")] = 16,
     adapters: Annotated[
         str, typer.Option("--adapters", metavar="NAME,...", help="Each request has two of these.")
     ] = "logic,emotion,body,archetype",

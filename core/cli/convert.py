@@ -24,7 +24,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a plain LoRA in safetensors of a pickle, or of an adapter that changed its base."""
+    """Turn a pickled adapter, or one that changed its base, into a plain LoRA in safetensors."""
     with err.status("converting"):
         from lora_rt.core.export.convert import convert as run
 

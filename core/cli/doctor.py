@@ -27,7 +27,7 @@ def doctor(
     clean: Annotated[bool, typer.Option("--clean", help="Remove what killed processes left behind.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at versions, devices, the home, bases, plugins, adapters and left-overs."""
+    """Check versions, devices, the home, bases, plugins and adapters, and look for left-over files."""
     modes = examined_modes()
     checks = [*_versions(), *_devices(), *registry_checks(session().registry, clean=clean), *_plugins(modes.records)]
     if as_json:

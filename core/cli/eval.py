@@ -54,7 +54,7 @@ def evaluate(
     special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
-    """Mean negative log-likelihood per response token of every data set, under the base and every composition."""
+    """Measure how well the base and compositions predict data sets: negative log-likelihood per response token."""
     if bridge:
         shared = ["--base", base, "--precision", precision, "--device", device, "--seed", str(seed)]
         shared += ["--one-direction", one_direction] if one_direction else []

@@ -153,7 +153,7 @@ Multiply = Annotated[
     typer.Option(
         "--multiply",
         callback=_multiply,
-        help="Weights of few bits on a CPU: packed, dequantize, dense, or auto, the fastest.",
+        help="How 4- and 8-bit weights are multiplied on a CPU: packed, dequantize, dense or auto (the fastest).",
     ),
 ]
 Data = Annotated[

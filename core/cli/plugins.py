@@ -16,7 +16,7 @@ _COLOURS = {"ok": "green", "faulty": "yellow", "broken": "red", "blocked": "dim"
 
 
 def plugins(as_json: options.Json = False) -> None:
-    """List the installed modes and what became of them.
+    """List the installed plugins, and what is wrong with those that can't be used.
 
     A faulty plugin is used, but something that it did failed or was refused; a broken one is not used.
     """

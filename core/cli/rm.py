@@ -22,7 +22,7 @@ def rm(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name in the store.")],
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove an adapter, for all bases, or a named composition from the store."""
+    """Remove an adapter (for all bases) or a named composition from the store."""
     registry = session().registry
     is_composition = name in registry.compositions.own_names()  # a damaged one is removed like any other
     records = [read(path) for path in registry.store.records.paths_of(name)]

@@ -35,7 +35,7 @@ def scene(
     special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show the distribution over scene types that the gates would see."""
+    """Show which scene types a text is recognized as, as gates see them."""
     if not text.strip():
         raise UsageError("the text is empty", next_step="Give the prompt whose scene type is to be recognized")
     form = options.text_format(template_var, special_tokens, text)

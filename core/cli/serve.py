@@ -28,17 +28,23 @@ _ENGINES = "lora_rt.engines"
 def serve(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[BASE REGISTER...]", help="Of another --engine, and behind -- its own flags."),
+        typer.Argument(
+            metavar="[BASE REGISTER...]",
+            help="With another --engine: base and registers; flags after -- are that engine's own.",
+        ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Where to listen; others can connect to any but 127.0.0.1.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 is any free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; any but 127.0.0.1 lets other machines connect.")
+    ] = ("127.0.0.1"),
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     api_key: Annotated[
-        str, typer.Option("--api-key", envvar="LORA_RT_API_KEY", help="What clients have to send as a bearer token.")
+        str,
+        typer.Option("--api-key", envvar="LORA_RT_API_KEY", help="Key that clients have to send as a bearer token."),
     ] = "",
     admin_key: Annotated[
-        str, typer.Option("--admin-key", envvar="LORA_RT_ADMIN_KEY", help="Opens /admin, for whoever sends it.")
+        str, typer.Option("--admin-key", envvar="LORA_RT_ADMIN_KEY", help="Opens /admin to whoever sends this key.")
     ] = "",
     pin: Annotated[
         list[str] | None, typer.Option("--pin", metavar="NAME", help="Load this adapter now and keep it. Repeatable.")
@@ -49,43 +55,55 @@ def serve(
             "--allow", metavar="REF", help="Let clients use this path or repository, beside names. Repeatable."
         ),
     ] = None,
-    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Answers that are given at once.")] = 16,
+    max_rows: Annotated[
+        int, typer.Option("--max-rows", min=1, help="Answers that are generated at the same time.")
+    ] = 16,
     max_queue: Annotated[
-        int, typer.Option("--max-queue", min=0, help="Answers that wait; who comes then is told to come again.")
+        int,
+        typer.Option(
+            "--max-queue", min=0, help="Requests that may wait; further ones are refused until there is room."
+        ),
     ] = 64,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=2, help="Of a prompt and its answer; the base's context.")
+        int | None,
+        typer.Option("--max-tokens", min=2, help="Longest prompt with its answer; the base's context if left out."),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="The longest answer where a client names no limit.")
     ] = 512,
     kv_gib: Annotated[
-        float | None, typer.Option("--kv-gib", min=0.001, help="GiB for keys and values; half of what is free.")
+        float | None,
+        typer.Option("--kv-gib", min=0.001, help="GiB for keys and values; half of what is free if left out."),
     ] = None,
     prefix_gib: Annotated[
-        float, typer.Option("--prefix-gib", min=0, help="GiB for prompts that begin alike; 0 keeps none.")
+        float, typer.Option("--prefix-gib", min=0, help="GiB of keys and values kept for prompts that begin alike.")
     ] = 0.25,
     adapter_gib: Annotated[
-        float, typer.Option("--adapter-gib", min=0, help="GiB for adapters that nobody uses at the moment.")
+        float, typer.Option("--adapter-gib", min=0, help="GiB of adapters kept in memory while nobody uses them.")
     ] = 1.0,
-    deadline: Annotated[float, typer.Option("--deadline", min=0.1, help="Seconds for a request in all.")] = 600,
-    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for running answers after SIGTERM.")] = 30,
+    deadline: Annotated[
+        float, typer.Option("--deadline", min=0.1, help="Longest time for one request, in seconds.")
+    ] = 600,
+    drain: Annotated[
+        float, typer.Option("--drain", min=0, help="Seconds that running answers get after SIGTERM.")
+    ] = 30,
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Give every answer passes of its own: the same text bit for bit.")
+        bool,
+        typer.Option("--deterministic", help="Compute every answer by itself: the same text every time, but slower."),
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
     template_var: options.TemplateVar = None,
     special_tokens: options.SpecialTokens = False,
     allow_base_mismatch: options.AllowBaseMismatch = False,
     ui: Annotated[
-        bool, typer.Option("--ui", help="Also a page at /: sliders, a chat, and which register acted.")
+        bool, typer.Option("--ui", help="Also serve a page at /: sliders, a chat, and which register acted where.")
     ] = False,
     engine: Annotated[str, typer.Option("--engine", help="What computes: lora-rt, or vllm with lora-rt-vllm.")] = _OWN,
 ) -> None:
-    """Serve OpenAI's API, in which `model` is a composition: every request its own, all in one batch."""
+    """Serve OpenAI's API with compositions as models: every request its own, all in one batch."""
     if engine != _OWN:
         _other(engine)([*([base] if base != "default" or not words else []), *(words or [])], host, port, api_key)
         return

@@ -29,7 +29,7 @@ def show(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show an adapter or a named composition, where it is and what it holds; or what a base has for adapters."""
+    """Show where an adapter or a named composition is and what it holds, or the layers of a base."""
     if (reference is None) == (base is None):
         raise UsageError("show takes one thing", next_step="Name an adapter, or a base with --base")
     if base is not None:

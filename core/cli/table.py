@@ -23,30 +23,32 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "compose": Entry("compose.command:compose", "Let a weighted composition of registers speak."),
-    "train": Entry("train:train", "Train an adapter for REGISTER on JSON lines and publish it with its card."),
+    "compose": Entry(
+        "compose.command:compose", "Answer a prompt with a weighted composition of registers, or chat with it."
+    ),
+    "train": Entry("train:train", "Train an adapter on examples and keep it under the name REGISTER."),
     "eval": Entry(
         "eval:evaluate",
-        "Mean negative log-likelihood per response token of every data set, under the base and every composition.",
+        "Measure how well the base and compositions predict data sets: negative log-likelihood per response token.",
     ),
-    "tune": Entry("tune:tune", "Learn from examples how much each adapter should say, with base and adapters frozen."),
+    "tune": Entry("tune:tune", "Learn the weights of a composition from examples, with base and adapters frozen."),
     "export": Entry(
         "export:export",
         "Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model.",
     ),
     "convert": Entry(
-        "convert:convert", "Make a plain LoRA in safetensors of a pickle, or of an adapter that changed its base."
+        "convert:convert", "Turn a pickled adapter, or one that changed its base, into a plain LoRA in safetensors."
     ),
     "explain": Entry("explain.command:explain", "Show how much each register adds to the base, layer by layer."),
-    "scene": Entry("scene:scene", "Show the distribution over scene types that the gates would see."),
+    "scene": Entry("scene:scene", "Show which scene types a text is recognized as, as gates see them."),
     "serve": Entry(
         "serve:serve",
-        "Serve OpenAI's API, in which `model` is a composition: every request its own, all in one batch.",
+        "Serve OpenAI's API with compositions as models: every request its own, all in one batch.",
     ),
     "list": Entry("list:list_adapters", "List the adapters that can be used by name."),
     "show": Entry(
         "show:show",
-        "Show an adapter or a named composition, where it is and what it holds; or what a base has for adapters.",
+        "Show where an adapter or a named composition is and what it holds, or the layers of a base.",
     ),
     "pull": Entry(
         "pull:pull",
@@ -54,10 +56,10 @@ COMMANDS = {
     ),
     "push": Entry("push:push", "Push an adapter to the Hub together with a model card."),
     "search": Entry("search:search", "Search the Hub for adapters."),
-    "rm": Entry("rm:rm", "Remove an adapter, for all bases, or a named composition from the store."),
+    "rm": Entry("rm:rm", "Remove an adapter (for all bases) or a named composition from the store."),
     "verify": Entry(
         "verify:verify",
-        "Check files against their digests, adapters against the whole check, compositions against their adapters.",
+        "Check that adapters and named compositions are sound, and what they were when they were installed.",
     ),
     "lock": Entry(
         "lock:lock",
@@ -67,7 +69,7 @@ COMMANDS = {
         "sync:sync",
         "Install exactly the adapters and compositions of the lock; without --frozen, first bring it up to date.",
     ),
-    "plugins": Entry("plugins:plugins", "List the installed modes and what became of them."),
+    "plugins": Entry("plugins:plugins", "List the installed plugins, and what is wrong with those that can't be used."),
     "install": Entry(
         "install:install", "Install plugin packages with pip, and say which modes and adapters they brought."
     ),
@@ -82,7 +84,9 @@ COMMANDS = {
         "plan:plan",
         "Estimate the memory that a base takes, from its configuration alone: weights, adapters, KV cache, training.",
     ),
-    "doctor": Entry("doctor:doctor", "Look at versions, devices, the home, bases, plugins, adapters and left-overs."),
+    "doctor": Entry(
+        "doctor:doctor", "Check versions, devices, the home, bases, plugins and adapters, and look for left-over files."
+    ),
 }
 """In the order of `--help`."""
 

@@ -95,7 +95,7 @@ def train(
         Path | None, typer.Option("--out", metavar="DIR", help="Put the adapter there instead of into the store.")
     ] = None,
 ) -> None:
-    """Train an adapter for REGISTER on examples and publish it with its card."""
+    """Train an adapter on examples and keep it under the name REGISTER."""
     given: dict[str, Any] = {
         "register": register,
         "mode": mode,

@@ -35,9 +35,7 @@ _PLAIN_EVERY = 10
 
 
 def tune(
-    specs: Annotated[
-        list[str], typer.Argument(metavar="SPEC", help="The adapters; their weights here are where it starts from.")
-    ],
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC", help="The adapters, with the weights to start from.")],
     data: options.Data,
     per: Annotated[Per, typer.Option("--per", help="What is learned; scene needs a scene_type in every line.")] = (
         "adapter"
@@ -75,7 +73,7 @@ def tune(
     special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
-    """Learn from examples how much each adapter should say, with base and adapters frozen."""
+    """Learn the weights of a composition from examples, with base and adapters frozen."""
     composition = options.composition_of(specs)
     check_precision(precision)
     check_device(device)

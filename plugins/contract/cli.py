@@ -52,21 +52,28 @@ AllowBaseMismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help=A
 TemplateVar = Annotated[
     list[str] | None,
     typer.Option(
-        "--template-var", metavar="KEY=VALUE", help="Of the chat template: enable_thinking=false. Repeatable."
+        "--template-var",
+        metavar="KEY=VALUE",
+        help="Set a variable of the chat template, as enable_thinking=false. Repeatable.",
     ),
 ]
 SpecialTokens = Annotated[
-    bool, typer.Option("--special-tokens", help="Read <|im_end|> and the like in texts as tokens; they are text.")
+    bool,
+    typer.Option(
+        "--special-tokens", help="Read <|im_end|> and the like in texts as control tokens; otherwise they are text."
+    ),
 ]
 
 # How an answer is chosen.
 Temperature = Annotated[float, typer.Option("--temperature", callback=_temperature, help="0 is greedy.")]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest that make up this share.")
+    float | None,
+    typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest tokens that make up this share."),
 ]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among so many of the likeliest; 0 is off.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among this many of the likeliest tokens; 0 is off.")]
 RepetitionPenalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", min=0, help="On the answer's own tokens; 1 is off.")
+    float | None,
+    typer.Option("--repetition-penalty", min=0, help="Make tokens that the answer has used less likely; 1 is off."),
 ]
 
 

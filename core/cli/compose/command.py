@@ -13,7 +13,8 @@ from lora_rt.core.cli.compose.request import ComposeRequest, normalized
 def compose(
     specs: options.Specs,
     prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="The prompt; standard input or a chat if left out.")
+        str | None,
+        typer.Option("-p", "--prompt", help="The prompt. Left out: standard input, or a chat in a terminal."),
     ] = None,
     base: options.Base = "default",
     allow_base_mismatch: options.AllowBaseMismatch = False,
@@ -50,7 +51,7 @@ def compose(
     special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
-    """Let a weighted composition of registers speak."""
+    """Answer a prompt with a weighted composition of registers, or chat with it."""
     request = ComposeRequest.checked(
         normalized(options.composition_of(specs), normalize),
         options.piped() if prompt is None else prompt,
