@@ -2,6 +2,15 @@
 
 Gates arrive as `lora_rt.plugins.contract.Gate` describes them: missing leading axes are added, then the axes are
 (layers, batch, tokens, rank or head), each of length 1 where a gate does not vary.
+
+Two rows, `emotion:0.7 logic:0.3` and `logic:1`, over the group of `stack.py`'s example, without gates:
+
+    weights (2, K)       [[0.7, 0.3], [0.0, 1.0]]
+    owners  (R,)         0 x 8, 1 x 4, 0 x 8
+    g (2, 1, R)          row 0: 0.7 x 8, 0.3 x 4, 0.7 x 8        row 1: 0.0 x 8, 1.0 x 4, 0.0 x 8
+
+A gate of emotion that fades in over three tokens, (1, 1, 3, 1), makes that g (2, 3, R): emotion's ranks times its
+value at each token, logic's as before.
 """
 
 from __future__ import annotations
@@ -25,6 +34,7 @@ def rank_gates(stack: Stack, weights: Tensor, gates: Sequence[Gate | None]) -> d
         static = [weights[:, None, pattern.owners.to(weights.device)] for pattern in stack.patterns]
         return {number: static[group.pattern].to(group.a) for number, group in stack.groups.items()}
     columns = [_column(weights[None, :, k, None, None], ranked.get(k), stack.widest) for k in range(weights.shape[1])]
+    # (layers|1, batch|1, tokens|1, K, 1 or widest + 1): adapter by adapter what each of its ranks is multiplied with
     combined = torch.stack(torch.broadcast_tensors(*columns), dim=3)  # type: ignore[no-untyped-call]
     gathered = []
     for pattern in stack.patterns:

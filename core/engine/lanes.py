@@ -4,7 +4,14 @@
     y     += hidden^T B       B: (rows, R, out)
 
 With sixteen rows of two adapters each, all different, a shared stack would multiply every row with all thirty-two.
-The weights are an argument of the gathered factors: they can change without gathering anew.
+The weights are an argument of the gathered factors: they can change without gathering anew. (Punica's BGMV.)
+
+A batch of two rows over a layer of width 576, emotion with r = 8, logic with r = 4 and body with r = 8:
+
+    lane of row 0   emotion 0 .. 7, nothing 8 .. 11         R = 12, what the longer lane takes
+    lane of row 1   logic 0 .. 3, body 4 .. 11              a (2, 12, 576)    b (2, 12, out)
+
+Where a lane has nothing, a and b are zeros and the owner is number K, whose weight is 0.
 """
 
 from __future__ import annotations

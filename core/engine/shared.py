@@ -103,7 +103,7 @@ class SharedPass(Pass):
             y = (y + (y if bias is None else y - bias) * shares).to(y.dtype)
         if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
-        hidden = self._shared(site, x)[..., site.start : site.stop]
+        hidden = self._shared(site, x)[..., site.start : site.stop]  # (batch, tokens, ranks of this site)
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
         if not y.is_contiguous() or y.requires_grad:
             return y.add_(linear(hidden, site.b))
@@ -126,7 +126,7 @@ class SharedPass(Pass):
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
         if x.is_floating_point():
-            hidden = linear(self.widened(x, group.a), group.a, group.offset)
+            hidden = linear(self.widened(x, group.a), group.a, group.offset)  # (batch, tokens, R); offset: 1 for biases
         else:
             hidden = embedding(x.to(group.a.device), group.a.T)
         return hidden * self._like(self._gates[number], group.layout, hidden)
@@ -145,7 +145,7 @@ class SharedPass(Pass):
                 hidden, heads = self._alone(site.group, ranks, x, heads), None
             else:
                 hidden = self._shared(site, x)[..., ranks]
-            delta = linear(hidden, site.b[:, first:last])
+            delta = linear(hidden, site.b[:, first:last])  # (batch, tokens, out), of adapter k alone
             y = y.add_(delta if heads is None else delta * heads)
         return y
 

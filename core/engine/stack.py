@@ -1,4 +1,18 @@
-"""The factors of a set of active adapters, stacked on the rank axis once and reused by every plan over that set."""
+"""The factors of a set of active adapters, stacked on the rank axis once and reused by every plan over that set.
+
+A layer of width 576 whose q (576 out) and v (192 out) read one input, and so are one group. emotion has r = 8 on both,
+logic r = 4 on q alone:
+
+    rank            0 .. 7     8 .. 11    12 .. 19
+    site            q          q          v
+    owner, slot     0, 0..7    1, 0..3    0, 0..7       0 is emotion, 1 is logic
+
+    a of the group  (20, 576)  one product with the input serves q and v:  hidden = A x, 20 numbers per token
+    b of q          (576, 12)  reads ranks 0 .. 11 of it     spans (0, 8), (8, 12)
+    b of v          (192, 8)   reads ranks 12 .. 19          spans (0, 8), (8, 8): logic has none here
+
+`emotion:0.7 logic:0.3` then multiplies hidden by [0.7] * 8 + [0.3] * 4 + [0.7] * 8: the weight of each rank's owner.
+"""
 
 from __future__ import annotations
 
@@ -134,22 +148,23 @@ def _stack_group(
         for k, adapter in enumerate(adapters):
             first = len(ranks) - start
             if (factors := adapter.get(topology.sites[index].name)) is not None:
-                rows.append(factors.a)
-                columns.append(factors.b)
+                rows.append(factors.a)  # (r, in)
+                columns.append(factors.b)  # (out, r)
                 ranks += [(k, slot) for slot in range(factors.rank)]
-                if factors.bias is not None:
+                if factors.bias is not None:  # one more rank: its hidden is 1 by the offset, its column the bias
                     rows.append(factors.a.new_zeros(1, factors.a.shape[1]))
                     columns.append(factors.bias[:, None])
                     ranks.append((k, _CONSTANT))
-                if factors.scale is not None:
+                if factors.scale is not None:  # another one, which multiplies the layer's own output (DoRA)
                     rows.append(factors.a.new_zeros(1, factors.a.shape[1]))
                     columns.append(factors.b.new_zeros(len(factors.b), 1))
                     scales[len(ranks) - start] = factors.scale
                     ranks.append((k, _CONSTANT))
             spans.append((first, len(ranks) - start))
-        b = columns[0] if len(columns) == 1 else _beside(columns)
+        b = columns[0] if len(columns) == 1 else _beside(columns)  # (out, ranks); of one adapter its own memory
         built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans), _placed(scales, b))
-    a = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)
+    a = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)  # (R, in)
+    # The blocks of a model are alike: their groups share one pattern, and gates are gathered once for all of them.
     pattern = known.setdefault(tuple(ranks), len(known))
     if pattern == len(built.patterns):
         owners, slots = torch.tensor(ranks, device=a.device).unbind(1)

@@ -97,11 +97,13 @@ class Batch(Generic[R]):
             left the batch; one that has ended with the end of the turn, or without a number, has got no token.
         """
         with torch.inference_mode():
-            self._regroup()
+            self._regroup()  # 1) who shares a pass
+            # 2) one pass per group; (rows, vocab) of those that have been read to their last column
             ready = [(group, logits) for group in self._groups if (logits := self._pass(group)) is not None]
-            tokens = self._choose(ready)
+            tokens = self._choose(ready)  # 3) all rows' tokens at once, each by its own settings and seed
             for group, _ in ready:
                 group.append([tokens[id(row)] for row in group.rows])
+        # 4) what each row makes of its token; who has ended leaves
         got = [row for row in self.rows if self._takes(row, tokens.get(id(row)))]
         if gone := [row for row in self.rows if row.ended is not None]:
             self._tell(gone)
@@ -125,7 +127,7 @@ class Batch(Generic[R]):
         if not ready:
             return {}
         rows = [row for group, _ in ready for row in group.rows]
-        logits = ready[0][1] if len(ready) == 1 else torch.cat([part for _, part in ready])
+        logits = ready[0][1] if len(ready) == 1 else torch.cat([part for _, part in ready])  # (all rows, vocab)
         forbidden = [self._end_ids if len(row.answer) < row.sampling.min_new_tokens else () for row in rows]
         noted = [(n, row) for n, row in enumerate(rows) if row.likely is not None]
         before = logits[[n for n, _ in noted]].float().log_softmax(-1) if noted else None

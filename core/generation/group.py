@@ -81,11 +81,14 @@ def joined(lm: CausalLM, parts: list[tuple[Group[R], list[int]]]) -> Group[R]:
     """Rows of one or several groups in one group, which is as wide as its longest row.
 
     Where it is read, all of its parts are read alike: up to the last column, or not at all.
+
+        a   t h e s         width 4, read 3        a   t h e s     width 4, read 3: of both the last column is new
+        b   h i             width 2, read 1   ->   b   . . h i     b's one key and value now end where a's three do
     """
     rows = [group.rows[number] for group, numbers in parts for number in numbers]
     cut = [(group, torch.tensor(numbers, device=group.ids.device)) for group, numbers in parts]
-    width = max(int(group.mask[index].sum(-1).max()) for group, index in cut)
-    ids = torch.cat([caches.fitted(group.ids[index], width, dim=1) for group, index in cut])
+    width = max(int(group.mask[index].sum(-1).max()) for group, index in cut)  # of real tokens, not of padding
+    ids = torch.cat([caches.fitted(group.ids[index], width, dim=1) for group, index in cut])  # (rows, width)
     mask = torch.cat([caches.fitted(group.mask[index], width, dim=1) for group, index in cut])
     first = parts[0][0]
     if first.cache is None:

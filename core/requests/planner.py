@@ -1,4 +1,15 @@
-"""From the rows of a pass to its plan: static weights once, gates anew for every pass."""
+"""From the rows of a pass to its plan: static weights once, gates anew for every pass.
+
+Three rows in one pass, of which the second waits for "So:" and the third is under a context adapter:
+
+    row 0   emotion:0.7 logic:0.3                   weights {emotion: 0.7, logic: 0.3}
+    row 1   logic:0.5[So:], "So:" not yet read      weights {}          its phase before "So:"
+    row 2   field:1                                 weights {field: 1}, and a gate (layers, rows, tokens, heads)
+
+A pass whose rows are all static (row 0 alone) gets the plan that it had before, by the rows' identity. Here the phases of
+row 1 are parted by token where "So:" lies within the pass (`timeline.variants`), modes are asked for the gates of each
+phase, and `merging.merged` makes one weight and one gate per adapter of them.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +49,7 @@ class RowPlanner:
     def __call__(self, info: PassInfo, rows: Sequence[RequestRow]) -> Plan | None:
         """The plan of this pass, or None where it is the base's alone."""
         phases = _phases(info, rows)
+        # One phase for all tokens, and no row whose weights vary by layer or are decided by a composition's mode.
         still = len(phases) == 1 and all(row.static for row in phases[0].rows)
         if still and (known := self._static.get(tuple(id(row) for row in phases[0].rows))) is not None:
             return known[1]

@@ -139,7 +139,7 @@ def variants(timelines: Sequence[Timeline], tokens: Sequence[Sequence[int]], pos
     """
     if all(timeline.still for timeline in timelines):
         return [Variant([timeline.row for timeline in timelines])]
-    everywhere = torch.ones_like(positions[0], dtype=torch.bool)
+    everywhere = torch.ones_like(positions[0], dtype=torch.bool)  # (tokens,)
     spans = [
         [(timeline.row, everywhere)] if timeline.still else timeline.spans(own, places)
         for timeline, own, places in zip(timelines, tokens, positions, strict=True)
@@ -155,4 +155,4 @@ def _variant(spans: Sequence[Sequence[tuple[Row, Tensor]]], index: int) -> Varia
     masks = [
         mask if index < len(of_row) else torch.zeros_like(mask) for (_, mask), of_row in zip(chosen, spans, strict=True)
     ]
-    return Variant([row for row, _ in chosen], torch.stack(masks))
+    return Variant([row for row, _ in chosen], torch.stack(masks))  # (rows, tokens)

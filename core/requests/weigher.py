@@ -1,4 +1,15 @@
-"""From compositions and scenes to the rows of a request: each term's mode decides its weight, in every phase."""
+"""From compositions and scenes to the rows of a request: each term's mode decides its weight, in every phase.
+
+A row has one phase per set of texts that may have appeared: `emotion:0.7 logic:0.5[So:] body[Then]` has four.
+
+    appeared       weights
+    nothing        emotion 0.7                          the row itself
+    So:            emotion 0.7, logic 0.5               phases[{"So:"}]
+    Then           emotion 0.7, body 1                  phases[{"Then"}]
+    both           emotion 0.7, logic 0.5, body 1       phases[{"So:", "Then"}]
+
+All are weighed at once, so that nothing can be refused in the middle of an answer; `timeline.py` says which one holds.
+"""
 
 from __future__ import annotations
 
@@ -84,10 +95,10 @@ class Weigher:
         mixes: dict[Mix, dict[str, float]] = {}
         for item, weight in zip(awake, self._decided(awake, scene, prompt), strict=True):
             name, factors = item.info.name, item.term.layers
-            if item.mix is not None:
+            if item.mix is not None:  # of a named composition with a mode: that mode decides at every pass
                 mixed = mixes.setdefault(item.mix, {})
                 mixed[name] = mixed.get(name, 0.0) + weight
-            elif factors:
+            elif factors:  # (layers,): a weight per layer
                 before = layers.get(name, (0.0,) * len(factors))
                 layers[name] = tuple(b + weight * x for b, x in zip(before, factors, strict=True))
             else:
