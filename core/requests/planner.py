@@ -6,9 +6,9 @@ Three rows in one pass, of which the second waits for "So:" and the third is und
     row 1   logic:0.5[So:], "So:" not yet read      weights {}          its phase before "So:"
     row 2   field:1                                 weights {field: 1}, and a gate (layers, rows, tokens, heads)
 
-A pass whose rows are all static (row 0 alone) gets the plan that it had before, by the rows' identity. Here the phases of
-row 1 are parted by token where "So:" lies within the pass (`timeline.variants`), modes are asked for the gates of each
-phase, and `merging.merged` makes one weight and one gate per adapter of them.
+A pass of row 0 alone gets the plan that it had before, by the row's identity. Here row 1 is parted by token where "So:"
+lies within the pass (`timeline.variants`), modes are asked for the gates of each phase, and `merging.merged` makes one
+weight and one gate per adapter of them.
 """
 
 from __future__ import annotations
