@@ -25,7 +25,7 @@ Examples = str | Path | Sequence[Mapping[str, Any]]
 class TrainOptions(TypedDict, total=False):
     """The further keywords of `train`: the fields of `lora_rt.TrainSettings`.
 
-    `target_modules` and `scene_types` may be one text, separated by commas, as on the command line.
+    `target_modules`, `scene_types` and `log_to` may be one text, separated by commas, as on the command line.
     """
 
     base: str
@@ -48,6 +48,8 @@ class TrainOptions(TypedDict, total=False):
     accumulation: int | None
     template_variables: Mapping[str, Any]
     special_tokens: bool
+    early_stop: int | None
+    log_to: str | Sequence[str]
 
 
 def train(
@@ -79,7 +81,7 @@ def train(
     given: dict[str, Any] = dict(settings)
     if (held_out := given.get("held_out")) is not None:
         given["held_out"] = Path(held_out)
-    for key in ("target_modules", "scene_types"):  # a text, as on the command line, or several
+    for key in ("target_modules", "scene_types", "log_to"):  # a text, as on the command line, or several
         if key in given:
             given[key] = tuple(given[key].replace(",", " ").split() if isinstance(given[key], str) else given[key])
     chosen = TrainSettings(register=register, mode=mode, data=Path(data), **given)

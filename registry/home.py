@@ -29,3 +29,8 @@ def bases(root: Path | None = None) -> Path:
 def checkpoints(root: Path | None = None) -> Path:
     """Unfinished training runs."""
     return (root or home()) / "checkpoints"
+
+
+def logs(root: Path | None = None) -> Path:
+    """What training runs wrote for TensorBoard, a folder each."""
+    return (root or home()) / "logs"

@@ -20,6 +20,7 @@ from lora_rt.core.step.runfile import read_run, written
 from lora_rt.core.step.settings import TrainSettings, check_targets
 from lora_rt.core.training.data import read_lines
 from lora_rt.core.training.destination import Destination
+from lora_rt.core.training.processes import speaking_once
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager.finding import OURS
 from lora_rt.registry.store import Store
@@ -87,6 +88,13 @@ def train(
     template_var: options.TemplateVar = None,
     special_tokens: options.SpecialTokens = False,
     licence: Annotated[str, typer.Option("--licence", help="The adapter's licence, e.g. Apache-2.0.")] = "",
+    early_stop: Annotated[
+        int | None,
+        typer.Option("--early-stop", help="End when so many epochs were no better held out; the best one is kept."),
+    ] = None,
+    log_to: Annotated[
+        str, typer.Option("--log-to", help="tensorboard, wandb or trackio; several, comma-separated.")
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say tokens, steps, memory and time; train and write nothing.")
     ] = False,
@@ -119,10 +127,17 @@ def train(
         "scene_types": tuple(_words(scene_types)),
         "licence": licence,
         **options.text_format(template_var, special_tokens),
+        "early_stop": early_stop,
+        "log_to": tuple(_words(log_to)),
         "out": out,
         "resume": resume,
         "dry_run": dry_run,
     }
+    with speaking_once():
+        _train(given, config, context)
+
+
+def _train(given: dict[str, Any], config: Path | None, context: typer.Context) -> None:
     with _all_at_once() as attempt:
         if config is not None:
             given |= _of_file(config, context, attempt)

@@ -7,7 +7,7 @@ that fits, else the batch in parts, else with gradient checkpointing too. What i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_rt.core.base.machine import free_bytes
@@ -37,18 +37,28 @@ class Portions:
 
 
 def pick_portions(
-    settings: TrainSettings, base: LoadedBase, objective: Objective, sequences: Sequence[Encoded]
+    settings: TrainSettings, base: LoadedBase, objective: Objective, sequences: Sequence[Encoded], processes: int = 1
 ) -> Portions:
     """The first of the possible ways that fits into the memory that is free; the last one where none does.
+
+    Several processes share a step's sequences, and on a CPU the memory.
 
     Raises:
         SettingsError: what the settings ask for can't be had on this device or with this mode.
     """
     optimizer = _optimizer(settings, base.device.type)
-    ways = list(_ways(settings, base, divisible=is_plain(objective)))
+    divisible = is_plain(objective)
+    if processes > 1 and not divisible:
+        text = f"the mode {settings.mode!r} has a loss of its own over a whole batch, which processes can't share"
+        raise SettingsError(text, next_step="Train it in one process")
+    if settings.batch_size % processes:
+        text = f"a batch of {settings.batch_size} can't be shared by {processes} processes"
+        raise SettingsError(text, next_step=f"Give a --batch-size that {processes} divides")
+    settings = replace(settings, batch_size=settings.batch_size // processes)
+    ways = list(_ways(settings, base, divisible=divisible))
     if len(ways) == 1:
         return Portions(optimizer, *ways[0])
-    free = free_bytes(str(base.device))
+    free = free_bytes(str(base.device)) // (processes if base.device.type == "cpu" else 1)
     needs = {}
     for way in ways:
         try:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,8 @@ from lora_rt.registry.inspection.config import read_config
 from lora_rt.registry.reference import is_name
 
 Optimizer = Literal["adamw", "paged-adamw-8bit"]
+LOGGERS = ("tensorboard", "wandb", "trackio")
+"""Where the figures of a run can go: names of packages."""
 _MOST_OF_A_PATH = 300  # characters that a card has room for
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
@@ -37,7 +40,9 @@ class TrainSettings:
     `held_out` is a file of examples that are not trained on; without one, a tenth of the data is set aside.
     `optimizer`, `gradient_checkpointing` and `accumulation` (the number of parts in which the sequences of a step are
     run, one after the other) are picked by the run where they are None. `template_variables` are the chat template's;
-    with `special_tokens`, `<|im_end|>` and the like in the data are tokens and not text.
+    with `special_tokens`, `<|im_end|>` and the like in the data are tokens and not text. With `early_stop` the run ends
+    when so many epochs in a row were no better on the held-out examples than the best one, whose weights are published.
+    `log_to` names trackers (`LOGGERS`).
     """
 
     register: str
@@ -63,6 +68,8 @@ class TrainSettings:
     accumulation: int | None = None
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     special_tokens: bool = False
+    early_stop: int | None = None
+    log_to: tuple[str, ...] = ()
 
     def check(self) -> None:
         """What is known without data, base and mode.
@@ -96,6 +103,9 @@ class TrainSettings:
             )
         if not 0 <= self.seed < 2**32:
             problems.append(f"the seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+        if self.early_stop is not None and self.early_stop < 1:
+            problems.append(f"early stop is {self.early_stop}; it must be at least 1 epoch")
+        problems += _missing_loggers(self.log_to)
         problems += self._unpublishable() if not problems else []
         if problems:
             problems += _refusals(check_precision, self.precision) + _refusals(check_device, self.device)
@@ -131,6 +141,7 @@ class TrainSettings:
                 "learning_rate": self.learning_rate,
                 "epochs": self.epochs,
                 "batch_size": self.batch_size,
+                "early_stop": self.early_stop,
                 "precision": self.precision,
                 "device": self.device,
                 "base": _as_typed(self.base),
@@ -151,10 +162,17 @@ class TrainSettings:
             optimizer: the one that the run came to.
             base_digest: of the base.
         """
-        apart = ("data", "held_out", "base", "device", "licence", "gradient_checkpointing", "accumulation")
+        apart = ("data", "held_out", "base", "device", "licence", "gradient_checkpointing", "accumulation", "log_to")
         plain = {key: str(value) for key, value in asdict(self).items() if key not in apart} | {"optimizer": optimizer}
         facts = json.dumps([plain, data_digest, base_digest], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _missing_loggers(names: Sequence[str]) -> list[str]:
+    known = [name for name in names if name in LOGGERS]
+    problems = [f"there is no logger {name!r}; there are: {', '.join(LOGGERS)}" for name in names if name not in known]
+    missing = [name for name in known if find_spec(name) is None]
+    return problems + [f"logging to {name} needs its package; install it with: pip install {name}" for name in missing]
 
 
 def _refusals(check: Callable[[str], object], value: str) -> list[str]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from lora_rt.core.training.processes import joined
 from lora_rt.core.training.runs import WHOLE, newest_whole
 from lora_rt.core.training.trainer import TrainingDivergedError
 from lora_rt.registry.durable import storage_errors
@@ -35,10 +36,12 @@ def restore_state(checkpoint: Path, state: nn.Module | None) -> None:
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
     """Completes each checkpoint, and turns a request to stop into a last one."""
 
-    def __init__(self, run: Path, state: nn.Module | None) -> None:
+    def __init__(self, run: Path, state: nn.Module | None, *, writes: bool = True) -> None:
         self._run = run
         self._state = state
-        self.interrupted = False
+        self._writes = writes
+        self.asked = False  # to stop, by a signal to this process
+        self.interrupted = False  # all processes agree to stop after this step
         self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -46,7 +49,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interrupted and state.global_step < state.max_steps:
-            control.should_save = True
+            control.should_save = self._writes
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
@@ -85,20 +88,26 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block a first Ctrl-C asks for a checkpoint after the current step, a second one stops at once."""
+        """Within the block a first Ctrl-C asks for a checkpoint after the current step, a second one stops at once.
 
-        def ask(_number: int, _frame: FrameType | None) -> None:
-            if self.interrupted:
+        A launcher of several processes passes it on as SIGTERM, which asks for the same.
+        """
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self.asked = True
 
-        before = signal.getsignal(signal.SIGINT)
+        signals = [signal.SIGINT] if joined().count == 1 else [signal.SIGINT, signal.SIGTERM]
+        before = [signal.getsignal(number) for number in signals]
         try:
-            signal.signal(signal.SIGINT, ask)
+            for number in signals:
+                signal.signal(number, ask)
         except ValueError:  # not the main thread: whoever runs us there keeps its own handling
             yield
             return
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)

@@ -13,10 +13,14 @@ from accelerate.utils import send_to_device
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import Optimizer
 from lora_rt.core.training.checkpoints import Checkpoints, restore_state
+from lora_rt.core.training.evaluations import Evaluations
 from lora_rt.core.training.live import LiveLine
+from lora_rt.core.training.loggers import logging_callbacks
 from lora_rt.core.training.prepare import Prepared
+from lora_rt.core.training.processes import joined
 from lora_rt.core.training.trainer import Collator, ModeTrainer, Sequences, TrainingDivergedError
 from lora_rt.errors import LoraRtError
+from lora_rt.registry import home
 
 _OPTIMIZERS: Mapping[Optimizer, str] = {"adamw": "adamw_torch_fused", "paged-adamw-8bit": "paged_adamw_8bit"}
 _CHECKPOINT_STEPS = 20  # what a power cut costs at most; writing one takes a fraction of a second
@@ -52,39 +56,46 @@ def fit(prepared: Prepared, folder: Path, checkpoint: Path | None) -> Fitted:
     Raises:
         LoraRtError: the loss diverged, the user interrupted, a checkpoint could not be written, or the mode failed.
     """
+    processes = joined()
     before = held_out_loss(prepared)
     if checkpoint is not None:
         restore_state(checkpoint, prepared.objective.state)
-    trainer, checkpoints, live = make_trainer(prepared, folder)
+    trainer, checkpoints, evaluations, live = make_trainer(prepared, folder)
+    for callback in logging_callbacks(prepared.settings.log_to if processes.first else (), home.logs() / folder.name):
+        trainer.add_callback(callback)
     try:
         with checkpoints.listening(), checkpoints.explained():
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         live.stop()
+    processes.wait()  # a launcher stops all when one has ended, and the first may still be writing
     state = trainer.state
     if checkpoints.interrupted and state.global_step < state.max_steps:
         raise InterruptedRunError(
             f"stopped at step {state.global_step} of {state.max_steps}; the checkpoint is kept",
             next_step="Go on with the same command and --resume",
         )
-    after = held_out_loss(prepared)
+    last = held_out_loss(prepared)
+    after = evaluations.bring_back_best(last)
     if not math.isfinite(after):
         text = f"the held-out loss is {after} after the last step; nothing is published"
         raise TrainingDivergedError(text, next_step="Try a smaller --lr, or another --precision")
-    share = (state.max_steps - checkpoints.first_step) / max(state.max_steps, 1)
+    share = (state.global_step - checkpoints.first_step) / max(state.max_steps, 1)
     tokens = sum(len(item.input_ids) for item in prepared.training) * prepared.settings.epochs * share
     speed = tokens / max(output.metrics["train_runtime"], 1e-9)
     losses = [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
-    return Fitted(before, after, state.global_step, speed, losses, [(0, before), (state.global_step, after)])
+    held_out = [(0, before), *evaluations.losses, (state.global_step, last)]
+    return Fitted(before, after, state.global_step, speed, losses, held_out)
 
 
-def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpoints, LiveLine]:
+def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpoints, Evaluations, LiveLine]:
     """The Trainer of a run, and what listens to its steps."""
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    settings = prepared.settings
-    steps = -(-len(prepared.training) // settings.batch_size) * settings.epochs
+    settings, processes = prepared.settings, joined()
+    epoch = -(-len(prepared.training) // settings.batch_size)
+    steps = epoch * settings.epochs
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -100,28 +111,34 @@ def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpo
         remove_unused_columns=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        save_strategy="steps" if processes.first else "no",
         save_steps=_CHECKPOINT_STEPS,
         report_to="none",
+        run_name=settings.register,
+        project="lora-rt",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         use_cpu=prepared.base.device.type == "cpu",
     )
-    checkpoints = Checkpoints(folder, prepared.objective.state)
+    checkpoints = Checkpoints(folder, prepared.objective.state, writes=processes.first)
+    kept = folder if processes.first else None
+    evaluations = Evaluations(prepared.model, lambda: held_out_loss(prepared), epoch, settings.early_stop, kept)
     live = LiveLine(sum(len(item.input_ids) for item in prepared.training) * settings.epochs / max(steps, 1))
     trainer = ModeTrainer(
         model=prepared.model,
         args=arguments,
         train_dataset=Sequences(prepared.training),
         data_collator=Collator(prepared.text.pad_id),
-        callbacks=[checkpoints, live],
+        callbacks=[checkpoints, evaluations, live],
         objective=prepared.objective,
         mode=settings.mode,
         gates=prepared.gates,
         accumulation=prepared.portions.accumulation,
+        checkpoints=checkpoints,
     )
+    evaluations.log_by(trainer.log)
     trainer.remove_callback(PrinterCallback)
-    return trainer, checkpoints, live
+    return trainer, checkpoints, evaluations, live
 
 
 def held_out_loss(prepared: Prepared) -> float:
@@ -131,17 +148,19 @@ def held_out_loss(prepared: Prepared) -> float:
     """
     collate = Collator(prepared.text.pad_id)
     rows = Sequences(sorted(prepared.held_out, key=lambda item: len(item.input_ids)))
-    size = -(-prepared.settings.batch_size // prepared.portions.accumulation)
+    processes = joined()
+    size = -(-prepared.settings.batch_size // (prepared.portions.accumulation * processes.count))
     model = prepared.model
     training = model.training
     model.eval()
-    total, count = 0.0, 0
+    found = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, and of the labels
     with torch.no_grad():
-        for start in range(0, len(rows), size):
+        for start in processes.mine(range(0, len(rows), size)):
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             moved = send_to_device(batch, prepared.base.device)
             with prepared.gates.over(moved):
                 sums, counts = label_nll(model, moved)
-            total, count = total + float(sums.sum()), count + int(counts.sum())
+            found += torch.stack([sums.double().sum(), counts.double().sum()]).cpu()
     model.train(training)
-    return total / count
+    total, count = processes.summed(found).tolist()
+    return float(total / count)

@@ -41,6 +41,8 @@ class LiveLine(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
+        if logs and "eval_loss" in logs:
+            self._console.print(f"epoch {state.epoch:g}  held-out loss {logs['eval_loss']:.3f}", highlight=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step - self._first_step

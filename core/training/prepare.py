@@ -21,6 +21,7 @@ from lora_rt.core.step.adapter import checkpointed, fresh_adapter, targets
 from lora_rt.core.step.attention import attend_in_float32
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
+from lora_rt.core.training.processes import joined
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
 from lora_rt.plugins.manager import ModeHost
@@ -74,13 +75,17 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         LoraRtError: settings, data, base or mode do not work out.
     """
     _check_targets(settings)
-    base = load_base(settings.base, settings.precision, settings.device, for_training=True)
-    Products(base.model).keep()  # before it is looked how much memory is free
+    processes = joined()
+    with processes.first_before_others():  # it converts and measures what is then there for all
+        base = load_base(settings.base, settings.precision, settings.device, for_training=True)
+        Products(base.model).keep()  # before it is looked how much memory is free
     text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
     objective = objective_of(settings, modes, base, text)
     training, held_out = examples_of(settings, objective, base)
     encoded = [[item for _, sequences in part for item in sequences] for part in (training, held_out)]
-    portions = pick_portions(settings, base, objective, [*encoded[0], *encoded[1]])
+    processes.wait()  # all bases are in memory
+    portions = pick_portions(settings, base, objective, [*encoded[0], *encoded[1]], processes.count)
+    portions = processes.shared(portions)
     model = fresh_adapter(base, settings)
     if base.device.type == "cpu":
         attend_in_float32(model)

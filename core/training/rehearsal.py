@@ -116,7 +116,7 @@ def _one_step(prepared: Prepared) -> tuple[float, int]:
     start = max(0, (len(order) - size) // 2)
     some = order[start : start + size]
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _, _ = make_trainer(prepared, Path(folder))
+        trainer, *_ = make_trainer(prepared, Path(folder))
         rows: Any = trainer.train_dataset
         batch = trainer.data_collator([rows.row(item) for item in some])
         for _ in range(2):  # the first one also makes what is made once

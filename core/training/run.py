@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.core.training.data import read_lines
 from lora_rt.core.training.destination import Destination
+from lora_rt.core.training.processes import joined
 from lora_rt.core.training.runs import alone, forget, newest_whole
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost, load_modes
@@ -77,6 +79,7 @@ def train(
     Raises:
         LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the user interrupted.
     """
+    processes = joined()
     destination = Destination(Store(), settings.register, out)
     modes = modes or load_modes()
     check_run(settings, modes, destination)
@@ -85,7 +88,7 @@ def train(
 
     prepared = prepare(settings, modes)
     run = home.checkpoints() / f"{settings.register}-{prepared.fingerprint}"
-    with alone(run):
+    with alone(run) if processes.first else nullcontext():
         if ready is not None:
             ready(prepared)
         return _execute(prepared, destination, run, resume=resume)
@@ -112,16 +115,20 @@ def _execute(prepared: Prepared, destination: Destination, run: Path, *, resume:
     from lora_rt.core.training.fit import fit
     from lora_rt.core.training.publish import check_publication
 
-    checkpoint = _checkpoint(run, resume)
-    check_publication(prepared, destination, run)
+    processes = joined()
+    checkpoint = processes.shared((_checkpoint(run, resume),) if processes.first else None)[0]
+    if processes.first:
+        check_publication(prepared, destination, run)
     if prepared.portions.why:
         console(stderr=True).print(prepared.portions.why, markup=False, soft_wrap=True)
     fitted = fit(prepared, run, checkpoint)
+    if not processes.first:
+        return processes.shared(None)
     card, folder, where = _publish(prepared, fitted, destination, run)
     forget(run)
-    return TrainResult(
-        folder, where, card, fitted.loss_before, fitted.loss_after, fitted.steps, fitted.tokens_per_second
-    )
+    speed = fitted.tokens_per_second
+    result = TrainResult(folder, where, card, fitted.loss_before, fitted.loss_after, fitted.steps, speed)
+    return processes.shared(result)
 
 
 def _checkpoint(run: Path, resume: bool) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_rt.core.step.loss import batch_loss, is_plain
 from lora_rt.core.step.settings import SettingsError
+from lora_rt.core.training.processes import joined
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.core.training.upstream import LengthGroupedTrainer
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 from lora_rt.plugins.manager import PluginError
+
+if TYPE_CHECKING:
+    from lora_rt.core.training.checkpoints import Checkpoints
 
 
 class TrainingDivergedError(LoraRtError):
@@ -72,9 +76,17 @@ class ModeTrainer(LengthGroupedTrainer):
     """
 
     def __init__(
-        self, *args: Any, objective: Objective, mode: str, gates: RankGates, accumulation: int = 1, **kwargs: Any
+        self,
+        *args: Any,
+        objective: Objective,
+        mode: str,
+        gates: RankGates,
+        checkpoints: Checkpoints,
+        accumulation: int = 1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints
         self.objective = objective
         self.mode = mode
         self.gates = gates
@@ -87,12 +99,39 @@ class ModeTrainer(LengthGroupedTrainer):
             TrainingDivergedError: the loss is NaN or infinite.
         """
         model.train()
+        processes = joined()
         whole = self._prepare_inputs(inputs)
-        parts = split(whole, -(-self.args.train_batch_size // self.accumulation))
+        parts = split(whole, -(-self.args.train_batch_size // (self.accumulation * processes.count)))
         counts = [(part["labels"][:, 1:] != IGNORE).sum() for part in parts]
         shares = [count / sum(counts).clamp(min=1) for count in counts] if len(parts) > 1 else [None]
-        losses = [self._backward(model, part, share) for part, share in zip(parts, shares, strict=True)]
-        return torch.stack(losses).sum()
+        if processes.count > 1:  # else all would drop the same places
+            torch.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) * processes.count + processes.rank)
+        mine = processes.mine(list(zip(parts, shares, strict=True)))
+        losses = [self._backward(model, part, share) for part, share in mine]
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=whole["labels"].device)
+        return self._together(model, loss)
+
+    def _together(self, model: nn.Module, loss: Tensor) -> Tensor:
+        """Add up gradients and losses of all processes, which also agree on whether somebody was asked to stop.
+
+        Raises:
+            TrainingDivergedError: the loss of one of them is NaN or infinite.
+        """
+        processes = joined()
+        if processes.count == 1:
+            self.checkpoints.interrupted = self.checkpoints.asked
+            self._check(loss)
+            return loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        facts = torch.stack([loss, loss.new_tensor(float(self.checkpoints.asked))])
+        flat = processes.summed(torch.cat([facts, *(g.float().flatten() for g in gradients)]))
+        pieces = flat[2:].split([p.numel() for p in trained])  # type: ignore[no-untyped-call]
+        for parameter, summed in zip(trained, pieces, strict=True):
+            parameter.grad = summed.view_as(parameter).to(parameter.dtype)
+        self.checkpoints.interrupted = bool(flat[1] > 0)
+        self._check(flat[0])
+        return flat[0]
 
     def _backward(self, model: nn.Module, part: Mapping[str, Any], share: Tensor | None) -> Tensor:
         """Add the gradients of one part of a batch, of which it has that share of the labels; gives its loss.
@@ -104,7 +143,6 @@ class ModeTrainer(LengthGroupedTrainer):
             loss = batch_loss(model, part, self.objective)
             if share is not None:
                 loss = loss * share
-            self._check(loss)
             if not loss.requires_grad:  # at the first step: a model that cuts the graph off (Reformer)
                 text = "no gradient reaches the adapter, for the base's own code cuts it off: it can't be trained"
                 raise SettingsError(text, next_step="Name other layers with --target-modules, or use another base")

@@ -57,7 +57,7 @@ def run_of(settings: TrainSettings) -> Any:
 
 def first_batch(run: Any) -> tuple[Any, dict[str, Any]]:
     """The trainer, and all its sequences as one batch."""
-    trainer, _, live = make_trainer(run, home.checkpoints() / "run")
+    trainer, *_, live = make_trainer(run, home.checkpoints() / "run")
     live.stop()
     return trainer, Collator(0)([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
 
@@ -158,7 +158,7 @@ def needs(settings: TrainSettings) -> dict[tuple[int, bool], int]:
     training, held_out = examples_of(settings, objective, base)
     sequences = [item for _, items in [*training, *held_out] for item in items]
     ways = [(1, False), (2, False), (4, False), (1, True)]
-    return {way: portions_module._need(settings, base, sequences, "adamw", *way) for way in ways}
+    return {way: portions_module.bytes_needed(settings, base, sequences, "adamw", *way) for way in ways}
 
 
 def test_what_is_picked_is_the_first_that_fits_and_is_said(
