@@ -225,7 +225,10 @@ def main() -> None:
     load_ablated(runtime, adapters, left_out="theta", suffix="scale")
     load_ablated(runtime, adapters, left_out="scale", suffix="gates")
     started = time.perf_counter()
-    read = {n: [json.loads(line) for line in (data / f"{n}.jsonl").open()] for n in ("heldout", "turning")}
+    read = {
+        n: list(map(json.loads, (data / f"{n}.jsonl").read_text(encoding="utf-8").splitlines()))
+        for n in ("heldout", "turning")
+    }
     scenes = given.scenes or len(read["heldout"]) // len(REGISTERS)
     whole = len(read["turning"]) // 2
     read["heldout"] = read["heldout"][: scenes * len(REGISTERS)]

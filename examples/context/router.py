@@ -79,7 +79,7 @@ def main() -> None:
         tuned = uniform(0.25)
         print(f"static: {error}", flush=True)
     runtime = Runtime.load("default", precision=given.precision)
-    lines = [json.loads(line) for line in (given.data / "turning.jsonl").open()]
+    lines = list(map(json.loads, (given.data / "turning.jsonl").read_text(encoding="utf-8").splitlines()))
     whole = len(lines) // 2
     examples = [*lines[: given.scenes], *lines[whole : whole + given.scenes]]
     tables = {
