@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repackin
 from lora_rt.core.base.shape import blocks_of, heads_of, vocabulary_of, width_of
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, first_line, parse_base
+from lora_rt.core.base.tried import Tried
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
@@ -38,7 +39,7 @@ class LoadedBase:
     """The model in memory (eval mode, frozen), its tokenizer, and what it is.
 
     `precision` is one of ours, or in words what others have quantized it to. `give_back` undoes what was done to a
-    model that is a caller's.
+    model that is a caller's. `tried` remembers what trying it has shown.
     """
 
     model: Any
@@ -50,6 +51,7 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     give_back: Callable[[], None] = _nothing
+    tried: Tried = field(default_factory=Tried)
 
     def digest(self) -> str:
         """The sha256 of every parameter, buffer and quantization scale as it lies in memory.
@@ -131,6 +133,7 @@ def load_base(
         precision=kept,
         device=target,
         dtype=dtype or compute_dtype_of(model),
+        tried=Tried(f"{prepared.identity.digest} {kept} {target}"),
     )
 
 

@@ -191,8 +191,8 @@ class Product:
         found = self._kept.get(dtype)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                narrow = self._kept.get(self.dtype)
-                found = self._kept[dtype] = (dense_weight(self.module) if narrow is None else narrow).to(dtype)
+                other = next(iter(self._kept.values()), None)  # float32 or not, its numbers are those of the layer
+                found = self._kept[dtype] = (dense_weight(self.module) if other is None else other).to(dtype)
         return found
 
     def _look(self) -> None:

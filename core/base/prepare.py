@@ -154,7 +154,7 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
     import torch
 
     dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
-    with libraries_silenced(), step(f"converting {gguf.name}"):
+    with libraries_silenced(gguf=True), step(f"converting {gguf.name}"):
         try:
             model = whole_model(gguf.parent, gguf_file=gguf.name, dtype=dense_dtype)
             tokenizer = whole_tokenizer(gguf.parent, gguf_file=gguf.name)

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 
 class _DropKernelsAdvice(logging.Filter):
@@ -38,33 +38,45 @@ def silence_this_process() -> None:
 
 
 @contextmanager
-def libraries_silenced() -> Iterator[None]:
+def libraries_silenced(*, gguf: bool = False) -> Iterator[None]:
     """Within the block transformers and bitsandbytes say errors alone; afterwards everything is as it was before.
 
     The settings are the process's: meanwhile they hold for its other threads, too.
+
+    Args:
+        gguf: a GGUF file is read within it. transformers' reader takes half a second to import.
     """
-    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as upstream
 
     adviser = logging.getLogger("bitsandbytes.backends.cpu.ops")
     verbosity, bars = upstream.get_verbosity(), upstream.is_progress_bar_enabled()
-    reading = modeling_gguf_pytorch_utils.tqdm  # the GGUF reader's bar is tqdm's own and has no switch
     ours = _ADVICE not in adviser.filters
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _reader_silenced() if gguf else nullcontext():
         _expect_warnings()
         adviser.addFilter(_ADVICE)
         upstream.set_verbosity_error()
         upstream.disable_progress_bar()
-        modeling_gguf_pytorch_utils.tqdm = functools.partial(reading, disable=True)
         try:
             yield
         finally:
-            modeling_gguf_pytorch_utils.tqdm = reading
             upstream.set_verbosity(verbosity)
             if bars:
                 upstream.enable_progress_bar()
             if ours:
                 adviser.removeFilter(_ADVICE)
+
+
+@contextmanager
+def _reader_silenced() -> Iterator[None]:
+    """The bar of the GGUF reader is tqdm's own and has no switch."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm
+    reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def _expect_warnings() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of `lora-rt`."""
+    from lora_rt.core.cli import lean
     from lora_rt.core.cli.app import run
 
+    lean.process_is_ours = True
     run()

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lora_rt.core.cli.lean import import_lean
+
 if TYPE_CHECKING:
     from lora_rt.core.runtime import Runtime
     from lora_rt.plugins.manager import ModeHost
@@ -54,6 +56,7 @@ class Session:
         check_device(device)
         check_wish(self.multiply)
         with starting():
+            import_lean()
             from lora_rt.core.runtime import Runtime
         text |= {"modes": self.modes, "registry": self.registry, "multiply": self.multiply}
         made = Runtime.load(base, precision=precision, device=device, **text)

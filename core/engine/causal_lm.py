@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.shape import ForwardPass, context_of, device_of, vocabulary_of
+from lora_rt.core.base.tried import Tried
 from lora_rt.core.base.upstream import keeps_a_state
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
@@ -35,8 +36,10 @@ _PADDING = 3
 class CausalLM:
     """One model. Passes of several threads may run at once, but for models whose rope depends on length."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, tried: Tried | None = None) -> None:
+        """With `tried`, what is found out about the model is remembered."""
         self.model = model
+        self._tried = tried or Tried()
         self.device = device_of(model)
         self.capacity = context_of(model.config)
         self.rope = Rope(model.config)
@@ -129,7 +132,7 @@ class CausalLM:
             kinds = {type(layer) for layer in self.new_cache().layers}
         except (AttributeError, KeyError, TypeError, ValueError):
             return "none"
-        if not self._keeps_rows_apart():
+        if not self._tried.answer("keeps rows apart", self._keeps_rows_apart):
             return "none"
         return "shared" if usual and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} else "apart"
 
@@ -146,6 +149,9 @@ class CausalLM:
         Tried on the model: other tokens under the padding may change nothing, and the shift hardly anything (in few
         bits, a batch of another shape is rounded otherwise).
         """
+        return self._tried.answer("ignores padding", self._ignores_padding)
+
+    def _ignores_padding(self) -> bool:
         with self._probing, torch.inference_mode():
             rows = torch.stack([self._text(0), self._text(1)])
             mask = torch.ones_like(rows)

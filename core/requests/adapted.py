@@ -51,7 +51,7 @@ class AdaptedBase:
             undo.callback(base.give_back)
             self.products = Products(base.model, multiply)
             undo.callback(self.products.close)
-            self.lm = CausalLM(base.model)
+            self.lm = CausalLM(base.model, base.tried)
             self.bank = AdapterBank(base.model, base.dtype)
             undo.callback(self.bank.close)
             self.early = EarlyHidden(self.lm, base.facts.layers)
