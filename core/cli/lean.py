@@ -79,7 +79,7 @@ def _without_processes(distributed: Any) -> None:
 
 
 def _without_compiling(torch: Any) -> None:
-    """Let bitsandbytes keep its functions as they are: `TORCHDYNAMO_DISABLE`, which is set, would make no more of them."""
+    """Let bitsandbytes keep its functions as they are; `TORCHDYNAMO_DISABLE`, which is set, makes no more of them."""
     asked = torch.compile
     torch.compile = _not_compiled
     try:
