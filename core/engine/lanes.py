@@ -16,7 +16,7 @@ Where a lane has nothing, a and b are zeros and the owner is number K, whose wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,37 +97,39 @@ def _gather_group(
 ) -> None:
     sites = [topology.sites[index] for index in indices]
     like = next(adapter[site.name].a for site in sites for adapter in adapters if site.name in adapter)
-    widths = [max(at + _ranks(f) for _, at, _, f in _placed(adapters, rows, site.name)) for site in sites]
-    a = like.new_zeros(len(rows), sum(widths), like.shape[1])
-    offset = like.new_zeros(len(rows), sum(widths), 1)
-    owners = torch.full((len(rows), sum(widths)), len(adapters))
+    acting = [
+        [[(k, adapters[k][site.name]) for k in row if site.name in adapters[k]] for site in sites] for row in rows
+    ]
+    widths = [max(sum(_ranks(f) for _, f in row[n]) for row in acting) for n in range(len(sites))]
+    padding = like.new_zeros(max(widths), max(like.shape[1], *(site.out_features for site in sites)))
+    a: list[Tensor] = []  # of all rows, one after the other
+    b: list[list[Tensor]] = [[] for _ in sites]
+    owners: list[int] = []
+    constant: list[bool] = []
+    for row in acting:
+        for number, (site, width) in enumerate(zip(sites, widths, strict=True)):
+            missing = width
+            for k, factors in row[number]:
+                a.append(factors.a)
+                b[number].append(factors.b.T)
+                if factors.bias is not None:
+                    a.append(padding[:1, : like.shape[1]])
+                    b[number].append(factors.bias[None])
+                owners += [k] * _ranks(factors)
+                constant += [rank == factors.rank for rank in range(_ranks(factors))]
+                missing -= _ranks(factors)
+            a.append(padding[:missing, : like.shape[1]])
+            b[number].append(padding[:missing, : site.out_features])
+            owners += [len(adapters)] * missing
+            constant += [False] * missing
+    shape = len(rows), sum(widths)
+    offset = torch.tensor(constant).view(*shape, 1).to(like) if any(constant) else None
+    whole = torch.cat(a).view(*shape, like.shape[1])
+    lanes.groups[group] = LaneGroup(whole, torch.tensor(owners).view(shape).to(like.device), offset, sites[0].layout)
     start = 0
-    for index, site, width in zip(indices, sites, widths, strict=True):
-        b = like.new_zeros(len(rows), width, site.out_features)
-        for row, at, k, factors in _placed(adapters, rows, site.name):
-            rank = factors.rank
-            a[row, start + at : start + at + rank] = factors.a
-            b[row, at : at + rank] = factors.b.t()
-            owners[row, start + at : start + at + _ranks(factors)] = k
-            if factors.bias is not None:
-                offset[row, start + at + rank] = 1.0
-                b[row, at + rank] = factors.bias
-        lanes.sites[index] = LaneSite(group, start, start + width, b)
+    for index, width, pieces in zip(indices, widths, b, strict=True):
+        lanes.sites[index] = LaneSite(group, start, start + width, torch.cat(pieces).view(len(rows), width, -1))
         start += width
-    biases = offset if bool(offset.any()) else None
-    lanes.groups[group] = LaneGroup(a, owners.to(a.device), biases, sites[0].layout)
-
-
-def _placed(
-    adapters: Sequence[Mapping[str, Factors]], rows: Membership, site: str
-) -> Iterator[tuple[int, int, int, Factors]]:
-    """Row, first rank on its lane, adapter and factors, for all that act at a site."""
-    for row, used in enumerate(rows):
-        at = 0
-        for k in used:
-            if (factors := adapters[k].get(site)) is not None:
-                yield row, at, k, factors
-                at += _ranks(factors)
 
 
 def _ranks(factors: Factors) -> int:

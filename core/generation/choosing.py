@@ -1,16 +1,17 @@
 """How the next tokens are chosen: for all rows at once, greedy or sampled, by numbers that belong to each row alone.
 
-A sampled row draws one uniform number u a step and takes the token at which the sum of chances, from the most likely
-token down, passes u times the chance of its nucleus. Which tokens those are is found among the few most likely ones:
+Where the nucleus of a sampled row is found among its few most likely tokens, the row draws one uniform number u and
+takes the token at which the sum of chances, from the most likely token down, passes u times the chance of the nucleus:
 
     scores    (rows, vocabulary)     seen as blocks of 64 tokens
     blocks    (rows, blocks)         the largest of each
-    few       (rows, 96 * 64)        the tokens of the 96 blocks with the largest ones; the 96 best are among them
+    few       (rows, 48 * 64)        the tokens of the 48 blocks with the largest ones; the 48 best are among them
 
 Where the nucleus ends depends on the sum of all chances. For what is not among the few it lies between the chances of
-their blocks' best and 64 times these, and mostly both ends give the same token; only where they do not is everything
-added up. On a CPU tokens are then put into classes of nearly equal chances, and only the two are sorted in which
-the nucleus ends and the draw falls; a GPU sorts faster than it is asked. The token is the same either way.
+their blocks' best and 64 times these, and mostly both ends give the same nucleus; only where they do not is everything
+added up. A nucleus of more tokens is not looked for on a CPU: the row draws among all tokens, in their own order, until
+one is drawn that lies in it, which is told by the sum of what is more likely. A GPU sorts faster than it is asked.
+Which of these ways a row goes depends on its scores alone, and not on what it draws or stands beside.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from lora_rt.core.generation.sampling import Sampling
 
 _BLOCK = 64
-_FEW = 96  # tokens that are looked at first
-_CLASSES = 2560  # of nearly equal chances,
-_FINENESS = 64.0  # so many for every factor of e
+_FEW = 48  # tokens that are looked at first
+_TRIES = 64  # after which a small nucleus is looked for by sorting
 _ROUNDING = 1e-4  # more than what single precision loses in a sum of chances
 _CLOSE = 2e-5  # more than what chances in single precision lose
 _WIDEST = torch.finfo(torch.float32).max
@@ -107,6 +108,13 @@ def _best_of_blocks(scores: Tensor) -> Tensor:
     return best if whole == scores.shape[1] else torch.cat([best, scores[:, whole:].amax(-1, keepdim=True)], dim=1)
 
 
+def _block_sums(chances: Tensor) -> Tensor:
+    """The sum of every block of one row, (blocks,), in single precision."""
+    whole = len(chances) // _BLOCK * _BLOCK
+    sums = chances[:whole].view(-1, _BLOCK).sum(-1)
+    return sums if whole == len(chances) else torch.cat([sums, chances[whole:].sum(-1, keepdim=True)])
+
+
 def _values_of(scores: Tensor, blocks: Tensor) -> Tensor:
     """The scores of the tokens of some blocks (rows, n), (rows, 64 n); -inf for what a short block lacks."""
     if scores.shape[1] % _BLOCK == 0:
@@ -133,8 +141,7 @@ def _drawn(scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> list[i
     """A token for every row, drawn."""
     draw = _Draw(scores, blocks, rows)
     found, unsure = draw.found()
-    if unsure and scores.is_cpu:
-        draw.add_up(unsure)
+    if unsure and scores.is_cpu and draw.add_up(unsure):
         found, unsure = draw.found()
     if unsure:
         for number, token in zip(unsure, draw.exactly(unsure), strict=True):
@@ -149,7 +156,7 @@ class _Draw:
     """
 
     def __init__(self, scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> None:
-        self._scores = scores
+        self._scores, self._rows = scores, rows
         self._best = blocks.amax(-1).double()
         many = scores.shape[1]
 
@@ -177,20 +184,26 @@ class _Draw:
         self._chance = self._chances(values)
 
     def found(self) -> tuple[list[int], list[int]]:
-        """A token for every row, and the numbers of the rows for which the bounds leave it open."""
-        low, sure_low = self.places(self.least)
-        high, sure_high = self.places(self.most)
-        unsure: list[int] = ((low != high) | ~sure_low | ~sure_high).nonzero()[:, 0].tolist()
-        tokens = self.tokens.gather(1, low[:, None].clamp(max=self.tokens.shape[1] - 1))[:, 0]
+        """A token for every row, and the numbers of the rows whose nucleus the bounds leave open."""
+        low, known_low, place, _ = self._nuclei(self.least)
+        high, known_high, _, _ = self._nuclei(self.most)
+        unsure: list[int] = ((low != high) | ~known_low | ~known_high).nonzero()[:, 0].tolist()
+        tokens = self.tokens.gather(1, place[:, None].clamp(max=self.tokens.shape[1] - 1))[:, 0]
         return tokens.tolist(), unsure
 
-    def add_up(self, numbers: list[int]) -> None:
-        """Narrow the bounds of some rows: all chances in single precision, added up in double."""
-        for number in numbers:
+    def add_up(self, numbers: list[int]) -> bool:
+        """Narrow the bounds of those of some rows whose nucleus may be among the few; whether there are any.
+
+        All chances in single precision, added up in double.
+        """
+        _, possible, _, _ = self._nuclei(self.least)
+        able = possible.tolist()
+        for number in (number for number in numbers if able[number]):
             row = slice(number, number + 1)
             chances = (self._scores[row] - self._best[row, None].float()).div_(self._heat[row, None].float()).exp_()
-            total = chances.sum(dtype=torch.float64)
+            total = _block_sums(chances[0]).sum(dtype=torch.float64)
             self.least[row], self.most[row] = total * (1 - _CLOSE), total * (1 + _CLOSE)
+        return any(able[number] for number in numbers)
 
     def _roughly(self, values: Tensor) -> Tensor:
         """The chances in single precision, which is enough for bounds, (rows, n)."""
@@ -200,45 +213,53 @@ class _Draw:
         """(rows, n)"""
         return ((values.double() - self._best[:, None]) / self._heat[:, None]).exp()
 
-    def places(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each row's number falls among its most likely tokens if the sum of all is this, (rows,); if it does."""
+    def _nuclei(self, totals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """If these are the sums of all chances: `_places` among the most likely tokens."""
         return _places(self._chance, totals, self._top_p, self._top_k, self._uniform, whole=self._whole)
 
     def exactly(self, numbers: list[int]) -> list[int]:
         """The tokens of some rows, by the sums of all chances."""
-        if self._scores.is_cpu:
-            bounded = self._top_k.isfinite().tolist()
-            free = [number for number in numbers if not bounded[number]]
-            known = {number: self._by_classes(number) for number in free}
-            rest = [number for number in numbers if bounded[number]]
-            known |= dict(zip(rest, self._by_sorting(rest), strict=True)) if rest else {}
-            return [known[number] for number in numbers]
-        return self._by_sorting(numbers)
+        if not self._scores.is_cpu:
+            return self._by_sorting(numbers)
+        bounded = self._top_k.isfinite().tolist()
+        drawn = {number: None if bounded[number] else self._by_trying(number) for number in numbers}
+        rest = [number for number, token in drawn.items() if token is None]
+        sorted_ = dict(zip(rest, self._by_sorting(rest), strict=True)) if rest else {}
+        return [sorted_[number] if token is None else token for number, token in drawn.items()]
 
-    def _by_classes(self, number: int) -> int:
-        """The token of a row without top_k: only tokens of two classes of nearly equal chances are sorted."""
-        scores = self._scores[number]
-        depth = scores.double().sub_(self._best[number]).div_(self._heat[number])  # 0 for the best, falling
-        classes = depth.mul(-_FINENESS).clamp_(max=_CLASSES - 1).long()
-        chances = depth.exp_()
-        top_p, uniform = float(self._top_p[number]), float(self._uniform[number])
-        sums = classes.bincount(chances, minlength=_CLASSES).cumsum(0)
-
-        def passing(goal: float, *, strictly: bool) -> tuple[int, float]:
-            """The token with which the sum of chances, from the most likely one down, passes the goal, and that sum."""
-            found = int(torch.searchsorted(sums, goal, right=strictly))
-            if found == _CLASSES:  # rounded up to the sum of all
-                found = int(classes[chances > 0].amax())
-            members = (classes == found).nonzero()[:, 0]
-            members = members[chances[members] > 0]
-            members = members[scores[members].argsort(descending=True, stable=True)]
-            within = chances[members].cumsum(0) + (sums[found - 1] if found else 0.0)
-            place = min(int(torch.searchsorted(within, goal, right=strictly)), len(members) - 1)
-            return int(members[place]), float(within[place])
-
+    def _by_trying(self, number: int) -> int | None:
+        """The token of a row without top_k: drawn among all until one is in the nucleus; None where that takes long."""
+        chances = (self._scores[number] - float(self._best[number])).div_(float(self._heat[number])).exp_()
+        sums = _block_sums(chances).double().cumsum(0)
         total = float(sums[-1])
-        last, mass = passing(top_p * total, strictly=False) if top_p < 1 else (-1, total)
-        return last if top_p < 1 and uniform * mass >= mass else passing(uniform * mass, strictly=True)[0]
+        if not 0 < total < float("inf"):
+            return None
+        outside = 0.0  # the largest chance that was found to lie outside
+        for _ in range(_TRIES):
+            goal = float(self._uniform[number]) * total
+            block = min(int(torch.searchsorted(sums, goal, right=True)), len(sums) - 1)
+            first = block * _BLOCK
+            within = chances[first : first + _BLOCK].double().cumsum(0) + (sums[block - 1] if block else 0.0)
+            token = min(first + int((within <= goal).sum()), len(chances) - 1)
+            if chances[token] >= outside and self._in_nucleus(number, chances, token, total):
+                return token
+            outside = max(outside, float(chances[token]))
+            self._uniform[number] = self._rows[number].uniform()
+        return None
+
+    def _in_nucleus(self, number: int, chances: Tensor, token: int, total: float) -> bool:
+        """Whether what is more likely than a token (of equals, what stands before it) has less than the share top_p."""
+        top_p, chance = float(self._top_p[number]), float(chances[token])
+        if top_p >= 1 or chance == 0:
+            return chance > 0
+        above = float(_block_sums(threshold(chances, chance, 0.0)).sum(dtype=torch.float64))
+        above += chance * int((chances[:token] == chance).count_nonzero())
+        if abs(above - top_p * total) > _CLOSE * total:
+            return above < top_p * total
+        exact = ((self._scores[number].double() - self._best[number]) / self._heat[number]).exp()
+        above = float(exact[exact > exact[token]].sum())
+        above += float(exact[token]) * int((exact[:token] == exact[token]).count_nonzero())
+        return above < top_p * float(exact.sum())
 
     def _by_sorting(self, numbers: list[int]) -> list[int]:
         """The tokens of some rows; where the most likely ones are not enough, everything is sorted."""
@@ -246,13 +267,13 @@ class _Draw:
         scores, settings = self._scores[rows], (self._top_p[rows], self._top_k[rows], self._uniform[rows])
         chances = ((scores.double() - self._best[rows, None]) / self._heat[rows, None]).exp()
         totals = chances.sum(-1)
-        place, sure = _places(self._chance[rows], totals, *settings, whole=self._whole)
+        _, _, place, fell = _places(self._chance[rows], totals, *settings, whole=self._whole)
         found = self.tokens[rows].gather(1, place[:, None])[:, 0]
-        rest = (~sure).nonzero()[:, 0]
+        rest = (~fell).nonzero()[:, 0]
         if len(rest):
             order = scores[rest].argsort(dim=-1, descending=True, stable=True)
             sorted_chances = chances[rest].gather(1, order)
-            place, _ = _places(sorted_chances, totals[rest], *(s[rest] for s in settings), whole=True)
+            _, _, place, _ = _places(sorted_chances, totals[rest], *(s[rest] for s in settings), whole=True)
             found[rest] = order.gather(1, place[:, None])[:, 0]
         tokens: list[int] = found.tolist()
         return tokens
@@ -260,8 +281,10 @@ class _Draw:
 
 def _places(
     chance: Tensor, total: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor, *, whole: bool
-) -> tuple[Tensor, Tensor]:
-    """Where the draws fall, (rows,), and whether that is sure, (rows,) bool: not where more tokens have to be known.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every row the number of tokens in its nucleus, whether that is known, where its draw falls, whether that is.
+
+    Without a nucleus (top_p of 1) only the latter may be known; what is not needs more tokens than these.
 
     Args:
         chance: (rows, n) in falling order. total: (rows,) the sum over the whole vocabulary.
@@ -277,8 +300,8 @@ def _places(
     inside = torch.where(top_p < 1, nucleus.sum(-1), top_k.clamp(max=count).long())
     mass = torch.where(top_p < 1, sums.gather(1, inside[:, None] - 1)[:, 0], total)
     place = (sums <= (uniform * mass)[:, None]).sum(-1)
-    enough = torch.where(top_p < 1, inside < count, place < count)
-    return torch.minimum(place, inside - 1), complete | (enough & top_k.isinf())
+    known = complete | ((top_p < 1) & (inside < count) & top_k.isinf())
+    return inside, known, torch.minimum(place, inside - 1), known | ((top_p >= 1) & (place < count) & top_k.isinf())
 
 
 def _sorted(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,8 +104,7 @@ def nucleus(scores: torch.Tensor, temperature: float, top_p: float) -> set[int]:
     return kept
 
 
-@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
-@pytest.mark.parametrize("vocabulary", [300, 25_000, 25_063])
+@pytest.mark.parametrize(("spread", "vocabulary"), [(0.5, 300), (2.0, 2_999), (6.0, 25_000), (7.0, 25_063)])
 def test_the_nucleus_is_that_of_sorting_the_whole_vocabulary(spread: float, vocabulary: int) -> None:
     random = torch.Generator().manual_seed(int(spread * 10))
     for top_p in (0.2, 0.9, 0.99):
@@ -121,6 +120,37 @@ def test_the_nucleus_is_that_of_sorting_the_whole_vocabulary(spread: float, voca
                 assert token is not None
                 edge = ends(float(scores[row, one]) for one in wanted[row])
                 assert float(scores[row, token]) == pytest.approx(edge, abs=1e-4 * spread)
+
+
+@pytest.mark.parametrize("top_p", [0.6, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_a_nucleus_of_thousands_ends_where_sorting_everything_ends_it(spread: float, top_p: float) -> None:
+    scores = torch.randn(1, 25_063, generator=torch.Generator().manual_seed(3)).bfloat16().float() * spread
+    chances = torch.softmax(scores[0].double() / 0.8, -1)
+    order = chances.argsort(descending=True, stable=True).tolist()
+    wanted = nucleus(scores[0], 0.8, top_p)
+    last, beyond = order[len(wanted) - 1], order[len(wanted)]
+    sums = chances.cumsum(0)
+    # The numbers that fall on a token where all of them are drawn in their own order.
+    numbers = {token: float(sums[token] - chances[token] / 2) for token in (order[0], last, beyond)}
+    for tries in ((order[0],), (last,), (beyond, last), (beyond, beyond, order[0])):
+        with pytest.MonkeyPatch.context() as patch:
+            coming = iter(tries)
+            patch.setattr(RowSampler, "uniform", lambda _self, coming=coming: numbers[next(coming)])
+            assert choose(scores.clone(), [sampler(temperature=0.8, top_p=top_p)]) == [tries[-1]]
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.7, 1.0])
+def test_tokens_of_a_wide_nucleus_are_drawn_with_their_chances(top_p: float) -> None:
+    scores = torch.zeros(1, 6_000)
+    scores[0, 3_000:] = math.log(3.0)  # three quarters of the chance
+    rows = [sampler(seed, temperature=1.0, top_p=top_p) for seed in range(600)]
+    tokens = [token for token in choose(scores.repeat(600, 1), rows) if token is not None]
+    assert len(tokens) == 600
+    inside = range(3_000, 3_000 + math.ceil(top_p * 4_000)) if top_p < 0.75 else range(6_000)
+    assert all(token in inside for token in tokens)
+    upper = sum(token >= inside[len(inside) // 2] for token in tokens) / 600
+    assert upper == pytest.approx(0.75 if top_p == 1 else 0.5, abs=0.07)
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1.0])
