@@ -6,11 +6,12 @@ settings.py   limits and options                   scheduler.py  rows join and l
 protocol.py   what clients may send                ticket.py     one row on its way, and what it is told
 names.py      which compositions they may name     prefix.py     keys and values of prompts that begin alike
 service.py    from a request to its rows           shelf.py      which adapters stay in memory
-answers.py    from tokens to OpenAI's objects      metrics.py    figures for Prometheus
+preparing.py  its tokens, checked                  metrics.py    figures for Prometheus
+answers.py    from tokens to OpenAI's objects      speaking.py   what rows say, gathered or streamed
 api.py, admin.py   the endpoints                   guard.py      keys, sizes and queue, before a body is read
 failures.py   errors in OpenAI's form              server.py     the process: sockets, signals
 page.py       the page of `--ui` and what it asks
 
 Needs the extra `lora-rt[serve]`: FastAPI, uvicorn, sse-starlette, prometheus-client. Only api.py, admin.py, guard.py,
-failures.py and server.py know HTTP.
+speaking.py, failures.py, page.py and server.py know HTTP.
 """

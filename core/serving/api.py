@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from sse_starlette import EventSourceResponse
 
 from lora_rt.core.serving import admin, failures
-from lora_rt.core.serving.answers import Choice, Kind, finish_reason, new_id
+from lora_rt.core.serving.answers import Kind, new_id
 from lora_rt.core.serving.answers import Response as Answer
 from lora_rt.core.serving.failures import RESPONSES, Refusal
 from lora_rt.core.serving.guard import Guard
 from lora_rt.core.serving.names import BASE
+from lora_rt.core.serving.preparing import Ask
 from lora_rt.core.serving.protocol import ChatRequest, CompletionRequest, TurnRequest
-from lora_rt.core.serving.service import Ask, Prepared, Service
-from lora_rt.core.serving.ticket import Event, Over, Said, Ticket
-from lora_rt.errors import LoraRtError
+from lora_rt.core.serving.service import Service
+from lora_rt.core.serving.speaking import Spoken, Stream, pieces, unless_gone
+from lora_rt.core.serving.ticket import Events, hand_out
 from lora_rt.version import __version__
 
 # What a request says that says nothing of sampling: as `lora-rt compose` samples, since small bases loop otherwise.
 _USUAL = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
-_PING = 15  # seconds between two signs of life on a stream
 
 
 def make_app(service: Service) -> FastAPI:
@@ -36,7 +33,10 @@ def make_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        service.scheduler.deliver = lambda events: _post(loop, events)
         yield
+        service.scheduler.deliver = lambda events: None  # nobody listens any more
 
     app = FastAPI(title="lora-rt", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, service=service)
@@ -47,6 +47,11 @@ def make_app(service: Service) -> FastAPI:
         admin.install(app, service)
     _true_document(app)
     return app
+
+
+def _post(loop: asyncio.AbstractEventLoop, events: Events) -> None:
+    """Hand events out in the loop of the API."""
+    loop.call_soon_threadsafe(hand_out, events)
 
 
 def _asking(app: FastAPI, service: Service) -> None:
@@ -141,7 +146,7 @@ async def _answered(
         likely=asked.likely,
         raw=raw,
     )
-    spoken = _Spoken(service, new_id(kind), request.scope["lora_rt"])
+    spoken = Spoken(service, new_id(kind), request.scope["lora_rt"])
     prepared = await spoken.begin(ask)
     fingerprint = service.runtime.base.digest[:12] or service.runtime.base.id
     answer = Answer(kind, spoken.name, prepared, fingerprint, service.runtime.tokenizer, asked.likely)
@@ -149,141 +154,12 @@ async def _answered(
         spoken.log["prompts"] = list(prompts)
     if asked.stream:
         counted = asked.stream_options is not None and asked.stream_options.include_usage
-        return _Stream(spoken, _pieces(spoken, answer, counted))
+        return Stream(spoken, pieces(spoken, answer, counted))
     try:
-        await _unless_gone(request, spoken.all())
+        await unless_gone(request, spoken.all())
     finally:
         spoken.close()
     return JSONResponse(answer.whole(spoken.choices))
-
-
-class _Spoken:
-    """What the rows of one request say, in the loop of the API."""
-
-    def __init__(self, service: Service, name: str, log: dict[str, Any]) -> None:
-        self._service = service
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[Ticket, Event]] = asyncio.Queue()
-        self._began = time.monotonic()
-        self.name = name
-        self.log = log
-        self.choices: list[Choice] = []
-        self._places: dict[int, int] = {}
-
-    async def begin(self, ask: Ask) -> Prepared:
-        """Take the request in.
-
-        Raises:
-            LoraRtError: it can't be taken in, or not be prepared.
-        """
-        self.log |= {"id": self.name, "model": ask.model[:200]}
-        try:
-            prepared = await asyncio.wrap_future(self._service.submit(ask, self.name, self._listen))
-        except BaseException:
-            self._service.forget(self.name)
-            raise
-        self.choices = [Choice() for _ in prepared.tickets]
-        self._places = {id(ticket): place for place, ticket in enumerate(prepared.tickets)}
-        self.log |= {"model": prepared.model[:200], "prompt_tokens": prepared.prompt_tokens}
-        return prepared
-
-    def _listen(self, ticket: Ticket, event: Event) -> None:
-        """Called in the model's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (ticket, event))
-
-    async def events(self) -> AsyncIterator[tuple[int, Said | str]]:
-        """(choice, new text), and (choice, why) when it ends.
-
-        Raises:
-            LoraRtError: a row has failed.
-        """
-        while any(choice.reason is None for choice in self.choices):
-            ticket, event = await self._events.get()
-            place = self._places[id(ticket)]
-            choice = self.choices[place]
-            if isinstance(event, Over):
-                if event.error is not None:
-                    raise event.error
-                choice.reason = finish_reason(event.ending)
-                yield place, choice.reason
-            else:
-                if not any(one.tokens for one in self.choices):
-                    self.log["first_token"] = round(time.monotonic() - self._began, 4)
-                choice.text.append(event.text)
-                choice.scores += event.scores
-                choice.tokens += event.tokens
-                yield place, event
-
-    async def all(self) -> None:
-        """Wait for the end of every row."""
-        async for _ in self.events():
-            pass
-
-    def close(self) -> None:
-        """What is still running is of no use to anybody."""
-        self._service.forget(self.name)
-        self.log |= {"answer_tokens": sum(choice.tokens for choice in self.choices)}
-        self.log["finish"] = [choice.reason for choice in self.choices]
-        if self._service.settings.log_prompts:
-            self.log["answers"] = ["".join(choice.text) for choice in self.choices]
-
-
-class _Stream(EventSourceResponse):
-    """A stream whose rows leave when it is over, also where the client has gone before its first piece."""
-
-    def __init__(self, spoken: _Spoken, pieces: AsyncIterator[dict[str, str]]) -> None:
-        super().__init__(pieces, ping=_PING)
-        self._spoken = spoken
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._spoken.close()
-
-
-async def _pieces(spoken: _Spoken, answer: Answer, counted: bool) -> AsyncIterator[dict[str, str]]:
-    """The events of a stream."""
-    try:
-        if answer.kind == "chat":
-            for place in range(len(spoken.choices)):
-                yield _sse(answer.opening(place))
-        async for place, event in spoken.events():
-            if isinstance(event, str):
-                yield _sse(answer.closing(place, event))
-            elif event.text or answer.likely is not None:
-                yield _sse(answer.piece(place, event.text, event.scores))
-        if counted:
-            yield _sse(answer.counted(spoken.choices))
-    except LoraRtError as error:
-        yield _sse(failures.of_error(error)[1])
-    yield {"data": "[DONE]"}
-
-
-def _sse(content: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
-
-
-async def _unless_gone(request: Request, work: Any) -> None:
-    """Wait for it, unless the client goes away first: then it is cancelled.
-
-    Raises:
-        Refusal: the client has gone; nobody reads this.
-    """
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Refusal(499, "The client has closed the connection", "client_closed")
-        await working
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _true_document(app: FastAPI) -> None:

@@ -17,6 +17,7 @@ from lora_rt.core.serving.service import DrainingError, FullError, GoneError
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import PluginError
 from lora_rt.registry.errors import ChangedAdapterError, StoreError, UnknownAdapterError
+from lora_rt.registry.models import in_words
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 _KINDS: tuple[tuple[type[LoraRtError], int, str, str | None], ...] = (
@@ -109,8 +110,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, defect)
 
 
-def _problem(item: Mapping[str, Any]) -> str:
+def _problem(item: Any) -> str:
     """One finding of pydantic's in words: where, and what."""
     where = ".".join(str(part)[:60] for part in item.get("loc", ()) if part != "body")
-    what = str(item.get("msg", "")).removeprefix("Value error, ")
+    what = in_words(item)
     return (f"{where}: {what}" if where else what)[:300]

@@ -6,7 +6,7 @@ What the page can't ask OpenAI's API it asks here, under `/ui`. It needs the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lora_rt.core.serving.service import Service
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import UnknownModeError
 from lora_rt.registry.card import AdapterCard
+from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import UnknownAdapterError
 from lora_rt.registry.reference import Reference
 
@@ -73,12 +74,15 @@ def install(app: FastAPI, service: Service, base_option: str = "") -> None:
     @app.post("/ui/scenes", responses=RESPONSES, include_in_schema=False)
     async def scenes(asked: ScenesRequest) -> dict[str, Any]:
         """The scene types of a prompt: type -> share."""
-        return await asyncio.wrap_future(service.beside(lambda: _scenes(service, asked.text)))
+        name, look = await asyncio.wrap_future(service.beside(lambda: _scenes(service, asked.text)))
+        return {"adapter": name, "scene_types": await asyncio.wrap_future(service.scheduler.between(look))}
 
     @app.post("/ui/acted", responses=RESPONSES, include_in_schema=False)
     async def acted(asked: ActedRequest) -> dict[str, Any]:
         """How much each adapter added at each token of an answer, relative to what the base gives there."""
-        return await asyncio.wrap_future(service.beside(lambda: _acted(service, asked)))
+        look = await asyncio.wrap_future(service.beside(lambda: _acted(service, asked)))
+        found = await asyncio.wrap_future(service.scheduler.between(look))
+        return await asyncio.to_thread(_told, service, found, asked.answer)
 
     app.mount("/", _OwnFiles(directory=_FILES, html=True), name="page")
 
@@ -99,80 +103,96 @@ def _state(service: Service, base_option: str) -> dict[str, Any]:
     runtime = service.runtime
     known = _known(service)
     plain = [name for name, card in known.items() if isinstance(card, AdapterCard) and card.mode == "output-only"]
-    gated = [card for card in known.values() if isinstance(card, AdapterCard) and _has(service, card, "lora_rt_scene")]
+    able = {name: card for name, card in known.items() if _recognizes(service, card)}
     return {
         "base": runtime.base.id,
         "base_option": base_option,
         "precision": runtime.base.precision,
-        "tokens": service.capacity,
+        "tokens": service.preparer.capacity,
         "adapters": [{"name": name, "about": _about(name, card)} for name, card in known.items()],
         "start": {name: _START if n < 2 else 0 for n, name in enumerate((plain or list(known))[:_SHOWN])},
-        "scene_types": sorted({kind for card in gated for kind in card.scene_types}),
-        "classifier": _recognizer(service, known),
+        "scene_types": sorted({kind for card in able.values() if card is not None for kind in card.scene_types}),
+        "classifier": next(iter(able), None),
     }
 
 
-def _known(service: Service) -> dict[str, AdapterCard | str | None]:
-    """What can have a slider over this base: an adapter's card, or "composition"."""
-    parts = service.runtime.parts
-    found: dict[str, AdapterCard | str | None] = {}
+def _known(service: Service) -> dict[str, AdapterCard | NamedComposition | None]:
+    """What can have a slider over this base, by name: first adapters, then named compositions."""
+    named = service.runtime.parts.registry.compositions
+    adapters: dict[str, AdapterCard | None] = {}
+    compositions: dict[str, NamedComposition] = {}
     for name in service.names.known():
-        if name in parts.registry.compositions.names():
-            found[name] = "composition"
-        elif (resident := service.runtime.adapters.get(name)) is not None:
-            found[name] = resident.card
-        else:
-            with suppress(LoraRtError):  # of another base, or damaged: the command line says more of it
-                found[name] = parts.registry.find(Reference.parse(name), parts.base.identity, offline=True).card
-    return found
+        with suppress(LoraRtError):  # of another base, or damaged: the command line says more of it
+            if (found := named.look_up(name)) is None:
+                adapters[name] = _card(service, name)
+            else:
+                for term in found.terms:
+                    _card(service, term.reference)
+                compositions[name] = found
+    return adapters | compositions
 
 
-def _about(name: str, card: AdapterCard | str | None) -> str:
+def _card(service: Service, reference: str) -> AdapterCard | None:
+    """What an adapter says of itself.
+
+    Raises:
+        LoraRtError: it is not here, or of another base.
+    """
+    parts = service.runtime.parts
+    if (resident := service.runtime.adapters.get(reference)) is not None:
+        return resident.card
+    return parts.registry.find(Reference.parse(reference), parts.base.identity, offline=True).card
+
+
+def _about(name: str, card: AdapterCard | NamedComposition | None) -> str:
     """A few words beside a slider; none where the name says it all."""
-    if isinstance(card, str):
-        return f"a named {card}"
     if card is None:
         return ""
+    if isinstance(card, NamedComposition):
+        return ", ".join(["a named composition", *([card.mode] if card.mode else [])])
     words = [card.register] if card.register != name else []
     return ", ".join(words + ([card.mode] if card.mode != "output-only" else []))
 
 
-def _has(service: Service, card: AdapterCard, hook: str) -> bool:
+def _recognizes(service: Service, card: AdapterCard | NamedComposition | None) -> bool:
+    """Whether its mode tells the scene types of prompts."""
+    if card is None or not card.mode:
+        return False
     with suppress(UnknownModeError):
-        return service.runtime.parts.modes.implements(card.mode, hook)
+        return service.runtime.parts.modes.implements(card.mode, "lora_rt_scene")
     return False
 
 
-def _recognizer(service: Service, known: Mapping[str, AdapterCard | str | None]) -> str | None:
-    """The first adapter by name that recognizes scene types."""
-    able = (n for n, c in known.items() if isinstance(c, AdapterCard) and _has(service, c, "lora_rt_scene"))
-    return next(able, None)
-
-
-def _scenes(service: Service, text: str) -> dict[str, Any]:
-    name = _recognizer(service, _known(service))
+def _scenes(service: Service, text: str) -> tuple[str, Callable[[], dict[str, float]]]:
+    """Who recognizes the scene types of a text, and how; the second is for the model's thread."""
+    able = (name for name, card in _known(service).items() if _recognizes(service, card))
+    name = next(able, None)
     if name is None:
-        raise UnknownAdapterError("no adapter here recognizes scenes", next_step="Train one with --mode context")
-    resident = service.shelf.load(name)
-    (shares,) = service.scheduler.between(lambda: service.runtime.register_scenes([text], resident)).result()
-    return {"adapter": resident, "scene_types": shares}
+        raise UnknownAdapterError("nothing here recognizes scenes", next_step="Train one with --mode context")
+    if service.runtime.parts.registry.compositions.look_up(name) is None:
+        name = service.shelf.load(name)
+    return name, lambda: service.runtime.register_scenes([text], name)[0]
 
 
-def _acted(service: Service, asked: ActedRequest) -> dict[str, Any]:
+def _acted(service: Service, asked: ActedRequest) -> Callable[[], Explanation]:
+    """How the pass is explained, for the model's thread; what it needs is loaded."""
     composition = service.names.composition(asked.model) or Composition(())
     prompt, runtime = chat_prompt(asked.messages), service.runtime
     read = len(runtime.text.prompt_ids(prompt))
-    if read + len(asked.answer) > 8 * service.capacity or read >= service.capacity:
+    if read + len(asked.answer) > 8 * service.preparer.capacity or read >= service.preparer.capacity:
         raise LengthError("this conversation is longer than the model takes", next_step="Begin a new one")
     for name in [str(term.reference) for term in composition.terms]:
         with suppress(LoraRtError):  # a named composition is made of others; what is wrong is said below
             service.shelf.load(name)
 
-    def look() -> Explanation:
-        return runtime.explain(prompt, composition, scene=asked.scene, answer=asked.answer)
+    return lambda: runtime.explain(prompt, composition, scene=asked.scene, answer=asked.answer)
 
-    found = service.scheduler.between(look).result()
-    told = found.document("", str(composition), asked.answer, pieces_of(runtime.tokenizer, found.ids))
+
+def _told(service: Service, found: Explanation, answer: str) -> dict[str, Any]:
+    """What an explanation says of the answer's tokens, which are the last ones."""
+    runtime = service.runtime
+    told = found.document("", "", answer, pieces_of(runtime.tokenizer, found.ids))
+    read = len(found.ids) - len(runtime.text.text_ids(answer))
     return {
         "adapters": told["adapters"],
         "scene_type": told["scene_type"],

@@ -29,7 +29,7 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter
 from lora_rt.core.serving.prefix import PrefixCache
 from lora_rt.core.serving.settings import Limits
-from lora_rt.core.serving.ticket import Over, Said, Ticket
+from lora_rt.core.serving.ticket import Event, Events, Over, Said, Ticket, hand_out
 from lora_rt.errors import LoraRtError
 
 _log = logging.getLogger("lora_rt.serving")
@@ -77,7 +77,10 @@ class Scheduler:
         self._stopping = False
         self._batch = self._new_batch(limits.chunk)
         self._thread = threading.Thread(target=self._run, name="lora-rt-model", daemon=True)
+        self._events: list[tuple[Ticket, Event]] = []  # of this round
         self.on_over: Callable[[Ticket], None] = lambda _ticket: None
+        self.deliver: Callable[[Events], None] = hand_out
+        """Given the events of a round all at once: to wake another thread for each of them costs that thread's turn."""
         self.broken = False
 
     def start(self) -> None:
@@ -107,10 +110,6 @@ class Scheduler:
         """Whether there is nobody to serve."""
         return not self._waiting and not self._running
 
-    def fits_alone(self, need: int) -> bool:
-        """Whether a row of so many tokens could ever join."""
-        return need * self._per_token <= self._kv_bytes
-
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Let rows wait for their turn."""
         with self._changed:
@@ -119,8 +118,7 @@ class Scheduler:
                     insort(self._waiting, ticket, key=lambda one: one.number)
                 self._changed.notify()
                 return
-        for ticket in tickets:
-            self._end(ticket, None, _stopped())
+        self.deliver([(ticket, self._over(ticket, None, _stopped())) for ticket in tickets])
 
     def cancel(self, ticket: Ticket) -> None:
         """Let a row leave before its next token."""
@@ -165,6 +163,7 @@ class Scheduler:
                 self._waiting, self._calls = [], []
             for ticket in left:
                 self._end(ticket, None, _stopped())
+            self._deliver()
             for call in calls:
                 call()
 
@@ -184,6 +183,7 @@ class Scheduler:
             self._step()
         else:
             self._most = self._limits.rows
+        self._deliver()
         self._meter.load(len(self._waiting), len(self._running), self._kv_in_use())
         return True
 
@@ -248,7 +248,7 @@ class Scheduler:
                 ticket.said, ticket.spoke = len(row.answer), now
             text = row.new_text()
             if text or new:
-                ticket.tell(Said(text, new, tuple(row.scores)))
+                self._events.append((ticket, Said(text, new, tuple(row.scores))))
                 row.scores.clear()
             if row.ended is not None:
                 self._end(ticket, row.ended, _not_a_number() if row.ended == "error" else None)
@@ -282,8 +282,17 @@ class Scheduler:
 
     def _end(self, ticket: Ticket, ending: Ending | None, error: LoraRtError | None) -> None:
         self._running.pop(id(ticket.row), None)
-        ticket.tell(Over(ending, error))
+        self._events.append((ticket, self._over(ticket, ending, error)))
+
+    def _over(self, ticket: Ticket, ending: Ending | None, error: LoraRtError | None) -> Over:
+        ticket.over = True
         self.on_over(ticket)
+        return Over(ending, error)
+
+    def _deliver(self) -> None:
+        events, self._events = self._events, []
+        if events:
+            self.deliver(events)
 
     def _new_batch(self, chunk: int | None) -> Batch[RequestRow]:
         keep: Any = self._prefixes.keep if self._prefixes.enabled else None

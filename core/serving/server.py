@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lora_rt.serving")
 _TICK = 0.05  # seconds between two looks at whether the last answer is done
+# Seconds for which an idle connection is kept: longer than clients keep theirs (httpx: 5). Were it as long, a server
+# would close now and then what a client is just about to use, and the client could not know whether it was heard.
+KEPT = 75
 
 
 class DrainingServer(uvicorn.Server):
@@ -79,6 +82,18 @@ def listen(settings: ServeSettings) -> socket.socket:
     return found
 
 
+def configured(app: FastAPI, patience: int) -> uvicorn.Config:
+    """How the application is served; connections get so many seconds to end in."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=patience,
+        timeout_keep_alive=KEPT,
+        lifespan="on",
+    )
+
+
 def serve(
     runtime: Runtime,
     settings: ServeSettings,
@@ -105,7 +120,7 @@ def serve(
     service.start()
     host, port = bound.getsockname()[:2]
     try:
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on")
+        config = configured(app, 5)
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         DrainingServer(config, service).run(sockets=[bound])
     finally:

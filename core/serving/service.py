@@ -11,19 +11,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lora_rt.core.base.machine import free_bytes
-from lora_rt.core.generation.messages import Prompt
-from lora_rt.core.generation.row import LengthError
-from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.composition import Composition
-from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter
 from lora_rt.core.serving.names import Names
 from lora_rt.core.serving.prefix import PrefixCache
+from lora_rt.core.serving.preparing import Ask, Preparer
 from lora_rt.core.serving.scheduler import Scheduler
 from lora_rt.core.serving.settings import ServeSettings
 from lora_rt.core.serving.shelf import Shelf
@@ -46,29 +43,6 @@ class GoneError(LoraRtError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request.
-
-    Args:
-        prompts: chats or texts, or token ids of texts that are gone on with (`raw`).
-        model, composition, scene: see `Names.composition`.
-        sampling: as of `Runtime.generate`, without a limit where the client names none.
-        seeds: one per row: every prompt has `answers` of them, one after another.
-        likely: how many likely tokens are told beside each; None tells no log p at all.
-    """
-
-    prompts: Sequence[Prompt | list[int]]
-    model: str
-    composition: Mapping[str, float] | str | None = None
-    scene: str | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    answers: int = 1
-    seed: int | None = None
-    likely: int | None = None
-    raw: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Prepared:
     """The rows of a request, the composition that they are under, and the tokens of each prompt."""
 
@@ -88,10 +62,8 @@ class Service:
         self.meter = Meter()
         self.names = Names(runtime, settings.allow, limits.terms)
         self.shelf = Shelf(runtime, self.meter, limits.adapter_bytes)
-        lm = runtime.parts.lm
-        self.capacity = min(limits.tokens or lm.capacity, lm.capacity)
-        self.bytes_per_token = _bytes_per_token(runtime)
-        room = limits.kv_bytes or int(_KV_SHARE * free_bytes(str(lm.device)))
+        room = limits.kv_bytes or int(_KV_SHARE * free_bytes(str(runtime.parts.lm.device)))
+        self.preparer = Preparer(runtime, limits, room)
         self.scheduler = Scheduler(
             runtime,
             limits,
@@ -99,7 +71,7 @@ class Service:
             # A prompt whose beginning was read before is read in other passes, and in few bits those round otherwise.
             PrefixCache(runtime, self.meter, 0 if settings.deterministic else limits.prefix_bytes),
             kv_bytes=room,
-            bytes_per_token=self.bytes_per_token,
+            bytes_per_token=self.preparer.bytes_per_token,
             deterministic=settings.deterministic,
         )
         self.scheduler.on_over = self._over
@@ -156,7 +128,7 @@ class Service:
 
         Args:
             name: under which it can be turned to another composition while it runs.
-            listener: told of its rows, in the model's thread.
+            listener: told of its rows (see `Scheduler.deliver`).
 
         Raises:
             DrainingError, FullError: it is not taken in.
@@ -239,22 +211,11 @@ class Service:
 
     def _prepared(self, ask: Ask, number: int, arrived: float, listener: Listener) -> Prepared:
         composition = self.names.composition(ask.model, ask.composition)
-        rows = [row for place in range(len(ask.prompts)) for row in self._rows(ask, place, composition)]
-        needs = [self._need(row) for row in rows]
-        for row in rows:
-            row.likely = ask.likely
-            self.runtime.parts.try_out(row, row.timeline.row)  # so that what fails, fails here and not in a step
+        rows = self.preparer.rows(ask, composition)
+        end = arrived + self.settings.limits.deadline
         tickets = [
-            Ticket(
-                number,
-                row,
-                need,
-                arrived + self.settings.limits.deadline,
-                listener,
-                adapters=row.timeline.adapters,
-                arrived=arrived,
-            )
-            for row, need in zip(rows, needs, strict=True)
+            Ticket(number, row, need, end, listener, adapters=row.timeline.adapters, arrived=arrived)
+            for row, need in zip(rows, map(self.preparer.need, rows), strict=True)
         ]
         for ticket in tickets:
             self.shelf.take(ticket.adapters)
@@ -264,72 +225,6 @@ class Service:
         prompts = sum(len(row.ids) for row in rows[:: ask.answers])
         return Prepared(tickets, _told(composition), prompts)
 
-    def _rows(self, ask: Ask, place: int, composition: Composition | None) -> list[RequestRow]:
-        """The rows of one prompt, each with a seed of its own."""
-        prompt = ask.prompts[place]
-        text = self.runtime.text
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            ids = self._known_ids(prompt)
-        elif ask.raw:
-            assert isinstance(prompt, str)
-            ids = text.document_ids(prompt)
-        else:
-            ids = text.prompt_ids(prompt)  # type: ignore[arg-type]  # token ids were looked at above
-        if not ids:
-            raise LengthError("the prompt is empty", next_step="Give at least one token")
-        limit = ask.sampling.get("max_new_tokens")
-        room = self.capacity - len(ids)
-        if room < 1 or (limit is not None and limit > room):
-            answer = "" if limit is None else f" and {limit} for the answer"
-            text_ = f"this model takes {self.capacity} tokens in all, and the prompt has {len(ids)}{answer}"
-            raise LengthError(text_, next_step="Shorten the prompt, or ask for fewer tokens")
-        most = min(room, self.settings.limits.answer_tokens) if limit is None else limit
-        sampling = Sampling(**{**ask.sampling, "max_new_tokens": most})
-        sampling.check()
-        many = ask.answers
-        seeds = [None if ask.seed is None else ask.seed + place * many + n for n in range(many)]
-        return self.runtime.parts.rows(
-            [ids] * many,
-            composition,
-            [ask.scene] * many,
-            prompts=[prompt if isinstance(prompt, str) else None] * many,
-            sampling=sampling,
-            seeds=seeds,
-            spoken=True,
-        )
-
-    def _known_ids(self, ids: list[Any]) -> list[int]:
-        size = self.runtime.base.vocab_size
-        if any(not isinstance(i, int) or not 0 <= i < size for i in ids):
-            text = f"the prompt holds token ids that this model has not; they are from 0 to {size - 1}"
-            raise LengthError(text, next_step="Tokenize it with this model's tokenizer")
-        return list(ids)
-
-    def _need(self, row: RequestRow) -> int:
-        need = min(row.length + row.sampling.max_new_tokens, self.capacity)
-        if not self.scheduler.fits_alone(need):
-            text = f"{need} tokens are more than this server has memory for"
-            raise LengthError(text, next_step="Shorten the prompt, or ask for fewer tokens")
-        return need
-
 
 def _told(composition: Composition | None) -> str:
     return "base" if composition is None else str(composition)
-
-
-def _bytes_per_token(runtime: Runtime) -> int:
-    """What a token of a row takes in the cache, found out with two of them."""
-    import torch
-
-    lm = runtime.parts.lm
-    if lm.keeping == "none":
-        return 1
-    cache = lm.new_cache()
-    ids = torch.zeros((1, 2), dtype=torch.long, device=lm.device)
-    with torch.inference_mode():
-        lm.forward(ids, torch.ones_like(ids), torch.arange(2, device=lm.device)[None], cache=cache, keep=1)
-    kept = (
-        [getattr(layer, "keys", None) for layer in cache.layers],
-        [getattr(layer, "values", None) for layer in cache.layers],
-    )
-    return max(1, sum(int(tensor.nbytes) for part in kept for tensor in part if tensor is not None) // 2)

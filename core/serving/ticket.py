@@ -32,6 +32,7 @@ class Over:
 
 Event = Said | Over
 Listener = Callable[["Ticket", Event], None]
+Events = Sequence[tuple["Ticket", Event]]
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +44,7 @@ class Ticket:
         row: what is decoded.
         need: tokens that it may come to.
         deadline: when it is given up, by `time.monotonic`.
-        listener: told of every event, in the scheduler's thread: it must return at once.
+        listener: told of every event by `hand_out`, in whichever thread that runs; it must return at once.
         cached: tokens of its prompt that did not have to be read.
     """
 
@@ -60,9 +61,8 @@ class Ticket:
     over: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def tell(self, event: Event) -> None:
-        """Tell the listener, unless it knows already that this is over."""
-        if self.over:
-            return
-        self.over = isinstance(event, Over)
-        self.listener(self, event)
+
+def hand_out(events: Events) -> None:
+    """Tell the listeners."""
+    for ticket, event in events:
+        ticket.listener(ticket, event)

@@ -162,7 +162,7 @@ def test_the_log_holds_prompts_only_where_the_operator_wants_them(
     runtime: Runtime, caplog: pytest.LogCaptureFixture, log_prompts: bool
 ) -> None:
     settings = ServeSettings(port=0, log_prompts=log_prompts)
-    with live(runtime, settings) as server, server.http() as http, caplog.at_level(logging.INFO, "lora_rt.serving"):
+    with caplog.at_level(logging.INFO, "lora_rt.serving"), live(runtime, settings) as server, server.http() as http:
         answer = http.post(CHAT, json=asked("a word nobody is to read", model="one:0.5", max_tokens=5))
     lines = [json.loads(r.message) for r in caplog.records if r.name == "lora_rt.serving.requests"]
     assert len(lines) == 1

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving import page
 from lora_rt.core.serving.settings import Limits, ServeSettings
+from lora_rt.plugins.contract import JointGateContext, SceneContext, ScenePrediction, hookimpl
+from lora_rt.registry.compositions import NamedComposition, NamedTerm
+from lora_rt.registry.files import sha256_bytes
 from support.serving import Live, live
+from support.tiny import Zoo, mode_host
 
 PROMPT = "rain, tin roof"
 FILES = Path(page.__file__).resolve().parent / "static"
+
+
+class Knowing:
+    """A composition's mode that takes every prompt for three parts dusk."""
+
+    @hookimpl
+    def lora_rt_scene(context: SceneContext) -> ScenePrediction:  # type: ignore[misc]  # a hook of a module
+        rows = context.hidden.shape[0]
+        return ScenePrediction(("dusk", "dawn"), torch.tensor([[0.75, 0.25]]).expand(rows, 2))
+
+    @hookimpl
+    def lora_rt_joint_gate(context: JointGateContext) -> None:  # type: ignore[misc]
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +100,44 @@ def test_what_can_not_be_explained_is_refused_in_words(
         answer = http.post("/ui/acted", json=request)
     assert answer.status_code == status
     assert says in answer.json()["error"]["message"]
+
+
+def test_a_composition_whose_mode_knows_scenes_shows_what_it_makes_of_a_prompt(zoo: Zoo, tmp_path: Path) -> None:
+    """As `registers` does, which ships: over plain adapters, by a classifier of its own."""
+    runtime = zoo.runtime_with(mode_host(knowing=Knowing), "llama")
+    folder = zoo.adapter("llama", seed=41)
+    compositions = runtime.parts.registry.compositions
+    for name, reference in (("led", str(folder)), ("lost", str(tmp_path / "nothing"))):
+        term = NamedTerm(reference=reference, weight=0.5)
+        made = {"terms": (term,), "mode": "knowing", "scene_types": ("dusk", "dawn"), "state": sha256_bytes(save({}))}
+        compositions.save(NamedComposition(name=name, base=runtime.base.id, hidden_layers=1, **made), save({}))
+    with live(runtime, ServeSettings(port=0), extend=page.install) as served, served.http() as http:
+        state = http.get("/ui/state").json()
+        told = http.post("/ui/scenes", json={"text": PROMPT}).json()
+    assert state["classifier"] == "led"
+    assert state["scene_types"] == ["dawn", "dusk"]
+    assert {"name": "led", "about": "a named composition, knowing"} in state["adapters"]
+    assert "lost" not in [adapter["name"] for adapter in state["adapters"]]
+    assert told == {"adapter": "led", "scene_types": {"dusk": 0.75, "dawn": 0.25}}
+
+
+def test_a_long_look_at_an_answer_keeps_nobody_from_being_prepared(served: Live, runtime: Runtime) -> None:
+    """The look waits for the model's thread, and the thread that prepares goes on."""
+    begun, go_on = threading.Event(), threading.Event()
+    service = served.service
+    service.scheduler.between(lambda: (begun.set(), go_on.wait(60)))
+    begun.wait()
+    request = {"model": "one", "messages": [{"role": "user", "content": PROMPT}], "answer": "so"}
+    with ThreadPoolExecutor(1) as beside, served.http() as http:
+        looked = beside.submit(http.post, "/ui/acted", json=request)
+        try:
+            for _ in range(20):
+                service.beside(lambda: None).result(timeout=20)
+                time.sleep(0.005)
+            assert not looked.done()
+        finally:
+            go_on.set()
+        assert looked.result().status_code == 200
 
 
 def test_without_an_adapter_that_recognizes_scenes_this_is_said(served: Live) -> None:

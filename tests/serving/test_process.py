@@ -15,7 +15,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 
+from lora_rt.core.serving.server import configured
 from support.cli import Cli, command_line
 from support.serving import asked
 from support.tiny import Zoo
@@ -117,3 +119,8 @@ def test_a_server_is_measured_beside_generate(
     assert found["overload"]["failed"] == 0
     assert found["ratio_to_generate"] > 0
     assert found["at_90%"]["first_ms"]["p99"] > 0
+
+
+def test_an_idle_connection_is_kept_for_longer_than_clients_keep_theirs() -> None:
+    """Else a request can meet the server's good-bye, and its client can't know whether it was heard."""
+    assert configured(FastAPI(), 1).timeout_keep_alive > 10 * httpx2.Limits().keepalive_expiry

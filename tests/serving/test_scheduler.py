@@ -12,7 +12,8 @@ import torch
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.service import Ask, Service
 from lora_rt.core.serving.settings import Limits, ServeError, ServeSettings
-from lora_rt.core.serving.ticket import Event, Over, Said, Ticket
+from lora_rt.core.serving.speaking import merged
+from lora_rt.core.serving.ticket import Event, Events, Over, Said, Ticket, hand_out
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from support.serving import Live, asked
@@ -73,7 +74,7 @@ def test_whoever_came_first_is_served_first(started: Service) -> None:
 @pytest.mark.parametrize("started", [Limits(kv_bytes=260 * 512)], indirect=True)
 def test_a_large_row_is_not_overtaken_by_small_ones_that_would_fit(started: Service) -> None:
     """Two rows of this size do not fit at once: the second one waits, and whoever came later behind it."""
-    assert started.bytes_per_token == 512
+    assert started.preparer.bytes_per_token == 512
     heard = Heard()
     for name, prompt in (("large", LONG * 2), ("next", LONG * 2), ("small", "a")):
         started.submit(ask(prompt, tokens=20), name, heard.listener(name)).result()
@@ -218,3 +219,35 @@ def test_limits_that_leave_no_room_are_refused() -> None:
     with pytest.raises(ServeError) as raised:
         Limits(rows=0, deadline=0, chunk=-1).check()
     assert all(word in raised.value.message for word in ("rows", "deadline", "chunk"))
+
+
+def test_all_that_a_round_says_is_delivered_at_once(runtime: Runtime) -> None:
+    """Each delivery wakes the thread of the API; one per row would cost the model its turn sixteen times a step."""
+    service, heard, sizes = Service(runtime, ServeSettings()), Heard(), []
+
+    def deliver(events: Events) -> None:
+        sizes.append(len(events))
+        hand_out(events)
+
+    service.scheduler.deliver = deliver
+    for name in "abcd":
+        service.submit(ask(tokens=6), name, heard.listener(name)).result()
+    service.start()
+    settled(service)
+    service.close()
+    assert max(sizes) >= 4
+    assert len(sizes) < len(heard.events) / 2
+
+
+def test_what_a_slow_reader_has_not_been_told_comes_as_one_piece(runtime: Runtime) -> None:
+    row, other = runtime.rows(["a", "b"])
+    one, two = (Ticket(n, r, 9, 0.0, lambda _ticket, _event: None) for n, r in enumerate((row, other)))
+    events: Events = [
+        (one, Said("so", 1)),
+        (two, Said("x", 1)),
+        (one, Said(" it", 2)),
+        (one, Over("end")),
+        (two, Said("y", 1)),
+    ]
+    told = [(ticket.number, event) for ticket, event in merged(events)]
+    assert told == [(0, Said("so it", 3)), (0, Over("end")), (1, Said("xy", 2))]

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.api import make_app
-from lora_rt.core.serving.server import listen
+from lora_rt.core.serving.server import configured, listen
 from lora_rt.core.serving.service import Service
 from lora_rt.core.serving.settings import ServeSettings
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
@@ -87,7 +87,7 @@ def live(
         extend(app, service)
     service.start()
     bound = listen(settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    server = uvicorn.Server(configured(app, 2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:
