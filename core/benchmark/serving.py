@@ -1,59 +1,68 @@
-"""A server under load: what it carries beside `Runtime.generate` of the same rows, how long clients wait, how it holds.
+"""Clients of a server under load: what it carries, how long they wait, and how it holds.
 
-The server is a process of its own (`lora-rt serve`); the clients are in this one, over the loopback. Arrivals are a
-Poisson process. Every request has a composition of its own, of two adapters.
+The server is a process of its own; the clients are in this one, which holds no model while it times their waits, over
+the loopback. Arrivals are a Poisson process. Every request has a composition of its own, of two adapters, and wants
+exactly so many tokens. Times count from the moment when a request has been sent: what a client does before is its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import httpx2
-import psutil
 
 from lora_rt.core.runtime import Runtime
 
 _PROMPTS = ("rain, tin roof, unpaid bill", "frozen rope, harbour", "a spare key under the third stone", "last train")
 _CHAT = "/v1/chat/completions"
+_LEAVING = 10  # of so many requests to a server that has too many, one client goes away after its first token
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One request: a prompt, a composition, and exactly so many tokens."""
+    """One request: a prompt, a composition as name -> weight, and exactly so many tokens."""
 
     prompt: str
-    spec: str
+    weights: Mapping[str, float]
     tokens: int
 
-    def body(self) -> dict[str, Any]:
-        """The JSON that is sent."""
+    @property
+    def spec(self) -> str:
+        """The composition as people write it."""
+        return " ".join(f"{name}:{weight}" for name, weight in self.weights.items())
+
+    def body(self, llama: Sequence[str] = ()) -> dict[str, Any]:
+        """The JSON that is sent: to ours, or to llama.cpp's server that has these adapters."""
         message = {"role": "user", "content": self.prompt}
-        limits = {"temperature": 0, "max_tokens": self.tokens, "min_tokens": self.tokens, "stream": True}
-        return {"model": self.spec, "messages": [message], **limits}
+        settings = {"temperature": 0, "max_tokens": self.tokens, "stream": True}
+        usual = {"messages": [message], **settings, "stream_options": {"include_usage": True}}
+        if llama:
+            scales = [{"id": place, "scale": self.weights.get(name, 0.0)} for place, name in enumerate(llama)]
+            return usual | {"lora": scales, "ignore_eos": True}
+        return usual | {"model": self.spec, "min_tokens": self.tokens}
 
 
 @dataclass
 class Served:
-    """What became of one request: its status, seconds to its first token, between tokens, and in all."""
+    """What became of one request; seconds from its sending to its status, its first token, and between pieces.
+
+    `tokens` are counted by the server; `left` is whether the client went away.
+    """
 
     status: int = 0
+    answered: float = 0.0
     first: float = 0.0
     between: list[float] = field(default_factory=list)
-    seconds: float = 0.0
     tokens: int = 0
+    left: bool = False
 
 
 def wishes(count: int, tokens: int, names: Sequence[str]) -> list[Wish]:
@@ -63,35 +72,11 @@ def wishes(count: int, tokens: int, names: Sequence[str]) -> list[Wish]:
     return [
         Wish(
             f"{_PROMPTS[n % len(_PROMPTS)]}, {n}",
-            " ".join(f"{name}:{dice.uniform(0.1, 0.9):.3f}" for name in pairs[n % len(pairs)]),
+            {name: round(dice.uniform(0.1, 0.9), 3) for name in pairs[n % len(pairs)]},
             tokens,
         )
         for n in range(count)
     ]
-
-
-@contextmanager
-def server(*options: str) -> Iterator[tuple[str, psutil.Process]]:
-    """The address of a new server, and its process."""
-    command = [sys.executable, "-m", "lora_rt", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
-    assert process.stderr is not None
-    try:
-        text = ""
-        while (found := re.search(r"http://127\.0\.0\.1:\d+(?=/v1)", text)) is None:
-            line = process.stderr.readline()
-            if not line:
-                raise RuntimeError(f"the server did not start: {text}")
-            text += line
-        reader = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
-        yield found[0], psutil.Process(process.pid)
-        process.terminate()
-        process.wait()
-        reader.wait()
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 def generated(runtime: Runtime, asked: Sequence[Wish], at_once: int) -> float:
@@ -104,29 +89,32 @@ def generated(runtime: Runtime, asked: Sequence[Wish], at_once: int) -> float:
     return sum(wish.tokens for wish in asked) / (time.perf_counter() - began)
 
 
-def at_once(url: str, asked: Sequence[Wish], many: int) -> tuple[list[Served], float]:
+def at_once(url: str, bodies: Sequence[Mapping[str, Any]], many: int) -> tuple[list[Served], float]:
     """So many clients, each of which asks again as soon as it is answered; the seconds that all of it took."""
 
     async def run() -> tuple[list[Served], float]:
         gate = asyncio.Semaphore(many)
         async with _client(url) as client:
 
-            async def one(wish: Wish) -> Served:
+            async def one(body: Mapping[str, Any]) -> Served:
                 async with gate:
-                    return await _ask(client, wish)
+                    return await _ask(client, body)
 
             began = time.perf_counter()
-            found = await asyncio.gather(*(one(wish) for wish in asked))
+            found = await asyncio.gather(*(one(body) for body in bodies))
             return list(found), time.perf_counter() - began
 
     return asyncio.run(run())
 
 
-def arriving(url: str, asked: Sequence[Wish], per_second: float, seconds: float | None = None) -> list[Served]:
+def arriving(
+    url: str, bodies: Sequence[Mapping[str, Any]], per_second: float, seconds: float | None = None
+) -> list[Served]:
     """Requests that arrive by a Poisson process, whether the others are answered or not.
 
     Args:
-        seconds: how long they go on arriving, the same ones over again; once each where left out.
+        seconds: how long they go on arriving, the same ones over again, and of some the client goes away; once each
+            where left out.
     """
 
     async def run() -> list[Served]:
@@ -134,8 +122,9 @@ def arriving(url: str, asked: Sequence[Wish], per_second: float, seconds: float 
         async with _client(url) as client:
             end = None if seconds is None else time.perf_counter() + seconds
             number = 0
-            while number < len(asked) if end is None else time.perf_counter() < end:
-                tasks.append(asyncio.ensure_future(_ask(client, asked[number % len(asked)])))
+            while number < len(bodies) if end is None else time.perf_counter() < end:
+                leaves = end is not None and number % _LEAVING == _LEAVING - 1
+                tasks.append(asyncio.ensure_future(_ask(client, bodies[number % len(bodies)], leaves)))
                 number += 1
                 await asyncio.sleep(dice.expovariate(per_second))
             return list(await asyncio.gather(*tasks))
@@ -143,14 +132,23 @@ def arriving(url: str, asked: Sequence[Wish], per_second: float, seconds: float 
     return asyncio.run(run())
 
 
-def summary(found: Sequence[Served]) -> dict[str, Any]:
-    """Milliseconds that clients waited, and how many were served, refused and failed."""
-    served = [one for one in found if one.status == 200 and one.tokens]
-    refused = [one.seconds for one in found if one.status == 429]
+def rows_of(url: str) -> int:
+    """Rows that a server of ours has, running and waiting, by its own count."""
+    lines = httpx2.get(f"{url}/metrics").text.splitlines()
+    named = ("lora_rt_rows_waiting ", "lora_rt_rows_running ")
+    return int(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(named)))
+
+
+def summary(found: Sequence[Served], tokens: int) -> dict[str, Any]:
+    """Milliseconds that clients waited, and how many were served whole, refused, went away and failed."""
+    served = [one for one in found if one.status == 200 and one.tokens == tokens]
+    refused = [one.answered for one in found if one.status == 429]
+    left = sum(one.left for one in found)
     return {
         "served": len(served),
         "refused": len(refused),
-        "failed": len(found) - len(served) - len(refused),
+        "left": left,
+        "failed": len(found) - len(served) - len(refused) - left,
         "first_ms": _spread([one.first for one in served]),
         "between_ms": _spread([gap for one in served for gap in one.between]),
         "refused_ms": _spread(refused),
@@ -170,24 +168,34 @@ def _client(url: str) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=url, timeout=600, limits=limits)
 
 
-async def _ask(client: httpx2.AsyncClient, wish: Wish) -> Served:
-    found, began = Served(), time.perf_counter()
-    last = began
+async def _ask(client: httpx2.AsyncClient, body: Mapping[str, Any], leaves: bool = False) -> Served:
+    found, last = Served(), time.perf_counter()
+
+    async def trace(event: str, _facts: Mapping[str, Any]) -> None:
+        nonlocal last
+        if event == "http11.send_request_body.complete":
+            last = time.perf_counter()
+
     try:
-        async with client.stream("POST", _CHAT, json=wish.body()) as answer:
-            found.status = answer.status_code
+        async with client.stream("POST", _CHAT, json=body, extensions={"trace": trace}) as answer:
+            sent, found.status = last, answer.status_code
+            found.answered = time.perf_counter() - sent
             async for piece in _pieces(answer):
-                if not piece["choices"][0].get("delta", {}).get("content"):
+                if piece.get("usage"):
+                    found.tokens = piece["usage"]["completion_tokens"]
+                if not any(choice.get("delta", {}).get("content") for choice in piece["choices"]):
                     continue
                 now = time.perf_counter()
-                if found.tokens:
+                if found.first:
                     found.between.append(now - last)
                 else:
-                    found.first = now - began
-                last, found.tokens = now, found.tokens + 1
+                    found.first = now - sent
+                last = now
+                if leaves:
+                    found.left = True
+                    break
     except httpx2.HTTPError:
         found.status = 0
-    found.seconds = time.perf_counter() - began
     return found
 
 
@@ -196,5 +204,5 @@ async def _pieces(answer: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
         await answer.aread()
         return
     async for line in answer.aiter_lines():
-        if line.startswith('data: {"id"'):
-            yield json.loads(line[6:])
+        if line.startswith("data: {") and "choices" in (piece := json.loads(line[6:])):
+            yield piece

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,13 +18,17 @@ from lora_rt.errors import UsageError
 if TYPE_CHECKING:
     import psutil
 
+    from lora_rt.core.benchmark.serving import Wish
+
 _SHARES = (0.5, 0.9)
+_LONG = ("overload", "soak")
+_SETTLING = 10.0  # seconds after which a row of a client that has gone counts as left behind
 
 
 def serve(
     requests: Annotated[int, typer.Option("--requests", min=2, help="Requests, each with its own composition.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each answer.")] = 64,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Answers that are generated at the same time.")] = 16,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of each answer.")] = 64,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Answers that are given at once.")] = 16,
     adapters: Annotated[
         str, typer.Option("--adapters", metavar="NAME,...", help="Each request has two of these.")
     ] = "logic,emotion,body,archetype",
@@ -32,90 +38,140 @@ def serve(
     soak: Annotated[
         float, typer.Option("--soak", min=0, help="Seconds at half of what it carries; 0 leaves it out.")
     ] = 0,
+    llama: Annotated[
+        str, typer.Option("--llama", metavar="PYTHON", help="Beside llama.cpp's server, of a Python with xllamacpp.")
+    ] = "",
     base: options.Base = "default",
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Measure `lora-rt serve` beside `Runtime.generate` of the same rows: tokens per second, and how long one waits."""
-    from lora_rt.core.benchmark import serving
-    from lora_rt.core.benchmark.machine import machine, versions
+    from lora_rt.core.benchmark import servers, serving
+    from lora_rt.core.benchmark.machine import Watch, versions
 
     names = adapters.replace(",", " ").split()
     if len(names) < 2:
         raise UsageError("a request has two adapters", next_step="Name at least two: --adapters logic,emotion")
     asked = serving.wishes(requests, tokens, names)
-    with session().runtime(base, precision, device) as runtime:
-        serving.generated(runtime, asked[:2], 2)
-        own = ["--base", base, "--precision", precision, "--device", device, "--max-rows", str(rows)]
-        with serving.server(*own, "--max-queue", str(4 * rows)) as (url, process):
-            serving.at_once(url, asked[:2], 2)
-            document: dict[str, Any] = {
-                "machine": machine(runtime.parts.base.device),
-                "versions": versions(),
-                "requests": requests,
-                "tokens": tokens,
-                "rows": rows,
-            }
-            err.print(f"generating {requests} answers in batches of {rows}, then by the server", style="dim")
-            beside = [serving.generated(runtime, asked, rows)]
-            found, seconds = serving.at_once(url, asked, rows)
-            beside.append(serving.generated(runtime, asked, rows))
-            carried = requests * tokens / seconds
-            alone, seconds_alone = serving.at_once(url, asked[: max(2, requests // 8)], 1)
-            whole = sum(beside) / len(beside)
-            document |= {
-                "generate_tokens_per_s": [round(value, 1) for value in beside],
-                "served_tokens_per_s": round(carried, 1),
-                "ratio_to_generate": round(carried / whole, 3),
-                "one_at_a_time_tokens_per_s": round(len(alone) * tokens / seconds_alone, 1),
-                "at_once": serving.summary(found),
-            }
-            capacity = requests / seconds
-            for share in _SHARES:
-                err.print(f"arrivals at {share:.0%} of what it carries", style="dim")
-                document[f"at_{share:.0%}"] = serving.summary(serving.arriving(url, asked, capacity * share))
-            for name, length, rate in (("overload", overload, 10 * capacity), ("soak", soak, capacity / 2)):
-                if length:
-                    err.print(f"{name}: {length:g} seconds", style="dim")
-                    document[name] = _held(url, process, asked, rate, length)
+    document: dict[str, Any] = {"versions": versions(), "load": Watch().load}
+    document |= {"requests": requests, "tokens": tokens, "rows": rows}
+    own = ["--base", base, "--precision", precision, "--device", device, "--max-rows", str(rows)]
+    with servers.ours([*own, "--max-queue", str(4 * rows)]) as (url, process):
+        document |= _beside_generate(url, asked, rows, base, precision, device)
+        bodies, carried = [wish.body() for wish in asked], document["served_tokens_per_s"] / tokens
+        for share in _SHARES:
+            _says(f"arrivals at {share:.0%} of what it carries")
+            document[f"at_{share:.0%}"] = serving.summary(serving.arriving(url, bodies, carried * share), tokens)
+        for name, length, rate in zip(_LONG, (overload, soak), (10 * carried, carried / 2), strict=True):
+            if length:
+                _says(f"{name}: {length:g} seconds")
+                document[name] = _held(url, process, asked, rate, length)
+    if llama:
+        document |= _beside_llama(llama, base, names, asked, rows, document["machine"]["threads"])
+        document["ratio_to_llama"] = round(document["served_tokens_per_s"] / document["llama_tokens_per_s"], 2)
     if as_json:
         print_json(document)
     else:
         _print(document)
 
 
-def _held(url: str, process: psutil.Process, asked: Any, rate: float, length: float) -> dict[str, Any]:
-    """How the server holds for so many seconds: what clients saw, and its memory (MiB) before and after."""
+def _says(text: str) -> None:
+    err.print(text, style="dim", markup=False)
+
+
+def _beside_generate(url: str, asked: list[Wish], rows: int, base: str, precision: str, device: str) -> dict[str, Any]:
+    """Tokens per second of `Runtime.generate`, of the server, of `generate` again, and of the server one by one."""
+    from lora_rt.core.benchmark import serving
+    from lora_rt.core.benchmark.machine import machine
+
+    tokens, bodies = asked[0].tokens, [wish.body() for wish in asked]
+    with session().runtime(base, precision, device) as runtime:
+        serving.generated(runtime, asked[:rows], rows)
+        serving.at_once(url, bodies[:rows], rows)
+        _says(f"generating {len(asked)} answers in batches of {rows}, then by the server")
+        beside = [serving.generated(runtime, asked, rows)]
+        found, seconds = serving.at_once(url, bodies, rows)
+        beside.append(serving.generated(runtime, asked, rows))
+        facts = machine(runtime.parts.base.device)
+    carried = len(asked) * tokens / seconds
+    alone, seconds_alone = serving.at_once(url, bodies[: max(2, len(asked) // 8)], 1)
+    return {
+        "machine": facts,
+        "generate_tokens_per_s": [round(value, 1) for value in beside],
+        "served_tokens_per_s": round(carried, 1),
+        "ratio_to_generate": round(carried / (sum(beside) / len(beside)), 3),
+        "one_at_a_time_tokens_per_s": round(len(alone) * tokens / seconds_alone, 1),
+        "at_once": serving.summary(found, tokens),
+    }
+
+
+def _beside_llama(
+    python: str, base: str, names: list[str], asked: list[Wish], rows: int, threads: int
+) -> dict[str, Any]:
+    """Tokens per second of llama.cpp's server, for as many clients at once, with the scales of each request."""
+    from lora_rt.core.benchmark import servers, serving
+
+    _says("llama.cpp's server")
+    tokens, bodies = asked[0].tokens, [wish.body(names) for wish in asked]
+    with (
+        TemporaryDirectory(prefix="lora-rt-bench-") as folder,
+        servers.llama_cpp(python, base, names, rows, threads, Path(folder)) as (url, _),
+    ):
+        serving.at_once(url, bodies[:2], 2)
+        found, seconds = serving.at_once(url, bodies, rows)
+    said = sum(one.tokens for one in found)
+    return {"llama_tokens_per_s": round(said / seconds, 1), "llama_at_once": serving.summary(found, tokens)}
+
+
+def _held(url: str, process: psutil.Process, asked: list[Wish], rate: float, length: float) -> dict[str, Any]:
+    """How the server holds for so many seconds: what clients saw, rows left behind, memory (MiB) before and after."""
     from lora_rt.core.benchmark import serving
 
     before = process.memory_info().rss
-    found = serving.arriving(url, asked, rate, length)
-    time.sleep(1)
+    found = serving.arriving(url, [wish.body() for wish in asked], rate, length)
+    end = time.monotonic() + _SETTLING
+    while (behind := serving.rows_of(url)) and time.monotonic() < end:
+        time.sleep(0.1)
     after = process.memory_info().rss
-    return serving.summary(found) | {"rss_mib": [before >> 20, after >> 20], "grown": round(after / before - 1, 4)}
+    memory = {"rss_mib": [before >> 20, after >> 20], "grown": round(after / before - 1, 4)}
+    return serving.summary(found, asked[0].tokens) | {"rows_left_behind": behind} | memory
 
 
 def _print(document: dict[str, Any]) -> None:
-    machine = document["machine"]
+    machine, rows = document["machine"], document["rows"]
     out.print(f"{machine['cpu']}, {machine['threads']} threads; {document['requests']} x {document['tokens']} tokens")
     low, high = sorted(document["generate_tokens_per_s"])
-    out.print(f"Runtime.generate, {document['rows']} rows in a batch   {low:g}-{high:g} tokens/s")
     ratio = document["ratio_to_generate"]
-    served = f"{document['served_tokens_per_s']:g} tokens/s ({ratio:g})"
-    out.print(f"the server, {document['rows']} clients at once        {served}")
-    out.print(f"the server, one request at a time    {document['one_at_a_time_tokens_per_s']:g} tokens/s")
-    table = Table("clients", "served", "refused", "failed", "first token, ms", "between, ms", "refusal, ms", box=None)
-    for name in ("at_once", *(f"at_{share:.0%}" for share in _SHARES), "overload", "soak"):
+    speeds = {
+        f"Runtime.generate, {rows} rows in a batch": f"{low:g}-{high:g}",
+        f"the server, {rows} clients at once": f"{document['served_tokens_per_s']:g} ({ratio:g} of generate)",
+        "the server, one request at a time": f"{document['one_at_a_time_tokens_per_s']:g}",
+    }
+    if "llama_tokens_per_s" in document:
+        times = document["ratio_to_llama"]
+        speeds[f"llama.cpp's server, {rows} clients at once"] = f"{document['llama_tokens_per_s']:g} (ours: {times:g}x)"
+    table = Table("", "tokens/s", box=None, show_header=True)
+    for what, speed in speeds.items():
+        table.add_row(what, speed)
+    out.print(table)
+    columns = ("clients", "served", "refused", "left", "failed", "first token", "between", "refusal")
+    table = Table(*columns, box=None)
+    for name in ("at_once", "llama_at_once", *(f"at_{share:.0%}" for share in _SHARES), *_LONG):
         if (part := document.get(name)) is not None:
             waits = [_shown(part[key]) for key in ("first_ms", "between_ms", "refused_ms")]
-            table.add_row(name, str(part["served"]), str(part["refused"]), str(part["failed"]), *waits)
+            table.add_row(name, *(str(part[key]) for key in ("served", "refused", "left", "failed")), *waits)
     out.print(table)
-    for name in ("overload", "soak"):
+    out.print("(ms, half / 99 of 100 wait no longer, from the moment when a request is sent)")
+    for name in _LONG:
         if name in document:
             before, after = document[name]["rss_mib"]
-            out.print(f"memory over {name}: {before} -> {after} MiB ({document[name]['grown']:+.1%})")
+            behind = document[name]["rows_left_behind"]
+            memory = f"{before} -> {after} MiB ({document[name]['grown']:+.1%})"
+            out.print(f"after the {name}: memory {memory}, {behind} rows left behind")
 
 
 def _shown(spread: dict[str, float] | None) -> str:
-    return "-" if spread is None else f"{spread['p50']:g} / {spread['p99']:g}"
+    if spread is None:
+        return "-"
+    return " / ".join(f"{spread[key]:.0f}" if spread[key] >= 10 else f"{spread[key]:.1f}" for key in ("p50", "p99"))

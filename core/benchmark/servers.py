@@ -1,0 +1,74 @@
+"""The servers that are measured, each a process of its own: `lora-rt serve`, and llama.cpp's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from lora_rt.core.base import default
+from lora_rt.core.base.source import DEFAULT
+from lora_rt.core.benchmark.workloads import BenchmarkError
+from lora_rt.core.export.run import export
+from lora_rt.registry import home
+
+LLAMA = Path(__file__).with_name("llama_server.py")
+_CONTEXT = 512  # tokens of a slot of llama.cpp's
+
+
+@contextmanager
+def ours(options: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of a new `lora-rt serve`, and its process."""
+    with _started([sys.executable, "-m", "lora_rt", "serve", "--port", "0", *options]) as started:
+        yield started
+
+
+@contextmanager
+def llama_cpp(
+    python: str, base: str, names: Sequence[str], rows: int, threads: int, folder: Path
+) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of llama.cpp's server over the base's GGUF file, with these adapters.
+
+    Args:
+        python: of an environment that has xllamacpp.
+        folder: where the adapters are exported to.
+
+    Raises:
+        BenchmarkError: there is no GGUF file of this base.
+    """
+    model = home.bases() / "downloads" / Path(default.MEMBER).name if base == DEFAULT else Path(base)
+    if model.suffix != ".gguf" or not model.is_file():
+        raise BenchmarkError("there is no GGUF file of this base here", next_step="Leave --llama out, or name one")
+    for name in names:
+        export(name, "gguf", folder / name, base=base)
+    files = [str(folder / name / "adapter.gguf") for name in names]
+    with _started([python, str(LLAMA), str(model), str(rows), str(_CONTEXT), str(threads), *files]) as started:
+        yield started
+
+
+@contextmanager
+def _started(command: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
+    """The address that a process prints, and the process, until the block ends."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert process.stdout is not None
+    text = ""
+    try:
+        while (found := re.search(r"http://127\.0\.0\.1:\d+", text)) is None:
+            line = process.stdout.readline()
+            if not line:
+                raise BenchmarkError("the server did not start", problems=text.strip().splitlines()[-5:])
+            text += line
+        with subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL):
+            yield found[0], psutil.Process(process.pid)
+            process.kill()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
