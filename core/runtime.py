@@ -25,7 +25,7 @@ from lora_rt.core.generation.scoring import answer_nll, choices_nll, whole_logit
 from lora_rt.core.requests.adapted import AdaptedBase
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.explaining import Explanation, explain
-from lora_rt.core.requests.residents import AdapterInfo, ResidentError
+from lora_rt.core.requests.residents import AdapterInfo
 from lora_rt.core.requests.rows import Compositions, RequestError
 from lora_rt.core.requests.running import RequestRow, RowStream
 from lora_rt.plugins.contract import BaseFacts, SceneType
@@ -202,10 +202,10 @@ class Runtime:
         """A resident adapter itself: factors, card and state.
 
         Raises:
-            ResidentError: it is not resident.
+            RequestError: it is not resident.
         """
         if name not in self.parts.bank.residents:
-            raise ResidentError(f"no adapter {name!r} is resident", next_step="Load it first")
+            raise RequestError(f"no adapter {name!r} is resident", next_step="Load it first")
         return self.parts.bank.residents[name]
 
     def load_adapter(

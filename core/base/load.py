@@ -102,7 +102,7 @@ def load_base(
         for_training: keep 4-bit weights in the layout whose matmul has a gradient (see `forbid_repacking`).
 
     Raises:
-        BaseError, PrecisionError: with what to do next.
+        LoraRtError: with what to do next.
     """
     chosen = check_precision(precision)
     target = choose_device(device, chosen)

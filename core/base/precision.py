@@ -21,10 +21,6 @@ VARIABLE = "LORA_RT_MULTIPLY"
 QUANTIZED: tuple[Precision, ...] = ("int8", "int4")
 
 
-class PrecisionError(LoraRtError):
-    """The precision does not exist, or this device lacks it."""
-
-
 def check_precision(name: str) -> Precision:
     """The precision of that name.
 
@@ -56,7 +52,7 @@ def check_device(device: str) -> None:
 
     Raises:
         UsageError: it can't be.
-        PrecisionError: it is not here.
+        LoraRtError: it is not here.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N")
@@ -65,15 +61,13 @@ def check_device(device: str) -> None:
 
 
 def _check_number(device: str, here: int) -> None:
-    """Raises PrecisionError where a machine with so many CUDA devices does not have this one."""
+    """Raises LoraRtError where a machine with so many CUDA devices does not have this one."""
     if not here:
-        raise PrecisionError(
+        raise LoraRtError(
             "no CUDA device is available here", next_step="Use --device cpu, or install a CUDA build of torch"
         )
     if int(device.partition(":")[2] or 0) >= here:
-        raise PrecisionError(
-            f"there is no {device}: this machine has {here}", next_step=f"Use cuda:0 to cuda:{here - 1}"
-        )
+        raise LoraRtError(f"there is no {device}: this machine has {here}", next_step=f"Use cuda:0 to cuda:{here - 1}")
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
@@ -153,7 +147,7 @@ def choose_device(device: str, precision: Precision) -> torch.device:
     """The device to load on; "auto" is the first GPU if there is one, else the CPU.
 
     Raises:
-        PrecisionError: the device does not exist here, or lacks the precision.
+        LoraRtError: the device does not exist here, or lacks the precision.
     """
     import torch
 
@@ -172,4 +166,4 @@ def _check_cuda(device: torch.device, precision: Precision) -> None:
     _check_number(str(device), torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if precision in ("bfloat16", "int4") and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name(device)
-        raise PrecisionError(f"{name} does not compute in bfloat16", next_step="Use --precision float16 or int8")
+        raise LoraRtError(f"{name} does not compute in bfloat16", next_step="Use --precision float16 or int8")

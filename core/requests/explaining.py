@@ -27,10 +27,6 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, SceneType
 
 
-class NothingToExplainError(LoraRtError):
-    """A pass in which only the base acts."""
-
-
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """Relative sizes of what each adapter added, 0 where it did nothing.
@@ -80,7 +76,7 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
     """Run one row and measure what each of its adapters adds.
 
     Raises:
-        NothingToExplainError: no adapter acts at any token.
+        LoraRtError: no adapter acts at any token.
     """
     whole = torch.tensor([row.ids], device=bank.device)
     info = PassInfo.of([row], whole, torch.ones_like(whole))
@@ -88,7 +84,7 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
     alone = planner.alone(info, [row])
     if plan is None or not alone:
         text = "no adapter acts on this text"
-        raise NothingToExplainError(text, next_step="Give a weight other than 0, and a text in which its words appear")
+        raise LoraRtError(text, next_step="Give a weight other than 0, and a text in which its words appear")
     probe = Probe(
         bank, plan, {name: own for name, (_, own) in alone.items()}, len(row.ids), heads_of(model.config).queries
     )

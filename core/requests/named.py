@@ -12,10 +12,6 @@ from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.reference import Reference
 
 
-class NamedCompositionError(LoraRtError):
-    """A named composition that can't be used here."""
-
-
 class NamedLookup(Protocol):
     """Where named compositions are found: the store, or what stands in front of it for one request."""
 
@@ -27,11 +23,11 @@ def check_pin(term: Term, name: str, sha256: str) -> None:
     """Compare the digest of the adapter that was found with the one that the term's weights were tuned for.
 
     Raises:
-        NamedCompositionError: they differ.
+        LoraRtError: they differ.
     """
     if term.sha256 and sha256 != term.sha256:
         text = f"{term.composition!r} was tuned for other files of {name!r}: {term.sha256[:12]}, not {sha256[:12]}"
-        raise NamedCompositionError(text, next_step="Tune it again with: lora-rt tune")
+        raise LoraRtError(text, next_step="Tune it again with: lora-rt tune")
 
 
 def named_composition(term: Term, compositions: NamedLookup) -> NamedComposition | None:
@@ -44,7 +40,7 @@ def expanded(term: Term, compositions: NamedLookup, base: BaseFacts) -> list[Ter
     """The adapters of a term: itself, or the terms of the named composition that it means.
 
     Raises:
-        NamedCompositionError: it was tuned for another base.
+        LoraRtError: it was tuned for another base.
     """
     named = named_composition(term, compositions)
     if named is None:
@@ -56,7 +52,7 @@ def expanded(term: Term, compositions: NamedLookup, base: BaseFacts) -> list[Ter
         problems.append(f"it has weights for another number of layers than {base.layers}")
     if problems:
         text = f"the composition {named.name!r} does not fit this base: {'; '.join(problems)}"
-        raise NamedCompositionError(text, next_step=f"{use_base(named.base)}, or tune it again")
+        raise LoraRtError(text, next_step=f"{use_base(named.base)}, or tune it again")
     return [
         Term(
             Reference.parse(i.reference), term.weight * i.weight, term.after, i.layers, i.sha256, named.name, named.mode

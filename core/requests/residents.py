@@ -32,10 +32,6 @@ from lora_rt.registry.resolved import Resolved
 _log = logging.getLogger("lora_rt.requests")
 
 
-class ResidentError(LoraRtError):
-    """An adapter that is not resident, or a name that can't be given."""
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
     """A resident adapter, for people and tables. `rank` is the largest among its modules; `modules` counts them."""
@@ -173,7 +169,7 @@ class Residents:
             raise failures[0]
         if failures:
             problems = [f"{error.message}. {error.next_step}" for error in failures]
-            raise ResidentError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
+            raise LoraRtError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
         return found
 
     def mix(self, name: str) -> Mix | None:

@@ -47,7 +47,7 @@ def check_source(path: Path) -> None:
     elif not _is_hub_name(path):
         raise DataError(f"{path} can't be read: there is no such file", next_step=FORMS)
     elif find_spec("datasets") is None:
-        text = f"{path} is no file here, and reading it as a data set of the Hub needs the package datasets"
+        text = f"{path} is not a file here, and reading it as a data set of the Hub needs the package datasets"
         raise DataError(text, next_step=_INSTALL)
 
 
@@ -138,7 +138,7 @@ def _data_set(text: str) -> Iterator[Record]:
     try:
         loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        text = f"{text} is no file here, and no data set that can be read: {_first_line(error)}"
+        text = f"{text} is neither a file here nor a data set that can be read: {_first_line(error)}"
         raise DataError(text, next_step=FORMS) from error
     split = found["split"] or ("train" if "train" in loaded or len(loaded) > 1 else next(iter(loaded)))
     if split not in loaded:

@@ -51,14 +51,6 @@ LORA_RT_FIELDS = ("scene", "text")
 NEUTRAL = "neutral"
 
 
-class StateError(LoraRtError):
-    """A state that does not belong to the adapter's scene types, or not to this base."""
-
-
-class SceneTypeError(LoraRtError):
-    """A scene type that the adapter does not know, or none where some are needed."""
-
-
 @dataclass(frozen=True)
 class Options:
     """`heads=no` gives one factor per layer instead of one per attention head.
@@ -94,7 +86,7 @@ def _read(name: str, of: AdapterView) -> Tensor | None:
     """A tensor of the state; None where the adapter has none, or knows no scene types.
 
     Raises:
-        StateError: it has another shape than scene types and base give it.
+        LoraRtError: it has another shape than scene types and base give it.
     """
     types = len(_types(of.card))
     tensor = of.state.get(name)
@@ -102,7 +94,7 @@ def _read(name: str, of: AdapterView) -> Tensor | None:
         return None
     allowed = _shapes(types, of.base, len(of.card.get("weights", ())))[name]
     if tuple(tensor.shape) not in allowed:
-        raise StateError(
+        raise LoraRtError(
             f"{name!r} in the state of {of.adapter!r} has the shape {tuple(tensor.shape)}, not {allowed[0]}",
             next_step="Fit it again with: lora-rt tune --per scene",
         )
@@ -114,7 +106,7 @@ def lora_rt_objective(context: ObjectiveContext) -> Objective:
     """The adapter's own training run; its gates are fitted later, with the adapters frozen."""
     options = read_options(context.options, Options)
     if not context.scene_types or NEUTRAL in context.scene_types:
-        raise SceneTypeError(
+        raise LoraRtError(
             f"a context adapter needs the scene types that its gate is to tell apart, without {NEUTRAL!r}",
             next_step="Name them, for instance: --scene-types logic,emotion,body,archetype",
         )
@@ -137,7 +129,7 @@ def lora_rt_mixture(context: MixtureContext) -> Mixture:
     types = len(context.scene_types)
     if not types:
         text = "no example of the data has a scene type by which a composition could be led"
-        raise SceneTypeError(text, next_step='Give each line one: {"scene": ..., "text": ..., "scene_type": ...}')
+        raise LoraRtError(text, next_step='Give each line one: {"scene": ..., "text": ..., "scene_type": ...}')
     shapes = _shapes(types, context.base, len(context.adapters))
     state = {name: zeros(allowed[0] if options.heads else allowed[-1]) for name, allowed in shapes.items()}
     return Mixture(state, hidden_layers=_depth(options, context.base))
@@ -238,7 +230,7 @@ def _shares(kinds: Sequence[SceneType], types: Sequence[str], adapter: str) -> T
     """(rows, types + 1), each row adding up to 1; the last column is neutral's, as is a row without a type.
 
     Raises:
-        SceneTypeError: a type that the adapter does not know.
+        LoraRtError: a type that the adapter does not know.
     """
     import torch
 
@@ -246,7 +238,7 @@ def _shares(kinds: Sequence[SceneType], types: Sequence[str], adapter: str) -> T
     rows = [_distribution(kind) for kind in kinds]
     strange = sorted({name for row in rows for name in row} - set(names))
     if strange:
-        raise SceneTypeError(
+        raise LoraRtError(
             f"the adapter {adapter!r} does not know the scene type {strange[0]!r}",
             next_step=f"Use one of: {', '.join(names)}",
         )

@@ -40,10 +40,6 @@ REPETITION_PENALTY = 1.1
 _NEUTRAL = "neutral"  # a scene that belongs to no type
 
 
-class ComposeError(LoraRtError):
-    """A compose command that can't be carried out."""
-
-
 @dataclass(frozen=True, slots=True)
 class ComposeRequest:
     """One compose command. `prompt` is None for a chat; `seed` is drawn where none was given."""
@@ -175,7 +171,7 @@ def look_up(composition: Composition, base: str | None = None) -> list[Resolved]
                 *error.problems,
             )
         ]
-        raise ComposeError(f"{len(problems)} terms can't be used", problems=lines)
+        raise LoraRtError(f"{len(problems)} terms can't be used", problems=lines)
     return adapters
 
 
@@ -185,7 +181,7 @@ def check_scene(scene: str | None, composition: Composition, adapters: Sequence[
     Where none does, that is said in a line: a mode may read scenes without telling them apart, but few do.
 
     Raises:
-        ComposeError: none of them has it.
+        LoraRtError: none of them has it.
     """
     if scene is None:
         return
@@ -199,7 +195,7 @@ def check_scene(scene: str | None, composition: Composition, adapters: Sequence[
     unknown = [kind for _, kind in turns if kind not in (*known, _NEUTRAL)]
     if unknown and known:
         text = f"there is no scene type {' or '.join(map(repr, unknown))}"
-        raise ComposeError(text, next_step=f"The scene types here are: {', '.join(known)}")
+        raise LoraRtError(text, next_step=f"The scene types here are: {', '.join(known)}")
     if unknown:
         text = f"no adapter in use tells scenes apart, so the scene type {scene} may change nothing"
         err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)

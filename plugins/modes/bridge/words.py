@@ -60,19 +60,15 @@ def literal_and_hidden(text: str, wanted: Sequence[str]) -> tuple[list[str], lis
     return [word for word in wanted if word in there], [word for word in wanted if word not in there]
 
 
-class ChrfError(LoraRtError):
-    """sacrebleu is not installed."""
-
-
 def chrf(texts: Sequence[str], references: Sequence[str]) -> list[float]:
     """chrF (Popović 2015) as sacrebleu computes it: the score of each text against its reference, 0 to 100.
 
     Raises:
-        ChrfError: sacrebleu is not installed.
+        LoraRtError: sacrebleu is not installed.
     """
     try:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
-        raise ChrfError("chrF needs sacrebleu", next_step="Install it with: pip install 'lora-rt[chrf]'") from error
+        raise LoraRtError("chrF needs sacrebleu", next_step="Install it with: pip install 'lora-rt[chrf]'") from error
     metric = CHRF()
     return [float(metric.sentence_score(t, [r]).score) for t, r in zip(texts, references, strict=True)]
