@@ -108,7 +108,7 @@ class Stack:
 def _beside(columns: Sequence[Tensor]) -> Tensor:
     """(out, ranks), rank after rank in memory as in the columns; of experts (experts, out, ranks), as ever."""
     if columns[0].dim() == 3:
-        return torch.cat(columns, dim=-1)
+        return torch.cat(list(columns), dim=-1)
     return torch.cat([column.T for column in columns]).T
 
 
