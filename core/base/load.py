@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from lora_rt.core.base.bounded import hold_to_limits
+from lora_rt.core.base.fused import pack_experts
 from lora_rt.core.base.packed import remark
-from lora_rt.core.base.precision import check_precision, choose_device, compute_dtype
-from lora_rt.core.base.prepare import prepare_base
+from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype, quantization_config
+from lora_rt.core.base.prepare import PreparedBase, prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
@@ -116,12 +117,14 @@ def load_base(
         _LOGGER.info("%s is quantized by others (%s): loaded as it is", prepared.identity.id, kept)
         dtype = None
     with libraries_silenced(), step(f"loading {prepared.identity.id} ({kept})"):
-        model, tokenizer = _read(prepared.folder, target, dtype, prepared.foreign)
+        model, tokenizer = _read_kept(prepared, target, dtype, chosen)
         model.requires_grad_(False)
         model.eval()
         forbid_uneven_repacking(model)
         if for_training:
             forbid_repacking(model)
+        elif kept == "int4":
+            pack_experts(model)  # PEFT trains the parameters of experts, and has to find them
     if (found := remark(model, kept)) is not None:
         _LOGGER.warning("%s is %s", prepared.identity.id, found)
     return LoadedBase(
@@ -143,12 +146,28 @@ def compute_dtype_of(model: nn.Module) -> torch.dtype:
     return next(floats, torch.float32)
 
 
-def _read(folder: Path, device: torch.device, dtype: torch.dtype | None, foreign: str | None) -> tuple[Any, Any]:
+def _read_kept(
+    prepared: PreparedBase, device: torch.device, dtype: torch.dtype | None, precision: Precision
+) -> tuple[Any, Any]:
+    """What was kept; some models can be quantized while they are loaded, and not be read again in that form."""
+    try:
+        return _read(prepared.folder, device, dtype, prepared.foreign)
+    except BaseError as error:
+        if prepared.dense is None or isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
+        reason = "%s can't be read from what is kept of it in %s: it is quantized anew at every start"
+        _LOGGER.warning(reason, prepared.identity.id, precision)
+        return _read(prepared.dense, device, dtype, None, quantization_config=quantization_config(precision))
+
+
+def _read(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, foreign: str | None, **how: Any
+) -> tuple[Any, Any]:
     hold_to_limits(folder)
     try:
         # HQQ takes no map of a CPU, which is where models are loaded anyway.
         place = {} if foreign is not None and device.type == "cpu" else {"device_map": {"": device}}
-        model = whole_model(folder, dtype=dtype or "auto", **place)
+        model = whole_model(folder, dtype=dtype or "auto", **place, **how)
         tokenizer = whole_tokenizer(folder)
     except torch.OutOfMemoryError as error:
         text = f"{folder.name} does not fit into the memory of {device}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_rt.core.base.fused import PackedMatrices
 from lora_rt.core.base.precision import QUANTIZED
 
 _MOST = 0.9  # of the blocks' weights: where more is packed, there is nothing to say
@@ -23,6 +24,8 @@ def packed_share(model: Any) -> tuple[float, list[str]]:
     for name, module in model.named_modules():
         if id(module) in ends:
             continue
+        if isinstance(module, PackedMatrices):
+            packed += module.numel()
         for key, parameter in module.named_parameters(recurse=False):
             if hasattr(parameter, "quant_state") or hasattr(parameter, "CB"):
                 packed += int(module.out_features) * int(module.in_features)

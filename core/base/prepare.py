@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,14 @@ _LOGGER = logging.getLogger("lora_rt.base")
 class PreparedBase:
     """A folder that transformers loads as it is, and which base it holds.
 
-    `foreign` is how others have quantized it, in words; None where it is in a precision of ours.
+    `foreign` is how others have quantized it, in words; None where it is in a precision of ours. `dense` is the folder
+    that a quantized one was made of, where that is still there.
     """
 
     folder: Path
     identity: BaseIdentity
     foreign: str | None = None
+    dense: Path | None = None
 
 
 def prepare_base(source: BaseSource, precision: Precision) -> PreparedBase:
@@ -92,7 +94,8 @@ def _prepare_folder(dense: Path, precision: Precision, hub_id: str | None = None
         identity = BaseIdentity(hub_id, dense.name, identity.digest)
     if kept is not None or precision not in QUANTIZED:
         return PreparedBase(dense, identity, kept if kept not in (None, *QUANTIZED) else None)
-    return _keep(identity, precision, lambda folder: _quantize(dense, folder, precision))
+    kept_folder = _keep(identity, precision, lambda folder: _quantize(dense, folder, precision))
+    return replace(kept_folder, dense=dense)
 
 
 def _keep(identity: BaseIdentity, precision: Precision, build: Callable[[Path], None]) -> PreparedBase:

@@ -14,20 +14,17 @@ under adapters of its own:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from lora_rt.core.base.fused import PackedMatrices, are_experts, given_to_experts
 from lora_rt.core.engine.wrappers import bare_modules
-
-_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +43,9 @@ def find_parameters(model: nn.Module) -> dict[str, Parameter]:
     found: dict[str, Parameter] = {}
     for name, module in bare_modules(model):
         if are_experts(module):
-            for leaf, value in module.named_parameters(recurse=False):
-                if value.dim() == 3:
+            kept = [*module._parameters.items(), *module._modules.items()]
+            for leaf, value in kept:
+                if isinstance(value, (Tensor, PackedMatrices)) and value.dim() == 3:
                     count, out, width = value.shape
                     if module.is_transposed:
                         out, width = width, out
@@ -57,80 +55,6 @@ def find_parameters(model: nn.Module) -> dict[str, Parameter]:
             if weight is not None and weight.dim() == 2:
                 found[f"{name}.weight"] = Parameter(module, "weight", weight.shape[0], weight.shape[1], 0)
     return found
-
-
-def are_experts(module: Any) -> bool:
-    """Whether a module is what transformers' experts interface runs."""
-    return all(hasattr(module, mark) for mark in _MARKS) and isinstance(module.down_proj, Tensor)
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """The pairs of a pass through some experts, sorted by expert: `tokens` and `experts` of each, both (pairs,).
-
-    `shown` is how many tokens the experts were given, `count` how many experts there are.
-    """
-
-    tokens: Tensor
-    experts: Tensor
-    shown: int
-    count: int
-
-    @cached_property
-    def _parts(self) -> list[tuple[int, int, int]]:
-        """(expert, first pair, one behind its last) of the experts that have any."""
-        bounds = torch.searchsorted(self.experts, torch.arange(self.count + 1, device=self.experts.device))
-        try:
-            ends: list[int] = bounds.tolist()
-        except RuntimeError:  # a fake tensor has no values; memory is the same whichever expert takes the pairs
-            return [(0, 0, len(self.experts))]
-        return [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if a < b]
-
-    def products(self, x: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
-        """The rows of x (pairs, n) times the matrix of their expert, weight (experts, m, n) or (experts, n, m)."""
-        made = [x[a:b] @ weight[e] if transposed else linear(x[a:b], weight[e]) for e, a, b in self._parts]
-        return torch.cat(made) if made else x.new_empty(0, weight.shape[2 if transposed else 1])
-
-
-Add = Callable[[str, Tensor, Tensor, Pairs], Tensor]
-"""What to add at a parameter of this name: x (pairs, n), y (pairs, m)."""
-
-
-def run_experts(module: Any, hidden: Tensor, index: Tensor, shares: Tensor, add: Add) -> Tensor:
-    """The forward pass of fused experts, with what adapters add to each product.
-
-    Args:
-        hidden: (tokens, n).
-        index, shares: the experts of each token and their shares, (tokens, k); a number beyond the experts is none.
-    """
-    chosen, count = index.reshape(-1), len(module.down_proj)
-    order = chosen.argsort(stable=True)
-    pairs = Pairs(order // index.shape[-1], chosen[order].clamp(max=count - 1), len(hidden), count)
-
-    def product(leaf: str, x: Tensor) -> Tensor:
-        y = pairs.products(x, getattr(module, leaf), transposed=module.is_transposed)
-        if module.has_bias:
-            y = y + getattr(module, f"{leaf}_bias")[pairs.experts]
-        return add(leaf, x, y, pairs)
-
-    first = product("gate_up_proj" if module.has_gate else "up_proj", hidden[pairs.tokens])
-    made = product("down_proj", module._apply_gate(first) if module.has_gate else module.act_fn(first))
-    if getattr(module, "has_post_expert_norm", False):
-        made = module.post_expert_norm(made)
-    weights = torch.where(chosen < count, shares.reshape(-1), 0)[order, None]
-    slots = torch.empty_like(made)
-    slots[order] = (made * weights).to(made.dtype)
-    return slots.view(*index.shape, -1).sum(1).to(hidden.dtype)
-
-
-def run_without_values(model: nn.Module) -> None:
-    """Let fused experts run on tensors that have no values: transformers' ways ask the data who goes where."""
-
-    def alone(module: nn.Module, *args: Any, **named: Any) -> Tensor:
-        return run_experts(module, *given_to_experts(args, named), lambda _leaf, _x, y, _pairs: y)
-
-    for module in {one.module for one in find_parameters(model).values() if one.experts}:
-        module.forward = partial(alone, module)
 
 
 class Products(TorchFunctionMode):
@@ -179,10 +103,3 @@ def watched_experts(model: nn.Module, note: Note) -> list[Any]:
 
     found = {n: p for n, p in find_parameters(model).items() if p.experts}
     return [p.module.register_forward_pre_hook(partial(told, n), with_kwargs=True) for n, p in found.items()]
-
-
-def given_to_experts(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, experts and shares, however they were given."""
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = dict(zip(names, args, strict=False)) | dict(named)
-    return given["hidden_states"], given["top_k_index"], given["top_k_weights"]

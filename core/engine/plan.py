@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lora_rt.core.engine.experts import Pairs
+from lora_rt.core.base.fused import Pairs
 from lora_rt.core.engine.topology import Topology
 
 _running: ContextVar[Pass | Literal["base"] | None] = ContextVar("lora_rt_pass", default=None)

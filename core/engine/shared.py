@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from lora_rt.core.engine.experts import Pairs
+from lora_rt.core.base.fused import Pairs
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.layout import Layout, spread

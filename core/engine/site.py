@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_rt.core.base.cpu_4bit import direct_forward
+from lora_rt.core.base.fused import Pairs, are_experts, given_to_experts, run_experts
 from lora_rt.core.base.multiply import Product
-from lora_rt.core.engine.experts import Pairs, Products, are_experts, given_to_experts, run_experts
+from lora_rt.core.engine.experts import Products
 from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
 from lora_rt.core.engine.wrappers import inner_of

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.fused import PackedMatrices
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
 from lora_rt.core.base.shape import ForwardPass, blocks_of, device_of, vocabulary_of
 from lora_rt.core.base.silence import libraries_silenced
@@ -146,6 +147,7 @@ def _nameless(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, n
         for name, module in bare_modules(model)
         if name not in linears
         and not _parents(name) & linears.keys()
+        and not isinstance(module, PackedMatrices)
         and not type(module).__module__.startswith(("torch.nn.", "transformers."))
         and next(module.children(), None) is None
         and (next(module.parameters(), None) is not None or next(module.buffers(), None) is not None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_rt.core.base.fused import pack_experts
 from lora_rt.core.base.precision import Precision, compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
 from lora_rt.core.base.shape import ForwardPass, layers_of
@@ -72,6 +73,8 @@ def plan_inference(
     """The memory of a prefill of (rows, tokens) under `adapters` adapters of these settings, all of them in use."""
 
     def measure(model: Any, blocks: nn.ModuleList) -> tuple[int, ...]:
+        if precision == "int4":
+            pack_experts(model)
         linears = adaptable(model)
         names, parameters = targets(model, settings.target_modules)
         factors: dict[str, tuple[int, ...]] = {name: features(linears[name]) for name in names}

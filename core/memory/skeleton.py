@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.fused import run_without_values
 from lora_rt.core.base.load import scales
 from lora_rt.core.base.multiply import is_4bit
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
-from lora_rt.core.engine.experts import run_without_values
 from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, own_tensors, quantize_layers, storage_key
 from lora_rt.core.memory.workload import Device, PlanError
 

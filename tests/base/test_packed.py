@@ -6,10 +6,12 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.packed import packed_share, remark
-from support.tiny import Zoo, config_of, random_model, save_tokenizer
+from support.tiny import Zoo, config_of, random_model, save_tokenizer, some_ids
 
 
 def mixtral(folder: Path) -> Path:
@@ -24,9 +26,54 @@ def mixtral(folder: Path) -> Path:
     return folder
 
 
-def test_fused_experts_stay_dense_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fused_experts_are_packed_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = mixtral(tmp_path / "mixtral")
+    dense = load_base(str(folder), "bfloat16", "cpu").model
     with caplog.at_level(logging.WARNING, "lora_rt.base"):
-        base = load_base(str(mixtral(tmp_path / "mixtral")), "int4", "cpu")
+        model = load_base(str(folder), "int4", "cpu").model
+    share, _ = packed_share(model)
+    assert share > 0.95
+    assert not caplog.records
+    for name, leaf in ((n, leaf) for n in range(2) for leaf in ("gate_up_proj", "down_proj")):
+        packed, whole = (getattr(one.model.layers[name].mlp.experts, leaf) for one in (model, dense))
+        assert packed.shape == whole.shape
+        wanted = torch.stack([of_bitsandbytes(one) for one in whole])
+        assert torch.equal(torch.stack([packed[number] for number in range(len(packed))]), wanted)
+        assert sum(buffer.nbytes for buffer in packed.buffers()) < 0.4 * whole.nbytes  # tiny: the levels weigh most
+
+
+def of_bitsandbytes(weight: Tensor) -> Tensor:
+    """What a linear layer of bitsandbytes would keep of it."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    kept = Params4bit(weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+    kept = kept.to("cpu")
+    found: Tensor = dequantize_4bit(kept.data, kept.quant_state)
+    return found
+
+
+def test_a_mixture_in_four_bits_computes_with_its_unpacked_weights(tmp_path: Path) -> None:
+    base = load_base(str(mixtral(tmp_path / "mixtral")), "int4", "cpu")
+    ids = some_ids(rows=2)
+    with torch.inference_mode():
+        found = base.model(input_ids=ids).logits.float()
+        for block in base.model.model.layers:
+            experts = block.mlp.experts
+            del experts.forward
+            for leaf in ("gate_up_proj", "down_proj"):
+                packed = getattr(experts, leaf)
+                delattr(experts, leaf)
+                setattr(experts, leaf, nn.Parameter(torch.stack([packed[n] for n in range(len(packed))])))
+        wanted = base.model(input_ids=ids).logits.float()
+    assert (found - wanted).abs().max() < 0.05 * wanted.std()
+
+
+def test_the_experts_of_a_base_that_is_trained_over_stay_dense_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "lora_rt.base"):
+        base = load_base(str(mixtral(tmp_path / "mixtral")), "int4", "cpu", for_training=True)
     attention = 2 * (2 * 64 * 64 + 2 * 32 * 64)
     experts, routers = 2 * 4 * 3 * 64 * 96, 2 * 4 * 64
     share, left = packed_share(base.model)
