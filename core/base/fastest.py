@@ -105,7 +105,9 @@ def fastest(times: Times, ways: Sequence[Way]) -> Ways:
 
 def told(name: str, times: Times) -> str:
     """How a layer of that name (`layer_name`) is multiplied where its copies fit, and the memory of one copy."""
-    out, _, width = name.split()[:3]
+    if len(sizes := name.split()) < 3:  # no layer: what adapters add to many tokens
+        return f"many tokens {min(times, key=lambda way: _time(times, way, 0))}"
+    out, _, width = sizes[:3]
     found = fastest(times, [way for way in ("packed", "dense", "dense-wide") if way in times])
     words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
     return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that"

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ _GROWING = ("packed", "dense")  # ways whose time grows with the tokens at least
 _ROUNDS = 4
 _NUMBERS = 1 << 20  # of a layer that is measured; of a larger one its first outputs
 _POOL = 48 << 20  # bytes
+
+_Name = TypeVar("_Name", bound=str)
 
 _known: dict[tuple[str, str], Times] = {}  # so that a process goes one way, whatever becomes of the file
 
@@ -77,6 +79,24 @@ def times_of(layers: Mapping[str, nn.Linear]) -> dict[str, Times]:
     if new:
         _remember(here, new)
     return {name: _known[here, name] for name in layers}
+
+
+def quickest(name: str, candidates: Mapping[str, Callable[[], object]]) -> str:
+    """The fastest of some ways to do something that is no layer's product, measured once a machine as well."""
+    here = machine_name()
+    if (here, name) not in _known:
+        found = remembered().get(here, {}).get(name)
+        if found is None or set(found) != set(candidates):
+            spent = _race({way: partial(_ignoring, run) for way, run in candidates.items()}, torch.empty(0))
+            found = {way: [round(time, 1), *[None] * (len(SIZES) - 1)] for way, time in spent.items()}
+            _remember(here, {name: found})
+        _known[here, name] = found
+    times = _known[here, name]
+    return min(times, key=lambda way: times[way][0] or math.inf)
+
+
+def _ignoring(run: Callable[[], object], _: Tensor) -> object:
+    return run()
 
 
 def remembered() -> dict[str, dict[str, Times]]:
@@ -138,7 +158,7 @@ def measure(layer: nn.Linear, pool: Tensor) -> Times:
     return {str(way): row for way, row in times.items()}
 
 
-def _race(candidates: Mapping[Way, Callable[[Tensor], Tensor]], x: Tensor) -> dict[Way, float]:
+def _race(candidates: Mapping[_Name, Callable[[Tensor], object]], x: Tensor) -> dict[_Name, float]:
     """Way -> the least microseconds of some rounds, in turns, so that what disturbs one disturbs all."""
     best = dict.fromkeys(candidates, math.inf)
     for turn in range(_ROUNDS):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
@@ -15,12 +16,11 @@ from lora_rt.core.base.fused import Pairs
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.layout import Layout, spread
+from lora_rt.core.engine.parts import AT_ONCE, MANY, add_to, hidden_of, pay_off
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import Topology
 from lora_rt.plugins.contract import Gate
-
-_AT_ONCE = 128  # tokens: a sum of two dtypes makes copies of both, which then stay in the cache
 
 
 class SharedPlan(Plan):
@@ -111,7 +111,10 @@ class SharedPass(Pass):
         if y.dtype == site.b.dtype:  # one kernel, not two
             into.addmm_(flat, site.b.t())
             return y
-        step = len(into) if y.is_cuda else _AT_ONCE
+        if self._in_parts(x) and y.dtype == torch.bfloat16:
+            add_to(into, flat, site.b)
+            return y
+        step = AT_ONCE if y.is_cpu else max(1, len(into))
         for start in range(0, len(into), step):
             into[start : start + step].add_(linear(flat[start : start + step], site.b))
         return y
@@ -125,11 +128,20 @@ class SharedPass(Pass):
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
-        if x.is_floating_point():
+        if self._in_parts(x):
+            hidden = hidden_of(x, group.a)
+            hidden = hidden if group.offset is None else hidden + group.offset
+        elif x.is_floating_point():
             hidden = linear(self.widened(x, group.a), group.a, group.offset)  # (batch, tokens, R); offset: 1 for biases
         else:
             hidden = embedding(x.to(group.a.device), group.a.T)
         return hidden * self._like(self._gates[number], group.layout, hidden)
+
+    def _in_parts(self, x: Tensor) -> bool:
+        """Whether an x is multiplied in bfloat16 parts: it is not at hand in float32, and there is much of it."""
+        if x.dtype != torch.bfloat16 or not x.is_cpu or self._given is x or torch.is_grad_enabled():
+            return False
+        return x.numel() // x.shape[-1] >= MANY and pay_off()
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
         return spread(gate, layout, x, self._rows, self._tokens, self._kept)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base import measured
-from lora_rt.core.base.fastest import Products, Ways, choose, fastest
+from lora_rt.core.base.fastest import Products, Ways, choose, fastest, told
 from lora_rt.core.base.load import load_base
-from lora_rt.core.base.measured import layer_name, measure, remembered, times_of
+from lora_rt.core.base.measured import layer_name, measure, quickest, remembered, times_of
 from lora_rt.core.base.multiply import SIZES, Product, Way, dense_weight, ways_of
 from lora_rt.core.base.precision import check_wish
 from lora_rt.core.base.source import BaseError
@@ -230,6 +230,19 @@ def test_one_process_stays_with_what_it_measured_whatever_becomes_of_the_file(
     first = times_of({layer_name(module): module})
     (tmp_path / "home/multiply.json").unlink()
     assert times_of({layer_name(module): module}) == first
+
+
+def test_what_adapters_add_is_measured_once_a_machine_and_told_by_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "_known", {})
+    ran: list[str] = []
+    ways = {name: lambda name=name: ran.append(name) for name in ("float32", "bfloat16")}
+    first = quickest("adapters", ways)
+    assert set(ran) == {"float32", "bfloat16"}
+    monkeypatch.setattr(measured, "_known", {})
+    ran.clear()
+    assert quickest("adapters", ways) == first
+    assert not ran
+    assert told("adapters", remembered()[measured.machine_name()]["adapters"]) == f"many tokens {first}"
 
 
 def test_measuring_gives_every_way_of_every_kind_of_layer_a_time() -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from lora_rt.core.engine import shared
+from lora_rt.core.engine.parts import MANY
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.registry import Registry
@@ -81,6 +83,30 @@ def test_a_float32_sum_is_rounded_once_with_what_adapters_add_to_it(zoo: Zoo, ro
         weight = module.weight.double() + 0.7 * changes[0][layer][0] - 0.4 * changes[1][layer][0]
         wanted = (x.double() @ weight.T).to(found.dtype)
         assert (found != wanted).float().mean() < 0.005  # rounded twice, a tenth of them is another number
+
+
+@pytest.mark.parametrize("weights", [(0.7, -0.4), (30.0, -29.0)])
+def test_many_tokens_in_bfloat16_parts_get_what_a_float32_sum_gives(
+    zoo: Zoo, weights: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = zoo.adapter("llama", seed=1, targets=["q_proj", "k_proj", "v_proj"])
+    change = deltas(zoo.base("llama"), adapter)["model.layers.0.self_attn.q_proj"][0]
+    with Runtime.load(str(zoo.base("llama")), precision="bfloat16", device="cpu", multiply="packed") as runtime:
+        names = [runtime.load_adapter(str(adapter), name=name) for name in ("one", "twin")]
+        plan = runtime.parts.bank.plan([dict(zip(names, weights, strict=True))])
+        module = runtime.model.get_submodule("model.layers.0.self_attn.q_proj")
+        x = torch.randn(2, MANY // 2, module.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        assert plan is not None
+        found = []
+        with torch.inference_mode():
+            base = module(x)
+            for parts in (False, True):
+                monkeypatch.setattr(shared, "pay_off", lambda parts=parts: parts)
+                with plan.running(2, MANY // 2):
+                    found.append(module(x))
+    wanted = (base.double() + sum(weights) * (x.double() @ change.double().T)).to(base.dtype)
+    assert not torch.equal(base, wanted)
+    assert max(float((one != wanted).float().mean()) for one in found) < 0.03  # of one part, a tenth or more
 
 
 def test_load_generate_and_unload_leave_every_byte_of_the_base(runtime: Runtime, zoo: Zoo) -> None:
