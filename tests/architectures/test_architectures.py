@@ -6,6 +6,8 @@ import pytest
 
 from support.architectures.checks import findings
 
+pytestmark = pytest.mark.slow
+
 KINDS = (
     "minicpm3",  # latent attention, whose layers get (rows, 1, tokens, n)
     "gpt_bigcode",  # one projection for queries, keys and values

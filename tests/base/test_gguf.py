@@ -16,6 +16,8 @@ from lora_rt.core.base.source import BaseError
 from lora_rt.registry import home
 from support.tiny import HEADS, HIDDEN, LAYERS, VOCAB, Zoo, some_ids
 
+pytestmark = pytest.mark.slow
+
 IDS = some_ids()
 NAMES = {
     "model.embed_tokens": "token_embd",

@@ -25,6 +25,8 @@ from lora_rt.errors import UsageError
 from support.cli import Cli, command_line
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 OUT, IN = 96, 128
 TOKENS = (1, 3, 5, 9, 17, 80)
 NARROW: tuple[Way, ...] = ("dequantize", "dense")

@@ -25,6 +25,8 @@ from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.registry import home
 from support.tiny import Zoo, config_of, dense_logits, random_model, save_tokenizer, some_ids
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 IDS = some_ids()
 
@@ -165,7 +167,6 @@ def test_a_full_disk_is_explained(zoo: Zoo, monkeypatch: pytest.MonkeyPatch, fai
     assert caught.value.next_step
 
 
-@pytest.mark.slow
 def test_two_processes_that_need_one_base_make_it_once(zoo: Zoo) -> None:
     script = (
         "import sys\n"

@@ -13,6 +13,8 @@ import pytest
 from lora_rt.core.benchmark import session
 from support.cli import Cli
 
+pytestmark = pytest.mark.slow
+
 TINY = ("bench", "--random-base", "tiny", "--precision", "float32", "--device", "cpu", "--repeats", "2")
 
 

@@ -13,6 +13,8 @@ from lora_rt.core.benchmark.session import measure
 from lora_rt.core.benchmark.system import System, Turn
 from lora_rt.core.benchmark.workloads import BenchmarkError, Kind, Workload
 
+pytestmark = pytest.mark.slow
+
 Tell = Callable[[int, str], None]
 WORKLOAD = Workload("w", "w")
 

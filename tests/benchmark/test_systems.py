@@ -15,6 +15,8 @@ from lora_rt.core.benchmark.system import System
 from lora_rt.core.benchmark.with_peft import Peft, PeftAdapters
 from lora_rt.core.benchmark.workloads import SYSTEMS, Workload
 
+pytestmark = pytest.mark.slow
+
 ONE_MIX = Workload("one", "one", rows=3, active=2, prompt_tokens=9, new_tokens=12, rank=8)
 MIXES = replace(ONE_MIX, distinct=True)
 SINGLES = replace(ONE_MIX, distinct=True, active=1, weighted=False)

@@ -19,6 +19,8 @@ from lora_rt.plugins.modes.bridge.items import ItemsError, read_items
 from lora_rt.registry.bases import BaseIdentity
 from support.pairs import DOCUMENT, PAIRS, write_lines
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Result]
 
 

@@ -13,6 +13,8 @@ from lora_rt.plugins.modes.bridge.cycle import cycle_pairs, write_lines
 from lora_rt.plugins.modes.bridge.hyper import BridgeError, HyperBridge, onward
 from support.pairs import DOCUMENT, PAIRS
 
+pytestmark = pytest.mark.slow
+
 SCENES, TEXTS = [pair["scene"] for pair in PAIRS], [pair["text"] for pair in PAIRS]
 
 

@@ -15,6 +15,8 @@ from lora_rt.plugins.modes.bridge.table import bridge_table
 from lora_rt.plugins.modes.bridge.words import chrf, f1, guesses, literal_and_hidden, wanted_words, words_of
 from support.pairs import DOCUMENT, PAIRS
 
+pytestmark = pytest.mark.slow
+
 TEXT = "The baker sleeps; his loaves are warm, and the oven hums."
 
 

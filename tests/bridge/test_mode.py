@@ -25,6 +25,8 @@ from lora_rt.plugins.manager import load_modes
 from lora_rt.plugins.modes.bridge.hyper import HyperBridge
 from support.pairs import DOCUMENT, PAIRS
 
+pytestmark = pytest.mark.slow
+
 FACTS = BaseFacts("tiny", None, "", "float32", 2, 64, 4, 2, 16, 1 << 21)
 
 

@@ -18,6 +18,8 @@ import pytest
 from lora_rt.core.cli.compose.keyboard import Keyboard
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 PASTE = "\x1b[200~one\rtwo\x1b[201~"
 
 

@@ -13,6 +13,8 @@ import pytest
 from support.cli import Cli
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "matplotlib")
 
 

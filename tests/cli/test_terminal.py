@@ -17,6 +17,8 @@ from lora_rt.plugins.contract.terminal import harmless
 from support.cli import Cli
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 COLOUR = "a\x1b[31mred\x1b]0;title\x07 \x9b2J b"
 
 

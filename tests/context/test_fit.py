@@ -28,6 +28,8 @@ from lora_rt.registry.registry import Registry
 from support.adapters import in_parts
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 Made = Callable[..., Path]
 
 

@@ -20,6 +20,8 @@ from lora_rt.plugins.contract import Gate
 from lora_rt.registry.registry import Registry
 from support.tiny import MLP, TARGETS, Zoo, deltas, some_ids, spec
 
+pytestmark = pytest.mark.slow
+
 IDS = some_ids(rows=2, tokens=7)
 QUANTIZED = ("int4", "int8")
 

@@ -23,6 +23,8 @@ from support.exports import Export
 from support.gguf import llama_arrays, llama_rows, read_deltas, write_llama
 from support.tiny import HEADS, VOCAB, Zoo, deltas, dense_logits, dense_model, some_ids
 
+pytestmark = pytest.mark.slow
+
 TOKENS = [f"t{number}" for number in range(VOCAB)]
 
 

@@ -16,6 +16,8 @@ from lora_rt.core.export.errors import ExportError
 from support.exports import Export
 from support.tiny import Zoo, dense_logits, dense_model, some_ids
 
+pytestmark = pytest.mark.slow
+
 EXACT = {"atol": 1e-4, "rtol": 0.0}
 IDS = some_ids(rows=2)
 

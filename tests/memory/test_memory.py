@@ -25,6 +25,8 @@ from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import TrainSettings
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 0.01
 """The share by which weights, adapters and caches may differ from their plan."""
 
@@ -85,7 +87,6 @@ def test_planned_weights_for_training_are_those_that_are_loaded_for_it(
     assert plan.weights == pytest.approx(bytes_of(loaded.model), rel=CLOSE)
 
 
-@pytest.mark.slow
 def test_the_default_base_is_planned_without_a_file_and_rightly(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

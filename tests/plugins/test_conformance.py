@@ -21,6 +21,8 @@ from lora_rt.plugins.testing.workshop import EXAMPLES, Workshop
 from lora_rt.registry.packages import package_of
 from support.plugins import plugin
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fade-in-mode" / "fade_in_mode.py"
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import lora_rt
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*/*.py") if "__main__" in path.read_text(encoding="utf-8"))
 

@@ -18,6 +18,8 @@ from lora_rt.registry.store import Store
 from support.adapters import adapter_files
 from support.hub import Handler, LocalHub, git_oid, sha256
 
+pytestmark = pytest.mark.slow
+
 REPO = Reference.parse("someone/emotion")
 WEIGHTS = "adapter_model.safetensors"
 Twist = Callable[[Handler], bool]

@@ -24,6 +24,8 @@ from support.adapters import adapter_files
 from support.cli import Cli
 from support.hub import Handler, LocalHub, drips, never_answers, resets
 
+pytestmark = pytest.mark.slow
+
 REPO = "someone/emotion"
 Twist = Callable[[Handler], bool]
 

@@ -20,6 +20,8 @@ from lora_rt.errors import LoraRtError
 from lora_rt.registry.registry import Registry
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 
 def spec(zoo: Zoo, *weights: float) -> str:
     paths = [zoo.adapter("llama", seed=seed, r=8) for seed in range(1, 1 + len(weights))]

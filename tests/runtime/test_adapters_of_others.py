@@ -26,6 +26,8 @@ from lora_rt.registry.files import CONFIG, WEIGHTS
 from support.adapters import in_parts
 from support.tiny import HIDDEN, LAYERS, VOCAB, Zoo, peft_model, save_tokenizer, some_ids
 
+pytestmark = pytest.mark.slow
+
 IDS = some_ids(rows=2)
 EXACT = {"atol": 1e-4, "rtol": 0.0}
 Change = Callable[[Path], None]

@@ -16,6 +16,8 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from support.tiny import Zoo, mode_host
 
+pytestmark = pytest.mark.slow
+
 Wish = dict[str, Any]
 PROMPTS = ("rain, tin roof", "a", "two and two. So: four", "the unpaid bill on the table and a late bus", "so it is")
 

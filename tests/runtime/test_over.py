@@ -23,6 +23,8 @@ from lora_rt.plugins.contract import Gate
 from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card
 from support.tiny import Zoo, config_of, deltas, random_model, save_adapter, save_tokenizer, some_ids
 
+pytestmark = pytest.mark.slow
+
 IDS = some_ids(rows=2)
 EXACT = {"atol": 1e-4, "rtol": 0.0}
 

@@ -20,6 +20,8 @@ from lora_rt.errors import LoraRtError
 from support.tiny import Zoo, some_ids
 from support.variants import IDS, VARIANTS, check, trained
 
+pytestmark = pytest.mark.slow
+
 EXACT = {"atol": 3e-4, "rtol": 0.0}
 ALONE = (
     "with the embedding", "with a tied embedding", "a scaled embedding", "an embedding of GPT-2", "DoRA",

@@ -13,6 +13,8 @@ import torch
 from lora_rt.core.runtime import Runtime
 from support.serving import Live, asked
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "rain, tin roof, unpaid bill"
 
 

@@ -12,6 +12,8 @@ from schemathesis.generation.modes import GenerationMode
 
 from support.serving import Live
 
+pytestmark = pytest.mark.slow
+
 ADMIN = "the operator's own"
 UNHURRIED = settings(
     max_examples=12,

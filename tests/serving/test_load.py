@@ -28,6 +28,8 @@ from lora_rt.registry.registry import Registry
 from support.serving import ADMIN, CHANGES, Fading, Live, Raising, asked, live
 from support.tiny import Zoo, mode_host, save_adapter
 
+pytestmark = pytest.mark.slow
+
 REQUESTS, AT_ONCE = int(os.environ.get("SERVE_REQUESTS", "300")), int(os.environ.get("SERVE_AT_ONCE", "16"))
 BASE, PRECISION = os.environ.get("SERVE_BASE", ""), os.environ.get("SERVE_PRECISION", "float32")
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]

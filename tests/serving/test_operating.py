@@ -17,6 +17,8 @@ from lora_rt.core.serving.settings import Limits, ServeSettings
 from support.serving import Live, asked, live
 from support.tiny import config_of, save_adapter
 
+pytestmark = pytest.mark.slow
+
 ADMIN = "the operator's own"
 PROMPT = "rain, tin roof"
 

@@ -22,6 +22,8 @@ from support.cli import Cli, command_line
 from support.serving import asked
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:

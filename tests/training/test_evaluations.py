@@ -16,6 +16,8 @@ from lora_rt.core.training.fit import InterruptedRunError
 from lora_rt.core.training.run import train
 from lora_rt.plugins.manager import load_modes
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 
 

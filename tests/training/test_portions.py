@@ -25,6 +25,8 @@ from lora_rt.plugins.contract import IGNORE
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry import home
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 LENGTHS = (40, 1, 2, 30, 3, 17, 1, 5)
 

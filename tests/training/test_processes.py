@@ -20,6 +20,8 @@ from lora_rt.core.training import processes
 from lora_rt.core.training.run import train
 from lora_rt.plugins.manager import load_modes
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]

@@ -25,6 +25,8 @@ from lora_rt.registry.errors import RejectedAdapterError, StorageError, StoreErr
 from lora_rt.registry.store import Store
 from support.tiny import Zoo, mode_host
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 
 

@@ -27,6 +27,8 @@ from lora_rt.registry import home
 from lora_rt.registry.card import read_card
 from support.tiny import mode_host
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainSettings]
 
 
