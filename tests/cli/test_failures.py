@@ -17,6 +17,8 @@ from support.cli import Cli
 from support.plugins import torn_package
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("command", [["list"], ["compose", "x", "-p", "ab"], ["doctor"]])
 def test_a_home_that_is_a_file_is_no_traceback(

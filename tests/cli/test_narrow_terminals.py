@@ -13,6 +13,8 @@ from lora_rt.registry.store import Store
 from support.cli import Cli
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 NAME = "a-voice-with-a-name-of-a-good-many-letters-" + "x" * 45
 SOURCE = "hf:an-organization-of-some-length/a-repository-whose-name-goes-on-and-on-and-on"
 REVISION = "0123456789abcdef0123456789abcdef01234567"

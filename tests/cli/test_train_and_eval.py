@@ -11,6 +11,8 @@ import pytest
 from support.cli import Cli
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
