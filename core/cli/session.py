@@ -35,6 +35,11 @@ class Session:
         return load_modes()
 
     @cached_property
+    def told(self) -> set[str]:
+        """Of which kinds of mixes a warning was given."""
+        return set()
+
+    @cached_property
     def registry(self) -> Registry:
         """The registry of the home and the working directory, with the sources of plugins."""
         from lora_rt.registry.registry import Registry

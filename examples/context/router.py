@@ -3,7 +3,8 @@
 A router is told neither where a text turns nor which registers it has. Beside it stand the best static mix that `tune`
 finds on the same texts, the better register of each text alone, the oracle that knows register and turn, and a control
 that was trained on the hidden states of other rows. All losses are nats per answer token, with whole scenes resampled
-for the intervals. Needs the folder that data.py makes: router.py FOLDER [--scenes N] [--seeds N] [--epochs X]
+for the intervals. Needs the folder that data.py makes, and keeps in it what was done, so that a run that was cut off
+goes on: router.py FOLDER [--scenes N] [--seeds N] [--epochs X] [--texts N]
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,33 @@ def trained(name: str, data: Path, options: Mapping[str, str], seed: int, settin
             **settings,
         )  # fmt: skip
     except LoraRtError as error:
+        if "better than the start" not in error.message:
+            raise
         print(f"{name}: {error}", flush=True)
         return None
     return name
+
+
+def kept(folder: Path, name: str, measure: Callable[[], Any]) -> Any:
+    """What was found before under this name, or now."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        started = time.perf_counter()
+        result = measure()
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(json.dumps(result))
+        path.with_suffix(".part").replace(path)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads(path.read_text())
+
+
+def static(data: Path, settings: Mapping[str, Any]) -> str:
+    """The best static mix that is found from the same texts."""
+    try:
+        return str(lora_rt.tune(uniform(0.25), data, name="router-static", **settings))
+    except LoraRtError as error:
+        print(f"static: {error}", flush=True)
+        return uniform(0.25)
 
 
 def tokens_per_second(runtime: Runtime, spec: str) -> float:
@@ -63,39 +89,46 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the first kind of router; the others have one")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--precision", default="int4")
+    parser.add_argument("--texts", type=int, default=376, help="that are learned from")
     given = parser.parse_args()
     settings = {"precision": given.precision, "epochs": given.epochs}
-    learned = given.data / "turns.jsonl"
+    work = given.data / f"router-{given.texts}-{given.epochs:g}-{given.scenes}-{given.precision}"
+    work.mkdir(parents=True, exist_ok=True)
+    learned = work / "turns.jsonl"
+    learned.write_text("".join((given.data / "turns.jsonl").open().readlines()[: given.texts]))
     names: dict[str, str | None] = {}
     for kind, options in KINDS.items():
         for seed in range(given.seeds if kind == "softmax" else 1):
-            names[f"router, {kind}, seed {seed}"] = trained(f"router-{len(names)}", learned, options, seed, settings)
-    names["control: softmax of other rows' states"] = trained(
-        "router-control", learned, {"control": "true"}, 0, settings
+            name = f"router-{len(names)}"
+            names[f"router, {kind}, seed {seed}"] = kept(
+                work, name, partial(trained, name, learned, options, seed, settings)
+            )
+    names["control: softmax of other rows' states"] = kept(
+        work, "router-control", partial(trained, "router-control", learned, {"control": "true"}, 0, settings)
     )
-    try:
-        tuned = str(lora_rt.tune(uniform(0.25), learned, name="router-static", **settings))
-    except LoraRtError as error:
-        tuned = uniform(0.25)
-        print(f"static: {error}", flush=True)
+    tuned = kept(work, "router-static", partial(static, learned, settings))
     runtime = Runtime.load("default", precision=given.precision)
     lines = list(map(json.loads, (given.data / "turning.jsonl").read_text(encoding="utf-8").splitlines()))
     whole = len(lines) // 2
     examples = [*lines[: given.scenes], *lines[whole : whole + given.scenes]]
+
+    def table(name: str, spec: Any) -> Any:
+        return np.array(kept(work, name, lambda: losses(runtime, examples, spec, constant(None)).tolist()))
+
     tables = {
-        f"static, tuned: {tuned}": losses(runtime, examples, constant(tuned), constant(None)),
-        "static 0.25 each": losses(runtime, examples, constant(uniform(0.25)), constant(None)),
+        f"static, tuned: {tuned}": table("losses-static", constant(tuned)),
+        "static 0.25 each": table("losses-even", constant(uniform(0.25))),
     }
     best = min(tables, key=lambda name: float(tables[name][:, 0].sum()))
-    singles = [losses(runtime, examples, constant(register), constant(None)) for register in REGISTERS]
+    singles = [table(f"losses-{register}", constant(register)) for register in REGISTERS]
     tables["the better register of each text alone"] = np.stack(singles)[
         np.argmin([s[:, 0] for s in singles], axis=0), np.arange(len(examples))
     ]
     oracle = "oracle per segment: each register alone, waking"
-    tables[oracle] = losses(runtime, examples, waking, constant(None))
+    tables[oracle] = table("losses-oracle", waking)
     for title, name in names.items():
         if name is not None:
-            tables[title] = losses(runtime, examples, constant(name), constant(None))
+            tables[title] = table(f"losses-{name}", constant(name))
     first = next((name for name in names.values() if name is not None), None)
     report = {
         "texts": len(examples),

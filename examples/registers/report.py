@@ -9,9 +9,15 @@ classifier; `make report` installs it.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,14 +92,28 @@ def likelihoods(runtime: Runtime, held: dict[str, list[dict[str, Any]]], adapter
 
 
 def other_hand(runtime: Runtime, texts: dict[str, list[dict[str, Any]]], adapters: dict[str, str]) -> dict[str, Any]:
-    """The same for texts in other manners than the corpus has, all of them and each manner apart."""
-    result = likelihoods(runtime, texts, adapters)
-    manners = dict.fromkeys(e["manner"] for e in texts[REGISTERS[0]])
-    result["manners"] = {
-        manner: likelihoods(runtime, {r: [e for e in texts[r] if e["manner"] == manner] for r in REGISTERS}, adapters)
-        for manner in manners
-    }
-    return result
+    """Gain and selectivity on texts in other manners than the corpus has, all of them and each manner apart."""
+    columns = {"base": None, **adapters}
+    losses = {r: {a: text_losses(runtime, texts[r], spec) for a, spec in columns.items()} for r in REGISTERS}
+    manners = {r: np.array([e["manner"] for e in texts[r]]) for r in REGISTERS}
+
+    def of(manner: str | None) -> dict[str, Any]:
+        found = {}
+        for r in REGISTERS:
+            mine = np.ones(len(manners[r]), dtype=bool) if manner is None else manners[r] == manner
+            part = {a: TextLosses(x.sums[mine], x.tokens[mine]) for a, x in losses[r].items()}
+            others = [part[a] for a in REGISTERS if a != r]
+            found[r] = {
+                "texts": int(mine.sum()),
+                "base_nll": part["base"].mean,
+                "gain_over_base": gain(part[r], part["base"]),
+                "own_minus_best_other": min(gain(part[r], x)["mean"] for x in others),
+                "own_adapter_lowest": float(np.mean(np.all([part[r].sums < x.sums for x in others], axis=0))),
+            }
+        return found
+
+    named = dict.fromkeys(str(manner) for manner in manners[REGISTERS[0]])
+    return {"all": of(None), **{manner: of(manner) for manner in named}}
 
 
 def greedy(runtime: Runtime, scenes: Sequence[str], composition: str) -> list[str]:
@@ -144,27 +164,101 @@ def knob(
     }
 
 
+def kept(folder: Path, name: str, measure: Callable[[], Any]) -> Any:
+    """What was measured before under this name, or now; a run that was cut off goes on from there."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        started = time.perf_counter()
+        result = measure()
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(json.dumps(result, indent=1, ensure_ascii=False))
+        path.with_suffix(".part").replace(path)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads(path.read_text())
+
+
+def trained(work: Path, seed: int) -> dict[str, str]:
+    """The registers once more, of another seed: register -> folder."""
+    for register in REGISTERS:
+        if not (work / register / "register.json").exists():
+            lora_rt = shutil.which("lora-rt", path=str(Path(sys.executable).parent)) or "lora-rt"
+            command = ["sh", str(HERE / "train.sh"), lora_rt, register, str(work / register)]
+            subprocess.run(command, check=True, env={**os.environ, "SEED": str(seed)})
+    return {register: str((work / register).absolute()) for register in REGISTERS}
+
+
+def numbered(texts: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Each text with its number among those of its manner."""
+    return {
+        register: [{**e, "number": sum(x["manner"] == e["manner"] for x in rows[:i])} for i, e in enumerate(rows)]
+        for register, rows in texts.items()
+    }
+
+
+def over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, least and most of what each register gains, one run per seed."""
+    values = {
+        register: {
+            key: [x["mean"] if isinstance(x := run["registers"][register][key], dict) else x for run in found]
+            for key in ("gain_over_base", "own_minus_best_other")
+        }
+        for register in REGISTERS
+    }
+    return {
+        register: {key: {"mean": float(np.mean(x)), "range": [min(x), max(x)]} for key, x in keys.items()}
+        for register, keys in values.items()
+    }
+
+
 def main() -> None:
     """Measure, print a summary, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     what = "register=reference; by default each register's own name"
     parser.add_argument("adapters", nargs="*", metavar="ADAPTER", help=what)
-    given = dict(item.split("=", 1) for item in parser.parse_args().adapters)
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=HERE.parents[1] / "out" / "registers",
+        help="what was measured is kept here, to go on from",
+    )
+    parser.add_argument("--texts", type=int, help="of another hand, per register and manner; all 12 if left out")
+    parser.add_argument("--only", choices=["otherhand"], help="leave out the rest")
+    parser.add_argument("--seeds", type=int, default=1, help="above 1, the registers are trained again under others")
+    options = parser.parse_args()
+    given = dict(item.split("=", 1) for item in options.adapters)
     adapters = {register: given.get(register, register) for register in REGISTERS}
-    training, held = read("train"), read("heldout")
+    training, held, other = read("train"), read("heldout"), read("otherhand")
     classifier = word_classifier(training)
     held_texts = [(e["text"], r) for r in REGISTERS for e in held[r]]
+    other = {r: [e for e in rows if e["number"] < (options.texts or len(rows))] for r, rows in numbered(other).items()}
     runtime = Runtime.load("default")
-    started = time.perf_counter()
+    for adapter in adapters.values():
+        runtime.ensure(adapter)
+    # What was measured of other adapters is of no use.
+    work = (
+        options.work
+        / hashlib.sha256("".join(runtime.adapters[a].sha256 for a in runtime.adapters).encode()).hexdigest()[:12]
+    )
+    scenes = [e["scene"] for e in held["logic"]]
+    by_another = kept(work, "otherhand", lambda: other_hand(runtime, other, adapters))
+    (HERE / "otherhand.json").write_text(json.dumps(by_another, indent=1) + "\n")
+    if options.only:
+        return
     report = {
         "scenes": {"train": len(training["logic"]), "heldout": len(held["logic"])},
         "classifier_on_real_held_out_texts": float(np.mean([classifier.predict([t])[0] == r for t, r in held_texts])),
-        **likelihoods(runtime, held, adapters),
-        "other_hand": other_hand(runtime, read("otherhand"), adapters),
-        "generations": generations(runtime, [e["scene"] for e in held["logic"]], classifier, adapters),
-        "knobs": {"/".join(pair): knob(runtime, held, classifier, adapters, pair) for pair in KNOBS},
+        **kept(work, "heldout", lambda: likelihoods(runtime, held, adapters)),
+        "generations": kept(work, "generations", lambda: generations(runtime, scenes, classifier, adapters)),
+        "knobs": {
+            "/".join(pair): kept(work, "-".join(pair), partial(knob, runtime, held, classifier, adapters, pair))
+            for pair in KNOBS
+        },
     }
-    report["seconds"] = round(time.perf_counter() - started)
+    runs = [report]
+    for seed in range(1, options.seeds):
+        again = trained(options.work / f"seed-{seed}", seed)
+        runs.append(kept(work, f"seed-{seed}", partial(likelihoods, runtime, held, again)))
+    report["seeds"] = {"count": len(runs), **over_seeds(runs)}
     (HERE / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(report, indent=1, ensure_ascii=False))
 

@@ -5,6 +5,7 @@ python tests/support/readme.py --write    brings it up to date
 
 <!-- output of: lora-rt --help -->        the command's output, in a fenced block
 <!-- registers report -->                 the table from examples/registers/report.json
+<!-- other hand report -->                that of the texts by another hand
 <!-- architectures report -->             the table from tests/architectures/results.json
 <!-- end -->
 """
@@ -22,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 _BLOCK = re.compile(
-    r"(<!-- (?P<what>output of: [^\n]+|registers report|architectures report) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<what>output of: [^\n]+|[a-z ]+ report) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -62,6 +64,20 @@ def registers_report() -> str:
     return "\n".join(rows) + "\n"
 
 
+def other_hand_report() -> str:
+    """Gain and selectivity of the registers on texts by another hand, by manner."""
+    report = json.loads((ROOT / "examples/registers/otherhand.json").read_text())
+    registers = list(report["all"])
+    rows = ["| manner | " + " | ".join(registers) + " |", "|---|" + "---|" * len(registers)]
+    for manner, found in report.items():
+        cells = []
+        for name in registers:
+            value, other = found[name]["gain_over_base"], found[name]["own_minus_best_other"]
+            cells.append(f"{value['mean']:.2f} [{value['ci'][0]:.2f}, {value['ci'][1]:.2f}]; {other:+.2f}")
+        rows.append(f"| {manner} ({found[registers[0]]['texts']} each) | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def architectures_report() -> str:
     """What works over which architectures."""
     sys.path[:0] = [str(ROOT / "tests")]
@@ -75,7 +91,11 @@ def rendered(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         what = match["what"]
-        made = {"registers report": registers_report, "architectures report": architectures_report}.get(what)
+        made = {
+            "registers report": registers_report,
+            "other hand report": other_hand_report,
+            "architectures report": architectures_report,
+        }.get(what)
         body = made() if made else output_of(what.removeprefix("output of: "))
         return f"{match[1]}{body}{match[3]}"
 

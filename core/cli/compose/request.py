@@ -202,9 +202,13 @@ def check_scene(scene: str | None, composition: Composition, adapters: Sequence[
 
 
 def caution(composition: Composition, base: str | None = None) -> None:
-    """One line on standard error about weights that nobody measured: what comes of them may be no text at all."""
+    """One line on standard error about weights that nobody measured: what comes of them may be no text at all.
+
+    Once per kind: whoever turns a knob in a chat knows it then.
+    """
     found = outside(_weights(composition), None if base is None else identify_base(base).id)
-    if found:
+    if found.keys() - session().told - {"base"}:
+        session().told.update(found)
         err.print(f"[yellow]warning:[/] {escape('; '.join(found.values()))}", soft_wrap=not err.is_terminal)
 
 
