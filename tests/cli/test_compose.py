@@ -297,6 +297,16 @@ def test_a_chat_keeps_the_conversation_and_changes_the_weights(
     assert "there is no /dance" in done.err
 
 
+def test_a_chat_warns_once_of_weights_beyond_what_was_measured(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"/weights {adapters[1]}:{weight}" for weight in (2, 3, 0.5, 4)]
+    monkeypatch.setattr("builtins.input", Typing([*lines, "/quit"]))
+    monkeypatch.setattr(sys, "stdin", sys.__stdin__)
+    monkeypatch.setattr("lora_rt.core.cli.options.piped", lambda: None)
+    assert cli("compose", adapters[0], *tiny).err.count("warning:") == 1
+
+
 def test_an_adapter_whose_mode_has_commands_says_so_beside_the_answer_and_not_in_json(
     cli: Cli, tiny: list[str], zoo: Zoo
 ) -> None:
