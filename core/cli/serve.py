@@ -164,6 +164,7 @@ def _serve(settings: ServeSettings, base: str, precision: str, device: str, text
     # The socket first: that it can't be had is said before a base is loaded for seconds.
     with listen(settings) as bound, session().runtime(base, precision, device, **text) as runtime:
         log_to_stderr()
+        runtime.parts.weigher.told.clear()  # other commands warn of a mix before they load a base; here clients name it
         serve(runtime, settings, bound, announce=lambda url: _banner(url, settings, runtime.base.id, ui), extend=extend)
 
 

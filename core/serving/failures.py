@@ -91,15 +91,20 @@ def install(app: FastAPI) -> None:
         status, content = of_error(error)
         return JSONResponse(content, status, {"Retry-After": RETRY_AFTER} if status in (429, 503) else {})
 
-    async def invalid(_request: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
+        if "json" not in request.headers.get("content-type", ""):
+            return answer(400, "The body has to be JSON, sent with Content-Type: application/json. See: /openapi.json")
         found = [_problem(item) for item in error.errors()]
         shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
         return JSONResponse(body(400, f"The request can't be understood: {shown}. See: /openapi.json"), 400)
 
-    async def http(_request: Request, error: Exception) -> JSONResponse:
+    async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return answer(error.status_code, str(error.detail), getattr(error, "code", None), error.headers)
+        detail = str(error.detail)
+        if detail == "Not Found":
+            detail = f"There is nothing at {request.method} {request.url.path[:120]}. See: /openapi.json"
+        return answer(error.status_code, detail, getattr(error, "code", None), error.headers)
 
     async def defect(_request: Request, _error: Exception) -> JSONResponse:
         return answer(500, "This server has a defect; its log says more.")
