@@ -57,7 +57,7 @@ def find_parameters(model: nn.Module) -> dict[str, Parameter]:
     return found
 
 
-class Products(TorchFunctionMode):
+class ProductsOfParameters(TorchFunctionMode):
     """While it stands, `seen(name, x, y)` is asked what `linear(x, parameter)` gives; casts are followed."""
 
     def __init__(self, parameters: Mapping[str, Tensor], seen: Callable[[str, Tensor, Tensor], Tensor]) -> None:
@@ -84,7 +84,7 @@ Note = Callable[[str, Tensor], None]
 """Told of each parameter that a pass multiplies with, and what it gets."""
 
 
-def watched_products(model: nn.Module, note: Note) -> Products:
+def watched_products(model: nn.Module, note: Note) -> ProductsOfParameters:
     """Notes what routers multiply with."""
     parameters = {n: getattr(p.module, p.leaf) for n, p in find_parameters(model).items() if not p.experts}
 
@@ -92,7 +92,7 @@ def watched_products(model: nn.Module, note: Note) -> Products:
         note(name, x)
         return y
 
-    return Products(parameters, seen)
+    return ProductsOfParameters(parameters, seen)
 
 
 def watched_experts(model: nn.Module, note: Note) -> list[Any]:

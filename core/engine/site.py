@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_rt.core.base.cpu_4bit import direct_forward
 from lora_rt.core.base.fused import Pairs, are_experts, given_to_experts, run_experts
 from lora_rt.core.base.multiply import Product
-from lora_rt.core.engine.experts import Products
+from lora_rt.core.engine.experts import ProductsOfParameters
 from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
 from lora_rt.core.engine.wrappers import inner_of
@@ -78,7 +78,7 @@ class _AdaptedParameters(_Hooked):
             return self.own(*args, **named)
         if not are_experts(self.module):
             parameters = {leaf: getattr(self.module, leaf) for leaf in sites}
-            with Products(parameters, lambda leaf, x, y: current.add(sites[leaf], x, y)):
+            with ProductsOfParameters(parameters, lambda leaf, x, y: current.add(sites[leaf], x, y)):
                 return self.own(*args, **named)
 
         def add(leaf: str, x: Tensor, y: Tensor, pairs: Pairs) -> Tensor:
