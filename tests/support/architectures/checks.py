@@ -199,13 +199,13 @@ def _quantized(s: Subject, precision: Precision) -> None:
         base, found = runtime.logits([row])[0].float(), runtime.logits([row], compositions="one:1")[0].float()
         folder = runtime.parts.base.folder
         dtype = runtime.parts.base.dtype
-        fused = any(len(shape) == 3 for shape in runtime.parts.bank.topology.shapes.values())
+        mixture = any("expert" in name for name, _ in runtime.parts.base.model.named_modules())
     wanted = _peft_over(folder, dtype, s, row, precision)
     spread = float(wanted.std())
     moved = float((base - wanted).abs().max())
     worst = (found - wanted).abs().amax(-1).sort().values
     # Rounding sends a token to another expert where two of them are as good: one of the nine is let off.
-    off = float(worst[-2 if fused else -1])
+    off = float(worst[-2 if mixture else -1])
     assert off <= COARSE * spread, f"off by {off:.3g}, the spread is {spread:.3g} and the adapter's part {moved:.3g}"
 
 
