@@ -7,6 +7,7 @@ python tests/support/readme.py --write    brings it up to date
 <!-- registers report -->                 the table from examples/registers/report.json
 <!-- other hand report -->                that of the texts by another hand
 <!-- architectures report -->             the table from tests/architectures/results.json
+<!-- bench report -->                     the table from examples/bench/report.json, once there is one
 <!-- end -->
 """
 
@@ -18,14 +19,15 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-_BLOCK = re.compile(
-    r"(<!-- (?P<what>output of: [^\n]+|[a-z ]+ report) -->\n).*?(<!-- end -->)",
-    re.DOTALL,
-)
+BENCH = ROOT / "examples/bench/report.json"
+_WHAT = "output of: [^\n]+|[a-z ]+ report"
+_BLOCK = re.compile(rf"(<!-- (?P<what>{_WHAT}) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
 
 def output_of(command: str) -> str:
@@ -86,18 +88,56 @@ def architectures_report() -> str:
     return report(json.loads(RESULTS.read_text()))
 
 
+def bench_report(document: dict[str, Any]) -> str:
+    """One run of `lora-rt bench`: the machine, and a line per workload with each system's figure and ratio."""
+    facts, versions = document["machine"], document["versions"]
+    about = (
+        f"`{document['base']}` at {document['precision']} on {facts['threads']} threads of {facts['cores']} cores of "
+        f"{facts.get('gpu', facts['cpu'])} ({facts['cpu_capability']}), load {facts['load']} before, others used "
+        f"{facts['others']:.0%} of the processor meanwhile; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ". Medians; in brackets the ratio to the base alone in the same repeat, above 1 is faster or less memory."
+    )
+    found = {(row["workload"], row["system"]): row for row in document["rows"] if row["reason"] is None}
+    systems = [name for name in document["systems"] if any(system == name for _, system in found)]
+    rows = ["| | " + " | ".join(_HEADS.get(name, name) for name in systems) + " |", "|---|" + "---|" * len(systems)]
+    for item in document["workloads"]:
+        cells = [found.get((item["name"], name)) for name in systems]
+        if any(cells):
+            told = [_figure(row) if row else "-" for row in cells]
+            rows.append(f"| {item['title']}, {_UNITS.get(item['kind'], 'tokens/s')} | " + " | ".join(told) + " |")
+    return "\n".join([*textwrap.wrap(about, 130, break_on_hyphens=False), "", *rows]) + "\n"
+
+
+_HEADS = {"base": "base alone", "generate": "its `generate`", "ours": "lora-rt", "peft-trainer": "PEFT, Trainer"} | {
+    f"peft-{way}": f"PEFT {name}"
+    for way, name in (("set", "`set_adapter`"), ("cat", "`cat`"), ("mixed", "mixed batch"))
+}
+_UNITS = {"change": "ms", "cold": "s", "memory": "MB"}
+
+
+def _figure(row: dict[str, Any]) -> str:
+    value = row["megabytes"] or row["tokens_per_s"] or row["seconds"] * (1000 if row["kind"] == "change" else 1)
+    text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    text = f"**{text}**" if row["system"] == "ours" else text
+    return text if row["ratio"] is None or row["system"] == row["reference"] else f"{text} ({row['ratio']:.2f})"
+
+
 def rendered(text: str) -> str:
     """The README as it should be."""
 
     def replace(match: re.Match[str]) -> str:
         what = match["what"]
-        made = {
-            "registers report": registers_report,
-            "other hand report": other_hand_report,
-            "architectures report": architectures_report,
-        }.get(what)
-        body = made() if made else output_of(what.removeprefix("output of: "))
-        return f"{match[1]}{body}{match[3]}"
+        if what == "bench report":
+            body = bench_report(json.loads(BENCH.read_text())) if BENCH.exists() else match["body"]
+        else:
+            made = {
+                "registers report": registers_report,
+                "other hand report": other_hand_report,
+                "architectures report": architectures_report,
+            }.get(what)
+            body = made() if made else output_of(what.removeprefix("output of: "))
+        return f"{match[1]}{body}{match[4]}"
 
     return _BLOCK.sub(replace, text)
 

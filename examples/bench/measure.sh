@@ -1,0 +1,9 @@
+#!/bin/sh
+# The table under "Speed" in the README: one run of `lora-rt bench` on this machine, kept beside this file.
+# Takes about ten minutes on two cores. Let the machine be idle: its load is printed with the figures.
+set -eu
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-.venv/bin/python}
+"$PYTHON" -m lora_rt bench --repeats "${REPEATS:-3}" --json > examples/bench/report.json.new
+mv examples/bench/report.json.new examples/bench/report.json
+"$PYTHON" tests/support/readme.py --write
