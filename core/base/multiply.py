@@ -131,21 +131,18 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y (..., out) of x (..., in)."""
-        way = self.way(x)
-        if way == "packed":
-            return self.own(x)
-        return self._made(x.to(self.dtype if way in NARROW else torch.float32), way).to(x.dtype)
+        return self.unrounded(x, Tensor.to).to(x.dtype)
 
-    def unrounded(self, x: Tensor, widened: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
-        """y in float32, before it is rounded to the dtype of x; None where the product with x is not made in float32.
+    def unrounded(self, x: Tensor, widened: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """y as it is made: where that is done in float32, before it is rounded to the dtype of x.
 
         Args:
             widened: casts x to the dtype of another tensor; several layers that read one x may share what it gives.
         """
         way = self.way(x)
-        if way == "packed" or way in NARROW:
-            return None
-        return self._made(widened(x, _FLOAT32), way)
+        if way == "packed":
+            return self.own(x)
+        return self._made(x if way in NARROW else widened(x, _FLOAT32), way)
 
     def _made(self, given: Tensor, way: Way) -> Tensor:
         """The product with an x in the dtype of the product."""

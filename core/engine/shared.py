@@ -105,7 +105,8 @@ class SharedPass(Pass):
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]  # (batch, tokens, ranks of this site)
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        if not y.is_contiguous() or y.requires_grad:
+        few = y.dtype != site.b.dtype and y.numel() <= AT_ONCE * y.shape[-1]
+        if few or not y.is_contiguous() or y.requires_grad:
             return y.add_(linear(hidden, site.b))
         into, flat = y.view(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         if y.dtype == site.b.dtype:  # one kernel, not two
@@ -139,9 +140,9 @@ class SharedPass(Pass):
 
     def _in_parts(self, x: Tensor) -> bool:
         """Whether an x is multiplied in bfloat16 parts: it is not at hand in float32, and there is much of it."""
-        if x.dtype != torch.bfloat16 or not x.is_cpu or self._given is x or torch.is_grad_enabled():
+        if x.dtype != torch.bfloat16 or x.numel() < MANY * x.shape[-1]:
             return False
-        return x.numel() // x.shape[-1] >= MANY and pay_off()
+        return x.is_cpu and self._given is not x and not torch.is_grad_enabled() and pay_off()
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
         return spread(gate, layout, x, self._rows, self._tokens, self._kept)

@@ -58,11 +58,9 @@ class _Adapted(_Hooked):
         current = running_pass()
         if current is None or (index := self.users.get(current.topology)) is None:
             return self.own(x, *rest, **named)
-        if isinstance(self.own, Product) and current.acts(index):
+        if isinstance(self.own, Product):
             # A sum that is made in float32 is rounded once, with what the adapters add to it.
-            y = self.own.unrounded(x, current.widened)
-            if y is not None:
-                return current.add(index, x, y).to(x.dtype)
+            return current.add(index, x, self.own.unrounded(x, current.widened)).to(x.dtype)
         return current.add(index, x, self.own(x, *rest, **named))
 
 
