@@ -12,7 +12,7 @@ from support.tiny import Zoo
 
 NEEDLESS = (
     "torch._dynamo.eval_frame", "torch._inductor.compile_fx", "torch.distributed.tensor", "torch.distributed.fsdp",
-    "torch.onnx", "triton", "networkx", "peft", "scipy", "sklearn", "pandas",
+    "torch.onnx", "networkx", "peft", "scipy", "sklearn", "pandas",
     "transformers.trainer", "transformers.modeling_gguf_pytorch_utils", "gguf", "matplotlib", "fastapi",
 )  # fmt: skip
 
