@@ -44,10 +44,8 @@ class _Later(ModuleType):
             return _MARKS[name]
         if self.__name__ == _MASKS and name == "TransformGetItemToIndex":
             return lambda: getattr(self._itself(), name)()
-        if name.startswith("__") and (self.__name__, name) != (
-            _DYNAMO,
-            "__path__",
-        ):  # which its submodules are found by
+        # Submodules are found by the path of the module.
+        if name.startswith("__") and not (self.__name__ == _DYNAMO and name == "__path__"):
             raise AttributeError(name)
         return getattr(self._itself(), name)
 
