@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def mode_records() -> list[dict[str, Any]]:
 
 def _pip(verb: str, quietly: Sequence[str], arguments: Sequence[str]) -> None:
     """Run pip, behind a spinner; of what it prints, its own errors are told where it fails."""
-    if importlib.util.find_spec("pip") is None:
+    # Not util.find_spec: setuptools' import hook answers that name by throwing distutils out of this process.
+    if PathFinder.find_spec("pip") is None:
         raise PipError("this Python has no pip", next_step=f"Get it with: {sys.executable} -m ensurepip")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", verb, *quietly, *arguments]
     with step(f"pip {verb}"):

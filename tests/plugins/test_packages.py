@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -133,8 +134,9 @@ def test_what_pip_leaves_behind_is_said(fake: Any) -> None:
     assert error.message == "pip left fade-in-mode where it is"
 
 
-def test_pips_own_errors_are_passed_on() -> None:
-    """Without asking an index: a folder that is not there."""
+def test_pips_own_errors_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without asking an index: a folder that is not there; and whether this process has imported distutils or not."""
+    monkeypatch.setitem(sys.modules, "distutils", ModuleType("distutils"))
     error = run(app, ["install", "--no-index", "./no-such-folder"]).exception
     assert isinstance(error, PipError)
     assert error.message == "pip install failed: Invalid requirement: './no-such-folder'"
@@ -142,7 +144,7 @@ def test_pips_own_errors_are_passed_on() -> None:
 
 
 def test_a_python_without_pip_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name: None)
     with pytest.raises(PipError, match="this Python has no pip") as caught:
         pip.uninstall(["x"])
     assert caught.value.next_step.endswith("-m ensurepip")
