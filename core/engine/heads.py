@@ -7,6 +7,11 @@ A layer that makes queries, keys or values is disturbed one block of features at
 and what changes in the input of the attention's output projection says whose block it was: a query's reaches one head,
 a key's or a value's the heads of its group. So a fused projection needs no name: [q | k | v], [q k v] of each head and
 grouped queries are told apart. The pass ends at that projection, so that of most models the first block alone is run.
+
+Worked example: 4 query heads of 16 features share 2 heads of keys and values, in one fused layer of (4 + 2 + 2) * 16
+= 128 features, 8 blocks. Noise on blocks 0 to 3 reaches one head each; on block 4 (keys) heads 0 and 1, on block 5
+heads 2 and 3, on 6 and 7 (values) likewise. So `index` is 0 1 2 3 4 5 4 5, sixteen times each, `pool` is 2, and numbers
+4 and 5 stand for the means of the gates of heads 0, 1 and of heads 2, 3.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ class HeadAxis:
 
     def spread(self, heads: Tensor) -> Tensor:
         """A gate (..., heads) over the features."""
-        if self.pool > 1:
+        if self.pool > 1:  # (..., heads) -> (..., heads + groups)
             heads = torch.cat([heads, heads.reshape(*heads.shape[:-1], -1, self.pool).mean(-1)], dim=-1)
         return heads[..., self.index.to(heads.device)]
 
@@ -60,6 +65,8 @@ class HeadAxis:
 
 
 class _Reached(BaseException):
+    """Ends a pass from within; no `Exception`, so that no model's own code catches it."""
+
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
@@ -78,6 +85,7 @@ def find_heads(
         parent = _attention_of(out)
         inner = [n for n in layers if n.startswith(f"{parent}.") and set(roles_of(n)) & {"query", "key", "value"}]
         if inner and count > 1 and sizes[out][1] % count == 0:
+            # Names without numbers, and sizes: a model whose blocks differ has several kinds.
             kind = tuple((_number_less(n), sizes[n]) for n in (out, *inner))
             families.setdefault(kind, []).append((out, inner))
     found: dict[str, HeadAxis] = {}
@@ -107,16 +115,18 @@ def _number_less(name: str) -> str:
 
 def _tried(model: Any, layer: nn.Module, features: int, out: nn.Module, heads: int, size: int) -> HeadAxis | None:
     """The head axis of a layer that makes queries, keys or values; None where what a block reaches makes no sense."""
+    # Blocks as wide as a head of the output; a latent attention's queries are wider than what it puts out.
     blocks = features // size if features % size == 0 else heads if features % heads == 0 else 0
     if not blocks:
         return None
     reached = _reached(model, layer, blocks, out)
     if reached is None:
         return None
-    changes = (reached[1:] - reached[:1]).abs().amax(1).reshape(-1, heads, size).amax(-1)  # (blocks, heads)
+    # (blocks, tokens, heads * size) -> (blocks, heads): the largest change over tokens and a head's features
+    changes = (reached[1:] - reached[:1]).abs().amax(1).reshape(-1, heads, size).amax(-1)
     owners = [_owner(change, number, blocks) for number, change in enumerate(changes)]
     pools = {pool for _, pool in owners} - {1}
-    if 0 in pools or len(pools) > 1:
+    if 0 in pools or len(pools) > 1:  # a block that reaches no heads of its own, or groups of two sizes
         return None
     numbers = [first if pool == 1 else heads + first // pool for first, pool in owners]
     index = torch.tensor(numbers, device=reached.device).repeat_interleave(features // blocks)

@@ -128,7 +128,8 @@ class Step:
         for mine, other in zip(self.cache.layers, cache.layers, strict=True):
             into += [mine.keys[:rows, :, :read], mine.values[:rows, :, :read]]
             out_of += [other.keys[:, :, :read], other.values[:, :, :read]]
-        torch._foreach_copy_(into, out_of)
+        torch._foreach_copy_(into, out_of)  # one launch for all layers
+        # What a former occupant left behind stays in the columns to come: unseen, and written over one by one.
         self._mask[:rows, 0, 0] = False
         self._mask[:rows, 0, 0, :read] = mask[:, :read].bool()
         seated = Seated(self, rows, read)
@@ -138,9 +139,10 @@ class Step:
     def advance(self, seated: Seated, ids: Tensor, positions: Tensor, plan: Plan | None, record: Record) -> Tensor:
         """The logits (rows, vocab) of one more token (rows, 1) each."""
         rows = seated.rows
+        # Only what is given into the places changes. The rows from `rows` on are computed as well, and thrown away.
         self._ids[:rows].copy_(ids)
         self._positions[:rows].copy_(positions)
-        self._column.fill_(seated.read)
+        self._column.fill_(seated.read)  # where the new keys and values go; one place for all rows
         self._mask[:rows, ..., seated.read] = True
         if self.plan is not None and isinstance(plan, SharedPlan):
             self.plan.refill(plan, rows)
@@ -187,12 +189,13 @@ class Steps:
             step = self._step(len(ids), mask.shape[1], plan, cache, coming)
             if step is None:
                 return None
+            # The first recorded step of a model is compared with a pass as any other; after that it is believed.
             plain = None if self._checked else self._lm.forward(ids, mask, positions, plan=plan, cache=cache, keep=1)
             seated = cache if isinstance(cache, Seated) and cache.step is step else step.seat(cache, mask)
         try:
             logits = step.advance(seated, ids, positions, plan, self._record)
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            if step.recorded:
+            if step.recorded:  # it has run before, so this is no limit of recording
                 raise
             self._off = True  # what it does depends on what it reads, it takes no such mask, or there is no room
             self._steps.clear()
@@ -218,6 +221,7 @@ class Steps:
                 return step
         if coming < _WORTH or not self._room(many, columns, cache):
             return None
+        # Steps with somebody in them are never dropped, so for a while there may be more than are kept.
         unused = [step for step in self._steps if step.free]
         for step in unused[: max(0, len(self._steps) - _KEPT + 1)]:
             self._steps.remove(step)
@@ -227,9 +231,10 @@ class Steps:
 
     def _room(self, rows: int, columns: int, cache: Any) -> bool:
         if any(getattr(layer, "keys", None) is None for layer in cache.layers):
-            return False
+            return False  # a layer that keeps something else (a state), or nothing yet
         if self._lm.device.type != "cuda":
             return True
+        # bytes of one row's column, of each layer's keys and values (rows, heads, columns, size)
         sizes = [t.shape[1] * t.shape[3] * t.element_size() for la in cache.layers for t in (la.keys, la.values)]
         return bool(rows * columns * sum(sizes) <= _SHARE * torch.cuda.mem_get_info(self._lm.device)[0])
 

@@ -1,4 +1,12 @@
-"""Where adapters can act: every linear layer of a model, which of them read the same input, and where the heads lie."""
+"""Where adapters can act: every linear layer of a model, which of them read the same input, and where the heads lie.
+
+Nothing of it is read off names or classes of architectures: the model is run, and who got what is noted. Of a block
+
+    x ──┬──► q_proj (576, 576)      group 0: one A for all three, since they get the very same tensor
+        ├──► k_proj (192, 576)      group 0
+        └──► v_proj (192, 576)      group 0
+    h ──────► o_proj (576, 576)     group 1
+"""
 
 from __future__ import annotations
 
@@ -85,6 +93,7 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for name, module in bare_modules(model):
+        # Of a wrapper that says it is linear and the linear layer in it, the outer one: what it gives goes on.
         if _says_linear(module) and not _is_own(module) and not _parents(name) & found.keys():
             found[name] = module
     return found
@@ -109,7 +118,7 @@ def _is_own(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or not any("forward" in vars(kind) for kind in kinds):
         return False
     x = torch.ones(2, 3, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
-    x[1] = -0.5
+    x[1] = -0.5  # two signs: what is done besides the product (a softmax, a choice) shows in one of them
     try:
         with torch.no_grad():
             y, wanted = type(module).forward(module, x), nn.functional.linear(x, module.weight, module.bias)
@@ -165,9 +174,9 @@ def multiplies(module: nn.Module, x: Tensor, y: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(x.shape, generator=generator).to(x) for _ in range(2))
     single = torch.zeros_like(x)
-    single[..., 0] = 1.0
+    single[..., 0] = 1.0  # what comes of it is the first column of the matrix
     with torch.no_grad():
-        zero = module(torch.zeros_like(x)).float()
+        zero = module(torch.zeros_like(x)).float()  # the bias
         alone, both = module(one).float() + module(other).float() - 2 * zero, module(one + other).float() - zero
         column = (module(single).float() - zero).abs().flatten(0, -2)[0]
     adds_up = (both - alone).abs().max() <= 0.1 * both.std()
@@ -209,6 +218,8 @@ def survey(model: Any) -> Topology:
     for name, (x, y) in {call.name: (call.x, call.y) for call in passes[0] if call.name in strangers}.items():
         if multiplies(strangers[name], x, y):
             linears[name], sizes[name] = strangers[name], (y.shape[-1], x.shape[-1])
+    # A layer that is called twice in a pass (shared between blocks) counts where it first was: reversed, so that the
+    # first call is the one that stays.
     calls = {call.name: call for call in reversed(passes[0]) if call.name in linears}
     # Layers that the pass did not reach, e.g. idle experts, come last and stand alone.
     order = list(dict.fromkeys([*(call.name for call in passes[0] if call.name in linears), *linears]))
@@ -225,6 +236,7 @@ def survey(model: Any) -> Topology:
         if one.experts or len(got) == len(PROBES):  # a router's is one only where a pass multiplies with it
             device = getattr(one.module, one.leaf).device
             layout = layout_of(got) if len(got) == len(PROBES) else None
+            # A group of its own: any number that no other site has, and len(sites) grows with every site.
             place = (layer(name), len(groups) + len(sites), device, layout, one.leaf, one.experts)
             sites.append(Site(name, one.module, one.out_features, one.in_features, *place))
     return Topology([*sites, *_embedding(model, len(groups) + len(sites))], lambda: find_heads(model, linears, sizes))
@@ -280,6 +292,7 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
     finally:
         for handle in handles:
             handle.remove()
+    # A model that computes with `layer.weight` itself reads the bytes of a packed one, and hands on integers.
     packed = [c.name for c in calls if isinstance(layers.get(c.name), nn.Linear) and not c.x.is_floating_point()]
     if packed:
         text = f"{type(model).__name__} takes the numbers of a packed weight for its own, and so breaks {packed[0]}"
@@ -290,6 +303,7 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
 def _groups(order: Sequence[str], calls: Mapping[str, _Call], devices: Mapping[str, torch.device]) -> dict[str, int]:
     """Equal numbers for layers that read the very same tensor on one device."""
     numbers: dict[tuple[object, torch.device], int] = {}
+    # The identity of the tensor, not its values: two inputs that are equal for this text need not be for another.
     keys = {name: (id(calls[name].x) if name in calls else name, devices[name]) for name in order}
     return {name: numbers.setdefault(key, len(numbers)) for name, key in keys.items()}
 

@@ -68,15 +68,16 @@ def choose(
         rows: settings and state of each.
         forbidden: tokens that each row may not take now.
     """
-    scores = _adjusted(logits, rows, forbidden or [()] * len(rows))
-    blocks = _best_of_blocks(scores)
-    best = blocks.amax(-1)  # a number that is none wins
+    scores = _adjusted(logits, rows, forbidden or [()] * len(rows))  # (rows, vocabulary) float32
+    blocks = _best_of_blocks(scores)  # (rows, blocks), read by both ways below: the vocabulary is gone through once
+    best = blocks.amax(-1)  # (rows,); a NaN wins over every number, so one check finds it wherever it stands
     fine = best.isfinite().tolist()
     drawn = [number for number, row in enumerate(rows) if fine[number] and not row.sampling.greedy]
     taken = [number for number, row in enumerate(rows) if fine[number] and row.sampling.greedy]
     chosen: list[int | None] = [None] * len(rows)
     for numbers, way in ((taken, _most_likely), (drawn, _drawn)):
         if numbers:
+            # Picking rows copies a vocabulary for each, so that is not done where all rows go one way.
             part = (scores, blocks) if len(numbers) == len(rows) else (scores[numbers], blocks[numbers])
             for number, token in zip(numbers, way(*part, [rows[number] for number in numbers]), strict=True):
                 chosen[number] = token
@@ -89,13 +90,13 @@ def _adjusted(logits: Tensor, rows: Sequence[RowSampler], forbidden: Sequence[Co
     barred = [(number, token) for number, tokens in enumerate(forbidden) for token in tokens]
     scores = logits.float().contiguous()
     if places:
-        where = torch.tensor(places, device=scores.device).unbind(1)
+        where = torch.tensor(places, device=scores.device).unbind(1)  # row and token of each, (penalised,) both
         strengths = torch.tensor([row.sampling.repetition_penalty for row in rows], dtype=torch.float64)
         penalty = strengths.to(scores.device)[where[0]]
         old = scores[where].double()
         # In double precision and back within the range of float32: a tiny penalty makes numbers huge, not infinite.
         new = torch.where(old > 0, old / penalty, old * penalty).clamp(-_WIDEST, _WIDEST)
-        scores[where] = torch.where(old.isfinite(), new, old).float()
+        scores[where] = torch.where(old.isfinite(), new, old).float()  # the clamp would make a number of -inf
     if barred:
         scores[torch.tensor(barred, device=scores.device).unbind(1)] = -torch.inf
     return scores
@@ -132,7 +133,7 @@ def _tokens_at(blocks: Tensor, places: Tensor) -> Tensor:
 
 def _most_likely(scores: Tensor, blocks: Tensor, _rows: Sequence[RowSampler]) -> list[int]:
     """The best token of every row, the first one of equals."""
-    best = blocks.argmax(-1, keepdim=True)
+    best = blocks.argmax(-1, keepdim=True)  # (rows, 1): the block, and then 64 tokens of it instead of all
     found: list[int] = _tokens_at(best, _values_of(scores, best).argmax(-1, keepdim=True))[:, 0].tolist()
     return found
 
@@ -140,10 +141,10 @@ def _most_likely(scores: Tensor, blocks: Tensor, _rows: Sequence[RowSampler]) ->
 def _drawn(scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     """A token for every row, drawn."""
     draw = _Draw(scores, blocks, rows)
-    found, unsure = draw.found()
-    if unsure and scores.is_cpu and draw.add_up(unsure):
+    found, unsure = draw.found()  # the 48 blocks were looked at
+    if unsure and scores.is_cpu and draw.add_up(unsure):  # all chances are added up
         found, unsure = draw.found()
-    if unsure:
+    if unsure:  # the nucleus is wider than what was looked at
         for number, token in zip(unsure, draw.exactly(unsure), strict=True):
             found[number] = token
     return found
@@ -173,18 +174,22 @@ class _Draw:
             values, self.tokens = scores.sort(dim=-1, descending=True, stable=True)
             self.least = self.most = self._best  # the sum that is known counts instead
         else:
-            few = blocks.topk(_FEW, dim=-1, sorted=False).indices
-            values = _values_of(scores, few)
+            few = blocks.topk(_FEW, dim=-1, sorted=False).indices  # (rows, 48)
+            values = _values_of(scores, few)  # (rows, 48 * 64)
             known = self._roughly(values).sum(-1).double()
-            others = self._roughly(blocks).scatter_(1, few, 0.0).sum(-1).double()
+            others = self._roughly(blocks).scatter_(1, few, 0.0).sum(-1).double()  # of each other block its best
+            # The 48 best tokens of all lie in the 48 blocks with the largest bests: each of any other block has 48
+            # bests above it.
             values, where = values.topk(_FEW, dim=-1)
             values, self.tokens = _sorted(values, _tokens_at(few, where))
+            # Of the other blocks at least the best token counts, and at most all 64 are as good as it.
             self.least = (known + others) * (1 - _ROUNDING)
             self.most = (known + others * _BLOCK) * (1 + _ROUNDING)
-        self._chance = self._chances(values)
+        self._chance = self._chances(values)  # (rows, 48), or (rows, vocabulary) of a small one; falling
 
     def found(self) -> tuple[list[int], list[int]]:
         """A token for every row, and the numbers of the rows whose nucleus the bounds leave open."""
+        # A larger sum of all makes a larger nucleus. Where both ends give the same one, so does the sum itself.
         low, known_low, place, _ = self._nuclei(self.least)
         high, known_high, _, _ = self._nuclei(self.most)
         unsure: list[int] = ((low != high) | ~known_low | ~known_high).nonzero()[:, 0].tolist()
@@ -196,6 +201,7 @@ class _Draw:
 
         All chances in single precision, added up in double.
         """
+        # The smallest sum makes the smallest nucleus: where that is too wide for the few, no exact sum helps.
         _, possible, _, _ = self._nuclei(self.least)
         able = possible.tolist()
         for number in (number for number in numbers if able[number]):
@@ -234,9 +240,11 @@ class _Draw:
         total = float(sums[-1])
         if not 0 < total < float("inf"):
             return None
+        # Drawing among all and taking the first that lies in the nucleus is drawing from the nucleus.
         outside = 0.0  # the largest chance that was found to lie outside
         for _ in range(_TRIES):
             goal = float(self._uniform[number]) * total
+            # First the block in which the running sum passes the goal, then the token in it.
             block = min(int(torch.searchsorted(sums, goal, right=True)), len(sums) - 1)
             first = block * _BLOCK
             within = chances[first : first + _BLOCK].double().cumsum(0) + (sums[block - 1] if block else 0.0)
@@ -256,6 +264,7 @@ class _Draw:
         above += chance * int((chances[:token] == chance).count_nonzero())
         if abs(above - top_p * total) > _CLOSE * total:
             return above < top_p * total
+        # Too close for single precision to tell; rare enough to do all of it again in double.
         exact = ((self._scores[number].double() - self._best[number]) / self._heat[number]).exp()
         above = float(exact[exact > exact[token]].sum())
         above += float(exact[token]) * int((exact[:token] == exact[token]).count_nonzero())
@@ -286,6 +295,10 @@ def _places(
 
     Without a nucleus (top_p of 1) only the latter may be known; what is not needs more tokens than these.
 
+    With chances 1, 0.5, 0.25, 0.125, ... of a total of 2 and top_p 0.8, what is above the third token has 1.5 < 1.6 and
+    what is above the fourth 1.75: the nucleus is the first three. A number of 0.9 falls at 0.9 * 1.75 = 1.575, past the
+    first two (1.5), and so on the third.
+
     Args:
         chance: (rows, n) in falling order. total: (rows,) the sum over the whole vocabulary.
         top_p, top_k, uniform: (rows,) settings, infinity for no top_k, and random numbers.
@@ -294,12 +307,13 @@ def _places(
     count = chance.shape[1]
     chance = chance * (torch.arange(count, device=chance.device) < top_k[:, None])
     sums = chance.cumsum(-1)
-    complete = (top_k <= count) | whole  # what lies beyond has no chance
+    complete = (top_k <= count) | whole  # what lies beyond has no chance, so the sum of these is that of all
     total = torch.where(complete, sums[:, -1], total)
     nucleus = ((sums - chance) < (top_p * total)[:, None]) & (chance > 0)  # at least one, since 0 < top_p * total
     inside = torch.where(top_p < 1, nucleus.sum(-1), top_k.clamp(max=count).long())
     mass = torch.where(top_p < 1, sums.gather(1, inside[:, None] - 1)[:, 0], total)
-    place = (sums <= (uniform * mass)[:, None]).sum(-1)
+    place = (sums <= (uniform * mass)[:, None]).sum(-1)  # how many tokens lie wholly below the draw
+    # A nucleus that takes all n may go on behind them. With a top_k over n the total is that of k tokens, unknown here.
     known = complete | ((top_p < 1) & (inside < count) & top_k.isinf())
     return inside, known, torch.minimum(place, inside - 1), known | ((top_p >= 1) & (place < count) & top_k.isinf())
 

@@ -1,4 +1,14 @@
-"""Which adapters a runtime holds: resolves references, checks them against the base, and makes them resident."""
+"""Which adapters a runtime holds: resolves references, checks them against the base, and makes them resident.
+
+Three tables say what a term of a request means. After `load("./voices/emotion", name="mine")` and a request for
+"org/logic emotion" they are
+
+    infos     mine: ./voices/emotion     logic: hub org/logic     emotion: the shipped one     what is in the bank
+    aliases   "org/logic": logic         "emotion": emotion       references that need not be looked up again
+    given     {mine}                                              what `load` returned; wins over the registry
+
+`infos` is replaced and never changed, so that other threads may read it without the lock.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +119,7 @@ class Residents:
         parsed = Reference.of(reference)
         if name is not None:
             check_name(name)
-        with self._lock:
+        with self._lock:  # while it is read, too: two requests for one adapter read it once
             resident = self._load(parsed, name, allow_base_mismatch)
             self._given |= {resident}
         return resident
@@ -153,7 +163,7 @@ class Residents:
         Raises:
             LoraRtError: terms that can't be loaded; all of the row's are named.
         """
-        names = RequestNames(self._registry.compositions, self._given)
+        names = RequestNames(self._registry.compositions, self._given)  # one look for all rows of a request
         return [[] if composition is None else self._of_row(composition, names) for composition in compositions]
 
     def _of_row(self, composition: Composition, names: RequestNames) -> list[ResolvedTerm]:
@@ -162,6 +172,7 @@ class Residents:
         for term in composition.terms:
             try:
                 parts = [self._resolved(part) for part in expanded(term, names, self._base.facts)]
+                # All terms of a named composition have the mode that it has itself, or none.
                 found += self._mixed(term, parts, names) if parts[0].term.mode else parts
             except LoraRtError as error:
                 failures.append(error)
@@ -233,6 +244,8 @@ class Residents:
 
     def _load(self, reference: Reference, name: str | None, allow_base_mismatch: bool = False) -> str:
         """Find, check against the base and make resident, in one pass over the files."""
+        # The registry chooses among adapters of one name by the base that they state; the inspection refuses what was
+        # chosen. Without the former the wrong one would be found, without the latter a path would not be checked.
         anyway = allow_base_mismatch or self._registry.allow_base_mismatch
         resolved = self._registry.find(reference, self._base.identity, allow_base_mismatch=anyway)
         inspected = inspect_adapter(
@@ -244,7 +257,7 @@ class Residents:
             own=own_weights(self._base.model),
             load=True,
         )
-        self._modes.require(inspected.mode)
+        self._modes.require(inspected.mode)  # before it takes a place in the bank, where nobody could weigh it
         resident = name or self._free_name(inspected)
         self._make_resident(resolved, inspected, resident)
         # Another reference may have led to an adapter that had this name before.
