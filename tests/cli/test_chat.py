@@ -148,7 +148,7 @@ def endless(base: Path, folder: Path) -> Path:
 
 def test_a_chat_at_a_terminal(zoo: Zoo, tmp_path: Path) -> None:
     one, two = (str(zoo.adapter("llama", seed=seed)) for seed in (1, 2))
-    base = endless(zoo.base("llama"), tmp_path)
+    base = endless(zoo.base("llama", max_position_embeddings=65536), tmp_path)  # no answer fills it
     tiny = ["--base", str(base), "--allow-base-mismatch", "--precision", "float32"]
     with chat(one, *tiny, "--max-new-tokens", "4000", "--seed", "1") as terminal:
         terminal.see("Type a message, or /help.")
