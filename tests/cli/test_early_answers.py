@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.cli import Cli
+from support.light import Light, light
 from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "matplotlib")
 
-
-def heavy_after(arguments: list[str], *, without: str = "") -> tuple[int, str, set[str]]:
-    """Exit code, standard error, and which heavy libraries a run of the command line imported.
-
-    Args:
-        arguments: of lora-rt.
-        without: a library that is not installed.
-    """
-    code = (
-        "import importlib.util, sys\n"
-        f"sys.argv = ['lora-rt', *{arguments!r}]\n"
-        "find = importlib.util.find_spec\n"
-        f"importlib.util.find_spec = lambda name, *rest: None if name == {without!r} else find(name, *rest)\n"
-        "from lora_rt.core.cli.app import run\n"
-        "try: run()\n"
-        "except SystemExit as ended: code = ended.code\n"
-        f"print('HEAVY', code, *(set({HEAVY!r}) & set(sys.modules)))"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
-    _, found, *heavy = ended.stdout.splitlines()[-1].split()
-    return int(found), ended.stderr, set(heavy)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Light]:
+    """`run(["compose", "emotion"])`, in a process without torch."""
+    with light(tmp_path_factory.mktemp("light")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -96,7 +78,7 @@ def data(tmp_path: Path) -> Path:
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(
-    arguments: list[str], code: int, named: str, data: Path, tmp_path: Path
+    arguments: list[str], code: int, named: str, data: Path, tmp_path: Path, run: Light
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"scene": "a", "text": "b"}\n{\n')
@@ -104,9 +86,9 @@ def test_a_mistake_is_answered_before_torch_is_imported(
     folder.mkdir()
     places = {"BAD": bad, "GOOD": data, "FOLDER": folder}
     given = [re.sub("BAD|GOOD|FOLDER", lambda found: str(places[found[0]]), word) for word in arguments]
-    found, err, heavy = heavy_after(given)
-    assert (found, heavy) == (code, set())
-    assert named in err
+    done = run(given)
+    assert (done.code, done.heavy) == (code, set()), done.err
+    assert named in done.err
 
 
 @pytest.mark.parametrize(
@@ -117,18 +99,17 @@ def test_a_mistake_is_answered_before_torch_is_imported(
         ["bench", "--quick", "--plot", "m.png"],
     ],
 )
-def test_a_missing_matplotlib_is_said_before_anything_is_measured(arguments: list[str], data: Path) -> None:
-    given = [word.replace("GOOD", str(data)) for word in arguments]
-    code, err, heavy = heavy_after(given, without="matplotlib")
-    assert (code, heavy) == (1, set())
-    assert "needs matplotlib. Install it with: pip install 'lora-rt[plot]'" in err
+def test_a_missing_matplotlib_is_said_before_anything_is_measured(arguments: list[str], data: Path, run: Light) -> None:
+    done = run([word.replace("GOOD", str(data)) for word in arguments], without="matplotlib")
+    assert (done.code, done.heavy) == (1, set()), done.err
+    assert "needs matplotlib. Install it with: pip install 'lora-rt[plot]'" in done.err
 
 
-def test_an_adapter_for_another_base_is_refused_before_torch_is_imported(zoo: Zoo) -> None:
+def test_an_adapter_for_another_base_is_refused_before_torch_is_imported(zoo: Zoo, run: Light) -> None:
     base = str(zoo.base("llama", changes={"hidden_size": 32, "head_dim": 8}))
-    code, err, heavy = heavy_after(["compose", "emotion", "-p", "ab", "--base", base, "--precision", "float32"])
-    assert (code, heavy) == (1, set())
-    assert "Use --base default" in err
+    done = run(["compose", "emotion", "-p", "ab", "--base", base, "--precision", "float32"])
+    assert (done.code, done.heavy) == (1, set()), done.err
+    assert "Use --base default" in done.err
 
 
 @pytest.mark.parametrize(
