@@ -22,9 +22,11 @@ from lora_rt.registry.strict_json import shown
 
 MAX_SCALING = 1000.0
 MAX_PATTERNS = 10_000
+MAX_SLOW = 100  # of them those that Python is not trusted with
 MAX_WHOLE = 100
 MAX_TOKENS = 512  # each is a rank as wide as the vocabulary
 
+_DEFAULT = 8  # PEFT's r and lora_alpha, where a configuration leaves them out
 _MERGE = "merge it into its base, and extract a plain LoRA"
 _EXACT = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
@@ -93,8 +95,8 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
     if problems:
         return None, [f"{CONFIG}: {problem}" for problem in problems]
     settings = LoraSettings(
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
+        rank=config.get("r", _DEFAULT),
+        alpha=float(config.get("lora_alpha", _DEFAULT)),
         rslora=config.get("use_rslora") or False,
         lora_bias=config.get("lora_bias") or False,
         all_linear=config["target_modules"] == "all-linear",
@@ -215,7 +217,7 @@ def _numbers(config: dict[str, Any]) -> list[str]:
         for field in ("use_rslora", "lora_bias", "use_dora", "fan_in_fan_out")
         if config.get(field) is not None and not isinstance(config[field], bool)
     ]
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank, alpha = config.get("r", _DEFAULT), config.get("lora_alpha", _DEFAULT)
     found = [f"r is {text}" for text in [_rank_problem(rank)] if text]
     found += [f"lora_alpha is {text}" for text in [_alpha_problem(alpha)] if text]
     if not found and isinstance(rank, int) and isinstance(alpha, int | float):
@@ -256,4 +258,6 @@ def _patterns(config: dict[str, Any], field: str, problem: Any) -> tuple[list[Pa
             problems.append(f"{field}[{shown(key)}] is {wrong}")
         if compiled is not None and not wrong:
             patterns.append((compiled, float(value)))
+    if sum(1 for pattern, _ in patterns if not pattern.quick) > MAX_SLOW:
+        problems.append(f"{field} has more than {MAX_SLOW} patterns with optional parts or lookarounds")
     return patterns, problems

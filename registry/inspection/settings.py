@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-Pattern = tuple[re.Pattern[str], float]
+from lora_rt.registry.inspection.patterns import TamePattern
+
+Pattern = tuple[TamePattern, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +68,4 @@ class LoraSettings:
 
 
 def _first(patterns: Sequence[Pattern], paths: Sequence[str], default: float) -> float:
-    return next((value for pattern, value in patterns if any(pattern.match(path) for path in paths)), default)
+    return next((value for pattern, value in patterns if any(pattern.fullmatch(path) for path in paths)), default)

@@ -1,7 +1,7 @@
 """Which modules a configuration adapts: `target_modules` and its neighbours, with PEFT's meaning.
 
-A pattern that can't be matched safely (lookarounds, optional groups, nested repeats) is never matched: the tensors say
-which modules are adapted, and a list or a plain pattern is only the second witness.
+A pattern that can't be matched safely (see `patterns`) is never matched: the tensors say which modules are adapted, and
+a list or a plain pattern is only the second witness.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lora_rt.registry.inspection.patterns import compile_tame
+from lora_rt.registry.inspection.patterns import TamePattern, compile_tame
 from lora_rt.registry.strict_json import shown
 
 MAX_TARGETS = 10_000
@@ -18,6 +18,7 @@ Selects = Callable[[str], bool]
 
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,300}")
 _NUMBERED = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
+_NUMBER = re.compile(r"\.(?P<layer>\d+)\.")
 
 
 def selector(config: dict[str, Any]) -> tuple[Selects | None, list[str]]:
@@ -79,7 +80,7 @@ def _regex(value: str) -> Selects | None:
     if value == "all-linear":
         return lambda module: True
     compiled = compile_tame(value)
-    return None if compiled is None else lambda module: compiled.fullmatch(module) is not None
+    return None if compiled is None else compiled.fullmatch
 
 
 def _layers(value: Any, problems: list[str]) -> frozenset[int]:
@@ -96,20 +97,22 @@ def _is_layer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_TARGETS
 
 
-def _layer_patterns(value: Any, problems: list[str]) -> list[re.Pattern[str]]:
+def _layer_patterns(value: Any, problems: list[str]) -> list[TamePattern]:
     names = [value] if isinstance(value, str) else value or []
     if not isinstance(names, list) or len(names) > 100 or not all(isinstance(n, str) for n in names):
         problems.append(f"layers_pattern is {shown(value)}, not a list of names")
         return []
-    names = [name for name in names if name]
-    problems += [
-        f"layers_pattern holds {shown(n)}, which is not a module name" for n in names if not _PATH.fullmatch(n)
-    ]
-    return [re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(?P<layer>\d+)\.") for name in names]
+    patterns = {name: compile_tame(rf"(?:|.*\.)(?:{name})") for name in names if name}
+    problems += [f"layers_pattern holds {shown(n)}, which is not a module name" for n, p in patterns.items() if not p]
+    return [pattern for pattern in patterns.values() if pattern]
 
 
-def _layer_of(module: str, patterns: list[re.Pattern[str]]) -> int | None:
-    for pattern in patterns or [_NUMBERED]:
-        if found := pattern.match(module):
+def _layer_of(module: str, patterns: list[TamePattern]) -> int | None:
+    if not patterns:
+        found = _NUMBERED.match(module)
+        return int(found["layer"]) if found else None
+    for pattern in patterns:
+        end = pattern.first_end(module, lambda rest: _NUMBER.match(rest) is not None)
+        if end is not None and (found := _NUMBER.match(module[end:])):
             return int(found["layer"])
     return None

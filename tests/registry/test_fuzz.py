@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import struct
 import time
 from pathlib import Path
@@ -126,8 +127,39 @@ def test_any_number_is_judged_by_its_value(folder: Path, key: int, bits: int) ->
         raise AssertionError(f"{number} was refused")
 
 
+PIECES = [
+    "a",
+    "q",
+    "_",
+    r"\.",
+    ".",
+    "*",
+    "+",
+    "?",
+    "(",
+    "(?:",
+    "(?!",
+    "(?<=q",
+    ")",
+    "[^q]",
+    "[a-q]",
+    "|",
+    r"\d",
+    r"\b",
+    "$",
+]
+
+
 @settings(QUICK, max_examples=1000)
-@given(pattern=st.text(alphabet="aq_.*+?()[]{}|\\d1,^$w", max_size=40))
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=9))
+def test_a_regex_that_is_compiled_matches_what_python_matches(pieces: list[str]) -> None:
+    compiled = compile_tame("".join(pieces))
+    for text in ("", "q", "a.q1", "aa_q", "q.a_q") if compiled else ():
+        assert compiled.fullmatch(text) == bool(re.fullmatch("".join(pieces), text))
+
+
+@settings(QUICK, max_examples=1000)
+@given(pattern=st.text(alphabet="aq_.*+?()[]{}|\\d1,^$w=!<", max_size=40))
 def test_a_regex_that_is_compiled_cannot_hang(pattern: str) -> None:
     compiled = compile_tame(pattern)
     if compiled is None:

@@ -48,6 +48,14 @@ def _config(**changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+def _without(*names: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        found = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({key: value for key, value in found.items() if key not in names}))
+
+    return edit
+
+
 def _keys(rename: Callable[[str], str]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         found = {rename(key): value for key, value in load_file(folder / WEIGHTS).items()}
@@ -99,7 +107,18 @@ def _made() -> dict[str, Variant]:
         "ranks, alphas, rank-stabilised": Variant(
             {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}, "use_rslora": True}
         ),
+        "ranks and alphas by patterns": Variant(
+            {
+                "target_modules": attention,
+                "rank_pattern": {r"self_attn\.(q|k)(_proj)?": 2},
+                "alpha_pattern": {
+                    r"(?!.*v_proj)(model\.)?layers\.0\.": 3,
+                    r"layers\.(?:1[0-9]|[0-9])\.[^.]+\.\w_proj": 5,
+                },
+            }
+        ),
         "layers": Variant({"layers_to_transform": [1], "target_modules": attention}),
+        "layers by a pattern": Variant({"layers_to_transform": [0], "layers_pattern": "(model.layers|h)"}),
         "one layer": Variant({"layers_to_transform": 0, "layers_pattern": "layers"}),
         "excluded": Variant({"target_modules": attention, "exclude_modules": ["k_proj"]}),
         "excluded by a pattern": Variant({"target_modules": attention, "exclude_modules": r".*\.0\..*k_proj"}),
@@ -176,6 +195,7 @@ def _made() -> dict[str, Variant]:
         "IA3": Variant(edit=_config(peft_type="IA3")),
         "QA-LoRA": Variant(edit=_config(use_qalora=True)),
         "a field of the future": Variant(edit=_config(new_thing=True)),
+        "without r and alpha": Variant({"r": 8, "lora_alpha": 8}, edit=_without("r", "lora_alpha")),
         "pickled": Variant(edit=_as_bin),
         "pickled, converted": Variant(edit=_as_bin, convert=True),
         "DoRA, pickled, converted": Variant({"use_dora": True}, edit=_as_bin, convert=True),
