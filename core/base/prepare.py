@@ -63,7 +63,7 @@ def prepare_base(source: BaseSource, precision: Precision) -> PreparedBase:
     if source.kind == "gguf":
         assert source.path is not None
         gguf = source.path
-        return _keep(identify(source), precision, lambda folder: _convert_gguf(gguf, folder, precision))
+        return keep(identify(source), precision, lambda folder: _convert_gguf(gguf, folder, precision))
     if source.kind == "hub":
         return _prepare_folder(_fetch_hub(source), precision, source.text)
     assert source.path is not None
@@ -75,7 +75,7 @@ def _prepare_default(precision: Precision) -> PreparedBase:
         gguf = default.fetch_gguf(home.bases() / "downloads")
         _convert_gguf(gguf, folder, precision)
 
-    return _keep(default.IDENTITY, precision, build)
+    return keep(default.IDENTITY, precision, build)
 
 
 def _prepare_folder(dense: Path, precision: Precision, hub_id: str | None = None) -> PreparedBase:
@@ -94,19 +94,22 @@ def _prepare_folder(dense: Path, precision: Precision, hub_id: str | None = None
         identity = BaseIdentity(hub_id, dense.name, identity.digest)
     if kept is not None or precision not in QUANTIZED:
         return PreparedBase(dense, identity, kept if kept not in (None, *QUANTIZED) else None)
-    kept_folder = _keep(identity, precision, lambda folder: _quantize(dense, folder, precision))
+    kept_folder = keep(identity, precision, lambda folder: _quantize(dense, folder, precision))
     return replace(kept_folder, dense=dense)
 
 
-def _keep(identity: BaseIdentity, precision: Precision, build: Callable[[Path], None]) -> PreparedBase:
-    """The kept folder; `build` fills an empty one beside it first where there is none. One builder at a time."""
+def keep(identity: BaseIdentity, form: str, build: Callable[[Path], None]) -> PreparedBase:
+    """The kept folder of a form of the base, as a precision is one; where there is none, `build` fills an empty one.
+
+    One builder at a time.
+    """
     name = re.sub(r"[^A-Za-z0-9.]+", "-", identity.id).strip("-.") or "base"
     family = home.bases() / f"{name}-{identity.digest[:12]}"
-    folder = family / precision
+    folder = family / form
     if _is_whole(folder, identity):
         return PreparedBase(folder, identity)
     family.mkdir(parents=True, exist_ok=True)
-    with FileLock(family / f".{precision}.lock"):
+    with FileLock(family / f".{form}.lock"):
         if not _is_whole(folder, identity):
             _build(family, folder, identity, build)
     return PreparedBase(folder, identity)

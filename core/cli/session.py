@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_rt.core.cli.lean import import_lean
 
 if TYPE_CHECKING:
+    from lora_rt.core.llama_cpp.runtime import LlamaRuntime
     from lora_rt.core.runtime import Runtime
     from lora_rt.plugins.manager import ModeHost
     from lora_rt.registry.registry import Registry
@@ -67,6 +68,18 @@ class Session:
         made = Runtime.load(base, precision=precision, device=device, **text)
         made.parts.weigher.told |= {"doubled", "sum", "negative"}  # commands warn before they load a base
         return made
+
+    def llama_cpp(self, base: str, device: str, **text: Any) -> LlamaRuntime:
+        """A GGUF base for llama.cpp, with these modes and this registry; `text` as for `runtime`.
+
+        Raises:
+            LoraRtError: with what went wrong and what to do.
+        """
+        from lora_rt.core.base.precision import check_device
+        from lora_rt.core.llama_cpp.runtime import LlamaRuntime
+
+        check_device(device)
+        return LlamaRuntime.load(base, registry=self.registry, modes=self.modes, device=device, **text)
 
 
 def session() -> Session:

@@ -6,8 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_rt.core.requests.residents import AdapterInfo
 from lora_rt.plugins.contract import BaseFacts
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOrigin:
+    """An adapter that speaks, and where it came from."""
+
+    name: str
+    mode: str
+    source: str
+    revision: str | None
+    sha256: str
+
+    def term(self, weight: float) -> dict[str, Any]:
+        """The JSON form of the adapter as a term of an answer."""
+        return {
+            "name": self.name,
+            "weight": weight,
+            "mode": self.mode,
+            "source": self.source,
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +39,7 @@ class Answer:
     text: str
     base: BaseFacts
     seed: int
-    terms: Sequence[tuple[AdapterInfo, float]]
+    terms: Sequence[tuple[AdapterOrigin, float]]
     tokens: int
     seconds: float
 

@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
 
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.prompts import TextFormat
+from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.mixes import Mix, read_mix
 from lora_rt.core.requests.named import check_pin, expanded, named_composition
@@ -43,30 +43,14 @@ _log = logging.getLogger("lora_rt.requests")
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterInfo:
+class AdapterInfo(AdapterOrigin):
     """A resident adapter, for people and tables. `rank` is the largest among its modules; `modules` counts them."""
 
-    name: str
     register: str
-    mode: str
     rank: int
     modules: int
-    source: str
-    revision: str | None
-    sha256: str
     why: str
     card: AdapterCard | None
-
-    def term(self, weight: float) -> dict[str, Any]:
-        """The JSON form of the adapter as a term of an answer."""
-        return {
-            "name": self.name,
-            "weight": weight,
-            "mode": self.mode,
-            "source": self.source,
-            "revision": self.revision,
-            "sha256": self.sha256,
-        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -35,8 +35,13 @@ def llama_arrays(model: Any) -> Arrays:
     return found
 
 
-def write_llama(path: Path, config: Any, arrays: Arrays, tokens: list[str]) -> Path:
-    """A whole GGUF model in float32, with a vocabulary of plain tokens that merge with nothing."""
+def write_llama(
+    path: Path, config: Any, arrays: Arrays, tokens: list[str], *, control: int = 0, template: str = ""
+) -> Path:
+    """A whole GGUF model in float32, with a vocabulary of tokens of which the last is the last two before it merged.
+
+    The first `control` of them are control tokens.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
@@ -52,8 +57,11 @@ def write_llama(path: Path, config: Any, arrays: Arrays, tokens: list[str]) -> P
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges([f"{tokens[-2]} {tokens[-1]}"])
+    kinds = [gguf.TokenType.CONTROL] * control + [gguf.TokenType.NORMAL] * (len(tokens) - control)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{tokens[-3]} {tokens[-2]}"])
+    if template:
+        writer.add_chat_template(template)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, array in arrays.items():

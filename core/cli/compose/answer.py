@@ -17,9 +17,12 @@ from lora_rt.core.cli.wrapping import WordWrap
 from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
+    from lora_rt.core.llama_cpp.runtime import LlamaRuntime, LlamaStream
     from lora_rt.core.requests.answered import Answer
     from lora_rt.core.requests.running import RowStream
     from lora_rt.core.runtime import Runtime
+
+    Speaking = RowStream | LlamaStream
 
 
 def answer(request: ComposeRequest, *, as_json: bool) -> None:
@@ -34,7 +37,10 @@ def answer(request: ComposeRequest, *, as_json: bool) -> None:
 
 
 def speak(
-    runtime: Runtime, request: ComposeRequest, prompt: Any, between: Callable[[RowStream], str] | None = None
+    runtime: Runtime | LlamaRuntime,
+    request: ComposeRequest,
+    prompt: Any,
+    between: Callable[[Speaking], str] | None = None,
 ) -> str:
     """Stream an answer to standard output and return it.
 
@@ -67,7 +73,7 @@ def _show(text: str) -> None:
     out.file.flush()
 
 
-def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
+def show_terms(runtime: Runtime | LlamaRuntime, request: ComposeRequest) -> None:
     """Which adapters speak, with which weight, and where each came from; on standard error."""
     lines = []
     terms = runtime.terms(request.composition)
@@ -86,7 +92,7 @@ def show_terms(runtime: Runtime, request: ComposeRequest) -> None:
         err.print(line, soft_wrap=not err.is_terminal)
 
 
-def _answered(runtime: Runtime, request: ComposeRequest, prompt: str) -> Answer:
+def _answered(runtime: Runtime | LlamaRuntime, request: ComposeRequest, prompt: str) -> Answer:
     from lora_rt.core.requests.answered import Answer
 
     started = time.perf_counter()

@@ -17,7 +17,8 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import LoraRtError
 
 if TYPE_CHECKING:
-    from lora_rt.core.requests.running import RowStream
+    from lora_rt.core.cli.compose.answer import Speaking
+    from lora_rt.core.llama_cpp.runtime import LlamaRuntime
     from lora_rt.core.runtime import Runtime
 
 _HELP = """\
@@ -33,7 +34,7 @@ Ctrl-C stops an answer. What you type during one is the next message."""
 class Chat:
     """The conversation so far, and the request that the next answer is made with."""
 
-    runtime: Runtime
+    runtime: Runtime | LlamaRuntime
     request: ComposeRequest
     keyboard: Keyboard = field(default_factory=Keyboard)
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Chat:
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         self.request = replace(self.request, seed=self.request.seed + 1)
 
-    def _between(self, stream: RowStream) -> str:
+    def _between(self, stream: Speaking) -> str:
         """Weights that were typed while an answer is shown hold from its next token on; a note about each."""
         notes = []
         for line in self.keyboard.poll():

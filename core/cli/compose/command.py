@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import ComposeRequest, normalized
+from lora_rt.core.cli.compose.request import ComposeRequest, check_engine, normalized
 
 
 def compose(
@@ -20,6 +20,12 @@ def compose(
     allow_base_mismatch: options.AllowBaseMismatch = False,
     precision: options.Precision = "int4",
     device: options.Device = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", help="What computes: torch, or llama.cpp, which is faster for one answer without gates."
+        ),
+    ] = "torch",
     multiply: options.Multiply = None,
     scene: options.Scene = None,
     normalize: options.Normalize = None,
@@ -52,12 +58,14 @@ def compose(
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt with a weighted composition of registers, or chat with it."""
+    check_engine(engine, precision=precision, multiply=multiply, scene=scene, after=after)
     request = ComposeRequest.checked(
         normalized(options.composition_of(specs), normalize),
         options.piped() if prompt is None else prompt,
         base=base,
         precision=precision,
         device=device,
+        engine=engine,
         scene=scene,
         after=after,
         max_new_tokens=max_new_tokens,

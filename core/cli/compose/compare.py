@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from lora_rt.core.cli.compose.answer import show_terms
-from lora_rt.core.cli.compose.request import ComposeRequest
+from lora_rt.core.cli.compose.request import TORCH, ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.requests.composition import Composition
 from lora_rt.plugins.contract.terminal import harmless
@@ -25,7 +25,8 @@ def compare_answers(request: ComposeRequest, *, as_json: bool, deterministic: bo
     whole = str(request.composition)
     specs: list[str | None] = [None, *alone, *([whole] if whole not in alone else [])]
     compositions = [Composition.of(spec) for spec in specs]
-    with err.status(f"{_count(len(specs))} in one batch"):
+    how = "in one batch" if request.engine == TORCH else "one after the other"
+    with err.status(f"{_count(len(specs))} {how}"):
         texts = runtime.generate(
             [request.asked(request.prompt)] * len(specs),
             compositions,

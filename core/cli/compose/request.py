@@ -29,6 +29,7 @@ from lora_rt.registry.resolved import Resolved
 
 if TYPE_CHECKING:
     from lora_rt.core.generation.messages import Prompt
+    from lora_rt.core.llama_cpp.runtime import LlamaRuntime
     from lora_rt.core.runtime import Runtime
 
 # Where answers are sampled and nothing else is said. Chosen by reading: without a penalty the samples of a small base
@@ -37,6 +38,7 @@ TOP_P = 0.9
 REPETITION_PENALTY = 1.1
 
 
+TORCH, LLAMA_CPP = "torch", "llama.cpp"
 _NEUTRAL = "neutral"  # a scene that belongs to no type
 
 
@@ -59,6 +61,7 @@ class ComposeRequest:
     system: str | None = None
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     special_tokens: bool = False
+    engine: str = TORCH
 
     @classmethod
     def checked(
@@ -103,15 +106,14 @@ class ComposeRequest:
         caution(composition, request.base)
         return request
 
-    def load(self) -> Runtime:
+    def load(self) -> Runtime | LlamaRuntime:
         """The runtime of this request, with its adapters resident."""
-        runtime = session().runtime(
-            self.base,
-            self.precision,
-            self.device,
-            template_variables=self.template_variables,
-            special_tokens=self.special_tokens,
-        )
+        text = {"template_variables": self.template_variables, "special_tokens": self.special_tokens}
+        runtime: Runtime | LlamaRuntime
+        if self.engine == TORCH:
+            runtime = session().runtime(self.base, self.precision, self.device, **text)
+        else:
+            runtime = session().llama_cpp(self.base, self.device, **text)
         runtime.terms(self.composition)
         return runtime
 
@@ -133,6 +135,31 @@ class ComposeRequest:
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return [{"role": "system", "content": self.system}, *messages]
+
+
+def check_engine(engine: str, *, precision: str, **only_torch: object) -> None:
+    """Whether an engine is one, and takes the options that were given.
+
+    Args:
+        precision: a GGUF file has a precision of its own.
+        only_torch: what only our own engine reads, by the options' names; None where they were left out.
+
+    Raises:
+        UsageError: it is none, or does not.
+        LoraRtError: it is not installed.
+    """
+    if engine == TORCH:
+        return
+    if engine != LLAMA_CPP:
+        raise UsageError(f"there is no engine {engine!r}", next_step=f"Use --engine {TORCH} or --engine {LLAMA_CPP}")
+    given = [f"--{name}" for name, value in only_torch.items() if value]
+    given += ["--precision"] if precision != "int4" else []
+    if given:
+        text = f"llama.cpp has no use for {' and '.join(given)}"
+        raise UsageError(text, next_step=f"Leave {'it' if len(given) == 1 else 'them'} out, or use --engine {TORCH}")
+    from lora_rt.core.llama_cpp.server import check_installed
+
+    check_installed()
 
 
 def look_up(composition: Composition, base: str | None = None) -> list[Resolved]:

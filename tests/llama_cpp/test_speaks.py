@@ -1,0 +1,97 @@
+"""llama.cpp says what our own engine says, by the same rules of text, over the same GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_rt.core.llama_cpp.runtime import LlamaRuntime
+from lora_rt.core.llama_cpp.server import LlamaServer
+from lora_rt.core.runtime import Runtime
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+from lora_rt.plugins.manager import load_modes
+from lora_rt.registry.registry import Registry
+from support.tiny import Zoo, mode_host
+
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture
+def llama(gguf: Path) -> Iterator[LlamaRuntime]:
+    made = LlamaRuntime.load(str(gguf), registry=Registry(), modes=load_modes(), device="cpu")
+    yield made
+    made.close()
+
+
+PROMPTS: list[Any] = [
+    "ab",
+    "<eos> is text, é too",
+    [{"role": "system", "content": "be kind"}, {"role": "user", "content": "ab"}],
+]
+
+
+def test_greedy_texts_are_those_of_the_torch_engine_whatever_the_scales(
+    llama: LlamaRuntime, torch_runtime: Runtime, adapters: tuple[str, str]
+) -> None:
+    one, other = adapters
+    specs = [None, one, f"{one}:0.7 {other}:-0.6", f"{other}:2 {one}:0 {other}:-0.5"]
+    rows = [(prompt, spec) for prompt in PROMPTS for spec in specs]
+    prompts, compositions = [row[0] for row in rows], [row[1] for row in rows]
+    for settings in ({}, {"repetition_penalty": 1.4}, {"stop": ["a"]}):
+        asked = {"max_new_tokens": 12, **settings}
+        told = torch_runtime.generate(prompts, compositions, deterministic=True, **asked)
+        assert llama.generate(prompts, compositions, **asked) == told
+        assert len(set(told)) > 6
+
+
+def test_an_adapter_that_its_mode_gates_is_refused(gguf: Path, zoo: Zoo) -> None:
+    class Fading:
+        @hookimpl
+        def lora_rt_gate(context: GateContext) -> Gate:  # type: ignore[misc]  # a hook is a function
+            raise AssertionError("it is not asked")
+
+    gated = str(zoo.adapter("llama", seed=1, mode="fading"))
+    llama = LlamaRuntime.load(str(gguf), registry=Registry(), modes=mode_host(fading=Fading), device="cpu")
+    with pytest.raises(LoraRtError, match="its mode 'fading' acts at inference") as caught:
+        llama.terms(gated)
+    assert caught.value.next_step == "Use --engine torch"
+
+
+def test_new_weights_hold_from_the_next_token_on(
+    llama: LlamaRuntime, torch_runtime: Runtime, adapters: tuple[str, str]
+) -> None:
+    before, after = f"{adapters[0]}:0.7", f"{adapters[1]}:2"
+    stream = llama.stream("ab", before, max_new_tokens=9)
+    said = [next(stream) for _ in range(3)]
+    stream.compose(after)
+    said += stream
+    assert "".join(said[:3]) == torch_runtime.generate("ab", before, max_new_tokens=9)[: len("".join(said[:3]))]
+    assert "".join(said) != torch_runtime.generate("ab", before, max_new_tokens=9)
+
+
+def test_scales_change_without_a_reload_and_a_new_adapter_is_one(
+    llama: LlamaRuntime, adapters: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[list[Path]] = []
+    begin = LlamaServer.__init__
+
+    def noted(self: LlamaServer, gguf: Path, files: list[Path], *rest: Any) -> None:
+        loads.append(files)
+        begin(self, gguf, files, *rest)
+
+    monkeypatch.setattr(LlamaServer, "__init__", noted)
+    for spec in (adapters[0], f"{adapters[0]}:0.2", None, f"{adapters[0]}:-1", f"{adapters[1]}:1", adapters[0]):
+        llama.generate(["ab"], spec, max_new_tokens=2)
+    assert [len(files) for files in loads] == [1, 2]
+
+
+def test_an_answer_ends_where_the_context_does(llama: LlamaRuntime, torch_runtime: Runtime) -> None:
+    prompt = "a" * 200  # of 256 tokens
+    told = torch_runtime.generate(prompt, max_new_tokens=500)
+    assert llama.generate([prompt], max_new_tokens=500) == [told]
+    with pytest.raises(LoraRtError, match="context holds 256"):
+        llama.generate(["a" * 300])
