@@ -169,6 +169,11 @@ class Product:
         )
         return "packed" if changed and not self._renewed() else way
 
+    def weight(self, way: Way) -> Tensor:
+        """The dense weight (out, in) in the dtype of the products that are made in this way."""
+        dtype = self.dtype if way == "packed" or way in NARROW else torch.float32
+        return self._copy(dtype) if way in _KEEPING else self.made(dtype)
+
     def made(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out, in), made for one product."""
         widened = "dense-widened" in self._by_bits

@@ -22,6 +22,7 @@ from lora_rt.core.memory.upstream import FakeTensorMode
 from lora_rt.core.memory.workload import Device
 from lora_rt.core.step.adapter import checkpointed, with_adapter
 from lora_rt.core.step.attention import attend_in_float32
+from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.loss import nll_at
 from lora_rt.core.step.settings import Optimizer, TrainSettings
 
@@ -90,6 +91,8 @@ def plan_training(
             _fuse_dropout(model)
         with FakeTensorMode():
             materialise(model, device, for_training=True)
+            if device == "cpu":
+                fuse(model, lambda: False)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in trained:  # gradients are counted apart from the activations
                 parameter.register_post_accumulate_grad_hook(_forget)

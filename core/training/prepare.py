@@ -19,6 +19,7 @@ from lora_rt.core.memory.portions import Portions, pick_portions
 from lora_rt.core.memory.skeleton import skeleton
 from lora_rt.core.step.adapter import checkpointed, fresh_adapter, targets
 from lora_rt.core.step.attention import attend_in_float32
+from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
 from lora_rt.core.training.processes import joined
@@ -93,6 +94,9 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         checkpointed(model)
     if objective.state is not None:
         model.add_module("lora_rt_mode_state", objective.state.to(base.device))
+    gates = RankGates(model, objective, settings.r)
+    if base.device.type == "cpu":
+        fuse(model, gates.acting)
     return Prepared(
         settings=settings,
         base=base,
@@ -104,7 +108,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         data_digest=digest_of([line.example for line, _ in training]),
         portions=portions,
         model=model,
-        gates=RankGates(model, objective, settings.r),
+        gates=gates,
     )
 
 

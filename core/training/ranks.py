@@ -24,6 +24,10 @@ class RankGates:
                 for a in module.lora_A.values():
                     a.register_forward_hook(self._multiply)
 
+    def acting(self) -> bool:
+        """Whether a gate stands now."""
+        return self._gate is not None
+
     @contextmanager
     def over(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Within the block, forward passes of this batch run under its gate."""

@@ -21,6 +21,7 @@ from lora_rt.core.memory.training import TrainingMemory, plan_training
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.adapter import checkpointed, with_adapter
 from lora_rt.core.step.attention import attend_in_float32
+from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import TrainSettings
 from support.tiny import Zoo
@@ -141,6 +142,7 @@ def real_step(base: Path, precision: Precision, rows: int, tokens: int, labels: 
     loaded = load_base(str(base), precision, "cpu", for_training=True)
     model = with_adapter(loaded.model, settings()).train()
     attend_in_float32(model)
+    fuse(model, lambda: False)
     if checkpointing:
         checkpointed(model)
     saved: dict[int, int] = {}
