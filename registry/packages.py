@@ -73,6 +73,7 @@ def package_of(point: EntryPoint) -> tuple[str, str]:
 def identity(package: Distribution) -> tuple[str, str]:
     """Name and version; a package with damaged metadata has neither."""
     try:
-        return str(package.metadata["Name"] or _UNKNOWN), str(package.metadata["Version"] or "")
+        about = package.metadata  # parsed anew every time that it is asked for
+        return str(about["Name"] or _UNKNOWN), str(about["Version"] or "")
     except Exception as error:
         return _UNKNOWN, f"({type(error).__name__} in its metadata)"

@@ -21,6 +21,8 @@ _LABOUR = re.compile(
 )
 _MANY_LOOPS = 8
 
+_passed: set[str] = set()  # keys of texts, so that a process tries each once, whatever becomes of the home
+
 
 def hold_to_limits(folder: Path) -> None:
     """Try a base's templates and tokenizer. What passed once is not tried again.
@@ -31,13 +33,12 @@ def hold_to_limits(folder: Path) -> None:
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
     files = [folder / name for name in names] + sorted((folder / "additional_chat_templates").glob("*.jinja"))
     key = "text:" + hashlib.sha256("".join(identity.sha256_of(f) for f in files if f.is_file()).encode()).hexdigest()
-    if identity.recall(key) is not None:
+    if _has_passed(key):
         return
     if problem := _said(str(folder), seconds=_SECONDS):
         raise BaseError(f"{folder.name} can't be used: {problem}", next_step="Fetch the model again, or use another")
-    identity.remember(key, "ends")
-    for _, template in probe.templates(folder):
-        identity.remember(_key(template), "ends")
+    for passed in (key, *(_key(template) for _, template in probe.templates(folder))):
+        _note(passed)
 
 
 @lru_cache(maxsize=16)
@@ -49,12 +50,21 @@ def trouble_with(template: str) -> str:
     if len(template) > _LONGEST:
         return f"the chat template has {len(template):,} letters"
     loops = template.count("{% for") + template.count("{%- for")
-    if (not _LABOUR.search(template) and loops <= _MANY_LOOPS) or identity.recall(_key(template)) is not None:
+    if (not _LABOUR.search(template) and loops <= _MANY_LOOPS) or _has_passed(_key(template)):
         return ""
     problem = _said(text=template.encode("utf-8", "replace"), seconds=_TEMPLATE_SECONDS)
     if not problem:
-        identity.remember(_key(template), "ends")
+        _note(_key(template))
     return problem
+
+
+def _has_passed(key: str) -> bool:
+    return key in _passed or identity.recall(key) is not None
+
+
+def _note(key: str) -> None:
+    _passed.add(key)
+    identity.remember(key, "ends")
 
 
 def _key(template: str) -> str:

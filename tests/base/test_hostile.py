@@ -129,6 +129,7 @@ def test_a_template_that_was_held_to_the_limits_once_is_not_tried_again(
 ) -> None:
     (broken / "chat_template.jinja").write_text("{% for i in range(2) %}{{ messages[0].content }}{% endfor %}")
     load_base(str(broken), "float32", "cpu")
+    monkeypatch.setattr("lora_rt.core.base.bounded._passed", set())  # as in another process
     monkeypatch.setattr("subprocess.run", None)
     TextFormat.of_base(load_base(str(broken), "float32", "cpu"))
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.adapters import BASE, CARD, CONFIG, adapter_files, write_adapter
+from support.light import Light, light
 
-ASK = """
-import sys
-from lora_rt.core.cli.app import run
-sys.argv = ["lora-rt", *sys.argv[1:]]
-try:
-    run()
-except SystemExit as left:
-    print("torch" in sys.modules, left.code)
-"""
 COMMANDS = (
     ["compose", "-p", "x"],
     ["explain", "-p", "x"],
     ["eval", "--data", "d=d.jsonl"],
     ["tune", "--data", "d.jsonl"],
 )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Light]:
+    """`run(["compose", "emotion"])`, in a process without torch."""
+    with light(tmp_path_factory.mktemp("light")) as started:
+        yield started
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
@@ -39,13 +37,14 @@ COMMANDS = (
     ],
 )
 def test_an_adapter_that_can_not_be_used_is_refused_before_torch_is_imported(
-    command: list[str], file: str, content: dict[str, object], says: str, tmp_path: Path
+    command: list[str], file: str, content: dict[str, object], says: str, tmp_path: Path, run: Light
 ) -> None:
     files = adapter_files(card=file == "register.json")
     write_adapter(tmp_path / "theirs", files | {file: json.dumps(content).encode()})
     (tmp_path / "d.jsonl").write_text('{"scene": "a", "text": "b"}\n' * 8)
     name, *options = command
-    asked = [sys.executable, "-c", ASK, name, "./theirs", *options]
-    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert says in " ".join(done.stderr.split())
-    assert done.stdout.split() == ["False", "1"]
+    done = run(
+        [name, str(tmp_path / "theirs"), *(word.replace("d.jsonl", str(tmp_path / "d.jsonl")) for word in options)]
+    )
+    assert says in " ".join(done.err.split())
+    assert (done.code, done.heavy) == (1, frozenset())
