@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.base.measured import Times, layer_name, times_of
-from lora_rt.core.base.multiply import SIZES, Product, Way, computes_in, is_4bit, keeps, packs, ways_of
+from lora_rt.core.base.multiply import SIZES, Copy, Product, Way, computes_in, is_4bit, keeps, kept_in, packs, ways_of
 from lora_rt.core.base.precision import Wish, check_wish
 from lora_rt.core.base.source import BaseError
 
@@ -25,17 +25,28 @@ Ways = tuple[Way, ...]
 _TINY = 4_000_000  # numbers in all layers of a base, below which there is nothing to gain
 _SHARE = 0.5  # of the free memory that dense copies may take
 _GAIN = 0.9  # a way, or a set of copies, is left for another one only if that takes at most this share of its time
-_COPIES: tuple[frozenset[str], ...] = tuple(map(frozenset, ((), ("narrow",), ("wide",), ("narrow", "wide"))))
-"""Sets of dense copies: in the dtype that the layers compute in, in float32, and both; smaller ones come first."""
+_SETS: tuple[tuple[Copy, ...], ...] = (
+    (),
+    ("narrow",),
+    ("wide",),
+    ("blocked",),
+    ("narrow", "wide"),
+    ("narrow", "blocked"),
+)
+_COPIES: tuple[frozenset[Copy], ...] = tuple(map(frozenset, _SETS))
+"""The dense copies that a layer may have; smaller ones come first."""
 
 
 class Products:
     """The products of a model's layers, until they are closed. `nbytes` is the memory of their dense copies."""
 
-    def __init__(self, model: nn.Module, wish: str | None = None) -> None:
+    def __init__(self, model: nn.Module, wish: str | None = None, *, for_training: bool = False) -> None:
         """Sets the forward of every layer that has a faster way; one whose forward somebody has set keeps it.
 
         To be made before the model's first forward pass, which packs 4-bit weights on some processors.
+
+        Args:
+            for_training: leave out what makes a pass faster and its gradient slower.
 
         Raises:
             BaseError, UsageError: there is no such wish, or the dense copies that are wished for do not fit.
@@ -44,7 +55,8 @@ class Products:
         layers = [] if chosen == "packed" else _layers(model)
         if chosen == "auto" and sum(map(_numbers, layers)) < _TINY:
             layers = []
-        plan = choose(layers, chosen, int(free_bytes("cpu") * _SHARE)) if layers else {}
+        sets = [copies for copies in _COPIES if not (for_training and "blocked" in copies)]
+        plan = choose(layers, chosen, int(free_bytes("cpu") * _SHARE), sets) if layers else {}
         self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
         self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
         for layer in self.layers:
@@ -63,8 +75,10 @@ class Products:
         self.layers = []
 
 
-def choose(layers: Sequence[nn.Linear], wish: Wish, room: int) -> dict[str, Ways]:
-    """Layer name -> its ways, with the dense copies that pay off among those that fit into `room` bytes.
+def choose(
+    layers: Sequence[nn.Linear], wish: Wish, room: int, sets: Sequence[frozenset[Copy]] = _COPIES
+) -> dict[str, Ways]:
+    """Layer name -> its ways, with the dense copies that pay off among those sets that fit into `room` bytes.
 
     Raises:
         BaseError: those that are wished for do not.
@@ -75,7 +89,7 @@ def choose(layers: Sequence[nn.Linear], wish: Wish, room: int) -> dict[str, Ways
     shares = {name: counts[name] * _numbers(layer) for name, layer in examples.items()}
     best: tuple[float, dict[str, Ways]] | None = None
     needed = []
-    for copies in _COPIES:
+    for copies in sets:
         plan = {name: _ways(layer, times[name], wish, copies) for name, layer in examples.items()}
         if not all(plan.values()):
             continue
@@ -108,16 +122,17 @@ def told(name: str, times: Times) -> str:
     if len(sizes := name.split()) < 3:  # no layer: what adapters add to many tokens
         return f"many tokens {min(times, key=lambda way: _time(times, way, 0))}"
     out, _, width = sizes[:3]
-    found = fastest(times, [way for way in ("packed", "dense", "dense-wide") if way in times])
+    found = fastest(times, [way for way in ("packed", "dense", "dense-wide", "dense-blocked") if way in times])
     words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
     return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that"
 
 
-def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[str]) -> Ways:
+def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -> Ways:
     """The fastest ways of a layer among those that are wished for and that these copies allow; empty for none."""
     if not is_4bit(layer):
         copies -= {"narrow"}  # it is that copy itself
-    sensible = {"packed": True, "dense": "narrow" in copies, "dense-wide": "wide" in copies}
+    sensible = {"packed": True, "dense": "narrow" in copies}
+    sensible |= {"dense-wide": "wide" in copies, "dense-blocked": "blocked" in copies}
     sensible |= {"dense-widened": copies == {"narrow"}, "dequantize": not copies, "dequantize-wide": not copies}
     ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
     if not ways:
@@ -140,8 +155,8 @@ def _numbers(layer: nn.Linear) -> int:
 
 def _nbytes(layer: nn.Linear, ways: Iterable[Way]) -> int:
     """The memory of the copies that a layer needs for these ways."""
-    kept = {keeps(way, _dtype(layer)) for way in ways}
-    return sum(_numbers(layer) * item.itemsize for item in kept if item is not None)
+    kept = {copy for way in ways if (copy := keeps(way))}
+    return sum(_numbers(layer) * kept_in(copy, _dtype(layer)).itemsize for copy in kept)
 
 
 def _dtype(layer: nn.Linear) -> torch.dtype:

@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_rt.core.base import blocked
 from lora_rt.core.base.machine import cpu_name
 from lora_rt.core.base.multiply import (
     NARROW,
     SIZES,
+    Copy,
     Way,
     computes_in,
     dense_weight,
     is_4bit,
     keeps,
+    kept_in,
     packed_forward,
     packs,
     ways_of,
@@ -178,7 +181,8 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
     rows = layer.out_features
     if rows * layer.in_features > _NUMBERS:
         rows = min(rows, max(64, _NUMBERS // layer.in_features // 64 * 64))
-    pools = {kept: _Pool(pool, rows, layer.in_features, kept) for kept in (dtype, torch.float32)}
+    kinds: set[Copy] = {"narrow", *(copy for way in ways_of(layer) if (copy := keeps(way)))}
+    pools = {copy: _Pool(pool, rows, layer.in_features, copy, dtype) for copy in kinds}
     if is_4bit(layer):
         small: Any = _small(layer, rows)
         own: Callable[[Tensor], Tensor] = small.forward
@@ -187,11 +191,13 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
             packing = _small(layer, rows)
             own = packed_forward(packing, dtype)
     else:
-        own, made = (lambda x: linear(x, pools[dtype]())), pools[dtype]
+        own, made = (lambda x: linear(x, pools["narrow"]())), pools["narrow"]
 
     def run(way: Way) -> Callable[[Tensor], Tensor]:
         product = dtype if way in NARROW else torch.float32
-        kept = keeps(way, dtype)
+        kept = keeps(way)
+        if kept == "blocked":
+            return lambda x: blocked.product(x.float(), pools["blocked"]()).to(x.dtype)
         weight = made if kept is None else pools[kept]
         return lambda x: linear(x.to(product), weight().to(product)).to(x.dtype)
 
@@ -199,14 +205,17 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
 
 
 class _Pool:
-    """Weights (out, in) of one dtype, each call another one until all were used."""
+    """Dense copies (out, in) of one kind, each call another one until all were used."""
 
-    def __init__(self, pool: Tensor, rows: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, pool: Tensor, rows: int, width: int, kind: Copy, computed: torch.dtype) -> None:
+        dtype = kept_in(kind, computed)
         numbers, size = pool.view(dtype), rows * width
         starts = range(0, max(1, len(numbers) - size + 1), size)
         if len(numbers) < size:
             numbers = torch.full((size,), 0.5, dtype=dtype)
         self._weights = [numbers[start : start + size].view(rows, width) for start in starts]
+        if kind == "blocked":
+            self._weights = [blocked.in_blocks(weight) for weight in self._weights]
         self._next = 0
 
     def __call__(self) -> Tensor:

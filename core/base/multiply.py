@@ -6,11 +6,12 @@
     dense              a dense copy that is kept
     dense-widened      the same, made float32 for every product
     dense-wide         a dense copy in float32 that is kept
+    dense-blocked      the same, in the layout that a processor multiplies a few rows by fastest
 
 A dense weight has exactly the numbers that bitsandbytes' own dequantizing gives in the layer's compute dtype, so all
 ways multiply the same numbers and differ in rounding alone: `dense` and `dequantize` have the bits of bitsandbytes' own
-way on processors without AVX-512 BF16, where it dequantizes too; the three ways in float32 have the same bits as each
-other. The weight itself, what is hashed and what is saved stay as they are.
+way on processors without AVX-512 BF16, where it dequantizes too; the three `wide` ways in float32 have the same bits as
+each other. The weight itself, what is hashed and what is saved stay as they are.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_rt.core.base import blocked
 from lora_rt.core.base.cpu_4bit import Forward, direct_forward
 from lora_rt.core.base.repacking import forbid_repacking
 
-Way = Literal["packed", "dequantize", "dequantize-wide", "dense", "dense-widened", "dense-wide"]
+Way = Literal["packed", "dequantize", "dequantize-wide", "dense", "dense-widened", "dense-wide", "dense-blocked"]
 WAYS: tuple[Way, ...] = get_args(Way)
+
+Copy = Literal["narrow", "wide", "blocked"]
+"""A dense copy of a weight: in the dtype that the layer computes in, in float32, and in float32 in blocks."""
 
 SIZES = (1, 2, 4, 8, 16, 64)
 """The least tokens of each class of products: 1, 2 to 3, 4 to 7, 8 to 15, 16 to 63, and more."""
@@ -35,15 +40,24 @@ SIZES = (1, 2, 4, 8, 16, 64)
 _CLASSES = (0, 0, 1, 2, 3, 4, 4, 5)  # by the bits of the number of tokens
 _MANY = len(_CLASSES) - 1
 NARROW = ("dense", "dequantize")
-_KEEPING = ("dense", "dense-wide")
+_KEEPS: dict[Way, Copy] = {
+    "dense": "narrow",
+    "dense-widened": "narrow",
+    "dense-wide": "wide",
+    "dense-blocked": "blocked",
+}
 _ANY = -1
 _FLOAT32 = torch.empty(0)
 
 
-def keeps(way: Way, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype of the dense copy that a way needs in a layer that computes in `dtype`; None for none."""
-    kept = {"dense": dtype, "dense-widened": dtype, "dense-wide": torch.float32}
-    return kept.get(way)
+def keeps(way: Way) -> Copy | None:
+    """The dense copy that a way needs; None for none."""
+    return _KEEPS.get(way)
+
+
+def kept_in(copy: Copy, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a dense copy of a layer that computes in `dtype`."""
+    return dtype if copy == "narrow" else torch.float32
 
 
 def computes_in(module: nn.Module) -> torch.dtype | None:
@@ -63,11 +77,12 @@ def is_4bit(module: nn.Module) -> bool:
 
 def ways_of(module: nn.Module) -> tuple[Way, ...]:
     """All ways that a layer can be multiplied in."""
+    ways: tuple[Way, ...] = WAYS
     if not is_4bit(module):  # its weight is dense as it is
-        return ("packed", "dequantize-wide", "dense-wide")
-    if computes_in(module) == torch.float32:
-        return ("packed", "dequantize", "dense")
-    return WAYS
+        ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked")
+    elif computes_in(module) == torch.float32:
+        ways = ("packed", "dequantize", "dense", "dense-blocked")
+    return ways if blocked.are_there() else tuple(way for way in ways if way != "dense-blocked")
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -118,7 +133,7 @@ class Product:
         self.width = module.in_features
         self._parameters = module._parameters
         self._by_bits = tuple(ways[number] for number in _CLASSES)
-        self._kept: dict[torch.dtype, Tensor] = {}
+        self._kept: dict[Copy, Tensor] = {}
         self._look()
         self.own: Forward = module.forward
         if packs(module):
@@ -150,12 +165,20 @@ class Product:
         bias: Tensor | None = self._parameters.get("bias")
         if bias is not None:
             bias = bias.to(product)
-        if way in _KEEPING:
-            return linear(given, self._copy(product), bias)
-        if given.requires_grad and torch.is_grad_enabled():
-            y: Tensor = _Remade.apply(given, self, product)  # type: ignore[no-untyped-call]
+        kept = _KEEPS.get(way)
+        learning = given.requires_grad and torch.is_grad_enabled()
+        if learning and (kept in (None, "blocked") or way == "dense-widened"):
+            y: Tensor = _Remade.apply(given, self, way)  # type: ignore[no-untyped-call]
             return y if bias is None else y + bias
-        return linear(given, self.made(product), bias)
+        return self.times(given, way, bias)
+
+    def times(self, given: Tensor, way: Way, bias: Tensor | None = None) -> Tensor:
+        """The product with an x in the dtype of the product, without gradients where the weight is made for it."""
+        if way == "dense-blocked":
+            return blocked.product(given, self._copy("blocked"), bias)
+        if way in ("dense", "dense-wide"):
+            return linear(given, self._copy(_KEEPS[way]), bias)
+        return linear(given, self.made(given.dtype), bias)
 
     def way(self, x: Tensor) -> Way:
         """How the product with x is made."""
@@ -177,24 +200,25 @@ class Product:
     def made(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out, in), made for one product."""
         widened = "dense-widened" in self._by_bits
-        return (self._copy(self.dtype) if widened else dense_weight(self.module)).to(dtype)
+        return (self._copy("narrow") if widened else dense_weight(self.module)).to(dtype)
 
     def keep(self) -> None:
         """Make the dense copies now."""
         for way in self._by_bits:
-            if (kept := keeps(way, self.dtype)) is not None:
+            if (kept := keeps(way)) is not None:
                 self._copy(kept)
 
-    def _copy(self, dtype: torch.dtype) -> Tensor:
+    def _copy(self, kind: Copy) -> Tensor:
         """A dense copy that is kept: an ordinary tensor, so that passes with gradients can use it too.
 
         Two threads that need it at once make it twice, of the same numbers.
         """
-        found = self._kept.get(dtype)
+        found = self._kept.get(kind)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                other = next(iter(self._kept.values()), None)  # float32 or not, its numbers are those of the layer
-                found = self._kept[dtype] = (dense_weight(self.module) if other is None else other).to(dtype)
+                other = self._kept.get("narrow", self._kept.get("wide"))  # float32 or not, its numbers are the layer's
+                found = (dense_weight(self.module) if other is None else other).to(kept_in(kind, self.dtype))
+                found = self._kept[kind] = blocked.in_blocks(found) if kind == "blocked" else found
         return found
 
     def _look(self) -> None:
@@ -211,12 +235,15 @@ class Product:
 
 
 class _Remade(torch.autograd.Function):
-    """x W^T with a weight that is made for the product and again for the gradient, instead of being kept in between."""
+    """x W^T with a weight that is made for the product and again for the gradient, instead of being kept in between.
+
+    So it is for a copy in blocks, too: these know no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Product, dtype: torch.dtype) -> Tensor:
-        ctx.product, ctx.dtype = product, dtype
-        return linear(x, product.made(dtype))
+    def forward(ctx: Any, x: Tensor, product: Product, way: Way) -> Tensor:
+        ctx.product, ctx.dtype = product, x.dtype
+        return product.times(x, way)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:

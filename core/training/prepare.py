@@ -79,7 +79,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     processes = joined()
     with processes.first_before_others():  # it converts and measures what is then there for all
         base = load_base(settings.base, settings.precision, settings.device, for_training=True)
-        Products(base.model).keep()  # before it is looked how much memory is free
+        Products(base.model, for_training=True).keep()  # before it is looked how much memory is free
     text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
     objective = objective_of(settings, modes, base, text)
     training, held_out = examples_of(settings, objective, base)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 OUT, IN = 96, 128
 TOKENS = (1, 3, 5, 9, 17, 80)
 NARROW: tuple[Way, ...] = ("dequantize", "dense")
-WIDE: tuple[Way, ...] = ("dequantize-wide", "dense-widened", "dense-wide")
+WIDE: tuple[Way, ...] = ("dequantize-wide", "dense-widened", "dense-wide", "dense-blocked")
 
 
 def layer(
@@ -93,7 +93,8 @@ def test_products_in_float32_have_the_bits_of_each_other_and_are_the_exact_produ
     exact = x.double() @ nf4_by_hand(module).double().T
     if bias:
         exact += module.bias.double()
-    assert ((found[0].double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+    for one in (found[0], found[3]):  # in blocks it is summed in another order
+        assert ((one.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
     with torch.no_grad():
         own = module(x).double()
     assert (found[0].double() - own).abs().max() < 0.02 * exact.std()
@@ -112,7 +113,8 @@ def test_gradients_go_through_every_way(way: Way) -> None:
     assert (x.grad.double() - plain.grad).abs().max() < 0.02 * plain.grad.abs().max()
 
 
-def test_a_gradient_keeps_no_dense_weight_where_none_is_to_be_kept() -> None:
+@pytest.mark.parametrize("way", ["dequantize-wide", "dense-blocked"])
+def test_a_gradient_keeps_no_dense_weight_where_none_is_to_be_kept(way: Way) -> None:
     module, kept = layer(), []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def test_a_gradient_keeps_no_dense_weight_where_none_is_to_be_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        Product(module, always("dequantize-wide"))(given(5).requires_grad_())
+        Product(module, always(way))(given(5).requires_grad_())
     assert (OUT, IN) not in kept
 
 
@@ -131,9 +133,10 @@ def test_a_dense_layer_of_16_bits_is_multiplied_in_float32_with_the_same_numbers
     x = given(9, dtype)
     exact = (x.double() @ module.weight.double().T).to(dtype)
     found = [Product(module, always(way))(x) for way in ways_of(module) if way != "packed"]
-    assert len(found) == 2
+    assert len(found) == 3
     assert torch.equal(found[0], found[1])
-    assert (found[0].float() - exact.float()).abs().max() <= 0.01
+    for one in found:
+        assert (one.float() - exact.float()).abs().max() <= 0.01
 
 
 def test_what_a_product_does_not_take_goes_the_layer_s_own_way() -> None:
@@ -144,9 +147,10 @@ def test_what_a_product_does_not_take_goes_the_layer_s_own_way() -> None:
             assert torch.equal(product(x), module(x))
 
 
-def test_a_weight_that_is_replaced_or_changed_in_place_is_the_one_that_counts() -> None:
+@pytest.mark.parametrize("way", ["dense-wide", "dense-blocked"])
+def test_a_weight_that_is_replaced_or_changed_in_place_is_the_one_that_counts(way: Way) -> None:
     module, plain = layer(), nn.Linear(IN, OUT, bias=False).bfloat16().requires_grad_(False)
-    products = [Product(module, always("dense-wide")), Product(plain, always("dense-wide"))]
+    products = [Product(module, always(way)), Product(plain, always(way))]
     with torch.no_grad():
         before = [product(given(4)) for product in products]
         torch.manual_seed(9)
@@ -178,6 +182,7 @@ TIMES: dict[str, list[float | None]] = {
     "dense": [30.0, 30.0, 30.0, 40.0, 50.0, 90.0],
     "dense-widened": [60.0] * 6,
     "dense-wide": [36.0, 36.0, 36.0, 36.0, 36.0, 300.0],
+    "dense-blocked": [36.0, 15.0, 15.0, 15.0, 15.0, 15.0],
 }
 
 
@@ -199,10 +204,24 @@ def test_dense_copies_are_kept_as_far_as_they_fit(monkeypatch: pytest.MonkeyPatc
     none = plan(monkeypatch, "auto", 2 * numbers - 1)
     assert set(none) == {"packed", "dequantize"}
     assert set(plan(monkeypatch, "auto", 2 * numbers)) == {"packed", "dense", "dense-widened"}
-    assert set(plan(monkeypatch, "dense", 4 * numbers)) <= {"dense", "dense-widened", "dense-wide"}
+    assert set(plan(monkeypatch, "auto", 4 * numbers)) == {"packed", "dense-blocked"}
+    assert set(plan(monkeypatch, "dense", 6 * numbers)) == {"dense-blocked"}
     assert set(plan(monkeypatch, "dequantize", 0)) == {"dequantize"}
     with pytest.raises(BaseError, match="dense copies"):
         plan(monkeypatch, "dense", 100)
+
+
+def test_where_gradients_are_to_flow_no_copy_is_kept_that_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, TIMES))
+    monkeypatch.setattr("lora_rt.core.base.fastest._TINY", 1)
+
+    def kept(*, for_training: bool) -> set[str]:
+        products = Products(nn.Sequential(layer(), layer()), for_training=for_training)
+        products.keep()
+        return {kind for item in products.layers for kind in item.forward._kept}
+
+    assert kept(for_training=False) == {"blocked"}
+    assert kept(for_training=True) == {"narrow"}
 
 
 def test_what_was_measured_is_remembered_and_a_damaged_file_is_measured_again(
