@@ -46,6 +46,7 @@ _KEEPS: dict[Way, Copy] = {
     "dense-wide": "wide",
     "dense-blocked": "blocked",
 }
+_READ = ("dense", "dense-wide")  # ways whose copy any product can read
 _ANY = -1
 _FLOAT32 = torch.empty(0)
 
@@ -165,9 +166,7 @@ class Product:
         bias: Tensor | None = self._parameters.get("bias")
         if bias is not None:
             bias = bias.to(product)
-        kept = _KEEPS.get(way)
-        learning = given.requires_grad and torch.is_grad_enabled()
-        if learning and (kept in (None, "blocked") or way == "dense-widened"):
+        if given.requires_grad and torch.is_grad_enabled() and way not in _READ:
             y: Tensor = _Remade.apply(given, self, way)  # type: ignore[no-untyped-call]
             return y if bias is None else y + bias
         return self.times(given, way, bias)
@@ -176,7 +175,7 @@ class Product:
         """The product with an x in the dtype of the product, without gradients where the weight is made for it."""
         if way == "dense-blocked":
             return blocked.product(given, self._copy("blocked"), bias)
-        if way in ("dense", "dense-wide"):
+        if way in _READ:
             return linear(given, self._copy(_KEEPS[way]), bias)
         return linear(given, self.made(given.dtype), bias)
 
@@ -195,7 +194,7 @@ class Product:
     def weight(self, way: Way) -> Tensor:
         """The dense weight (out, in) in the dtype of the products that are made in this way."""
         dtype = self.dtype if way == "packed" or way in NARROW else torch.float32
-        return self._copy(dtype) if way in _KEEPING else self.made(dtype)
+        return self._copy(_KEEPS[way]) if way in _READ else self.made(dtype)
 
     def made(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out, in), made for one product."""
