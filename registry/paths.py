@@ -56,7 +56,8 @@ def read_path(folder: Path, *, name: str, source: str, why: str) -> Resolved:
     if problems and not folder.exists():
         raise UnknownAdapterError(problems[0], next_step="Check the path")
     if problems:
-        raise RejectedAdapterError(f"adapter {name!r} is refused: {problems[0]}", problems=problems)
+        text = f"adapter {name!r} is refused: {problems[0]}"
+        raise RejectedAdapterError(text, next_step=kinds.way_out(problems, folder))
     names = os.listdir(folder)
     if files.CONFIG not in names and not {files.WEIGHTS, files.CARD} & set(names):
         raise _nothing_there(folder, source, names)
@@ -67,7 +68,7 @@ def _nothing_there(folder: Path, source: str, names: list[str]) -> UnknownAdapte
     """What there is in a folder without an adapter: something else, or one adapter or several below it."""
     if kind := kinds.of_folder(names):
         return UnknownAdapterError(
-            f"there is no adapter in {shown(source)}: {kind}", next_step="It needs an adapter_config.json"
+            f"there is no adapter in {shown(source)}: {kind}", next_step=kinds.way_out([kind], folder)
         )
     below = sorted(_adapters_below(folder))
     if not below:

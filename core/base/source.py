@@ -69,6 +69,8 @@ def _folder(text: str, path: Path) -> BaseSource:
     if not (path / "config.json").is_file():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"Name the file: {text.rstrip('/')}/{ggufs[0]}" if ggufs else "Give a folder that transformers can load"
+        if (path / "adapter_config.json").is_file():
+            text, hint = f"{text} is an adapter's: it", f"Give --base its base, and compose it: lora-rt compose {path}"
         raise BaseError(f"the folder {text} has no config.json", next_step=hint)
     return BaseSource("folder", text, path)
 

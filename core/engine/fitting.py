@@ -77,8 +77,10 @@ def _misfits_of_whole(adapter: ResidentAdapter, modules: Mapping[str, nn.Module]
     for name, tensors in adapter.whole.items():
         own = modules[name]._parameters if name in modules else {}
         for key, tensor in tensors.items():
-            if (there := own.get(key)) is None or there.shape != tensor.shape:
-                yield f"{name}.{key}: {tuple(tensor.shape)} does not fit the model"
+            there = own.get(key)
+            if there is None or there.shape != tensor.shape:
+                mine = "none of this name" if there is None else f"{tuple(there.shape)}"
+                yield f"{name}.{key}: the adapter's is {tuple(tensor.shape)}, the model has {mine}"
 
 
 def _with_tokens_and_biases(

@@ -25,6 +25,7 @@ from typing import Any
 from lora_rt.core.export.errors import ExportError
 from lora_rt.registry.durable import check_new_folder
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, STATE, WEIGHTS, UnusableFileError, open_plain
+from lora_rt.registry.inspection.keys import plain_key
 
 _PICKLE = "adapter_model.bin"
 _SECONDS = 600
@@ -140,7 +141,8 @@ def _plain(work: Path, config: Mapping[str, Any], start: str, base: str | None, 
     else:
         text = f"what {start} begins with can't be computed anew from the base alone"
         raise ExportError(text, next_step="Give --initial, the folder of the adapter saved before training")
-    after = load_file(work / WEIGHTS)
+    before = {plain_key(key): tensor for key, tensor in before.items()}
+    after = {plain_key(key): tensor for key, tensor in load_file(work / WEIGHTS).items()}
     if problems := [key for key in after if ".lora_" in key and key not in before]:
         text = "the factors before training are not of the same layers"
         raise ExportError(text, problems=problems[:10], next_step="Give the base or --initial of this very adapter")
@@ -151,9 +153,9 @@ def _plain(work: Path, config: Mapping[str, Any], start: str, base: str | None, 
 def _longer(key: str, after: Any, before: Mapping[str, Any]) -> Any:
     import torch
 
-    if ".lora_A." in key:
+    if ".lora_A." in key or key.endswith(".lora_embedding_A"):
         return torch.cat([after.float(), before[key].float()]).contiguous()
-    if ".lora_B." in key:
+    if key.endswith((".lora_B.weight", ".lora_embedding_B")):
         return torch.cat([after.float(), -before[key].float()], dim=1).contiguous()
     return after
 

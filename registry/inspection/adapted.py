@@ -10,7 +10,7 @@ from lora_rt.registry.inspection.safetensors_header import TensorEntry
 from lora_rt.registry.inspection.settings import LoraSettings
 from lora_rt.registry.strict_json import shown
 
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 MAX_RANK = 4096
 Linears = Mapping[str, tuple[int, ...]]
 """Path -> (out, in) of a linear layer or a router's parameter, (experts, out, in) of a parameter of fused experts."""
@@ -80,7 +80,11 @@ def module_problems(
     size = linears.get(module) if linears is not None else None
     if linears is not None and size is None:
         problems.append(f"{shown(module)} is not a linear layer of this base")
-    elif not settings.adapts(*paths, module.removesuffix(".weight")) and not settings.adapts_parameter(module):
+    elif not (
+        settings.adapts(*paths, module.removesuffix(".weight"))
+        or settings.adapts_parameter(module)
+        or settings.is_tied(module)
+    ):
         if size is None and settings.parameters:
             return problems  # a parameter's, maybe: its base tells
         problems.append(f"{shown(module)} has tensors but is not among target_modules")

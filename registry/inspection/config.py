@@ -70,6 +70,8 @@ _CONVERTIBLE = {
     **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERSION),
     "loftq": f"PEFT can not convert it: {_MERGE}",
 }
+_CLASSES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEADS = frozenset({"classifier", "score", "qa_outputs"})  # which PEFT names by itself for these tasks
 _LIBRARIES = ("transformers", "transformers_modules", "unsloth", "unsloth_compiled_cache", "peft", "trl")
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -110,6 +112,7 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
         saves=saves,
         tokens=tokens,
         invocation=tuple(config.get("alora_invocation_tokens") or ()),
+        ties=bool(config.get("ensure_weight_tying")),
     )
     return settings, []
 
@@ -142,16 +145,13 @@ def _special(config: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, tuple[i
     if not isinstance(saves, list) or len(saves) > MAX_WHOLE or not all(isinstance(name, str) for name in saves):
         problems.append(f"modules_to_save is {shown(saves)}, not a list of module names")
         saves = []
+    if config.get("task_type") in _CLASSES and _HEADS.intersection(saves):
+        problems.append(f"task_type is {config['task_type']!r}: it was trained to classify, with a head of its own")
     if isinstance(tokens, list):
         tokens = {"": tokens}
     if not isinstance(tokens, dict) or not all(_are_tokens(ids) for ids in tokens.values()):
         problems.append(f"trainable_token_indices is {shown(tokens)}, not up to {MAX_TOKENS:,} token ids")
         tokens = {}
-    if config.get("ensure_weight_tying") and config.get("target_modules") != "all-linear":
-        targets = config.get("target_modules")
-        named = [*saves, *(targets if isinstance(targets, list) else [str(targets)])]
-        if any("embed" in str(name) or "wte" in str(name) or "lm_head" in str(name) for name in named):
-            problems.append(f"ensure_weight_tying ties what was trained of embedding and head; {_MERGE}")
     return tuple(saves), {name: tuple(ids) for name, ids in tokens.items()}, problems
 
 
@@ -214,7 +214,7 @@ def _is_known(library: Any) -> bool:
 def _numbers(config: dict[str, Any]) -> list[str]:
     problems = [
         f"{field} is {shown(config[field])}, not true or false"
-        for field in ("use_rslora", "lora_bias", "use_dora", "fan_in_fan_out")
+        for field in ("use_rslora", "lora_bias", "use_dora", "fan_in_fan_out", "ensure_weight_tying")
         if config.get(field) is not None and not isinstance(config[field], bool)
     ]
     rank, alpha = config.get("r", _DEFAULT), config.get("lora_alpha", _DEFAULT)

@@ -78,7 +78,7 @@ class Inspection:
     def _base_hint(self) -> list[str]:
         """Tensors are wrong: the base that the adapter names, where it is called otherwise than the one in use."""
         named = self.card.base.id if self.card else self.settings.base_name if self.settings else ""
-        if self.base is None or self.linears is None or named in ("", self.base.id):
+        if self.base is None or self.linears is None or self.base.id in (named, Path(named).name) or not named:
             return []
         return [f"it names the base {shown(named)}, in use is {shown(self.base.id)}"]
 
@@ -169,6 +169,9 @@ class Inspection:
             same = self.own(name, tensor) if self.own is not None and tensor is not None else True
             if same is None:
                 problems.append(f"{shown(key)} is {kinds.of_tensor(key)}")
+            elif not same and tensor is not None and (words := self._words_of(name, tensor)):
+                text = f"{shown(key)} has {tensor.shape[0]:,} tokens, this base {words:,}: it was trained on a base to"
+                problems.append(f"{text} which tokens were added; resize the base, and merge it into that")
             elif not same and tensor is not None and self._is_trained(name):
                 owner = name.removesuffix(".bias")
                 if owner in (self.linears or {}):
@@ -179,6 +182,13 @@ class Inspection:
             elif not same:
                 problems.append(f"{shown(key)} is not the base's own {name}, and no adapter may replace it")
         return problems
+
+    def _words_of(self, name: str, tensor: RawTensor) -> int:
+        """How many tokens the base has, where a tensor is an embedding or a head of another number of them; else 0."""
+        size = (self.linears or {}).get(name.removesuffix(".weight"), ())
+        if len(size) != 2 or len(tensor.shape) != 2 or tensor.shape[1] not in size or tensor.shape[0] in size:
+            return 0
+        return max(size)
 
     def _is_trained(self, name: str) -> bool:
         """Whether a tensor that the base has otherwise is a bias, and biases were trained."""

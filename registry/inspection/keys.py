@@ -3,7 +3,7 @@
     base_model.model.<module>.lora_A.weight            PEFT
     <module>.lora_A.weight                             without its prefix
     base_model.model.<module>.lora_A.default.weight    saved with state_dict(): the adapter's name is inside
-    _orig_mod. / _fsdp_wrapped_module. / module.       left by torch.compile, FSDP, DDP
+    _orig_mod. / _fsdp_wrapped_module. / module.       left by torch.compile, FSDP, DDP; model. before all by Lightning
     base_model.model.<module>.lora_embedding_A         of an embedding: (r, tokens), B (n, r)
     base_model.model.<module>.lora_magnitude_vector    DoRA's, (out,)
     base_model.model.<module>.token_adapter.trainable_tokens_delta     what trained token rows became, (tokens, n)
@@ -36,11 +36,11 @@ _WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "
 
 
 def plain(key: str) -> str:
-    """The key without what wrapped the model: PEFT's prefix (once or twice), torch.compile, FSDP, DDP."""
-    if not key.startswith((PREFIX, "module.")) and not _SHELLS.intersection(key.split(".")):
+    """The key without what wrapped the model: PEFT's prefix, however often, torch.compile, FSDP, DDP, a trainer."""
+    if not key.startswith("module.") and PREFIX not in key and not _SHELLS.intersection(key.split(".")):
         return key
-    short = ".".join(part for part in key.split(".") if part not in _SHELLS).removeprefix("module.")
-    return short.removeprefix(PREFIX).removeprefix("module.").removeprefix(PREFIX)
+    short = ".".join(part for part in key.split(".") if part not in _SHELLS)
+    return short.rpartition(PREFIX)[2].removeprefix("module.")
 
 
 def lora_key(key: str) -> tuple[str, str, str] | None:
@@ -56,6 +56,16 @@ def lora_key(key: str) -> tuple[str, str, str] | None:
     if found is None or (found["part"], found["leaf"]) == ("lora_A", "bias"):
         return None
     return found["module"], f"{found['part']}.{found['leaf']}", found["name"] or ""
+
+
+def plain_key(key: str) -> str:
+    """The key as PEFT writes it today; another one's without what wrapped its model."""
+    found = lora_key(key)
+    if found is None or found[1] == MAGNITUDE:
+        return PREFIX + plain(key)
+    module, part, _ = found
+    part = part.replace("lora_", "lora_embedding_").removesuffix(".weight") if is_embedding(key) else part
+    return f"{PREFIX}{module}.{part}"
 
 
 def is_embedding(key: str) -> bool:
@@ -77,12 +87,17 @@ def whole_key(key: str) -> tuple[str, str] | None:
 
 def base_key(key: str) -> str:
     """The name in the base of a tensor that is no LoRA: PEFT hides a wrapped layer's own behind `base_layer`."""
-    return plain(key).replace(".base_layer.", ".")
+    return plain(key).replace(".token_adapter.", ".").replace(".base_layer.", ".")
+
+
+def is_unused(key: str) -> bool:
+    """Whether it is what PEFT has replaced by a module that was trained as a whole."""
+    return ".original_module." in key
 
 
 def inner_path(path: str) -> str:
     """The path without the models that are wrapped around it, by which two versions of one path are the same."""
-    parts = path.split(".")
+    parts = [part for part in path.split(".") if part != "module"]  # DDP around a part
     start = next((i for i, part in enumerate(parts) if part not in _WRAPPERS), 0)
     return ".".join(parts[start:])
 

@@ -94,6 +94,17 @@ def way_out(problems: Iterable[str], folder: Path) -> str:
         ("router over", "Use the LoRAs that it chooses from, with weights of yours"),
         ("train without", "Train without it, or merge it into its base and give the result to --base"),
         ("not LoRA", "Train a LoRA, or merge it into its base and give the result to --base"),
+        ("to classify", "Train it with task_type CAUSAL_LM, or use it with transformers' own class for its task"),
+        ("use it with --base", f"Say: --base {shlex.quote(str(folder))}"),
+        ("an image model", "Use it with diffusers"),
+        ("PEFT's form first", "Save it anew in PEFT's form: adapter_config.json, and lora_A and lora_B of every layer"),
+        ("is not a folder", "Give the folder that it lies in, with its adapter_config.json"),
+        ("symbolic link", "Copy the files themselves into one folder, and give that"),
+        ("holds nothing", "Save it anew where it was trained, with all its weights gathered first (DeepSpeed, FSDP)"),
+        ("matched safely", "Write the names of the modules out in its adapter_config.json, in place of the pattern"),
+        ("adapter may replace", "Save the adapter alone (PEFT's save_pretrained), or merge it and give that to --base"),
+        ("of this base", "Use the base that it was trained on: --base BASE"),
+        ("should be", "Use the base that it was trained on: --base BASE"),
     )
     return next((way for mark, way in ways if mark in said), "Fetch it again, or ask its author for a LoRA of PEFT")
 

@@ -20,7 +20,16 @@ from lora_rt.registry.inspection.adapted import (
     shape_text,
 )
 from lora_rt.registry.inspection.experts import is_parameter, old_experts, old_routers, parameter_paths
-from lora_rt.registry.inspection.keys import PREFIX, base_key, inner_path, lora_key, renamed, tokens_key, whole_key
+from lora_rt.registry.inspection.keys import (
+    PREFIX,
+    base_key,
+    inner_path,
+    is_unused,
+    lora_key,
+    renamed,
+    tokens_key,
+    whole_key,
+)
 from lora_rt.registry.inspection.safetensors_header import TensorEntry
 from lora_rt.registry.inspection.settings import LoraSettings
 from lora_rt.registry.strict_json import shown
@@ -51,7 +60,7 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
 
     A path that the base does not have is looked for under its other names (`keys.renamed`).
     """
-    given, copies, problems, special = _group(entries, settings)
+    given, copies, problems, special = _group(entries, settings, linears is not None)
     wanted = [*given, *special.tokens]
     new_paths = {**renamed(wanted, linears or ()), **parameter_paths(given, settings, linears or {})}
     new_paths |= old_routers(given, linears or {})
@@ -117,14 +126,14 @@ def _tokens(
         else:
             yield TokenModule(new_paths.get(module, module), ids, entry.key)
     for name in settings.saves:
-        if not any(module.endswith(name) for module, _ in special.whole):
+        if not any(f"{name}." in f"{module}." for module, _ in special.whole):
             problems.append(f"modules_to_save names {shown(name)}, and there are no tensors of it")
     if settings.tokens and not special.tokens:
         problems.append("trainable_token_indices names tokens, and there are no rows of them")
 
 
 def _group(
-    entries: Mapping[str, TensorEntry], settings: LoraSettings
+    entries: Mapping[str, TensorEntry], settings: LoraSettings, has_base: bool
 ) -> tuple[dict[str, Parts], dict[str, str], list[str], _Special]:
     special = _Special()
     parts: dict[str, Parts] = {}
@@ -137,9 +146,11 @@ def _group(
         if found is None:
             if (owner := tokens_key(key)) is not None:
                 special.tokens[owner] = entry
+            elif is_unused(key) and settings.saves:
+                continue
             elif (leaf := whole_key(key)) is not None and settings.keeps(leaf[0]) and "lora_" not in key:
                 special.whole[leaf] = key
-            elif _COPIED.fullmatch(key) and "lora_" not in key:
+            elif "lora_" not in key and (_COPIED.fullmatch(key) or (has_base and leaf is not None)):
                 copies[key] = base_key(key)
             else:
                 strangers.setdefault(kinds.of_tensor(key), []).append(key)
@@ -165,6 +176,7 @@ def _expected(settings: LoraSettings, linears: Linears | None, found: list[str] 
     if linears is None or settings.selects is None:
         return None
     chosen = [m for m in linears if (settings.adapts_parameter(m) if is_parameter(m, linears) else settings.adapts(m))]
+    chosen = [module for module in chosen if not settings.keeps(module)]
     if found is not None:
         # Written for another class of the model, maybe for its text part alone: other towers are not expected.
         towers = {inner_path(module).partition(".")[0] for module in found}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_rt.registry.inspection.patterns import TamePattern
 
 Pattern = tuple[TamePattern, float]
+_EDGE = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|lm_head|embed_out|output)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class LoraSettings:
     them. `all_linear` says that it names no modules but every linear layer. `biases` that biases
     of the base were trained, where it has any. `saves` are the ends of names of modules that were trained as a whole,
     `tokens` the ids of trained rows by the end of their embedding's name, `invocation` the tokens that wake an aLoRA
-    up. The patterns are in the file's order, the
+    up. `ties` says that embedding and head are tied by force. The patterns are in the file's order, the
     first match wins, as in PEFT.
     """
 
@@ -39,6 +41,7 @@ class LoraSettings:
     saves: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    ties: bool = False
 
     def adapts(self, *paths: str) -> bool:
         """Whether a module of one of these paths may have tensors."""
@@ -49,8 +52,18 @@ class LoraSettings:
         return any(path == name or path.endswith(f".{name}") for name in self.parameters)
 
     def keeps(self, module: str) -> bool:
-        """Whether a module was trained as a whole; PEFT asks for the end of its name, wherever that begins."""
-        return any(module.endswith(name) for name in self.saves)
+        """Whether a module, or one that it lies in, was trained as a whole.
+
+        PEFT asks for the end of a module's name, wherever that begins; and trains embedding and head together where
+        they are tied by force.
+        """
+        if self.ties and any(_EDGE.search(name) for name in self.saves) and _EDGE.search(module):
+            return True
+        return any(f"{name}." in f"{module}." for name in self.saves)
+
+    def is_tied(self, module: str) -> bool:
+        """Whether it is adapted since the other one of embedding and head is, and both are tied by force."""
+        return self.ties and _EDGE.search(module) is not None
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
         """The ids of a module's trained rows; "" names the embedding whatever it is called."""

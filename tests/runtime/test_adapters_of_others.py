@@ -88,6 +88,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Change]] = {
         keys(lambda key: key.replace("model.model.model", "model.model._orig_mod.model")),
     ),
     "keys of DDP": ({}, {}, keys(lambda key: f"module.{key}")),
+    "keys of a module of Lightning's": ({}, {}, keys(lambda key: f"model.{key}")),
+    "keys of DDP around a part": ({}, {}, keys(lambda key: key.replace("self_attn", "module.self_attn"))),
+    "keys with a prefix three times": ({}, {}, keys(lambda key: f"base_model.model.base_model.model.{key}")),
+    "keys of a compiled model in DDP": ({}, {}, keys(lambda key: f"_orig_mod.module.{key}")),
     "weights in parts": ({}, {}, in_parts),
     "rank-stabilised": ({"use_rslora": True}, {}, nothing),
     "ranks and alphas per module": ({"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 5}}, {}, nothing),
@@ -182,6 +186,32 @@ def test_what_others_wrote_computes_what_was_trained(name: str, zoo: Zoo, tmp_pa
         assert not torch.allclose(logits_of(model), runtime.logits(IDS, compositions=loaded), atol=1e-2)
 
 
+def test_a_whole_state_dict_is_taken_for_its_factors_where_the_rest_is_the_bases_own(zoo: Zoo, tmp_path: Path) -> None:
+    model = trained_over(zoo.base("llama"), tmp_path / "a", modules_to_save=["lm_head"])
+    found = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(found, tmp_path / "a" / WEIGHTS, {"format": "pt"})
+    runtime = zoo.runtime("llama")
+    runtime.load_adapter(str(tmp_path / "a"), name="theirs")
+    assert_close(runtime.logits(IDS, compositions="theirs"), logits_of(model), **EXACT)
+    found["base_model.model.model.norm.weight"] += 1
+    save_file(found, tmp_path / "a" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(LoraRtError, match=r"not the base's own model\.norm\.weight") as refusal:
+        runtime.load_adapter(str(tmp_path / "a"), name="other")
+    assert "Save the adapter alone" in str(refusal.value.next_step)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_factors_of_few_bits_are_taken_for_what_they_are(kind: torch.dtype, zoo: Zoo, tmp_path: Path) -> None:
+    trained_over(zoo.base("llama"), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    tensors(lambda found: {key: value.to(kind) for key, value in found.items()})(tmp_path / "a")
+    tensors(lambda found: {key: value.to(kind).float() for key, value in found.items()})(tmp_path / "b")
+    runtime = zoo.runtime("llama")
+    for name in "ab":
+        runtime.load_adapter(str(tmp_path / name), name=name)
+    assert torch.equal(runtime.logits(IDS, compositions="a"), runtime.logits(IDS, compositions="b"))
+
+
 def multimodal(folder: Path) -> Any:
     """A tiny Gemma 3 with a vision tower, saved as a base."""
     import transformers as t
@@ -245,7 +275,27 @@ REFUSED: dict[str, tuple[dict[str, Any], Change, str]] = {
     "a head of more words": (
         {"target_modules": ["q_proj", "lm_head"]},
         tensors(lambda found: {k: v if "lora_" in k else torch.cat([v, v[:8]]) for k, v in found.items()}),
-        "is not the base's own",
+        "has 272 tokens, this base 264",
+    ),
+    "what was trained to classify": (
+        {},
+        fields(task_type="SEQ_CLS", modules_to_save=["classifier", "score"]),
+        "trained to classify",
+    ),
+    "what DeepSpeed left in other processes": (
+        {},
+        tensors(lambda found: {key: torch.zeros(0) for key in found}),
+        "holds nothing",
+    ),
+    "an image model's": (
+        {},
+        keys(lambda key: key.replace("base_model.model.", "lora_unet_").replace("lora_A", "lora_down")),
+        "an image model",
+    ),
+    "another base's": (
+        {},
+        keys(lambda key: key.replace("layers.", "blocks.")),
+        "not a linear layer of this base",
     ),
     "biases of layers that have none": (
         {"bias": "lora_only"},
@@ -286,6 +336,25 @@ def test_what_can_not_be_computed_is_refused_by_its_kind(name: str, zoo: Zoo, tm
     with pytest.raises(LoraRtError) as refusal:
         zoo.runtime("llama").load_adapter(str(tmp_path / "a"), name="theirs")
     assert says in str(refusal.value)
+    assert refusal.value.next_step
+    assert refusal.value.next_step.startswith("Fetch it again") is (name in UNKNOWN)
+
+
+UNKNOWN = ("one of its layers missing", "one of its layers missing under old names", "a field that means something")
+
+
+def test_a_file_in_place_of_its_folder_is_told_apart(zoo: Zoo, tmp_path: Path) -> None:
+    trained_over(zoo.base("llama"), tmp_path / "a")
+    with pytest.raises(LoraRtError, match="is not a folder") as refusal:
+        zoo.runtime("llama").load_adapter(str(tmp_path / "a" / WEIGHTS))
+    assert "the folder that it lies in" in str(refusal.value.next_step)
+
+
+def test_an_adapter_in_place_of_a_base_is_told_apart(zoo: Zoo, tmp_path: Path) -> None:
+    trained_over(zoo.base("llama"), tmp_path / "a")
+    with pytest.raises(LoraRtError, match="is an adapter's") as refusal:
+        Runtime.load(str(tmp_path / "a"))
+    assert "lora-rt compose" in str(refusal.value.next_step)
 
 
 def test_each_weight_file_is_opened_once(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,9 @@ ALONE = (
     "token rows of a scaled embedding", "token rows and DoRA", "a whole head", "a whole head, tied",
     "a whole embedding", "whole norms", "a whole head, DoRA", "PiSSA, converted", "OLoRA, converted",
     "PiSSA, rank-stabilised, converted", "pickled, converted", "DoRA, pickled, converted",
-    "ranks and alphas by patterns", "layers by a pattern", "without r and alpha",
+    "whole MLPs", "whole norms and all biases", "whole, tied by force", "a head, tied by force",
+    "PiSSA of a compiled model, converted", "ranks and alphas by patterns", "layers by a pattern",
+    "without r and alpha",
 )  # fmt: skip
 REFUSED = ("DoRA of the embedding", "PiSSA", "LoftQ", "X-LoRA", "Arrow", "QA-LoRA", "pickled")
 

@@ -168,6 +168,12 @@ def _made() -> dict[str, Variant]:
         "embedding and head whole, tied": Variant({"modules_to_save": ["embed_tokens", "lm_head"]}, changes=tied),
         "whole norms": Variant({"modules_to_save": ["input_layernorm", "norm"]}),
         "whole norms of Gemma": Variant({"modules_to_save": ["norm"]}, "gemma"),
+        "whole MLPs": Variant({"target_modules": "all-linear", "modules_to_save": ["mlp"]}),
+        "whole norms and all biases": Variant({"modules_to_save": ["norm"], "bias": "all"}, "opt"),
+        "whole, tied by force": Variant({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, changes=tied),
+        "a head, tied by force": Variant(
+            {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}, changes=tied
+        ),
         "whole norms of GPT-2": Variant(
             {"modules_to_save": ["ln_f"], "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"
         ),
@@ -177,6 +183,11 @@ def _made() -> dict[str, Variant]:
         "PiSSA": Variant({"init_lora_weights": "pissa"}),
         "PiSSA, converted": Variant({"init_lora_weights": "pissa"}, convert=True),
         "PiSSA, rank-stabilised, converted": Variant({"init_lora_weights": "pissa", "use_rslora": True}, convert=True),
+        "PiSSA of a compiled model, converted": Variant(
+            {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]},
+            edit=_keys(lambda key: f"_orig_mod.{key}"),
+            convert=True,
+        ),
         "PiSSA of some steps": Variant({"init_lora_weights": "pissa_niter_4"}),
         "OLoRA": Variant({"init_lora_weights": "olora"}),
         "OLoRA, converted": Variant({"init_lora_weights": "olora"}, convert=True),
