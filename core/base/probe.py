@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,11 +81,13 @@ def templates(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
-def rendered(text: str) -> int:
-    """How long the longest of the chats becomes; 0 where the template can't be run like this, which others explain."""
-    from jinja2 import nodes
+def template_environment() -> Any:
+    """Jinja's environment of chat templates, as transformers has it."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class Generation(Extension):
         """`{% generation %}` of transformers: a block that is its content."""
@@ -96,14 +99,41 @@ def rendered(text: str) -> int:
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
+    def not_inner(name: object) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a chat template can't keep {name!r} in a namespace")
+
+    class OwnNamespace(Namespace):
+        """Holds no names that begin like Python's inner ones; every other name is a template's."""
+
+        def __init__(*given: Any, **named: Any) -> None:
+            for name in dict(*given[1:], **named):
+                not_inner(name)
+            Namespace.__init__(*given, **named)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            not_inner(name)
+            Namespace.__setitem__(self, name, value)
+
     def refuse(message: str) -> NoReturn:
-        raise ValueError(message)
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
     extensions = [Generation, loopcontrols]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: "2026"
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value)
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["namespace"] = OwnNamespace
+    environment.globals["dict"] = lambda *given, **named: dict(*given, **named)
+    environment.filters["tojson"] = tojson
+    return environment
+
+
+def rendered(text: str) -> int:
+    """How long the longest of the chats becomes; 0 where the template can't be run like this, which others explain."""
+    environment = template_environment()
     environment.globals.update(bos_token="<s>", eos_token="</s>", tools=None, documents=None)
     longest = 0
     for chat in CHATS:

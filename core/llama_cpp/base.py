@@ -15,13 +15,13 @@ from lora_rt.core.base.prepare import keep
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.source import BaseError, BaseSource, parse_base
 from lora_rt.core.generation.prompts import TextFormat
+from lora_rt.core.llama_cpp.words import FILE, Words, facts_of, same_words
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
 
 _KEPT = "llama.cpp"
 _FACTS = "llama_cpp.json"
-_PROBE = "The rain: it's 12 o'clock,\n\tand élan 雨 <|im_end|> </s>  !"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def open_base(text: str, variables: Mapping[str, Any] | None = None, *, special_
     document = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     facts = BaseFacts(**document["facts"])
     words = TextFormat(
-        _tokenizer(folder, plain=document["plain"]),
+        _tokenizer(folder, document["words"]),
         vocabulary=facts.vocab_size,
         configured_ends=document["ends"],
         variables=variables,
@@ -97,28 +97,24 @@ def _write(text: str, gguf: Path, folder: Path) -> None:
         "facts": asdict(base.facts) | {"precision": _quantization(gguf)},
         "context": int(config.max_position_embeddings),
         "ends": ends if isinstance(ends, list) else [ends] if ends is not None else [],
-        "plain": _same(tokenizer, _tokenizer(folder, plain=True)),
+        "words": _words(folder, tokenizer),
     }
     (folder / _FACTS).write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 
-def _tokenizer(folder: Path, *, plain: bool) -> Any:
-    """The kept tokenizer; `plain` where transformers' class for any tokenizer.json reads it, which needs no torch."""
-    if plain:
-        from transformers import PreTrainedTokenizerFast
+def _words(folder: Path, tokenizer: Any) -> dict[str, Any] | None:
+    """What `Words` needs besides the folder, None where the tokenizer's own class is needed."""
+    facts = facts_of(tokenizer)
+    return facts if (folder / FILE).is_file() and same_words(tokenizer, Words(folder, facts)) else None
 
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+def _tokenizer(folder: Path, words: dict[str, Any] | None) -> Any:
+    """The kept tokenizer."""
+    if words is not None:
+        return Words(folder, words)
     from lora_rt.core.base.reading import whole_tokenizer
 
     return whole_tokenizer(folder)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two tokenizers know the same control tokens and read and write a difficult text alike."""
-    ids = [tokenizer(_PROBE, add_special_tokens=False).input_ids for tokenizer in (one, other)]
-    texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for tokenizer in (one, other)]
-    known = [(t.all_special_tokens, t.eos_token_id, t.chat_template, t("a").input_ids) for t in (one, other)]
-    return bool(ids[0] == ids[1] and texts[0] == texts[1] and known[0] == known[1])
 
 
 def _quantization(gguf: Path) -> str:

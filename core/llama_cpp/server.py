@@ -131,21 +131,21 @@ def _place(settings: Any, device: str) -> None:
         if (threads := int(os.environ.get("OMP_NUM_THREADS", "0"))) > 0:
             settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     kind, _, number = device.partition(":")
-    if kind == "cpu":
-        settings.n_gpu_layers = 0
-    elif kind == "cuda":
-        _check_gpu()
+    if kind == "cpu" or not (on_gpu := _has_gpu()):
+        settings.n_gpu_layers, settings.fit_params = 0, False  # to fit them to a GPU's memory doubles the time to load
+    if kind == "cuda":
+        if not on_gpu:
+            advice = "Use --device auto, or install a build of xllamacpp for your GPU"
+            raise BaseError("this build of llama.cpp has no GPU", next_step=advice)
         settings.main_gpu = int(number or 0)
 
 
-def _check_gpu() -> None:
+def _has_gpu() -> bool:
     import xllamacpp
 
     kinds = xllamacpp.ggml_backend_dev_type
     on_gpu = (kinds.GGML_BACKEND_DEVICE_TYPE_GPU, kinds.GGML_BACKEND_DEVICE_TYPE_IGPU)
-    if not any(info["type"] in on_gpu for info in xllamacpp.get_device_info()):
-        text = "this build of llama.cpp has no GPU"
-        raise BaseError(text, next_step="Use --device auto, or install a build of xllamacpp with your GPU's backend")
+    return any(info["type"] in on_gpu for info in xllamacpp.get_device_info())
 
 
 def _seed(seed: int, said: int) -> int:

@@ -10,15 +10,16 @@ import hashlib
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, BinaryIO
 
 from lora_rt.registry.files import CHUNK
 from lora_rt.registry.inspection.adapted import LoraModule
 from lora_rt.registry.inspection.safetensors_header import TensorEntry
 from lora_rt.registry.strict_json import shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAX_ABSOLUTE = 1e4
 MAX_DELTA_NORM = 1e6
@@ -54,6 +55,8 @@ class ReadFile:
 
 def read_values(file: BinaryIO, entries: Iterable[TensorEntry], keep: Container[str] = ()) -> ReadFile:
     """Read the whole of a file that is open at any position, once; `keep` are the keys of tensors to keep."""
+    import numpy as np  # a third of the time that a command takes to start, and most read no values
+
     digest = hashlib.sha256()
     file.seek(0)
     facts: dict[str, TensorFacts] = {}
@@ -104,6 +107,8 @@ def _read_tensor(
     kept: npt.NDArray[np.uint8] | None,
 ) -> TensorFacts:
     """Facts about the values, read into `kept` where there is one and over `chunk` again and again where not."""
+    import numpy as np
+
     bad, largest, squares = 0, 0.0, 0.0
     for start in range(0, entry.end - entry.begin, CHUNK):
         size = min(CHUNK, entry.end - entry.begin - start)
@@ -132,6 +137,8 @@ def _fill(file: BinaryIO, piece: npt.NDArray[np.uint8]) -> int:
 
 
 def _as_floats(piece: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.floating]:
+    import numpy as np
+
     if dtype == "BF16":
         return (piece.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if dtype in _BYTES:

@@ -17,6 +17,7 @@ from support.tiny import Zoo
 
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
 ENGINE = ["--engine", "llama.cpp"]
+HEAVY = {"torch", "transformers", "numpy", "peft", "bitsandbytes", "gguf"}
 
 
 @pytest.fixture
@@ -64,11 +65,13 @@ def test_compared_every_column_is_the_answer_given_alone(
 
 
 @needs_llama_cpp
-def test_the_second_time_torch_is_not_imported(cli: Cli, options: list[str], adapters: tuple[str, str]) -> None:
+def test_the_second_time_neither_torch_nor_transformers_is_imported(
+    cli: Cli, options: list[str], adapters: tuple[str, str]
+) -> None:
     assert cli("compose", adapters[0], *options).code == 0
     script = (
         "import sys\nfrom lora_rt.core.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n"
-        "    print('CODE', end.code, sorted({'torch', 'peft', 'bitsandbytes', 'gguf'} & set(sys.modules)))"
+        f"    print('CODE', end.code, sorted({HEAVY!r} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", script, "compose", adapters[0], *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
