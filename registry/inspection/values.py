@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, BinaryIO
 
 from lora_rt.registry.files import CHUNK
@@ -142,17 +143,20 @@ def _as_floats(piece: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float
     if dtype == "BF16":
         return (piece.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if dtype in _BYTES:
-        return _BYTES[dtype][piece]
+        return _floats_of_bytes(*_BYTES[dtype])[piece]
     numpy_types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
     kind = numpy_types.get(dtype, "i1")
     return piece.view(kind).astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
 
+@cache
 def _floats_of_bytes(exponent_bits: int, fraction_bits: int) -> npt.NDArray[np.float32]:
     """What each of the 256 bytes is as a float: IEEE's rules, but that E4M3 gives up infinity for larger numbers.
 
     Source: "FP8 Formats for Deep Learning" (arXiv:2209.05433), table 1.
     """
+    import numpy as np
+
     code = np.arange(256)
     exponent, fraction = code >> fraction_bits & (1 << exponent_bits) - 1, code & (1 << fraction_bits) - 1
     bias, top = (1 << exponent_bits - 1) - 1, (1 << exponent_bits) - 1
@@ -164,4 +168,5 @@ def _floats_of_bytes(exponent_bits: int, fraction_bits: int) -> npt.NDArray[np.f
     return np.where(code < 128, value, -value).astype(np.float32)
 
 
-_BYTES = {"F8_E4M3": _floats_of_bytes(4, 3), "F8_E5M2": _floats_of_bytes(5, 2)}
+_BYTES = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}
+"""Exponent and fraction bits of the floats of one byte."""
