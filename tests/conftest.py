@@ -18,6 +18,7 @@ import pytest
 from support.hub import LocalHub
 
 if TYPE_CHECKING:
+    from support.forks import Forks
     from support.tiny import Zoo
 
 _HUB = LocalHub()
@@ -67,6 +68,24 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
     torch.set_num_threads(1)
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """`light(["compose", "emotion"])`: the command line in a process of its own, without torch at its start."""
+    from support.forks import forks
+
+    with forks(tmp_path_factory.mktemp("light")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """The same with torch at its start: where a process of its own is wanted, and what it imports is not the point."""
+    from support.forks import WARM, forks
+
+    with forks(tmp_path_factory.mktemp("warm"), WARM) as started:
+        yield started
 
 
 @pytest.fixture

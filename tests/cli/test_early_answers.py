@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.cli import Cli
-from support.light import Light, light
+from support.forks import Forks
 from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Light]:
-    """`run(["compose", "emotion"])`, in a process without torch."""
-    with light(tmp_path_factory.mktemp("light")) as started:
-        yield started
 
 
 @pytest.fixture
@@ -78,7 +70,7 @@ def data(tmp_path: Path) -> Path:
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(
-    arguments: list[str], code: int, named: str, data: Path, tmp_path: Path, run: Light
+    arguments: list[str], code: int, named: str, data: Path, tmp_path: Path, light: Forks
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"scene": "a", "text": "b"}\n{\n')
@@ -86,7 +78,7 @@ def test_a_mistake_is_answered_before_torch_is_imported(
     folder.mkdir()
     places = {"BAD": bad, "GOOD": data, "FOLDER": folder}
     given = [re.sub("BAD|GOOD|FOLDER", lambda found: str(places[found[0]]), word) for word in arguments]
-    done = run(given)
+    done = light(given)
     assert (done.code, done.heavy) == (code, set()), done.err
     assert named in done.err
 
@@ -99,15 +91,17 @@ def test_a_mistake_is_answered_before_torch_is_imported(
         ["bench", "--quick", "--plot", "m.png"],
     ],
 )
-def test_a_missing_matplotlib_is_said_before_anything_is_measured(arguments: list[str], data: Path, run: Light) -> None:
-    done = run([word.replace("GOOD", str(data)) for word in arguments], without="matplotlib")
+def test_a_missing_matplotlib_is_said_before_anything_is_measured(
+    arguments: list[str], data: Path, light: Forks
+) -> None:
+    done = light([word.replace("GOOD", str(data)) for word in arguments], without="matplotlib")
     assert (done.code, done.heavy) == (1, set()), done.err
     assert "needs matplotlib. Install it with: pip install 'lora-rt[plot]'" in done.err
 
 
-def test_an_adapter_for_another_base_is_refused_before_torch_is_imported(zoo: Zoo, run: Light) -> None:
+def test_an_adapter_for_another_base_is_refused_before_torch_is_imported(zoo: Zoo, light: Forks) -> None:
     base = str(zoo.base("llama", changes={"hidden_size": 32, "head_dim": 8}))
-    done = run(["compose", "emotion", "-p", "ab", "--base", base, "--precision", "float32"])
+    done = light(["compose", "emotion", "-p", "ab", "--base", base, "--precision", "float32"])
     assert (done.code, done.heavy) == (1, set()), done.err
     assert "Use --base default" in done.err
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import pytest
 from lora_rt.core.cli.console import check_output
 from lora_rt.errors import LoraRtError
 from support.cli import Cli
+from support.forks import Forks
 from support.plugins import torn_package
 from support.tiny import Zoo
 
@@ -188,16 +188,14 @@ def test_no_command_at_all_shows_the_help(cli: Cli) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("kind", [["--json"], []])
 def test_results_that_can_not_be_printed_are_kept_and_the_error_says_where(
-    kind: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Forks
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    command = [sys.executable, "-m", "lora_rt", "bench", "--random-base", "tiny", "--precision", "float32"]
-    command += ["--device", "cpu", "--repeats", "1", "--workloads", "quick-row1", "--systems", "base,ours", *kind]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, "the results can't be printed: No space left on device" in done.stderr) == (1, True)
+    command = ["bench", "--random-base", "tiny", "--precision", "float32", "--device", "cpu", "--repeats", "1"]
+    done = warm([*command, "--workloads", "quick-row1", "--systems", "base,ours", *kind], out=Path("/dev/full"))
+    assert (done.code, "the results can't be printed: No space left on device" in done.err) == (1, True)
     (kept,) = tmp_path.glob("lora-rt-*.json")
-    assert f"They are kept in {kept}" in done.stderr
+    assert f"They are kept in {kept}" in done.err
     assert json.loads(kept.read_text())["rows"]
 
 

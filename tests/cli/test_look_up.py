@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.adapters import BASE, CARD, CONFIG, adapter_files, write_adapter
-from support.light import Light, light
+from support.forks import Forks
 
 COMMANDS = (
     ["compose", "-p", "x"],
@@ -17,13 +16,6 @@ COMMANDS = (
     ["eval", "--data", "d=d.jsonl"],
     ["tune", "--data", "d.jsonl"],
 )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Light]:
-    """`run(["compose", "emotion"])`, in a process without torch."""
-    with light(tmp_path_factory.mktemp("light")) as started:
-        yield started
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
@@ -37,13 +29,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Light]:
     ],
 )
 def test_an_adapter_that_can_not_be_used_is_refused_before_torch_is_imported(
-    command: list[str], file: str, content: dict[str, object], says: str, tmp_path: Path, run: Light
+    command: list[str], file: str, content: dict[str, object], says: str, tmp_path: Path, light: Forks
 ) -> None:
     files = adapter_files(card=file == "register.json")
     write_adapter(tmp_path / "theirs", files | {file: json.dumps(content).encode()})
     (tmp_path / "d.jsonl").write_text('{"scene": "a", "text": "b"}\n' * 8)
     name, *options = command
-    done = run(
+    done = light(
         [name, str(tmp_path / "theirs"), *(word.replace("d.jsonl", str(tmp_path / "d.jsonl")) for word in options)]
     )
     assert says in " ".join(done.err.split())

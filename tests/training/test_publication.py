@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +20,7 @@ from lora_rt.registry.card import read_card
 from lora_rt.registry.durable import check_new_folder
 from lora_rt.registry.errors import RejectedAdapterError, StorageError, StoreError
 from lora_rt.registry.store import Store
+from support.forks import Forks
 from support.tiny import Zoo, mode_host
 
 pytestmark = pytest.mark.slow
@@ -80,7 +78,9 @@ def test_what_no_adapter_can_be_published_with_is_refused_first(settings: Make, 
     assert named in str(caught.value)
 
 
-def test_nothing_heavy_is_imported_for_an_answer_that_needs_no_model(settings: Make, tmp_path: Path) -> None:
+def test_nothing_heavy_is_imported_for_an_answer_that_needs_no_model(
+    settings: Make, tmp_path: Path, light: Forks
+) -> None:
     (tmp_path / "bad.jsonl").write_text('{"scene": "a", "text": "b"}\n{\n')
     (tmp_path / "file").write_text("")
     data = str(settings().data)
@@ -93,18 +93,9 @@ def test_nothing_heavy_is_imported_for_an_answer_that_needs_no_model(settings: M
         ["--data", data, "--base", str(tmp_path / "nowhere")],
         ["--data", data, "--alpha", "1e5"],
     ]
-    code = (
-        "import sys, json\nfrom lora_rt.core.cli.app import run\n"
-        "for case in json.loads(sys.argv[1]):\n"
-        "    sys.argv = ['lora-rt', 'train', 'letters', '--mode', 'output-only', *case]\n"
-        "    try: run()\n"
-        "    except SystemExit as end: print(end.code, 'torch' in sys.modules or 'transformers' in sys.modules)\n"
-    )
-    import json
-
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(cases)], capture_output=True, text=True, check=False)
+    done = [light(["train", "letters", "--mode", "output-only", *case]) for case in cases]
     codes = [1, 2, 2, 1, 2, 1, 2]  # what settings alone can tell is usage
-    assert done.stdout.split("\n")[:-1] == [f"{code} False" for code in codes], done.stderr
+    assert [(run.code, run.heavy) for run in done] == [(code, frozenset()) for code in codes]
 
 
 def test_a_name_that_differs_by_case_is_refused_before_the_first_step(settings: Make) -> None:
@@ -183,20 +174,15 @@ def test_the_same_run_twice_at_once_is_told_in_one_line(settings: Make) -> None:
         (500_000, "the run is stopped: a checkpoint can't be written"),
     ],
 )
-def test_a_disk_that_is_full_stops_the_run_with_one_line(settings: Make, zoo: Zoo, limit: int, said: str) -> None:
+def test_a_disk_that_is_full_stops_the_run_with_one_line(settings: Make, warm: Forks, limit: int, said: str) -> None:
     chosen = settings()
     command = ["train", "letters", "--mode", "output-only", "--data", str(chosen.data), "--base", chosen.base]
     command += ["--precision", "float32", "--r", "64", "--target-modules", "all-linear", "--epochs", "1"]
 
-    def small() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "lora_rt", *command], capture_output=True, text=True, check=False, preexec_fn=small
-    )
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    done = warm(command, largest=limit)
+    assert done.code == 1
+    assert said in done.err
+    assert "Traceback" not in done.err
 
 
 def test_a_run_of_another_base_is_not_resumed(settings: Make, zoo: Zoo, tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""Runs of the command line, each in a process of its own that is the fork of one which has imported what it needs.
+
+Python's start and the imports are paid once for all runs. There are two kinds of them: light ones, forks of a process
+that has imported the modules of all commands, of which no library is heavy, so what a run finds imported at its end it
+has imported itself; and warm ones, forks of a process that has imported torch and its like as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "matplotlib")
+WARM = ("torch", "transformers", "peft", "lora_rt.core.runtime", "lora_rt.core.training.run")
+
+_PROGRAM = f"""
+import importlib, json, os, sys, tempfile, traceback
+
+from lora_rt.core.cli import table
+from lora_rt.core.cli.app import run
+
+for name in table.COMMANDS:
+    table.load(name)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+
+
+def heavy():
+    return [name for name in {HEAVY!r} if sys.modules.get(name)]
+
+
+def answered(asked):
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    tempfile.tempdir = None
+    for number, name in enumerate(("/dev/null", asked["out"], asked["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+    if asked["without"]:
+        sys.modules[asked["without"]] = None  # for finders and for imports, it is not there
+    if asked["largest"]:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest"], asked["largest"]))
+    sys.argv = ["lora-rt", *asked["arguments"]]
+    code = 0
+    try:
+        run()
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = -1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass
+    os.write(3, (json.dumps([code, heavy()]) + "\\n").encode())
+
+
+os.dup2(1, 3)
+print(json.dumps(heavy()), flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        answered(json.loads(line))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        print("died", status, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run ended: exit code, what it printed and complained of, and the heavy libraries that it had then."""
+
+    code: int
+    out: str
+    err: str
+    heavy: frozenset[str]
+
+
+class Forks:
+    """Runs `lora-rt` in forks of a process that stays."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self._process, self._folder = process, folder
+
+    def __call__(
+        self, arguments: Sequence[str], *, without: str = "", out: Path | None = None, largest: int = 0
+    ) -> Run:
+        """One run, in this process's environment.
+
+        Args:
+            arguments: of lora-rt.
+            without: a library that is not installed.
+            out: a file that is its standard output.
+            largest: bytes of the largest file that it may write, as on a full disk; 0 for any.
+        """
+        assert self._process.stdin
+        assert self._process.stdout
+        files = [self._folder / name for name in ("out", "err")]
+        for file in files:
+            file.unlink(missing_ok=True)
+        asked = {"arguments": [*arguments], "without": without, "largest": largest, "environment": dict(os.environ)}
+        asked |= {"out": str(out or files[0]), "err": str(files[1])}
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        code, heavy = json.loads(self._process.stdout.readline())
+        return Run(code, "" if out else files[0].read_text(), files[1].read_text(), frozenset(heavy))
+
+
+@contextmanager
+def forks(folder: Path, imported: Sequence[str] = ()) -> Iterator[Forks]:
+    """Starts that process; what a run prints lies in the folder meanwhile.
+
+    Args:
+        folder: an empty one.
+        imported: what it imports besides the modules of the commands.
+    """
+    command = [sys.executable, "-c", _PROGRAM, *imported]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        assert json.loads(process.stdout.readline()) == [] or imported, "a command's module imports a heavy library"
+        yield Forks(process, folder)
+        process.stdin.close()
