@@ -23,6 +23,7 @@ from lora_rt.core.runtime import Runtime
 
 _PROMPTS = ("rain, tin roof, unpaid bill", "frozen rope, harbour", "a spare key under the third stone", "last train")
 _CHAT = "/v1/chat/completions"
+_FILLING, _LONG = 200, 30  # prompts at most, and how often each repeats its words: some hundred tokens
 _LEAVING = 10  # of so many requests to a server that has too many, one client goes away after its first token
 
 
@@ -132,10 +133,25 @@ def arriving(
     return asyncio.run(run())
 
 
+def fill(url: str, asked: Wish) -> None:
+    """Let a server of ours keep as many prompts as it ever will: what is in memory then is what it needs."""
+    kept = -1
+    for number in range(_FILLING):
+        prompt = f"{number} {asked.prompt} " * _LONG
+        found, _ = at_once(url, [Wish(prompt, asked.weights, 2).body()], 1)
+        before, kept = kept, _count(url, "lora_rt_prefix_bytes ")
+        if found[0].status != 200 or kept <= before:
+            return
+
+
 def rows_of(url: str) -> int:
     """Rows that a server of ours has, running and waiting, by its own count."""
+    return _count(url, "lora_rt_rows_waiting ", "lora_rt_rows_running ")
+
+
+def _count(url: str, *named: str) -> int:
+    """The sum of these numbers of its metrics."""
     lines = httpx2.get(f"{url}/metrics").text.splitlines()
-    named = ("lora_rt_rows_waiting ", "lora_rt_rows_running ")
     return int(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(named)))
 
 

@@ -65,7 +65,8 @@ def serve(
             document[f"at_{share:.0%}"] = serving.summary(serving.arriving(url, bodies, carried * share), tokens)
         for name, length, rate in zip(_LONG, (overload, soak), (10 * carried, carried / 2), strict=True):
             if length:
-                _says(f"{name}: {length:g} seconds")
+                _says(f"{name}: {length:g} seconds, once as many prompts are kept as may be")
+                serving.fill(url, asked[0])
                 document[name] = _held(url, process, asked, rate, length)
     if llama:
         document |= _beside_llama(llama, base, names, asked, rows, document["machine"]["threads"])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_rt.core.benchmark.serving import Served, summary, wishes
+from lora_rt.core.benchmark.serving import Served, Wish, fill, summary, wishes
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving.settings import Limits, ServeSettings
 from support.cli import Cli, command_line
-from support.serving import CHANGES
+from support.serving import CHANGES, live
 from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,15 @@ def test_an_answer_that_is_cut_short_counts_as_failed() -> None:
     told = summary([whole, whole, short, refused, refused, left, broken], 8)
     assert [told[key] for key in ("served", "refused", "left", "failed")] == [2, 2, 1, 2]
     assert told["refused_ms"] == {"p50": 3.0, "p99": 3.0}
+
+
+def test_before_memory_is_watched_as_many_prompts_are_kept_as_may_be(runtime: Runtime) -> None:
+    settings = ServeSettings(port=0, limits=Limits(prefix_bytes=200_000))
+    with live(runtime, settings) as server, server.http() as plain:
+        fill(server.url, Wish("rain", {"one": 0.5}, 3))
+        lines = plain.get("/metrics").text.splitlines()
+        kept = next(float(line.split()[1]) for line in lines if line.startswith("lora_rt_prefix_bytes "))
+        assert 100_000 < kept <= 200_000
 
 
 @pytest.mark.slow
