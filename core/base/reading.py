@@ -37,10 +37,13 @@ def whole_model(where: Any, **arguments: Any) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    kind: Any = AutoModelForCausalLM
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
-        check_size(Path(where), AutoConfig.from_pretrained(where, trust_remote_code=False))
-    model, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        check_size(Path(where), config)
+        kind = auto_class(config)
+    model, report = kind.from_pretrained(
         where, trust_remote_code=False, output_loading_info=True, adapter_kwargs=_NO_ADAPTER, **arguments
     )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]) + _misshapen(model)
@@ -48,6 +51,21 @@ def whole_model(where: Any, **arguments: Any) -> Any:
         text = f"{len(missing)} weights of {arguments.get('gguf_file', where)} are missing or have another shape"
         raise BaseError(text, problems=missing[:20], next_step="Fetch the model again")
     return model
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers' that makes a causal language model of a configuration.
+
+    Models that see know several: of those that transformers does not count among the causal ones (LLaVA, Qwen2-VL,
+    Mistral 3), the whole model is taken, whose text part speaks as well without an image.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
+
+    sees = type(config) in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if sees and type(config) not in known.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def config_alone(source: BaseSource) -> Any:

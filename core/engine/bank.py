@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lora_rt.core.engine.stack import Stack, stack
 from lora_rt.core.engine.topology import survey
 from lora_rt.core.engine.wrappers import bare_modules, wrappers_of
 from lora_rt.plugins.contract import Gate
+from lora_rt.registry.inspection.keys import renamed
 
 _ROOM = 256 * 2**20  # bytes of stacks and lanes that are kept, or as many as the residents take themselves
 
@@ -61,7 +63,10 @@ class AdapterBank:
         Raises:
             BankError: a factor names no site of this model or has another shape, all of them listed.
         """
-        modules = {name: module for name, module in bare_modules(self._model) if name in adapter.whole}
+        modules = dict(bare_modules(self._model)) if adapter.whole else {}
+        new_names = renamed(adapter.whole, modules)
+        adapter = replace(adapter, whole={new_names.get(name, name): own for name, own in adapter.whole.items()})
+        modules = {name: module for name, module in modules.items() if name in adapter.whole}
         resident = fitted(adapter, self.topology, modules, self._dtype_on)
         if modules:
             self._hooks.enter_context(let_replace(modules, self.topology))

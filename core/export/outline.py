@@ -9,7 +9,7 @@ import torch
 
 from lora_rt.core.base.identity import identify, identify_base
 from lora_rt.core.base.load import base_facts
-from lora_rt.core.base.reading import UNREADABLE, config_alone
+from lora_rt.core.base.reading import UNREADABLE, auto_class, config_alone
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, parse_base
 from lora_rt.core.engine.topology import features, find_linears, shapes_of
 from lora_rt.plugins.contract import BaseFacts
@@ -40,7 +40,6 @@ def outline(text: str, *, quick: bool = False) -> Outline:
     Raises:
         BaseError: it can't be found, or is no model that transformers knows.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     source = parse_base(text)
@@ -48,7 +47,7 @@ def outline(text: str, *, quick: bool = False) -> Outline:
     identity = identify_base(text) if quick else identify(source)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
     except UNREADABLE as error:
         text = f"{source.text} can't be understood: {first_line(error)}"
         raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error

@@ -20,6 +20,7 @@ from lora_rt.core.base.fused import run_without_values
 from lora_rt.core.base.load import scales
 from lora_rt.core.base.multiply import is_4bit
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
+from lora_rt.core.base.reading import auto_class
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
@@ -32,13 +33,11 @@ TRACED = (2, 3)
 
 def skeleton(config: Any, precision: Precision) -> Any:
     """The model of a configuration on the meta device: eval mode, frozen, its layers those of the precision."""
-    from transformers import AutoModelForCausalLM
-
     dense = copy.deepcopy(config)
     if getattr(dense, "quantization_config", None) is not None:
         del dense.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dense, dtype=compute_dtype(precision))
+        model = auto_class(dense).from_config(dense, dtype=compute_dtype(precision))
     if (how := quantization_config(precision)) is not None:
         quantize_layers(model, how)
     model.requires_grad_(False)
