@@ -181,7 +181,7 @@ def tune(
         LoraRtError: settings, data, base or adapters can't be used, or nothing was found that beats the start.
     """
     from lora_rt.core.requests.composition import Composition
-    from lora_rt.core.tuning.settings import MixSettings, SceneSettings, settings_for
+    from lora_rt.core.tuning.settings import settings_for
 
     settings = settings_for(
         per,
@@ -199,9 +199,4 @@ def tune(
 
     more = None if prompts is None else Path(prompts)
     job = session.Job(given, Path(data), base, precision, device, prompts=more)
-    if isinstance(settings, SceneSettings):
-        return session.fit_scenes(job, None if out is None else Path(out), settings, lambda _what, _loss: None)
-    named = name or "my-mix"
-    if isinstance(settings, MixSettings):
-        return session.tune_mixture(job, named, settings, lambda _what, _loss: None)
-    return session.tune_composition(job, named, settings, lambda _what, _loss: None)
+    return session.run(job, name or "my-mix", None if out is None else Path(out), settings, lambda _what, _loss: None)

@@ -18,7 +18,6 @@ from lora_rt.core.cli.session import session, starting
 from lora_rt.core.training.data import read_pairs
 from lora_rt.core.tuning.settings import (
     PROMPT_FIELDS,
-    MixSettings,
     Per,
     SceneSettings,
     check_adapters_place,
@@ -103,26 +102,18 @@ def tune(
         read_pairs(prompts, PROMPT_FIELDS, chats=True)
     text = options.text_format(template_var, special_tokens)
     with starting():
-        from lora_rt.core.tuning.session import Job, fit_scenes, tune_composition, tune_mixture
+        from lora_rt.core.tuning.session import Fitted, Job, run
 
     shared = {"allow_base_mismatch": allow_base_mismatch, "prompts": prompts, **text}
     job = Job(composition, data, base, precision, device, **shared)
-    if isinstance(settings, SceneSettings):
-        with _Progress() as progress:
-            fitted = fit_scenes(job, folder, settings, progress.advance)
-        _show_fitted(fitted)
-        if as_json:
-            print_json(fitted.document())
-        return
     with _Progress() as progress:
-        if isinstance(settings, MixSettings):
-            tuned = tune_mixture(job, name, settings, progress.advance)
-        else:
-            tuned = tune_composition(job, name, settings, progress.advance)
+        found = run(job, name, folder, settings, progress.advance)
+    if isinstance(found, Fitted):
+        _show_fitted(found)
+    elif not as_json:
+        _show(found, base)
     if as_json:
-        print_json(tuned.document())
-    else:
-        _show(tuned, base)
+        print_json(found.document())
 
 
 def _show_fitted(fitted: Fitted) -> None:

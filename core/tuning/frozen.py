@@ -11,9 +11,17 @@ from torch.nn.functional import cross_entropy
 from lora_rt.core.base.shape import pad_right, positions_of
 from lora_rt.core.requests.adapted import AdaptedBase
 from lora_rt.core.tuning.data import Item
-from lora_rt.plugins.contract import Gate
+from lora_rt.plugins.contract import Gate, GateContext
 
 IGNORED = -100
+
+
+def distance_from_one(gates: Sequence[Gate | None], device: torch.device) -> Tensor:
+    """The mean squared distances from 1 of all multipliers, added up; a number."""
+    parts = [part for gate in gates if gate is not None for part in (gate.ranks, gate.heads) if part is not None]
+    return (
+        torch.stack([(part - 1).square().mean() for part in parts]).sum() if parts else torch.zeros((), device=device)
+    )
 
 
 class Frozen(AdaptedBase):
@@ -27,6 +35,42 @@ class Frozen(AdaptedBase):
         for row, item in enumerate(items):
             labels[row, len(item.prompt) : len(rows[row])] = ids[row, len(item.prompt) : len(rows[row])]
         return ids, mask, labels
+
+    def gate_context(
+        self,
+        name: str,
+        items: Sequence[Item],
+        state: Mapping[str, Tensor],
+        depth: int | None,
+        weight: float | None = None,
+    ) -> GateContext:
+        """What a mode's gate is told of a batch of which every row has the adapter.
+
+        Args:
+            name: the resident's.
+            items: the batch.
+            state: its mode's, whose tensors may require a gradient.
+            depth: of the hidden states that it may ask for; None for the usual one.
+            weight: its weight in all rows, where that is told.
+        """
+        ids, mask, _ = self.tensors(items)
+        resident = self.bank.residents[name]
+        return GateContext(
+            adapter=name,
+            card=resident.card,
+            state=state,
+            base=self.base.facts,
+            rank=resident.rank,
+            uniform_rank=len(resident.ranks) == 1,
+            input_ids=ids,
+            positions=positions_of(mask),
+            prompt_lengths=torch.tensor([len(item.prompt) for item in items], device=ids.device),
+            active=[True] * len(items),
+            scene_types=[item.scene_type for item in items],
+            prompts=[None] * len(items),
+            weights=[] if weight is None else [weight] * len(items),
+            hidden=lambda: self.early(ids, mask, positions_of(mask), depth).clone(),
+        )
 
     def nll(
         self, items: Sequence[Item], weights: Sequence[Mapping[str, float]], gates: Mapping[str, Gate | None]

@@ -8,18 +8,15 @@ lead through `lora_rt_joint_gate` to it. Where the data has scene types and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.shape import positions_of
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
-from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.frozen import Frozen, distance_from_one
 from lora_rt.core.tuning.settings import MixSettings, SceneSettings, TuneError
-from lora_rt.plugins.contract import AdapterView, Gate, GateContext, JointGateContext, MixtureContext
+from lora_rt.plugins.contract import AdapterView, Gate, JointGateContext, MixtureContext
 
 NEUTRAL = "neutral"
 _JUDGED = 6  # how often on the way the state is tried on the held-out examples
@@ -138,41 +135,18 @@ class MixFit:
 
     def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:
         """The gates of a batch with the weights in them, and their mean squared distance from 1."""
-        ids, mask, _ = self._frozen.tensors(batch)
-        hidden = partial(self._hidden, ids, mask)
-        contexts = [self._context(name, ids, mask, batch, hidden) for name in self._start]
+        residents = self._frozen.bank.residents
+        contexts = [
+            self._frozen.gate_context(name, batch, residents[name].state, self.hidden_layers, weight)
+            for name, weight in self._start.items()
+        ]
         found = self._frozen.modes.mixture_gates(self._settings.mode, JointGateContext(contexts, self._view))
-        distance = torch.zeros((), device=ids.device)
+        device = self._frozen.bank.device
         gates: dict[str, Gate | None] = {}
         for (name, weight), gate in zip(self._start.items(), found, strict=True):
-            ranks = torch.ones(1, device=ids.device) if gate is None or gate.ranks is None else gate.ranks
-            heads = None if gate is None else gate.heads
-            for part in (ranks, heads):
-                distance = distance if part is None else distance + (part - 1).square().mean()
-            gates[name] = Gate(ranks=weight * ranks, heads=heads)
-        return gates, distance
-
-    def _context(self, name: str, ids: Tensor, mask: Tensor, batch: Sequence[Item], hidden: Any) -> GateContext:
-        resident = self._frozen.bank.residents[name]
-        return GateContext(
-            adapter=name,
-            card=resident.card,
-            state=resident.state,
-            base=self._frozen.base.facts,
-            rank=resident.rank,
-            uniform_rank=len(resident.ranks) == 1,
-            input_ids=ids,
-            positions=positions_of(mask),
-            prompt_lengths=torch.tensor([len(item.prompt) for item in batch], device=ids.device),
-            active=[True] * len(batch),
-            scene_types=[item.scene_type for item in batch],
-            prompts=[None] * len(batch),
-            weights=[self._start[name]] * len(batch),
-            hidden=hidden,
-        )
-
-    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self._frozen.early(ids, mask, positions_of(mask), self.hidden_layers).clone()
+            ranks = torch.ones(1, device=device) if gate is None or gate.ranks is None else gate.ranks
+            gates[name] = Gate(ranks=weight * ranks, heads=None if gate is None else gate.heads)
+        return gates, distance_from_one(found, device)
 
     def _some_hidden(self, depth: int | None) -> Tensor:
         """(tokens, hidden)"""

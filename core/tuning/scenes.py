@@ -8,19 +8,17 @@ Whatever a hook leaves out of its result gets no gradient and stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.shape import positions_of
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
-from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.frozen import Frozen, distance_from_one
 from lora_rt.core.tuning.settings import SceneSettings
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, GateContext, TermFacts
+from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, TermFacts
 
 State = dict[str, Tensor]
 _JUDGED = 10  # how often on the way the gates are tried on the held-out examples
@@ -164,36 +162,18 @@ class SceneFit:
 
     def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:
         """The gates of a batch with the weights in them, and their mean squared distance from 1."""
-        ids, mask, _ = self._frozen.tensors(batch)
         weights = self._weights(batch)
-        distance = torch.zeros((), device=ids.device)
-        gates: dict[str, Gate | None] = {}
-        for name in self._start:
-            context = GateContext(
-                adapter=name,
-                card=self._card(name),
-                state=self.states[name],
-                base=self._frozen.base.facts,
-                rank=self._frozen.bank.residents[name].rank,
-                uniform_rank=len(self._frozen.bank.residents[name].ranks) == 1,
-                input_ids=ids,
-                positions=positions_of(mask),
-                prompt_lengths=torch.tensor([len(item.prompt) for item in batch], device=ids.device),
-                active=[True] * len(batch),
-                scene_types=[item.scene_type for item in batch],
-                prompts=[None] * len(batch),
-                hidden=partial(self._hidden, name, ids, mask),
-            )
-            gate = self._frozen.modes.gate(self._mode(name), context) or Gate()
-            for part in (gate.ranks, gate.heads):
-                distance = distance if part is None else distance + (part - 1).square().mean()
-            ranks = weights[name] if gate.ranks is None else weights[name] * gate.ranks
-            gates[name] = Gate(ranks=ranks, heads=gate.heads)
-        return gates, distance
+        found = {name: self._gate(name, batch) for name in self._start}
+        gates: dict[str, Gate | None] = {
+            name: Gate(ranks=weights[name] if gate.ranks is None else weights[name] * gate.ranks, heads=gate.heads)
+            for name, gate in found.items()
+        }
+        return gates, distance_from_one([*found.values()], self._frozen.bank.device)
 
-    def _hidden(self, name: str, ids: Tensor, mask: Tensor) -> Tensor:
+    def _gate(self, name: str, batch: Sequence[Item]) -> Gate:
         depth = self._card(name).get("hidden_layers")
-        return self._frozen.early(ids, mask, positions_of(mask), depth).clone()
+        context = self._frozen.gate_context(name, batch, self.states[name], depth)
+        return self._frozen.modes.gate(self._mode(name), context) or Gate()
 
     def _weights(self, batch: Sequence[Item]) -> dict[str, Tensor]:
         """Resident name -> its weight as the mode decides, (1, rows, 1, 1), with the gradient to the state."""

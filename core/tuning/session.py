@@ -114,6 +114,21 @@ def _lasting(reference: Reference) -> str:
     return str(Path(reference.target).expanduser().absolute()) if reference.kind == "path" else reference.text
 
 
+def run(
+    job: Job, name: str, out: Path | None, settings: TuneSettings | MixSettings | SceneSettings, advance: Advance
+) -> NamedComposition | Fitted:
+    """What the settings are of: weights or a mixture under a name, or gates of adapters, in the store or in `out`.
+
+    Raises:
+        LoraRtError: as `tune_composition`, `tune_mixture` and `fit_scenes`.
+    """
+    if isinstance(settings, SceneSettings):
+        return fit_scenes(job, out, settings, advance)
+    if isinstance(settings, MixSettings):
+        return tune_mixture(job, name, settings, advance)
+    return tune_composition(job, name, settings, advance)
+
+
 def tune_composition(job: Job, name: str, settings: TuneSettings, advance: Advance) -> NamedComposition:
     """Find weights for the data and save them as a named composition.
 
