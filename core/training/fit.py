@@ -134,6 +134,7 @@ def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpo
         mode=settings.mode,
         gates=prepared.gates,
         accumulation=prepared.portions.accumulation,
+        packed=prepared.packed,
         checkpoints=checkpoints,
     )
     evaluations.log_by(trainer.log)
@@ -159,7 +160,7 @@ def held_out_loss(prepared: Prepared) -> float:
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             moved = send_to_device(batch, prepared.base.device)
             with prepared.gates.over(moved):
-                sums, counts = label_nll(model, moved)
+                sums, counts = label_nll(model, moved, packed=prepared.packed and not prepared.gates.acting())
             found += torch.stack([sums.double().sum(), counts.double().sum()]).cpu()
     model.train(training)
     total, count = processes.summed(found).tolist()

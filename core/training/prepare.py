@@ -18,8 +18,9 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import Portions, pick_portions
 from lora_rt.core.memory.skeleton import skeleton
 from lora_rt.core.step.adapter import checkpointed, fresh_adapter, targets
-from lora_rt.core.step.attention import attend_in_float32
+from lora_rt.core.step.attention import attend_by_rows, attend_in_float32
 from lora_rt.core.step.fused import fuse
+from lora_rt.core.step.loss import is_plain
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
 from lora_rt.core.training.processes import joined
@@ -36,7 +37,10 @@ Example = tuple[Line, list[Encoded]]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run before its first step. `model` is the base with a fresh adapter, and the mode's state where it has one."""
+    """A run before its first step. `model` is the base with a fresh adapter, and the mode's state where it has one.
+
+    `packed`: rows go through it one behind the other (`lora_rt.core.step.packing`).
+    """
 
     settings: TrainSettings
     base: LoadedBase
@@ -49,6 +53,7 @@ class Prepared:
     portions: Portions
     model: Any
     gates: RankGates
+    packed: bool = False
 
     @property
     def resolved(self) -> TrainSettings:
@@ -97,6 +102,8 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     gates = RankGates(model, objective, settings.r)
     if base.device.type == "cpu":
         fuse(model, gates.acting)
+    longest = max(len(item.input_ids) for item in [*encoded[0], *encoded[1]])
+    packed = is_plain(objective) and attend_by_rows(model, longest)
     return Prepared(
         settings=settings,
         base=base,
@@ -109,6 +116,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         portions=portions,
         model=model,
         gates=gates,
+        packed=packed,
     )
 
 

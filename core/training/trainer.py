@@ -83,6 +83,7 @@ class ModeTrainer(LengthGroupedTrainer):
         gates: RankGates,
         checkpoints: Checkpoints,
         accumulation: int = 1,
+        packed: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -91,6 +92,7 @@ class ModeTrainer(LengthGroupedTrainer):
         self.mode = mode
         self.gates = gates
         self.accumulation = accumulation
+        self.packed = packed
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The gradients of one batch; gives its loss.
@@ -140,7 +142,7 @@ class ModeTrainer(LengthGroupedTrainer):
         """
         # The gates stand until the backward pass is over: checkpointing runs the forward pass again in it.
         with self.gates.over(part):
-            loss = batch_loss(model, part, self.objective)
+            loss = batch_loss(model, part, self.objective, packed=self.packed and not self.gates.acting())
             if share is not None:
                 loss = loss * share
             if not loss.requires_grad:  # at the first step: a model that cuts the graph off (Reformer)
