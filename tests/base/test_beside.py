@@ -15,6 +15,7 @@ from lora_rt.core.base.load import load_base
 from support.tiny import Zoo, dense_logits, some_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int4"])
 def test_an_adapter_beside_a_model_is_left_alone_and_said(
     zoo: Zoo, tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str

@@ -117,6 +117,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", LOOPS.values(), ids=LOOPS)
 def test_a_template_or_a_pattern_without_an_end_is_refused(broken: Path, damage: Callable[[Path], None]) -> None:
     damage(broken)

@@ -17,6 +17,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int4"])
 def test_a_repository_is_the_base_that_it_holds_and_is_named_by_its_commit(
     zoo: Zoo, hub: LocalHub, precision: str

@@ -59,6 +59,7 @@ def test_another_configuration_over_the_same_weights_is_another_base(copy: Path)
     assert identify_folder(copy).digest != before
 
 
+@pytest.mark.slow
 def test_what_is_quantized_of_a_changed_folder_is_the_changed_model(copy: Path) -> None:
     source = parse_base(str(copy))
     first = prepare_base(source, "int4")

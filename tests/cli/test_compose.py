@@ -118,6 +118,7 @@ def test_compare_shows_the_base_each_part_and_the_whole(
     assert len(set(wanted)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int4", "float32"])
 def test_compared_deterministically_an_answer_is_the_one_given_alone(
     cli: Cli, tiny: list[str], adapters: tuple[str, str], zoo: Zoo, precision: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from support.cli import Cli
@@ -32,6 +33,7 @@ print("COMPILER", torch._dynamo.eval_frame.__name__, sys.modules["torch._dynamo"
 """
 
 
+@pytest.mark.slow
 def test_a_second_answer_imports_no_compiler_and_nothing_for_many_processes_until_asked_for(cli: Cli, zoo: Zoo) -> None:
     options = ["-p", "ab", "--base", str(zoo.base("llama")), "--precision", "int4", "--max-new-tokens", "2"]
     asked = ["compose", str(zoo.adapter("llama", seed=1)), *options]

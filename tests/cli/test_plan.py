@@ -14,6 +14,7 @@ from support.tiny import Zoo
 SMALL = ["--batch", "2", "--seq", "16"]
 
 
+@pytest.mark.slow
 def test_the_table_has_every_precision_and_every_device(cli: Cli, zoo: Zoo) -> None:
     done = cli("plan", str(zoo.base("llama")), "--device", "cuda", *SMALL)
     assert done.code == 0
@@ -37,6 +38,7 @@ def test_the_parts_add_up_in_json(cli: Cli, zoo: Zoo) -> None:
     assert document["fits"]["24 GB"]["inference"]["precision"] == "int4"
 
 
+@pytest.mark.slow
 def test_on_a_cuda_device_adapters_take_the_base_s_dtype_and_the_optimizer_is_paged(cli: Cli, zoo: Zoo) -> None:
     common = [str(zoo.base("llama")), "--json", "--precision", "bfloat16", "--r", "32", *SMALL]
     cpu = json.loads(cli("plan", *common, "--device", "cpu").out)
@@ -47,6 +49,7 @@ def test_on_a_cuda_device_adapters_take_the_base_s_dtype_and_the_optimizer_is_pa
     assert cuda["process"] == 0
 
 
+@pytest.mark.slow
 def test_of_a_repository_the_configuration_alone_is_fetched(cli: Cli, zoo: Zoo, hub: LocalHub) -> None:
     hub.commit("org/base", {"config.json": (zoo.base("llama") / "config.json").read_bytes()})
     assert cli("plan", "org/base", "--precision", "int4", *SMALL).code == 0

@@ -45,6 +45,7 @@ def test_a_mistyped_command_is_a_usage_error_that_names_the_right_one(cli: Cli) 
     assert (done.code, "did you mean 'compose'?" in done.err) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_completes_the_names_of_commands_and_options(shell: str) -> None:
     def completed(line: str) -> str:

@@ -84,6 +84,7 @@ def run(*arguments: str) -> Any:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_composition_learns_its_scenes_and_the_scene_command_asks_it(zoo: Zoo, tmp_path: Path) -> None:
     lines = [{"scene": f"x{n}", "text": "abc", "scene_type": "logic"} for n in range(4)]
     lines += [{"scene": f"y{n}", "text": "cba", "scene_type": "body"} for n in range(4)]

@@ -66,6 +66,7 @@ def test_nothing_to_explain_is_said(runtime: Runtime, zoo: Zoo) -> None:
         runtime.explain("it rains", f"{name}:0")
 
 
+@pytest.mark.slow
 def test_the_commands_explain_and_scene_agree_with_the_runtime(zoo: Zoo, made: Made, tmp_path: Path) -> None:
     folder = made("logic", gates=3)
     base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]

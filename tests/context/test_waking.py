@@ -139,6 +139,7 @@ def test_the_bracket_survives_a_round_trip_and_keeps_its_text() -> None:
     assert [term.after for term in Composition(parsed.terms).waking("x").terms] == ["x", afters[1], "x", afters[3]]
 
 
+@pytest.mark.slow
 @given(st.text(min_size=1), st.sampled_from(["logic", "./my[1]", "org/repo@v1"]))
 def test_any_text_can_wake_a_term(after: str, reference: str) -> None:
     term = Composition.parse(f"{reference}:0.5").waking(after).terms[0]

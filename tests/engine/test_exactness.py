@@ -99,6 +99,7 @@ def test_adapters_of_different_modules_meet_in_one_layer(zoo: Zoo) -> None:
     check(zoo, "llama", terms)
 
 
+@pytest.mark.slow
 def test_twelve_adapters_at_once_equal_the_dense_sum(zoo: Zoo) -> None:
     check(zoo, "llama", [(zoo.adapter("llama", seed=20 + n, r=1 + n % 5), 0.1 * (n + 1)) for n in range(12)])
 

@@ -120,6 +120,7 @@ def test_a_gate_equals_the_hand_made_model(zoo: Zoo, architecture: str, gate: Ga
     assert_close(engine.logits(IDS, engine.plan({adapter.name: 0.8}, {adapter.name: gate})), wanted, **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_gates_of_adapters_with_other_ranks_modules_and_biases_do_not_mix(zoo: Zoo, architecture: str) -> None:
     attention, mlp = TARGETS[architecture], MLP[architecture]

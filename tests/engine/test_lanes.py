@@ -48,6 +48,7 @@ def rows(zoo: Zoo) -> list[dict[str, float]]:
     return chosen
 
 
+@pytest.mark.slow
 def test_rows_with_adapters_of_their_own_equal_the_dense_sum_row_by_row(engine: Engine, zoo: Zoo) -> None:
     plan = engine.plan(rows(zoo))
     assert isinstance(plan, LanePlan)

@@ -48,6 +48,7 @@ def is_whole(folder: Path) -> bool:
     return {path.name: path.read_bytes() for path in folder.iterdir()} == CONTENT
 
 
+@pytest.mark.slow
 def test_an_export_is_whole_or_not_there_wherever_the_process_is_killed(tmp_path: Path) -> None:
     step = 0
     survived = False
@@ -65,6 +66,7 @@ def test_an_export_is_whole_or_not_there_wherever_the_process_is_killed(tmp_path
     assert step > 8
 
 
+@pytest.mark.slow
 def test_tidying_leaves_whole_exports_wherever_it_is_killed(tmp_path: Path) -> None:
     step = 0
     survived = False

@@ -44,6 +44,7 @@ def without(blocked: tuple[str, ...], code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_registry_parsing_and_modes_import_without_torch() -> None:
     told = without(
         (*HEAVY, "torch"),
@@ -54,10 +55,12 @@ def test_registry_parsing_and_modes_import_without_torch() -> None:
     assert told == "emotion:0.7 logic:0.3 ['archetype', 'body', 'bridge', 'emotion', 'logic']\n"
 
 
+@pytest.mark.slow
 def test_export_imports_without_the_libraries_that_load_a_model() -> None:
     assert without(HEAVY, "import lora_rt; print(lora_rt.Exporter.__name__, lora_rt.export.__name__)")
 
 
+@pytest.mark.slow
 def test_exporting_takes_transformers_alone(zoo: Zoo, exported: Export, tmp_path: Path) -> None:
     spec, base = f"{zoo.adapter('llama', seed=1)}:0.7 {zoo.adapter('llama', seed=2)}:-1", zoo.base("llama")
     code = (

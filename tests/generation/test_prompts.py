@@ -254,6 +254,7 @@ def test_a_card_that_names_another_template_or_other_variables_is_told_apart() -
     assert quick.differs_from(quick.record) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

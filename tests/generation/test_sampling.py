@@ -39,6 +39,7 @@ def test_without_a_temperature_the_best_token_is_taken(temperature: float | None
     assert drawn(20, temperature=temperature) == [0, 0, 0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_with_the_chances_of_their_scores(temperature: float) -> None:
     wanted = torch.softmax(SCORES[0] / temperature, -1).tolist()
@@ -140,6 +141,7 @@ def test_a_nucleus_of_thousands_ends_where_sorting_everything_ends_it(spread: fl
             assert choose(scores.clone(), [sampler(temperature=0.8, top_p=top_p)]) == [tries[-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [0.02, 0.7, 1.0])
 def test_tokens_of_a_wide_nucleus_are_drawn_with_their_chances(top_p: float) -> None:
     scores = torch.zeros(1, 6_000)

@@ -17,6 +17,8 @@ from lora_rt.plugins.contract import Gate
 from support.summed import Gated, close, summed_logits, weights_of
 from support.tiny import EVEN, HEAD_SIZE, HEADS, LAYERS, Zoo, some_ids, spec
 
+pytestmark = pytest.mark.slow
+
 Terms = list[tuple[Path, float]]
 TOKENS = 7
 

@@ -18,6 +18,8 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from support.tiny import EVEN, Zoo, mode_host
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("rain, tin roof", "a", "two and two. So: four", "the unpaid bill on the table and a late bus", "so it is")
 SPECS = (None, "one:0.7 two:0.3", "two:-1.5", "fading:2", "one[So:] fading", "one:2[ ] two:0.5[e]", "fading:3 one")
 WAYS: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.2, "top_p": 0.9}, {"temperature": 0.8, "top_k": 7})

@@ -25,6 +25,8 @@ from lora_rt.core.training.run import train
 from lora_rt.plugins.manager import load_modes
 from support.tiny import EVEN, Zoo
 
+pytestmark = pytest.mark.slow
+
 NEAR = 0.15
 """The share by which a peak may differ from its plan."""
 SIZE = {

@@ -115,6 +115,7 @@ def test_a_refusal_leaves_store_and_working_directory_as_they_were(
     assert _tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_nothing_of_a_bad_adapter_can_be_published(registry: Registry) -> None:
     for change, _ in CASES.values():
         files = adapter_files()

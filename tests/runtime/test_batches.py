@@ -115,6 +115,7 @@ def test_one_seed_stands_for_all_rows_and_none_for_a_new_one_each_time(zoo: Zoo)
     assert len(set(runtime.generate([PROMPTS[0]] * 4, SPECS[0], **SAMPLED))) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int4", "int8"])
 def test_threads_with_different_compositions_get_what_they_would_get_alone(zoo: Zoo, precision: str) -> None:
     runtime = zoo.runtime("llama", precision)
