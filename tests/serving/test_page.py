@@ -220,6 +220,20 @@ def test_an_answer_shows_which_register_acted_where(served: Live, tab: Any) -> N
 
 
 @pytest.mark.slow
+def test_what_is_sent_before_the_page_is_ready_goes_out_as_soon_as_it_is(served: Live, tab: Any) -> None:
+    held: list[Any] = []
+    tab.route("**/ui/state", held.append)
+    tab.goto(f"{served.url}/#mix=one:0.5&max_tokens=4&temperature=0")
+    tab.get_by_label("Your message").fill(PROMPT)
+    tab.get_by_label("Your message").press("Enter")
+    tab.get_by_text("loading").wait_for()
+    assert tab.locator(".answer").count() == 0
+    held[0].continue_()
+    tab.locator(".answer .text:not(:empty)").wait_for()
+    assert tab.get_by_label("Your message").input_value() == ""
+
+
+@pytest.mark.slow
 def test_a_composition_that_is_broken_is_told_where_the_answer_would_stand(served: Live, tab: Any) -> None:
     opened(tab, f"{served.url}/#mix=nobody:1")
     tab.get_by_label("Your message").fill(PROMPT)

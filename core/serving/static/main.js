@@ -15,6 +15,7 @@ const later = (wait, action) => {
 };
 
 let state = null;
+let waiting = false; // what was sent before the page was ready goes out as soon as it is
 const turn = later(120, () => chat.turn());
 const mixer = new Mixer(() => {
   turn();
@@ -39,7 +40,11 @@ function says(text) {
 async function send(event) {
   event.preventDefault();
   const prompt = at("prompt").value.trim();
-  if (!prompt || chat.speaking || !state) return;
+  if (!prompt || chat.speaking) return;
+  if (!state) {
+    waiting = true;
+    return says("loading");
+  }
   at("prompt").value = "";
   at("stop").hidden = false;
   at("send").disabled = true;
@@ -119,7 +124,9 @@ async function begin() {
     mixer.begin(answer, linked?.weights ?? answer.start, linked?.scene);
     state = answer;
     at("send").disabled = false;
+    if (waiting) at("ask").requestSubmit();
   } catch (error) {
+    says("");
     at("turns").append(refusal(error));
   }
 }
