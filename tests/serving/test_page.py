@@ -222,7 +222,7 @@ def test_an_answer_shows_which_register_acted_where(served: Live, tab: Any) -> N
 @pytest.mark.slow
 def test_what_is_sent_before_the_page_is_ready_goes_out_as_soon_as_it_is(served: Live, tab: Any) -> None:
     held: list[Any] = []
-    tab.route("**/ui/state", held.append)
+    tab.route("**/ui/state", lambda route: held.append(route))
     tab.goto(f"{served.url}/#mix=one:0.5&max_tokens=4&temperature=0")
     tab.get_by_label("Your message").fill(PROMPT)
     tab.get_by_label("Your message").press("Enter")
