@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_rt.core.cli.compose.chat import Chat
+from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.llama_cpp import server
+from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 from support.cli import Cli
 from support.tiny import Zoo
@@ -62,6 +65,24 @@ def test_compared_every_column_is_the_answer_given_alone(
     told = torch_runtime.generate(["ab"] * 4, compositions, deterministic=True, max_new_tokens=8)
     assert [column["text"] for column in columns] == told
     assert len(set(told)) > 1
+
+
+@needs_llama_cpp
+def test_a_chat_goes_on_under_other_weights_as_with_the_other_engine(gguf: Path, adapters: tuple[str, str]) -> None:
+    told = []
+    for engine, precision in (("llama.cpp", "int4"), ("torch", "float32")):
+        settings = {"base": str(gguf), "precision": precision, "device": "cpu", "scene": None, "engine": engine}
+        asked = ComposeRequest.checked(
+            Composition.parse(f"{adapters[0]}:0.7"), None, seed=1, needs_prompt=False, after=None,
+            max_new_tokens=6, temperature=0.0, system="be kind", **settings,
+        )  # fmt: skip
+        talk = Chat(asked.load(), asked)
+        talk.say("ab")
+        talk.weights(f"{adapters[0]}:0.2 {adapters[1]}:-0.5")
+        talk.say("cd")
+        told.append(talk.messages)
+    assert told[0] == told[1]
+    assert [message["role"] for message in told[0]] == ["user", "assistant"] * 2
 
 
 @needs_llama_cpp
