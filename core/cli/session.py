@@ -69,17 +69,19 @@ class Session:
         made.parts.weigher.told |= {"doubled", "sum", "negative"}  # commands warn before they load a base
         return made
 
-    def llama_cpp(self, base: str, device: str, **text: Any) -> LlamaRuntime:
-        """A GGUF base for llama.cpp, with these modes and this registry; `text` as for `runtime`.
+    def llama_cpp(self, base: str, precision: str, device: str, **text: Any) -> LlamaRuntime:
+        """A base for llama.cpp, with these modes and this registry; `text` as for `runtime`.
 
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
-        from lora_rt.core.base.precision import check_device
+        from lora_rt.core.base.precision import check_device, check_precision
         from lora_rt.core.llama_cpp.runtime import LlamaRuntime
 
+        check_precision(precision)
         check_device(device)
-        return LlamaRuntime.load(base, registry=self.registry, modes=self.modes, device=device, **text)
+        text |= {"precision": precision, "device": device}
+        return LlamaRuntime.load(base, registry=self.registry, modes=self.modes, **text)
 
 
 def session() -> Session:

@@ -5,6 +5,7 @@
     prompt ─► TextFormat ─► token ids ───┴─► server ─► next token, one request each, with the scale of every adapter
 
 base.py      the GGUF file of a base, its tokenizer and what it is
+convert.py   ... written, where a base is none
 words.py     a tokenizer without transformers
 adapters.py  adapters as GGUF files, and which compositions have any
 server.py    llama.cpp, in this process

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_rt.core.base import default
 from lora_rt.core.base.identity import identify, sha256_of
-from lora_rt.core.base.prepare import keep
+from lora_rt.core.base.prepare import keep, prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.source import BaseError, BaseSource, parse_base
 from lora_rt.core.generation.prompts import TextFormat
@@ -21,6 +21,7 @@ from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
 
 _KEPT = "llama.cpp"
+_GGUF = "base.gguf"
 _FACTS = "llama_cpp.json"
 
 
@@ -44,17 +45,28 @@ class GgufBase:
     text: TextFormat
 
 
-def open_base(text: str, variables: Mapping[str, Any] | None = None, *, special_tokens: bool = False) -> GgufBase:
+def open_base(
+    text: str, precision: str, variables: Mapping[str, Any] | None = None, *, special_tokens: bool = False
+) -> GgufBase:
     """The base that `--base` means, its words and facts kept for the next time.
 
+    Args:
+        text: a GGUF file is used as it is, a dense base converted once.
+        precision: that a dense base is converted to (see `lora_rt.core.llama_cpp.convert`).
+        variables, special_tokens: as for `TextFormat`.
+
     Raises:
-        BaseError: there is no such base, or it is no GGUF file.
+        BaseError: there is no such base, or it can't be converted.
         PromptError: its chat template has no such variables.
     """
     source = parse_base(text)
-    gguf = _file(source)
-    identity = identify(source)
-    folder = keep(identity, _KEPT, partial(_write, text, gguf)).folder
+    gguf, identity, folder = _file(source), None, None
+    if gguf is None:
+        identity, gguf = _converted(source, precision)
+        folder = gguf.parent
+    else:
+        identity = identify(source)
+        folder = keep(identity, _KEPT, partial(_write, text, gguf, gguf)).folder
     document = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     facts = BaseFacts(**document["facts"])
     words = TextFormat(
@@ -67,7 +79,8 @@ def open_base(text: str, variables: Mapping[str, Any] | None = None, *, special_
     return GgufBase(gguf, folder, identity, facts, document["context"], words)
 
 
-def _file(source: BaseSource) -> Path:
+def _file(source: BaseSource) -> Path | None:
+    """The GGUF file that a base is; None where it is none."""
     if source.kind == "gguf":
         assert source.path is not None
         return source.path
@@ -75,20 +88,43 @@ def _file(source: BaseSource) -> Path:
         found = home.bases() / "downloads" / Path(default.MEMBER).name
         whole = found.is_file() and sha256_of(found) == default.GGUF_SHA256
         return found if whole else default.fetch_gguf(found.parent)
-    text = f"llama.cpp reads GGUF files, and {source.text} is none"
-    raise BaseError(text, next_step="Give --base a .gguf file of this model, or use --engine torch")
+    return None
 
 
-def _write(text: str, gguf: Path, folder: Path) -> None:
-    """Fill a folder with the base's tokenizer and facts; the one time that torch and transformers are needed."""
+def _converted(source: BaseSource, precision: str) -> tuple[BaseIdentity, Path]:
+    """Which base it is, and its GGUF file in this precision."""
+    from lora_rt.core.llama_cpp.convert import KINDS, write_gguf_base
+
+    dense = prepare_base(source, "float32")
+    if dense.foreign is not None:
+        text = f"{source.text} is quantized by others ({dense.foreign}), and llama.cpp can't read that"
+        raise BaseError(text, next_step="Give --base a .gguf file of this model, or use --engine torch")
+
+    def build(folder: Path) -> None:
+        write_gguf_base(folder / _GGUF, dense.folder, precision)
+        _write(source.text, dense.folder, folder / _GGUF, folder)
+
+    return dense.identity, keep(dense.identity, f"{_KEPT}-{KINDS[precision]}", build).folder / _GGUF
+
+
+def _write(text: str, words: Path, gguf: Path, folder: Path) -> None:
+    """Fill a folder with the base's tokenizer and facts; the one time that torch and transformers are needed.
+
+    Args:
+        text: of the base.
+        words: the file or folder that its tokenizer is read from.
+        gguf: the base's file.
+        folder: to fill.
+    """
     from lora_rt.core.base.bounded import hold_to_limits
     from lora_rt.core.base.reading import whole_tokenizer
     from lora_rt.core.base.silence import libraries_silenced
     from lora_rt.core.export.outline import outline
 
-    with libraries_silenced(gguf=True), step(f"reading the words of {gguf.name} (once; they are kept)"):
+    with libraries_silenced(gguf=True), step(f"reading the words of {words.name} (once; they are kept)"):
         base = outline(text)
-        tokenizer = whole_tokenizer(gguf.parent, gguf_file=gguf.name)
+        inside = {"gguf_file": words.name} if words.is_file() else {}
+        tokenizer = whole_tokenizer(words.parent if inside else words, **inside)
         tokenizer.save_pretrained(folder)
     hold_to_limits(folder)
     config = base.config.get_text_config()

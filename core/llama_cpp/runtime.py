@@ -38,23 +38,31 @@ class LlamaRuntime:
         *,
         registry: Registry,
         modes: ModeHost,
+        precision: str = "int4",
         device: str = "auto",
         template_variables: Mapping[str, Any] | None = None,
         special_tokens: bool = False,
     ) -> LlamaRuntime:
         """Open a base; llama.cpp loads it at the first answer, when it is known how long that may be.
 
+        `precision` is what a base is converted to that is no GGUF file.
+
         Raises:
             LoraRtError: llama.cpp is not installed, or the base can't be used with it.
         """
         check_installed()
-        opened = open_base(base, template_variables, special_tokens=special_tokens)
+        opened = open_base(base, precision, template_variables, special_tokens=special_tokens)
         return cls(opened, Adapters(opened, base, registry, modes), device)
 
     @property
     def base(self) -> BaseFacts:
         """Facts about the base; its precision is the quantization of the GGUF file."""
         return self._base.facts
+
+    @property
+    def file(self) -> Path:
+        """The GGUF file of the base."""
+        return self._base.gguf
 
     @property
     def tokenizer(self) -> Any:

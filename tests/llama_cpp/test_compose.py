@@ -116,8 +116,8 @@ def test_what_has_no_constant_scale_is_refused_with_the_engine_that_has_it(
 
 
 @needs_llama_cpp
-def test_a_base_that_is_no_gguf_file_is_refused(cli: Cli, zoo: Zoo, adapters: tuple[str, str]) -> None:
-    done = cli("compose", adapters[0], "-p", "ab", *ENGINE, "--base", str(zoo.base("llama")))
+def test_a_base_that_can_not_be_converted_is_refused(cli: Cli, zoo: Zoo) -> None:
+    done = cli("compose", str(zoo.adapter("gpt2")), "-p", "ab", *ENGINE, "--base", str(zoo.base("gpt2")))
     assert done.code == 1
     assert ".gguf" in done.err
     assert "--engine torch" in done.err

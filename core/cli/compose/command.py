@@ -58,7 +58,7 @@ def compose(
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt with a weighted composition of registers, or chat with it."""
-    check_engine(engine, precision=precision, multiply=multiply, scene=scene, after=after)
+    check_engine(engine, base=base, precision=precision, multiply=multiply, scene=scene, after=after)
     request = ComposeRequest.checked(
         normalized(options.composition_of(specs), normalize),
         options.piped() if prompt is None else prompt,

@@ -113,7 +113,7 @@ class ComposeRequest:
         if self.engine == TORCH:
             runtime = session().runtime(self.base, self.precision, self.device, **text)
         else:
-            runtime = session().llama_cpp(self.base, self.device, **text)
+            runtime = session().llama_cpp(self.base, self.precision, self.device, **text)
         runtime.terms(self.composition)
         return runtime
 
@@ -137,11 +137,11 @@ class ComposeRequest:
         return [{"role": "system", "content": self.system}, *messages]
 
 
-def check_engine(engine: str, *, precision: str, **only_torch: object) -> None:
+def check_engine(engine: str, *, base: str, precision: str, **only_torch: object) -> None:
     """Whether an engine is one, and takes the options that were given.
 
     Args:
-        precision: a GGUF file has a precision of its own.
+        base, precision: a GGUF file has a precision of its own.
         only_torch: what only our own engine reads, by the options' names; None where they were left out.
 
     Raises:
@@ -153,7 +153,7 @@ def check_engine(engine: str, *, precision: str, **only_torch: object) -> None:
     if engine != LLAMA_CPP:
         raise UsageError(f"there is no engine {engine!r}", next_step=f"Use --engine {TORCH} or --engine {LLAMA_CPP}")
     given = [f"--{name}" for name, value in only_torch.items() if value]
-    given += ["--precision"] if precision != "int4" else []
+    given += ["--precision"] if precision != "int4" and (base == "default" or base.endswith(".gguf")) else []
     if given:
         text = f"llama.cpp has no use for {' and '.join(given)}"
         raise UsageError(text, next_step=f"Leave {'it' if len(given) == 1 else 'them'} out, or use --engine {TORCH}")

@@ -1,0 +1,116 @@
+"""A dense base as a GGUF file for this engine alone: its words are numbers, since both engines read text by ours.
+
+What is written for a `--precision`: every matrix in the kind below, where its rows are whole blocks of 32, embedding
+and output head in 8 bits where the rest has 4; norms and biases in float32. Rounded to the nearest, without
+calibration: a file that somebody has quantized with care is the better base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_rt.core.base.progress import step
+from lora_rt.core.base.reading import UNREADABLE, whole_model
+from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import BaseError, first_line
+
+KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_1"}
+"""How a precision of ours is written, by llama.cpp's names."""
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose weights lie in a GGUF file as they are, but for the order of rows."""
+_BLOCK = 32
+
+
+def check_convertible(name: str, config: Any) -> None:
+    """Raises BaseError where a transformers configuration is of no kind that is written here."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    problem = ""
+    if config.model_type not in _FAMILIES:
+        problem = f"it is a {config.model_type}, and {', '.join(_FAMILIES)} are written here"
+    elif (scaled := rope.get("rope_type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        problem = f"its positions are not the plain rotary ones ({scaled})"
+    elif getattr(config, "sliding_window", None):
+        problem = "its attention looks back a limited way"
+    if problem:
+        text = f"{name} can't be converted for llama.cpp: {problem}"
+        raise BaseError(text, next_step="Give --base a .gguf file of this model, or use --engine torch")
+
+
+def write_gguf_base(path: Path, folder: Path, precision: str) -> None:
+    """Write the model of a folder.
+
+    Args:
+        path: the file to write.
+        folder: of a dense model, as transformers saves it.
+        precision: one of `KINDS`.
+
+    Raises:
+        BaseError: it can't be read, or `check_convertible`.
+    """
+    import gguf
+    from transformers import AutoConfig
+
+    from lora_rt.core.export.architectures import architecture_of
+
+    check_convertible(folder.name, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+    kind = KINDS[precision]
+    with libraries_silenced(), step(f"converting {folder.name} to {kind} for llama.cpp (once; it is kept)"):
+        try:
+            model = whole_model(folder, dtype="auto")
+        except UNREADABLE as error:
+            raise BaseError(f"{folder} can't be loaded: {first_line(error)}", next_step="Fetch it again") from error
+        config, architecture = model.config, architecture_of(model.config)
+        writer = gguf.GGUFWriter(path, architecture.name)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+        _describe(writer, config)
+        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+        names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+        for key, tensor in model.state_dict().items():
+            module, _, leaf = key.rpartition(".")
+            if module == "lm_head" and config.tie_word_embeddings:
+                continue
+            rows = architecture.rows(config, module, tensor.shape[0])
+            values = (tensor if rows is None else tensor[rows]).float().numpy()
+            _add(writer, f"{names.get_name(module)}.{leaf}", values, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _describe(writer: Any, config: Any) -> None:
+    from lora_rt.core.base.shape import heads_of
+
+    heads = heads_of(config)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads.queries)
+    writer.add_head_count_kv(heads.keys)
+    writer.add_key_length(heads.size)
+    writer.add_value_length(heads.size)
+    writer.add_rope_dimension_count(heads.size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
+    writer.add_token_merges(["<0 >"])
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if ends[0] is not None:
+        writer.add_eos_token_id(ends[0])
+
+
+def _add(writer: Any, name: str, values: Any, kind: str) -> None:
+    import gguf
+
+    if values.ndim == 1 or values.shape[-1] % _BLOCK:
+        kind = "F32"
+    elif kind == "Q4_1" and name in ("token_embd.weight", "output.weight"):
+        kind = "Q8_0"
+    chosen = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor(name, gguf.quantize(values, chosen), raw_dtype=chosen)
