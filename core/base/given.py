@@ -62,6 +62,9 @@ def _causal_model(model: Any) -> Any:
         raise BaseError(f"{type(model).__name__} is not a model of transformers", next_step=_HOW)
     if getattr(inner.config, "is_encoder_decoder", False) or inner.get_output_embeddings() is None:
         raise BaseError(f"{type(inner).__name__} is not a causal language model", next_step=_HOW)
+    if getattr(inner.config, "return_dict", True) is False:
+        text = f"{type(inner).__name__} gives tuples (config.return_dict is False)"
+        raise BaseError(text, next_step="Set model.config.return_dict = True")
     if any(hasattr(parameter, "device_mesh") for parameter in inner.parameters()):
         text = f"{type(inner).__name__} is split over several processes"
         raise BaseError(text, next_step='Load it in one process, with device_map="auto" for several devices')

@@ -14,7 +14,7 @@ from lora_rt.core.base.multiply import Product
 from lora_rt.core.engine.experts import ProductsOfParameters
 from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
-from lora_rt.core.engine.wrappers import inner_of
+from lora_rt.core.engine.wrappers import inner_of, is_compiled
 
 
 class _Hooked:
@@ -86,14 +86,18 @@ class _AdaptedParameters(_Hooked):
 
 
 class _Bare(_Hooked):
-    """The forward of a layer that PEFT has wrapped: in a pass of ours that of the layer itself."""
+    """The forward of what PEFT or torch.compile has wrapped: in a pass of ours that of the module itself."""
 
     def __init__(self, module: nn.Module, own: Callable[..., Any]) -> None:
         super().__init__(module, own)
         self._inner = inner_of(module)
+        self._compiled = is_compiled(module)
 
-    def __call__(self, x: Tensor, *rest: Any, **named: Any) -> Any:
-        return self._inner(x) if in_a_pass() else self.own(x, *rest, **named)
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if not in_a_pass():
+            return self.own(*given, **named)
+        # What PEFT's layers are told besides, such as the names of its adapters, is none of the layer's.
+        return self._inner(*given, **named) if self._compiled else self._inner(given[0])
 
 
 class _Replaced(_Hooked):

@@ -1,4 +1,4 @@
-"""A model's own modules under the names that they have in its base, also where PEFT has wrapped some of them."""
+"""A model's own modules under the names that they have in its base, also where PEFT or torch.compile wraps some."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ _INNER = ("base_layer", "original_module")
 """Where PEFT keeps the layer that it wraps: one that a tuner adapts, one that is trained whole."""
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what torch.compile makes of a module: the module's own is its `_orig_mod`."""
+    return isinstance(module._modules.get("_orig_mod"), nn.Module)
+
+
 def inner_of(module: nn.Module) -> nn.Module:
-    """The module itself, or the one that PEFT has wrapped, however often."""
-    while any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
-        inner = next((found for name in _INNER if isinstance(found := getattr(module, name, None), nn.Module)), None)
+    """The module itself, or the one that PEFT or torch.compile has wrapped, however often."""
+    while is_compiled(module) or any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+        names = ("_orig_mod",) if is_compiled(module) else _INNER
+        inner = next((found for name in names if isinstance(found := getattr(module, name, None), nn.Module)), None)
         if inner is None:
             break
         module = inner
@@ -26,7 +32,7 @@ def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def wrappers_of(model: nn.Module) -> list[nn.Module]:
-    """What PEFT has put around modules of the base, of each the outermost."""
+    """What PEFT and torch.compile have put around modules of the base, of each the outermost."""
     children = (child for _, module in bare_modules(model) for child in module.children())
     return [child for child in children if inner_of(child) is not child]
 

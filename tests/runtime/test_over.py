@@ -6,7 +6,10 @@ The oracle is PEFT's change of every module, added to the outputs of a twin's la
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +73,6 @@ def packed(model: Any, kind: type[Packed]) -> Any:
 
 
 def dynamic(model: Any) -> Any:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
@@ -98,17 +99,49 @@ def offloaded(model: Any) -> Any:
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
 
+def compiled_blocks(model: Any) -> Any:
+    for number, block in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(block, backend="eager")
+    return model
+
+
+def offloaded_to_disk(model: Any) -> Any:
+    from accelerate import disk_offload
+
+    return disk_offload(model, tempfile.mkdtemp(), execution_device=torch.device("cpu"))
+
+
+def checkpointed(model: Any) -> Any:
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers', of its own use of it
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def patched(model: Any) -> Any:
+    for module in (model, model.model.layers[0].self_attn, model.model.layers[1].mlp.up_proj):
+        module.forward = functools.partial(module.forward)
+    return model
+
+
 KINDS: dict[str, Callable[[Any], Any]] = {
     "dense": lambda model: model,
     "packed": lambda model: packed(model, Packed),
     "packed, with sizes": lambda model: packed(model, Telling),
     "torch.ao": dynamic,
     "bfloat16": lambda model: model.bfloat16(),
+    "float16": lambda model: model.half(),
     "training": lambda model: model.train(),
     "compiled": compiled,
     "compiled in place": compiled_in_place,
+    "compiled blocks": compiled_blocks,
     "offloaded": offloaded,
+    "offloaded to disk": offloaded_to_disk,
+    "checkpointed": checkpointed,
+    "patched": patched,
 }
+OTHERWISE = ("packed", "packed, with sizes", "torch.ao", "bfloat16", "float16")  # other numbers than the dense model
 
 
 @pytest.fixture
@@ -150,14 +183,12 @@ def state(model: Any) -> dict[str, Any]:
 def test_any_model_in_memory_computes_the_dense_sum_and_is_given_back(kind: str, zoo: Zoo, tokenizer: Any) -> None:
     adapter = zoo.adapter("llama")
     model = KINDS[kind](random_model(config_of("llama")))
-    twin = KINDS["dense" if kind in ("training", "compiled", "compiled in place", "offloaded") else kind](
-        random_model(config_of("llama"))
-    )
+    twin = KINDS[kind if kind in OTHERWISE else "dense"](random_model(config_of("llama")))
     before, generation = state(model), model.generation_config.to_dict()
     with Runtime.over(model, tokenizer) as rt:
         name = rt.load_adapter(str(adapter))
         wanted = with_hooks(twin, deltas(zoo.base("llama"), adapter), 0.7)
-        bound = 0.1 if kind == "bfloat16" else 1e-4
+        bound = {"bfloat16": 0.1, "float16": 0.02}.get(kind, 1e-4)
         assert_close(rt.logits(IDS, compositions=f"{name}:0.7").float(), wanted, atol=bound, rtol=0.0)
         assert_close(rt.logits(IDS).float(), with_hooks(twin, {}, 0), atol=bound, rtol=0.0)
         both = rt.generate(["one", "two two"], [f"{name}:2", None], max_new_tokens=5)
@@ -197,6 +228,30 @@ def test_the_base_of_a_peft_model_is_used_and_its_adapter_stays_out(zoo: Zoo, to
         assert_close(rt.logits(IDS), with_hooks(bare, {}, 0), **EXACT)
         assert_close(theirs(input_ids=IDS).logits, own, **EXACT)  # theirs acts in a call of theirs
     assert state(theirs) == before
+
+
+def test_of_a_peft_model_with_several_adapters_none_acts_and_all_are_there_again(zoo: Zoo, tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    theirs = get_peft_model(random_model(config_of("llama")), settings)
+    theirs.add_adapter("second", settings)
+    theirs.base_model.set_adapter(["default", "second"])
+    theirs.eval()
+    before, own = state(theirs), theirs(input_ids=IDS).logits
+    with Runtime.over(theirs, tokenizer) as rt:
+        name = rt.load_adapter(str(zoo.adapter("llama")))
+        wanted = with_hooks(random_model(config_of("llama")), deltas(zoo.base("llama"), zoo.adapter("llama")), 1.0)
+        assert_close(rt.logits(IDS, compositions=name), wanted, **EXACT)
+    assert state(theirs) == before
+    assert_close(theirs(input_ids=IDS).logits, own, **EXACT)
+
+
+def test_a_model_that_gives_tuples_is_refused(tokenizer: Any) -> None:
+    model = random_model(config_of("llama"))
+    model.config.return_dict = False
+    with pytest.raises(LoraRtError, match="gives tuples"):
+        Runtime.over(model, tokenizer)
 
 
 def test_a_peft_model_with_a_merged_adapter_is_refused_and_left_alone(zoo: Zoo, tokenizer: Any) -> None:
