@@ -76,6 +76,7 @@ def test_eval(narrow: Cli, zoo: Zoo, tmp_path: Path) -> None:
 
 
 def test_plan(narrow: Cli, zoo: Zoo) -> None:
-    shown = narrow("plan", str(zoo.base("llama")), "--device", "cpu").out
+    small = ["--precision", "bfloat16", "--batch", "2", "--seq", "16"]
+    shown = narrow("plan", str(zoo.base("llama")), "--device", "cpu", *small).out
     assert all(text in shown for text in ("precision", "KV cache", "process", "optimizer", "peak*", "bfloat16"))
     assert "…" not in shown

@@ -85,6 +85,7 @@ def test_a_chat_goes_on_under_other_weights_as_with_the_other_engine(gguf: Path,
     assert [message["role"] for message in told[0]] == ["user", "assistant"] * 2
 
 
+@pytest.mark.slow
 @needs_llama_cpp
 def test_the_second_time_neither_torch_nor_transformers_is_imported(
     cli: Cli, options: list[str], adapters: tuple[str, str]

@@ -34,6 +34,7 @@ PROMPTS: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 def test_greedy_texts_are_those_of_the_torch_engine_whatever_the_scales(
     llama: LlamaRuntime, torch_runtime: Runtime, adapters: tuple[str, str]
 ) -> None:

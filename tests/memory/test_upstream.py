@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 from torch import nn
 
@@ -44,6 +45,7 @@ def test_a_dispatch_mode_hears_of_every_operation() -> None:
     assert any("add" in name for name in heard)
 
 
+@pytest.mark.slow
 def test_one_python_object_stands_for_a_storage_until_its_last_tensor_is_gone() -> None:
     import weakref
 

@@ -93,6 +93,7 @@ def test_a_failure_is_one_line_and_the_next_step(line: Line) -> None:
         assert line.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_verify_names_a_changed_byte_a_moved_tag_and_what_to_do(line: Line, registry: Registry, hub: LocalHub) -> None:
     line("pull", f"{REPO}@v1")
     hub.commit(REPO, adapter_files(seed=1), tag="v1")
