@@ -156,12 +156,12 @@ def held_out_loss(prepared: Prepared) -> float:
     model.eval()
     found = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, and of the labels
     with torch.no_grad():
-        for start in processes.mine(range(0, len(rows), size)):
+        for start, weight in processes.mine([(start, 1) for start in range(0, len(rows), size)], (0, 0)):
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             moved = send_to_device(batch, prepared.base.device)
             with prepared.gates.over(moved):
                 sums, counts = label_nll(model, moved, packed=prepared.packed and not prepared.gates.acting())
-            found += torch.stack([sums.double().sum(), counts.double().sum()]).cpu()
+            found += weight * torch.stack([sums.double().sum(), counts.double().sum()]).cpu()
     model.train(training)
     total, count = processes.summed(found).tolist()
     return float(total / count)

@@ -23,7 +23,7 @@ from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.loss import is_plain
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
-from lora_rt.core.training.processes import joined
+from lora_rt.core.training.processes import cut, joined
 from lora_rt.core.training.ranks import RankGates
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
 from lora_rt.plugins.manager import ModeHost
@@ -82,6 +82,9 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     """
     _check_targets(settings)
     processes = joined()
+    if processes.sharded and settings.precision in ("int8", "int4"):
+        why = f"FSDP cuts weights of 16 or 32 bits, and those of {settings.precision} are packed"
+        raise SettingsError(why, next_step="Use --precision bfloat16, or launch without FSDP")
     with processes.first_before_others():  # it converts and measures what is then there for all
         base = load_base(settings.base, settings.precision, settings.device, for_training=True)
         Products(base.model, for_training=True).keep()  # before it is looked how much memory is free
@@ -104,6 +107,8 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         fuse(model, gates.acting)
     longest = max(len(item.input_ids) for item in [*encoded[0], *encoded[1]])
     packed = is_plain(objective) and attend_by_rows(model, longest)
+    if processes.sharded:
+        cut(model, base.device.type)
     return Prepared(
         settings=settings,
         base=base,

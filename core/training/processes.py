@@ -2,7 +2,8 @@
 
 Each process holds the whole base and the same adapter, reads the same batches in the same order and takes its part of
 the rows; the gradients are added up, weighted by labels, so that a step is the step of one process. What is written,
-published and said is the first process's business.
+published and said is the first process's business. Where the launcher asks for FSDP, each process keeps its part of the
+base's blocks alone, once they are loaded; the adapter is whole in all of them.
 
 To the Trainer, and to accelerate below it, each process is alone: the variables by which they would know are taken
 from the environment here. Knows no torch until there is something to exchange.
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_rt.core.step.settings import SettingsError
 from lora_rt.errors import LoraRtError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config",
@@ -35,19 +35,26 @@ _SHARDING = {
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process's number, from 0, and how many there are."""
+    """This process's number, from 0, how many there are, and whether they keep the base in parts."""
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
-    def mine(self, parts: Sequence[T]) -> Sequence[T]:
-        """Those of the parts that this process takes."""
-        return parts[self.rank :: self.count]
+    def mine(self, parts: Sequence[T], idle: T) -> Sequence[T]:
+        """Those of the parts that this process takes.
+
+        Args:
+            idle: a part that counts nothing. All that keep a base in parts have to pass through it equally often, and
+                those who would have nothing to do take it.
+        """
+        missing = -len(parts) % self.count if self.sharded else 0
+        return [*parts, *[idle] * missing][self.rank :: self.count]
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over all processes of a tensor of one shape; the same bits in all of them."""
@@ -90,13 +97,16 @@ def told() -> Processes:
     """What the launcher told this process; asked before torch and transformers are imported.
 
     Raises:
-        SettingsError: it asks for what can't be had: a model in shards.
+        SettingsError: it asks for what can't be had: a model in shards of another kind than FSDP's.
     """
     count = int(os.environ.get("WORLD_SIZE") or 1)
     if count > 1 and (asked := [name for key, name in _SHARDING.items() if os.environ.get(key) == "true"]):
-        text = f"{asked[0]} cuts the base into shards, and each process of this training has a whole one"
-        raise SettingsError(text, next_step="Launch without it: accelerate launch --multi_gpu, or --cpu")
-    return Processes(int(os.environ.get("RANK") or 0), count) if count > 1 else Processes()
+        text = f"{asked[0]} cuts the base in a way that this training knows nothing of"
+        raise SettingsError(
+            text, next_step="Launch without it, or with FSDP: accelerate launch --multi_gpu, or --use_fsdp"
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return Processes(int(os.environ.get("RANK") or 0), count, sharded) if count > 1 else Processes()
 
 
 @cache
@@ -116,6 +126,22 @@ def joined() -> Processes:
     for name in [n for n in os.environ if n in ("RANK", "LOCAL_RANK", "WORLD_SIZE") or n.startswith("ACCELERATE_")]:
         del os.environ[name]
     return found
+
+
+def cut(model: Any, device: str) -> None:
+    """Let each process keep its part of the blocks' frozen weights; they are brought together block by block.
+
+    What is trained stays whole everywhere: its gradients are added up as without (torch's `fully_shard`, FSDP2).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from lora_rt.core.base.shape import blocks_of
+
+    mesh = init_device_mesh(device, (joined().count,))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for block in blocks_of(model.get_base_model()):
+        fully_shard(block, mesh=mesh, ignored_params=trained)
 
 
 @contextmanager

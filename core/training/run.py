@@ -121,6 +121,9 @@ def _execute(prepared: Prepared, destination: Destination, run: Path, *, resume:
         check_publication(prepared, destination, run)
     if prepared.portions.why:
         console(stderr=True).print(prepared.portions.why, markup=False, soft_wrap=True)
+    if processes.sharded:
+        text = f"FSDP: each of {processes.count} processes keeps its part of the base's blocks"
+        console(stderr=True).print(text, markup=False, soft_wrap=True)
     fitted = fit(prepared, run, checkpoint)
     if not processes.first:
         return processes.shared(None)

@@ -108,7 +108,8 @@ class ModeTrainer(LengthGroupedTrainer):
         shares = [count / sum(counts).clamp(min=1) for count in counts] if len(parts) > 1 else [None]
         if processes.count > 1:  # else all would drop the same places
             torch.manual_seed((self.args.seed * 1_000_003 + self.state.global_step) * processes.count + processes.rank)
-        mine = processes.mine(list(zip(parts, shares, strict=True)))
+        nothing = (parts[0], torch.zeros((), device=whole["labels"].device))
+        mine = processes.mine(list(zip(parts, shares, strict=True)), nothing)
         losses = [self._backward(model, part, share) for part, share in mine]
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=whole["labels"].device)
         return self._together(model, loss)
