@@ -24,11 +24,19 @@ _NAME = "adapter.gguf"
 
 @dataclass(frozen=True, slots=True)
 class ScaledAdapter:
-    """An adapter as llama.cpp loads it, where it came from, and its scale."""
+    """An adapter as llama.cpp loads it, where it came from, and its scale.
+
+    `weight` is what people are told: the scale times the mean of the factors of its layers, which lie in the file.
+    """
 
     file: Path
     origin: AdapterOrigin
     scale: float
+    weight: float
+
+    def and_again(self, other: ScaledAdapter) -> ScaledAdapter:
+        """The same adapter with the weights of both."""
+        return replace(self, scale=self.scale + other.scale, weight=self.weight + other.weight)
 
 
 class Adapters:
@@ -51,7 +59,7 @@ class Adapters:
                 for part in expanded(term, self._registry.compositions, self._base.facts):
                     one = self._of_term(part)
                     before = found.get(one.file)
-                    found[one.file] = one if before is None else replace(before, scale=before.scale + one.scale)
+                    found[one.file] = one if before is None else before.and_again(one)
             except LoraRtError as error:
                 failures.append(error)
         if len(failures) == 1:
@@ -75,7 +83,7 @@ class Adapters:
         if not file.is_file():
             with step(f"writing {resolved.name} for llama.cpp (once)"):
                 self._write(replace(term, weight=1.0), file.parent)
-        return ScaledAdapter(file, origin, term.weight)
+        return ScaledAdapter(file, origin, term.weight, term.mean_weight)
 
     def _place(self, sha256: str, mode: str, layers: Sequence[float]) -> Path:
         """Of one adapter under one verdict of its mode, with the factors of its layers folded in."""

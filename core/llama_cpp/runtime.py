@@ -76,7 +76,7 @@ class LlamaRuntime:
             LoraRtError: terms that can't be used, or not by llama.cpp; all of them are named.
         """
         given = Composition.of(composition)
-        return [] if given is None else [(one.origin, one.scale) for one in self._adapters.of(given)]
+        return [] if given is None else [(one.origin, one.weight) for one in self._adapters.of(given)]
 
     def generate(
         self,

@@ -64,7 +64,7 @@ class LlamaServer:
         try:
             self._server: Any = xllamacpp.Server(settings)
         except RuntimeError as error:
-            text = f"llama.cpp can't load {gguf.name}: {error}"
+            text = f"llama.cpp can't load {gguf.name}{f' with {len(adapters)} adapters' if adapters else ''}"
             raise BaseError(text, next_step="Use --engine torch, or another GGUF file") from error
         self._connection = http.client.HTTPConnection(str(urlsplit(self._server.listening_address).netloc))
         weakref.finalize(self, self._connection.close)  # a command ends without closing its runtime

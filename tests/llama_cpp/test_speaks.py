@@ -14,6 +14,7 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from lora_rt.plugins.manager import load_modes
+from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.registry import Registry
 from support.tiny import Zoo, mode_host
 
@@ -47,6 +48,28 @@ def test_greedy_texts_are_those_of_the_torch_engine_whatever_the_scales(
         told = torch_runtime.generate(prompts, compositions, deterministic=True, **asked)
         assert llama.generate(prompts, compositions, **asked) == told
         assert len(set(told)) > 6
+
+
+def test_weights_per_layer_are_kept_and_shown_as_their_mean(
+    llama: LlamaRuntime, gguf: Path, adapters: tuple[str, str]
+) -> None:
+    terms = (NamedTerm(reference=adapters[0], weight=2.0, layers=(0.0, 0.7)), NamedTerm(reference=adapters[1]))
+    Registry().compositions.save(NamedComposition(name="mine", base=gguf.stem, terms=terms))
+    torch_runtime = Runtime.load(str(gguf), precision="float32", device="cpu")
+    for spec in ("mine", f"mine:-0.5 {adapters[0]}:0.2"):
+        asked = {"max_new_tokens": 12}
+        assert llama.generate(["ab"], spec, **asked) == torch_runtime.generate(["ab"], spec, **asked)
+    found = [(origin.name, weight) for origin, weight in llama.terms("mine")]
+    assert found == [(Path(adapters[0]).name, pytest.approx(0.7)), (Path(adapters[1]).name, 1.0)]
+    mean = llama.generate(["ab"], f"{adapters[0]}:0.7 {adapters[1]}", max_new_tokens=12)
+    assert mean != llama.generate(["ab"], "mine", max_new_tokens=12)
+
+
+def test_a_file_that_is_cut_off_is_named(gguf: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gguf.read_bytes()[:-4096])
+    with pytest.raises(LoraRtError, match=r"llama\.cpp can't load cut\.gguf"):
+        LlamaServer(cut, [], 256, "cpu")
 
 
 def test_an_adapter_that_its_mode_gates_is_refused(gguf: Path, zoo: Zoo) -> None:
