@@ -39,6 +39,13 @@ os.environ |= {
 }
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The quick tests do not even import the files of slow tests alone."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    return True if "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") else None
+
+
 LONGEST = (
     "registers/test_shipped.py",
     "base/test_prepare.py",

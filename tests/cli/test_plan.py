@@ -23,6 +23,7 @@ def test_the_table_has_every_precision_and_every_device(cli: Cli, zoo: Zoo) -> N
     assert done.out.strip().splitlines()[-1].startswith("least: ")
 
 
+@pytest.mark.slow
 def test_the_parts_add_up_in_json(cli: Cli, zoo: Zoo) -> None:
     done = cli("plan", str(zoo.base("qwen3")), "--json", "--device", "cpu", "--precision", "int4", *SMALL)
     document = json.loads(done.out)

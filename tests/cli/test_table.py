@@ -66,6 +66,7 @@ def test_a_shell_completes_the_names_of_commands_and_options(shell: str) -> None
     assert "--precision" in completed("lora-rt compose --prec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shell", "begins"), [("fish", "complete --command lora-rt"), ("zsh", "#compdef lora-rt")])
 def test_the_completion_is_for_the_shell_that_is_named(shell: str, begins: str) -> None:
     command = [sys.executable, "-m", "lora_rt", "--show-completion", shell]

@@ -12,6 +12,7 @@ from support.tiny import ARCHITECTURES, MLP, TARGETS, Zoo, dense_logits, peft_mo
 
 IDS = some_ids(rows=2)
 EXACT = {"atol": 1e-4, "rtol": 0.0}
+QUICK_FIRST = [ARCHITECTURES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES[1:])]
 
 
 def check(zoo: Zoo, architecture: str, terms: list[tuple[Path, float]]) -> None:
@@ -24,7 +25,7 @@ def check(zoo: Zoo, architecture: str, terms: list[tuple[Path, float]]) -> None:
     assert_close(runtime.logits(IDS, compositions=spec(terms)), wanted, **EXACT)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", QUICK_FIRST)
 def test_a_mix_of_ranks_scalings_targets_and_weights_equals_the_dense_sum(zoo: Zoo, architecture: str) -> None:
     attention, mlp = TARGETS[architecture], MLP[architecture]
     plain = zoo.adapter(architecture, seed=1)
@@ -40,7 +41,7 @@ def test_a_mix_of_ranks_scalings_targets_and_weights_equals_the_dense_sum(zoo: Z
     check(zoo, architecture, [(plain, 0.7), (stabilized, -0.4), (patterned, 1.6), (biased, 1.0)])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", QUICK_FIRST)
 def test_every_single_adapter_equals_peft(zoo: Zoo, architecture: str) -> None:
     runtime = zoo.runtime(architecture)
     everywhere = [*TARGETS[architecture], *MLP[architecture]]

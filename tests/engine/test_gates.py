@@ -20,6 +20,7 @@ from support.tiny import HEAD_SIZE, HEADS, LAYERS, MLP, TARGETS, Zoo, peft_model
 ROWS, TOKENS, RANK = 2, 5, 4
 IDS = some_ids(ROWS, TOKENS, seed=3)
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "gemma")
+QUICK_FIRST = [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
 EXACT = {"atol": 1e-4, "rtol": 0.0}
 
 
@@ -107,7 +108,7 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", QUICK_FIRST)
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
 def test_a_gate_equals_the_hand_made_model(zoo: Zoo, architecture: str, gate: Gate) -> None:
     adapter = everywhere(zoo, architecture)
@@ -154,7 +155,7 @@ def test_rows_keep_their_own_weights_under_a_gate(zoo: Zoo) -> None:
         assert_close(together[row : row + 1], alone, **EXACT)
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", QUICK_FIRST)
 @pytest.mark.parametrize("ones", [Gate(), Gate(torch.ones(LAYERS, 1, 1, 1)), Gate(torch.ones(ROWS, TOKENS, RANK))])
 def test_a_gate_of_ones_is_no_gate_bit_for_bit(zoo: Zoo, architecture: str, ones: Gate) -> None:
     adapter = everywhere(zoo, architecture)

@@ -18,7 +18,7 @@ from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.registry import Registry
 from support.tiny import Zoo, mode_host
 
-pytestmark = pytest.mark.usefixtures("plugin")
+pytestmark = [pytest.mark.usefixtures("plugin"), pytest.mark.slow]
 Install = Callable[..., None]
 
 

@@ -20,6 +20,8 @@ from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from support.adapters import CONFIG, adapter_files, write_adapter
 from support.tiny import Zoo, dense_logits, mode_host, peft_model, some_ids
 
+pytestmark = pytest.mark.slow
+
 IDS = some_ids(rows=1)
 MODEL = "someone/model"
 ELSEWHERE = "vLLM answers compositions that are weights alone; `lora-rt serve` without --engine answers this one"

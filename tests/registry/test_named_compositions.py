@@ -246,6 +246,7 @@ def test_compositions_of_a_project_that_are_no_names_are_named(registry: Registr
         assert "compositions" in str(error.value)
 
 
+@pytest.mark.slow
 def test_commands_show_lock_and_sync_a_composition(
     project: Registry, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from support.adapters import adapter_files, write_adapter
 from support.cli import Cli
 from support.hub import LocalHub
 
+pytestmark = pytest.mark.slow
+
 EVIL = "evil/feelings"
 
 

@@ -147,6 +147,7 @@ def _pull_once(home: Path, results: multiprocessing.SimpleQueue[str]) -> None:
     results.put(pull(Store(home), Reference.parse(REPO)).sha256)
 
 
+@pytest.mark.slow
 def test_eight_simultaneous_pulls_make_one_download_and_one_result(hub: LocalHub, home: Path) -> None:
     hub.commit(REPO, adapter_files(seed=8))
     fork = multiprocessing.get_context("fork")

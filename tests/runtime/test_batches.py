@@ -155,6 +155,7 @@ def test_a_request_that_runs_is_not_touched_by_unloading_and_loading(zoo: Zoo) -
     assert runtime.generate(PROMPTS[0], "one:1.5", **options) != whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [True, False])
 def test_streamed_pieces_join_to_what_generate_returns(zoo: Zoo, chat: bool) -> None:
     runtime = zoo.runtime("llama", chat=chat)

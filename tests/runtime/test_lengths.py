@@ -69,6 +69,7 @@ def decoded(runtime: Runtime, rows: list[list[int]], steps: int = 12, **options:
     return [list(row) for row in zip(*found, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_other_lengths_change_nothing_in_a_row(folder: Path, kind: str) -> None:
     runtime = runtime_of(folder, kind)

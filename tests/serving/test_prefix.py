@@ -60,6 +60,7 @@ def cache(runtime: Runtime) -> PrefixCache:
 SPECS = (None, "one", "one:0.5", "one two", "two one", "one one", "one:2", "two", "one:0.5 two:0", "fading", "raising")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     first=st.builds(Under, st.sampled_from(SPECS), st.sampled_from([None, "a", "b"]), st.sampled_from([STORY, "x"])),
@@ -165,6 +166,7 @@ def test_a_chats_second_turn_reads_only_what_is_new(server: Live, client: Any, r
     assert other.usage.prompt_tokens_details.cached_tokens == 0
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_what_is_kept(server: Live, client: Any, runtime: Runtime) -> None:
     for spec in ("one", "one[So:]", "base", "one", "two:0.5"):
         for text in (STORY, STORY + "So: it is", STORY * 2):

@@ -52,6 +52,7 @@ def test_a_step_is_as_near_to_the_one_in_float32_as_before(zoo: Zoo, architectur
     assert (wide - exact).norm() <= 1.2 * (plain - exact).norm()
 
 
+@pytest.mark.slow
 def test_models_in_float32_and_those_that_attend_otherwise_stay_as_they_are(zoo: Zoo) -> None:
     whole = load_base(str(zoo.base("llama")), "float32", "cpu").model
     attend_in_float32(whole)

@@ -15,6 +15,7 @@ from lora_rt.core.programs import TrainOptions
 from lora_rt.core.step.settings import TrainSettings
 
 
+@pytest.mark.slow
 def test_a_program_trains_measures_and_finds_its_adapter(
     settings: Callable[..., TrainSettings], tmp_path: Path
 ) -> None:
@@ -41,6 +42,7 @@ def test_layers_and_scene_types_may_be_one_text(settings: Callable[..., TrainSet
         lora_rt.train("letters", plain.data, rank=4)  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 def test_a_program_tunes_a_composition_and_exports_it(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
     plain = settings()
     over: dict[str, Any] = {"base": plain.base, "precision": "float32"}

@@ -79,6 +79,7 @@ def refused(settings: TrainSettings, modes: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_that_nothing_can_be_learned_from_names_the_plugin(settings: Make, kind: str) -> None:
     loss, named = LOSSES[kind]

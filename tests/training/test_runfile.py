@@ -89,6 +89,7 @@ def test_a_run_without_register_and_data_asks_for_both(cli: Cli) -> None:
     assert "--data is missing" in done.err
 
 
+@pytest.mark.slow
 def test_the_command_line_wins_and_what_was_resolved_is_said(settings: Make, cli: Cli, tmp_path: Path) -> None:
     file = as_file(tmp_path, written(settings(epochs=1, r=2)))
     done = cli("train", "--config", str(file), "--r", "4", "--out", str(tmp_path / "made"))
@@ -114,6 +115,7 @@ def test_a_dry_run_tells_what_a_run_would_be_and_writes_nothing(settings: Make, 
     assert not [name for name in new if name.startswith(("checkpoint", "adapter", "letters"))]
 
 
+@pytest.mark.slow
 def test_the_card_alone_repeats_the_run_byte_by_byte(settings: Make, cli: Cli, tmp_path: Path) -> None:
     chosen = replace(settings(epochs=1, seed=3, dropout=0.1), scene_types=("sea",), licence="MIT")
     train(chosen, load_modes(), tmp_path / "a")

@@ -46,6 +46,7 @@ def settings(base: Path, data: Path, **changes: Any) -> TrainSettings:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ENDS))
 def test_the_end_of_a_turn_is_learned_and_stops_the_answer(name: str, tmp_path: Path) -> None:
     template, end = ENDS[name]
