@@ -149,6 +149,12 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: features(module) for name, module in find_linears(model).items()} | fused
 
 
+def is_turned(topology: Topology, name: str) -> bool:
+    """Whether a site's weight lies as (in, out): a Conv1D's, or an embedding's."""
+    site = topology.sites[topology.by_name[name]]
+    return site.embeds or type(site.module).__name__ == "Conv1D"
+
+
 def _nameless(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Layers of unknown classes with tensors of their own, which may be linear without saying so."""
     return {

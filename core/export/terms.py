@@ -123,7 +123,7 @@ def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
     inspected = inspect_adapter(
         resolved.folder,
         name=resolved.name,
-        linears=base.linears,
+        linears=base.shapes,
         base=None if anyway else base.identity,
         sha256=resolved.digests.sha256_recorded,
         own=None if folder is None or not folder.is_dir() else own_weights_in(weight_files(folder)),
@@ -133,6 +133,11 @@ def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
     if extras := inspected.extras:
         text = f"{resolved.name} holds {' and '.join(extras)}, which is not exported"
         raise ExportError(text, next_step="Compose with it at run time, or export it with PEFT: merge_and_unload()")
+    if any(module.of_weight and module.module in base.transposed for module in inspected.modules):
+        text = (
+            f"{resolved.name} adapts weights as they lie in memory (target_parameters), turned, which is not exported"
+        )
+        raise ExportError(text, next_step="Export it with PEFT: merge_and_unload()")
     adapter = read_adapter(inspected, resolved.name)
     return ExportTerm(resolved.read(inspected.files), adapter, _weights(part, base), part.after, _decided(part))
 

@@ -21,7 +21,8 @@ from os import PathLike
 
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.resident import ResidentAdapter
+from lora_rt.core.engine.resident import BankError, ResidentAdapter
+from lora_rt.core.engine.topology import is_turned
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term
@@ -259,6 +260,10 @@ class Residents:
 
     def _make_resident(self, resolved: Resolved, inspected: InspectedAdapter, name: str) -> None:
         adapter = read_adapter(inspected, name)
+        turned = [m.module for m in inspected.modules if m.of_weight and is_turned(self._bank.topology, m.module)]
+        if turned:
+            text = f"{name} adapts the weight of {turned[0]} as it lies in memory (target_parameters), which is turned"
+            raise BankError(text, next_step="Merge it into its base with PEFT, and give the result to --base")
         self._bank.add(adapter)
         info = AdapterInfo(
             name=name,

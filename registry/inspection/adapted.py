@@ -12,6 +12,7 @@ from lora_rt.registry.strict_json import shown
 
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 MAX_RANK = 4096
+MERGE = "merge it into its base, and extract a plain LoRA"
 Linears = Mapping[str, tuple[int, ...]]
 """Path -> (out, in) of a linear layer or a router's parameter, (experts, out, in) of a parameter of fused experts."""
 Parts = dict[str, TensorEntry]
@@ -31,6 +32,9 @@ class OldExpert:
 class LoraModule:
     """One adapted linear layer, or an embedding, whose `in` is the number of tokens.
 
+    `of_weight` says that not the layer but its weight was adapted (`target_parameters`), as it lies in memory: turned,
+    where it is a Conv1D's or an embedding's, which is not composed.
+
     `module` is its path in the base; A (`a_key`) is (rank, in), B (`b_key`) is (out, rank), the bias of B where there
     is one is (out,). The layer adds `scaling * B A x`, and `scaling * bias`. DoRA's magnitude is (out,).
 
@@ -48,6 +52,7 @@ class LoraModule:
     magnitude_key: str | None = None
     embeds: bool = False
     expert: OldExpert | None = None
+    of_weight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +83,23 @@ def module_problems(
     if settings.dora and "lora_A.weight" in found and is_embedding(found["lora_A.weight"].key):
         problems.append(f"{shown(module)} is an embedding with DoRA; merge it into its base, and extract a plain LoRA")
     size = linears.get(module) if linears is not None else None
+    if linears is not None and size is None and settings.adapts_parameters_of(module):
+        return [f"{shown(module)}: its parameters (target_parameters) are not composed on this base; {MERGE}"]
     if linears is not None and size is None:
         problems.append(f"{shown(module)} is not a linear layer of this base")
     elif not (
         settings.adapts(*paths, module.removesuffix(".weight"))
         or settings.adapts_parameter(module)
+        or settings.adapts_parameter(f"{module}.weight")
         or settings.is_tied(module)
     ):
         if size is None and settings.parameters:
             return problems  # a parameter's, maybe: its base tells
         problems.append(f"{shown(module)} has tensors but is not among target_modules")
-    problems += shape_problems(settings.rank_of(*paths), found, size)
-    return problems
+    wrong = shape_problems(settings.rank_of(*paths), found, size)
+    if wrong and settings.adapts_parameter(f"{module}.weight") and not settings.adapts(*paths):
+        wrong = [f"{shown(module)}: its weight (target_parameters) lies turned in this base; {MERGE}"]
+    return problems + wrong
 
 
 def shape_problems(rank: int, found: Mapping[str, TensorEntry], size: tuple[int, ...] | None) -> list[str]:
@@ -131,4 +141,5 @@ def lora_module(
         experts=experts,
         magnitude_key=magnitude.key if magnitude else None,
         embeds=is_embedding(found["lora_A.weight"].key),
+        of_weight=not settings.adapts(*paths) and settings.adapts_parameter(f"{paths[0]}.weight"),
     )

@@ -50,6 +50,7 @@ class InspectedAdapter:
         """What it holds besides A, B and their biases, in words."""
         found = {
             "DoRA": any(module.magnitude_key for module in self.modules),
+            "a LoRA of experts or routers": any(m.experts or m.module.endswith(".weight") for m in self.modules),
             "a LoRA of the embedding": any(module.embeds for module in self.modules),
             "trained token rows": bool(self.tokens),
             "modules that were trained as a whole": bool(self.whole),

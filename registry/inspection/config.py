@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_rt.registry import strict_json
 from lora_rt.registry.files import CONFIG
-from lora_rt.registry.inspection.adapted import MAX_RANK
+from lora_rt.registry.inspection.adapted import MAX_RANK, MERGE
 from lora_rt.registry.inspection.kinds import not_lora, of_another_kind, parts_of
 from lora_rt.registry.inspection.patterns import peft_key
 from lora_rt.registry.inspection.settings import LoraSettings, Pattern
@@ -27,7 +27,6 @@ MAX_WHOLE = 100
 MAX_TOKENS = 512  # each is a rank as wide as the vocabulary
 
 _DEFAULT = 8  # PEFT's r and lora_alpha, where a configuration leaves them out
-_MERGE = "merge it into its base, and extract a plain LoRA"
 _EXACT = (
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "init_lora_weights", "lora_bias", "bias", "base_model_name_or_path",
@@ -46,13 +45,13 @@ _INERT = (
 )  # fmt: skip
 _REFUSED = {
     "layer_replication": "it makes the base deeper, and so makes another base; train without it",
-    "use_qalora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {_MERGE}",
-    "use_bdlora": f"its factors are block-diagonal, which is not composed; {_MERGE}",
-    "kasa_config": f"KaSA changes the base's weights; {_MERGE}",
-    "monteclora_config": f"MonteCLoRA draws its factors anew; {_MERGE}",
+    "use_qalora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {MERGE}",
+    "use_bdlora": f"its factors are block-diagonal, which is not composed; {MERGE}",
+    "kasa_config": f"KaSA changes the base's weights; {MERGE}",
+    "monteclora_config": f"MonteCLoRA draws its factors anew; {MERGE}",
     "megatron_config": "it is for a model that Megatron splits; save it for the whole model",
-    "enable_lora": f"it adapts parts of a fused layer (MergedLinear); {_MERGE}",
-    "use_qa_lora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {_MERGE}",
+    "enable_lora": f"it adapts parts of a fused layer (MergedLinear); {MERGE}",
+    "use_qa_lora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {MERGE}",
 }
 
 FIELDS: Mapping[str, str] = {
@@ -68,7 +67,7 @@ _UNTOUCHED_BASE = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 _CONVERSION = "convert it to a plain LoRA with lora-rt convert"
 _CONVERTIBLE = {
     **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERSION),
-    "loftq": f"PEFT can not convert it: {_MERGE}",
+    "loftq": f"PEFT can not convert it: {MERGE}",
 }
 _CLASSES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HEADS = frozenset({"classifier", "score", "qa_outputs"})  # which PEFT names by itself for these tasks

@@ -86,7 +86,7 @@ def pair_modules(entries: Mapping[str, TensorEntry], settings: LoraSettings, lin
     problems += [f"{shown(module)} is to be adapted and has no tensors" for module in missing]
     if not parts and not fused and not problems:
         problems.append("it holds no factors of a LoRA")
-    if expected is not None and not expected and not fused:
+    if expected is not None and not expected and not fused and not settings.parameters:
         problems.append("target_modules selects no linear layer of this base")
     return Pairing(tuple(modules), copies, problems, tokens, special.whole)
 
@@ -175,7 +175,12 @@ def _expected(settings: LoraSettings, linears: Linears | None, found: list[str] 
     """The modules that must have tensors; None where nobody can say. `found` limits them to its part of the model."""
     if linears is None or settings.selects is None:
         return None
-    chosen = [m for m in linears if (settings.adapts_parameter(m) if is_parameter(m, linears) else settings.adapts(m))]
+    chosen = [
+        m
+        for m in linears
+        if (settings.adapts_parameter(m) if is_parameter(m, linears) else settings.adapts(m))
+        or settings.adapts_parameter(f"{m}.weight")
+    ]
     chosen = [module for module in chosen if not settings.keeps(module)]
     if found is not None:
         # Written for another class of the model, maybe for its text part alone: other towers are not expected.

@@ -140,10 +140,11 @@ class _Matcher:
         if name == "SUBPATTERN":
             return self.run(given[3], at)
         if name in _REPEATS:
-            return at | self.run(given[2], at) if given[:2] == (0, 1) else self._repeat(*given, at)
+            return at | self.run(given[2], at) if given[:2] == (0, 1) else self._repeat(given, at)
         if name == "AT":
             return at & self._edges(str(given))
-        found = sum(bit for bit in _bits(at) if self._looks(*given, bit))
+        direction, body = given
+        found = sum([bit for bit in _bits(at) if self._looks(direction, body, bit)], 0)
         return found if name == "ASSERT" else at & ~found
 
     def _where(self, name: str, given: Any) -> int:
@@ -154,9 +155,9 @@ class _Matcher:
             self._known[key] = sum(1 << position for position, letter in letters if _is_one(name, given, letter))
         return self._known[key]
 
-    def _repeat(self, least: int, most: int, body: Any, at: int) -> int:
-        ((operation, given),) = body
-        letters = self._where(str(operation), given)
+    def _repeat(self, given: Any, at: int) -> int:
+        least, most, ((operation, one),) = given
+        letters = self._where(str(operation), one)
         found = at if least == 0 else 0
         for count in range(1, min(int(most), len(self._text)) + 1):
             at = (at & letters) << 1

@@ -51,6 +51,11 @@ class LoraSettings:
         """Whether it adapts the parameter of this path."""
         return any(path == name or path.endswith(f".{name}") for name in self.parameters)
 
+    def adapts_parameters_of(self, module: str) -> bool:
+        """Whether it adapts some parameter of a module, which PEFT wraps once for each of them."""
+        owner = module.replace(".base_layer", "")
+        return any(f".{owner}".endswith(f".{name}".rpartition(".")[0]) for name in self.parameters)
+
     def keeps(self, module: str) -> bool:
         """Whether a module, or one that it lies in, was trained as a whole.
 

@@ -53,6 +53,26 @@ def test_rows_under_adapters_of_experts_are_what_peft_gives_each(kind: str, tmp_
         runtime.load_adapter(str(tmp_path / "one"), name="one")
         found = runtime.logits(IDS, compositions=["one:1", None, "one:1"])
     assert_close(found, torch.stack([wanted[0], alone[1], wanted[2]]), **EXACT)
+    with pytest.raises(lora_rt.LoraRtError, match="a LoRA of experts or routers, which is not exported"):
+        lora_rt.export(str(tmp_path / "one"), "peft", tmp_path / "out", base=str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf"), [("llama4_text", "experts.down_proj"), ("jetmoe", "mlp.input_linear.weight")]
+)
+def test_adapters_of_experts_that_run_otherwise_are_refused_by_name(kind: str, leaf: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = base(tmp_path / "base", kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=2, target_modules=[], target_parameters=[leaf], task_type="CAUSAL_LM")
+        get_peft_model(model, config).save_pretrained(tmp_path / "one")
+    runtime = lora_rt.Runtime.load(tmp_path / "base", precision="float32", device="cpu", project=tmp_path)
+    with runtime, pytest.raises(lora_rt.LoraRtError, match="target_parameters") as refusal:
+        runtime.load_adapter(str(tmp_path / "one"), name="one")
+    assert all("not composed on this base" in problem for problem in refusal.value.problems)
+    assert "Merge it into its base" in str(refusal.value.next_step)
 
 
 def test_experts_are_trained_by_their_role_and_without_dropout(caplog: pytest.LogCaptureFixture) -> None:

@@ -32,9 +32,9 @@ ALONE = (
     "PiSSA, rank-stabilised, converted", "pickled, converted", "DoRA, pickled, converted",
     "whole MLPs", "whole norms and all biases", "whole, tied by force", "a head, tied by force",
     "PiSSA of a compiled model, converted", "ranks and alphas by patterns", "layers by a pattern",
-    "without r and alpha",
+    "without r and alpha", "weights of linear layers", "the weight of a head",
 )  # fmt: skip
-REFUSED = ("DoRA of the embedding", "PiSSA", "LoftQ", "X-LoRA", "Arrow", "QA-LoRA", "pickled")
+REFUSED = ("DoRA of the embedding", "PiSSA", "LoftQ", "X-LoRA", "Arrow", "QA-LoRA", "pickled", "weights of Conv1D")
 
 
 @pytest.fixture
