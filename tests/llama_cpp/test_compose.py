@@ -103,13 +103,19 @@ def test_the_second_time_neither_torch_nor_transformers_is_imported(
 @needs_llama_cpp
 @pytest.mark.parametrize(
     ("spec", "said"),
-    [("{one}:1[So:]", ["waits for 'So:'"]), ("{dora}", ["DoRA"]), ("{one}:1[So:] {dora}", ["waits for 'So:'", "DoRA"])],
-    ids=["an adapter that wakes up", "an adapter with a magnitude", "both"],
+    [
+        ("{one}:1[So:]", ["waits for 'So:'"]),
+        ("{dora}", ["DoRA"]),
+        ("{one}:1[So:] {dora}", ["waits for 'So:'", "DoRA"]),
+        ("{alora}", ["aLoRA"]),
+    ],
+    ids=["an adapter that wakes up", "an adapter with a magnitude", "both", "an aLoRA"],
 )
 def test_what_has_no_constant_scale_is_refused_with_the_engine_that_has_it(
     cli: Cli, options: list[str], zoo: Zoo, spec: str, said: list[str]
 ) -> None:
     adapters = {"one": zoo.adapter("llama", seed=1), "dora": zoo.adapter("llama", seed=7, use_dora=True)}
+    adapters["alora"] = zoo.adapter("llama", seed=9, alora_invocation_tokens=[40, 41])
     done = cli("compose", spec.format(**adapters), *options)
     assert (done.code, done.out) == (1, "")
     assert [part for part in said if part not in done.err] == []
