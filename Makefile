@@ -19,8 +19,9 @@ demo: $(VENV)/installed
 test: $(VENV)/ready
 	$(PYTEST)
 
+# Without a plugin that takes seconds to import, and whose tests are slow ones.
 quick: $(VENV)/ready
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -p no:schemathesis -m "not slow"
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .
