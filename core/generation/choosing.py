@@ -1,7 +1,7 @@
 """How the next tokens are chosen: for all rows at once, greedy or sampled, by numbers that belong to each row alone.
 
 Where the nucleus of a sampled row is found among its few most likely tokens, the row draws one uniform number u and
-takes the token at which the sum of chances, from the most likely token down, passes u times the chance of the nucleus:
+takes the token at which the sum of chances, over the nucleus by the tokens' numbers, passes u times that of all of it:
 
     scores    (rows, vocabulary)     seen as blocks of 64 tokens
     blocks    (rows, blocks)         the largest of each
@@ -190,10 +190,9 @@ class _Draw:
     def found(self) -> tuple[list[int], list[int]]:
         """A token for every row, and the numbers of the rows whose nucleus the bounds leave open."""
         # A larger sum of all makes a larger nucleus. Where both ends give the same one, so does the sum itself.
-        low, known_low, place, _ = self._nuclei(self.least)
+        low, known_low, tokens, _ = self._nuclei(self.least)
         high, known_high, _, _ = self._nuclei(self.most)
         unsure: list[int] = ((low != high) | ~known_low | ~known_high).nonzero()[:, 0].tolist()
-        tokens = self.tokens.gather(1, place[:, None].clamp(max=self.tokens.shape[1] - 1))[:, 0]
         return tokens.tolist(), unsure
 
     def add_up(self, numbers: list[int]) -> bool:
@@ -220,8 +219,9 @@ class _Draw:
         return ((values.double() - self._best[:, None]) / self._heat[:, None]).exp()
 
     def _nuclei(self, totals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """If these are the sums of all chances: `_places` among the most likely tokens."""
-        return _places(self._chance, totals, self._top_p, self._top_k, self._uniform, whole=self._whole)
+        """If these are the sums of all chances: `_fallen` among the most likely tokens."""
+        settings = self._top_p, self._top_k, self._uniform
+        return _fallen(self._chance, self.tokens, totals, *settings, whole=self._whole)
 
     def exactly(self, numbers: list[int]) -> list[int]:
         """The tokens of some rows, by the sums of all chances."""
@@ -276,46 +276,75 @@ class _Draw:
         scores, settings = self._scores[rows], (self._top_p[rows], self._top_k[rows], self._uniform[rows])
         chances = ((scores.double() - self._best[rows, None]) / self._heat[rows, None]).exp()
         totals = chances.sum(-1)
-        _, _, place, fell = _places(self._chance[rows], totals, *settings, whole=self._whole)
-        found = self.tokens[rows].gather(1, place[:, None])[:, 0]
+        _, _, found, fell = _fallen(self._chance[rows], self.tokens[rows], totals, *settings, whole=self._whole)
         rest = (~fell).nonzero()[:, 0]
         if len(rest):
             order = scores[rest].argsort(dim=-1, descending=True, stable=True)
             sorted_chances = chances[rest].gather(1, order)
-            _, _, place, _ = _places(sorted_chances, totals[rest], *(s[rest] for s in settings), whole=True)
-            found[rest] = order.gather(1, place[:, None])[:, 0]
+            _, _, drawn, _ = _fallen(sorted_chances, order, totals[rest], *(s[rest] for s in settings), whole=True)
+            found[rest] = drawn
         tokens: list[int] = found.tolist()
         return tokens
 
 
-def _places(
-    chance: Tensor, total: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor, *, whole: bool
+def _fallen(
+    chance: Tensor,
+    tokens: Tensor,
+    total: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    uniform: Tensor,
+    *,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every row the number of tokens in its nucleus, whether that is known, where its draw falls, whether that is.
+    """Of every row the number of tokens in its nucleus, whether that is known, the token drawn, and whether that is.
 
     Without a nucleus (top_p of 1) only the latter may be known; what is not needs more tokens than these.
 
     With chances 1, 0.5, 0.25, 0.125, ... of a total of 2 and top_p 0.8, what is above the third token has 1.5 < 1.6 and
-    what is above the fourth 1.75: the nucleus is the first three. A number of 0.9 falls at 0.9 * 1.75 = 1.575, past the
-    first two (1.5), and so on the third.
+    what is above the fourth 1.75: the nucleus is the first three. If they are the tokens 7, 2 and 5, they lie in the
+    order 2, 5, 7, and a number of 0.3 falls at 0.3 * 1.75 = 0.525, past token 2 (0.5), and so on token 5.
 
     Args:
-        chance: (rows, n) in falling order. total: (rows,) the sum over the whole vocabulary.
+        chance: (rows, n) in falling order. tokens: (rows, n) which ones these are.
+        total: (rows,) the sum over the whole vocabulary.
         top_p, top_k, uniform: (rows,) settings, infinity for no top_k, and random numbers.
         whole: whether the n are the whole vocabulary.
     """
     count = chance.shape[1]
-    chance = chance * (torch.arange(count, device=chance.device) < top_k[:, None])
+    ranks = torch.arange(count, device=chance.device)
+    chance = chance * (ranks < top_k[:, None])
     sums = chance.cumsum(-1)
     complete = (top_k <= count) | whole  # what lies beyond has no chance, so the sum of these is that of all
     total = torch.where(complete, sums[:, -1], total)
     nucleus = ((sums - chance) < (top_p * total)[:, None]) & (chance > 0)  # at least one, since 0 < top_p * total
     inside = torch.where(top_p < 1, nucleus.sum(-1), top_k.clamp(max=count).long())
-    mass = torch.where(top_p < 1, sums.gather(1, inside[:, None] - 1)[:, 0], total)
-    place = (sums <= (uniform * mass)[:, None]).sum(-1)  # how many tokens lie wholly below the draw
     # A nucleus that takes all n may go on behind them. With a top_k over n the total is that of k tokens, unknown here.
     known = complete | ((top_p < 1) & (inside < count) & top_k.isinf())
-    return inside, known, torch.minimum(place, inside - 1), known | ((top_p >= 1) & (place < count) & top_k.isinf())
+    drawn = _in_their_own_order(chance * (ranks < inside[:, None]), tokens, uniform, whole=whole)
+    # Of what is drawn among all tokens, these may be enough only if the most likely ones come first.
+    place = (sums <= (uniform * total)[:, None]).sum(-1)  # how many tokens lie wholly below the draw
+    first = tokens.gather(1, place[:, None].clamp(max=count - 1))[:, 0]
+    found = known | ((top_p >= 1) & (place < count) & top_k.isinf())
+    return inside, known, torch.where(known, drawn, first), found
+
+
+def _in_their_own_order(chance: Tensor, tokens: Tensor, uniform: Tensor, *, whole: bool) -> Tensor:
+    """The tokens (rows,) on which random numbers fall where tokens with a chance (rows, n) lie by their numbers.
+
+    By how likely they are, two tokens whose scores rounding sets one way or the other would change places, and with
+    them what is drawn.
+    """
+    if whole:  # then a token's place is its number
+        lying, chance = None, torch.zeros_like(chance).scatter_(1, tokens, chance)
+    else:
+        order = tokens.argsort(dim=-1)
+        lying, chance = tokens.gather(1, order), chance.gather(1, order)
+    sums = chance.cumsum(-1)
+    place = (sums <= (uniform * sums[:, -1])[:, None]).sum(-1)
+    last = (torch.arange(chance.shape[1], device=chance.device) * (chance > 0)).amax(-1)
+    place = torch.minimum(place, last)
+    return place if lying is None else lying.gather(1, place[:, None])[:, 0]
 
 
 def _sorted(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
