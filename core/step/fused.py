@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.base.multiply import Product, computes_in, dense_weight
+from lora_rt.core.base.multiply import Product, computes_in, dense_weight, is_4bit
 
 Weight = Callable[[], Tensor]
 """Gives a layer's weight (out, in) for one product, in the dtype that the product is made in."""
@@ -34,6 +34,9 @@ def fuse(model: nn.Module, gated: Callable[[], bool]) -> int:
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
     for layer in layers:
+        base = layer.get_base_layer()
+        if is_4bit(base) and base.bias is not None:  # as bitsandbytes does in its own first forward pass
+            base.bias.data = base.bias.data.to(_dtype(base))
         layer.forward = _Forward(layer, gated)
     return len(layers)
 

@@ -44,7 +44,8 @@ class TamePattern:
             check.run(self._tree, False)
             if self._tree.state.flags != re.UNICODE.value:
                 raise _NotTameError
-            self.quick = re.compile(pattern) if check.repeats <= _FEW and not check.branches_off else None
+            compiled = re.compile(pattern)  # which refuses some that can be read as a tree
+            self.quick = compiled if check.repeats <= _FEW and not check.branches_off else None
 
     def fullmatch(self, text: str) -> bool:
         """Whether it matches the whole of a text."""

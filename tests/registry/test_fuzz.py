@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora_rt.errors import LoraRtError
@@ -151,6 +151,7 @@ PIECES = [
 
 
 @settings(QUICK, max_examples=1000)
+@example(["(?<=q", "*", ")"])
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=9))
 def test_a_regex_that_is_compiled_matches_what_python_matches(pieces: list[str]) -> None:
     compiled = compile_tame("".join(pieces))
