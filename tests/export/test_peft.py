@@ -44,7 +44,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chosen=st.lists(st.tuples(st.integers(0, 5), st.floats(-2, 3, width=16)), min_size=1, max_size=5),
 )

@@ -30,7 +30,7 @@ from support.hostile import parts, raw
 pytestmark = pytest.mark.slow
 
 GOOD = adapter_files()
-QUICK = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 IN_USE = BaseIdentity(**BASE)
 
 scalars = st.one_of(
