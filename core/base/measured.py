@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +44,7 @@ Times = Mapping[str, Sequence[float | None]]
 
 _BEHIND = 3.0  # times the best: not tried again
 _GROWING = ("packed", "dense")  # ways whose time grows with the tokens at least as fast as that of the others
-_ROUNDS = 4
+_TURNS, _RUNS = 2, 3
 _NUMBERS = 1 << 20  # of a layer that is measured; of a larger one its first outputs
 _POOL = 48 << 20  # bytes
 
@@ -162,18 +163,25 @@ def measure(layer: nn.Linear, pool: Tensor) -> Times:
 
 
 def _race(candidates: Mapping[_Name, Callable[[Tensor], object]], x: Tensor) -> dict[_Name, float]:
-    """Way -> the least microseconds of some rounds, in turns, so that what disturbs one disturbs all."""
-    best = dict.fromkeys(candidates, math.inf)
-    for turn in range(_ROUNDS):
+    """Way -> the median microseconds of some runs, in turns, so that what disturbs one disturbs all.
+
+    In a turn a way runs several times, as it does in a pass over a model: what ran before it leaves the caches and the
+    threads in another state than it does itself.
+    """
+    spent: dict[_Name, list[float]] = {way: [] for way in candidates}
+    for turn in range(_TURNS):
+        known = {way: median(times) for way, times in spent.items() if times}
         for way, run in candidates.items():
-            if turn > 1 and best[way] > _BEHIND * min(best.values()):
+            if way in known and known[way] > _BEHIND * min(known.values()):
                 continue
-            wall, used = time.perf_counter(), time.process_time()
-            run(x)
-            # Where others hold the processor, the clock on the wall says much more than what one thread used.
-            spent = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
-            best[way] = spent if turn == 1 else min(best[way], spent)  # the first turn warms up
-    return best
+            for number in range(_RUNS):
+                wall, used = time.perf_counter(), time.process_time()
+                run(x)
+                # Where others hold the processor, the clock on the wall says much more than what one thread used.
+                took = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
+                if turn or number:  # the first run warms up
+                    spent[way].append(took)
+    return {way: median(times) for way, times in spent.items()}
 
 
 def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way, Callable[[Tensor], Tensor]]:
