@@ -13,6 +13,8 @@ from lora_rt.core.base.load import load_base
 from lora_rt.core.base.packed import packed_share, remark
 from support.tiny import Zoo, config_of, random_model, save_tokenizer, some_ids
 
+pytestmark = pytest.mark.slow
+
 
 def mixtral(folder: Path) -> Path:
     import transformers as t

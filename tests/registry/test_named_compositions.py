@@ -23,6 +23,8 @@ from support.adapters import BASE, adapter_files, write_adapter
 from support.cli import Cli
 from support.hub import LocalHub
 
+pytestmark = pytest.mark.slow
+
 REPO = "someone/mood"
 
 

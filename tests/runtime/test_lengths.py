@@ -14,6 +14,8 @@ from torch.testing import assert_close
 from lora_rt.core.runtime import Runtime
 from support.tiny import random_model, save_tokenizer, some_ids
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 64,

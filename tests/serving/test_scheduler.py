@@ -19,6 +19,8 @@ from lora_rt.plugins.contract import Gate, GateContext, hookimpl
 from support.serving import Live, asked
 from support.tiny import Zoo, mode_host
 
+pytestmark = pytest.mark.slow
+
 LONG = "a long prompt about rain on a tin roof and a bill that nobody has paid. "
 
 
