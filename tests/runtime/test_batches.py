@@ -12,6 +12,8 @@ from torch.testing import assert_close
 from lora_rt.core.runtime import Runtime
 from support.tiny import ARCHITECTURES, MLP, TARGETS, Zoo, some_ids
 
+pytestmark = pytest.mark.slow
+
 EXACT = {"atol": 1e-4, "rtol": 0.0}
 LENGTHS = (9, 4, 6, 1)
 
