@@ -7,6 +7,7 @@ the product is used to make it.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from lora_rt.registry.card import AdapterCard, BaseIdentity, write_card
 from lora_rt.registry.registry import Registry
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "gpt_neox")
+_serial = itertools.count()
 HIDDEN, LAYERS, HEADS, HEAD_SIZE, VOCAB = 64, 2, 4, 16, 264
 EVEN = {"intermediate_size": 128}  # inputs of whole blocks of 64, which alone have a 4-bit kernel on a GPU
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<a>", "<b>", "<c>", "<d>"]
@@ -212,7 +214,8 @@ def mode_host(**hooks_by_mode: Any) -> ModeHost:
 
     points = list(entry_points(group="lora_rt.modes"))
     for mode, hooks in hooks_by_mode.items():
-        module: Any = type(sys)(f"tests_mode_{mode}")
+        # A module is imported when a hook is first needed: one name for two hosts would give one the other's hooks.
+        module: Any = type(sys)(f"tests_mode_{mode}_{next(_serial)}")
         module.LORA_RT_API = 1
         for name, value in vars(hooks).items():
             if name.startswith("lora_rt_"):
