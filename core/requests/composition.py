@@ -140,7 +140,7 @@ class Composition:
             total: what the weights add up to, where that is known better, as of named compositions.
 
         Raises:
-            InvalidCompositionError: the limit is not a finite number above 0.
+            InvalidCompositionError: the limit is not a finite number above 0, or the weights add up to none.
         """
         if not 0 < limit < math.inf:
             text = f"a composition can't be normalized to {limit!r}"
@@ -148,6 +148,9 @@ class Composition:
         whole = self.total if total is None else total
         if whole <= limit:
             return self
+        if whole == math.inf:
+            text = f"{str(self)[:200]!r} can't be normalized: its weights add up to more than a number holds"
+            raise InvalidCompositionError(text, next_step="Give smaller weights, for instance: emotion:0.7 logic:0.3")
         return Composition(tuple(replace(term, weight=term.weight * limit / whole) for term in self.terms))
 
     def __str__(self) -> str:

@@ -2,8 +2,7 @@
 
 Everything is measured on texts and scenes that no adapter was trained on: the held-out ones, which are in the corpus's
 own manner, and apart from them those of otherhand/, 12 scenes in each of four others (clipped, winding, spoken,
-chronicle). Needs scikit-learn for the independent word
-classifier; `make report` installs it.
+chronicle). Needs scikit-learn for the independent word classifier; `make report` installs it.
 """
 
 from __future__ import annotations
@@ -228,8 +227,6 @@ def main() -> None:
     given = dict(item.split("=", 1) for item in options.adapters)
     adapters = {register: given.get(register, register) for register in REGISTERS}
     training, held, other = read("train"), read("heldout"), read("otherhand")
-    classifier = word_classifier(training)
-    held_texts = [(e["text"], r) for r in REGISTERS for e in held[r]]
     other = {r: [e for e in rows if e["number"] < (options.texts or len(rows))] for r, rows in numbered(other).items()}
     runtime = Runtime.load("default")
     for adapter in adapters.values():
@@ -244,6 +241,8 @@ def main() -> None:
     (HERE / "otherhand.json").write_text(json.dumps(by_another, indent=1) + "\n")
     if options.only:
         return
+    classifier = word_classifier(training)
+    held_texts = [(e["text"], r) for r in REGISTERS for e in held[r]]
     report = {
         "scenes": {"train": len(training["logic"]), "heldout": len(held["logic"])},
         "classifier_on_real_held_out_texts": float(np.mean([classifier.predict([t])[0] == r for t, r in held_texts])),

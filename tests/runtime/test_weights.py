@@ -80,6 +80,17 @@ def test_a_limit_that_makes_no_sense_is_refused(limit: float) -> None:
         Composition.parse("a b").normalized(limit)
 
 
+def test_weights_whose_sum_no_number_holds_are_refused_and_not_made_zero() -> None:
+    with pytest.raises(InvalidCompositionError, match="add up to more than a number holds"):
+        Composition.parse("a:1e308 b:1e308").normalized(1)
+
+
+def test_a_mix_that_was_normalized_to_the_limit_is_not_said_to_be_beyond_it() -> None:
+    for last in range(1, 400):
+        made = Composition.parse(f"a:0.7 b:1.31 c:{last / 100}").normalized(1.25)
+        assert "sum" not in outside([(str(term.reference), term.weight) for term in made.terms])
+
+
 def test_a_mix_outside_of_what_was_measured_is_named(runtime: Runtime) -> None:
     default = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert not outside([("a", 0.7), ("b", 0.3), ("c", -0.25)], default)
