@@ -35,7 +35,9 @@ from lora_rt.core.base.multiply import (
     kept_in,
     packed_forward,
     packs,
+    slice_of,
     ways_of,
+    widened_product,
 )
 from lora_rt.registry import durable, home
 
@@ -45,7 +47,6 @@ Times = Mapping[str, Sequence[float | None]]
 _BEHIND = 3.0  # times the best: not tried again
 _GROWING = ("packed", "dense")  # ways whose time grows with the tokens at least as fast as that of the others
 _TURNS, _RUNS = 2, 3
-_NUMBERS = 1 << 20  # of a layer that is measured; of a larger one its first outputs
 _POOL = 48 << 20  # bytes
 
 _Name = TypeVar("_Name", bound=str)
@@ -68,19 +69,20 @@ def layer_name(layer: nn.Linear) -> str:
 
 
 def times_of(layers: Mapping[str, nn.Linear]) -> dict[str, Times]:
-    """Layer name -> times; those of layers that are not known yet are measured now, in some tenths of a second."""
+    """Layer name -> times; those of layers that are not known yet are measured now, in a second or two."""
     here = machine_name()
     kept = remembered().get(here, {})
-    new: dict[str, Times] = {}
-    pool = None
+    unknown = {}
     for name, layer in layers.items():
         if (here, name) not in _known:
             found = kept.get(name)
             if found is None or set(found) != set(ways_of(layer)):
-                pool = torch.full((_POOL // 4,), 0.5) if pool is None else pool
-                found = new[name] = measure(layer, pool)
-            _known[here, name] = found
-    if new:
+                unknown[name] = layer
+            else:
+                _known[here, name] = found
+    if unknown:
+        new = measure(unknown, torch.full((_POOL // 4,), 0.5))
+        _known.update({(here, name): times for name, times in new.items()})
         _remember(here, new)
     return {name: _known[here, name] for name in layers}
 
@@ -91,16 +93,12 @@ def quickest(name: str, candidates: Mapping[str, Callable[[], object]]) -> str:
     if (here, name) not in _known:
         found = remembered().get(here, {}).get(name)
         if found is None or set(found) != set(candidates):
-            spent = _race({way: partial(_ignoring, run) for way, run in candidates.items()}, torch.empty(0))
+            spent = _race({way: {name: run} for way, run in candidates.items()})[name]
             found = {way: [round(time, 1), *[None] * (len(SIZES) - 1)] for way, time in spent.items()}
             _remember(here, {name: found})
         _known[here, name] = found
     times = _known[here, name]
     return min(times, key=lambda way: times[way][0] or math.inf)
-
-
-def _ignoring(run: Callable[[], object], _: Tensor) -> object:
-    return run()
 
 
 def remembered() -> dict[str, dict[str, Times]]:
@@ -139,56 +137,64 @@ def _file() -> Path:
     return home.home() / "multiply.json"
 
 
-def measure(layer: nn.Linear, pool: Tensor) -> Times:
-    """The times of all ways of a layer.
+def measure(layers: Mapping[str, nn.Linear], pool: Tensor) -> dict[str, Times]:
+    """Layer name -> the times of all ways of it, as they are beside the other layers of a pass.
 
     Args:
         pool: (n,) float32. Dense weights are taken from it in turn: in a pass over a model none is in a cache either.
     """
-    dtype = computes_in(layer)
-    assert dtype is not None
-    times: dict[Way, list[float | None]] = {way: [] for way in ways_of(layer)}
+    dtypes = {name: computes_in(layer) for name, layer in layers.items()}
+    times: dict[str, dict[Way, list[float | None]]] = {
+        name: {way: [] for way in ways_of(layer)} for name, layer in layers.items()
+    }
     with torch.inference_mode(False), torch.no_grad():
-        candidates = _candidates(layer, dtype, pool)
+        candidates = {name: _candidates(layer, dtypes[name], pool) for name, layer in layers.items()}  # type: ignore[arg-type]  # known
         for tokens in SIZES:
-            x = torch.full((1, tokens, layer.in_features), 0.5, dtype=dtype)
-            tried = {way: run for way, run in candidates.items() if None not in times[way]}
-            found = _race(tried, x)
-            limit = _BEHIND * min(found.values())
-            for way, row in times.items():
-                spent = found.get(way)
-                behind = spent is None or (tokens > 1 and way in _GROWING and spent > limit)
-                row.append(None if spent is None or behind else round(spent, 1))
-    return {str(way): row for way, row in times.items()}
+            tried: dict[Way, dict[str, Callable[[], object]]] = {}
+            for name, runs in candidates.items():
+                x = torch.full((1, tokens, layers[name].in_features), 0.5, dtype=dtypes[name])
+                for way, run in runs.items():
+                    if None not in times[name][way]:
+                        tried.setdefault(way, {})[name] = partial(run, x)
+            for name, found in _race(tried).items():
+                limit = _BEHIND * min(found.values())
+                for way, row in times[name].items():
+                    spent = found.get(way)
+                    behind = spent is None or (tokens > 1 and way in _GROWING and spent > limit)
+                    row.append(None if spent is None or behind else round(spent, 1))
+    return {name: {str(way): row for way, row in ways.items()} for name, ways in times.items()}
 
 
-def _race(candidates: Mapping[_Name, Callable[[Tensor], object]], x: Tensor) -> dict[_Name, float]:
-    """Way -> the median microseconds of some runs, in turns, so that what disturbs one disturbs all.
+def _race(candidates: Mapping[_Name, Mapping[str, Callable[[], object]]]) -> dict[str, dict[_Name, float]]:
+    """What -> way -> the median microseconds of some runs, in turns, so that what disturbs one disturbs all.
 
-    In a turn a way runs several times, as it does in a pass over a model: what ran before it leaves the caches and the
-    threads in another state than it does itself.
+    In a turn all that goes one way does so several times, one after another, as in a pass over a model: what ran before
+    leaves the caches, the memory and the threads in a state that another way would not leave.
+
+    Args:
+        candidates: way -> what -> a run of it.
     """
-    spent: dict[_Name, list[float]] = {way: [] for way in candidates}
+    spent: dict[str, dict[_Name, list[float]]] = {}
     for turn in range(_TURNS):
-        known = {way: median(times) for way, times in spent.items() if times}
-        for way, run in candidates.items():
-            if way in known and known[way] > _BEHIND * min(known.values()):
-                continue
+        left = {what: _BEHIND * min(map(median, ways.values())) for what, ways in spent.items()}
+        for way, runs in candidates.items():
             for number in range(_RUNS):
-                wall, used = time.perf_counter(), time.process_time()
-                run(x)
-                # Where others hold the processor, the clock on the wall says much more than what one thread used.
-                took = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
-                if turn or number:  # the first run warms up
-                    spent[way].append(took)
-    return {way: median(times) for way, times in spent.items()}
+                for what, run in runs.items():
+                    times = spent.setdefault(what, {}).setdefault(way, [])
+                    if turn and median(times) > left[what]:
+                        continue
+                    wall, used = time.perf_counter(), time.process_time()
+                    run()
+                    # Where others hold the processor, the clock on the wall says much more than what one thread used.
+                    took = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
+                    if turn or number:  # the first run warms up
+                        times.append(took)
+    return {what: {way: median(times) for way, times in ways.items()} for what, ways in spent.items()}
 
 
 def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way, Callable[[Tensor], Tensor]]:
     """Way -> what the layer does that goes this way."""
-    rows = layer.out_features
-    if rows * layer.in_features > _NUMBERS:
-        rows = min(rows, max(64, _NUMBERS // layer.in_features // 64 * 64))
+    rows = min(layer.out_features, slice_of(layer.in_features))  # of a larger layer, its first outputs
     kinds: set[Copy] = {"narrow", *(copy for way in ways_of(layer) if (copy := keeps(way)))}
     pools = {copy: _Pool(pool, rows, layer.in_features, copy, dtype) for copy in kinds}
     if is_4bit(layer):
@@ -207,7 +213,7 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
         if kept == "blocked":
             return lambda x: blocked.product(x.float(), pools["blocked"]()).to(x.dtype)
         weight = made if kept is None else pools[kept]
-        return lambda x: linear(x.to(product), weight().to(product)).to(x.dtype)
+        return lambda x: widened_product(x.to(product), weight()).to(x.dtype)
 
     return {way: own if way == "packed" else run(way) for way in ways_of(layer)}
 

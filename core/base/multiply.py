@@ -10,8 +10,9 @@
 
 A dense weight has exactly the numbers that bitsandbytes' own dequantizing gives in the layer's compute dtype, so all
 ways multiply the same numbers and differ in rounding alone: `dense` and `dequantize` have the bits of bitsandbytes' own
-way on processors without AVX-512 BF16, where it dequantizes too; the three `wide` ways in float32 have the same bits as
-each other. The weight itself, what is hashed and what is saved stay as they are.
+way on processors without AVX-512 BF16, where it dequantizes too; `dequantize-wide`, `dense-widened` and `dense-wide`
+have the same bits as each other in a layer of up to a million numbers (a larger one is cast in slices). The weight
+itself, what is hashed and what is saved stay as they are.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ _KEEPS: dict[Way, Copy] = {
 }
 _READ = ("dense", "dense-wide")  # ways whose copy any product can read
 _ANY = -1
+_SLICE = 1 << 20  # numbers: 4 MiB in float32
 _FLOAT32 = torch.empty(0)
 
 
@@ -84,6 +86,27 @@ def ways_of(module: nn.Module) -> tuple[Way, ...]:
     elif computes_in(module) == torch.float32:
         ways = ("packed", "dequantize", "dense", "dense-blocked")
     return ways if blocked.are_there() else tuple(way for way in ways if way != "dense-blocked")
+
+
+def slice_of(width: int) -> int:
+    """How many outputs of a layer with so many inputs are made at a time where its weight is cast for the product."""
+    return max(64, _SLICE // width // 64 * 64)
+
+
+def widened_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y (..., out) of x (..., in) and a weight (out, in) of any dtype, cast to that of x some outputs at a time.
+
+    What is cast stays in the caches, and is memory that the process has: a new page costs more than what is read and
+    written there, and the output head of a base takes tens of thousands (a step of sixteen rows: 21 ms for 113).
+    """
+    step = slice_of(weight.shape[1])
+    if weight.dtype == x.dtype or len(weight) <= step:
+        return linear(x, weight.to(x.dtype), bias)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    for start in range(0, len(weight), step):
+        some = slice(start, start + step)
+        y[..., some] = linear(x, weight[some].to(x.dtype), None if bias is None else bias[some])
+    return y
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -177,7 +200,7 @@ class Product:
             return blocked.product(given, self._copy("blocked"), bias)
         if way in _READ:
             return linear(given, self._copy(_KEEPS[way]), bias)
-        return linear(given, self.made(given.dtype), bias)
+        return widened_product(given, self._narrow(), bias)
 
     def way(self, x: Tensor) -> Way:
         """How the product with x is made."""
@@ -198,8 +221,11 @@ class Product:
 
     def made(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out, in), made for one product."""
+        return self._narrow().to(dtype)
+
+    def _narrow(self) -> Tensor:
         widened = "dense-widened" in self._by_bits
-        return (self._copy("narrow") if widened else dense_weight(self.module)).to(dtype)
+        return self._copy("narrow") if widened else dense_weight(self.module)
 
     def keep(self) -> None:
         """Make the dense copies now."""

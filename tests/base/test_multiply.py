@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from lora_rt.core.base import measured
+from lora_rt.core.base import measured, multiply
 from lora_rt.core.base.fastest import Products, Ways, choose, fastest, told
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.measured import layer_name, measure, quickest, remembered, times_of
-from lora_rt.core.base.multiply import SIZES, Product, Way, dense_weight, ways_of
+from lora_rt.core.base.multiply import SIZES, Product, Way, dense_weight, ways_of, widened_product
 from lora_rt.core.base.precision import check_wish
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.config import read_config
@@ -229,7 +231,7 @@ def test_what_was_measured_is_remembered_and_a_damaged_file_is_measured_again(
 ) -> None:
     file, module, asked = tmp_path / "home/multiply.json", layer(), []
     monkeypatch.setattr(measured, "_known", {})
-    monkeypatch.setattr(measured, "measure", lambda *given: asked.append(1) or TIMES)
+    monkeypatch.setattr(measured, "measure", lambda layers, pool: asked.append(1) or dict.fromkeys(layers, TIMES))
     name = layer_name(module)
     assert times_of({name: module}) == {name: TIMES}
     assert remembered() == {measured.machine_name(): {name: TIMES}}
@@ -267,10 +269,42 @@ def test_what_adapters_add_is_measured_once_a_machine_and_told_by_doctor(monkeyp
 
 
 def test_measuring_gives_every_way_of_every_kind_of_layer_a_time() -> None:
-    for module in (layer(), layer(dtype=torch.float32), nn.Linear(IN, OUT).bfloat16().requires_grad_(False)):
-        times = measure(module, torch.full((OUT * IN * 3,), 0.5))
-        assert set(times) == set(ways_of(module))
+    modules = [layer(), layer(dtype=torch.float32), nn.Linear(IN, OUT).bfloat16().requires_grad_(False)]
+    layers = {layer_name(module): module for module in modules}
+    found = measure(layers, torch.full((OUT * IN * 3,), 0.5))
+    for name, times in found.items():
+        assert set(times) == set(ways_of(layers[name]))
         assert all(len(row) == len(SIZES) and row[0] for row in times.values())
+    assert set(found) == set(layers)
+
+
+def test_layers_go_one_way_one_after_another_as_in_a_pass() -> None:
+    ran: list[str] = []
+    runs = {way: {what: partial(ran.append, f"{what} {way}") for what in "qk"} for way in ("dense", "packed")}
+    found = measured._race(runs)
+    assert ran[:6] == ["q dense", "k dense"] * 3
+    assert ran[6:12] == ["q packed", "k packed"] * 3
+    assert {what: set(ways) for what, ways in found.items()} == {what: {"dense", "packed"} for what in "qk"}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_large_weight_is_cast_some_outputs_at_a_time_and_its_product_is_the_same(
+    tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = torch.randn(200, IN).bfloat16(), torch.randn(1, tokens, IN)
+    added = torch.randn(200) if bias else None
+    whole = linear(x, weight.float(), added)
+    cast: list[int] = []
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        cast.append(len(weight))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(multiply, "_SLICE", 64 * IN)
+    monkeypatch.setattr(multiply, "linear", noted)
+    torch.testing.assert_close(widened_product(x, weight, added), whole, rtol=1e-5, atol=1e-5)
+    assert cast == [64, 64, 64, 8]
 
 
 @pytest.mark.parametrize("wish", ["dequantize", "dense"])
