@@ -2,7 +2,8 @@
 
     settings.py   what a run is told; knows no torch
     adapter.py    PEFT's LoRA on a base, with gradient checkpointing, and the adapter's files
-    fused.py      a layer and its adapter as one product on a CPU
+    fused.py      a layer and its adapter as one product on a CPU, and one A for layers that read one input
+    norms.py      norms on a CPU in few passes
     packing.py    the rows of a batch one behind the other, and what they share once
     attention.py  attention of packed rows; in float32 on a CPU, whose kernel is slow in fewer bits
     loss.py       the loss of a batch, with logits only where labels are

@@ -87,7 +87,7 @@ class Packing:
 
     def unpacked(self, x: Tensor) -> Tensor:
         """(1, heads, tokens, size) as (rows, heads, width, size)."""
-        flat: Tensor = _Unpacked.apply(x.transpose(1, 2)[0], self)  # type: ignore[no-untyped-call]
+        flat: Tensor = _Unpacked.apply(x.transpose(1, 2).squeeze(0), self)  # type: ignore[no-untyped-call]
         return flat.view(self.rows, self.width, *flat.shape[1:]).transpose(1, 2)
 
     def packed(self, x: Tensor) -> Tensor:

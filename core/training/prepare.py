@@ -21,6 +21,7 @@ from lora_rt.core.step.adapter import checkpointed, fresh_adapter, targets
 from lora_rt.core.step.attention import attend_by_rows, attend_in_float32
 from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.loss import is_plain
+from lora_rt.core.step.norms import lean_norms
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
 from lora_rt.core.training.processes import cut, joined
@@ -105,6 +106,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     gates = RankGates(model, objective, settings.r)
     if base.device.type == "cpu":
         fuse(model, gates.acting)
+        lean_norms(model)
     longest = max(len(item.input_ids) for item in [*encoded[0], *encoded[1]])
     packed = is_plain(objective) and attend_by_rows(model, longest)
     if processes.sharded:

@@ -1,4 +1,4 @@
-"""A layer and its adapter as one product have the outputs and the gradients of PEFT, however the base is kept."""
+"""Layers with their adapters as one product, and norms, have the outputs and gradients of PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_rt.core.base.multiply import SIZES, Product, Way
 from lora_rt.core.step.fused import fuse
+from lora_rt.core.step.norms import lean_norms
 
 TOKENS = (3, 7)
 
@@ -25,6 +26,30 @@ class Base(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = self.second(torch.tanh(self.first(x)))
         return made
+
+
+class Attention(nn.Module):
+    """q, k and v of one input, of which q and v are adapted, and an o of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(24, width) for width in (24, 8, 24))
+        self.o = nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        made: torch.Tensor = self.o(torch.tanh(q) * v * k.sum(-1, keepdim=True))
+        return made
+
+
+def attention(dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q", "v", "o"], rank_pattern={"v": 6}, lora_dropout=dropout)
+    model = get_peft_model(Attention().requires_grad_(False), config).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
 
 
 def adapted(dtype: torch.dtype, dropout: float = 0.0) -> Any:
@@ -105,3 +130,84 @@ def test_a_gate_on_the_rank_axis_is_seen() -> None:
     assert model(x).equal(base)
     gate[0] = False
     assert not model(x).allclose(base)
+
+
+def narrow_products(model: Any, x: torch.Tensor) -> int:
+    """Products of a step's forward pass whose result has no more columns than an input's adapters have ranks."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and made.shape[-1] in (4, 6, 10):
+                found.append(made.shape)
+            return made
+
+    with Count():
+        model(x)
+    return len(found)
+
+
+def test_layers_that_read_one_input_share_one_product_with_a_and_keep_pefts_gradients() -> None:
+    plain = attention()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused, lambda: False) == 3
+    x = torch.randn(*TOKENS, 24)
+    assert narrow_products(fused, x) == 3  # nothing has shown yet which layers read one input
+    with torch.no_grad():
+        fused(x)
+    assert narrow_products(fused, x) == 2
+    one, two = step(plain, x), step(fused, x)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-5 * one[name].norm(), name
+
+
+def test_a_layer_that_gets_another_input_than_was_seen_is_made_of_what_it_gets() -> None:
+    model = attention()
+    x, other = torch.randn(2, *TOKENS, 24)
+    inner = model.get_base_model()
+    wanted = inner.v(other)
+    fuse(model, lambda: False)
+    with torch.no_grad():
+        model(x)
+    inner.q(x)
+    assert torch.allclose(inner.v(other), wanted, atol=1e-5)
+    inner.q(x)
+    x.copy_(other)
+    assert torch.allclose(inner.v(x), wanted, atol=1e-5)
+
+
+def test_dropout_is_drawn_once_for_an_input_and_as_often_as_it_is_told() -> None:
+    model = attention(dropout=0.25)
+    fuse(model, lambda: False)
+    inner = model.get_base_model()
+    x = torch.eye(24).repeat(200, 1)  # each row asks for one place
+    with torch.no_grad():
+        model(x)
+    base = {name: getattr(inner, name).get_base_layer()(x) for name in ("q", "v")}
+    q, v = inner.q(x), inner.v(x)
+    dropped = [(made - base[name]).abs().amax(-1) == 0 for name, made in (("q", q), ("v", v))]
+    assert dropped[0].equal(dropped[1])
+    assert abs(dropped[0].float().mean() - 0.25) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_have_the_outputs_and_gradients_of_transformers(dtype: torch.dtype) -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    torch.manual_seed(0)
+    plain = LlamaRMSNorm(24, 1e-5)
+    nn.init.normal_(plain.weight)
+    plain = plain.to(dtype).requires_grad_(False)
+    lean = copy.deepcopy(plain)
+    assert lean_norms(nn.ModuleList([lean])) == 1
+    x = torch.randn(*TOKENS, 24).to(dtype)
+    one, two = step(plain.float(), x.float()), step(lean, x)
+    for name in one:
+        near = 1e-4 if dtype is torch.float32 else 0.02
+        assert (one[name] - two[name].float()).norm() <= near * one[name].norm(), name
+    assert lean_norms(GemmaRMSNorm(24).requires_grad_(False)) == 0
