@@ -4,7 +4,7 @@ A router is told neither where a text turns nor which registers it has. Beside i
 finds on the same texts, the better register of each text alone, the oracle that knows register and turn, and a control
 that was trained on the hidden states of other rows. All losses are nats per answer token, with whole scenes resampled
 for the intervals. Needs the folder that data.py makes, and keeps in it what was done, so that a run that was cut off
-goes on: router.py FOLDER [--scenes N] [--seeds N] [--epochs X] [--texts N]
+goes on: router.py FOLDER [--scenes N] [--seeds N] [--epochs X] [--texts N] [--kinds N]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "top1 (as MoLoRA)": {"gate": "top1"},
     "softmax of every layer (as LoRA-Flow)": {"groups": "0"},
 }
-TOKENS = 64
+TOKENS = 32
+REPEATS = 5
 
 
 def trained(name: str, data: Path, options: Mapping[str, str], seed: int, settings: Mapping[str, Any]) -> str | None:
@@ -62,23 +63,29 @@ def kept(folder: Path, name: str, measure: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def static(data: Path, settings: Mapping[str, Any]) -> str:
+def static(name: str, data: Path, settings: Mapping[str, Any]) -> str:
     """The best static mix that is found from the same texts."""
     try:
-        return str(lora_rt.tune(uniform(0.25), data, name="router-static", **settings))
+        return str(lora_rt.tune(uniform(0.25), data, name=name, **settings))
     except LoraRtError as error:
         print(f"static: {error}", flush=True)
         return uniform(0.25)
 
 
-def tokens_per_second(runtime: Runtime, spec: str) -> float:
-    """Greedy decoding of one row, the best of three."""
-    best = 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        runtime.generate("rain, tin roof, unpaid bill", spec, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
-        best = max(best, TOKENS / (time.perf_counter() - started))
-    return round(best, 2)
+def pair(example: Mapping[str, Any]) -> str:
+    """The static mix of somebody who knows which two registers a text has, and not where it turns."""
+    return " ".join(f"{register}:0.5" for register in example["scene_types"])
+
+
+def tokens_per_second(runtime: Runtime, specs: Sequence[str]) -> dict[str, float]:
+    """Greedy decoding of one row, by processor time and in turns: the median of five."""
+    took: dict[str, list[float]] = {spec: [] for spec in specs}
+    for _ in range(REPEATS):
+        for spec in specs:
+            started = time.process_time()
+            runtime.generate("rain, tin roof, unpaid bill", spec, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+            took[spec].append(time.process_time() - started)
+    return {spec: round(TOKENS / float(np.median(seconds)), 2) for spec, seconds in took.items()}
 
 
 def main() -> None:
@@ -88,25 +95,28 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=64, help="held-out scenes, two texts each")
     parser.add_argument("--seeds", type=int, default=3, help="of the first kind of router; the others have one")
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--texts", type=int, default=376, help="that are learned from")
+    parser.add_argument("--kinds", type=int, default=len(KINDS), help="how many kinds of router, in the table's order")
     given = parser.parse_args()
-    settings = {"precision": given.precision, "epochs": given.epochs}
-    work = given.data / f"router-{given.texts}-{given.epochs:g}-{given.scenes}-{given.precision}"
+    settings = {"precision": given.precision, "epochs": given.epochs, "batch_size": given.batch_size}
+    work = given.data / f"router-{given.texts}-{given.epochs:g}-{given.batch_size}-{given.scenes}-{given.precision}"
     work.mkdir(parents=True, exist_ok=True)
     learned = work / "turns.jsonl"
     learned.write_text("".join((given.data / "turns.jsonl").open().readlines()[: given.texts]))
+    stem = work.name.replace(".", "-")  # a composition's name, so that another run's is not taken for this one's
     names: dict[str, str | None] = {}
-    for kind, options in KINDS.items():
+    for kind, options in list(KINDS.items())[: given.kinds]:
         for seed in range(given.seeds if kind == "softmax" else 1):
-            name = f"router-{len(names)}"
+            name = f"{stem}-{kind.split()[0]}-{'layers-' * ('layer' in kind)}{seed}"
             names[f"router, {kind}, seed {seed}"] = kept(
                 work, name, partial(trained, name, learned, options, seed, settings)
             )
+    tuned = kept(work, "static", partial(static, f"{stem}-static", learned, settings))
     names["control: softmax of other rows' states"] = kept(
-        work, "router-control", partial(trained, "router-control", learned, {"control": "true"}, 0, settings)
+        work, "control", partial(trained, f"{stem}-control", learned, {"control": "true"}, 0, settings)
     )
-    tuned = kept(work, "router-static", partial(static, learned, settings))
     runtime = Runtime.load("default", precision=given.precision)
     lines = list(map(json.loads, (given.data / "turning.jsonl").read_text(encoding="utf-8").splitlines()))
     whole = len(lines) // 2
@@ -124,6 +134,7 @@ def main() -> None:
     tables["the better register of each text alone"] = np.stack(singles)[
         np.argmin([s[:, 0] for s in singles], axis=0), np.arange(len(examples))
     ]
+    tables["each text's two registers at 0.5, told which"] = table("losses-pair", pair)
     oracle = "oracle per segment: each register alone, waking"
     tables[oracle] = table("losses-oracle", waking)
     for title, name in names.items():
@@ -134,11 +145,14 @@ def main() -> None:
         "texts": len(examples),
         "learned_from": sum(1 for _ in learned.open()),
         "epochs": given.epochs,
+        "batch_size": given.batch_size,
         "precision": given.precision,
         "best_static": best,
         "rows": compared(tables, np.arange(len(examples)) % given.scenes, best, oracle),
         "not_better_than_the_start": [title for title, name in names.items() if name is None],
-        "tokens_per_second": {spec: tokens_per_second(runtime, spec) for spec in (tuned, first) if spec},
+        "tokens_per_processor_second": kept(
+            work, f"speed-{first}", lambda: tokens_per_second(runtime, [spec for spec in (tuned, first) if spec])
+        ),
         "threads": torch.get_num_threads(),
     }
     (Path(__file__).parent / "router.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -237,7 +237,7 @@ def main() -> None:
         / hashlib.sha256("".join(runtime.adapters[a].sha256 for a in runtime.adapters).encode()).hexdigest()[:12]
     )
     scenes = [e["scene"] for e in held["logic"]]
-    by_another = kept(work, "otherhand", lambda: other_hand(runtime, other, adapters))
+    by_another = kept(work, f"otherhand-{options.texts or 12}", lambda: other_hand(runtime, other, adapters))
     (HERE / "otherhand.json").write_text(json.dumps(by_another, indent=1) + "\n")
     if options.only:
         return

@@ -49,7 +49,8 @@ class Options:
     """`gate`: softmax, independent or top1. `groups`: of layers that are decided for apart; 0 is every layer.
 
     `hidden_layers`: after how many of the base's blocks the state is read; 0 is a quarter of them. `control`: fitted on
-    the states of other rows of its batch, to see what is found where there is nothing to find.
+    the states of other rows of its batch (of other tokens where it is one row), to see what is found where there is
+    nothing to find.
     """
 
     gate: str = "softmax"
@@ -99,7 +100,7 @@ def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | Non
         return None
     view, hidden = context.composition, context.adapters[0].hidden()
     if view.card.get("control") and torch.is_grad_enabled():
-        hidden = hidden.roll(1, 0)
+        hidden = hidden.roll(1, 0) if len(hidden) > 1 else hidden.roll(hidden.shape[1] // 2, 1)
     weights = torch.tensor([abs(weight) for weight in view.card["weights"]])
     state = _checked(view, len(weights))
     z = _scores(state, hidden)

@@ -77,6 +77,17 @@ def test_a_fit_begins_at_the_static_mix_and_a_pull_keeps_it_there(zoo: Zoo) -> N
     assert sizes[1] < sizes[0] / 2
 
 
+def test_a_control_learns_from_states_that_are_not_the_tokens_own_in_a_batch_of_one_row_too(zoo: Zoo) -> None:
+    frozen, weights = opened(zoo, spec(zoo, 0.6, 0.6))
+    items = turning(zoo)[:2]
+    losses = []
+    for options in ({}, {"control": "true"}):
+        settings = MixSettings("router", {"hidden-layers": "1", **options}, epochs=2, batch_size=1, learning_rate=0.1)
+        losses.append(MixFit(frozen, "mine", weights, items, settings).fit(items)[2])
+    assert losses[0][0] == losses[1][0]  # the start is the static mix
+    assert losses[0][1] != losses[1][1]
+
+
 def test_mean_and_spread_are_those_of_the_data_and_stay_as_they_are(zoo: Zoo) -> None:
     frozen, weights = opened(zoo, spec(zoo, 0.6, 0.6))
     items = turning(zoo)[:2]

@@ -6,6 +6,9 @@ python tests/support/readme.py --write    brings it up to date
 <!-- output of: lora-rt --help -->        the command's output, in a fenced block
 <!-- registers report -->                 the table from examples/registers/report.json
 <!-- other hand report -->                that of the texts by another hand
+<!-- precisions report -->                what the base's precision costs each register
+<!-- answers report -->                   faults in the registers' answers, as people read them
+<!-- router report -->                    routers beside static mixes
 <!-- architectures report -->             the table from tests/architectures/results.json
 <!-- bench report -->                     the table from examples/bench/report.json, once there is one
 <!-- end -->
@@ -80,6 +83,55 @@ def other_hand_report() -> str:
     return "\n".join(rows) + "\n"
 
 
+def precisions_report() -> str:
+    """What each register gains over the base in each precision, and what the precision costs it."""
+    report = json.loads((ROOT / "examples/registers/precisions.json").read_text())["precisions"]
+    registers = list(next(iter(report.values())))
+    rows = ["| precision | " + " | ".join(registers) + " |", "|---|" + "---|" * len(registers)]
+    for precision, found in report.items():
+        cells = []
+        for name in registers:
+            value, cost = found[name]["gain_over_base"], found[name]["own_worse_than_float32"]
+            told = (
+                "" if precision == "float32" else f"; {cost['mean']:+.3f} [{cost['ci'][0]:+.3f}, {cost['ci'][1]:+.3f}]"
+            )
+            cells.append(f"{value['mean']:.2f} [{value['ci'][0]:.2f}, {value['ci'][1]:.2f}]{told}")
+        rows.append(f"| {precision} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def router_report() -> str:
+    """Routers beside static mixes and the oracle, on texts whose register turns."""
+    report = json.loads((ROOT / "examples/context/router.json").read_text())
+    rows = ["| | nats per token | gain over the best static mix | of the way to the oracle |", "|---|---|---|---|"]
+    for name, found in report["rows"].items():
+        low, high = found["gain_ci"]
+        gain = f"{found['gain_over_best_static']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        rows.append(f"| {name} | {found['nll']:.3f} | {gain} | {found['way_to_oracle']:.0%} |")
+    return "\n".join(rows) + "\n"
+
+
+def answers_report() -> str:
+    """How many answers of each register were free of each fault, as read by people."""
+    report = json.loads((ROOT / "examples/registers/answers.json").read_text())
+    titles = {
+        "g": "grammatical",
+        "n": "makes sense",
+        "s": "keeps to the scene",
+        "e": "ends properly",
+        "r": "no repeats",
+    }
+    heads = [*titles.values(), "all of it"]
+    rows = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for way, registers in report.items():
+        for name, answers in registers.items():
+            if faults := [answer["faults"] for answer in answers if answer["faults"] is not None]:
+                cells = [sum(fault not in found for found in faults) for fault in titles]
+                free = sum(not found for found in faults)
+                rows.append(f"| {name}, {way} ({len(faults)}) | " + " | ".join(map(str, [*cells, free])) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def architectures_report() -> str:
     """What works over which architectures."""
     sys.path[:0] = [str(ROOT / "tests")]
@@ -134,6 +186,9 @@ def rendered(text: str) -> str:
             made = {
                 "registers report": registers_report,
                 "other hand report": other_hand_report,
+                "precisions report": precisions_report,
+                "router report": router_report,
+                "answers report": answers_report,
                 "architectures report": architectures_report,
             }.get(what)
             body = made() if made else output_of(what.removeprefix("output of: "))
