@@ -101,10 +101,14 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """The same with torch at its start: where a process of its own is wanted, and what it imports is not the point."""
-    from support.forks import WARM, forks
+    """The same with torch at its start: where a process of its own is wanted, and what it imports is not the point.
 
-    with forks(tmp_path_factory.mktemp("warm"), WARM) as started:
+    It lives in a virtual environment of its own, so that packages can be installed there.
+    """
+    from support.forks import WARM, forks, fresh_environment
+
+    python = fresh_environment(tmp_path_factory.mktemp("environment"))
+    with forks(tmp_path_factory.mktemp("warm"), WARM, python) as started:
         yield started
 
 

@@ -33,7 +33,7 @@ def import_lean() -> None:
 
     sys.modules[_DYNAMO], sys.modules[_MASKS] = _Later(_DYNAMO), _Later(_MASKS)
     _without_processes(torch.distributed)
-    _without_compiling(torch)
+    without_compiling(torch)
 
 
 class _Later(ModuleType):
@@ -76,7 +76,7 @@ def _without_processes(distributed: Any) -> None:
         distributed.is_available = asked
 
 
-def _without_compiling(torch: Any) -> None:
+def without_compiling(torch: Any) -> None:
     """Let bitsandbytes keep its functions as they are; `TORCHDYNAMO_DISABLE`, which is set, makes no more of them."""
     asked = torch.compile
     torch.compile = _not_compiled

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from lora_rt.core.cli.app import app
 from lora_rt.core.cli.pip import Brought, PipError
 from lora_rt.plugins.testing import tiny_base
 from lora_rt.registry.inspection import inspect_adapter
+from support.forks import Forks
 
 pytestmark = pytest.mark.slow
 
@@ -155,34 +155,6 @@ def test_usage_without_a_package_is_usage() -> None:
     assert run(app, ["uninstall"]).exit_code == 2
 
 
-class Environment:
-    """A fresh virtual environment that sees the packages of the running one, so that nothing is downloaded."""
-
-    def __init__(self, folder: Path) -> None:
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-        scripts = "Scripts" if os.name == "nt" else "bin"
-        self.python = folder / "venv" / scripts / "python"
-        self.folder = folder
-        # addsitedir, not a plain line: it also reads the .pth files there, which an editable lora-rt is installed by.
-        packages = [path for path in sys.path if path.endswith("-packages")]
-        lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in packages)
-        (Path(self._ask("import sysconfig; print(sysconfig.get_path('purelib'))")) / "running.pth").write_text(lines)
-
-    def _ask(self, code: str) -> str:
-        return subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-    def lora_rt(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "COLUMNS": "200"}
-        command = [str(word) for word in (self.python, "-m", "lora_rt", *arguments)]
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, errors="replace", check=False
-        )
-
-    def modes(self) -> dict[str, str]:
-        listed = self.lora_rt("plugins", "--json")
-        return {record["name"]: record["status"] for record in json.loads(listed.stdout)}
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example's wheel; built from a copy, so that setuptools leaves nothing in the tree."""
@@ -195,40 +167,48 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_a_strangers_package_is_installed_used_and_uninstalled(wheel: Path, tmp_path: Path) -> None:
+def test_a_strangers_package_is_installed_used_and_uninstalled(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Forks
+) -> None:
     """The whole way, with the commands that a user types, in a fresh environment."""
-    there = Environment(tmp_path)
     base = tiny_base(tmp_path / "tiny")
+    data = tmp_path / "pairs.jsonl"
     pairs = [{"scene": f"rain {i}", "text": f"It rains {i} times."} for i in range(8)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    on = ("--base", base, "--precision", "float32", "--device", "cpu")
-    train = ("train", "rain", "--data", "pairs.jsonl", *on, "--r", 2, "--epochs", 1, "--batch-size", 8)
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    on = ["--base", str(base), "--precision", "float32", "--device", "cpu"]
+    train = ["train", "rain", "--data", str(data), *on, "--r", "2", "--epochs", "1", "--batch-size", "8"]
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("COLUMNS", "200")
 
-    missing = there.lora_rt(*train, "--mode", "fade-in")
-    assert missing.returncode == 2
-    assert "no plugin provides the mode 'fade-in'" in missing.stderr
-    assert "lora-rt install PACKAGE" in missing.stderr
+    def modes() -> dict[str, str]:
+        return {record["name"]: record["status"] for record in json.loads(warm(["plugins", "--json"]).out)}
 
-    came = there.lora_rt("install", wheel)
-    assert (came.returncode, came.stdout) == (0, "mode fade-in (fade-in-mode 0.1.0): ready\n"), came.stderr
-    assert there.modes()["fade-in"] == "ok"
+    missing = warm([*train, "--mode", "fade-in"])
+    assert missing.code == 2
+    assert "no plugin provides the mode 'fade-in'" in missing.err
+    assert "lora-rt install PACKAGE" in missing.err
 
-    trained = there.lora_rt(*train, "--mode", "fade-in", "--option", "tokens=4")
-    assert trained.returncode == 0, trained.stderr
-    spoken = there.lora_rt("compose", "rain:0.7", *on, "-p", "rain", "--max-new-tokens", 6, "--json")
-    assert spoken.returncode == 0, spoken.stderr
-    assert json.loads(spoken.stdout)["terms"][0]["mode"] == "fade-in"
+    came = warm(["install", str(wheel)])
+    assert (came.code, came.out) == (0, "mode fade-in (fade-in-mode 0.1.0): ready\n"), came.err
+    assert modes()["fade-in"] == "ok"
+
+    trained = warm([*train, "--mode", "fade-in", "--option", "tokens=4"])
+    assert trained.code == 0, trained.err
+    spoken = warm(["compose", "rain:0.7", *on, "-p", "rain", "--max-new-tokens", "6", "--json"])
+    assert spoken.code == 0, spoken.err
+    assert json.loads(spoken.out)["terms"][0]["mode"] == "fade-in"
 
     adapter = next((tmp_path / "home" / "store").rglob("register.json")).parent
-    copied = there.lora_rt("fade-in", adapter, "fading", "--tokens", 3)
-    assert copied.returncode == 0, copied.stderr
+    copied = warm(["fade-in", str(adapter), str(tmp_path / "fading"), "--tokens", "3"])
+    assert copied.code == 0, copied.err
     inspected = inspect_adapter(tmp_path / "fading", name="fading")
     assert (inspected.mode, load_file(tmp_path / "fading" / "mode.safetensors")["tokens"].item()) == ("fade-in", 3)
-    gone = there.lora_rt("uninstall", "fade-in-mode")
-    assert gone.returncode == 0, gone.stderr
-    assert gone.stdout.splitlines() == [
+
+    gone = warm(["uninstall", "fade-in-mode"])
+    assert gone.code == 0, gone.err
+    assert gone.out.splitlines() == [
         "mode fade-in (fade-in-mode 0.1.0): gone",
         "  the adapter rain needs it and can't be used until it is back",
     ]
-    assert "fade-in" not in there.modes()
-    assert there.lora_rt("fade-in", adapter, "again").returncode == 2
+    assert "fade-in" not in modes()
+    assert warm(["fade-in", str(adapter), str(tmp_path / "again")]).code == 2

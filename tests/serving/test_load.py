@@ -1,6 +1,6 @@
 """Under load, every answer is the one that is given alone: two of eight adapters, gated, waking and plain ones.
 
-Two hundred requests are part of the suite; `make load` asks 10,000, and 300 of the default base at int4.
+A hundred requests are part of the suite, of every kind; `make load` asks 10,000, and 300 of the default base at int4.
 SERVE_REQUESTS, SERVE_AT_ONCE, SERVE_BASE (a folder) and SERVE_PRECISION say otherwise.
 
 In fewer bits than float32 a batch of another shape rounds otherwise, so there every row gets passes of its own.
@@ -30,7 +30,7 @@ from support.tiny import Zoo, mode_host, save_adapter
 
 pytestmark = pytest.mark.slow
 
-REQUESTS, AT_ONCE = int(os.environ.get("SERVE_REQUESTS", "200")), int(os.environ.get("SERVE_AT_ONCE", "16"))
+REQUESTS, AT_ONCE = int(os.environ.get("SERVE_REQUESTS", "100")), int(os.environ.get("SERVE_AT_ONCE", "16"))
 BASE, PRECISION = os.environ.get("SERVE_BASE", ""), os.environ.get("SERVE_PRECISION", "float32")
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ has imported itself; and warm ones, forks of a process that has imported torch a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "matplotlib")
 WARM = ("torch", "transformers", "peft", "lora_rt.core.runtime", "lora_rt.core.training.run")
@@ -27,6 +29,11 @@ from lora_rt.core.cli.app import run
 
 for name in table.COMMANDS:
     table.load(name)
+if sys.argv[1:]:
+    import torch
+    from lora_rt.core.cli.lean import without_compiling
+
+    without_compiling(torch)
 for name in sys.argv[1:]:
     importlib.import_module(name)
 
@@ -60,19 +67,22 @@ def answered(asked):
             stream.flush()
         except OSError:
             pass
-    os.write(3, (json.dumps([code, heavy()]) + "\\n").encode())
+    os.write(3, (json.dumps([asked["number"], code, heavy()]) + "\\n").encode())
 
 
 os.dup2(1, 3)
 print(json.dumps(heavy()), flush=True)
 for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        answered(json.loads(line))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status:
-        print("died", status, flush=True)
+    asked, children = json.loads(line), []
+    for one in asked:
+        children.append(os.fork())
+        if children[-1] == 0:
+            answered(one)
+            os._exit(0)
+    for child in children:
+        _, status = os.waitpid(child, 0)
+        if status:
+            print("died", status, flush=True)
 """
 
 
@@ -103,28 +113,57 @@ class Forks:
             out: a file that is its standard output.
             largest: bytes of the largest file that it may write, as on a full disk; 0 for any.
         """
+        asked = {"arguments": [*arguments], "without": without, "largest": largest}
+        return self._runs([asked | {"out": str(out)} if out else asked])[0]
+
+    def together(self, arguments: Sequence[str], environments: Sequence[dict[str, str]]) -> list[Run]:
+        """Several runs of the same at once, each with these variables more: as a launcher starts them."""
+        asked = {"arguments": [*arguments], "without": "", "largest": 0}
+        return self._runs([asked | {"environment": os.environ | more} for more in environments])
+
+    def _runs(self, asked: list[dict[str, Any]]) -> list[Run]:
         assert self._process.stdin
         assert self._process.stdout
-        files = [self._folder / name for name in ("out", "err")]
-        for file in files:
+        files = [[self._folder / f"{name}{number}" for name in ("out", "err")] for number in range(len(asked))]
+        for file in itertools.chain(*files):
             file.unlink(missing_ok=True)
-        asked = {"arguments": [*arguments], "without": without, "largest": largest, "environment": dict(os.environ)}
-        asked |= {"out": str(out or files[0]), "err": str(files[1])}
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        whole = [
+            {"number": number, "environment": dict(os.environ), "out": str(out), "err": str(err)} | one
+            for number, (one, (out, err)) in enumerate(zip(asked, files, strict=True))
+        ]
+        self._process.stdin.write(json.dumps(whole) + "\n")
         self._process.stdin.flush()
-        code, heavy = json.loads(self._process.stdout.readline())
-        return Run(code, "" if out else files[0].read_text(), files[1].read_text(), frozenset(heavy))
+        ended = {}
+        for _ in whole:
+            number, code, heavy = json.loads(self._process.stdout.readline())
+            out, err = (file.read_text() if file.exists() else "" for file in files[number])
+            ended[number] = Run(code, out, err, frozenset(heavy))
+        return [ended[number] for number in range(len(whole))]
+
+
+def fresh_environment(folder: Path) -> Path:
+    """The Python of a new virtual environment that sees the packages of the running one: nothing is downloaded."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    # addsitedir, not a plain line: it also reads the .pth files there, which an editable lora-rt is installed by.
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in packages)
+    (Path(site) / "running.pth").write_text(lines)
+    return python
 
 
 @contextmanager
-def forks(folder: Path, imported: Sequence[str] = ()) -> Iterator[Forks]:
+def forks(folder: Path, imported: Sequence[str] = (), python: Path = Path(sys.executable)) -> Iterator[Forks]:
     """Starts that process; what a run prints lies in the folder meanwhile.
 
     Args:
         folder: an empty one.
         imported: what it imports besides the modules of the commands.
+        python: the interpreter.
     """
-    command = [sys.executable, "-c", _PROGRAM, *imported]
+    command = [python, "-c", _PROGRAM, *imported]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout

@@ -10,28 +10,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.core.training import processes
 from lora_rt.core.training.prepare import prepare
 from lora_rt.core.training.processes import Processes
-from lora_rt.core.training.run import train
+from lora_rt.core.training.run import TrainResult, train
 from lora_rt.plugins.manager import load_modes
+from support.forks import Forks
 
 Make = Callable[..., TrainSettings]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
 
 
-def command(settings: TrainSettings, out: Path, port: int, *further: str) -> list[str]:
+def arguments(settings: TrainSettings, out: Path, *further: str) -> list[str]:
     given = ["--data", str(settings.data), "--base", settings.base, "--precision", "float32", "--r", "4"]
     given += ["--alpha", "8", "--lr", "0.02", "--epochs", str(settings.epochs), "--batch-size", "4", "--dropout", "0"]
-    whole = [*LAUNCH, "--main_process_port", str(port), "-m", "lora_rt", "train", "letters"]
-    return [*whole, *given, "--out", str(out), *further]
+    return ["train", "letters", *given, "--out", str(out), *further]
 
 
 def free_port() -> int:
@@ -42,31 +43,33 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_adapter_that_one_trains(settings: Make, tmp_path: Path) -> None:
-    chosen = settings(dropout=0.0)
-    alone = train(chosen, load_modes(), tmp_path / "one")
-    done = subprocess.run(command(chosen, tmp_path / "two", free_port()), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained ") == 1
-    card = json.loads((tmp_path / "two" / "register.json").read_text())
+def told_by_a_launcher(port: int) -> list[dict[str, str]]:
+    """What torchrun tells each of two processes."""
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [both | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def assert_trained_alike(folder: Path, alone: TrainResult) -> None:
+    """The adapter in `two` has the losses and the weights of that in `one`."""
+    card = json.loads((folder / "two" / "register.json").read_text())
     for name, loss in (("held_out_nll_before", alone.loss_before), ("held_out_nll_after", alone.loss_after)):
         assert card["metrics"][name] == pytest.approx(loss, abs=1e-3)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
     assert all(torch.allclose(one[key].float(), two[key].float(), atol=2e-2) for key in one)
-    # And what only one of them can get wrong is said once.
-    wrong = subprocess.run(
-        command(chosen, tmp_path / "two", free_port(), "--early-stop", "0"), capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode != 0
-    assert wrong.stderr.count("early stop is 0") == 1
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_one_checkpoint_from_which_two_processes_go_on(settings: Make, tmp_path: Path) -> None:
-    chosen = settings(dropout=0.0, epochs=40)
-    given = command(chosen, tmp_path / "two", free_port())
-    with subprocess.Popen(given, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+def test_two_processes_train_what_one_trains_even_if_ctrl_c_came_between(
+    settings: Make, tmp_path: Path, warm: Forks
+) -> None:
+    chosen = settings(dropout=0.0, epochs=20)
+    alone = train(chosen, load_modes(), tmp_path / "one")
+    given = arguments(chosen, tmp_path / "two")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    with subprocess.Popen(
+        [*launch, "-m", "--", "lora_rt", *given], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         assert run.stderr is not None
         for line in run.stderr:
             if re.match(r"step \d+/", line):
@@ -76,34 +79,47 @@ def test_ctrl_c_leaves_one_checkpoint_from_which_two_processes_go_on(settings: M
     assert run.returncode != 0
     assert said.count("the checkpoint is kept") == 1
     assert not (tmp_path / "two").exists()
-    again = command(chosen, tmp_path / "two", free_port(), "--resume")
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "240 steps" in done.stdout
-    assert "step 24/240" not in done.stderr
+
+    first, second = warm.together([*given, "--resume"], told_by_a_launcher(free_port()))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert first.out.count("trained ") == 1
+    assert (second.out, second.err) == ("", "")
+    assert "120 steps" in first.out
+    assert "step 12/120" not in first.err, "it went on from the checkpoint"
+    assert_trained_alike(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_what_only_one_of_two_processes_can_get_wrong_is_said_once(settings: Make, tmp_path: Path, warm: Forks) -> None:
+    given = arguments(settings(), tmp_path / "two", "--early-stop", "0")
+    both = warm.together(given, told_by_a_launcher(free_port()))
+    assert all(run.code != 0 for run in both)
+    assert sum(run.err.count("early stop is 0") for run in both) == 1
+
+
+def told_by_accelerate(file: Path, how: dict[str, Any]) -> dict[str, str]:
+    """What `accelerate launch --config_file` adds to the environment of each process, worked out by its own code."""
+    file.write_text(json.dumps(how))
+    asked = launch.launch_command_parser().parse_args(["--config_file", str(file), "-m", "lora_rt"])
+    given, _, _ = launch._validate_launch_command(asked)
+    told = prepare_multi_gpu_env(given)
+    return {name: value for name, value in told.items() if os.environ.get(name) != value}
 
 
 @pytest.mark.slow
 def test_fsdp_from_a_file_of_accelerate_trains_the_adapter_that_one_process_trains(
-    settings: Make, tmp_path: Path
+    settings: Make, tmp_path: Path, warm: Forks
 ) -> None:
     chosen = settings(dropout=0.0, epochs=1)
     alone = train(chosen, load_modes(), tmp_path / "one")
-    file = tmp_path / "accelerate.yaml"
     how = {"distributed_type": "FSDP", "use_cpu": True, "num_processes": 2, "num_machines": 1, "machine_rank": 0}
-    how |= {"mixed_precision": "no", "fsdp_config": {"fsdp_version": 2}, "main_process_port": free_port()}
-    file.write_text(json.dumps(how))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    given = command(chosen, tmp_path / "two", 0)[len(LAUNCH) + 2 :]
-    done = subprocess.run([*launch, *given], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("FSDP: each of 2 processes keeps its part") == 1
-    card = json.loads((tmp_path / "two" / "register.json").read_text())
-    for name, loss in (("held_out_nll_before", alone.loss_before), ("held_out_nll_after", alone.loss_after)):
-        assert card["metrics"][name] == pytest.approx(loss, abs=1e-3)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.allclose(one[key].float(), two[key].float(), atol=2e-2) for key in one)
+    how |= {"mixed_precision": "no", "fsdp_config": {"fsdp_version": 2}}
+    by_accelerate = told_by_accelerate(tmp_path / "accelerate.yaml", how)
+    both = [by_accelerate | told for told in told_by_a_launcher(free_port())]
+    first, second = warm.together(arguments(chosen, tmp_path / "two"), both)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert first.err.count("FSDP: each of 2 processes keeps its part") == 1
+    assert_trained_alike(tmp_path, alone)
 
 
 def test_who_would_have_nothing_to_do_takes_an_idle_part_where_all_have_to_pass() -> None:
