@@ -39,6 +39,16 @@ os.environ |= {
 }
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """The quick tests import torch as the command line does, without its compilers; the whole suite as programs do."""
+    if collector.config.option.markexpr == "not slow":
+        from lora_rt.core.cli import lean
+
+        lean.process_is_ours = True
+        lean.import_lean()
+        lean.process_is_ours = False
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """The quick tests do not even import the files of slow tests alone."""
     if config.option.markexpr != "not slow" or collection_path.suffix != ".py":

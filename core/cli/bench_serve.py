@@ -27,19 +27,23 @@ _SETTLING = 10.0  # seconds after which a row of a client that has gone counts a
 
 def serve(
     requests: Annotated[int, typer.Option("--requests", min=2, help="Requests, each with its own composition.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of each answer.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each answer.")] = 64,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Answers that are given at once.")] = 16,
     adapters: Annotated[
-        str, typer.Option("--adapters", metavar="NAME,...", help="Each request has two of these.")
+        str, typer.Option("--adapters", metavar="NAME,...", help="Adapters; each request mixes two of them.")
     ] = "logic,emotion,body,archetype",
     overload: Annotated[
-        float, typer.Option("--overload", min=0, help="Seconds of ten times as much as it carries; 0 leaves it out.")
+        float,
+        typer.Option("--overload", min=0, help="Seconds under ten times the load that it carries; 0 leaves this out."),
     ] = 0,
     soak: Annotated[
-        float, typer.Option("--soak", min=0, help="Seconds at half of what it carries; 0 leaves it out.")
+        float, typer.Option("--soak", min=0, help="Seconds under half the load that it carries; 0 leaves this out.")
     ] = 0,
     llama: Annotated[
-        str, typer.Option("--llama", metavar="PYTHON", help="Beside llama.cpp's server, of a Python with xllamacpp.")
+        str,
+        typer.Option(
+            "--llama", metavar="PYTHON", help="Also measure llama.cpp's server, by this Python that has xllamacpp."
+        ),
     ] = "",
     base: options.Base = "default",
     precision: options.Precision = "int4",

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "hugg
 
 
 def doctor(
-    clean: Annotated[bool, typer.Option("--clean", help="Remove what killed processes left behind.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove the files that killed processes left behind.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check versions, devices, the home, bases, plugins and adapters, and look for left-over files."""

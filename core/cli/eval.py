@@ -36,7 +36,7 @@ def evaluate(
     ],
     sweep: Annotated[
         str | None,
-        typer.Option("--sweep", metavar="A:B", help="The curve of a knob: A:w B:1-w for w from 0 to 1."),
+        typer.Option("--sweep", metavar="A:B", help="Draw losses over the weight w of A:w B:1-w, for w from 0 to 1."),
     ] = None,
     normalize: options.Normalize = None,
     base: options.Base = "default",

@@ -21,12 +21,10 @@ from lora_rt.plugins.contract.cli import (
     Device,
     Json,
     Precision,
-    RepetitionPenalty,
     SpecialTokens,
     Temperature,
     TemplateVar,
     TopK,
-    TopP,
 )
 
 __all__ = [
@@ -41,7 +39,6 @@ __all__ = [
     "Normalize",
     "Offline",
     "Precision",
-    "RepetitionPenalty",
     "Scene",
     "Seed",
     "SpecialTokens",
@@ -50,7 +47,6 @@ __all__ = [
     "Temperature",
     "TemplateVar",
     "TopK",
-    "TopP",
     "usage",
 ]
 
@@ -153,7 +149,7 @@ Multiply = Annotated[
     typer.Option(
         "--multiply",
         callback=_multiply,
-        help="How 4- and 8-bit weights are multiplied on a CPU: packed, dequantize, dense or auto (the fastest).",
+        help="How int4 and int8 are multiplied on a CPU: packed, dequantize, dense or auto (the fastest, the default).",
     ),
 ]
 Data = Annotated[

@@ -54,17 +54,23 @@ def train(
     precision: options.Precision = "int4",
     device: options.Device = "auto",
     r: Annotated[int, typer.Option("--r", help="Rank.")] = 16,
-    alpha: Annotated[float, typer.Option("--alpha", help="Scale; the adapter acts with alpha/r.")] = 32,
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="Scale: what the adapter adds is multiplied by alpha/r.")
+    ] = 32,
     target_modules: Annotated[
         str, typer.Option("--target-modules", help="Layer names, roles (attention, mlp) or all-linear.")
     ] = "q_proj,v_proj",
-    dropout: Annotated[float, typer.Option("--dropout", help="LoRA dropout.")] = 0.05,
+    dropout: Annotated[
+        float, typer.Option("--dropout", help="Share of an adapter's inputs that training leaves out at random.")
+    ] = 0.05,
     learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of a cosine schedule.")] = 1e-3,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per step.")] = 8,
     accumulation: Annotated[
         int | None,
-        typer.Option("--accumulation", help="Run a step's sequences in so many parts; picked by the free memory."),
+        typer.Option(
+            "--accumulation", help="Run a step's sequences in so many parts; picked by the free memory if left out."
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
@@ -75,7 +81,9 @@ def train(
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option("--optimizer", help="adamw or paged-adamw-8bit; the latter on CUDA, the former on a CPU."),
+        typer.Option(
+            "--optimizer", help="adamw or paged-adamw-8bit; if left out, the latter on CUDA and the former elsewhere."
+        ),
     ] = None,
     seed: options.Seed = 0,
     option: Annotated[
@@ -90,7 +98,9 @@ def train(
     licence: Annotated[str, typer.Option("--licence", help="The adapter's licence, e.g. Apache-2.0.")] = "",
     early_stop: Annotated[
         int | None,
-        typer.Option("--early-stop", help="End when so many epochs were no better held out; the best one is kept."),
+        typer.Option(
+            "--early-stop", help="End after so many epochs without a better held-out loss; the best one is kept."
+        ),
     ] = None,
     log_to: Annotated[
         str, typer.Option("--log-to", help="tensorboard, wandb or trackio; several, comma-separated.")

@@ -64,7 +64,7 @@ def tune(
     device: options.Device = "auto",
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", help="Adam's: 0.03, or 0.1 per scene, if left out.")
+        float | None, typer.Option("--lr", help="Adam's learning rate; if left out 0.03, or 0.1 with --per scene.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per step.")] = 8,
     seed: options.Seed = 0,

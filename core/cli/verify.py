@@ -15,7 +15,9 @@ from lora_rt.registry.verify import verify as run
 
 
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="All if left out.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Names; everything that is installed if left out.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub whether tags moved.")] = False,
     as_json: Json = False,
 ) -> None:

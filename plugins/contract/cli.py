@@ -65,12 +65,19 @@ SpecialTokens = Annotated[
 ]
 
 # How an answer is chosen.
-Temperature = Annotated[float, typer.Option("--temperature", callback=_temperature, help="0 is greedy.")]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", callback=_temperature, help="How freely tokens are drawn; 0 takes the likeliest one each time."
+    ),
+]
 TopP = Annotated[
     float | None,
-    typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest tokens that make up this share."),
+    typer.Option(
+        "--top-p", min=0, max=1, help="Draw among the likeliest tokens that make up this share of the probability."
+    ),
 ]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among this many of the likeliest tokens; 0 is off.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw among this many of the likeliest tokens; 0 is off.")]
 RepetitionPenalty = Annotated[
     float | None,
     typer.Option("--repetition-penalty", min=0, help="Make tokens that the answer has used less likely; 1 is off."),

@@ -11,6 +11,8 @@ import torch
 from support.cli import Cli
 from support.tiny import Zoo
 
+pytestmark = pytest.mark.slow  # the quick tests themselves import as lean as that
+
 NEEDLESS = (
     "torch._dynamo.eval_frame", "torch._inductor.compile_fx", "torch.distributed.tensor", "torch.distributed.fsdp",
     "torch.onnx", "networkx", "peft", "scipy", "sklearn", "pandas",
@@ -33,7 +35,6 @@ print("COMPILER", torch._dynamo.eval_frame.__name__, sys.modules["torch._dynamo"
 """
 
 
-@pytest.mark.slow
 def test_a_second_answer_imports_no_compiler_and_nothing_for_many_processes_until_asked_for(cli: Cli, zoo: Zoo) -> None:
     options = ["-p", "ab", "--base", str(zoo.base("llama")), "--precision", "int4", "--max-new-tokens", "2"]
     asked = ["compose", str(zoo.adapter("llama", seed=1)), *options]

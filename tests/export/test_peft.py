@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -44,26 +42,30 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    chosen=st.lists(st.tuples(st.integers(0, 5), st.floats(-2, 3, width=16)), min_size=1, max_size=5),
-)
-def test_any_composition(
-    zoo: Zoo, pool: list[Path], tmp_path_factory: pytest.TempPathFactory, chosen: list[tuple[int, float]]
-) -> None:
+def test_any_composition(zoo: Zoo, pool: list[Path], tmp_path_factory: pytest.TempPathFactory) -> None:
     """Mixed ranks, scalings, layers and biases; weights of either sign and over 1; the same adapter twice."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
     base, runtime = zoo.base("llama"), zoo.runtime("llama")
-    terms = [(pool[index], weight) for index, weight in chosen]
-    totals = {path: sum(w for other, w in terms if other == path) for path, _ in terms}
-    out = tmp_path_factory.mktemp("any") / "out"
-    if not any(totals.values()):
-        with pytest.raises(ExportError, match="every weight of this composition is 0"):
-            export(text(terms), "peft", out, base=str(base))
-        return
-    export(text(terms), "peft", out, base=str(base))
-    found = peft_logits(base, out)
-    assert_close(found, runtime.logits(IDS, compositions=text(terms)), **EXACT)
-    assert_close(found, dense_logits(base, terms, IDS), **EXACT)
+    terms_of_any = st.lists(st.tuples(st.integers(0, 5), st.floats(-2, 3, width=16)), min_size=1, max_size=5)
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(chosen=terms_of_any)
+    def hold(chosen: list[tuple[int, float]]) -> None:
+        terms = [(pool[index], weight) for index, weight in chosen]
+        totals = {path: sum(w for other, w in terms if other == path) for path, _ in terms}
+        out = tmp_path_factory.mktemp("any") / "out"
+        if not any(totals.values()):
+            with pytest.raises(ExportError, match="every weight of this composition is 0"):
+                export(text(terms), "peft", out, base=str(base))
+            return
+        export(text(terms), "peft", out, base=str(base))
+        found = peft_logits(base, out)
+        assert_close(found, runtime.logits(IDS, compositions=text(terms)), **EXACT)
+        assert_close(found, dense_logits(base, terms, IDS), **EXACT)
+
+    hold()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neox", "qwen3"])

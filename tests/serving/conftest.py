@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 
 from lora_rt.core.base.load import load_base
@@ -16,6 +15,9 @@ from lora_rt.core.serving.settings import ServeSettings
 from lora_rt.registry.registry import Registry
 from support.serving import ADMIN, CHANGES, Fading, Live, Raising, live
 from support.tiny import Zoo, mode_host
+
+if TYPE_CHECKING:
+    import openai
 
 
 @pytest.fixture(scope="package")

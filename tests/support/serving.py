@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
-import openai
 import uvicorn
 from fastapi import FastAPI
 
@@ -20,6 +19,9 @@ from lora_rt.core.serving.server import configured, listen
 from lora_rt.core.serving.service import Service
 from lora_rt.core.serving.settings import ServeSettings
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+
+if TYPE_CHECKING:
+    import openai
 
 ADMIN = "the operator's own"
 CHANGES = {"max_position_embeddings": 512}
@@ -58,10 +60,14 @@ class Live:
 
     def openai(self, key: str = "none") -> openai.OpenAI:
         """OpenAI's own client, without retries."""
+        import openai
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def async_openai(self, timeout: float = 60) -> openai.AsyncOpenAI:
         """The same, asynchronous."""
+        import openai
+
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=timeout)
 
     def idle(self) -> bool:

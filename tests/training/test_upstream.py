@@ -6,10 +6,13 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_trainer_asks_its_own_method_for_the_order_of_the_rows(tmp_path: Path) -> None:

@@ -30,14 +30,29 @@ def compose(
     scene: options.Scene = None,
     normalize: options.Normalize = None,
     after: Annotated[
-        str | None, typer.Option("--after", metavar="TEXT", help="Let the adapters wake up where this has appeared.")
+        str | None,
+        typer.Option(
+            "--after",
+            metavar="TEXT",
+            help="Let the adapters act only after this text has appeared, in prompt or answer.",
+        ),
     ] = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.7,
-    top_p: options.TopP = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0, max=1, help="Draw among the likeliest tokens of this share; 0.9 if left out."),
+    ] = None,
     top_k: options.TopK = 0,
-    repetition_penalty: options.RepetitionPenalty = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--repetition-penalty",
+            min=0,
+            help="Make tokens that the answer has used less likely; if left out 1.1, or 1 (off) at temperature 0.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(

@@ -25,8 +25,10 @@ def explain(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=0, help="Also look at a greedy answer of so many tokens.")
     ] = 0,
-    heads: Annotated[bool, typer.Option("--heads", help="Also the attention heads of each register.")] = False,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Also each token.")] = False,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Also show how much each register adds at each attention head.")
+    ] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also show how much is added at each token.")] = False,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="F.png", help="Draw the heat maps into this file.")
     ] = None,

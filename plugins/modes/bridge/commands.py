@@ -19,15 +19,22 @@ if TYPE_CHECKING:
     from lora_rt.plugins.modes.bridge.hyper import HyperBridge
 
 Adapter = Annotated[str, typer.Option("--adapter", help="The bridge, or a composition with it: 'bridge emotion:0.4'.")]
-Data = Annotated[Path | None, typer.Option("--data", metavar="F.jsonl", help="One JSON object per line instead.")]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="F.jsonl", help="Items from this file instead, one JSON object per line."),
+]
 Candidates = Annotated[
     int, typer.Option("--candidates", min=1, help="Texts per scene; the one that compresses back best is kept.")
 ]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option("--max-new-tokens", min=1, help="Of an answer: 32 for scenes, 96 for texts if left out."),
+    typer.Option(
+        "--max-new-tokens", min=1, help="The longest answer, in tokens; 32 for scenes and 96 for texts if left out."
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of samples; greedy answers need none.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Makes samples repeatable; greedy answers need none.")
+]
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Standard input, a line each, if left out.")]
 Scenes = Annotated[list[str] | None, typer.Argument(metavar="SCENE", help="Standard input, a line each, if left out.")]
 
@@ -131,7 +138,9 @@ class Commands:
     def cycle(
         self,
         asked: Asked,
-        out: Annotated[Path, typer.Option("--out", metavar="F.jsonl", help="Where the lines go; a new file.")],
+        out: Annotated[
+            Path, typer.Option("--out", metavar="F.jsonl", help="A new file for the pairs, one JSON object per line.")
+        ],
         texts: Annotated[
             Path | None, typer.Option("--texts", metavar="F.jsonl", help="Texts that have no scene.")
         ] = None,
@@ -163,7 +172,9 @@ class Commands:
         one_direction: Annotated[
             str | None, typer.Option("--one-direction", metavar="REF", help="An adapter of scene -> text alone.")
         ] = None,
-        seed: Annotated[int, typer.Option("--seed", min=0, help="Of candidates and of random controls.")] = 0,
+        seed: Annotated[
+            int, typer.Option("--seed", min=0, help="The same seed gives the same candidates and random controls.")
+        ] = 0,
         as_json: Json = False,
     ) -> None:
         """What bridges do on pairs that they have not seen: both directions, beside controls, with intervals."""
