@@ -155,7 +155,10 @@ class Pairs:
         bounds = torch.searchsorted(self.experts, torch.arange(self.count + 1, device=self.experts.device))
         try:
             ends: list[int] = bounds.tolist()
-        except RuntimeError:  # a fake tensor has no values; memory is the same whichever expert takes the pairs
+        except RuntimeError:
+            ends = [0]
+        # Fake tensors have no values; memory is the same whichever expert takes the pairs.
+        if ends[-1] != len(self.experts):
             return [(0, 0, len(self.experts))]
         return [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(ends)) if a < b]
 

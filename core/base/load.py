@@ -14,8 +14,15 @@ from torch import nn
 
 from lora_rt.core.base.bounded import hold_to_limits
 from lora_rt.core.base.fused import pack_experts
-from lora_rt.core.base.packed import remark
-from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype, quantization_config
+from lora_rt.core.base.packed import fit_to_model, remark
+from lora_rt.core.base.precision import (
+    QUANTIZED,
+    Precision,
+    check_precision,
+    choose_device,
+    compute_dtype,
+    quantization_config,
+)
 from lora_rt.core.base.prepare import PreparedBase, prepare_base
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
@@ -121,6 +128,8 @@ def load_base(
         model.requires_grad_(False)
         model.eval()
         forbid_uneven_repacking(model)
+        if kept in QUANTIZED:
+            fit_to_model(model)
         if for_training:
             forbid_repacking(model)
         elif kept == "int4":

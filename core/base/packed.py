@@ -1,14 +1,26 @@
-"""How much of a model was packed: bitsandbytes packs linear layers, and some models keep their weights elsewhere."""
+"""What bitsandbytes has packed of a model: how much it is, and where packing and the model do not fit together.
+
+It packs linear layers, and some models keep their weights elsewhere, or multiply with a layer's weight themselves.
+"""
 
 from __future__ import annotations
 
+import dis
+import inspect
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lora_rt.core.base.fused import PackedMatrices
 from lora_rt.core.base.precision import QUANTIZED
+from lora_rt.core.base.reading import UNREADABLE
+from lora_rt.core.base.shape import ForwardPass, device_of, vocabulary_of
 
 _MOST = 0.9  # of the blocks' weights: where more is packed, there is nothing to say
 
@@ -54,3 +66,98 @@ def _called(name: str, key: str, module: nn.Module) -> str:
     if re.search(r"(^|\.)experts\.", whole):
         return "the experts"
     return name.rpartition(".")[2] or key
+
+
+def fit_to_model(model: Any) -> None:
+    """Mend in place what of a packed model could not be run."""
+    read = {f"{n}.{leaf}": (m, leaf) for n, m in [*model.named_modules()] for leaf in _read_by(type(m))}
+    packed = {
+        name: module for name, (parent, leaf) in read.items() if _is_packed(module := getattr(parent, leaf, None))
+    }
+    while found := [*packed] if model.device.type == "meta" else _multiplied(model, packed):
+        for name in found:
+            setattr(*read[name], _unpacked(packed.pop(name)))
+    for module in model.modules():
+        if _is_packed(module) and not hasattr(module.weight, "quant_state"):
+            module.forward = partial(_as_rows, module)
+
+
+def _multiplied(model: Any, packed: Mapping[str, nn.Linear]) -> list[str]:
+    """Those of these layers whose weight something else than the layer itself makes use of in a short pass."""
+    if not packed:
+        return []
+    names = {id(module.weight): name for name, module in packed.items()}
+    inside: list[Any] = []
+    handles = [m.register_forward_pre_hook(lambda m, _: inside.append(m)) for m in packed.values()]
+    handles += [m.register_forward_hook(lambda *_: inside.pop() and None) for m in packed.values()]
+    watch = _Watch(lambda tensors: {names[id(t)] for t in tensors if id(t) in names and not inside})
+    ids = torch.tensor([[1, 2, 3]], device=device_of(model)).remainder(vocabulary_of(model.config))
+    try:
+        with torch.no_grad(), watch:
+            model(**ForwardPass.of(model).arguments(ids))
+    except UNREADABLE:  # where the packed weight was taken for a matrix
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The blocks behind the first are not reached where that fails.
+    kinds = {_number_less(name) for name in watch.found}
+    return [name for name in packed if _number_less(name) in kinds]
+
+
+def _number_less(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".#", name)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what `which` says of the tensors that torch's functions are given."""
+
+    def __init__(self, which: Callable[[Sequence[Any]], set[str]]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._which = which
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every operation; those that ask for a dtype or a shape are called `__get__`."""
+        if getattr(func, "__name__", "") != "__get__":
+            self.found |= self._which(args)
+        return func(*args, **(kwargs or {}))
+
+
+def _as_rows(module: Any, x: Tensor) -> Tensor:
+    """A layer of bitsandbytes in 8 bits over any x (..., n): by itself it takes three axes at most."""
+    y: Tensor = type(module).forward(module, x.reshape(-1, x.shape[-1]))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _is_packed(module: Any) -> bool:
+    return isinstance(module, nn.Linear) and type(module.weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def _unpacked(module: Any) -> nn.Linear:
+    """A packed layer whose weight is dense again."""
+    weight: Any = module.weight
+    if weight.is_meta:  # a base without its weights
+        dtype = getattr(module, "compute_dtype", None) or torch.float16
+        dense = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
+    elif hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense = dequantize_4bit(weight.data, weight.quant_state)
+    else:
+        dense = (weight.data.float() * (weight.SCB[:, None].float() / 127)).half()
+    made = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    made.weight = nn.Parameter(dense, requires_grad=False)
+    made.bias = module.bias
+    return made.train(module.training)
+
+
+def _read_by(kind: type) -> Iterator[str]:
+    """The layers that a class of transformers' calls `self.LAYER.weight`, other than for its dtype, device or shape."""
+    own = (one for one in kind.__mro__ if one.__module__.startswith("transformers.models."))
+    for function in (value for one in own for value in vars(one).values() if isinstance(value, FunctionType)):
+        steps = [*dis.get_instructions(inspect.unwrap(function))]
+        for layer, weight, use in zip(steps, steps[1:], steps[2:], strict=False):
+            names = {layer.opname, weight.opname} == {"LOAD_ATTR"} and weight.argval == "weight"
+            if names and use.argval not in ("dtype", "device", "shape"):
+                yield str(layer.argval)

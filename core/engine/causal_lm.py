@@ -28,7 +28,8 @@ Keeping = Literal["shared", "apart", "none"]
 """Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
 
 _VARIABLE = "LORA_RT_CUDA_GRAPHS"
-_CACHES = ("past_key_values", "cache_params")
+CACHES = ("past_key_values", "cache_params")
+"""What a model calls its cache, in what it takes and gives."""
 _PROBE = 7  # tokens of the texts by which a model is tried
 _PADDING = 3
 
@@ -45,7 +46,7 @@ class CausalLM:
         self.rope = Rope(model.config)
         self._pass = ForwardPass.of(model)
         self._takes = signature(model.forward).parameters
-        self._cache_name = next((name for name in _CACHES if name in self._takes), None)
+        self._cache_name = next((name for name in CACHES if name in self._takes), None)
         self._one_at_a_time: AbstractContextManager[Any] = threading.RLock() if self.rope.varies else nullcontext()
         self._probing = threading.Lock()
 
@@ -127,7 +128,7 @@ class CausalLM:
 
         if self._cache_name is None or "use_cache" not in self._takes:
             return "none"
-        usual = self._cache_name == _CACHES[0] and not keeps_a_state(self.model)
+        usual = self._cache_name == CACHES[0] and not keeps_a_state(self.model)
         try:
             kinds = {type(layer) for layer in self.new_cache().layers}
         except (AttributeError, KeyError, TypeError, ValueError):

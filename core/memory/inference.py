@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_rt.core.base.fused import pack_experts
 from lora_rt.core.base.precision import Precision, compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
 from lora_rt.core.base.shape import ForwardPass, layers_of
 from lora_rt.core.engine.bank import AdapterBank
+from lora_rt.core.engine.causal_lm import CACHES
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
@@ -30,7 +31,7 @@ from lora_rt.core.memory.skeleton import (
     resident,
     skeleton,
 )
-from lora_rt.core.memory.upstream import FakeTensorMode
+from lora_rt.core.memory.upstream import FakeTensorMode, FirstExpert, storage_key
 from lora_rt.core.memory.workload import Device
 from lora_rt.core.step.adapter import adaptable, targets
 from lora_rt.core.step.settings import TrainSettings
@@ -79,39 +80,40 @@ def plan_inference(
         names, parameters = targets(model, settings.target_modules)
         factors: dict[str, tuple[int, ...]] = {name: features(linears[name]) for name in names}
         factors |= {name: shape for name, shape in shapes_of(model).items() if name in parameters}
-        with FakeTensorMode():
+        with FakeTensorMode(), FirstExpert():
             materialise(model, device)
             packable = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
             forbid_repacking(model)  # packed layers go straight to a kernel, which wants real memory
             plan = _plan(model, precision, device, factors, adapters, settings.r)
-            per_token, activations = _prefill(model, plan, rows, tokens, len(blocks))
+            per_token, states, activations = _prefill(model, plan, rows, tokens, len(blocks))
             _repack(packable, compute_dtype(precision))
             return (
                 bytes_of(model),
                 sum(prod(shape[:-2]) * sum(shape[-2:]) for shape in factors.values()),
                 per_token,
+                states,
                 activations,
             )
 
     whole = skeleton(config, precision)
-    weights, features_of_all, per_token, activations = over_blocks(config, precision, measure)
+    weights, features_of_all, per_token, states, activations = over_blocks(config, precision, measure)
     item = (torch.float32 if device == "cpu" else compute_dtype(precision)).itemsize
     resident_bytes = adapters * settings.r * features_of_all * item
     return InferenceMemory(
         weights=weights,
         adapters=resident_bytes,
         stacked=resident_bytes if adapters > 1 else 0,  # that of one adapter mostly shares its memory
-        kv_cache=_kv_cache(config, per_token, tokens),
+        kv_cache=states + (_kv_cache(config, per_token, tokens) if per_token else 0),
         activations=activations,
         workspace=largest_dequantized(whole, precision),
         copies=most_copies(whole, precision, device),
     )
 
 
-def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int) -> tuple[int, int]:
-    """Bytes that a token takes in a layer's cache, all rows together, and the peak beside what was there and the cache.
+def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int) -> tuple[int, int, int]:
+    """Bytes of the cache for each token and layer, all rows together; those that do not grow; the peak beside both.
 
-    The first number is the mean over the layers, where they differ.
+    The first number is the mean over the layers, where they differ. What does not grow are a recurrence's states.
     """
     ids = torch.zeros((rows, tokens), dtype=torch.long)
     arguments = ForwardPass.of(model).arguments(ids, torch.ones_like(ids), 1) | {"use_cache": True}
@@ -121,10 +123,33 @@ def _prefill(model: Any, plan: Plan | None, rows: int, tokens: int, layers: int)
         torch.inference_mode(),
         running,
     ):
-        kept = model(**arguments).past_key_values.layers[:layers]
-    cache = sum(tensor.untyped_storage().nbytes() for layer in kept for tensor in (layer.keys, layer.values))
-    per_token = [(layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2] for layer in kept]
-    return round(sum(per_token) / layers), live.peak - cache
+        output = model(**arguments)
+    kept = next((found for name in CACHES if (found := getattr(output, name, None)) is not None), None)
+    pairs = [
+        (layer.keys, layer.values)
+        for layer in getattr(kept, "layers", ())[:layers]
+        if isinstance(getattr(layer, "keys", None), Tensor)
+    ]
+    growing = {storage_key(t): _size(t) for pair in pairs for t in pair}
+    still = {storage_key(t): _size(t) for t in _tensors(kept) if storage_key(t) not in growing}
+    per_token = [(keys.nbytes + values.nbytes) // keys.shape[-2] for keys, values in pairs]
+    states = sum(still.values())
+    return round(sum(per_token) / layers), states, live.peak - sum(growing.values()) - states
+
+
+def _tensors(kept: Any) -> Iterator[Tensor]:
+    """The numbers that a cache holds, whatever it is made of."""
+    if isinstance(kept, Tensor):
+        yield from [kept] if kept.is_floating_point() else []
+    elif isinstance(kept, (list, tuple)):
+        for one in kept:
+            yield from _tensors(one)
+    elif isinstance(kept, dict) or type(kept).__module__.startswith("transformers."):
+        yield from _tensors(list(kept.values() if isinstance(kept, dict) else vars(kept).values()))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def _plan(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_rt.core.base.fused import run_without_values
 from lora_rt.core.base.load import scales
 from lora_rt.core.base.multiply import is_4bit
+from lora_rt.core.base.packed import fit_to_model
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
 from lora_rt.core.base.reading import auto_class
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
@@ -40,6 +41,7 @@ def skeleton(config: Any, precision: Precision) -> Any:
         model = auto_class(dense).from_config(dense, dtype=compute_dtype(precision))
     if (how := quantization_config(precision)) is not None:
         quantize_layers(model, how)
+        fit_to_model(model)
     model.requires_grad_(False)
     run_without_values(model)
     return model.eval()

@@ -18,7 +18,7 @@ from lora_rt.core.memory.skeleton import (
     resident,
     skeleton,
 )
-from lora_rt.core.memory.upstream import FakeTensorMode
+from lora_rt.core.memory.upstream import FakeTensorMode, FirstExpert
 from lora_rt.core.memory.workload import Device
 from lora_rt.core.step.adapter import checkpointed, with_adapter
 from lora_rt.core.step.attention import attend_in_float32
@@ -82,14 +82,14 @@ def plan_training(
     """The memory of a run whose backward passes are over (rows, tokens), with labels in `labels` of the columns."""
 
     def measure(base: Any, blocks: nn.ModuleList) -> tuple[int, ...]:
-        model = with_adapter(base, settings).train()
+        model = with_adapter(base, settings, quietly=True).train()
         if checkpointing:
             checkpointed(model)
         if device == "cpu":
             attend_in_float32(model)
         else:
             _fuse_dropout(model)
-        with FakeTensorMode():
+        with FakeTensorMode(), FirstExpert():
             materialise(model, device, for_training=True)
             if device == "cpu":
                 fuse(model, lambda: False)

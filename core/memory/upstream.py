@@ -1,6 +1,7 @@
 """What the estimate takes of torch and transformers beyond their documented faces; a test holds each fact.
 
 FakeTensorMode      tensors without memory that say which device they are on (what torch.compile reasons with)
+FirstExpert         answers for them where a model asks its data: as if every token went to the first expert
 TorchDispatchMode   told of every operation and its results
 storage_key         the same number for all tensors over one storage, for as long as it lives
 quantize_layers     transformers' own replacement of layers, without weights
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_iter
 
 __all__ = [
     "FakeTensorMode",
+    "FirstExpert",
     "TorchDispatchMode",
     "empty_4bit",
     "empty_8bit_state",
@@ -31,6 +33,37 @@ __all__ = [
 ]
 
 _NESTED_BLOCK = 256  # bitsandbytes quantizes the scales of 4-bit weights in blocks of this many
+
+
+class FirstExpert(TorchDispatchMode):
+    """Within a FakeTensorMode: what a model asks its data of, fake tensors do not know, and are answered for.
+
+    A mixture asks which experts are hit, and who goes to each. The first is, and all go there: whichever experts take
+    the pairs of tokens and experts, they are as many.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every operation."""
+        if func is torch.ops.aten.nonzero.default:
+            x = args[0]
+            return x.new_empty((1 if x.dim() == 1 else x.numel(), x.dim()), dtype=torch.long)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if args[0].is_floating_point() else 0
+        if func in _OF_OTHERS:  # in inference mode they arrive as one
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return func(*args, **(kwargs or {}))
+
+
+_OF_OTHERS = (
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero_numpy.default,
+    torch.ops.aten.one_hot.default,
+    torch.ops.aten.where.default,
+)
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,12 @@ def targets(model: Any, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 @libraries_silenced()
-def with_adapter(model: Any, settings: TrainSettings) -> Any:
-    """The model with a new adapter in it; works on the meta device as well."""
+def with_adapter(model: Any, settings: TrainSettings, *, quietly: bool = False) -> Any:
+    """The model with a new adapter in it; works on the meta device as well.
+
+    Raises:
+        SettingsError: there can't be one on these layers.
+    """
     layers, parameters = targets(model, settings.target_modules)
     everything = [name for name, _ in model.named_modules()]
     config = LoraConfig(
@@ -75,9 +80,12 @@ def with_adapter(model: Any, settings: TrainSettings) -> Any:
     )
     try:
         if config.lora_dropout and _reaches_experts(model, config):
-            _LOGGER.warning("fused experts can't be trained with dropout: it is left out (--dropout 0)")
+            if not quietly:
+                _LOGGER.warning("fused experts can't be trained with dropout: it is left out (--dropout 0)")
             config.lora_dropout = 0.0
-        made = get_peft_model(model, config)
+        with warnings.catch_warnings():  # of patterns that it has made itself, for experts of old files
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            made = get_peft_model(model, config)
     except (ValueError, NotImplementedError) as error:
         text = f"PEFT can't put an adapter on these layers: {str(error).splitlines()[0][:300]}"
         raise SettingsError(text, next_step="Name other layers with --target-modules") from error

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.packed import packed_share, remark
+from support.architectures.shrink import random_model as random_of_type
+from support.architectures.shrink import tiny_config
 from support.tiny import Zoo, config_of, random_model, save_tokenizer, some_ids
 
 pytestmark = pytest.mark.slow
@@ -88,3 +90,18 @@ def test_the_experts_of_a_base_that_is_trained_over_stay_dense_and_that_is_said(
 def test_a_base_that_is_what_it_is_called_says_nothing(zoo: Zoo) -> None:
     assert remark(load_base(str(zoo.base("llama")), "int4", "cpu").model, "int4") is None
     assert remark(random_model(config_of("llama")), "float32") is None
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "mamba"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_models_that_packed_layers_do_not_fit_run_nevertheless(tmp_path: Path, kind: str, precision: str) -> None:
+    """Latent attention gives four axes to a layer in 8 bits; Mamba multiplies with the weight of a layer itself."""
+    model = random_of_type(tiny_config(kind))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    ids = some_ids(rows=2)
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).logits
+        found = load_base(str(tmp_path), precision, "cpu").model(input_ids=ids).logits.float()
+    likeness = torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0)
+    assert likeness > (0.98 if precision == "int8" else 0.5)  # random weights are the worst case of four bits

@@ -7,23 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lora_rt.core.base.default import CONFIG
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.precision import PRECISIONS, Precision
 from lora_rt.core.memory.config import read_config
+from lora_rt.core.memory.estimate import plan_memory
 from lora_rt.core.memory.inference import InferenceMemory, plan_inference
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import bytes_of, resident
 from lora_rt.core.memory.training import TrainingMemory, plan_training
+from lora_rt.core.memory.workload import Workload
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.step.adapter import checkpointed, with_adapter
 from lora_rt.core.step.attention import attend_in_float32
 from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import TrainSettings
+from support.architectures.shrink import random_model as random_of_type
+from support.architectures.shrink import tiny_config
 from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
@@ -220,3 +224,25 @@ def test_a_layer_is_unpacked_in_the_compute_dtype(zoo: Zoo) -> None:
     model = load_base(str(base), "int4", "cpu").model
     largest = max(m.in_features * m.out_features for m in model.model.modules() if isinstance(m, nn.Linear))
     assert inference(base, "int4").workspace == 2 * largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mamba2", "dbrx"])
+def test_a_model_without_keys_and_one_that_asks_its_data_are_planned(tmp_path: Path, kind: str) -> None:
+    """A recurrence keeps a state of one size; DBRX asks which of its experts are hit, which fake tensors don't know."""
+    model = random_of_type(tiny_config(kind))
+    model.save_pretrained(tmp_path)
+    workload = Workload(device="cpu", r=4, target_modules=("all-linear",), batch=2, seq=32, adapters=1, labels=31)
+    plan = plan_memory(read_config(str(tmp_path)), ["float32"], workload)
+    (found,) = plan.precisions
+    assert found.inference.weights == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.01)
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros((2, 32), dtype=torch.long), use_cache=True)
+    cache = output.past_key_values if kind == "dbrx" else output.cache_params
+    kept = [t for layer in cache.layers for t in _tensors(layer)]
+    assert found.inference.kv_cache == sum(t.untyped_storage().nbytes() for t in kept)
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    values = [v for value in vars(layer).values() for v in (value.values() if isinstance(value, dict) else [value])]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -83,6 +83,18 @@ def test_in_float32_outputs_and_gradients_are_pefts_own() -> None:
         assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-4), name
 
 
+def test_what_a_fused_layer_gives_may_be_written_into_as_llama_4_does() -> None:
+    plain = adapted(torch.float32).base_model.model.first
+    fused = copy.deepcopy(plain)
+    x = torch.randn(*TOKENS, 24)
+    fuse(fused, lambda: False)
+    found = []
+    for layer in (plain, fused):
+        layer(x).mul_(2.0).square().sum().backward()
+        found.append(layer.lora_A["default"].weight.grad)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("way", [None, "packed", "dense-wide", "dequantize-wide"])
 def test_over_a_base_of_16_bits_they_are_those_of_exact_arithmetic(way: Way | None) -> None:
     narrow = adapted(torch.bfloat16)
