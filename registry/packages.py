@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from functools import lru_cache
+from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions, entry_points
 
 _UNKNOWN = "unknown"
 
@@ -30,10 +33,23 @@ class Unreadable:
 def points_of(group: str) -> tuple[list[EntryPoint], list[Unreadable]]:
     """Every entry point of the group, and the packages whose entry points can't be read."""
     try:
-        return list(entry_points(group=group)), []
+        return list(_all(tuple(map(_age, sys.path))).select(group=group)), []
     except Exception:
         # One malformed entry_points.txt anywhere on the path fails the whole query: ask package by package.
         return one_by_one(distributions(), group)
+
+
+@lru_cache(maxsize=1)
+def _all(_ages: object) -> EntryPoints:
+    """Of every package, until one comes or goes: a command asks a dozen times, and each time takes 25 ms."""
+    return entry_points()
+
+
+def _age(folder: str) -> tuple[str, int]:
+    try:
+        return folder, os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return folder, 0
 
 
 def one_by_one(packages: Iterable[Distribution], group: str) -> tuple[list[EntryPoint], list[Unreadable]]:

@@ -29,7 +29,6 @@ from lora_rt.core.base.configuration import check_weights, quantization_of, weig
 from lora_rt.core.base.identity import MANIFEST, identify, identify_folder, manifest_of
 from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, quantization_config
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, sha256_file
 from lora_rt.registry import home
@@ -159,6 +158,8 @@ def _is_whole(folder: Path, identity: BaseIdentity) -> bool:
 def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
     import torch
 
+    from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer  # it brings the Hub's client
+
     dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
     with libraries_silenced(gguf=True), step(f"converting {gguf.name}"):
         try:
@@ -179,6 +180,8 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
 
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
     """Quantize at loading and save before any forward: bitsandbytes repacks 4-bit weights in place at the first one."""
+    from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
+
     with libraries_silenced(), step(f"quantizing to {precision} (once; the result is kept)"):
         try:
             how = quantization_config(precision)
