@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--texts", type=int, default=376, help="that are learned from")
     parser.add_argument("--kinds", type=int, default=len(KINDS), help="how many kinds of router, in the table's order")
+    parser.add_argument("--no-control", action="store_true", help="leave out the one that learns from other rows")
     given = parser.parse_args()
     settings = {"precision": given.precision, "epochs": given.epochs, "batch_size": given.batch_size}
     work = given.data / f"router-{given.texts}-{given.epochs:g}-{given.batch_size}-{given.scenes}-{given.precision}"
@@ -114,9 +115,10 @@ def main() -> None:
                 work, name, partial(trained, name, learned, options, seed, settings)
             )
     tuned = kept(work, "static", partial(static, f"{stem}-static", learned, settings))
-    names["control: softmax of other rows' states"] = kept(
-        work, "control", partial(trained, f"{stem}-control", learned, {"control": "true"}, 0, settings)
-    )
+    if not given.no_control:
+        names["control: softmax of other rows' states"] = kept(
+            work, "control", partial(trained, f"{stem}-control", learned, {"control": "true"}, 0, settings)
+        )
     runtime = Runtime.load("default", precision=given.precision)
     lines = list(map(json.loads, (given.data / "turning.jsonl").read_text(encoding="utf-8").splitlines()))
     whole = len(lines) // 2
