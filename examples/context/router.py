@@ -32,7 +32,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "softmax of every layer (as LoRA-Flow)": {"groups": "0"},
 }
 TOKENS = 32
-REPEATS = 5
+REPEATS = 3
 
 
 def trained(name: str, data: Path, options: Mapping[str, str], seed: int, settings: Mapping[str, Any]) -> str | None:
@@ -78,7 +78,7 @@ def pair(example: Mapping[str, Any]) -> str:
 
 
 def tokens_per_second(runtime: Runtime, specs: Sequence[str]) -> dict[str, float]:
-    """Greedy decoding of one row, by processor time and in turns: the median of five."""
+    """Greedy decoding of one row, by processor time and in turns: the median of three."""
     took: dict[str, list[float]] = {spec: [] for spec in specs}
     for _ in range(REPEATS):
         for spec in specs:
