@@ -141,7 +141,9 @@ def cut(model: Any, device: str) -> None:
     mesh = init_device_mesh(device, (joined().count,))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for block in blocks_of(model.get_base_model()):
-        fully_shard(block, mesh=mesh, ignored_params=trained)
+        # Said, since torch leaves the outermost module whole after a pass, and each block is one. An evaluation would
+        # leave them whole, a checkpoint cut them again in the first process alone, and all wait for one another.
+        fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
 
 
 @contextmanager

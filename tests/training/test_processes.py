@@ -17,6 +17,7 @@ import torch
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
+from training.conftest import write_pairs
 
 from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.core.training import processes
@@ -31,7 +32,8 @@ Make = Callable[..., TrainSettings]
 
 def arguments(settings: TrainSettings, out: Path, *further: str) -> list[str]:
     given = ["--data", str(settings.data), "--base", settings.base, "--precision", "float32", "--r", "4"]
-    given += ["--alpha", "8", "--lr", "0.02", "--epochs", str(settings.epochs), "--batch-size", "4", "--dropout", "0"]
+    given += ["--alpha", "8", "--lr", str(settings.learning_rate), "--epochs", str(settings.epochs)]
+    given += ["--batch-size", "4", "--dropout", "0"]
     return ["train", "letters", *given, "--out", str(out), *further]
 
 
@@ -110,7 +112,8 @@ def told_by_accelerate(file: Path, how: dict[str, Any]) -> dict[str, str]:
 def test_fsdp_from_a_file_of_accelerate_trains_the_adapter_that_one_process_trains(
     settings: Make, tmp_path: Path, warm: Forks
 ) -> None:
-    chosen = settings(dropout=0.0, epochs=1)
+    # An epoch ends where a checkpoint is written, after 20 steps: what is measured there passes through the blocks too.
+    chosen = settings(dropout=0.0, epochs=2, data=write_pairs(tmp_path / "more.jsonl", 89), learning_rate=2e-3)
     alone = train(chosen, load_modes(), tmp_path / "one")
     how = {"distributed_type": "FSDP", "use_cpu": True, "num_processes": 2, "num_machines": 1, "machine_rank": 0}
     how |= {"mixed_precision": "no", "fsdp_config": {"fsdp_version": 2}}
