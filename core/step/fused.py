@@ -194,7 +194,8 @@ class _Fused(torch.autograd.Function):
         for part, b, scale, own in zip(parts, bs, scales, _split(hidden, bs), strict=True):
             y = part.of(x, wide)
             y.view(-1, y.shape[-1]).addmm_(own, b.T, alpha=scale)  # (tokens, out)
-            found.append(y.to(x.dtype))
+            # Not as a view, which nobody may write into: Llama 4 does.
+            found.append(torch.ops.aten._unsafe_view(y.to(x.dtype), list(y.shape)))
         ctx.save_for_backward(x, kept, hidden, a, *bs)
         ctx.parts, ctx.scales = parts, scales
         return tuple(found)

@@ -1,6 +1,8 @@
 """Runs the checks of many types in processes of their own, and writes what they found.
 
 python tests/support/architectures/table.py [TYPE ...] [--checks load,all-linear] [--json FILE]
+
+What is found of types that are named goes into what the file says of the others.
 """
 
 from __future__ import annotations
@@ -120,31 +122,47 @@ def all_kinds() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def condensed(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept: check -> result -> how many types, and of each type what is not exact, and why."""
+def condensed(found: Sequence[dict[str, Any]], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is kept: the types that each check was tried with, and of each type what is not exact, and why.
+
+    Findings go into those of `before`, in place of older ones of the same types.
+    """
     import peft
     import torch
     import transformers
 
-    counts: dict[str, dict[str, int]] = {}
+    tried: dict[str, set[str]] = {}
     exceptions: dict[str, dict[str, list[str]]] = {}
+    if before is not None:
+        tried = {check: set(before["partly"].get(check, before["kinds"])) for check in before["checks"]}
+        exceptions = {kind: dict(checks) for kind, checks in before["exceptions"].items()}
     for one in found:
         if one["check"] != "base":
-            of_check = counts.setdefault(one["check"], {})
-            of_check[one["result"]] = of_check.get(one["result"], 0) + 1
+            tried.setdefault(one["check"], set()).add(one["kind"])
+        of_kind = exceptions.setdefault(one["kind"], {})
+        of_kind.pop(one["check"], None)
         if one["result"] != "exact":
-            exceptions.setdefault(one["kind"], {})[one["check"]] = [one["result"], one["why"][:200]]
+            of_kind[one["check"]] = [one["result"], one["why"][:200]]
     versions = {library.__name__: library.__version__ for library in (transformers, peft, torch)}
-    kinds = sorted({one["kind"] for one in found if one["check"] != "base"})
-    return {"versions": versions, "kinds": kinds, "counts": counts, "exceptions": exceptions}
+    kinds = sorted(set().union(*tried.values()))
+    return {
+        "versions": versions,
+        "kinds": kinds,
+        "checks": list(tried),
+        "partly": {check: sorted(some) for check, some in tried.items() if sorted(some) != kinds},
+        "exceptions": {kind: checks for kind, checks in sorted(exceptions.items()) if checks},
+    }
 
 
 def report(kept: Mapping[str, Any]) -> str:
     """The README's table: counts by check, and the types of which not everything that PEFT can do is exact."""
     results = ("exact", "refused", "wrong", "crash", "not by PEFT")
     lines = ["| of a type | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    for check, counts in kept["counts"].items():
-        lines.append(f"| {check} | " + " | ".join(str(counts.get(result, 0)) for result in results) + " |")
+    for check in kept["checks"]:
+        some = kept["partly"].get(check, kept["kinds"])
+        told = [kept["exceptions"].get(kind, {}).get(check, ["exact"])[0] for kind in some]
+        title = check if check not in kept["partly"] else f"{check} ({len(some)} types)"
+        lines.append(f"| {title} | " + " | ".join(str(told.count(result)) for result in results) + " |")
     left = {
         kind: [check for check, (result, _) in checks.items() if result in ("refused", "wrong", "crash")]
         for kind, checks in kept["exceptions"].items()
@@ -198,7 +216,7 @@ def main() -> None:
     for thread in threads:
         thread.join()
     found.sort(key=lambda one: one["kind"])
-    kept = condensed(found)
+    kept = condensed(found, json.loads(given.json.read_text()) if given.kinds and given.json.is_file() else None)
     given.json.write_text(json.dumps(kept, indent=1) + "\n")
     print(report(kept))
 
