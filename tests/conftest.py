@@ -6,12 +6,15 @@ The Hub's client reads its environment when it is imported, so this happens befo
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -56,6 +59,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") else None
 
 
+OURS = ("base", "plugins", "registry", "requests", "serving", "training")
+LOGGERS = ("lora_rt", *(f"lora_rt.{name}" for name in OURS), "bitsandbytes.backends.cpu.ops", "uvicorn.error")
 LONGEST = (
     "registers/test_shipped.py",
     "base/test_prepare.py",
@@ -76,7 +81,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_process() -> Iterator[None]:
+    """No test sees what another left in the process: a command line that ran in it sets variables, and hears notes."""
+    environment, folder = dict(os.environ), os.getcwd()
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    heard = [(logger.level, logger.handlers[:], logger.filters[:]) for logger in loggers]
+    random.seed(0)
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+    yield
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    for logger, (level, handlers, filters) in zip(loggers, heard, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:], logger.filters[:] = handlers, filters
+    assert os.getcwd() == folder
+    if torch is not None:
+        assert (torch.get_default_dtype(), torch.is_grad_enabled()) == (torch.float32, True)
+
+
+@pytest.fixture(autouse=True)
+def own_home(own_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees what another one left in the home."""
     monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "home"))
 

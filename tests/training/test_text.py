@@ -21,6 +21,8 @@ from lora_rt.plugins.manager import load_modes
 from support import templates
 from support.templates import save_base, tokenizer
 
+pytestmark = pytest.mark.slow
+
 ENDS = {
     "none": (None, "<eos>"),
     "chatml": (templates.CHATML, "<|im_end|>"),
@@ -46,7 +48,6 @@ def settings(base: Path, data: Path, **changes: Any) -> TrainSettings:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ENDS))
 def test_the_end_of_a_turn_is_learned_and_stops_the_answer(name: str, tmp_path: Path) -> None:
     template, end = ENDS[name]
