@@ -28,6 +28,16 @@ _INSTALL = "Install it with: pip install 'lora-rt[data]'"
 FORMS = "Give a .jsonl, .json or .parquet file, a folder of them, or a data set of the Hub as org/name"
 
 
+_OTHERS = {
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".xls": "a spreadsheet",
+    ".xlsx": "a spreadsheet",
+    ".gz": "packed",
+    ".zip": "packed",
+}
+
+
 class DataError(LoraRtError):
     """Data that can't be used; `problems` has every bad line with its place."""
 
@@ -42,6 +52,8 @@ def check_source(path: Path) -> None:
         for file in _files(path):
             check_source(file)
     elif path.exists():
+        if kind := _OTHERS.get(path.suffix.lower()):
+            raise DataError(f"{path} is {kind}, which is not read", next_step=f"Write it as JSON lines. {FORMS}")
         if path.suffix == ".parquet" and find_spec("pyarrow") is None:
             raise DataError(f"{path}: reading Parquet needs pyarrow", next_step=_INSTALL)
     elif not _is_hub_name(path):
@@ -132,9 +144,11 @@ def _data_set(text: str) -> Iterator[Record]:
     import datasets
     from datasets.exceptions import DatasetsError
     from datasets.utils.logging import disable_progress_bar, set_verbosity_error
+    from huggingface_hub.utils import logging as hub_logging
 
     disable_progress_bar()
     set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it tells each of its attempts to reach the Hub, and we what came of them
     try:
         loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:

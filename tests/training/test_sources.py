@@ -113,3 +113,15 @@ def test_a_package_that_is_not_installed_is_said_with_how_to_get_it(
 def test_a_path_that_is_not_there_is_no_data_set(given: str) -> None:
     with pytest.raises(DataError, match="there is no such file"):
         read_lines(Path(given), FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("F.csv", "CSV"), ("F.TSV", "TSV"), ("F.xlsx", "a spreadsheet"), ("F.gz", "packed")]
+)
+def test_a_table_of_another_kind_is_refused_by_its_kind_and_not_line_by_line(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    (tmp_path / name).write_text("scene,text\na,b\n")
+    with pytest.raises(DataError, match=f"is {kind}, which is not read") as refused:
+        read_lines(tmp_path / name, FIELDS)
+    assert "JSON lines" in str(refused.value.next_step)
