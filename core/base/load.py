@@ -128,12 +128,12 @@ def load_base(
         model.requires_grad_(False)
         model.eval()
         forbid_uneven_repacking(model)
-        if kept in QUANTIZED:
-            fit_to_model(model)
         if for_training:
             forbid_repacking(model)
         elif kept == "int4":
             pack_experts(model)  # PEFT trains the parameters of experts, and has to find them
+        if kept in QUANTIZED:
+            fit_to_model(model)  # behind the above: it may run the model
     if (found := remark(model, kept)) is not None:
         _LOGGER.warning("%s is %s", prepared.identity.id, found)
     return LoadedBase(

@@ -82,7 +82,7 @@ def fit_to_model(model: Any) -> None:
             module.forward = partial(_as_rows, module)
 
 
-def _multiplied(model: Any, packed: Mapping[str, nn.Linear]) -> list[str]:
+def _multiplied(model: Any, packed: Mapping[str, Any]) -> list[str]:
     """Those of these layers whose weight something else than the layer itself makes use of in a short pass."""
     if not packed:
         return []

@@ -35,12 +35,15 @@ __all__ = [
 _NESTED_BLOCK = 256  # bitsandbytes quantizes the scales of 4-bit weights in blocks of this many
 
 
-class FirstExpert(TorchDispatchMode):
+class FirstExpert(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within a FakeTensorMode: what a model asks its data of, fake tensors do not know, and are answered for.
 
     A mixture asks which experts are hit, and who goes to each. The first is, and all go there: whichever experts take
     the pairs of tokens and experts, they are as many.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
