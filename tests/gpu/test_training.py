@@ -22,6 +22,7 @@ from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import TrainSettings
 from lora_rt.core.training.prepare import prepare
 from lora_rt.core.training.run import train
+from lora_rt.core.training.trainer import Collator, Sequences
 from lora_rt.plugins.manager import load_modes
 from support.tiny import EVEN, Zoo
 
@@ -65,6 +66,28 @@ def test_a_run_lowers_the_loss_and_the_runtime_measures_the_same(
     runtime.load_adapter(str(tmp_path / "out"), name="letters")
     before, after = (torch.cat(runtime.answer_nll(["scene 1"], ["abcabc"], spec)).mean() for spec in (None, "letters"))
     assert after < before - 0.3
+
+
+def test_rows_are_packed_and_keep_the_losses_and_gradients_of_padded_ones(
+    settings: Callable[..., TrainSettings], device: str, precision: Precision
+) -> None:
+    prepared = prepare(settings(precision=precision, dropout=0.0), load_modes())
+    assert prepared.packed
+    rows = Sequences(prepared.training)
+    batch = Collator(prepared.text.pad_id)([rows[number] for number in range(4)])
+    moved = {key: value.to(device) for key, value in batch.items()}
+    trained = [parameter for parameter in prepared.model.train().parameters() if parameter.requires_grad]
+    for number, parameter in enumerate(trained):
+        torch.nn.init.normal_(parameter, 0, 0.05, generator=torch.Generator(device).manual_seed(number))
+    found = []
+    for packed in (False, True):
+        prepared.model.zero_grad()
+        sums, counts = label_nll(prepared.model, moved, packed=packed)
+        (sums.sum() / counts.sum()).backward()  # type: ignore[no-untyped-call]
+        found.append((sums.detach(), torch.cat([p.grad.flatten().float() for p in trained if p.grad is not None])))
+    (losses, grads), (packed_losses, packed_grads) = found
+    assert packed_losses.allclose(losses, rtol=0.02)
+    assert (packed_grads - grads).norm() < 0.1 * grads.norm()
 
 
 def test_the_optimizer_is_paged_on_a_gpu_alone(settings: Callable[..., TrainSettings], device: str) -> None:
