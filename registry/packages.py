@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from typing import Any
 
 _UNKNOWN = "unknown"
 
@@ -40,8 +41,11 @@ def points_of(group: str) -> tuple[list[EntryPoint], list[Unreadable]]:
 
 
 @lru_cache(maxsize=1)
-def _all(_ages: object) -> EntryPoints:
-    """Of every package, until one comes or goes: a command asks a dozen times, and each time takes 25 ms."""
+def _all(_ages: object) -> Any:
+    """Of every package, until one comes or goes: a command asks a dozen times, and each time takes 25 ms.
+
+    EntryPoints; before Python 3.12 it has another type, whose `select` does the same.
+    """
     return entry_points()
 
 
