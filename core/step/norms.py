@@ -17,9 +17,9 @@ _NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 def lean_norms(model: nn.Module) -> int:
     """Let the frozen norms of a model on a CPU be computed that way, where that comes to the same; how many do."""
-    norms = [module for module in model.modules() if _is_plain(module)]
-    for norm in norms:
-        norm.forward = partial(_forward, norm.forward, norm, _eps(norm))
+    norms = {norm: eps for norm in model.modules() if (eps := _eps(norm)) is not None and _is_plain(norm, eps)}
+    for norm, eps in norms.items():
+        norm.forward = partial(_forward, norm.forward, norm, eps)
     return len(norms)
 
 
@@ -28,12 +28,11 @@ def _eps(norm: nn.Module) -> float | None:
     return found if isinstance(found, float) else None
 
 
-def _is_plain(norm: nn.Module) -> bool:
+def _is_plain(norm: nn.Module, eps: float) -> bool:
     weight = getattr(norm, "weight", None)
     if not type(norm).__name__.endswith("RMSNorm") or "forward" in vars(norm) or not isinstance(weight, nn.Parameter):
         return False
-    eps = _eps(norm)
-    if eps is None or weight.ndim != 1 or weight.requires_grad or not weight.is_cpu or weight.dtype not in _NEAR:
+    if weight.ndim != 1 or weight.requires_grad or not weight.is_cpu or weight.dtype not in _NEAR:
         return False
     width, near = len(weight), _NEAR[weight.dtype]
     x = torch.linspace(-2, 3, 2 * width).view(2, width).to(weight.dtype)
@@ -63,7 +62,8 @@ class _Norm(torch.autograd.Function):
         wide = x.float()
         inverse = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype).mul_(weight)
+        y: Tensor = (wide * inverse).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:

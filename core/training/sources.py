@@ -148,7 +148,8 @@ def _data_set(text: str) -> Iterator[Record]:
 
     disable_progress_bar()
     set_verbosity_error()
-    hub_logging.set_verbosity_error()  # it tells each of its attempts to reach the Hub, and we what came of them
+    # It tells each of its attempts to reach the Hub, and we what came of them.
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
