@@ -30,6 +30,7 @@ ALONE = (
     "token rows of a scaled embedding", "token rows and DoRA", "a whole head", "a whole head, tied",
     "a whole embedding", "whole norms", "a whole head, DoRA", "PiSSA, converted", "OLoRA, converted",
     "PiSSA, rank-stabilised, converted", "pickled, converted", "DoRA, pickled, converted",
+    "of FSDP", "with a name of a trainer", "whole norms of queries",
     "whole MLPs", "whole norms and all biases", "whole, tied by force", "a head, tied by force",
     "PiSSA of a compiled model, converted", "ranks and alphas by patterns", "layers by a pattern",
     "without r and alpha", "weights of linear layers", "the weight of a head",

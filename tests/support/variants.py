@@ -216,6 +216,19 @@ def _made() -> dict[str, Variant]:
         "in parts": Variant(edit=_in_parts),
         "without a prefix": Variant(edit=_keys(lambda key: key.removeprefix("base_model.model."))),
         "with the adapter's name": Variant(edit=_keys(lambda key: key.replace(".weight", ".default.weight"))),
+        "of FSDP": Variant(edit=_keys(lambda key: key.replace("self_attn.", "_fsdp_wrapped_module.self_attn."))),
+        "of checkpointed blocks": Variant(
+            edit=_keys(lambda key: key.replace("self_attn.", "_checkpoint_wrapped_module.self_attn."))
+        ),
+        "with a name of a trainer": Variant(edit=_keys(lambda key: key.replace(".weight", ".policy.weight"))),
+        "whole norms of queries": Variant({"modules_to_save": ["q_norm"]}, "qwen3"),
+        "ranks and alphas by whole paths": Variant(
+            {
+                "rank_pattern": {"model.layers.0.self_attn.q_proj": 2},
+                "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 3},
+            }
+        ),
+        "an embedding of OPT": Variant({"target_modules": ["embed_tokens", "q_proj"]}, "opt"),
         "of DDP": Variant(edit=_keys(lambda key: f"module.{key}")),
         "compiled": Variant(edit=_keys(lambda key: key.replace("model.model.model", "model.model._orig_mod.model"))),
         "of a multimodal model": Variant(
