@@ -17,7 +17,6 @@ import torch
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from training.conftest import write_pairs
 
 from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.core.training import processes
@@ -113,7 +112,8 @@ def test_fsdp_from_a_file_of_accelerate_trains_the_adapter_that_one_process_trai
     settings: Make, tmp_path: Path, warm: Forks
 ) -> None:
     # An epoch ends where a checkpoint is written, after 20 steps: what is measured there passes through the blocks too.
-    chosen = settings(dropout=0.0, epochs=2, data=write_pairs(tmp_path / "more.jsonl", 89), learning_rate=2e-3)
+    chosen = settings(dropout=0.0, epochs=2, data=tmp_path / "more.jsonl", learning_rate=2e-3)
+    chosen.data.write_text("\n".join((settings().data.read_text().splitlines() * 4)[:89]))
     alone = train(chosen, load_modes(), tmp_path / "one")
     how = {"distributed_type": "FSDP", "use_cpu": True, "num_processes": 2, "num_machines": 1, "machine_rank": 0}
     how |= {"mixed_precision": "no", "fsdp_config": {"fsdp_version": 2}}
