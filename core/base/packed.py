@@ -8,8 +8,8 @@ from __future__ import annotations
 import dis
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -152,12 +152,15 @@ def _unpacked(module: Any) -> nn.Linear:
     return made.train(module.training)
 
 
-def _read_by(kind: type) -> Iterator[str]:
+@cache
+def _read_by(kind: type) -> frozenset[str]:
     """The layers that a class of transformers' calls `self.LAYER.weight`, other than for its dtype, device or shape."""
+    found: set[str] = set()
     own = (one for one in kind.__mro__ if one.__module__.startswith("transformers.models."))
     for function in (value for one in own for value in vars(one).values() if isinstance(value, FunctionType)):
         steps = [*dis.get_instructions(inspect.unwrap(function))]
         for layer, weight, use in zip(steps, steps[1:], steps[2:], strict=False):
             names = {layer.opname, weight.opname} == {"LOAD_ATTR"} and weight.argval == "weight"
             if names and use.argval not in ("dtype", "device", "shape"):
-                yield str(layer.argval)
+                found.add(str(layer.argval))
+    return frozenset(found)
