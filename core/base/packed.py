@@ -9,7 +9,7 @@ import dis
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -70,7 +70,9 @@ def _called(name: str, key: str, module: nn.Module) -> str:
 
 def fit_to_model(model: Any) -> None:
     """Mend in place what of a packed model could not be run."""
-    read = {f"{n}.{leaf}": (m, leaf) for n, m in [*model.named_modules()] for leaf in _read_by(type(m))}
+    named = [*model.named_modules()]
+    by_kind = {kind: _read_by(kind) for kind in {type(module) for _, module in named}}
+    read = {f"{name}.{leaf}": (module, leaf) for name, module in named for leaf in by_kind[type(module)]}
     packed = {
         name: module for name, (parent, leaf) in read.items() if _is_packed(module := getattr(parent, leaf, None))
     }
@@ -152,7 +154,6 @@ def _unpacked(module: Any) -> nn.Linear:
     return made.train(module.training)
 
 
-@cache
 def _read_by(kind: type) -> frozenset[str]:
     """The layers that a class of transformers' calls `self.LAYER.weight`, other than for its dtype, device or shape."""
     found: set[str] = set()
