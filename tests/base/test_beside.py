@@ -36,6 +36,7 @@ def test_an_adapter_beside_a_model_is_left_alone_and_said(
     assert torch.equal(found, dense_logits(zoo.base("llama"), [], some_ids()))
 
 
+@pytest.mark.slow  # in the quick tests torch has left libraries out, which set filters of their own when they come
 def test_an_application_keeps_its_own_settings_of_the_libraries(zoo: Zoo) -> None:
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as upstream
