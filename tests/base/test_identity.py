@@ -102,6 +102,7 @@ def test_a_folder_of_the_hubs_cache_is_called_by_its_repository(zoo: Zoo, tmp_pa
     assert base.digest == identify_folder(zoo.base("llama")).digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["kept", "copied"])
 def test_a_folder_that_was_prepared_is_the_base_that_it_was_made_of(
     zoo: Zoo, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ def test_the_line_in_the_help_is_the_first_sentence_of_the_command(name: str) ->
     assert load(name).help.partition("\n\n")[0].replace("\n", " ") == COMMANDS[name].help
 
 
+@pytest.mark.slow
 def test_a_command_imports_no_other_command() -> None:
     code = (
         "import sys; sys.argv = ['lora-rt', 'list', '--json']\n"

@@ -85,6 +85,7 @@ def test_experts_are_trained_by_their_role_and_without_dropout(caplog: pytest.Lo
     assert "dropout" in caplog.text
 
 
+@pytest.mark.slow
 def test_memory_is_estimated_with_adapters_of_experts(tmp_path: Path) -> None:
     from lora_rt.core.memory.inference import plan_inference
 

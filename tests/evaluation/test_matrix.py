@@ -73,6 +73,7 @@ def test_the_table_holds_every_cell_however_narrow_the_terminal_is(terminal: boo
     assert all(number in text for number in ("5.00", "3.50", "4.00", "4.40"))
 
 
+@pytest.mark.slow
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     plot_matrix(small_matrix(), tmp_path / "matrix.png")
     assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")

@@ -47,6 +47,7 @@ def test_tokens_are_drawn_with_the_chances_of_their_scores(temperature: float) -
     assert drawn(2000, temperature=temperature) == pytest.approx(wanted, abs=0.04)
 
 
+@pytest.mark.slow
 def test_top_p_leaves_the_smallest_set_of_tokens_that_holds_that_share() -> None:
     # Chances 0.62, 0.23, 0.08, 0.05 of tokens 3, 0, 1, 2.
     assert drawn(temperature=1.0, top_p=0.6) == [0, 0, 0, 1]
@@ -55,6 +56,7 @@ def test_top_p_leaves_the_smallest_set_of_tokens_that_holds_that_share() -> None
     assert some[0] > 0.1
 
 
+@pytest.mark.slow
 def test_top_k_leaves_that_many_tokens() -> None:
     some = drawn(temperature=2.0, top_k=2)
     assert some[1] == some[2] == 0
@@ -173,6 +175,7 @@ def test_a_draw_is_the_token_of_the_nucleus_at_which_the_sum_of_chances_passes_t
             assert token == int((sums <= number * sums[-1]).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [300, 25_000])
 def test_what_rounding_makes_the_likelier_of_two_does_not_decide_what_is_drawn(vocabulary: int) -> None:
     """A row in a batch has scores that differ in the last bits from those of the row alone."""
@@ -200,6 +203,7 @@ def test_rows_of_a_large_vocabulary_choose_together_what_they_choose_alone() -> 
     assert together[1] == int(scores[1].argmax())
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_few_most_likely_are_drawn_with_their_chances() -> None:
     flat = torch.zeros(1, 30_000)
     flat[0, :10] = 2.0

@@ -193,6 +193,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_plugin_that_fails_to_add_commands_is_named(
     case: str, installed: Any, monkeypatch: pytest.MonkeyPatch

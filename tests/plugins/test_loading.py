@@ -119,6 +119,7 @@ def test_a_broken_plugin_is_named_and_the_others_work(case: str, installed: Any)
     assert record.reason in caught.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_plugin_is_named_by_the_command(case: str, installed: Any) -> None:
     load, reason = BROKEN[case]

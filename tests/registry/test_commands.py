@@ -135,6 +135,7 @@ def test_push_says_where_it_went(line: Line, monkeypatch: pytest.MonkeyPatch, re
     assert line.json("push", "./mine", "tester/mine")["repo"] == "tester/mine"
 
 
+@pytest.mark.slow
 def test_doctor_names_left_overs_and_removes_them_when_asked(line: Line, registry: Registry) -> None:
     line("pull", REPO)
     write_adapter(registry.store.objects / ("0" * 64))

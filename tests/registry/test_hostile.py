@@ -42,6 +42,7 @@ def test_the_good_adapter_passes(tmp_path: Path) -> None:
     assert found.mode == "output-only"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_bad_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     change, says = CASES[name]

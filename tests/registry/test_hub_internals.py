@@ -122,6 +122,7 @@ def test_an_error_in_the_block_gives_the_client_back_too(factory: list[httpx2.Cl
     assert get_session() is theirs
 
 
+@pytest.mark.slow
 def test_threads_that_pull_at_once_share_the_client_and_leave_theirs(
     hub: LocalHub, factory: list[httpx2.Client]
 ) -> None:

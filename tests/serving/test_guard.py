@@ -27,6 +27,7 @@ def error_of(answer: httpx2.Response) -> dict[str, Any]:
     return error
 
 
+@pytest.mark.slow
 def test_without_the_key_nothing_is_told(runtime: Runtime) -> None:
     with live(runtime, ServeSettings(port=0, api_key="secret")) as server:
         for key in ("", "wrong", "secret2"):
@@ -71,6 +72,7 @@ def test_what_is_too_large_is_refused(runtime: Runtime) -> None:
         assert http.post(CHAT, json=asked()).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_told_with_when_to_come_again_whatever_the_body_is(runtime: Runtime) -> None:
     limits = Limits(rows=1, queue=1)
 
@@ -92,6 +94,7 @@ def test_a_full_queue_is_told_with_when_to_come_again_whatever_the_body_is(runti
         assert server.idle()
 
 
+@pytest.mark.slow
 def test_while_it_is_being_stopped_a_server_ends_what_it_began_and_takes_nothing_new(runtime: Runtime) -> None:
     with live(runtime, ServeSettings(port=0)) as server, server.openai() as client, server.http() as http:
         with client.chat.completions.create(**asked(max_tokens=60), stream=True) as stream:
@@ -132,6 +135,7 @@ def test_errors_of_every_kind_have_openais_form(server: Live, method: str, path:
     assert error_of(answer)["message"]
 
 
+@pytest.mark.slow
 def test_the_metrics_tell_what_was_asked(runtime: Runtime) -> None:
     with live(runtime, ServeSettings(port=0)) as server, server.http() as http:
         for _ in range(2):

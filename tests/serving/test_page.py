@@ -102,6 +102,7 @@ def test_what_can_not_be_explained_is_refused_in_words(
     assert says in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_composition_whose_mode_knows_scenes_shows_what_it_makes_of_a_prompt(zoo: Zoo, tmp_path: Path) -> None:
     """As `registers` does, which ships: over plain adapters, by a classifier of its own."""
     runtime = zoo.runtime_with(mode_host(knowing=Knowing), "llama")
@@ -140,6 +141,7 @@ def test_a_long_look_at_an_answer_keeps_nobody_from_being_prepared(served: Live,
         assert looked.result().status_code == 200
 
 
+@pytest.mark.slow
 def test_without_an_adapter_that_recognizes_scenes_this_is_said(served: Live) -> None:
     with served.http() as http:
         assert http.get("/ui/state").json()["classifier"] is None

@@ -92,6 +92,7 @@ def test_sequences_that_nothing_can_be_learned_from_name_the_plugin(settings: Ma
     assert named in refused(settings(mode="odd"), odd(sequences=sequences))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "named"),
     [

@@ -57,6 +57,7 @@ def step(model: Any, *, packed: bool) -> tuple[Tensor, Tensor]:
     return sums.detach(), torch.cat(grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
 def test_in_float32_losses_and_gradients_are_those_of_padded_rows(zoo: Zoo, architecture: str) -> None:
     model = adapted(zoo.base(architecture))
@@ -69,6 +70,7 @@ def test_in_float32_losses_and_gradients_are_those_of_padded_rows(zoo: Zoo, arch
     assert again.equal(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "int4"])
 def test_in_fewer_bits_they_are_as_near(zoo: Zoo, precision: str) -> None:
     model = adapted(zoo.base("llama"), precision)
@@ -129,6 +131,7 @@ def test_a_model_in_which_tokens_meet_outside_of_attention_stays_as_it_is(zoo: Z
     assert model.training
 
 
+@pytest.mark.slow
 def test_a_run_packs_unless_the_mode_wants_the_logits(settings: Callable[..., TrainSettings]) -> None:
     modes = load_modes()
     assert prepare(settings(), modes).packed

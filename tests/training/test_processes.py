@@ -133,6 +133,7 @@ def test_who_would_have_nothing_to_do_takes_an_idle_part_where_all_have_to_pass(
     assert together == [["a", "c"], ["b", "idle"]]
 
 
+@pytest.mark.slow
 def test_fsdp_over_packed_weights_is_refused_before_a_base_is_loaded(
     settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

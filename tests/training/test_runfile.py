@@ -100,6 +100,7 @@ def test_the_command_line_wins_and_what_was_resolved_is_said(settings: Make, cli
         assert f"\n{line}" in done.err
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_a_run_would_be_and_writes_nothing(settings: Make, cli: Cli, tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
     chosen = settings()
