@@ -6,6 +6,7 @@ The Hub's client reads its environment when it is imported, so this happens befo
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import random
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HUB = LocalHub()
 _HUB.__enter__()
+_numbers = itertools.count()
 _FOLDER = tempfile.TemporaryDirectory(prefix="lora-rt-tests-", ignore_cleanup_errors=True)
 atexit.register(_FOLDER.cleanup)
 
@@ -103,9 +105,19 @@ def own_process() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_home(own_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees what another one left in the home."""
-    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "home"))
+def own_home(own_process: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees what another one left in the home: `home` in its `tmp_path`, where it has one.
+
+    To make a folder for each of thousands of tests takes longer than many of them do.
+    """
+    if "tmp_path" in request.fixturenames:
+        monkeypatch.setenv("LORA_RT_HOME", str(request.getfixturevalue("tmp_path") / "home"))
+        yield
+        return
+    home = Path(_FOLDER.name) / f"home-{next(_numbers)}"
+    monkeypatch.setenv("LORA_RT_HOME", str(home))
+    yield
+    shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -33,6 +33,7 @@ def test_a_repository_is_the_base_that_it_holds_and_is_named_by_its_commit(
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_have_is_told_apart(zoo: Zoo, hub: LocalHub) -> None:
     hub.commit("someone/tiny", files_of(zoo.base("llama")))
     hub.commit("someone/words", {"README.md": b"no model"})

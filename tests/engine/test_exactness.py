@@ -79,6 +79,7 @@ def test_a_term_that_stands_twice_counts_twice(zoo: Zoo) -> None:
     assert_close(twice, runtime.logits(IDS, compositions=spec([(one, 0.75)])), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_of_the_output_head_leaves_the_embedding_alone(zoo: Zoo, architecture: str, tied: bool) -> None:

@@ -184,6 +184,7 @@ def test_a_gate_of_zeros_is_the_base_bit_for_bit(zoo: Zoo) -> None:
         assert torch.equal(engine.logits(IDS, engine.plan({adapter.name: 0.8}, {adapter.name: zeros})), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "leaf", "output"),
     [

@@ -68,6 +68,7 @@ def test_any_composition(zoo: Zoo, pool: list[Path], tmp_path_factory: pytest.Te
     hold()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neox", "qwen3"])
 def test_other_architectures(zoo: Zoo, exported: Export, architecture: str) -> None:
     base = zoo.base(architecture)

@@ -19,6 +19,7 @@ def load(base: Path, precision: str) -> LlamaRuntime:
     return LlamaRuntime.load(str(base), registry=Registry(), modes=load_modes(), precision=precision, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_in_float32_it_says_what_the_other_engine_says(zoo: Zoo, architecture: str, tied: bool) -> None:

@@ -31,6 +31,7 @@ def both(tmp_path: Path, kind: str, template: str | None) -> tuple[Any, Words]:
     return own, Words(tmp_path, facts_of(own))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", templates.KINDS)
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("special", [False, True], ids=["text", "tokens"])

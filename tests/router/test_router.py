@@ -79,6 +79,7 @@ def dense_logits(zoo: Zoo, folders: list[Path], ids: list[int], table: Tensor) -
         return model(torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["softmax", "independent", "top1"])
 def test_every_token_gets_the_weights_that_the_manual_promises(

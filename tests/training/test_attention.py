@@ -40,6 +40,7 @@ def step(base: Path, precision: str, *, widely: bool) -> tuple[float, Tensor]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gpt2", "opt"])
 def test_a_step_is_as_near_to_the_one_in_float32_as_before(zoo: Zoo, architecture: str) -> None:
     base = zoo.base(architecture)

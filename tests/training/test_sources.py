@@ -39,6 +39,7 @@ def as_lines(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_table_a_list_and_lines_are_the_same_examples(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ROWS), encoding="utf-8")
     made = [as_lines(tmp_path / "a.jsonl", ROWS), tmp_path / "a.json", as_parquet(tmp_path / "a.parquet", ROWS)]
