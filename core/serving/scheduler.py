@@ -34,6 +34,7 @@ from lora_rt.errors import LoraRtError
 
 _log = logging.getLogger("lora_rt.serving")
 _SHORT = 64  # tokens; prompts up to there may be read together whatever the padding
+_PATIENCE = 0.2  # seconds at most that rows wait for others that are about to join
 T = TypeVar("T")
 
 
@@ -81,6 +82,10 @@ class Scheduler:
         self.on_over: Callable[[Ticket], None] = lambda _ticket: None
         self.deliver: Callable[[Events], None] = hand_out
         """Given the events of a round all at once: to wake another thread for each of them costs that thread's turn."""
+        self.coming: Callable[[], int] = lambda: 0
+        """How many rows are being prepared."""
+        self._patient = True
+        self._lasted = 0.0  # seconds that the last step took
         self.broken = False
 
     def start(self) -> None:
@@ -116,6 +121,7 @@ class Scheduler:
             if not self._stopping and not self.broken:
                 for ticket in tickets:
                     insort(self._waiting, ticket, key=lambda one: one.number)
+                self._patient = True
                 self._changed.notify()
                 return
         self.deliver([(ticket, self._over(ticket, None, _stopped())) for ticket in tickets])
@@ -177,6 +183,7 @@ class Scheduler:
             calls, self._calls = self._calls, []
         for call in calls:
             call()
+        self._gather()
         self._dismiss()
         self._admit()
         if self._running:
@@ -186,6 +193,21 @@ class Scheduler:
         self._deliver()
         self._meter.load(len(self._waiting), len(self._running), self._kv_in_use())
         return True
+
+    def _gather(self) -> None:
+        """Wait for rows that are being prepared, and that there is room for: they are read together then.
+
+        Beside a step, which takes turns of milliseconds with them, what takes ten milliseconds takes a hundred, and the
+        step is late as well. Nobody waits longer than a step takes; and where nothing came of it, not again until
+        something does: it is an adapter that is being loaded.
+        """
+        end = time.monotonic() + min(_PATIENCE, self._lasted if self._running else _PATIENCE)
+        with self._changed:
+            before = len(self._waiting)
+            while self._patient and self.coming() and len(self._running) + len(self._waiting) < self._most:
+                if self._stopping or not self._changed.wait(end - time.monotonic()):
+                    self._patient = len(self._waiting) > before
+                    break
 
     def _dismiss(self) -> None:
         """Rows whose client has gone, or whose time is over, leave."""
@@ -231,10 +253,12 @@ class Scheduler:
         return longest <= _SHORT or longest * (len(lengths) + 1) <= 2 * (sum(lengths) + ticket.row.length)
 
     def _step(self) -> None:
+        began = time.monotonic()
         try:
             self._batch.step()
         except Exception as error:  # a mode's gate, or the memory: it is found out which row is to blame
             self._separate(error)
+        self._lasted = time.monotonic() - began
         self._report()
 
     def _report(self) -> None:

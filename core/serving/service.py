@@ -75,10 +75,12 @@ class Service:
             deterministic=settings.deterministic,
         )
         self.scheduler.on_over = self._over
+        self.scheduler.coming = lambda: self._preparing
         self.draining = False
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._asked = 0  # rows that were taken in and have not ended
+        self._preparing = 0  # those of them that the scheduler has not got yet
         self._flying: dict[str, list[Ticket]] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lora-rt-prepare")
 
@@ -137,6 +139,7 @@ class Service:
         with self._lock:
             self.check_open(rows)
             self._asked += rows
+            self._preparing += rows
             self._flying[name] = []
             number = next(self._numbers)
         arrived = time.monotonic()
@@ -149,11 +152,14 @@ class Service:
             finally:
                 with self._lock:
                     self._asked -= rows - len(tickets)
+                    self._preparing -= rows
                     if name in self._flying:
                         self._flying[name] = tickets
                     else:  # nobody wants it any more
                         for ticket in tickets:
                             ticket.cancelled.set()
+                if not tickets:
+                    self.scheduler.submit(())  # nobody is to wait for them any more
             self.scheduler.submit(tickets)
             return prepared
 

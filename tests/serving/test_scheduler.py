@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving import scheduler
 from lora_rt.core.serving.service import Ask, Service
 from lora_rt.core.serving.settings import Limits, ServeError, ServeSettings
 from lora_rt.core.serving.speaking import merged
@@ -71,6 +73,49 @@ def test_whoever_came_first_is_served_first(started: Service) -> None:
     started.start()
     settled(started)
     assert heard.ended() == [str(number) for number in range(6)]
+
+
+def test_rows_that_are_being_prepared_at_once_are_read_together(
+    started: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_PATIENCE", 60.0)
+    joined: list[int] = []
+    batch, prepared = started.scheduler._batch, started.preparer.rows
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.02)
+        return prepared(*given)
+
+    monkeypatch.setattr(started.preparer, "rows", slowly)
+    monkeypatch.setattr(batch, "add", lambda rows: joined.append(len(rows)) or type(batch).add(batch, rows))
+    started.start()
+    for number in range(4):
+        started.submit(ask(), str(number), Heard().listener(str(number)))
+    bad = started.submit(ask(model="nobody"), "bad", Heard().listener("bad"))
+    settled(started)
+    assert joined == [4]
+    with pytest.raises(LoraRtError, match="nobody"):
+        bad.result()
+
+
+def test_nobody_waits_for_long_for_a_row_whose_adapter_is_being_loaded(
+    started: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, heard, prepared = threading.Event(), Heard(), started.preparer.rows
+
+    def loading(asked: Ask, *rest: Any) -> Any:
+        assert asked.prompts != ["slow"] or loaded.wait(60)
+        return prepared(asked, *rest)
+
+    monkeypatch.setattr(started.preparer, "rows", loading)
+    started.start()
+    for name in ("quick", "slow"):
+        started.submit(ask(name, tokens=30), name, heard.listener(name))
+    while heard.ended() != ["quick"]:
+        time.sleep(0.002)
+    loaded.set()
+    settled(started)
+    assert heard.ended() == ["quick", "slow"]
 
 
 @pytest.mark.parametrize("started", [Limits(kv_bytes=260 * 512)], indirect=True)
