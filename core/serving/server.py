@@ -121,6 +121,7 @@ def serve(
     host, port = bound.getsockname()[:2]
     try:
         config = configured(app, 5)
+        bound.listen(config.backlog)  # whoever reads the address and comes at once waits, and is not refused
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         DrainingServer(config, service).run(sockets=[bound])
     finally:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,9 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
-from lora_rt.core.serving.server import configured
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving.server import configured, listen, serve
+from lora_rt.core.serving.settings import ServeSettings
 from support.cli import Cli, command_line
 from support.serving import asked
 from support.tiny import Zoo
@@ -44,6 +47,19 @@ def process(zoo: Zoo, project: Path, tmp_path: Path) -> Iterator[subprocess.Pope
     started.wait()
     assert started.stderr is not None
     started.stderr.close()
+
+
+def test_whoever_comes_as_soon_as_the_address_is_said_is_not_refused(runtime: Runtime) -> None:
+    class SaidError(Exception):
+        pass
+
+    def announce(url: str) -> None:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 5).close()
+        raise SaidError
+
+    settings = ServeSettings(port=0)
+    with listen(settings) as bound, pytest.raises(SaidError):
+        serve(runtime, settings, bound, announce=announce)
 
 
 def banner(process: subprocess.Popen[str]) -> tuple[str, str]:

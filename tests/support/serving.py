@@ -93,6 +93,7 @@ def live(
         extend(app, service)
     service.start()
     bound = listen(settings)
+    bound.listen()  # a client that comes before the server's loop runs waits for it
     server = uvicorn.Server(configured(app, 2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
