@@ -158,9 +158,7 @@ class Service:
                     else:  # nobody wants it any more
                         for ticket in tickets:
                             ticket.cancelled.set()
-                if not tickets:
-                    self.scheduler.submit(())  # nobody is to wait for them any more
-            self.scheduler.submit(tickets)
+                self.scheduler.submit(tickets)  # none where that failed: nobody is to wait for them any more
             return prepared
 
         return self._worker.submit(work)

@@ -26,16 +26,13 @@ _HUB = re.compile(
 )
 _INSTALL = "Install it with: pip install 'lora-rt[data]'"
 FORMS = "Give a .jsonl, .json or .parquet file, a folder of them, or a data set of the Hub as org/name"
-
-
 _OTHERS = {
+    **dict.fromkeys((".xls", ".xlsx", ".ods"), "a spreadsheet"),
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz"), "packed"),
     ".csv": "CSV",
     ".tsv": "TSV",
-    ".xls": "a spreadsheet",
-    ".xlsx": "a spreadsheet",
-    ".gz": "packed",
-    ".zip": "packed",
 }
+"""What people keep tables in besides, by a file's ending; refused by that name."""
 
 
 class DataError(LoraRtError):
