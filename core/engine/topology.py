@@ -37,7 +37,8 @@ class Site:
     `layout` says how rows and tokens lie in that input; None where that can't be told, as with an expert of several.
     `device` is where its output lies: layers of one model may lie on several. A site may be a parameter of the module:
     `leaf` then names it, and `experts` is how many matrices it holds, 0 for one (see `experts.py`).
-    `embeds` marks the embedding, whose input are token ids: `in_features` of them, looked up instead of multiplied.
+    `embeds` marks an embedding, whose input are token ids or positions: `in_features` of them, looked up instead of
+    multiplied.
     """
 
     name: str
@@ -245,18 +246,26 @@ def survey(model: Any) -> Topology:
             # A group of its own: any number that no other site has, and len(sites) grows with every site.
             place = (layer(name), len(groups) + len(sites), device, layout, one.leaf, one.experts)
             sites.append(Site(name, one.module, one.out_features, one.in_features, *place))
-    return Topology([*sites, *_embedding(model, len(groups) + len(sites))], lambda: find_heads(model, linears, sizes))
+    return Topology([*sites, *_embeddings(model, len(groups) + len(sites))], lambda: find_heads(model, linears, sizes))
 
 
-def _embedding(model: Any, group: int) -> list[Site]:
-    """The model's embedding, which has a group of its own."""
-    own = model.get_input_embeddings()
-    found = [(name, module) for name, module in bare_modules(model) if module is inner_of(own)]
+def _embeddings(model: Any, group: int) -> list[Site]:
+    """The model's embedding and others that lie outside the blocks (of positions), each a group of its own."""
+    own = inner_of(model.get_input_embeddings())
+    found = {
+        name: module
+        for name, module in bare_modules(model)
+        if isinstance(module, nn.Embedding) and (module is own or (_looks_up(module) and block_number(name) is None))
+    }
     return [
-        Site(name, m, m.embedding_dim, m.num_embeddings, None, group, device_of(model), embeds=True)
-        for name, m in found
-        if isinstance(m, nn.Embedding)
+        Site(n, m, m.embedding_dim, m.num_embeddings, None, group + i, _device_of(m, device_of(model)), embeds=True)
+        for i, (n, m) in enumerate(found.items())
     ]
+
+
+def _looks_up(module: nn.Embedding) -> bool:
+    """Whether it gives the rows that it is asked for; a subclass may ask for others than it is given (OPT's)."""
+    return type(module).forward is nn.Embedding.forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +302,10 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
         ):
             model(**forward.arguments(ids))
     except UNRUNNABLE as error:
-        text = f"{type(model).__name__} can't be run: {first_line(error)}"
-        raise BaseError(text, next_step="Use another base or --precision, and report this one") from error
+        text, advice = f"{type(model).__name__} can't be run", "Use another base or --precision, and report this one"
+        if model.get_input_embeddings().weight.dtype == torch.float16:
+            text, advice = f"{text} in float16, as int8 computes", "Use --precision int4, bfloat16 or float32"
+        raise BaseError(f"{text}: {first_line(error)}", next_step=advice) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -221,7 +221,7 @@ def _numbers(config: dict[str, Any]) -> list[str]:
     found += [f"lora_alpha is {text}" for text in [_alpha_problem(alpha)] if text]
     if not found and isinstance(rank, int) and isinstance(alpha, int | float):
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
-        if scaling > MAX_SCALING:
+        if abs(scaling) > MAX_SCALING:
             found.append(f"the scaling is {scaling:g} (alpha {alpha} at r {rank}), more than {MAX_SCALING:g}")
     return problems + found
 
@@ -233,8 +233,8 @@ def _rank_problem(value: Any) -> str:
 
 
 def _alpha_problem(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_RANK * MAX_SCALING:
-        return f"{shown(value)}, not a positive number that makes a scaling of at most {MAX_SCALING:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= MAX_RANK * MAX_SCALING:
+        return f"{shown(value)}, not a number but 0 that makes a scaling of at most {MAX_SCALING:g}"
     return ""
 
 

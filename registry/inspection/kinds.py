@@ -100,6 +100,7 @@ def way_out(problems: Iterable[str], folder: Path) -> str:
         ("PEFT's form first", "Save it anew in PEFT's form: adapter_config.json, and lora_A and lora_B of every layer"),
         ("is not a folder", "Give the folder that it lies in, with its adapter_config.json"),
         ("symbolic link", "Copy the files themselves into one folder, and give that"),
+        ("are loaded", "Save its tensors anew in float32 (safetensors.torch: load_file, float(), save_file)"),
         ("holds nothing", "Save it anew where it was trained, with all its weights gathered first (DeepSpeed, FSDP)"),
         ("matched safely", "Write the names of the modules out in its adapter_config.json, in place of the pattern"),
         ("adapter may replace", "Save the adapter alone (PEFT's save_pretrained), or merge it and give that to --base"),

@@ -86,10 +86,10 @@ def value_problems(facts: Mapping[str, TensorFacts], limit: float = MAX_ABSOLUTE
 
 
 def norm_problems(facts: Mapping[str, TensorFacts], modules: Iterable[LoraModule]) -> list[str]:
-    """Modules whose change of the base is out of all proportion: ||scaling B A|| <= scaling ||B|| ||A||."""
+    """Modules whose change of the base is out of all proportion: ||scaling B A|| <= |scaling| ||B|| ||A||."""
     problems = []
     for module in modules:
-        bound = module.scaling * facts[module.a_key].norm * facts[module.b_key].norm
+        bound = abs(module.scaling) * facts[module.a_key].norm * facts[module.b_key].norm
         if bound > MAX_DELTA_NORM:
             problems.append(f"{shown(module.module)}: scaling |B| |A| is {bound:.3g}, more than {MAX_DELTA_NORM:g}")
     return problems

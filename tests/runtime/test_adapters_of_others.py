@@ -324,6 +324,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Change, str]] = {
         ),
         "has no tensors",
     ),
+    "factors of float64": ({}, tensors(lambda found: {k: v.double() for k, v in found.items()}), "is F64"),
     "a field that means something": ({}, fields(time_travel=True), "'time_travel' is True"),
 }
 

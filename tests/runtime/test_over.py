@@ -368,6 +368,14 @@ def test_what_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
         Runtime.over(random_model(config_of("llama")), "a name")
 
 
+def test_a_model_that_does_not_run_in_float16_is_refused_with_precisions_that_may_do(tokenizer: Any) -> None:
+    model = random_model(config_of("llama")).half()
+    model.model.layers[0].mlp.up_proj.float()  # as DeepSeek V4 keeps some of its layers
+    with pytest.raises(LoraRtError, match="can't be run in float16, as int8 computes") as refusal:
+        Runtime.over(model, tokenizer)
+    assert "bfloat16" in str(refusal.value.next_step)
+
+
 def test_a_model_without_an_output_head_is_refused(tokenizer: Any) -> None:
     with pytest.raises(LoraRtError, match="not a causal language model"):
         Runtime.over(random_model(config_of("llama")).model, tokenizer)

@@ -34,6 +34,7 @@ ALONE = (
     "whole MLPs", "whole norms and all biases", "whole, tied by force", "a head, tied by force",
     "PiSSA of a compiled model, converted", "ranks and alphas by patterns", "layers by a pattern",
     "without r and alpha", "weights of linear layers", "the weight of a head",
+    "an embedding of positions", "negative alpha", "DoRA, negative alpha",
 )  # fmt: skip
 REFUSED = ("DoRA of the embedding", "PiSSA", "LoftQ", "X-LoRA", "Arrow", "QA-LoRA", "pickled", "weights of Conv1D")
 

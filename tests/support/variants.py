@@ -99,6 +99,10 @@ def _made() -> dict[str, Variant]:
         "an embedding, tied by force": Variant(
             {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, changes=tied
         ),
+        "an embedding of positions": Variant({"target_modules": ["c_attn", "wpe"], "fan_in_fan_out": True}, "gpt2"),
+        "negative alpha": Variant({"lora_alpha": -8, "alpha_pattern": {"v_proj": -3}}),
+        "negative alpha, rank-stabilised": Variant({"lora_alpha": -8, "use_rslora": True}),
+        "DoRA, negative alpha": Variant({"use_dora": True, "lora_alpha": -4}),
         "Conv1D": Variant({"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, "gpt2"),
         "Conv1D, said otherwise": Variant({"target_modules": ["c_attn", "c_fc"]}, "gpt2"),
         "rank-stabilised": Variant({"use_rslora": True}),
