@@ -9,9 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from lora_rt.core.base.precision import check_precision
+from lora_rt.core.base.source import parse_base
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.training.data import read_pairs
+
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
-    from lora_rt.core.requests.composition import Composition
     from lora_rt.core.runtime import Runtime
     from lora_rt.core.training.run import TrainResult
     from lora_rt.core.tuning.session import Fitted
@@ -110,8 +114,6 @@ def evaluate(
     Raises:
         LoraRtError: data, base or compositions can't be used.
     """
-    from lora_rt.core.training.data import read_pairs
-
     sets = {
         name: read_pairs(Path(given), ("scene", "text"), chats=True) if isinstance(given, str | Path) else given
         for name, given in data.items()
@@ -133,9 +135,7 @@ def prepare(base: str = "default", *, precision: str = "bfloat16") -> Path:
     Raises:
         LoraRtError: there is no such base, or it can't be converted.
     """
-    from lora_rt.core.base.precision import check_precision
     from lora_rt.core.base.prepare import prepare_base
-    from lora_rt.core.base.source import parse_base
 
     return prepare_base(parse_base(base), check_precision(precision)).folder
 
@@ -180,7 +180,6 @@ def tune(
     Raises:
         LoraRtError: settings, data, base or adapters can't be used, or nothing was found that beats the start.
     """
-    from lora_rt.core.requests.composition import Composition
     from lora_rt.core.tuning.settings import settings_for
 
     settings = settings_for(

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
-from torch import Tensor
+from torch import Tensor, ones_like, tensor
 
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
@@ -16,12 +16,11 @@ from lora_rt.core.base.precision import check_wish
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.batch import Batch
-from lora_rt.core.generation.given import given_batch
 from lora_rt.core.generation.messages import Prompt
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.row import PassInfo, check_numbers
 from lora_rt.core.generation.sampling import Sampling, Seeds, seeds_per_row
-from lora_rt.core.generation.scoring import answer_nll, choices_nll, whole_logits
+from lora_rt.core.generation.scoring import answer_nll, choices_nll, given_batch, whole_logits
 from lora_rt.core.requests.adapted import AdaptedBase
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.explaining import Explanation, explain
@@ -391,8 +390,6 @@ class Runtime:
         self, input_ids: Sequence[Sequence[int]], compositions: Compositions = None, scenes: str | None = None
     ) -> Plan | None:
         """The plan that one pass over these rows, all of one length, would run under; None is the base alone."""
-        from torch import ones_like, tensor
-
         rows = self.parts.rows(input_ids, compositions, scenes)
         ids = tensor([row.ids for row in rows], device=self.parts.lm.device)
         return self.parts.planner()(PassInfo.of(rows, ids, ones_like(ids)), rows)

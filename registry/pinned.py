@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError
+from lora_rt.registry.hub.pull import find_installed, install_pinned, obtain
 from lora_rt.registry.lock import Locked, read_lock, read_locked_compositions
 from lora_rt.registry.paths import at_path, folder_of
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, read_project
@@ -60,8 +61,6 @@ class PinnedNames:
         return found
 
     def _present(self, name: str, reference: Reference, pin: Locked | None, file: str) -> list[Resolved]:
-        from lora_rt.registry.hub.pull import find_installed
-
         why = _why(name, reference, pin, file)
         if reference.kind == "path":
             there = folder_of(self.folder, reference).is_dir()
@@ -72,8 +71,6 @@ class PinnedNames:
         return [replace(self.store.resolved(record), name=name, why=why) for record in records[:1]]
 
     def _obtain(self, name: str, reference: Reference, pin: Locked | None, file: str, *, offline: bool) -> Resolved:
-        from lora_rt.registry.hub.pull import install_pinned, obtain
-
         why = _why(name, reference, pin, file)
         if reference.kind == "path":
             return _as_pinned(at_path(self.folder, reference, why=why, name=name), pin)

@@ -23,6 +23,7 @@ from lora_rt.registry.errors import (
     UnknownAdapterError,
     WrongBaseError,
 )
+from lora_rt.registry.hub.pull import obtain
 from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
 from lora_rt.registry.project import LOCK_FILE
@@ -195,8 +196,6 @@ class Registry:
 
     def _from_hub(self, reference: Reference, offline: bool) -> Resolved:
         """From the store where it has the repository at this revision, otherwise from the Hub by way of the store."""
-        from lora_rt.registry.hub.pull import obtain
-
         item = obtain(self.store, reference, offline=offline)
         return replace(item, why=f"{reference.target} is a repository of the Hub")
 

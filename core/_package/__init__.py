@@ -16,8 +16,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.version import __version__
 
 if TYPE_CHECKING:
-    from lora_rt.core.evaluation.bootstrap import ratio_interval
-    from lora_rt.core.evaluation.matrix import TextLosses, text_losses
+    from lora_rt.core.evaluation.matrix import TextLosses, ratio_interval, text_losses
     from lora_rt.core.export.run import Exporter, export
     from lora_rt.core.programs import evaluate, prepare, train, tune
     from lora_rt.core.requests.composition import Composition, Term
@@ -58,7 +57,7 @@ _HOMES = {
     "evaluate": "lora_rt.core.programs",
     "export": "lora_rt.core.export.run",
     "prepare": "lora_rt.core.programs",
-    "ratio_interval": "lora_rt.core.evaluation.bootstrap",
+    "ratio_interval": "lora_rt.core.evaluation.matrix",
     "text_losses": "lora_rt.core.evaluation.matrix",
     "train": "lora_rt.core.programs",
     "tune": "lora_rt.core.programs",

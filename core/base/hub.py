@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_rt.core.base.source import BaseError, BaseSource
 from lora_rt.registry.errors import HubError
+from lora_rt.registry.hub.client import in_words, session
 
 
 def hub_name(source: BaseSource) -> str:
@@ -27,8 +28,6 @@ def fetch_config(source: BaseSource) -> Path:
 def explained(source: BaseSource) -> Iterator[None]:
     """Limit what the Hub may take within the block, and turn whatever goes wrong into a BaseError with a next step."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    from lora_rt.registry.hub.client import in_words, session
 
     name = hub_name(source)
     try:

@@ -1,13 +1,20 @@
-"""The precisions of the base: float32, bfloat16, float16, int8 and int4 (NF4 with double quantization)."""
+"""The precisions of the base: float32, bfloat16, float16, int8 and int4 (NF4 with double quantization); its device.
+
+What can be said of both without torch is said without importing it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lora_rt.core.base import gpus
 from lora_rt.errors import LoraRtError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +63,7 @@ def check_device(device: str) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and (here := gpus.count()) is not None:
+    if device.startswith("cuda") and (here := gpu_count()) is not None:
         _check_number(device, here)
 
 
@@ -167,3 +174,35 @@ def _check_cuda(device: torch.device, precision: Precision) -> None:
     if precision in ("bfloat16", "int4") and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name(device)
         raise LoraRtError(f"{name} does not compute in bfloat16", next_step="Use --precision float16 or int8")
+
+
+@lru_cache(maxsize=1)
+def gpu_count() -> int | None:
+    """The number of CUDA devices that this process sees, found without torch; None where only torch can tell."""
+    built = _built_for()
+    if built is None or built["hip"]:
+        return None
+    return _of_the_driver() if built["cuda"] else 0
+
+
+def _built_for() -> dict[str, bool] | None:
+    """Which devices the installed torch was built for, as its version file says."""
+    spec = find_spec("torch")
+    try:
+        text = (Path((spec and spec.origin) or "").parent / "version.py").read_text()
+    except OSError:
+        return None
+    found = {name: re.search(rf"^{name}\b[^=\n]*= *(.+)$", text, re.MULTILINE) for name in ("cuda", "hip")}
+    return {name: match[1].strip() != "None" for name, match in found.items() if match} if all(found.values()) else None
+
+
+def _of_the_driver() -> int | None:
+    """What NVIDIA's driver says; it heeds CUDA_VISIBLE_DEVICES as torch does."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    number = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(number)) != 0:
+        return None
+    return number.value

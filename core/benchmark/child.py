@@ -15,10 +15,14 @@ from pathlib import Path
 
 import torch
 
+from lora_rt.core.base.precision import check_precision, compute_dtype
+from lora_rt.core.base.reading import whole_tokenizer
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.results import Sample
 from lora_rt.core.benchmark.session import make_systems, repeat_of
 from lora_rt.core.benchmark.workloads import Origin, Workload
+from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.plugins.contract import IGNORE
 
 _BATCH = 8
 
@@ -85,8 +89,6 @@ def train_plainly(lesson: Lesson, folder: Path) -> Sample:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from lora_rt.core.base.precision import check_precision, compute_dtype
-
     base, device = lesson.origin.base, torch.device(lesson.origin.device)
     dtype = compute_dtype(check_precision(lesson.origin.precision))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": device})
@@ -122,10 +124,6 @@ def train_plainly(lesson: Lesson, folder: Path) -> Sample:
 
 def sequences(lesson: Lesson) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of every example: the scene through the chat template without loss, the text with it."""
-    from lora_rt.core.base.reading import whole_tokenizer
-    from lora_rt.core.generation.prompts import answer_ids, prompt_ids
-    from lora_rt.plugins.contract import IGNORE
-
     tokenizer = whole_tokenizer(lesson.origin.base)
     found = []
     for pair in map(json.loads, lesson.data.read_text().splitlines()):

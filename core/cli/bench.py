@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
-from lora_rt.core.benchmark.table import IDLE, noise, shown
+from lora_rt.core.benchmark.results import Measured, rows, settings
+from lora_rt.core.benchmark.table import IDLE, draw, noise, shown
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
     QUICK,
@@ -79,8 +80,6 @@ def bench(
             out.print(shown(document))
     _warn(noise(document))
     if plot is not None:
-        from lora_rt.core.benchmark.plot import draw
-
         draw(document, plot)
     if not whole:
         raise typer.Exit(_INTERRUPTED)
@@ -124,7 +123,6 @@ def _run(
 
         from lora_rt.core.benchmark.lab import Lab
         from lora_rt.core.benchmark.machine import Watch, machine, versions
-        from lora_rt.core.benchmark.results import Measured, rows, settings
         from lora_rt.core.benchmark.session import make_systems, measure
 
     if threads is not None:

@@ -9,12 +9,19 @@ import shlex
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
 
 from lora_rt.core.base.progress import console
+from lora_rt.registry import shadowing
+from lora_rt.registry.errors import StorageError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 out = console()
 err = console(stderr=True)
@@ -52,8 +59,6 @@ def check_output() -> None:
     except (OSError, ValueError):  # it is closed, or a program's own
         return
     if disk.f_bavail * disk.f_frsize < _ROOM:
-        from lora_rt.registry.errors import StorageError
-
         raise StorageError("the disk is full that the results are to be written to", next_step="Free some space")
 
 
@@ -70,8 +75,6 @@ def kept_if_unprinted(document: Any) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        from lora_rt.registry.errors import StorageError
-
         drop_output()
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", prefix="lora-rt-", suffix=".json", delete=False
@@ -91,16 +94,34 @@ class Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        from rich.markup import escape
-
         err.print(f"[yellow]note:[/] {escape(record.getMessage())}", soft_wrap=not err.is_terminal)
 
 
 def hear_notes() -> None:
     """Print the notes of registry and requests from now on; each is said once for a command."""
-    from lora_rt.registry import shadowing
-
     shadowing.say_hidden.cache_clear()
     for logger in (shadowing.LOGGER, *map(logging.getLogger, ("lora_rt.base", "lora_rt.requests"))):
         if not any(isinstance(handler, Notes) for handler in logger.handlers):
             logger.addHandler(Notes())
+
+
+@contextmanager
+def transfer() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for files on their way, on standard error; silent where that is no terminal.
+
+    Gives a function to call with a file's name, the bytes that arrived since the last call, and its size.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+        asking = progress.add_task("asking the Hub", total=None)
+
+        def report(name: str, arrived: int, size: int) -> None:
+            progress.update(asking, visible=False)
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=size)
+            progress.update(tasks[name], advance=arrived)
+
+        yield report

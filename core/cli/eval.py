@@ -81,21 +81,19 @@ def evaluate(
     examples = _read(data)
     check_output()
     matrix = _measure(columns, examples, base, precision, device, text)
+    from lora_rt.core.evaluation import shown
+
     # A picture that can't be written after all must not take the figures with it.
     if as_json:
         print_json(matrix.document())
     else:
-        from lora_rt.core.evaluation.table import TITLE, matrix_table
-
         with kept_if_unprinted(matrix.document()):
-            out.print(TITLE)
-            show_table(out, *matrix_table(matrix))
+            out.print(shown.TITLE)
+            show_table(out, *shown.matrix_table(matrix))
             if knob is not None:
                 out.print(knob.drawn(matrix), soft_wrap=True)
     if plot is not None:
-        from lora_rt.core.evaluation.plot import plot_knob, plot_matrix
-
-        plot_matrix(matrix, plot) if knob is None else plot_knob(matrix, knob, plot)
+        shown.plot_matrix(matrix, plot) if knob is None else shown.plot_knob(matrix, knob, plot)
 
 
 def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -19,6 +19,8 @@ from rich.markup import escape
 from lora_rt.core.cli.console import drop_output, err
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.terminal import harmless
+from lora_rt.registry.home import home
+from lora_rt.registry.packages import unreadable
 
 MISUSE: Any = typer.BadParameter.__mro__[1]
 """What typer raises for a command line that it can't read; its own name is private."""
@@ -105,7 +107,6 @@ def _about_packages(error: BaseException) -> bool:
     place = str(Path(importlib.metadata.__file__).parent)
     if not any(frame.filename.startswith(place) for frame in _frames(error)):
         return False
-    from lora_rt.registry.packages import unreadable
 
     damaged = unreadable()
     if not damaged:
@@ -123,8 +124,6 @@ def _frames(error: BaseException | None) -> Iterator[traceback.FrameSummary]:
 
 def _about_path(path: str) -> str:
     """What to do about a path that can't be used; where it is ours, the home is to blame."""
-    from lora_rt.registry.home import home
-
     if Path(path).is_relative_to(home()):
         return "Set LORA_RT_HOME to a folder that you can write"
     return "Check the path and its permissions"

@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.console import out, print_json, transfer
 from lora_rt.core.cli.session import session
-from lora_rt.core.cli.transfer import transfer
 from lora_rt.registry.errors import ProjectError
 from lora_rt.registry.lock import read_locked_compositions
 from lora_rt.registry.project import LOCK_FILE

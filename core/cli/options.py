@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_rt.core.base.precision import check_wish
 from lora_rt.core.cli.failures import usage
+from lora_rt.core.cli.session import session
 from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import UsageError
 from lora_rt.plugins.contract.cli import (
@@ -109,8 +111,6 @@ def _adapter_names(incomplete: str) -> list[str]:
 
 def _allow_base_mismatch(allowed: bool) -> bool:
     """Told to the session, whose registry hands out the adapters."""
-    from lora_rt.core.cli.session import session
-
     if allowed:
         session().allow_base_mismatch = True
     return allowed
@@ -118,9 +118,6 @@ def _allow_base_mismatch(allowed: bool) -> bool:
 
 def _multiply(wish: str | None) -> str | None:
     """Told to the session, which loads the base."""
-    from lora_rt.core.base.precision import check_wish
-    from lora_rt.core.cli.session import session
-
     with usage():
         session().multiply = check_wish(wish)
     return wish

@@ -10,6 +10,8 @@ import typer
 
 from lora_rt.core.cli.session import session
 from lora_rt.core.cli.table import COMMANDS
+from lora_rt.errors import LoraRtError
+from lora_rt.plugins.manager import PluginError, each
 
 if TYPE_CHECKING:
     from lora_rt.plugins.manager import ModeHost, Plugin
@@ -49,8 +51,6 @@ def plugin_commands(modes: ModeHost) -> dict[str, Any]:
     The name of a command of ours is refused. Of several commands of one name the plugin of that name has it, or the
     first.
     """
-    from lora_rt.plugins.manager import each
-
     plugins = modes.offering(_HOOK)
     offered = [
         (name, command, plugin)
@@ -75,7 +75,6 @@ def plugin_commands(modes: ModeHost) -> dict[str, Any]:
 def _commands_of(plugin: Plugin) -> dict[str, Any]:
     """What one plugin adds, built: typer reads the signatures of its functions only now."""
     from lora_rt.core.cli.services import CommandServices
-    from lora_rt.plugins.manager import PluginError
 
     app = typer.Typer()
     try:
@@ -97,8 +96,6 @@ def _named(command: Any, plugin: Plugin) -> Any:
 
 
 def _guard(command: Any, blame: Callable[[str, Exception], Exception]) -> None:
-    from lora_rt.errors import LoraRtError
-
     for inner in getattr(command, "commands", {}).values():
         _guard(inner, blame)
     own = command.callback

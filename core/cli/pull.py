@@ -8,8 +8,7 @@ import typer
 from rich.markup import escape
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.console import err, out, print_json
-from lora_rt.core.cli.transfer import transfer
+from lora_rt.core.cli.console import err, out, print_json, transfer
 from lora_rt.registry.errors import InvalidReferenceError
 from lora_rt.registry.hub.pull import pull as run
 from lora_rt.registry.reference import Reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -13,11 +13,9 @@ from rich.markup import escape
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.session import session
+from lora_rt.core.serving.settings import Limits, ServeSettings
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.packages import points_of
-
-if TYPE_CHECKING:
-    from lora_rt.core.serving.settings import ServeSettings
 
 _NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 _GIB = 2**30
@@ -111,7 +109,6 @@ def serve(
         raise UsageError(f"{' '.join(words)} is for another --engine", next_step="Name the base with --base")
     if any(find_spec(name) is None for name in _NEEDED):
         raise LoraRtError("the server needs more packages", next_step='Run: pip install "lora-rt[serve]"')
-    from lora_rt.core.serving.settings import Limits, ServeSettings
 
     settings = ServeSettings(
         host=host,

@@ -8,10 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import Progress
+
 from lora_rt.core.cli import console
+from lora_rt.core.cli.options import text_format
 from lora_rt.core.cli.session import session
+from lora_rt.core.requests.composition import Composition
+from lora_rt.core.training.data import check_fit, read_pairs
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import AdapterFiles
+from lora_rt.registry.durable import new_folder
+from lora_rt.registry.files import STATE, weights_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,22 +48,16 @@ class CommandServices:
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
         """A bar on standard error, where that is a terminal."""
-        from rich.progress import Progress
-
         with Progress(console=self.err, transient=True, disable=not self.err.is_terminal) as bar:
             task = bar.add_task(title, total=total)
             yield lambda done: bar.update(task, advance=1, description=done)
 
     def read_lines(self, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         """The objects of a JSONL file."""
-        from lora_rt.core.training.data import read_pairs
-
         return read_pairs(path, fields)
 
     def check_fit(self, lines: Sequence[Mapping[str, Any]], lengths: Sequence[int], runtime: Runtime) -> None:
         """Lines that are longer than the base's context are named."""
-        from lora_rt.core.training.data import check_fit
-
         check_fit(lines, lengths, runtime.parts.lm.capacity)
 
     def runtime(
@@ -71,8 +72,6 @@ class CommandServices:
     ) -> Runtime:
         """A runtime; what can be wrong with names is found out before the base is loaded."""
         from lora_rt.core.cli.compose.request import look_up
-        from lora_rt.core.cli.options import text_format
-        from lora_rt.core.requests.composition import Composition
 
         text = text_format(template_var, special_tokens)
         session().allow_base_mismatch = session().allow_base_mismatch or allow_base_mismatch
@@ -96,8 +95,6 @@ class CommandServices:
 
         from lora_rt.core.step.adapter import described_state
         from lora_rt.registry.card import AdapterCard, write_card
-        from lora_rt.registry.durable import new_folder
-        from lora_rt.registry.files import STATE, weights_in
 
         if not adapter.card:
             text = f"the adapter {adapter.name!r} has no register.json, in which its mode could stand"

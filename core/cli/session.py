@@ -8,7 +8,11 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lora_rt.core.base.precision import check_device, check_precision, check_wish
+from lora_rt.core.base.progress import step
+from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli.lean import import_lean
+from lora_rt.plugins.manager import load_modes
 
 if TYPE_CHECKING:
     from lora_rt.core.llama_cpp.runtime import LlamaRuntime
@@ -31,8 +35,6 @@ class Session:
     @cached_property
     def modes(self) -> ModeHost:
         """The installed modes."""
-        from lora_rt.plugins.manager import load_modes
-
         return load_modes()
 
     @cached_property
@@ -53,9 +55,6 @@ class Session:
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
-        from lora_rt.core.base.precision import check_device, check_precision, check_wish
-        from lora_rt.core.base.source import parse_base
-
         # What can be wrong with these is said before torch is imported, which takes seconds.
         parse_base(base)
         check_precision(precision)
@@ -75,7 +74,6 @@ class Session:
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
-        from lora_rt.core.base.precision import check_device, check_precision
         from lora_rt.core.llama_cpp.runtime import LlamaRuntime
 
         check_precision(precision)
@@ -91,8 +89,6 @@ def session() -> Session:
 
 def starting() -> AbstractContextManager[None]:
     """Something to see while torch and what stands on it are imported."""
-    from lora_rt.core.base.progress import step
-
     return step("starting")
 
 

@@ -8,9 +8,8 @@ import typer
 from rich.markup import escape
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.console import out, print_json, transfer
 from lora_rt.core.cli.session import session
-from lora_rt.core.cli.transfer import transfer
 from lora_rt.registry.lock import read_locked_compositions
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.sync import sync as run

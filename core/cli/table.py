@@ -39,7 +39,7 @@ COMMANDS = {
     "convert": Entry(
         "convert:convert", "Turn a pickled adapter, or one that changed its base, into a plain LoRA in safetensors."
     ),
-    "explain": Entry("explain.command:explain", "Show how much each register adds to the base, layer by layer."),
+    "explain": Entry("explain:explain", "Show how much each register adds to the base, layer by layer."),
     "scene": Entry("scene:scene", "Show which scene types a text is recognized as, as gates see them."),
     "serve": Entry(
         "serve:serve",

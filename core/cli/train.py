@@ -21,6 +21,7 @@ from lora_rt.core.step.settings import TrainSettings, check_targets
 from lora_rt.core.training.data import read_lines
 from lora_rt.core.training.destination import Destination
 from lora_rt.core.training.processes import speaking_once
+from lora_rt.core.training.run import train as run
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager.finding import OURS
 from lora_rt.registry.store import Store
@@ -156,7 +157,6 @@ def _train(given: dict[str, Any], config: Path | None, context: typer.Context) -
     settings = TrainSettings(**given)
     with starting():
         from lora_rt.core.training.rehearsal import rehearse
-        from lora_rt.core.training.run import train as run
 
     def show(prepared: Prepared) -> None:
         if config is not None or dry_run:

@@ -11,6 +11,7 @@ a trained bias              the difference from the base's
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,8 +102,6 @@ def side_by_side(one: Factors | None, other: Factors) -> Factors:
 
 def twin(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module that computes with other tensors, and shares the rest."""
-    import copy
-
     made = copy.copy(module)
     vars(made).pop("forward", None)
     made._parameters = dict(module._parameters)

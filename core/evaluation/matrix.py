@@ -9,13 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_rt.core.evaluation.bootstrap import Interval, ratio_interval
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.training.data import check_fit
 
+Interval = tuple[float, float]
+_RESAMPLES = 2000
 BASE = "base"
 _BATCH = 16
+
+
+def ratio_interval(
+    sums: NDArray[np.float64], counts: NDArray[np.int64], *, seed: int = 0, share: float = 0.95
+) -> Interval:
+    """The interval of sum(sums) / sum(counts), e.g. nats per token; both arrays (examples,)."""
+    rows = np.random.default_rng(seed).integers(0, len(sums), size=(_RESAMPLES, len(sums)))
+    ratios = sums[rows].sum(1) / counts[rows].sum(1)
+    tail = (1 - share) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

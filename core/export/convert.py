@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.export.errors import ExportError
 from lora_rt.registry.durable import check_new_folder
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, STATE, WEIGHTS, UnusableFileError, open_plain
@@ -177,7 +178,6 @@ def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
 def _first_factors(config: Mapping[str, Any], base: str) -> dict[str, Any]:
     """What PEFT begins with over this base, by the keys of an adapter's file."""
     from lora_rt.core.base.load import load_base
-    from lora_rt.core.base.silence import libraries_silenced
 
     loaded = load_base(base, "float32", "cpu")
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict

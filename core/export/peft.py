@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_rt.core.engine.stack import Factors
@@ -24,7 +25,6 @@ _PREFIX = "base_model.model."
 def write_peft_adapter(folder: Path, factors: Mapping[str, Factors], base: Outline) -> None:
     """Write the two files of an adapter; `factors` by module path, in the dtype to save."""
     _write_config(folder, factors, base)
-    from safetensors.torch import save_file
 
     biased = _biased(factors)
     tensors: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,8 +150,6 @@ def _chosen(given: str | Mapping[str, str], name: Any) -> str:
 
 
 def _check_variables(tokenizer: Any, source: str, variables: Mapping[str, Any]) -> None:
-    import inspect
-
     taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
     unknown = [key for key in variables if key in taken or not re.search(rf"\b{re.escape(key)}\b", source)]
     if unknown:

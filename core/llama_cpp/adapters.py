@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_rt.core.base.progress import step
+from lora_rt.core.export.errors import ExportError
 from lora_rt.core.llama_cpp.base import GgufBase
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term
@@ -92,7 +93,6 @@ class Adapters:
         return self._base.folder.with_name("llama.cpp-adapters") / hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def _write(self, term: Term, folder: Path) -> None:
-        from lora_rt.core.export.errors import ExportError
         from lora_rt.core.export.run import Exporter
 
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.base import default
+from lora_rt.core.base.bounded import hold_to_limits
 from lora_rt.core.base.identity import identify, sha256_of
 from lora_rt.core.base.prepare import keep, prepare_base
 from lora_rt.core.base.progress import step
+from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, parse_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.llama_cpp.words import FILE, Words, facts_of, same_words
@@ -116,9 +118,7 @@ def _write(text: str, words: Path, gguf: Path, folder: Path) -> None:
         gguf: the base's file.
         folder: to fill.
     """
-    from lora_rt.core.base.bounded import hold_to_limits
     from lora_rt.core.base.reading import whole_tokenizer
-    from lora_rt.core.base.silence import libraries_silenced
     from lora_rt.core.export.outline import outline
 
     with libraries_silenced(gguf=True), step(f"reading the words of {words.name} (once; they are kept)"):

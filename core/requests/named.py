@@ -1,14 +1,18 @@
-"""Named compositions inside compositions: `my-mix:0.5` stands for its terms, each weight times 0.5."""
+"""Named compositions inside compositions: `my-mix:0.5` stands for its terms, each weight times 0.5.
+
+What a bare name means during one request: a named composition, or an adapter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Protocol
 
 from lora_rt.core.requests.composition import Term
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.bases import BaseIdentity, use_base
-from lora_rt.registry.compositions import NamedComposition
+from lora_rt.registry.compositions import NamedComposition, NamedCompositions
 from lora_rt.registry.reference import Reference
 
 
@@ -59,3 +63,25 @@ def expanded(term: Term, compositions: NamedLookup, base: BaseFacts) -> list[Ter
         )
         for i in named.terms
     ]
+
+
+class RequestNames:
+    """Finds named compositions, each read once for all rows; an adapter that the caller loaded comes before one."""
+
+    def __init__(self, compositions: NamedCompositions, loaded: Container[str]) -> None:
+        """`loaded` are the resident names that the caller was given."""
+        self._compositions = compositions
+        self._loaded = loaded
+        self._found: dict[str, NamedComposition | None] = {}
+
+    def get(self, name: str) -> NamedComposition | None:
+        """The composition that a name means, or None where it means an adapter.
+
+        Raises:
+            StoreError: its file is damaged.
+        """
+        if name in self._loaded:
+            return None
+        if name not in self._found:
+            self._found[name] = self._compositions.get(name)
+        return self._found[name]

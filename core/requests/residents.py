@@ -27,8 +27,7 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.mixes import Mix, read_mix
-from lora_rt.core.requests.named import check_pin, expanded, named_composition
-from lora_rt.core.requests.names import RequestNames
+from lora_rt.core.requests.named import RequestNames, check_pin, expanded, named_composition
 from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_rt.core.requests.composition import Composition, InvalidCompositionError, Term
-from lora_rt.core.requests.named import named_composition
-from lora_rt.core.requests.names import RequestNames
+from lora_rt.core.requests.named import RequestNames, named_composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.errors import UnknownAdapterError

@@ -30,7 +30,7 @@ from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter
 from lora_rt.core.serving.ticket import Ticket
-from lora_rt.plugins.contract.view import AdapterView
+from lora_rt.plugins.contract.facts import AdapterView
 
 _LEAST = 64  # tokens; for fewer it does not pay to read a row by itself
 _MOST = 512  # entries, each of which is compared with a newcomer

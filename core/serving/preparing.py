@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from lora_rt.core.generation.messages import Prompt
 from lora_rt.core.generation.row import LengthError
 from lora_rt.core.generation.sampling import Sampling
@@ -130,8 +132,6 @@ class Preparer:
 
 def bytes_per_token(runtime: Runtime) -> int:
     """What a token of a row takes in the cache, found out with two of them."""
-    import torch
-
     lm = runtime.parts.lm
     if lm.keeping == "none":
         return 1

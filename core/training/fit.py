@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import Optimizer
 from lora_rt.core.training.checkpoints import Checkpoints, restore_state
 from lora_rt.core.training.evaluations import Evaluations
-from lora_rt.core.training.live import LiveLine
-from lora_rt.core.training.loggers import logging_callbacks
+from lora_rt.core.training.live import LiveLine, logging_callbacks
 from lora_rt.core.training.prepare import Prepared
 from lora_rt.core.training.processes import joined
 from lora_rt.core.training.trainer import Collator, ModeTrainer, Sequences, TrainingDivergedError
@@ -90,9 +91,6 @@ def fit(prepared: Prepared, folder: Path, checkpoint: Path | None) -> Fitted:
 
 def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpoints, Evaluations, LiveLine]:
     """The Trainer of a run, and what listens to its steps."""
-    from transformers import TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
     settings, processes = prepared.settings, joined()
     epoch = -(-len(prepared.training) // settings.batch_size)
     steps = epoch * settings.epochs

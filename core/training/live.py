@@ -1,8 +1,14 @@
-"""What a run shows while it goes: a live line with loss, speed and time left in a terminal, plain lines elsewhere."""
+"""What a run shows while it goes: a live line with loss, speed and time left in a terminal, plain lines elsewhere.
+
+Its figures may go to TensorBoard, W&B and Trackio besides, by transformers' own callbacks.
+"""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -57,3 +63,24 @@ class LiveLine(TrainerCallback):  # type: ignore[misc]
     def stop(self) -> None:
         """Give the terminal back, however the run ended."""
         self._progress.stop()
+
+
+def logging_callbacks(names: Sequence[str], folder: Path) -> list[Any]:
+    """Of each of the named trackers, which `TrainSettings.check` found installed.
+
+    Args:
+        names: of `lora_rt.core.step.settings.LOGGERS`.
+        folder: where TensorBoard's files go, unless TENSORBOARD_LOGGING_DIR says otherwise.
+    """
+    if not names:
+        return []
+    from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+    os.environ.setdefault("WANDB_PROJECT", "lora-rt")
+    kinds = {"tensorboard": TensorBoardCallback, "wandb": WandbCallback, "trackio": TrackioCallback}
+    made = {name: kinds[name]() for name in dict.fromkeys(names)}
+    if "tensorboard" in made:
+        made["tensorboard"].logging_dir = made["tensorboard"].logging_dir or str(folder)
+        text = f"see it with: tensorboard --logdir {made['tensorboard'].logging_dir}"
+        progress.console(stderr=True).print(text, markup=False, soft_wrap=True, highlight=False)
+    return list(made.values())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_rt.core.base.progress import console
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.core.training.data import read_lines
@@ -111,7 +112,6 @@ def check_run(settings: TrainSettings, modes: ModeHost, destination: Destination
 
 @libraries_silenced()
 def _execute(prepared: Prepared, destination: Destination, run: Path, *, resume: bool) -> TrainResult:
-    from lora_rt.core.base.progress import console
     from lora_rt.core.training.fit import fit
     from lora_rt.core.training.publish import check_publication
 

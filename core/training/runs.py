@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lora_rt.core.step.settings import SettingsError
 
 WHOLE = "lora-rt-whole"
@@ -21,8 +23,6 @@ def alone(run: Path) -> Iterator[None]:
     Raises:
         SettingsError: another one has it.
     """
-    from filelock import FileLock, Timeout
-
     lock = FileLock(run.with_name(run.name + ".lock"))
     try:
         lock.acquire(timeout=0)

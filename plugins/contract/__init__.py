@@ -8,16 +8,20 @@ from importlib import import_module
 from typing import Any
 
 from lora_rt.errors import LoraRtError, UsageError
-from lora_rt.plugins.contract.composing import ComposeContext, TermFacts
-from lora_rt.plugins.contract.facts import BaseFacts, SceneType
+from lora_rt.plugins.contract.composing import ComposeContext, Mixture, MixtureContext, TermFacts
+from lora_rt.plugins.contract.facts import (
+    AdapterView,
+    BaseFacts,
+    Registration,
+    SceneContext,
+    ScenePrediction,
+    SceneType,
+)
 from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
 from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
-from lora_rt.plugins.contract.mixture import Mixture, MixtureContext
 from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext, SceneToText
 from lora_rt.plugins.contract.options import OptionError, read_options
-from lora_rt.plugins.contract.scenes import Registration, SceneContext, ScenePrediction
 from lora_rt.plugins.contract.services import AdapterFiles, Services
-from lora_rt.plugins.contract.view import AdapterView
 
 __all__ = [
     "IGNORE",

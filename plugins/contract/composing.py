@@ -1,13 +1,12 @@
-"""Per request: the weights of a mode's terms, given the whole request."""
+"""Several adapters: the weights of a mode's terms in one request, and named compositions that a mode decides for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_rt.plugins.contract.facts import BaseFacts, SceneType
-from lora_rt.plugins.contract.view import AdapterView
+from lora_rt.plugins.contract.facts import AdapterView, BaseFacts, SceneType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,3 +40,36 @@ class ComposeContext:
         """The adapter of one term, as the other hooks see it."""
         term = self.terms[index]
         return AdapterView(term.name, term.card, term.state, self.base)
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureContext:
+    """What is to be mixed, before anything is fitted.
+
+    `adapters` and `weights` are those of the static composition that the fit starts from, in one order; `scene_types`
+    those that the data names, in the order of the data and without "neutral". `options` are the mode's own, as given to
+    `tune`. `hidden(depth)` gives the base's early hidden states after so many blocks (None: a quarter of them) on some
+    of the data's tokens, (tokens, hidden), with no adapter applied.
+    """
+
+    adapters: Sequence[str]
+    weights: Sequence[float]
+    scene_types: Sequence[str]
+    options: Mapping[str, str]
+    base: BaseFacts
+    hidden: Callable[[int | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What is fitted, and kept with the composition.
+
+    `state` are the tensors that `lora_rt_joint_gate` (and `lora_rt_scene`) will read in `composition.state`; those
+    through which a gradient leads are fitted, the others stay as they are. Every gate is 1 under the state given here.
+    `card` holds whatever else the mode wants to find in `composition.card`: JSON. `hidden_layers` says after how many
+    blocks the hooks get the early hidden state; None is a quarter of them.
+    """
+
+    state: Mapping[str, Tensor]
+    card: Mapping[str, Any] = field(default_factory=dict)
+    hidden_layers: int | None = None

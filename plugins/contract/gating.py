@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_rt.plugins.contract.facts import SceneType
-from lora_rt.plugins.contract.view import AdapterView
+from lora_rt.plugins.contract.facts import AdapterView, SceneType
 
 if TYPE_CHECKING:
     from torch import Tensor

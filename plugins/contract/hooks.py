@@ -14,13 +14,11 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from lora_rt.plugins.contract.composing import ComposeContext
+    from lora_rt.plugins.contract.composing import ComposeContext, Mixture, MixtureContext
+    from lora_rt.plugins.contract.facts import AdapterView, SceneContext, ScenePrediction
     from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
-    from lora_rt.plugins.contract.mixture import Mixture, MixtureContext
     from lora_rt.plugins.contract.objective import Objective, ObjectiveContext
-    from lora_rt.plugins.contract.scenes import SceneContext, ScenePrediction
     from lora_rt.plugins.contract.services import Services
-    from lora_rt.plugins.contract.view import AdapterView
 
 LORA_RT_API = 1
 """The version of this contract. A plugin module states the one that it was written for under the same name."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import (
     IGNORE,
     ComposeContext,
@@ -208,8 +209,6 @@ def _guard(objective: Objective, name: str, check: Callable[..., Any], blame: Bl
     own = getattr(objective, name)
 
     def guarded(*arguments: Any) -> Any:
-        from lora_rt.errors import LoraRtError
-
         try:
             return check(own(*arguments), *arguments)
         except LoraRtError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.byte_tokenizer import byte_tokenizer
+
 _SPECIAL = ["<|user|>", "<|answer|>", "<|end|>"]
 _TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|answer|>{% endif %}"
@@ -45,8 +47,6 @@ def tiny_base(folder: Path, *, seed: int = 0) -> Path:
 
 def _tokenizer() -> Any:
     """One token per byte, and the three of the chat template."""
-    from lora_rt.core.base.byte_tokenizer import byte_tokenizer
-
     *others, end = _SPECIAL
     tokenizer = byte_tokenizer(_SPECIAL, eos_token=end, pad_token=end, additional_special_tokens=others)
     tokenizer.chat_template = _TEMPLATE

@@ -12,6 +12,7 @@ from lora_rt.registry.errors import HubError
 from lora_rt.registry.files import LIMITS, MEGABYTE
 from lora_rt.registry.hub import internals, limits
 from lora_rt.registry.strict_json import shown
+from lora_rt.version import __version__
 
 if TYPE_CHECKING:
     import httpx2
@@ -30,8 +31,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def api() -> HfApi:
     """The Hub's client, with the token of its usual places; to be used within `explained` or `session`."""
     from huggingface_hub import HfApi
-
-    from lora_rt.version import __version__
 
     return HfApi(library_name="lora-rt", library_version=__version__)
 

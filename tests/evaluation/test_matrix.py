@@ -12,10 +12,8 @@ from rich.console import Console
 
 from lora_rt.core.base.picture import PlotError
 from lora_rt.core.cli.wrapping import show_table
-from lora_rt.core.evaluation.bootstrap import ratio_interval
-from lora_rt.core.evaluation.matrix import BASE, Matrix, TextLosses, evaluate, text_losses
-from lora_rt.core.evaluation.plot import plot_matrix
-from lora_rt.core.evaluation.table import matrix_table
+from lora_rt.core.evaluation.matrix import BASE, Matrix, TextLosses, evaluate, ratio_interval, text_losses
+from lora_rt.core.evaluation.shown import matrix_table, plot_matrix
 from lora_rt.core.generation.prompts import answer_ids, prompt_ids
 from support.tiny import Zoo
 

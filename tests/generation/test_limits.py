@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from lora_rt.core.base.load import load_base
-from lora_rt.core.generation.given import BatchError
 from lora_rt.core.generation.prompts import PromptError
 from lora_rt.core.generation.row import LengthError
 from lora_rt.core.generation.sampling import SamplingError
+from lora_rt.core.generation.scoring import BatchError
 from lora_rt.core.requests.rows import RequestError
 from lora_rt.core.runtime import Runtime
 from lora_rt.registry.registry import Registry

@@ -14,11 +14,11 @@ from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.plugin_commands import subcommands_of
 from lora_rt.core.cli.wrapping import WordWrap
+from lora_rt.core.requests.answered import Answer
 from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
     from lora_rt.core.llama_cpp.runtime import LlamaRuntime, LlamaStream
-    from lora_rt.core.requests.answered import Answer
     from lora_rt.core.requests.running import RowStream
     from lora_rt.core.runtime import Runtime
 
@@ -93,8 +93,6 @@ def show_terms(runtime: Runtime | LlamaRuntime, request: ComposeRequest) -> None
 
 
 def _answered(runtime: Runtime | LlamaRuntime, request: ComposeRequest, prompt: str) -> Answer:
-    from lora_rt.core.requests.answered import Answer
-
     started = time.perf_counter()
     (text,) = runtime.generate(
         [request.asked(prompt)], request.composition, scenes=request.scene, seed=request.seed, **request.sampling()

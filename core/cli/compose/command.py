@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from lora_rt.core.cli import options
+from lora_rt.core.cli.compose.answer import answer
+from lora_rt.core.cli.compose.chat import chat
+from lora_rt.core.cli.compose.compare import compare_answers
 from lora_rt.core.cli.compose.request import ComposeRequest, check_engine, normalized
 
 
@@ -95,14 +98,8 @@ def compose(
         needs_prompt=compare or as_json,
     )
     if request.prompt is None:
-        from lora_rt.core.cli.compose.chat import chat
-
         chat(request)
     elif compare:
-        from lora_rt.core.cli.compose.compare import compare_answers
-
         compare_answers(request, as_json=as_json, deterministic=deterministic)
     else:
-        from lora_rt.core.cli.compose.answer import answer
-
         answer(request, as_json=as_json)

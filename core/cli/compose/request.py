@@ -17,6 +17,7 @@ from lora_rt.core.cli.session import session
 from lora_rt.core.generation.messages import check_text
 from lora_rt.core.generation.prompts import template_variables
 from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.llama_cpp.server import check_installed
 from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.measured import outside
@@ -157,7 +158,6 @@ def check_engine(engine: str, *, base: str, precision: str, **only_torch: object
     if given:
         text = f"llama.cpp has no use for {' and '.join(given)}"
         raise UsageError(text, next_step=f"Leave {'it' if len(given) == 1 else 'them'} out, or use --engine {TORCH}")
-    from lora_rt.core.llama_cpp.server import check_installed
 
     check_installed()
 

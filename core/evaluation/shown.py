@@ -1,29 +1,32 @@
-"""The matrix as a picture: a heat map of the gain over the base, with the losses written in; and a knob's curve."""
+"""The matrix for people: as a table for the terminal, and as a picture; and a knob's curve."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from rich.text import Text
+
 from lora_rt.core.base.picture import canvas, check_plot, save
+from lora_rt.core.evaluation.matrix import BASE, Matrix
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.knob import Knob
-    from lora_rt.core.evaluation.matrix import Matrix
 
 _LONGEST_LABEL = 32
+_SHADES = ((1.0, "bold green"), (0.5, "green"), (0.05, "dim green"), (-0.05, "white"), (-10.0, "red"))
+
+
+TITLE = "negative log-likelihood, nats per response token (95% interval)"
 
 
 def plot_matrix(matrix: Matrix, path: Path) -> None:
-    """Write a PNG (or whatever the suffix says).
+    """A heat map of the gain over the base, with the losses written in: a PNG, or whatever the suffix says.
 
     Raises:
         PlotError: matplotlib is not installed, or the file can't be written.
     """
-    import numpy as np
-
-    from lora_rt.core.evaluation.matrix import BASE
-
     check_plot(path)
     names = list(matrix.losses)
     specs = list(next(iter(matrix.losses.values())))
@@ -47,8 +50,6 @@ def plot_knob(matrix: Matrix, knob: Knob, path: Path) -> None:
     Raises:
         PlotError: matplotlib is not installed, or the file can't be written.
     """
-    from lora_rt.core.evaluation.matrix import BASE
-
     check_plot(path)
     figure, axes = canvas().subplots(figsize=(6.4, 4.2), layout="constrained")
     intervals = matrix.intervals()
@@ -66,3 +67,24 @@ def plot_knob(matrix: Matrix, knob: Knob, path: Path) -> None:
 def _short(label: str) -> str:
     """A label that leaves room for the matrix: of a long one (a path) the end, which tells it from its neighbours."""
     return label if len(label) <= _LONGEST_LABEL else "..." + label[3 - _LONGEST_LABEL :]
+
+
+def matrix_table(matrix: Matrix) -> tuple[list[str], list[list[str | Text]]]:
+    """Columns (data sets, the base, the compositions) and rows; the lowest loss of a row is underlined."""
+    intervals = matrix.intervals()
+    specs = list(next(iter(matrix.losses.values())))
+    rows: list[list[str | Text]] = []
+    for data, row in matrix.losses.items():
+        base = row[BASE].mean
+        best = min(row, key=lambda spec: row[spec].mean)
+        cells: list[str | Text] = [data]
+        for spec in specs:
+            mean, (low, high) = row[spec].mean, intervals[data][spec]
+            style = _shade(base - mean) + (" underline" if spec == best else "")
+            cells.append(Text.assemble((f"{mean:.2f}", style), (f"\n{low:.2f} {high:.2f}", "dim")))
+        rows.append(cells)
+    return ["data", *specs], rows
+
+
+def _shade(gain: float) -> str:
+    return next((style for least, style in _SHADES if gain >= least), "bold red")
