@@ -48,6 +48,7 @@ _BEHIND = 3.0  # times the best: not tried again
 _GROWING = ("packed", "dense")  # ways whose time grows with the tokens at least as fast as that of the others
 _TURNS, _RUNS = 2, 3
 _POOL = 48 << 20  # bytes
+_COPIES = 256  # at most, of one weight: of a layer of four features (Gemma 3n has some) a million would fit in the pool
 
 _Name = TypeVar("_Name", bound=str)
 
@@ -224,7 +225,7 @@ class _Pool:
     def __init__(self, pool: Tensor, rows: int, width: int, kind: Copy, computed: torch.dtype) -> None:
         dtype = kept_in(kind, computed)
         numbers, size = pool.view(dtype), rows * width
-        starts = range(0, max(1, len(numbers) - size + 1), size)
+        starts = range(0, max(1, len(numbers) - size + 1), size)[:_COPIES]
         if len(numbers) < size:
             numbers = torch.full((size,), 0.5, dtype=dtype)
         self._weights = [numbers[start : start + size].view(rows, width) for start in starts]

@@ -278,6 +278,11 @@ def test_measuring_gives_every_way_of_every_kind_of_layer_a_time() -> None:
     assert set(found) == set(layers)
 
 
+def test_a_layer_of_four_features_is_measured_with_few_copies_of_its_weight() -> None:
+    pool = measured._Pool(torch.full((1 << 16,), 0.5), 4, 4, "blocked", torch.float32)
+    assert len(pool._weights) <= 256
+
+
 def test_layers_go_one_way_one_after_another_as_in_a_pass() -> None:
     ran: list[str] = []
     runs = {way: {what: partial(ran.append, f"{what} {way}") for what in "qk"} for way in ("dense", "packed")}
