@@ -19,6 +19,7 @@ from lora_rt.core.cli.session import starting
 from lora_rt.core.cli.wrapping import show_table
 from lora_rt.core.memory.workload import Device, Workload
 from lora_rt.core.step.settings import check_targets
+from lora_rt.core.training.processes import speaking_once
 from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,9 +51,16 @@ def plan(
         int | None, typer.Option("--labels", help="Tokens of a sequence that carry loss in training; all if left out.")
     ] = None,
     adapters: Annotated[int, typer.Option("--adapters", help="Adapters resident for inference.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="Processes that share the batch of a training step; the launcher's, else 1."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate the memory that a base takes, from its configuration alone: weights, adapters, KV cache, training."""
+    with speaking_once() as launched:
+        if not launched.first:
+            return
     if None not in (base, base_option):
         raise UsageError("there can be one base", next_step="Give it as an argument or with --base, not both")
     chosen_base = next((given for given in (base, base_option) if given is not None), "default")
@@ -66,6 +74,8 @@ def plan(
         seq=seq,
         adapters=adapters,
         labels=seq - 1 if labels is None else labels,
+        processes=launched.count if processes is None else processes,
+        sharded=launched.sharded,
     )
     with usage():
         workload.check()
@@ -106,10 +116,13 @@ def _print(made: MemoryPlan) -> None:
     facts = f"{made.parameters / 1e6:,.0f} M parameters, {int(made.base.text.num_hidden_layers)} layers"
     adapter = f"adapters of rank {w.r} on {', '.join(w.target_modules)}"
     out.print(f"[bold]{escape(made.base.name)}[/]: {facts}; {escape(adapter)}", soft_wrap=True)
-    size = f"{w.batch} x {w.seq} tokens on {'a CPU' if w.device == 'cpu' else 'a CUDA device'}; GiB"
+    device = "a CPU" if w.device == "cpu" else "a CUDA device"
     out.print()
-    _show_rows(f"inference, {size}", _inference_rows(made))
+    _show_rows(f"inference, {w.batch} x {w.seq} tokens on {device}; GiB", _inference_rows(made))
     out.print()
+    size = f"{w.rows('training')} x {w.seq} tokens on {device}; GiB"
+    if w.processes > 1:
+        size = f"each of {w.processes} processes {size} in each, and in all{', FSDP' if w.sharded else ''}"
     _show_rows(f"training, {size} (* with gradient checkpointing)", _training_rows(made))
     out.print()
     copies = [f"{gib(i.inference.copies)} in {i.precision}" for i in made.precisions if i.inference.copies]
@@ -152,7 +165,11 @@ def _inference_rows(made: MemoryPlan) -> list[dict[str, str]]:
 
 
 def _training_rows(made: MemoryPlan) -> list[dict[str, str]]:
+    count = made.workload.processes
+
     def row(memory: TrainingMemory, again: TrainingMemory | None) -> dict[str, int | None]:
+        peaks = memory.peak + made.process, None if again is None else again.peak + made.process
+        in_all = {"all": peaks[0] * count, "all*": None if peaks[1] is None else peaks[1] * count}
         return {
             "weights": memory.weights,
             "adapter": memory.adapter,
@@ -160,8 +177,9 @@ def _training_rows(made: MemoryPlan) -> list[dict[str, str]]:
             "optimizer": memory.optimizer,
             "activ.": memory.per_batch + memory.workspace,
             **({"process": made.process} if made.process else {}),
-            "peak": memory.peak + made.process,
-            "peak*": None if again is None else again.peak + made.process,
+            "peak": peaks[0],
+            "peak*": peaks[1],
+            **(in_all if count > 1 else {}),
         }
 
     return [{"precision": i.precision, **_shown(row(i.training, i.checkpointed))} for i in made.precisions]
@@ -181,17 +199,18 @@ def _fit_lines(made: MemoryPlan) -> list[str]:
     from lora_rt.core.memory.fit import DEVICES_GB, USES, best_fit
 
     lines = []
+    w = made.workload
     for size in DEVICES_GB:
-        parts = [f"{use} {_told(best_fit(made, use, size), made.workload)}" for use in USES]
+        parts = [f"{use} {_told(best_fit(made, use, size), w.rows(use), w.seq)}" for use in USES]
         lines.append(f"{size} GB: {'; '.join(parts)}")
     return lines
 
 
-def _told(fit: Fit | None, workload: Workload) -> str:
+def _told(fit: Fit | None, batch: int, seq: int) -> str:
     if fit is None:
         return "does not fit"
     how = fit.precision + (" with checkpointing" if fit.checkpointing else "")
-    if (fit.batch, fit.seq) == (workload.batch, workload.seq):
+    if (fit.batch, fit.seq) == (batch, seq):
         return f"in {how}, {gib(fit.size)} GiB (a batch of about {fit.most} would fit)"
     return f"in {how} with at most {fit.batch} x {fit.seq} tokens"
 
@@ -203,4 +222,6 @@ def _summary(made: MemoryPlan) -> str:
     text += f"{gib(train.training.peak + made.process)} GiB to train ({train.precision})"
     if train.checkpointed is not None:
         text += f", {gib(train.checkpointed.peak + made.process)} GiB with checkpointing"
+    if (count := made.workload.processes) > 1:
+        text += f", in each of {count} processes"
     return text

@@ -21,7 +21,10 @@ _TOUCHED = 112 << 20
 
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
-    """One precision. `training` is a step in one part, `checkpointed` the same with gradient checkpointing."""
+    """One precision. `training` is a step in one part, `checkpointed` the same with gradient checkpointing.
+
+    Where several processes share the batch, both are what one of them takes.
+    """
 
     precision: Precision
     inference: InferenceMemory
@@ -73,11 +76,12 @@ def _one(config: Any, precision: Precision, w: Workload) -> PrecisionPlan:
             precision,
             w.device,
             w.settings,
-            rows=w.batch,
+            rows=w.rows("training"),
             tokens=w.seq,
             labels=w.labels,
             optimizer=w.optimizer,
             checkpointing=checkpointing,
+            shards=w.processes if w.sharded else 1,
         )
 
     can = skeleton(config, precision).supports_gradient_checkpointing

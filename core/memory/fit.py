@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lora_rt.core.base.precision import PRECISIONS, Precision
 from lora_rt.core.memory.estimate import MemoryPlan
 from lora_rt.core.memory.inference import InferenceMemory
 from lora_rt.core.memory.training import TrainingMemory
+from lora_rt.core.memory.workload import Use
 
 DEVICES_GB = (24, 48, 80)
 """In units of 10^9 bytes. Cards of these names have a few per cent more; that is for the driver and for gaps."""
 
-Use = Literal["inference", "training"]
 USES: tuple[Use, ...] = ("inference", "training")
 
 
@@ -45,9 +45,10 @@ def best_fit(plan: MemoryPlan, use: Use, gigabytes: int) -> Fit | None:
     """The first precision, from float32 down, in which the workload fits; else as much of it as the smallest allows.
 
     Memory beyond what is fixed is taken to grow with rows and with tokens in proportion. None: not one token fits.
+    Of several processes that train, each has such a device, and its part of the batch.
     """
     room = gigabytes * 10**9 - plan.process
-    batch, seq = plan.workload.batch, plan.workload.seq
+    batch, seq = plan.workload.rows(use), plan.workload.seq
     choices = _choices(plan, use)
     for choice in choices:
         most = int((room - choice.fixed) / choice.per_row)
@@ -68,7 +69,7 @@ def _choices(plan: MemoryPlan, use: Use) -> list[_Choice]:
     """In the order of preference: what loses less comes first, and checkpointing, which takes time, second."""
     found = []
     for item in sorted(plan.precisions, key=lambda item: PRECISIONS.index(item.precision)):
-        rows = plan.workload.batch
+        rows = plan.workload.rows(use)
         if use == "inference":
             found.append(_Choice(item.precision, False, item.inference.fixed, item.inference.per_batch / rows))
             continue

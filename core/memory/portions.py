@@ -103,6 +103,7 @@ def bytes_needed(
     optimizer: Optimizer,
     accumulation: int,
     checkpointing: bool,
+    shards: int = 1,
 ) -> int:
     """Bytes that a run takes beside the loaded base, when its longest sequences meet in one part of a batch."""
     rows = min(settings.batch_size // accumulation, len(sequences))
@@ -118,6 +119,7 @@ def bytes_needed(
         labels=len(columns),
         optimizer=optimizer,
         checkpointing=checkpointing,
+        shards=shards,
     )
     return memory.peak - memory.weights
 

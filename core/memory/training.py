@@ -78,8 +78,13 @@ def plan_training(
     labels: int,
     optimizer: Optimizer,
     checkpointing: bool,
+    shards: int = 1,
 ) -> TrainingMemory:
-    """The memory of a run whose backward passes are over (rows, tokens), with labels in `labels` of the columns."""
+    """The memory of a run whose backward passes are over (rows, tokens), with labels in `labels` of the columns.
+
+    Args:
+        shards: how many processes keep the blocks' frozen weights in parts; each brings two blocks together at a time.
+    """
 
     def measure(base: Any, blocks: nn.ModuleList) -> tuple[int, ...]:
         model = with_adapter(base, settings, quietly=True).train()
@@ -99,16 +104,19 @@ def plan_training(
             with LiveMemory(resident(model)) as live:
                 peaks = _step(model, blocks[-1], live, rows, tokens, labels)
             states = sum(_state_bytes(parameter.numel(), optimizer) for parameter in trained)
-            return bytes_of(model), sum(parameter.nbytes for parameter in trained), states, *peaks
+            adapter = sum(parameter.nbytes for parameter in trained)
+            frozen = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in blocks]
+            return bytes_of(model), adapter, states, sum(frozen), max(frozen), *peaks
 
-    everything, adapter, states, *peaks = over_blocks(config, precision, measure)
+    everything, adapter, states, blocks, largest, *peaks = over_blocks(config, precision, measure)
+    elsewhere = blocks - blocks // shards
     return TrainingMemory(
-        weights=everything - adapter,
+        weights=everything - adapter - elsewhere,
         adapter=adapter,
         gradients=adapter,
         optimizer=states,
         activations=max(peaks),
-        workspace=largest_dequantized(skeleton(config, precision), precision),
+        workspace=largest_dequantized(skeleton(config, precision), precision) + (2 * largest if shards > 1 else 0),
         seen=4 * rows * labels * int(config.get_text_config().vocab_size) if device == "cpu" else 0,
     )
 

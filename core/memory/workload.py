@@ -10,6 +10,7 @@ from lora_rt.core.step.settings import Optimizer, TrainSettings
 from lora_rt.errors import LoraRtError
 
 Device = Literal["cpu", "cuda"]
+Use = Literal["inference", "training"]
 _MOST_TOKENS = 2**30  # beyond, sizes do not fit the 64 bits that tensors count with
 
 
@@ -19,7 +20,10 @@ class PlanError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is to be held in memory. `labels` are the tokens of a sequence that carry loss, while it trains."""
+    """What is to be held in memory. `labels` are the tokens of a sequence that carry loss, while it trains.
+
+    `processes` share the batch of a training step, each with the whole base or, `sharded`, with its part of the blocks.
+    """
 
     device: Device
     r: int
@@ -28,10 +32,12 @@ class Workload:
     seq: int
     adapters: int
     labels: int
+    processes: int = 1
+    sharded: bool = False
 
     def check(self) -> None:
         """Raises PlanError with everything that is out of range."""
-        least = {"r": 1, "batch": 1, "seq": 2, "adapters": 0, "labels": 1}
+        least = {"r": 1, "batch": 1, "seq": 2, "adapters": 0, "labels": 1, "processes": 1}
         problems = [f"{name} is {getattr(self, name)}; it must be at least {n}" for name, n in least.items()]
         problems = [p for p, (name, n) in zip(problems, least.items(), strict=True) if getattr(self, name) < n]
         most = {"r": 2**16, "batch": 2**16, "seq": 2**24, "adapters": 2**16}
@@ -42,12 +48,18 @@ class Workload:
         ]
         if not problems and self.batch * self.seq > _MOST_TOKENS:
             problems.append(f"batch x seq is {self.batch * self.seq}; it must be at most {_MOST_TOKENS}")
+        if not problems and self.batch % self.processes:
+            problems.append(f"batch is {self.batch}, which {self.processes} processes can't share evenly")
         if not self.target_modules:
             problems.append("there are no target modules; name some, or all-linear")
         if self.labels >= self.seq:
             problems.append(f"labels is {self.labels}; it must be below seq, {self.seq}: a first token has none before")
         if problems:
             raise PlanError("this can't be planned", problems=problems, next_step="See: lora-rt plan --help")
+
+    def rows(self, use: Use) -> int:
+        """How many of the sequences a process has at once."""
+        return self.batch // self.processes if use == "training" else self.batch
 
     @property
     def optimizer(self) -> Optimizer:

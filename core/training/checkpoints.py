@@ -90,7 +90,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     def listening(self) -> Iterator[None]:
         """Within the block a first Ctrl-C asks for a checkpoint after the current step, a second one stops at once.
 
-        A launcher of several processes passes it on as SIGTERM, which asks for the same.
+        Of several processes each may be the one that is asked. A launcher passes Ctrl-C on to all of them, and stops
+        those that are left when one has ended by SIGTERM, which asks for the same.
         """
 
         def ask(number: int, _frame: FrameType | None) -> None:

@@ -40,7 +40,8 @@ Example = tuple[Line, list[Encoded]]
 class Prepared:
     """A run before its first step. `model` is the base with a fresh adapter, and the mode's state where it has one.
 
-    `packed`: rows go through it one behind the other (`lora_rt.core.step.packing`).
+    `packed`: rows go through it one behind the other (`lora_rt.core.step.packing`). `copies`: bytes of the base's dense
+    copies.
     """
 
     settings: TrainSettings
@@ -55,6 +56,7 @@ class Prepared:
     model: Any
     gates: RankGates
     packed: bool = False
+    copies: int = 0
 
     @property
     def resolved(self) -> TrainSettings:
@@ -88,7 +90,8 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         raise SettingsError(why, next_step="Use --precision bfloat16, or launch without FSDP")
     with processes.first_before_others():  # it converts and measures what is then there for all
         base = load_base(settings.base, settings.precision, settings.device, for_training=True)
-        Products(base.model, for_training=True).keep()  # before it is looked how much memory is free
+        products = Products(base.model, for_training=True)
+        products.keep()  # before it is looked how much memory is free
     text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
     objective = objective_of(settings, modes, base, text)
     training, held_out = examples_of(settings, objective, base)
@@ -124,6 +127,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         model=model,
         gates=gates,
         packed=packed,
+        copies=products.nbytes,
     )
 
 

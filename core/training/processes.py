@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out")
+"""What gloo and NCCL say of a process that is not there any more."""
 _SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -61,7 +63,8 @@ class Processes:
         if self.count > 1:
             import torch.distributed
 
-            torch.distributed.all_reduce(values)
+            with _all_there():
+                torch.distributed.all_reduce(values)
         return values
 
     def shared(self, value: T | None) -> T:
@@ -72,7 +75,8 @@ class Processes:
         import torch.distributed
 
         box = [value]
-        torch.distributed.broadcast_object_list(box)
+        with _all_there():
+            torch.distributed.broadcast_object_list(box)
         return box[0]  # type: ignore[return-value]
 
     @contextmanager
@@ -89,7 +93,24 @@ class Processes:
         if self.count > 1:
             import torch.distributed
 
-            torch.distributed.barrier()
+            with _all_there():
+                torch.distributed.barrier()
+
+
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """Within the block, processes exchange something.
+
+    Raises:
+        LoraRtError: one of them has ended, which the others notice by its silence.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _GONE):
+            raise
+        step = "See what it said; with --resume the run goes on from its newest checkpoint"
+        raise LoraRtError("another process of this run has ended, and so it stops", next_step=step) from error
 
 
 @cache
@@ -144,6 +165,11 @@ def cut(model: Any, device: str) -> None:
         # Said, since torch leaves the outermost module whole after a pass, and each block is one. An evaluation would
         # leave them whole, a checkpoint cut them again in the first process alone, and all wait for one another.
         fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
+
+
+def here(tensor: Any) -> Tensor:
+    """What this process keeps of a tensor, which `cut` may have cut."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
 @contextmanager

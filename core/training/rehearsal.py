@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError
+from lora_rt.core.memory.estimate import process_bytes
 from lora_rt.core.memory.portions import bytes_needed
 from lora_rt.core.memory.workload import PlanError
 from lora_rt.core.step.settings import TrainSettings
 from lora_rt.core.training.fit import make_trainer
 from lora_rt.core.training.prepare import Prepared, prepare
+from lora_rt.core.training.processes import here, joined
 from lora_rt.plugins.contract import IGNORE, Encoded
 from lora_rt.plugins.manager import ModeHost
 
@@ -30,6 +32,8 @@ _FORWARD = 1 / 3  # of a step's work, which is a forward pass and a backward pas
 class Rehearsal:
     """Sizes in bytes, times in seconds. `needed` is what the run takes beside the base, None where it isn't planned.
 
+    They are those of one process: its `base`, and its `program` where that takes of the same memory. `processes` share
+    the run.
     `seconds_per_step` is of a step that was made, over sequences of middle length.
     """
 
@@ -41,7 +45,9 @@ class Rehearsal:
     epochs: float
     steps: int
     batch_size: int
+    processes: int
     base: int
+    program: int
     needed: int | None
     free: int
     seconds_per_step: float
@@ -51,7 +57,12 @@ class Rehearsal:
         """What it is about, and the figure in words."""
         memory = f"{self.base / _GIB:.3g} GiB of the base"
         if self.needed is not None:
-            memory = f"{(self.base + self.needed) / _GIB:.3g} GiB, {memory} in it (planned)"
+            peak = (self.base + self.program + self.needed) / _GIB
+            each, whole = "", ""
+            if (count := self.processes) > 1:
+                each, whole = f" in each of {count} processes", f", {peak * count:.3g} in all"
+            program = f" and {self.program / _GIB:.3g} of the program" if self.program else ""
+            memory = f"{peak:.3g} GiB{each} at most{whole} (planned), with {memory}{program}"
         step = f"a step of middle length took {self.seconds_per_step:.2g} s here (measured)"
         return [
             ("examples", f"{self.examples} to train on, {self.held_out} held out"),
@@ -69,7 +80,9 @@ def rehearse(settings: TrainSettings, modes: ModeHost, ready: Callable[[Prepared
     Raises:
         LoraRtError: what a run would raise before its first step.
     """
+    program = process_bytes()  # while there is no base in it
     prepared = prepare(settings, modes)
+    processes = joined()
     if ready is not None:
         ready(prepared)
     rows, size = prepared.training, settings.batch_size
@@ -86,7 +99,9 @@ def rehearse(settings: TrainSettings, modes: ModeHost, ready: Callable[[Prepared
         epochs=settings.epochs,
         steps=max(1, round(steps * settings.epochs)),
         batch_size=size,
-        base=sum(p.nbytes for p in prepared.model.parameters() if not p.requires_grad),
+        processes=processes.count,
+        base=sum(here(p).nbytes for p in prepared.model.parameters() if not p.requires_grad) + prepared.copies,
+        program=program if prepared.base.device.type == "cpu" else 0,
         needed=_needed(prepared),
         free=free_bytes(str(prepared.base.device)),
         seconds_per_step=seconds,
@@ -99,12 +114,14 @@ def _tokens(rows: Sequence[Encoded]) -> int:
 
 
 def _needed(prepared: Prepared) -> int | None:
-    picked = prepared.portions
+    """Bytes that a process takes beside its base: it has its part of a batch."""
+    picked, processes = prepared.portions, joined()
     sequences = [*prepared.training, *prepared.held_out]
+    settings = replace(prepared.settings, batch_size=prepared.settings.batch_size // processes.count)
+    shards = processes.count if processes.sharded else 1
+    ways = picked.optimizer, picked.accumulation, picked.checkpointing
     try:
-        return bytes_needed(
-            prepared.settings, prepared.base, sequences, picked.optimizer, picked.accumulation, picked.checkpointing
-        )
+        return bytes_needed(settings, prepared.base, sequences, *ways, shards)
     except (PlanError, BaseError):  # a model that computes with what only its data tells
         return None
 

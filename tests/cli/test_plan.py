@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_rt.core.training import processes
+from lora_rt.core.training.processes import Processes
 from support.cli import Cli
 from support.hub import LocalHub
 from support.tiny import Zoo
@@ -40,6 +42,26 @@ def test_the_parts_add_up_in_json(cli: Cli, zoo: Zoo) -> None:
 
 
 @pytest.mark.slow
+def test_processes_that_a_launcher_started_share_the_step_and_one_of_them_says_what_each_and_all_take(
+    cli: Cli, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["plan", str(zoo.base("llama")), "--device", "cuda", "--precision", "float32", "--seq", "16"]
+    half = json.loads(cli(*given, "--json", "--batch", "2").out)["precisions"]["float32"]
+    shared = json.loads(cli(*given, "--json", "--batch", "4", "--processes", "2").out)["precisions"]["float32"]
+    assert shared["training"] == half["training"]
+    assert shared["inference"]["kv_cache"] == 2 * half["inference"]["kv_cache"]
+
+    monkeypatch.setattr(processes, "told", lambda: Processes(0, 2, sharded=True))
+    said = cli(*given, "--batch", "4").out
+    assert "each of 2 processes 2 x 16 tokens" in said
+    assert "all*" in said
+    cut = json.loads(cli(*given, "--json", "--batch", "4").out)["precisions"]["float32"]["training"]
+    assert 0.5 * half["training"]["weights"] < cut["weights"] < 0.8 * half["training"]["weights"], "head and embedding"
+    monkeypatch.setattr(processes, "told", lambda: Processes(1, 2))
+    assert cli(*given).out == ""
+
+
+@pytest.mark.slow
 def test_on_a_cuda_device_adapters_take_the_base_s_dtype_and_the_optimizer_is_paged(cli: Cli, zoo: Zoo) -> None:
     common = [str(zoo.base("llama")), "--json", "--precision", "bfloat16", "--r", "32", *SMALL]
     cpu = json.loads(cli("plan", *common, "--device", "cpu").out)
@@ -64,6 +86,7 @@ def test_of_a_repository_the_configuration_alone_is_fetched(cli: Cli, zoo: Zoo, 
         (["--precision", "int3"], "no precision 'int3'"),
         (["--batch", "0", "--seq", "1"], "batch is 0"),
         (["--seq", "9" * 17], f"seq is {'9' * 17}; it must be at most 16777216"),
+        (["--batch", "3", "--processes", "2"], "batch is 3, which 2 processes can't share evenly"),
         (["--batch", "65536", "--seq", "16777216"], "batch x seq is 1099511627776; it must be at most 1073741824"),
     ],
 )

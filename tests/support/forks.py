@@ -10,13 +10,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "matplotlib")
 WARM = ("torch", "transformers", "peft", "lora_rt.core.runtime", "lora_rt.core.training.run")
@@ -120,6 +124,27 @@ class Forks:
         """Several runs of the same at once, each with these variables more: as a launcher starts them."""
         asked = {"arguments": [*arguments], "without": "", "largest": 0}
         return self._runs([asked | {"environment": os.environ | more} for more in environments])
+
+    @contextmanager
+    def interrupting(self, number: int, at: str) -> Iterator[None]:
+        """Within the block, one of the runs that go together gets a Ctrl-C when the first one has said `at`."""
+        over = threading.Event()
+
+        def watch() -> None:
+            said = self._folder / "err0"
+            while not over.wait(0.02):
+                children = sorted(child.pid for child in psutil.Process(self._process.pid).children())
+                if children and said.exists() and at in said.read_text():
+                    os.kill(children[number], signal.SIGINT)
+                    return
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watching.join()
 
     def _runs(self, asked: list[dict[str, Any]]) -> list[Run]:
         assert self._process.stdin

@@ -23,6 +23,7 @@ from lora_rt.core.training import processes
 from lora_rt.core.training.prepare import prepare
 from lora_rt.core.training.processes import Processes
 from lora_rt.core.training.run import TrainResult, train
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import load_modes
 from support.forks import Forks
 
@@ -61,10 +62,10 @@ def assert_trained_alike(folder: Path, alone: TrainResult) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains_even_if_ctrl_c_came_between(
+def test_two_processes_train_what_one_trains_even_if_ctrl_c_came_to_their_launcher_and_to_one_of_them(
     settings: Make, tmp_path: Path, warm: Forks
 ) -> None:
-    chosen = settings(dropout=0.0, epochs=20)
+    chosen = settings(dropout=0.0, epochs=12)
     alone = train(chosen, load_modes(), tmp_path / "one")
     given = arguments(chosen, tmp_path / "two")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
@@ -81,12 +82,19 @@ def test_two_processes_train_what_one_trains_even_if_ctrl_c_came_between(
     assert said.count("the checkpoint is kept") == 1
     assert not (tmp_path / "two").exists()
 
+    with warm.interrupting(1, "step 21/72"):
+        both = warm.together([*given, "--resume"], told_by_a_launcher(free_port()))
+    assert [run.code for run in both] == [1, 1], both[0].err + both[1].err
+    assert "the checkpoint is kept" in both[0].err
+    assert (both[1].out, both[1].err) == ("", "")
+    assert not (tmp_path / "two").exists()
+
     first, second = warm.together([*given, "--resume"], told_by_a_launcher(free_port()))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.out.count("trained ") == 1
     assert (second.out, second.err) == ("", "")
-    assert "120 steps" in first.out
-    assert "step 12/120" not in first.err, "it went on from the checkpoint"
+    assert "72 steps" in first.out
+    assert "step 21/72" not in first.err, "it went on from the checkpoint"
     assert_trained_alike(tmp_path, alone)
 
 
@@ -131,6 +139,16 @@ def test_who_would_have_nothing_to_do_takes_an_idle_part_where_all_have_to_pass(
     assert apart == [["a", "c"], ["b"]]
     together = [Processes(rank, 2, sharded=True).mine(parts, "idle") for rank in range(2)]
     assert together == [["a", "c"], ["b", "idle"]]
+
+
+def test_the_end_of_another_process_is_said_and_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_tensor: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:28817")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", gone)
+    with pytest.raises(LoraRtError, match="another process of this run has ended") as caught:
+        Processes(0, 2).summed(torch.zeros(1))
+    assert "--resume" in str(caught.value.next_step)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from lora_rt.core.step.runfile import read_run, written
 from lora_rt.core.step.settings import SettingsError, TrainSettings
+from lora_rt.core.training.rehearsal import Rehearsal
 from lora_rt.core.training.run import train
 from lora_rt.plugins.manager import load_modes
 from support.cli import Cli
@@ -114,6 +115,15 @@ def test_a_dry_run_tells_what_a_run_would_be_and_writes_nothing(settings: Make, 
     new = {path.name for path in set(tmp_path.rglob("*")) - before}
     assert "made" not in new
     assert not [name for name in new if name.startswith(("checkpoint", "adapter", "letters"))]
+
+
+def test_a_dry_run_of_several_processes_tells_the_memory_of_each_and_of_all() -> None:
+    sizes = {"base": 2**30, "program": 2**29, "needed": 2**29, "free": 2**33, "tokens": 1, "labels": 1, "longest": 1}
+    counts = {"examples": 1, "held_out": 1, "epochs": 1.0, "steps": 1, "batch_size": 2}
+    found = Rehearsal(**sizes, **counts, processes=2, seconds_per_step=1.0, seconds=1.0)
+    memory = dict(found.lines())["memory"]
+    assert memory.startswith("2 GiB in each of 2 processes at most, 4 in all (planned)")
+    assert "1 GiB of the base and 0.5 of the program" in memory
 
 
 @pytest.mark.slow
