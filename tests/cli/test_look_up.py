@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lora_rt.plugins.manager import ModeHost
+from lora_rt.registry.files import WEIGHTS
+from lora_rt.registry.registry import Registry
+from lora_rt.registry.store import Store
 from support.adapters import BASE, CARD, CONFIG, adapter_files, write_adapter
+from support.cli import Cli
 from support.forks import Forks
+from support.hub import LocalHub
+from support.tiny import Zoo
 
 COMMANDS = (
     ["compose", "-p", "x"],
@@ -40,3 +52,60 @@ def test_an_adapter_that_can_not_be_used_is_refused_before_torch_is_imported(
     )
     assert says in " ".join(done.err.split())
     assert (done.code, done.heavy) == (1, frozenset())
+
+
+_watching: list[list[str]] = []
+
+
+def _note(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and _watching:
+        _watching[-1].append(str(arguments[0]))
+
+
+sys.addaudithook(_note)  # can't be taken away again; hears every file that Python opens
+
+
+def test_a_whole_answer_opens_each_weight_file_once_and_modes_and_registry_too(
+    zoo: Zoo, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the look at names to the last token: what was checked is what is loaded. One is stored, the other a path."""
+    stored, given = (Path(shutil.copytree(zoo.adapter("llama", seed=s), tmp_path / f"a{s}")) for s in (1, 2))
+    with Store().staging() as staged:
+        Store().publish(shutil.copytree(stored, staged, dirs_exist_ok=True), "kept", source="here", revision=None)
+    made: list[str] = []
+    for kind in (Registry, ModeHost):
+        once = kind.__init__
+        noting = functools.partialmethod(_begun, once, made, kind.__name__)
+        monkeypatch.setattr(kind, "__init__", noting)
+    monkeypatch.setattr("safetensors.safe_open", None)  # it reads without Python's knowledge
+    opened: list[str] = []
+    _watching.append(opened)
+    try:
+        base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+        done = cli("compose", "kept:0.7", f"{given}:0.3", "-p", "x", "--max-new-tokens", "2", "--json", *base)
+    finally:
+        _watching.pop()
+    assert done.code == 0, done.err
+    assert [term["name"] for term in json.loads(done.out)["terms"]] == ["kept", "a2"]
+    assert sum(Path(path).name == WEIGHTS and str(zoo.base("llama")) not in path for path in opened) == 2
+    assert sorted(made) == ["ModeHost", "Registry"]
+
+
+def _begun(self: object, once: Callable[..., None], made: list[str], name: str, *given: Any, **named: Any) -> None:
+    made.append(name)
+    once(self, *given, **named)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_of_a_base_on_the_hub_nothing_is_fetched_for_an_adapter_of_another_one(
+    command: list[str], tmp_path: Path, light: Forks, hub: LocalHub
+) -> None:
+    hub.commit("org/base", {"config.json": b"{}", "model.safetensors": b"large"})
+    files = adapter_files(card=True) | {"register.json": json.dumps(CARD | {"base": BASE}).encode()}
+    write_adapter(tmp_path / "theirs", files)
+    (tmp_path / "d.jsonl").write_text('{"scene": "a", "text": "b"}\n' * 8)
+    name, *options = [word.replace("d.jsonl", str(tmp_path / "d.jsonl")) for word in command]
+    done = light([name, str(tmp_path / "theirs"), *options, "--base", "org/base"])
+    assert (done.code, done.heavy) == (1, frozenset()), done.err
+    assert "it was made for the base 'tests/tiny-base'" in " ".join(done.err.split())
+    assert hub.requests == []

@@ -16,6 +16,7 @@ from lora_rt.plugins.manager import OTHERS, SECONDS_VARIABLE, UnknownModeError, 
 from lora_rt.plugins.testing import InlinePoint, compose_context, gate_context, objective_context
 from lora_rt.registry.registry import Registry
 from support.plugins import plugin, point
+from support.tiny import Zoo
 
 run = CliRunner().invoke
 
@@ -60,6 +61,18 @@ def test_what_needs_no_plugin_imports_none(sleeper: Any, installed: Any) -> None
         host.require("nobody")
     assert run(app, ["show", "emotion", "--json"]).exit_code == 0
     assert run(app, ["hello"]).stdout == "hello\n"
+    assert sleeper.imported == []
+
+
+def test_a_composition_over_built_in_modes_is_answered_without_a_stranger(
+    sleeper: Any, installed: Any, zoo: Zoo
+) -> None:
+    """From the command's first look to its last token."""
+    installed(sleeper)
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    done = run(app, ["compose", str(zoo.adapter("llama", seed=1)), "-p", "x", "--max-new-tokens", "2", *base, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["terms"][0]["mode"] == "output-only"
     assert sleeper.imported == []
 
 

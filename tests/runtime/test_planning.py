@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, ClassVar
 
 import pytest
@@ -41,6 +42,23 @@ def test_the_mode_of_a_term_decides_its_weight(zoo: Zoo) -> None:
     assert plan is not None
     with torch.inference_mode(), plan.running(*ids.shape):
         assert_close(found, plain.model(input_ids=ids).logits, **EXACT)
+
+
+def test_sixteen_rows_with_four_waking_texts_are_weighed_in_one_thread(zoo: Zoo) -> None:
+    """A mode may take its time, so it is asked in a thread that can be given up: one a request, not one a phase."""
+    asked: list[int] = []
+
+    class Noting:
+        @hookimpl
+        def lora_rt_compose(context: ComposeContext) -> list[float]:  # type: ignore[misc]
+            asked.append(threading.get_ident())
+            return [1.0] * len(context.mine)
+
+    runtime = with_mode(zoo, Noting)
+    runtime.parts.rows([[5, 6, 7]] * 16, "own own:2[a] own:3[b] own:4[c] own:5[d]")
+    assert len(asked) == 16 * 2**4
+    assert len(set(asked)) == 1
+    assert threading.get_ident() not in asked
 
 
 def test_a_gate_that_opens_with_the_answer_leaves_the_prompt_to_the_base(zoo: Zoo) -> None:
