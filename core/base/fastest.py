@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -24,7 +24,8 @@ Ways = tuple[Way, ...]
 
 _TINY = 4_000_000  # numbers in all layers of a base, below which there is nothing to gain
 _SHARE = 0.5  # of the free memory that dense copies may take
-_GAIN = 0.9  # a way, or a set of copies, is left for another one only if that takes at most this share of its time
+_GAIN = 0.9  # a way is left for another one only if that takes at most this share of its time
+_PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
 _SETS: tuple[tuple[Copy, ...], ...] = (
     (),
     ("narrow",),
@@ -46,7 +47,7 @@ class Products:
         To be made before the model's first forward pass, which packs 4-bit weights on some processors.
 
         Args:
-            for_training: leave out what makes a pass faster and its gradient slower.
+            for_training: leave out what makes a pass faster and its gradient slower, and second copies for few tokens.
 
         Raises:
             BaseError, UsageError: there is no such wish, or the dense copies that are wished for do not fit.
@@ -55,7 +56,7 @@ class Products:
         layers = [] if chosen == "packed" else _layers(model)
         if chosen == "auto" and sum(map(_numbers, layers)) < _TINY:
             layers = []
-        sets = [copies for copies in _COPIES if not (for_training and "blocked" in copies)]
+        sets = [copies for copies in _COPIES if not (for_training and ("blocked" in copies or len(copies) > 1))]
         plan = choose(layers, chosen, int(free_bytes("cpu") * _SHARE), sets) if layers else {}
         self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
         self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
@@ -87,7 +88,7 @@ def choose(
     examples = {layer_name(layer): layer for layer in layers}
     times = times_of(examples)
     shares = {name: counts[name] * _numbers(layer) for name, layer in examples.items()}
-    best: tuple[float, dict[str, Ways]] | None = None
+    best: tuple[list[float], dict[str, Ways]] | None = None
     needed = []
     for copies in sets:
         plan = {name: _ways(layer, times[name], wish, copies) for name, layer in examples.items()}
@@ -95,9 +96,12 @@ def choose(
             continue
         size = sum(counts[name] * _nbytes(layer, plan[name]) for name, layer in examples.items())
         needed.append(size)
-        score = sum(shares[name] * _score(times[name], ways) for name, ways in plan.items()) / sum(shares.values())
-        if size <= room and (best is None or score < best[0] + math.log(_GAIN)):
-            best = score, plan
+        if size > room:
+            continue
+        took = _took({name: (shares[name], times[name], ways) for name, ways in plan.items()})
+        gains = [] if best is None else [new - old for new, old in zip(took, best[0], strict=True)]
+        if best is None or (sum(gains) < 0 and min(gains) < math.log(_PAYS)):
+            best = took, plan
     if best is None:
         text = (
             f"dense copies of its weights take {min(needed) / 2**30:.1f} GiB, and {room / 2**30:.1f} are there for them"
@@ -133,7 +137,7 @@ def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -
         copies -= {"narrow"}  # it is that copy itself
     sensible = {"packed": True, "dense": "narrow" in copies}
     sensible |= {"dense-wide": "wide" in copies, "dense-blocked": "blocked" in copies}
-    sensible |= {"dense-widened": copies == {"narrow"}, "dequantize": not copies, "dequantize-wide": not copies}
+    sensible |= {"dense-widened": "narrow" in copies, "dequantize": not copies, "dequantize-wide": not copies}
     ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
     if not ways:
         return ()
@@ -170,6 +174,10 @@ def _time(times: Times, way: str, number: int) -> float:
     return math.inf if found is None else found
 
 
-def _score(times: Times, ways: Ways) -> float:
-    """The mean logarithm of the times."""
-    return sum(math.log(_time(times, way, number)) for number, way in enumerate(ways)) / len(ways)
+def _took(plan: Mapping[str, tuple[int, Times, Ways]]) -> list[float]:
+    """For each class of tokens the mean logarithm of the times, by the numbers that layers of a shape have."""
+    whole = sum(share for share, _, _ in plan.values())
+    return [
+        sum(share * math.log(_time(times, ways[number], number)) for share, times, ways in plan.values()) / whole
+        for number in range(len(SIZES))
+    ]

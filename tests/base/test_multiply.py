@@ -207,10 +207,29 @@ def test_dense_copies_are_kept_as_far_as_they_fit(monkeypatch: pytest.MonkeyPatc
     assert set(none) == {"packed", "dequantize"}
     assert set(plan(monkeypatch, "auto", 2 * numbers)) == {"packed", "dense", "dense-widened"}
     assert set(plan(monkeypatch, "auto", 4 * numbers)) == {"packed", "dense-blocked"}
-    assert set(plan(monkeypatch, "dense", 6 * numbers)) == {"dense-blocked"}
+    assert set(plan(monkeypatch, "dense", 4 * numbers)) == {"dense-blocked"}
+    assert set(plan(monkeypatch, "dense", 6 * numbers)) == {"dense", "dense-blocked"}
     assert set(plan(monkeypatch, "dequantize", 0)) == {"dequantize"}
     with pytest.raises(BaseError, match="dense copies"):
         plan(monkeypatch, "dense", 100)
+
+
+def test_a_second_copy_is_kept_where_one_number_of_tokens_gains_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = 2 * OUT * IN
+
+    def kept(sixteen: float) -> set[str]:
+        times = {
+            **{way: [100.0] * 6 for way in TIMES},
+            "dense": [10.0, 10.0, 20.0, 40.0, 80.0, None],
+            "dense-widened": [20.0, 20.0, 20.0, 40.0, 40.0, 50.0],
+            "dense-blocked": [30.0, 30.0, 30.0, 40.0, sixteen, 60.0],
+        }
+        monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
+        return set(choose([module], "auto", 3 * numbers)[layer_name(module)])
+
+    module = layer()
+    assert kept(30.0) == {"dense", "dense-widened", "dense-blocked"}
+    assert kept(38.0) == {"dense", "dense-widened"}
 
 
 def test_where_gradients_are_to_flow_no_copy_is_kept_that_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
