@@ -11,12 +11,19 @@
 row of `g` each, and a context gate varies it by layer and token. The result equals the dense
 W + sum_k w_k s_k B_k A_k; the base's weights are never touched.
 
-topology.py  where adapters can act in a model         bank.py    the residents, and plans over them
-stack.py     the active residents' A and B, stacked    shared.py  the plan whose rows share a stack
-lanes.py     the plan whose rows have a lane each      gates.py   what multiplies the ranks
-site.py      the hook-up of a linear layer             wrappers.py  the base within what PEFT wraps around it
-plan.py      a plan, and the pass that runs under it   hidden_states.py  the base's early hidden state
-lru.py       what was laid out, kept (LRU, by bytes)
+The model     causal_lm.py      passes over rows             rope.py         factors that depend on the length
+              topology.py       where adapters can act       heads.py        where its attention heads lie
+              layout.py         where rows and tokens lie    wrappers.py     the base within what PEFT wraps around it
+              hidden_states.py  its early hidden state
+An adapter    resident.py       in memory                    fitting.py      checked against the layers that it names
+              special.py        what it holds besides A, B   experts.py      on parameters: fused experts, routers
+The rank axis bank.py           residents, plans over them   plan.py         a plan, and the pass that runs under it
+              stack.py          active A and B, stacked      shared.py       the plan whose rows share a stack
+              lanes.py          a lane of factors per row    gates.py        what multiplies the ranks
+              site.py           the hook-up of a layer       lru.py          what was laid out, kept (LRU, by bytes)
+              parts.py          float32 as two bfloat16
+On a GPU      steps.py          recorded decoding steps      pool.py         a plan's tensors in fixed places
+              fixed_cache.py    keys and values in fixed places
 
 The engine knows tensors and layers; it knows no files, prompts or modes.
 """

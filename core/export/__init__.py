@@ -9,5 +9,12 @@ peft.py           ... as a PEFT directory
 gguf.py           ... as a GGUF file for llama.cpp and Ollama
 architectures.py  how llama.cpp names and orders a model's layers
 merged.py         ... added to the dense base
+convert.py        a pickled adapter, or one that changed its base, as a plain LoRA
 about.py          what the export says of itself
 """
+
+from lora_rt.errors import LoraRtError
+
+
+class ExportError(LoraRtError):
+    """A composition that has no equivalent in the wanted format."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.shape import heads_of
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 
 Rows = Callable[[Any, str, int], Tensor | None]
 

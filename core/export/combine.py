@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import block_number
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.outline import Outline
 from lora_rt.core.export.terms import ExportTerm
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.registry.durable import check_new_folder
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, STATE, WEIGHTS, UnusableFileError, open_plain
 from lora_rt.registry.inspection.keys import plain_key

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.engine.stack import Factors
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.architectures import places
-from lora_rt.core.export.errors import ExportError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

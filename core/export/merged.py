@@ -19,8 +19,8 @@ from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, first_line
 from lora_rt.core.engine.stack import Factors
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.combine import refuse_overflow
-from lora_rt.core.export.errors import ExportError
 from lora_rt.core.export.outline import Outline
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.outline import Outline
 from lora_rt.core.export.terms import ExportTerm
 from lora_rt.errors import LoraRtError

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_rt.core.base.configuration import weight_files
 from lora_rt.core.engine.resident import ResidentAdapter
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.outline import Outline
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.named import check_pin, expanded

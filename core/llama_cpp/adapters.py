@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_rt.core.base.progress import step
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.core.llama_cpp.base import GgufBase
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term

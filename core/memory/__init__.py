@@ -9,7 +9,7 @@ config.py    the configuration of a base            inference.py  weights, adapt
 skeleton.py  the base without its weights           training.py   gradients, optimizer, activations of a step
 live.py      what is alive while code runs          fit.py        what fits on a device
 estimate.py  all precisions of one base             portions.py   how a run does its steps on what is free
-process.py   what a process takes beside them         upstream.py   what torch and transformers do not promise
+workload.py  what is planned for                    upstream.py   what torch and transformers do not promise
 
 Knows transformers, bitsandbytes and PEFT through `core.base`, `core.engine` and `core.step`; loads no weights.
 """

@@ -1,6 +1,7 @@
 """One step of training, which a run repeats and the memory estimate runs once without weights.
 
     settings.py   what a run is told; knows no torch
+    runfile.py    ... in a file, or in the card of what was trained
     adapter.py    PEFT's LoRA on a base, with gradient checkpointing, and the adapter's files
     fused.py      a layer and its adapter as one product on a CPU, and one A for layers that read one input
     norms.py      norms on a CPU in few passes

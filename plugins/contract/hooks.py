@@ -76,9 +76,10 @@ def lora_rt_scene(context: SceneContext) -> ScenePrediction | None:
 
 @hookspec(firstresult=True)
 def lora_rt_compose(context: ComposeContext) -> Sequence[float] | None:
-    """Fires once per row of a request: one weight per index in `context.mine`, or None for the user's own.
+    """Fires once per row of a request, and per set of its waking texts: one weight per index in `context.mine`.
 
-    Weights are finite. Runs in a thread of its own and is given up after 10 s; may run several times at once.
+    None leaves the user's own; weights are finite. All of one request run in one thread, which is given up after 10 s;
+    several requests may run at once.
     """
 
 
@@ -103,9 +104,9 @@ def lora_rt_commands(app: typer.Typer, services: Services) -> None:
 
 @hookspec
 def lora_rt_sources(register: Callable[[str, Callable[[str, Any], Any]], None]) -> None:
-    """Fires when the registry is opened: call `register(label, find)`; `find(name, base)` gives a path or None.
+    """Fires when a name is looked up that nothing else has, and when all are listed: call `register(label, find)`.
 
-    The path is that of an adapter's folder. `find` is asked, by position, for a name that no other source has. `base`
-    is the identity of the base in use (`id`, `revision`, `digest`), or None where no base is known yet. The hook and
-    each `find` are given up after 10 s.
+    `find(name, base)` gives the path of an adapter's folder, or None. It is called by position; `base` is the identity
+    of the base in use (`id`, `revision`, `digest`), or None where no base is known yet. The hook and each `find` are
+    given up after 10 s.
     """

@@ -5,6 +5,7 @@
     host.py       who owns which mode; the calls of hooks, with what they may see and may return
     sources.py    where plugins find adapters
     plugin.py     one plugin: its import and its calls, given up after a time limit
+    record.py     what is known of one plugin, for people; what is raised in its name
     surface.py    what a plugin offers: its API version, its hooks, their arguments
     copies.py     what hooks get to see is theirs
     results.py    what hooks may return

@@ -1,8 +1,8 @@
 """Untrusted files in, verified facts out.
 
     folder     adapter.py folder.py   which files there are; no links, no pipes; the order of the checks
-    JSON       strict_json            bounded, unambiguous
-    config     config.py targets.py patterns.py     what is computed, on which modules; regexes cannot hang
+    JSON       ../strict_json.py      bounded, unambiguous
+    config     config.py settings.py targets.py patterns.py     what is computed, on which modules; regexes cannot hang
     header     safetensors_header.py  tensor names, dtypes, shapes, offsets, before anything is allocated
     names      keys.py modules.py adapted.py experts.py     A and B of every module, against configuration and base
     numbers    values.py              finite, sane, hashed, handed on: what was checked is what is loaded

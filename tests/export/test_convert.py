@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.convert import convert
-from lora_rt.core.export.errors import ExportError
 from support.tiny import Zoo, some_ids
 
 IDS = some_ids(rows=2)

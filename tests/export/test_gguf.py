@@ -17,7 +17,7 @@ import torch
 from torch.testing import assert_close
 
 from lora_rt.core.engine.stack import Factors
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.gguf import write_gguf_adapter
 from support.exports import Export
 from support.gguf import llama_arrays, llama_rows, read_deltas, write_llama

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_rt.core.base.source import BaseError
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from support.exports import Export
 from support.tiny import Zoo, dense_logits, dense_model, some_ids
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.core.export.peft import shortest_names
 from lora_rt.core.export.run import export
 from lora_rt.errors import LoraRtError

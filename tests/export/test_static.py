@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from lora_rt.core.export.errors import ExportError
+from lora_rt.core.export import ExportError
 from lora_rt.core.step.adapter import described_state
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, GateContext, hookimpl

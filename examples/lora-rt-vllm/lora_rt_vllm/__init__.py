@@ -7,6 +7,7 @@ resolver.py  vLLM's question "where is the adapter of this name?"
 answers.py   from the text of a composition to the folder of its export, or the reason why there is none
 spelling.py  one spelling per composition
 cache.py     exports on disk, each made once, none removed that a running server may name
+shared.py    the compositions of this process, which resolver and front share
 
 It stands on `import lora_rt` and on vLLM's `vllm.lora`.
 """

@@ -1,0 +1,72 @@
+"""The pages and the tables of contents that tell a newcomer where things lie: what they name is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = [
+    folder
+    for top in ("core", "plugins", "registry", "examples/lora-rt-vllm/lora_rt_vllm")
+    for folder in (file.parent for file in (ROOT / top).rglob("__init__.py"))
+]
+MODULE = re.compile(r"(?<![\w/])([a-z_0-9]+)\.py\b")
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_package_that_lists_its_modules_lists_all_of_them_and_no_others(folder: Path) -> None:
+    """One that names fewer than half of them tells of something else."""
+    named = set(MODULE.findall(ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""))
+    there = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    named.discard("conftest")  # an author's own
+    assert named <= there
+    assert len(named) < len(there) / 2 or named == there
+
+
+@pytest.mark.parametrize("page", ["core/ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "README.md"])
+def test_the_files_that_a_page_names_are_there(page: str) -> None:
+    """A path from the top, from core, or from a folder of core; a name alone, anywhere."""
+    named = re.findall(r"`([\w-]+(?:/[\w-]+)*(?:/|\.(?:py|md|sh|json|lock)))`", (ROOT / page).read_text())
+    asked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT)
+    there = [f"/{file}" for file in asked.stdout.split()]
+    missing = [
+        name
+        for name in named
+        if not any(file.endswith(f"/{name}") or (name.endswith("/") and f"/{name}" in file) for file in there)
+    ]
+    assert sorted({*missing} - OF_USERS) == []
+
+
+OF_USERS = {
+    "out/",
+    "lora_rt/",
+    "register.json",
+    "lora-rt.lock",
+    "adapter_config.json",
+}  # theirs, or what a command makes
+
+
+def test_the_floors_of_the_page_are_those_that_are_held() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (contract,) = [c for c in project["tool"]["importlinter"]["contracts"] if c["name"] == "the floors inside core"]
+    held = [re.split(r"\s*\|\s*", floor) for floor in contract["layers"]]
+    page = (ROOT / "core/ARCHITECTURE.md").read_text()
+    table = page.partition("Floors inside core")[2].partition("```")[2].partition("```")[0]
+    told = [re.findall(r"(?<!\S)(\w+)(?:/|\.py)(?!\S)", line) for line in table.strip().splitlines()]
+    assert [set(floor) for floor in told] == [set(floor) for floor in held]
+
+
+def test_the_vocabularys_hooks_are_those_of_the_contract() -> None:
+    """Of the page on architecture: each is told once, with when it fires."""
+    from lora_rt.plugins.contract import hooks
+
+    there = {name for name in vars(hooks) if name.startswith("lora_rt_")}
+    told = re.findall(r"^\| `(lora_rt_\w+)` \|", (ROOT / "core/ARCHITECTURE.md").read_text(), re.MULTILINE)
+    assert set(told) == there
+    assert len(told) == len(there)
