@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_rt.core.base.shape import device_of
 from lora_rt.core.engine.fitting import fitted
-from lora_rt.core.engine.lanes import LanePlan, Lanes, Membership, gather, pay_off
+from lora_rt.core.engine.lanes import LanePlan, Lanes, Membership, Spare, gather, pay_off
 from lora_rt.core.engine.lru import LRUCache
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.resident import BankError, ResidentAdapter, check_gates, check_heads, twins_of
@@ -49,6 +49,7 @@ class AdapterBank:
         self.dtype = self._dtype_on(self.device)
         self.residents: Mapping[str, ResidentAdapter] = {}
         self._laid_out = LRUCache()
+        self._spare = Spare()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -56,6 +57,7 @@ class AdapterBank:
         self._hooks.close()
         self.residents = {}
         self._laid_out = LRUCache()
+        self._spare = Spare()
 
     def add(self, adapter: ResidentAdapter) -> None:
         """Make an adapter resident; one of the same name is replaced.
@@ -143,7 +145,7 @@ class AdapterBank:
         """The factors of a set as the rows of a batch use them."""
 
         def build() -> tuple[Lanes, int]:
-            built = gather(self.topology, [adapter.factors for adapter in active], members)
+            built = gather(self.topology, [adapter.factors for adapter in active], members, self._spare)
             return built, sum(tensor.nbytes for tensor in built.tensors())
 
         key = (active, members)

@@ -16,8 +16,10 @@ Where a lane has nothing, a and b are zeros and the owner is number K, whose wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ Membership = tuple[tuple[int, ...], ...]
 """Per row, the numbers of its adapters."""
 
 _WIDE = 1024  # ranks
+_SPARE = 256 * 2**20  # bytes that may lie idle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +59,7 @@ class LaneGroup:
     layout: Layout | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Lanes:
     """The factors of a batch, row by row."""
 
@@ -79,57 +82,141 @@ def pay_off(ranks: Sequence[int], rows: Membership, device: str = "cpu") -> bool
     return 4 * longest < sum(ranks) and (device == "cpu" or sum(ranks) > _WIDE)
 
 
-def gather(topology: Topology, adapters: Sequence[Mapping[str, Factors]], rows: Membership) -> Lanes:
-    """Lay the adapters of each row on its lane, at every site where at least one of them acts."""
+class Spare:
+    """The memory of lanes that nobody uses any more, for the next ones of the same sizes.
+
+    On a CPU, pages that a process has are written in a fifth of the time that new ones take. Of a GPU's memory torch
+    keeps its own.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+    def take(self, numbers: int, like: Tensor) -> Tensor:
+        """So many numbers, of the dtype and on the device of a tensor; what stands in them is anything."""
+        if like.is_cpu and (pieces := self._pieces.get((numbers, like.dtype))):
+            with suppress(IndexError):  # another thread has taken the last one
+                return pieces.pop()
+        with torch.inference_mode(False):  # a tensor that can be written to in any mode
+            return torch.empty(numbers, dtype=like.dtype, device=like.device)
+
+    def kept_of(self, lanes: Lanes, pieces: Sequence[Tensor]) -> None:
+        """When these lanes are gone, their pieces are to be had again, and what was spare before is given up."""
+        if all(piece.is_cpu for piece in pieces) and sum(piece.nbytes for piece in pieces) <= _SPARE:
+            finalize(lanes, self._keep, pieces).atexit = False
+
+    def _keep(self, pieces: Sequence[Tensor]) -> None:
+        kept: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for piece in pieces:
+            kept.setdefault((piece.numel(), piece.dtype), []).append(piece)
+        self._pieces = kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """How rows lie in a group: the `widths` of its sites' lanes, and the ranks `missing` in each row at each site."""
+
+    widths: list[int]
+    missing: list[list[int]]
+    owners: Tensor
+    offset: Tensor | None
+
+
+_Found = Sequence[Sequence[Factors | None]]
+"""Per site of a group the factors of each adapter."""
+
+
+def gather(
+    topology: Topology, adapters: Sequence[Mapping[str, Factors]], rows: Membership, spare: Spare | None = None
+) -> Lanes:
+    """Lay the adapters of each row on its lane, at every site where at least one of them acts.
+
+    Args:
+        topology: of the model.
+        adapters: those that the rows use.
+        rows: the adapters of each.
+        spare: where memory comes from, and where it goes when nobody uses the lanes any more.
+    """
     lanes = Lanes([None] * len(topology.sites), {})
+    spare = spare or Spare()
+    taken: list[Tensor] = []
+    known: dict[Hashable, _Pattern] = {}  # the blocks of a model are alike, and few patterns differ
     for group, indices in topology.groups_of(adapters).items():
-        _gather_group(topology, adapters, rows, group, indices, lanes)
+        sites = [topology.sites[index] for index in indices]
+        found: _Found = [[adapter.get(site.name) for adapter in adapters] for site in sites]
+        like = next(factors.a for of_site in found for factors in of_site if factors is not None)
+        kinds = [None if f is None else (f.a.shape[0], f.bias is None) for of_site in found for f in of_site]
+        key = like.device, like.dtype, len(sites), *kinds
+        if (pattern := known.get(key)) is None:
+            pattern = known[key] = _pattern(found, rows, like)
+
+        def laid(pieces: list[Tensor], ranks: int, width: int, like: Tensor = like) -> Tensor:
+            taken.append(spare.take(len(rows) * ranks * width, like))
+            return torch.cat(pieces, out=taken[-1].view(-1, width)).view(len(rows), ranks, width)
+
+        a, b = _pieces(found, rows, pattern, [like.shape[1], *(site.out_features for site in sites)])
+        whole = laid(a, sum(pattern.widths), like.shape[1])
+        lanes.groups[group] = LaneGroup(whole, pattern.owners, pattern.offset, sites[0].layout)
+        start = 0
+        for index, site, width, columns in zip(indices, sites, pattern.widths, b, strict=True):
+            lanes.sites[index] = LaneSite(group, start, start + width, laid(columns, width, site.out_features))
+            start += width
+    spare.kept_of(lanes, taken)
     return lanes
 
 
-def _gather_group(
-    topology: Topology,
-    adapters: Sequence[Mapping[str, Factors]],
-    rows: Membership,
-    group: int,
-    indices: list[int],
-    lanes: Lanes,
-) -> None:
-    sites = [topology.sites[index] for index in indices]
-    like = next(adapter[site.name].a for site in sites for adapter in adapters if site.name in adapter)
-    acting = [
-        [[(k, adapters[k][site.name]) for k in row if site.name in adapters[k]] for site in sites] for row in rows
+def _pattern(found: _Found, rows: Membership, like: Tensor) -> _Pattern:
+    """The pattern of a group whose sites have these factors."""
+    nobody = len(found[0])
+    sizes = [[0 if factors is None else _ranks(factors) for factors in of_site] for of_site in found]
+    widths = [max(sum(of_site[k] for k in row) for row in rows) for of_site in sizes]
+    missing = [
+        [width - sum(of_site[k] for k in row) for of_site, width in zip(sizes, widths, strict=True)] for row in rows
     ]
-    widths = [max(sum(_ranks(f) for _, f in row[n]) for row in acting) for n in range(len(sites))]
-    padding = like.new_zeros(max(widths), max(like.shape[1], *(site.out_features for site in sites)))
-    a: list[Tensor] = []  # of all rows, one after the other
-    b: list[list[Tensor]] = [[] for _ in sites]
     owners: list[int] = []
     constant: list[bool] = []
-    for row in acting:
-        for number, (site, width) in enumerate(zip(sites, widths, strict=True)):
-            missing = width
-            for k, factors in row[number]:
-                a.append(factors.a)
-                b[number].append(factors.b.T)
-                if factors.bias is not None:
-                    a.append(padding[:1, : like.shape[1]])
-                    b[number].append(factors.bias[None])
-                owners += [k] * _ranks(factors)
-                constant += [rank == factors.rank for rank in range(_ranks(factors))]
-                missing -= _ranks(factors)
-            a.append(padding[:missing, : like.shape[1]])
-            b[number].append(padding[:missing, : site.out_features])
-            owners += [len(adapters)] * missing
-            constant += [False] * missing
+    for row, lacks in zip(rows, missing, strict=True):
+        for of_site, lack in zip(found, lacks, strict=True):
+            for k in row:
+                if (factors := of_site[k]) is not None:
+                    owners += [k] * _ranks(factors)
+                    constant += [False] * factors.rank + [True] * (factors.bias is not None)
+            owners += [nobody] * lack
+            constant += [False] * lack
     shape = len(rows), sum(widths)
     offset = torch.tensor(constant).view(*shape, 1).to(like) if any(constant) else None
-    whole = torch.cat(a).view(*shape, like.shape[1])
-    lanes.groups[group] = LaneGroup(whole, torch.tensor(owners).view(shape).to(like.device), offset, sites[0].layout)
-    start = 0
-    for index, width, pieces in zip(indices, widths, b, strict=True):
-        lanes.sites[index] = LaneSite(group, start, start + width, torch.cat(pieces).view(len(rows), width, -1))
-        start += width
+    return _Pattern(widths, missing, torch.tensor(owners).view(shape).to(like.device), offset)
+
+
+def _pieces(
+    found: _Found, rows: Membership, pattern: _Pattern, features: Sequence[int]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """What stands on the lanes of all rows, one after the other: A's of the group, and B's of each site.
+
+    Args:
+        features: of the input, and of each site's output.
+    """
+    like = next(factors.a for of_site in found for factors in of_site if factors is not None)
+    padding = like.new_zeros(max(1, *map(max, pattern.missing)), max(features))  # a bias is a rank whose A is zeros
+    given, *outs = features
+    turned = [[None if factors is None else factors.b.T for factors in of_site] for of_site in found]
+    a: list[Tensor] = []
+    b: list[list[Tensor]] = [[] for _ in found]
+    for row, lacks in zip(rows, pattern.missing, strict=True):
+        for of_site, columns, out, lack, own in zip(found, turned, outs, lacks, b, strict=True):
+            for k in row:
+                factors, column = of_site[k], columns[k]
+                if factors is None or column is None:
+                    continue
+                a.append(factors.a)
+                own.append(column)
+                if factors.bias is not None:
+                    a.append(padding[:1, :given])
+                    own.append(factors.bias[None])
+            if lack:
+                a.append(padding[:lack, :given])
+                own.append(padding[:lack, :out])
+    return a, b
 
 
 def _ranks(factors: Factors) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lora_rt.core.engine.lanes import LanePlan, pay_off
+from lora_rt.core.engine.lanes import LanePlan, Lanes, Spare, gather, pay_off
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.plugins.contract import Gate
 from support.engine import Engine
@@ -83,6 +83,26 @@ def test_other_weights_reuse_what_was_gathered(engine: Engine, zoo: Zoo) -> None
     assert isinstance(first, LanePlan)
     assert isinstance(again, LanePlan)
     assert first.lanes is again.lanes
+
+
+def test_lanes_take_the_memory_of_those_that_are_gone_and_of_no_others(engine: Engine, zoo: Zoo) -> None:
+    names = [adapter.name for adapter in adapters(zoo)]
+    factors = [engine.bank.residents[name].factors for name in names]
+    turns = [[[(3 * row + n + turn) % len(names) for n in range(3)] for row in range(ROWS)] for turn in (0, 6, 12)]
+    members = [tuple(map(tuple, turn)) for turn in turns]
+    spare = Spare()
+
+    def places(lanes: Lanes) -> set[int]:
+        return {tensor.data_ptr() for tensor in lanes.tensors()}
+
+    first, second = (gather(engine.bank.topology, factors, rows, spare) for rows in members[:2])
+    assert not places(first) & places(second)
+    before = places(first)
+    del first
+    third, fresh = (gather(engine.bank.topology, factors, members[2], kept) for kept in (spare, None))
+    assert places(third) == before
+    assert all(torch.equal(one, other) for one, other in zip(third.tensors(), fresh.tensors(), strict=True))
+    assert not places(third) & places(second)
 
 
 def test_an_unloaded_adapter_leaves_no_lane_behind(zoo: Zoo) -> None:
