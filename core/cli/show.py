@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +13,7 @@ from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.cli.wrapping import show_table
 from lora_rt.errors import UsageError
-from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
-from lora_rt.registry.registry import Registry
-from lora_rt.registry.resolved import Resolved
-
-if TYPE_CHECKING:
-    from lora_rt.registry.compositions import NamedComposition, NamedTerm
+from lora_rt.registry.facts import facts_of
 
 
 def show(
@@ -38,9 +33,7 @@ def show(
         _show_base(base, as_json)
         return
     assert reference is not None
-    registry = session().registry
-    named = registry.compositions.get(reference)
-    facts = composition_facts(registry, named) if named is not None else _adapter_facts(registry, reference, offline)
+    facts = facts_of(session().registry, reference, offline=offline)
     if as_json:
         print_json(facts)
         return
@@ -65,74 +58,17 @@ def _show_base(text: str, as_json: bool) -> None:
     show_table(out, ("role", "layers", "count", "shape"), cells)
 
 
-def _adapter_facts(registry: Registry, reference: str, offline: bool) -> dict[str, Any]:
-    found = registry.find(reference, offline=offline)
-    inspected = inspect_adapter(found.folder, name=found.name, sha256=found.digests.sha256_recorded)
-    found = found.read(inspected.files)
-    others = [item for item in registry.installed() if item.name == found.name and item.sha256 != found.sha256]
-    return _facts(found, inspected, others)
-
-
-def _facts(found: Resolved, inspected: InspectedAdapter, others: list[Resolved]) -> dict[str, Any]:
-    card = inspected.card
-    return {
-        "name": found.name,
-        "register": card.register if card else None,
-        "mode": inspected.mode,
-        "base": card.base.id if card else None,
-        "source": found.source,
-        "why": found.why,
-        "revision": found.revision,
-        "sha256": found.sha256,
-        "folder": str(found.folder),
-        "rank": sorted({module.rank for module in inspected.modules}),
-        "modules": len(inspected.modules),
-        "licence": card.licence if card else None,
-        "scene_types": list(card.scene_types) if card else [],
-        "metrics": dict(card.metrics) if card else {},
-        "files": dict(inspected.files),
-        "also": [f"{item.source}, for {item.card.base.id if item.card else 'any base'}" for item in others],
-    }
-
-
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {item}" for key, item in value.items())
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return "\n".join(term_text(item) for item in value)
+        return "\n".join(_term_text(item) for item in value)
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     return "" if value is None else str(value)
 
 
-def composition_facts(registry: Registry, named: NamedComposition) -> dict[str, Any]:
-    """What there is to know of it, in the order in which it is shown."""
-    hidden = [f"an adapter of this name ({source}) is hidden by it" for source in registry.clashing(named.name)]
-    source = registry.compositions.source(named.name)
-    of_mode = {"options": dict(named.card), "scene_types": list(named.scene_types), "state": named.state}
-    return {
-        "name": named.name,
-        "mode": named.mode or "composition",
-        "base": named.base,
-        "source": source,
-        "why": f"{named.name!r} is a composition {'in the store' if source == 'tuned here' else source}",
-        "sha256": named.sha256,
-        "terms": [_term(term) for term in named.terms],
-        **(of_mode if named.mode else {}),
-        "metrics": dict(named.metrics),
-        "data_sha256": named.data_sha256,
-        "seed": named.seed,
-        "problems": registry.composition_problems(named),
-        "also": hidden,
-    }
-
-
-def _term(term: NamedTerm) -> dict[str, Any]:
-    facts = {"reference": term.reference, "weight": term.weight, "sha256": term.sha256}
-    return {**facts, "layers": list(term.layers)} if term.layers else facts
-
-
-def term_text(term: dict[str, Any]) -> str:
+def _term_text(term: dict[str, Any]) -> str:
     """One term in one line."""
     layers = term.get("layers")
     per = f", {len(layers)} layers from {min(layers):.3f} to {max(layers):.3f}" if layers else ""
