@@ -72,25 +72,41 @@ def fit_to_model(model: Any) -> None:
     """Mend in place what of a packed model could not be run."""
     named = [*model.named_modules()]
     by_kind = {kind: _read_by(kind) for kind in {type(module) for _, module in named}}
-    read = {f"{name}.{leaf}": (module, leaf) for name, module in named for leaf in by_kind[type(module)]}
+    meta = model.device.type == "meta"  # where no pass tells whether asking for a dtype does harm: it seldom does
+    read = {
+        f"{name}.{leaf}": (module, leaf)
+        for name, module in named
+        for leaf, casts in by_kind[type(module)].items()
+        if not (casts and meta)
+    }
     packed = {
         name: module for name, (parent, leaf) in read.items() if _is_packed(module := getattr(parent, leaf, None))
     }
-    while found := [*packed] if model.device.type == "meta" else _multiplied(model, packed):
-        for name in found:
-            setattr(*read[name], _unpacked(packed.pop(name)))
     for module in model.modules():
         if _is_packed(module) and not hasattr(module.weight, "quant_state"):
             module.forward = partial(_as_rows, module)
+    while found := [*packed] if meta else _misread(model, packed):
+        for name in found:
+            setattr(*read[name], _unpacked(packed.pop(name)))
 
 
-def _multiplied(model: Any, packed: Mapping[str, Any]) -> list[str]:
-    """Those of these layers whose weight something else than the layer itself makes use of in a short pass."""
+def _misread(model: Any, packed: Mapping[str, Any]) -> list[str]:
+    """Those of these layers whose weight something else than the layer itself makes use of in a short pass.
+
+    Or that are given whole numbers: what they were given was cast to their weight's dtype.
+    """
     if not packed:
         return []
     names = {id(module.weight): name for name, module in packed.items()}
     inside: list[Any] = []
-    handles = [m.register_forward_pre_hook(lambda m, _: inside.append(m)) for m in packed.values()]
+    cast: set[str] = set()
+
+    def enter(module: Any, given: tuple[Any, ...]) -> None:
+        inside.append(module)
+        if given and not given[0].is_floating_point():
+            cast.add(names[id(module.weight)])
+
+    handles = [m.register_forward_pre_hook(enter) for m in packed.values()]
     handles += [m.register_forward_hook(lambda *_: inside.pop() and None) for m in packed.values()]
     watch = _Watch(lambda tensors: {names[id(t)] for t in tensors if id(t) in names and not inside})
     ids = torch.tensor([[1, 2, 3]], device=device_of(model)).remainder(vocabulary_of(model.config))
@@ -103,7 +119,7 @@ def _multiplied(model: Any, packed: Mapping[str, Any]) -> list[str]:
         for handle in handles:
             handle.remove()
     # The blocks behind the first are not reached where that fails.
-    kinds = {_number_less(name) for name in watch.found}
+    kinds = {_number_less(name) for name in watch.found | cast}
     return [name for name in packed if _number_less(name) in kinds]
 
 
@@ -147,21 +163,22 @@ def _unpacked(module: Any) -> nn.Linear:
 
         dense = dequantize_4bit(weight.data, weight.quant_state)
     else:
-        dense = (weight.data.float() * (weight.SCB[:, None].float() / 127)).half()
+        scales = module.state.SCB if weight.SCB is None else weight.SCB  # where it lies once the layer has run
+        dense = (weight.data.float() * (scales[:, None].float() / 127)).half()
     made = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     made.weight = nn.Parameter(dense, requires_grad=False)
     made.bias = module.bias
     return made.train(module.training)
 
 
-def _read_by(kind: type) -> frozenset[str]:
-    """The layers that a class of transformers' calls `self.LAYER.weight`, other than for its dtype, device or shape."""
-    found: set[str] = set()
+def _read_by(kind: type) -> dict[str, bool]:
+    """The layers of which a class of transformers' reads `self.LAYER.weight`, and whether for its dtype alone."""
+    found: dict[str, bool] = {}
     own = (one for one in kind.__mro__ if one.__module__.startswith("transformers.models."))
     for function in (value for one in own for value in vars(one).values() if isinstance(value, FunctionType)):
         steps = [*dis.get_instructions(inspect.unwrap(function))]
         for layer, weight, use in zip(steps, steps[1:], steps[2:], strict=False):
             names = {layer.opname, weight.opname} == {"LOAD_ATTR"} and weight.argval == "weight"
-            if names and use.argval not in ("dtype", "device", "shape"):
-                found.add(str(layer.argval))
-    return frozenset(found)
+            if names and use.argval not in ("device", "shape"):
+                found[str(layer.argval)] = found.get(str(layer.argval), True) and use.argval == "dtype"
+    return found

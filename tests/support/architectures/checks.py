@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_rt import train
+from lora_rt.core.base.fused import given_to_experts
 from lora_rt.core.base.precision import Precision, quantization_config
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
@@ -27,6 +28,7 @@ from support.architectures.shrink import random_model, tiny_config
 from support.tiny import VOCAB, save_tokenizer
 
 TOLERANCE = 2e-3  # of float32 logits whose spread is about 1
+_SHARE = 0.2  # of the largest share: so much may another rounding move one
 COARSE = 0.4  # of a base that is kept in few bits, times the spread of its logits
 
 
@@ -195,7 +197,7 @@ def _quantized(s: Subject, precision: Precision) -> None:
     """Over a quantized base, PEFT's adapter over the same weights is met as far as rounding lets tell."""
     _ = s.oracle
     (row,) = s.rows(9)
-    chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
+    chosen: tuple[list[Choice], list[Choice]] = ([], [])
     with s.load(precision) as runtime:
         s.ready(runtime, "one")
         base = runtime.logits([row])[0].float()
@@ -212,12 +214,18 @@ def _quantized(s: Subject, precision: Precision) -> None:
     assert off <= COARSE * spread, f"off by {off:.3g}, the spread is {spread:.3g} and the adapter's part {moved:.3g}"
 
 
+Choice = tuple[Tensor, Tensor]
+"""The experts of each token and their shares, both (tokens, k)."""
+
+
 @contextmanager
-def _choosing(model: Any, chosen: list[Tensor]) -> Iterator[None]:
-    """Notes which experts every token is sent to, (tokens, k) of each layer whose experts are fused."""
+def _choosing(model: Any, chosen: list[Choice]) -> Iterator[None]:
+    """Notes which experts every token is sent to in each layer whose experts are fused."""
 
     def note(_module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        chosen.append((args[1] if len(args) > 1 else named["top_k_index"]).detach().clone())
+        _, index, shares = given_to_experts(args, named)
+        order = index.sort(-1)
+        chosen.append((order.values, shares.float().expand_as(index).gather(-1, order.indices)))
 
     layers = [module for module in model.modules() if hasattr(module, "_apply_gate")]
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in layers]
@@ -228,14 +236,17 @@ def _choosing(model: Any, chosen: list[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _alike(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """The tokens that were sent to the same experts in every layer: more than half of them.
+def _alike(mine: Sequence[Choice], theirs: Sequence[Choice]) -> Tensor:
+    """The tokens that were sent to the same experts in every layer, in about the same shares: more than half of them.
 
-    Rounding sends a token to another expert where two of them are as good; that is no fault. Where experts are not
-    fused nobody is asked, and one of nine tokens is let off for it.
+    Rounding sends a token to another expert where two of them are as good (or, in PhiMoE, gives one of two all of it);
+    that is no fault. Where experts are not fused nobody is asked, and one of nine tokens is let off for it.
     """
     assert len(mine) == len(theirs), "other experts were asked"
-    same = [(one.sort(-1).values == other.sort(-1).values).all(-1) for one, other in zip(mine, theirs, strict=True)]
+    same = [
+        (one[0] == other[0]).all(-1) & ((one[1] - other[1]).abs() < _SHARE * other[1].abs().amax()).all(-1)
+        for one, other in zip(mine, theirs, strict=True)
+    ]
     alike = torch.stack(same).all(0)
     assert 2 * int(alike.sum()) > len(alike), f"{len(alike) - int(alike.sum())} of {len(alike)} tokens go elsewhere"
     return alike
@@ -258,10 +269,26 @@ def _peft_over(
             for name, parameter in oracle.model.named_parameters():
                 if "lora_" in name:
                     parameter.copy_(own[name])
-        with _choosing(oracle.model, chosen):
+        with _choosing(oracle.model, chosen), _given_numbers(oracle.model):
             return oracle.logits(row, {"one": 1.0}).float()
     except Exception as error:
         raise PeftCan(_first(error)) from error
+
+
+@contextmanager
+def _given_numbers(model: Any) -> Iterator[None]:
+    """Refuses a pass in which a packed layer is given whole numbers: some models cast to the dtype of its weight."""
+
+    def enter(_module: Any, given: tuple[Any, ...]) -> None:
+        if given and not given[0].is_floating_point():
+            raise TypeError("the model casts what it gives a layer to the dtype of its packed weight")
+
+    handles = [m.register_forward_pre_hook(enter) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _round_experts(model: Any) -> None:
