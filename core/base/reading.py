@@ -117,7 +117,10 @@ def _how_to_read(where: Any) -> str:
 
 
 def _misshapen(model: Any) -> list[str]:
-    """Linear layers whose weights have another shape than they say: those that are quantized are not checked before."""
+    """Linear layers whose weights have another shape than they say: those that are quantized are not checked before.
+
+    Or no scales: transformers reads some layers of bitsandbytes (in convolutions) back as bare whole numbers.
+    """
     from torch import nn
 
     found = []
@@ -127,4 +130,6 @@ def _misshapen(model: Any) -> list[str]:
             shape = tuple(module.weight.shape if state is None else state.shape)
             if shape != (module.out_features, module.in_features):
                 found.append(f"{name}: {shape}, should be {(module.out_features, module.in_features)}")
+            elif type(module).__name__ == "Linear8bitLt" and type(module.weight) is nn.Parameter:
+                found.append(f"{name}: its weight has no scales")
     return found
