@@ -222,4 +222,5 @@ def _check_compositions(registry: Registry) -> None:
     broken = [f"{item.name}: {problem}" for item in locked for problem in registry.composition_problems(item)]
     if broken:
         text = "locked compositions can't be used with the adapters here"
-        raise ChangedAdapterError(text, next_step="Get these adapters, or tune anew", problems=broken)
+        step = "Install the adapters that they were tuned over, or tune them again"
+        raise ChangedAdapterError(text, next_step=step, problems=broken)

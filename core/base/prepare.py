@@ -136,7 +136,10 @@ def _explain(error: Exception, family: Path) -> BaseError:
     """safetensors reports a full disk in words of its own."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return BaseError(f"there is no room on the disk under {family}", next_step="Free some space and try again")
-    return BaseError(f"the base can't be kept under {family}: {first_line(error)}", next_step="Look at that folder")
+    return BaseError(
+        f"the base can't be kept under {family}: {first_line(error)}",
+        next_step="Check that folder: whether you may write there, and whether its disk is full",
+    )
 
 
 def _write_manifest(folder: Path, identity: BaseIdentity) -> None:

@@ -17,6 +17,8 @@ from lora_rt.registry.records import Record, read
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 
+_ELSEWHERE = "A package goes with lora-rt uninstall, a name of a project with its line in lora-rt.toml"
+
 
 def rm(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name in the store.")],
@@ -65,10 +67,10 @@ def _not_in_store(registry: Registry, name: str) -> StoreError:
     if name in registry.compositions.names():
         packaged = registry.compositions.source(name)
         place = packaged if packaged.startswith("shipped") else f"of {LOCK_FILE}"
-        return StoreError(f"{name!r} is a composition {place}", next_step="Remove it there")
+        return StoreError(f"{name!r} is a composition {place}", next_step=_ELSEWHERE)
     for item in registry.installed():
         if item.name == name:
-            return StoreError(f"{name!r} is not in the store: {item.why}", next_step="Remove it there")
+            return StoreError(f"{name!r} is not in the store: {item.why}", next_step=_ELSEWHERE)
     near = get_close_matches(
         name, [*registry.compositions.own_names(), *(item.name for item in registry.installed())], 1
     )

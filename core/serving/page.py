@@ -180,7 +180,7 @@ def _acted(service: Service, asked: ActedRequest) -> Callable[[], Explanation]:
     prompt, runtime = chat_prompt(asked.messages), service.runtime
     read = len(runtime.text.prompt_ids(prompt))
     if read + len(asked.answer) > 8 * service.preparer.capacity or read >= service.preparer.capacity:
-        raise LengthError("this conversation is longer than the model takes", next_step="Begin a new one")
+        raise LengthError("this conversation is longer than the model takes", next_step="Begin a new conversation")
     for name in [str(term.reference) for term in composition.terms]:
         with suppress(LoraRtError):  # a named composition is made of others; what is wrong is said below
             service.shelf.load(name)

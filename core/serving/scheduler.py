@@ -333,7 +333,7 @@ def _stopped() -> LoraRtError:
 
 def _too_late(seconds: float) -> LoraRtError:
     text = f"the answer was not done within {seconds:g} seconds"
-    return ModelError(text, next_step="Ask for fewer tokens, or when there is less to do")
+    return ModelError(text, next_step="Ask for fewer tokens, or try again when the server is less busy")
 
 
 def _not_a_number() -> LoraRtError:

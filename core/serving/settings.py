@@ -59,7 +59,7 @@ class Limits:
         if not 0 < self.deadline < float("inf"):
             problems.append(f"deadline is {self.deadline}")
         if problems:
-            raise ServeError(f"these limits leave no room: {', '.join(problems)}", next_step="Give larger ones")
+            raise ServeError(f"these limits leave no room: {', '.join(problems)}", next_step="Give larger limits")
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def _device(value: str) -> str:
 def _temperature(value: float) -> float:
     if not 0 <= value < 100:
         text = f"temperature is {value:g}; it must be from 0 (greedy) to below 100"
-        raise UsageError(text, next_step="1 leaves the odds as they are")
+        raise UsageError(text, next_step="Use 0.7, for instance, or 0 for the likeliest token each time")
     return value
 
 

@@ -227,7 +227,9 @@ def _check_files(repo: str, commit: str, found: Mapping[str, str], expected: Map
     ]
     if problems:
         raise ChangedAdapterError(
-            f"{repo}@{commit[:12]} is not what was locked", next_step="Ask who changed it", problems=problems
+            f"{repo}@{commit[:12]} is not what was locked",
+            next_step="Do not use it; ask its author what was changed",
+            problems=problems,
         )
 
 

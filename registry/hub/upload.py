@@ -86,7 +86,9 @@ def _compare(remote: RemoteAdapter, adapter: InspectedAdapter, readme: bytes) ->
             problems += [f"{name} has other bytes there"] if blob != there.blob_id else []
     if problems:
         raise HubError(
-            f"{remote.repo} does not hold what was sent", next_step="Push again, or look at it", problems=problems
+            f"{remote.repo} does not hold what was sent",
+            next_step="Push again, or look at the repository on the Hub",
+            problems=problems,
         )
 
 

@@ -216,7 +216,7 @@ def _listed(items: str | Sequence[str], what: str) -> list[str]:
         f"{what} {n}: {item!r:.80}" for n, item in enumerate(given, 1) if not isinstance(item, str) or not item.strip()
     ]
     if problems:
-        raise BridgeError(f"a {what} is empty, or no text at all", problems=problems, next_step="Give some words")
+        raise BridgeError(f"a {what} is empty, or is not a text", problems=problems, next_step="Give some words")
     return given
 
 
