@@ -88,7 +88,7 @@ def test_no_register_changes_the_base(runtime: Runtime) -> None:
 
 def begun(register: str) -> list[dict[str, str]]:
     """Prompts that end in the first sentence of a held-out text, and the rest of it."""
-    parts = [(e["scene"], *re.split(r"(?<=[.!?])\s+", e["text"], maxsplit=1)) for e in held_out(register, 4)]
+    parts = [(e["scene"], *re.split(r"(?<=[.!?])\s+", e["text"], maxsplit=1)) for e in held_out(register, 3)]
     return [{"scene": f"{part[0]}\n\n{part[1]}", "text": part[2]} for part in parts if len(part) == 3]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.load import load_base
+from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory import portions as portions_module
 from lora_rt.core.memory.live import LiveMemory
@@ -21,7 +21,7 @@ from lora_rt.core.training.fit import make_trainer
 from lora_rt.core.training.prepare import examples_of, objective_of, prepare
 from lora_rt.core.training.run import train
 from lora_rt.core.training.trainer import Collator, split
-from lora_rt.plugins.contract import IGNORE
+from lora_rt.plugins.contract import IGNORE, Encoded, Objective
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry import home
 
@@ -152,39 +152,43 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda size: monkeypatch.setattr(portions_module, "free_bytes", lambda _device: size)
 
 
-def needs(settings: TrainSettings) -> dict[tuple[int, bool], int]:
-    """Bytes that each way of running it takes, by the plan."""
+def read(settings: TrainSettings) -> tuple[LoadedBase, Objective, list[Encoded]]:
+    """What a run picks by: its base, its mode's objective, and its examples."""
     modes = load_modes()
     base = load_base(settings.base, settings.precision, "cpu", for_training=True)
     objective = objective_of(settings, modes, base, TextFormat.of_base(base))
     training, held_out = examples_of(settings, objective, base)
-    sequences = [item for _, items in [*training, *held_out] for item in items]
-    ways = [(1, False), (2, False), (4, False), (1, True)]
-    return {way: portions_module.bytes_needed(settings, base, sequences, "adamw", *way) for way in ways}
+    return base, objective, [item for _, items in [*training, *held_out] for item in items]
 
 
 def test_what_is_picked_is_the_first_that_fits_and_is_said(
     uneven: Make, free: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = {"batch_size": 4, "target_modules": ("q_proj",)}
-    need = needs(uneven(**small))
+    chosen = uneven(batch_size=4, target_modules=("q_proj",))
+    base, objective, sequences = read(chosen)
+    need = {
+        way: portions_module.bytes_needed(chosen, base, sequences, "adamw", *way)
+        for way in ((1, False), (2, False), (4, False), (1, True))
+    }
     assert need[1, False] > need[2, False] > need[4, False]
     assert need[1, False] > need[1, True]
-    cases = [
+    for size, parts, checkpointing, said in (
         (need[1, False] * 2, 1, False, ""),
         (int(need[2, False] / 0.79), 2, False, "picked the batch in 2 parts"),
         (1000, 4, True, "may not fit"),
-    ]
-    for number, (size, parts, checkpointing, said) in enumerate(cases):
+    ):
         free(size)
-        out = tmp_path / f"out{number}"
-        out.mkdir()
-        card = train(uneven(**small), load_modes(), out).card
-        assert (card.training["accumulation"], card.training["gradient_checkpointing"]) == (parts, checkpointing)
-        assert card.training["optimizer"] == "adamw"
-        err = capsys.readouterr().err
-        assert said in err
-        assert ("memory:" in err) == bool(said)
+        picked = portions_module.pick_portions(chosen, base, objective, sequences)
+        assert (picked.accumulation, picked.checkpointing, picked.optimizer) == (parts, checkpointing, "adamw")
+        assert said in picked.why
+        assert bool(said) == bool(picked.why)
+    free(int(need[2, False] / 0.79))
+    (tmp_path / "out").mkdir()
+    card = train(chosen, load_modes(), tmp_path / "out").card
+    assert (card.training["accumulation"], card.training["gradient_checkpointing"]) == (2, False)
+    err = capsys.readouterr().err
+    assert "memory:" in err
+    assert "picked the batch in 2 parts" in err
 
 
 def test_what_the_user_says_is_not_overruled(uneven: Make, free: Callable[[int], None], tmp_path: Path) -> None:
@@ -198,11 +202,8 @@ def test_what_the_user_says_is_not_overruled(uneven: Make, free: Callable[[int],
 def test_a_mode_with_a_loss_of_its_own_is_never_run_in_parts(uneven: Make, free: Callable[[int], None]) -> None:
     own = {"mode": "bridge", "options": {"prompt-loss": "0.1"}}
     free(1000)
-    modes = load_modes()
     settings = uneven(**own)
-    base = load_base(settings.base, settings.precision, "cpu", for_training=True)
-    objective = objective_of(settings, modes, base, TextFormat.of_base(base))
-    sequences = [item for _, items in examples_of(settings, objective, base)[0] for item in items]
+    base, objective, sequences = read(settings)
     picked = portions_module.pick_portions(settings, base, objective, sequences)
     assert (picked.accumulation, picked.checkpointing) == (1, True)
     with pytest.raises(SettingsError, match="loss of its own"):

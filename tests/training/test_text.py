@@ -55,7 +55,7 @@ def test_the_end_of_a_turn_is_learned_and_stops_the_answer(name: str, tmp_path: 
     save_base(tmp_path / "base", fast)
     folder = tmp_path / "adapter"
     folder.mkdir()
-    train(settings(tmp_path / "base", pairs(tmp_path / "d.jsonl", 24), epochs=8), load_modes(), folder)
+    train(settings(tmp_path / "base", pairs(tmp_path / "d.jsonl", 24), epochs=4), load_modes(), folder)
     runtime = Runtime.load(str(tmp_path / "base"), precision="float32", device="cpu", project=tmp_path)
     assert fast.convert_tokens_to_ids(end) in runtime.text.end_ids
     assert runtime.generate("scene 3", str(folder), max_new_tokens=12) == "ab"
