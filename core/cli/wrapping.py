@@ -16,6 +16,9 @@ Cell = str | Text
 _IDEOGRAPH = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffdc\U00020000-\U0003fffd]"
 _CLOSES = "[^\\w\\s「『（【《〈［｛\ufe00-\ufe0f]|[ぁぃぅぇぉっゃゅょァィゥェォッャュョー々〜]"
 _OPENS = "[「『（【《〈［｛]"
+# Behind letters that are read from the right a terminal would take the line and numbers of the next column for theirs.
+_FROM_RIGHT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]")
+_LEFT_AGAIN = "\u200e"
 _BREAK = re.compile(rf"(?<=\S)(?=\s)|(?:(?<={_IDEOGRAPH})(?=\S)|(?<=\S)(?={_IDEOGRAPH}))(?<!{_OPENS})(?!{_CLOSES})")
 
 
@@ -78,7 +81,7 @@ def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
 
     Whoever pipes a table gets whole lines, however long.
     """
-    whole = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    whole = [[_cell(cell, console.is_terminal) for cell in row] for row in rows]
     table = Table(show_header=any(columns))
     for column in columns:
         table.add_column(Text(column), no_wrap=True)
@@ -98,6 +101,12 @@ def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
         title, *cells = row
         title.stylize("bold")
         _block(console, title, list(zip(columns[1:], cells, strict=True)), label)
+
+
+def _cell(given: Cell, shown: bool) -> Text:
+    """A cell that leaves the direction of its line as it was, where it is shown and not piped."""
+    text = given if isinstance(given, Text) else Text(given)
+    return text.append(_LEFT_AGAIN) if shown and _FROM_RIGHT.search(text.plain) else text
 
 
 def _block(console: Console, title: Text, cells: Sequence[tuple[str, Text]], label: int) -> None:

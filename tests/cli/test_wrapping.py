@@ -69,3 +69,12 @@ def test_a_block_of_a_narrow_terminal_wraps_wide_letters_by_their_cells() -> Non
     show_table(console, ("name", "本文"), [("海", "雨が屋根を叩く。彼女は何も言わない。" * 2)])
     written = Text.from_ansi(console.file.getvalue()).plain  # type: ignore[attr-defined]
     assert max(cell_len(line) for line in written.splitlines()) <= 30
+
+
+def test_figures_beside_arabic_stay_in_their_columns_on_a_terminal_and_a_pipe_gets_the_letters_alone() -> None:
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), width=40, force_terminal=terminal, no_color=True, highlight=False)
+        show_table(console, ("data", "base"), [("المطر", "4.91"), ("海", "4.91")])
+        written = Text.from_ansi(console.file.getvalue()).plain  # type: ignore[attr-defined]
+        assert len({cell_len(line) for line in written.splitlines()}) == 1
+        assert ("المطر\u200e" in written) is terminal
