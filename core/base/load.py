@@ -184,7 +184,8 @@ def _read(
     except UNREADABLE as error:
         if foreign is not None:
             text = f"{folder.name} is quantized by others ({foreign}), and can't be loaded on {device} here"
-            raise BaseError(f"{text}: {first_line(error)}", next_step="Give a dense copy of it") from error
+            ways = ("Install that, or give" if isinstance(error, ImportError) else "Give") + " a dense copy of it"
+            raise BaseError(f"{text}: {first_line(error)}", next_step=ways) from error
         text = f"{folder} can't be loaded: {first_line(error)}"
         raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
     if tokenizer.pad_token_id is None:

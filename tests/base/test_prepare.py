@@ -366,5 +366,8 @@ def test_a_quantization_that_can_not_run_here_is_refused_with_its_reason(zoo: Zo
     config = json.loads((tmp_path / "theirs/config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (tmp_path / "theirs/config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseError, match=r"quantized by others .gptq, 4 bits., and can't be loaded on cpu here: .+"):
+    with pytest.raises(
+        BaseError, match=r"quantized by others .gptq, 4 bits., and can't be loaded on cpu here: .+"
+    ) as refusal:
         load_base(str(tmp_path / "theirs"), "int4", "cpu")
+    assert str(refusal.value.next_step).endswith("dense copy of it")

@@ -10,6 +10,7 @@ python tests/support/readme.py --write    brings it up to date
 <!-- answers report -->                   faults in the registers' answers, as people read them
 <!-- router report -->                    routers beside static mixes
 <!-- architectures report -->             the table from tests/architectures/results.json
+<!-- adapters report -->                  what becomes of adapters, by kind, from tests/runtime/variants.json
 <!-- bench report -->                     the table from examples/bench/report.json, once there is one
 <!-- end -->
 """
@@ -140,6 +141,14 @@ def architectures_report() -> str:
     return report(json.loads(RESULTS.read_text()))
 
 
+def adapters_report() -> str:
+    """What is exact and what is refused of all that PEFT writes."""
+    sys.path[:0] = [str(ROOT / "tests")]
+    from support.variants import RESULTS, report
+
+    return report(json.loads(RESULTS.read_text()))
+
+
 def bench_report(document: dict[str, Any]) -> str:
     """One run of `lora-rt bench`: the machine, and a line per workload with each system's figure and ratio."""
     facts, versions = document["machine"], document["versions"]
@@ -190,6 +199,7 @@ def rendered(text: str) -> str:
                 "router report": router_report,
                 "answers report": answers_report,
                 "architectures report": architectures_report,
+                "adapters report": adapters_report,
             }.get(what)
             body = made() if made else output_of(what.removeprefix("output of: "))
         return f"{match[1]}{body}{match[4]}"

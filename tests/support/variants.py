@@ -3,11 +3,13 @@
 The oracle is PEFT's model in memory, never one that was read back from a file. Run as a program it prints the table:
 
     python -m support.variants          (in tests/)
+    python -m support.variants --write  keeps what was found, of which the README's table is made
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -300,7 +302,7 @@ def check(variant: Variant, zoo: Zoo, folder: Path) -> str:
         finally:
             runtime.unload_adapter(name)
     except LoraRtError as error:
-        text = "; ".join([error.message, *error.problems])[:160]
+        text = "; ".join(error.problems or [error.message])
         return f"refused: {text} | {error.next_step}" if error.next_step else f"refused without a way out: {text}"
     except Exception as error:
         return f"crash: {type(error).__name__}: {error}"[:300]
@@ -308,17 +310,68 @@ def check(variant: Variant, zoo: Zoo, folder: Path) -> str:
     return "exact" if off <= _NEAR else f"wrong by {off:.3g}"
 
 
+RESULTS = Path(__file__).parents[1] / "runtime" / "variants.json"
+KINDS = {
+    "through `lora-rt convert`": r".*converted",
+    "DoRA": r"DoRA.*|.*, DoRA",
+    "rows of single tokens": r"token rows.*",
+    "modules trained as a whole, alone at weight 1": r"(a )?whole.*|embedding and head whole.*",
+    "biases": r".*bias.*",
+    "embeddings, of positions too": r".*embedding.*|.*by force",
+    "aLoRA, from its tokens on": r"aLoRA.*",
+    "parameters (`target_parameters`)": r"weights? of.*|the weight of.*|bare parameters",
+    "begun by changing the base, or pickled": r"PiSSA.*|OLoRA|CorDA|LoRA-GA|LoftQ|pickled",
+    "other methods, deeper bases, unknown fields": r"more layers|Arrow|X-LoRA|IA3|QA-LoRA|a field of the future",
+    "as trainers write them (FSDP, DDP, compiled, in parts)": r"(of|with|without) (?!the head|a tied head).*"
+    r"|compiled|in parts|empty fields.*",
+    "plain LoRA: any layers, heads, ranks, alphas, patterns, rsLoRA": r".*",
+}
+"""What the README calls adapters whose name, in VARIANTS, is like this and like none above."""
+
+
+def report(kept: Mapping[str, str]) -> str:
+    """The README's table: a line for each kind of adapter, with what is refused of it, why, and what to do then.
+
+    Raises:
+        ValueError: other variants were tried than there are.
+    """
+    if kept.keys() != VARIANTS.keys():
+        raise ValueError(f"run python -m support.variants --write: {sorted(kept.keys() ^ VARIANTS.keys())}")
+    found: dict[str, dict[str, str]] = {kind: {} for kind in [*KINDS][::-1]}
+    for name, result in kept.items():
+        found[next(kind for kind, like in KINDS.items() if re.fullmatch(like, name))][name] = result
+    lines = ["| adapters | exact | refused | what is refused, why, and what to do |", "|---|---|---|---|"]
+    for kind, results in found.items():
+        refused = {name: result for name, result in results.items() if result != "exact"}
+        by_way: dict[str, list[str]] = {}
+        for name, result in refused.items():
+            by_way.setdefault(result.rpartition(" | ")[2], []).append(name)
+        told = [f"{', '.join(n)}: {_why(refused[n[0]])}. {way}" for way, n in by_way.items()]
+        lines.append(f"| {kind} | {len(results) - len(refused)} | {len(refused)} | {'; '.join(told)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _why(result: str) -> str:
+    text = result.removeprefix("refused: ").partition(" | ")[0].removeprefix(f"{CONFIG}: ")
+    return text.rpartition("; ")[0] or text
+
+
 def main() -> None:
     """Print what is not exact, and the counts."""
     torch.set_num_threads(1)
     zoo = Zoo(Path(tempfile.mkdtemp()))
-    counts: Counter[str] = Counter()
-    for name in sys.argv[1:] or VARIANTS:
-        found = check(VARIANTS[name], zoo, Path(tempfile.mkdtemp()))
-        counts[found.partition(":")[0].partition(" by")[0]] += 1
-        if found != "exact":
-            print(f"{name:40} {found}")
-    print(dict(counts))
+    names = [name for name in sys.argv[1:] if name != "--write"] or [*VARIANTS]
+    found: dict[str, str] = {}
+    for name in names:
+        result = check(VARIANTS[name], zoo, Path(tempfile.mkdtemp()))
+        found[name] = re.sub(r"(?<= )/\S+/a\b", "ADAPTER", re.sub(r"\bv\d{9,}", "it", result))
+        if result != "exact":
+            print(f"{name:40} {result}")
+    print(dict(Counter(result.partition(":")[0].partition(" by")[0] for result in found.values())))
+    if "--write" in sys.argv:
+        before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        kept = {name: found.get(name, before.get(name)) for name in VARIANTS if name in found or name in before}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
