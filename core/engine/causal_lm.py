@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora_rt.core.base.shape import ForwardPass, context_of, device_of, vocabulary_of
 from lora_rt.core.base.tried import Tried
@@ -109,8 +111,6 @@ class CausalLM:
     @property
     def records(self) -> bool:
         """Whether a decoding step is the same work every time, and takes a mask as `at_columns` gives it."""
-        from transformers.cache_utils import DynamicLayer
-
         plain = self.keeping == "shared" and {type(layer) for layer in self.new_cache().layers} == {DynamicLayer}
         attends = getattr(self.model.config, "_attn_implementation", "") == "sdpa"
         whole = {parameter.device for parameter in self.model.parameters()} == {self.device}
@@ -124,8 +124,6 @@ class CausalLM:
     @cached_property
     def keeping(self) -> Keeping:
         """How keys and values are kept; a cache is tried before it is trusted."""
-        from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-
         if self._cache_name is None or "use_cache" not in self._takes:
             return "none"
         usual = self._cache_name == CACHES[0] and not keeps_a_state(self.model)
@@ -139,8 +137,6 @@ class CausalLM:
 
     def new_cache(self) -> Any:
         """An empty cache of the kinds of layers that this model has."""
-        from transformers import DynamicCache
-
         return DynamicCache(config=self.model.config)
 
     @cached_property

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lora_rt.core.base.shape import ForwardPass, device_of, pad_right, vocabulary_of
 from lora_rt.core.step.packing import NAME as PACKING
@@ -66,9 +69,6 @@ def attend_by_rows(model: Any, longest: int) -> bool:
 
 
 def _use(inner: Any, name: str, attend: Callable[..., tuple[Tensor, None]]) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, sdpa_mask)
     inner.set_attn_implementation(name)
@@ -106,8 +106,6 @@ def _attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
 ) -> tuple[Tensor, None]:
     """transformers' own function for torch's kernel, on a CPU on float32; all three (rows, heads, tokens, size)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if not query.is_cpu:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)  # type: ignore[no-any-return]
     mask = attention_mask

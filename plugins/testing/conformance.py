@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import GROUP, load_modes
@@ -116,8 +118,6 @@ class Conformance:
 
     def test_two_runs_with_one_seed_begin_alike(self, workshop: Workshop) -> None:
         """The same encodings, the same state."""
-        import torch
-
         self._needs_objective(workshop)
         first, second = workshop.objective(seed=3), workshop.objective(seed=3)
         assert [first.encode(e) for e in self.examples] == [second.encode(e) for e in self.examples]
@@ -127,8 +127,6 @@ class Conformance:
 
     def test_a_step_of_training_moves_the_adapter(self, workshop: Workshop) -> None:
         """The loss reaches the weights."""
-        from safetensors.torch import load_file
-
         tensors = load_file(workshop.trained / "adapter_model.safetensors")
         assert any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name), (
             "every B is still zero"
@@ -136,8 +134,6 @@ class Conformance:
 
     def test_its_state_is_saved_and_read_back(self, workshop: Workshop) -> None:
         """mode.safetensors holds what the objective's state is made of, and a new runtime speaks the same with it."""
-        from safetensors.torch import load_file
-
         if workshop.trains:
             state = workshop.objective().state
             file = workshop.trained / "mode.safetensors"
@@ -151,8 +147,6 @@ class Conformance:
 
     def test_an_untrained_adapter_changes_nothing(self, workshop: Workshop) -> None:
         """At its start B is zero: whatever the gate, the base speaks."""
-        import torch
-
         runtime = workshop.new_runtime()
         runtime.load_adapter(str(workshop.untrained), name="untrained")
         ids = _ids(workshop, _PROMPTS[:1])
@@ -162,8 +156,6 @@ class Conformance:
 
     def test_its_untrained_state_composes_statically(self, workshop: Workshop) -> None:
         """A gate that has learned nothing is 1, and the weights are the user's."""
-        import torch
-
         if not self.static_at_start:
             pytest.skip("the mode's gate is not 1 from the start on")
         runtime = workshop.new_runtime()
@@ -176,8 +168,6 @@ class Conformance:
 
     def test_the_weight_zero_is_the_base(self, workshop: Workshop) -> None:
         """Whatever the mode makes of weights and gates, a term of weight 0 is not there."""
-        import torch
-
         ids = _ids(workshop, _PROMPTS[:1])
         none = workshop.runtime.logits(ids)
         torch.testing.assert_close(workshop.runtime.logits(ids, None, "strong:0"), none, rtol=_CLOSE, atol=_CLOSE)
@@ -204,8 +194,6 @@ class Conformance:
 
     def test_a_gate_with_a_cache_equals_one_pass(self, workshop: Workshop) -> None:
         """Decoding shows the gate one new token at a time; what it says about a token must not depend on that."""
-        import torch
-
         if not workshop.host.implements(workshop.mode, "lora_rt_gate"):
             pytest.skip("the mode has no gate")
         lengths, scenes, total = [3, 3], self._scenes(2), 8
@@ -230,8 +218,6 @@ class Conformance:
         self, workshop: Workshop, lengths: Sequence[int], scenes: Sequence[str | None], tokens: int, first: int
     ) -> dict[str, Tensor]:
         """Both gates of a pass in full shape: (layers, batch, tokens, rank or heads)."""
-        import torch
-
         adapter = workshop.runtime.resident("strong")
         context = gate_context(
             lengths, tokens, first, state=adapter.state, scene_types=scenes, card=adapter.card, rank=adapter.rank
@@ -252,8 +238,6 @@ class Conformance:
 
 
 def _full(gate: Gate | None, place: tuple[int, int, int], rank: int, heads: int) -> dict[str, Tensor]:
-    import torch
-
     full = {}
     for part, last in (("ranks", rank), ("heads", heads)):
         tensor = getattr(gate, part) if gate is not None else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lora_rt.plugins.contract import (
     BaseFacts,
     ComposeContext,
@@ -61,8 +63,6 @@ def compose_context(
 
 def scene_context(rows: int = 2, tokens: int = 5, **changed: Any) -> SceneContext:
     """Prompts whose scene type is asked for: fixed hidden states, the last row padded by one token on the left."""
-    import torch
-
     base = changed.get("base") or base_facts()
     mask = torch.ones(rows, tokens, dtype=torch.long)
     mask[-1, 0] = 0
@@ -92,8 +92,6 @@ def gate_context(
     A row's tokens and early hidden states depend on its own number and the position alone, so that passes over parts of
     a text see what one pass over the whole of it sees.
     """
-    import torch
-
     rows = len(prompt_lengths)
     base = changed.get("base") or base_facts()
     positions = torch.arange(first, first + tokens).expand(rows, tokens)

@@ -10,10 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_rt.core.base.load import load_base
+from lora_rt.core.runtime import Runtime
+from lora_rt.core.step.settings import TrainSettings
+from lora_rt.core.training.run import train
+from lora_rt.plugins.testing.contexts import objective_context
 from lora_rt.plugins.testing.tiny import tiny_base
+from lora_rt.registry.registry import Registry
 
 if TYPE_CHECKING:
-    from lora_rt.core.runtime import Runtime
     from lora_rt.core.training.run import TrainResult
     from lora_rt.plugins.contract import Objective
     from lora_rt.plugins.manager import ModeHost
@@ -99,26 +107,17 @@ class Workshop:
 
     def new_runtime(self) -> Runtime:
         """A runtime over the tiny base, in float32 on the CPU, without residents."""
-        from lora_rt.core.base.load import load_base
-        from lora_rt.core.runtime import Runtime
-        from lora_rt.registry.registry import Registry
-
         registry = Registry(home=self.folder / "home", project=self.folder)
         return Runtime(load_base(str(self.base), "float32", "cpu"), self.host, registry)
 
     def objective(self, **changed: Any) -> Objective:
         """The mode's objective, of a run with the workshop's options unless told otherwise."""
-        from lora_rt.plugins.testing.contexts import objective_context
-
         settings = {"options": self.options, "scene_types": tuple(self.scene_types)}
         objective = self.host.objective(self.mode, objective_context(**(settings | changed)))
         assert objective is not None, "lora_rt_objective returned None: this mode can't be trained"
         return objective
 
     def _train(self, mode: str, folder: Path) -> TrainResult:
-        from lora_rt.core.step.settings import TrainSettings
-        from lora_rt.core.training.run import train
-
         data = self.folder / "data.jsonl"
         data.write_text("".join(json.dumps(example) + "\n" for example in self.examples), encoding="utf-8")
         folder.mkdir()
@@ -142,8 +141,6 @@ class Workshop:
         return train(settings, self.host, folder)
 
     def _reset_state(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         state = self.objective().state if self.trains else None
         if state is not None:
             save_file({k: v.contiguous() for k, v in state.state_dict().items()}, folder / "mode.safetensors")
@@ -161,9 +158,6 @@ def _with_mode(folder: Path, mode: str) -> Path:
 
 def _filled(source: Path, target: Path, scale: float) -> Path:
     """A copy of an adapter with normally distributed weights; a scale of 0 leaves A and makes B zero."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(source, target)
     file = target / "adapter_model.safetensors"
     random = torch.Generator().manual_seed(7)
