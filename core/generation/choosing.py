@@ -24,7 +24,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, threshold_
+from torch.nn.functional import pad
 
 from lora_rt.core.generation.sampling import Sampling
 
@@ -303,7 +303,7 @@ class _Draw:
         among = torch.index_select(seen.chances, 0, where, out=self._scratch[1, : len(where)])
         before = int(torch.searchsorted(where, block))
         equals = (among[:before] == chance).count_nonzero() + (seen.chances[block, :offset] == chance).count_nonzero()
-        above = float(threshold_(among, chance, 0.0).sum(-1).sum(dtype=torch.float64)) + chance * int(equals)
+        above = float(torch.threshold_(among, chance, 0.0).sum(-1).sum(dtype=torch.float64)) + chance * int(equals)
         if above < top_p * seen.total * (1 - _CLOSE):
             return True
         if above > top_p * (seen.total + seen.rest) * (1 + _CLOSE):
