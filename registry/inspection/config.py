@@ -88,7 +88,7 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
     problems = [*_method(config), *_surroundings(config)]
     selects, target_problems = selector(config)
     ranks, rank_problems = _patterns(config, "rank_pattern", _rank_problem)
-    alphas, alpha_problems = _patterns(config, "alpha_pattern", _alpha_problem)
+    alphas, alpha_problems = _patterns(config, "alpha_pattern", _number_problem)
     parameters, parameter_problems = target_parameters(config)
     saves, tokens, special = _special(config)
     problems += [*special, *_invocation(config)]
@@ -233,8 +233,13 @@ def _rank_problem(value: Any) -> str:
 
 
 def _alpha_problem(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= MAX_RANK * MAX_SCALING:
-        return f"{shown(value)}, not a number but 0 that makes a scaling of at most {MAX_SCALING:g}"
+    return f"{shown(value)}, with which it does nothing" if value == 0 else _number_problem(value)
+
+
+def _number_problem(value: Any) -> str:
+    """Of a layer's own alpha, which may be 0: that layer is left out."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_RANK * MAX_SCALING:
+        return f"{shown(value)}, not a number that makes a scaling of at most {MAX_SCALING:g}"
     return ""
 
 

@@ -79,6 +79,18 @@ def _in_parts(folder: Path) -> None:
         save_file(part, folder / f"adapter_model-0000{number + 1}-of-00002.safetensors", {"format": "pt"})
 
 
+def _with_an_index(folder: Path) -> None:
+    _in_parts(folder)
+    places = {key: part.name for part in folder.glob("adapter_model-*.safetensors") for key in load_file(part)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _checkpoint(folder: Path) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", "latest"):
+        (folder / name).write_bytes(b"{}")
+    (folder / "global_step10").mkdir()
+
+
 def _made() -> dict[str, Variant]:
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     tied = {"tie_word_embeddings": True}
@@ -220,6 +232,45 @@ def _made() -> dict[str, Variant]:
         "pickled, converted": Variant(edit=_as_bin, convert=True),
         "DoRA, pickled, converted": Variant({"use_dora": True}, edit=_as_bin, convert=True),
         "in parts": Variant(edit=_in_parts),
+        "in parts with an index": Variant(edit=_with_an_index),
+        "of a checkpoint of Trainer": Variant(edit=_checkpoint),
+        "of FSDP over checkpointed blocks": Variant(
+            edit=_keys(
+                lambda key: key.replace("self_attn.", "_checkpoint_wrapped_module.self_attn.").replace(
+                    "base_model.model.", "base_model.model._fsdp_wrapped_module."
+                )
+            )
+        ),
+        "of a part with a name of its own": Variant(
+            edit=_keys(lambda key: key.replace("model.model.layers", "model.text_model.layers"))
+        ),
+        "MiSS": Variant(edit=_config(peft_type="MISS")),
+        "a whole block": Variant({"modules_to_save": ["layers.1"], "target_modules": ["layers.0.self_attn.q_proj"]}),
+        "whole positions of GPT-2": Variant(
+            {"modules_to_save": ["wpe"], "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"
+        ),
+        "token rows of positions": Variant(
+            {"trainable_token_indices": {"wpe": [0, 3]}, "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"
+        ),
+        "everything of GPT-2, rank-stabilised": Variant(
+            {
+                "target_modules": ["c_attn", "c_fc", "c_proj", "wte", "wpe"],
+                "fan_in_fan_out": True,
+                "use_rslora": True,
+            },
+            "gpt2",
+        ),
+        "everything of GPT-NeoX": Variant({"target_modules": ["query_key_value", "embed_in", "embed_out"]}, "gpt_neox"),
+        "DoRA of all layers of OPT, all biases": Variant(
+            {"target_modules": "all-linear", "use_dora": True, "bias": "all"}, "opt"
+        ),
+        "DoRA of all layers of GPT-NeoX": Variant({"target_modules": "all-linear", "use_dora": True}, "gpt_neox"),
+        "DoRA with a tied head": Variant({"use_dora": True, "target_modules": ["q_proj", "lm_head"]}, changes=tied),
+        "all-linear, some excluded by a pattern": Variant(
+            {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"}
+        ),
+        "ends of paths": Variant({"target_modules": ["self_attn.q_proj", "layers.1.mlp.down_proj"]}),
+        "alphas, one of them 0": Variant({"alpha_pattern": {"v_proj": 0}, "lora_alpha": 12.5}),
         "without a prefix": Variant(edit=_keys(lambda key: key.removeprefix("base_model.model."))),
         "with the adapter's name": Variant(edit=_keys(lambda key: key.replace(".weight", ".default.weight"))),
         "of FSDP": Variant(edit=_keys(lambda key: key.replace("self_attn.", "_fsdp_wrapped_module.self_attn."))),
@@ -321,9 +372,9 @@ KINDS = {
     "aLoRA, from its tokens on": r"aLoRA.*",
     "parameters (`target_parameters`)": r"weights? of.*|the weight of.*|bare parameters",
     "begun by changing the base, or pickled": r"PiSSA.*|OLoRA|CorDA|LoRA-GA|LoftQ|pickled",
-    "other methods, deeper bases, unknown fields": r"more layers|Arrow|X-LoRA|IA3|QA-LoRA|a field of the future",
+    "other methods, deeper bases, unknown fields": r"more layers|Arrow|X-LoRA|IA3|MiSS|QA-LoRA|a field of the future",
     "as trainers write them (FSDP, DDP, compiled, in parts)": r"(of|with|without) (?!the head|a tied head).*"
-    r"|compiled|in parts|empty fields.*",
+    r"|compiled|in parts.*|empty fields.*",
     "plain LoRA: any layers, heads, ranks, alphas, patterns, rsLoRA": r".*",
 }
 """What the README calls adapters whose name, in VARIANTS, is like this and like none above."""
