@@ -13,16 +13,19 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.training.data import check_fit
 
-Interval = tuple[float, float]
-_RESAMPLES = 2000
 BASE = "base"
+Interval = tuple[float, float]
 _BATCH = 16
+_RESAMPLES = 2000
 
 
 def ratio_interval(
     sums: NDArray[np.float64], counts: NDArray[np.int64], *, seed: int = 0, share: float = 0.95
 ) -> Interval:
-    """The interval of sum(sums) / sum(counts), e.g. nats per token; both arrays (examples,)."""
+    """The percentile bootstrap interval (Efron 1979) of sum(sums) / sum(counts), for instance nats per token.
+
+    Whole examples are resampled; both arrays are (examples,).
+    """
     rows = np.random.default_rng(seed).integers(0, len(sums), size=(_RESAMPLES, len(sums)))
     ratios = sums[rows].sum(1) / counts[rows].sum(1)
     tail = (1 - share) / 2

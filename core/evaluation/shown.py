@@ -14,11 +14,9 @@ from lora_rt.core.evaluation.matrix import BASE, Matrix
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.knob import Knob
 
+TITLE = "negative log-likelihood, nats per response token (95% interval)"
 _LONGEST_LABEL = 32
 _SHADES = ((1.0, "bold green"), (0.5, "green"), (0.05, "dim green"), (-0.05, "white"), (-10.0, "red"))
-
-
-TITLE = "negative log-likelihood, nats per response token (95% interval)"
 
 
 def plot_matrix(matrix: Matrix, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Passes over whole rows: the logits of all their tokens, and how likely given answers are, in nats per token.
 
-And a caller's own tensors of rows, checked.
+Such rows may be a caller's own tensors, which are checked first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Named compositions inside compositions: `my-mix:0.5` stands for its terms, each weight times 0.5.
 
-What a bare name means during one request: a named composition, or an adapter.
+`RequestNames` tells what a bare name means during one request: a named composition, or an adapter.
 """
 
 from __future__ import annotations
