@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
 
-from lora_rt.core.base.roles import ROLES, roles_of
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session, starting
@@ -41,20 +39,17 @@ def show(
 
 
 def _show_base(text: str, as_json: bool) -> None:
-    """Role -> layers -> shapes. A layer that serves several roles stands in each of them."""
     with starting():
-        from lora_rt.core.export.outline import outline
+        from lora_rt.core.export.outline import anywhere, outline
 
-    rows: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
-    for name, shape in outline(text, quick=True).shapes.items():
-        for role in roles_of(name) or ("",):
-            rows.setdefault((role, re.sub(r"\.\d+(?=\.)", ".*", name), shape), []).append(name)
-    order = {role: number for number, role in enumerate((*ROLES, ""))}
-    found = sorted(rows.items(), key=lambda item: order[item[0][0]])
+    rows = outline(text, quick=True).document()
     if as_json:
-        print_json([{"role": r or None, "modules": names, "shape": list(shape)} for (r, _, shape), names in found])
+        print_json(rows)
         return
-    cells = [(r or "-", layer, str(len(names)), " x ".join(map(str, shape))) for (r, layer, shape), names in found]
+    cells = [
+        (row["role"] or "-", anywhere(row["modules"][0]), str(len(row["modules"])), " x ".join(map(str, row["shape"])))
+        for row in rows
+    ]
     show_table(out, ("role", "layers", "count", "shape"), cells)
 
 

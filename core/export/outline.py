@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lora_rt.core.base.identity import identify, identify_base
 from lora_rt.core.base.load import base_facts
 from lora_rt.core.base.reading import UNREADABLE, auto_class, config_alone
+from lora_rt.core.base.roles import ROLES, roles_of
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, parse_base
 from lora_rt.core.engine.topology import features, find_linears, shapes_of
 from lora_rt.plugins.contract import BaseFacts
@@ -32,6 +34,21 @@ class Outline:
     shapes: dict[str, tuple[int, ...]]
     transposed: frozenset[str]
     parameters: int
+
+    def document(self) -> list[dict[str, Any]]:
+        """Role -> layers -> shape, as `lora-rt show --base` has it. A layer that serves several roles is in each."""
+        rows: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+        for name, shape in self.shapes.items():
+            for role in roles_of(name) or ("",):
+                rows.setdefault((role, anywhere(name), shape), []).append(name)
+        order = {role: number for number, role in enumerate((*ROLES, ""))}
+        found = sorted(rows.items(), key=lambda item: order[item[0][0]])
+        return [{"role": role or None, "modules": names, "shape": list(shape)} for (role, _, shape), names in found]
+
+
+def anywhere(name: str) -> str:
+    """A layer's path in whichever block it stands: `model.layers.*.mlp.up_proj`."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def outline(text: str, *, quick: bool = False) -> Outline:
