@@ -57,7 +57,9 @@ class Evaluations(TrainerCallback):  # type: ignore[misc]
         if state.global_step % self._steps or state.global_step >= state.max_steps:
             return
         self.losses.append((state.global_step, self._measure()))
+        step_is_logged = control.should_log
         self._log({"eval_loss": self.losses[-1][1]})
+        control.should_log = step_is_logged  # logging anything takes it back, and with it the loss of this step
         if self._patience is None:
             return
         if self._best()[0] == state.global_step:

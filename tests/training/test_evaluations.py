@@ -90,6 +90,7 @@ def test_tensorboard_gets_the_losses_of_steps_and_epochs(
     found.Reload()
     assert {"train/loss", "eval/loss"} <= set(found.Tags()["scalars"])
     assert [event.step for event in found.Scalars("eval/loss")] == [6]
+    assert [event.step for event in found.Scalars("train/loss")] == list(range(1, 13)), "the last of an epoch too"
     assert capsys.readouterr().err.count(f"tensorboard --logdir {tmp_path / 'logs'}") == 1
 
 
