@@ -455,14 +455,14 @@ class Runtime:
             adapter: whose classifier: a resident adapter's, or that of a named composition with a mode.
 
         Raises:
-            LoraRtError: there is no such adapter, or its mode registers no scenes.
+            LoraRtError: there is no such adapter, or its mode recognizes no scenes.
         """
         asked = self.parts.residents.mix(adapter) or (self.resident(adapter) if adapter in self.adapters else None)
         if asked is None:
             raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
         found = self.parts.classifier.ask(asked, [self.text.prompt_ids(prompt) for prompt in prompts])
         if found is None:
-            text = f"the mode {asked.mode!r} of {adapter!r} registers no scenes"
+            text = f"the mode {asked.mode!r} of {adapter!r} recognizes no scenes"
             raise RequestError(text, next_step="Use an adapter of the mode context")
         return [dict(zip(found.types, shares, strict=True)) for shares in found.probabilities.tolist()]
 

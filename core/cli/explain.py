@@ -124,7 +124,7 @@ def _legend(console: Console, explanation: Explanation) -> None:
     if isinstance(kind, str):
         text = kind
     elif kind is None:
-        text = "not registered"
+        text = "not recognized"
     else:
         text = ", ".join(f"{name} {share:.0%}" for name, share in sorted(kind.items(), key=lambda item: -item[1]))
     top = float(explanation.layers.max())

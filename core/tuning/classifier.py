@@ -76,7 +76,7 @@ class Classifier:
         context = SceneContext(view.adapter, view.card, view.state, view.base, hidden, mask)
         found = self._frozen.modes.scene(self._mode, context)
         if found is None:
-            text = f"the mode {self._mode!r} registers no scenes"
+            text = f"the mode {self._mode!r} recognizes no scenes"
             raise TuneError(text, next_step="Name the scene type with --scene")
         return found.probabilities.clamp(min=1e-9).log(), list(found.types)
 

@@ -61,7 +61,7 @@ Registration = ScenePrediction
 
 @dataclass(frozen=True, slots=True)
 class SceneContext(AdapterView):
-    """The prompts of the rows whose scene type is to be registered.
+    """The prompts of the rows whose scene type is to be recognized.
 
     `hidden` is the base's early hidden state of each token,
     (batch, tokens, hidden), with no adapter applied; `mask` (batch, tokens) is 1 on real tokens and 0 on padding.

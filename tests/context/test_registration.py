@@ -86,5 +86,5 @@ def test_the_base_alone_and_modes_without_a_registrar_pay_nothing(
     runtime.logits(some_ids(), compositions=name)
     runtime.logits(some_ids())
     monkeypatch.undo()
-    with pytest.raises(LoraRtError, match="registers no scenes"):
+    with pytest.raises(LoraRtError, match="recognizes no scenes"):
         runtime.register_scenes(["a"], name)
