@@ -65,6 +65,10 @@ def _causal_model(model: Any) -> Any:
     if getattr(inner.config, "return_dict", True) is False:
         text = f"{type(inner).__name__} gives tuples (config.return_dict is False)"
         raise BaseError(text, next_step="Set model.config.return_dict = True")
+    empty = [name for name, parameter in inner.named_parameters() if parameter.is_meta]
+    if empty and not any(hasattr(module, "_hf_hook") for module in inner.modules()):
+        text = f"{len(empty)} weights of {type(inner).__name__} hold nothing (they are on the meta device): {empty[0]}"
+        raise BaseError(text, next_step="Load them; device_map lets transformers keep weights on a disk")
     if any(hasattr(parameter, "device_mesh") for parameter in inner.parameters()):
         text = f"{type(inner).__name__} is split over several processes"
         raise BaseError(text, next_step='Load it in one process, with device_map="auto" for several devices')

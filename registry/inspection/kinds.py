@@ -17,6 +17,11 @@ _MLX = "written by MLX, whose LoRA has other names and turned matrices; convert 
 _DIFFUSERS = "a LoRA of an image model (diffusers), not of a language model"
 
 _FEW = 10  # LoRAs that are named
+_OTHERS = (  # of PEFT 0.21 and before
+    "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA", "FOURIERFT",
+    "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "LILY", "MISS", "OFT", "OSF", "PEANUT", "POLY", "PSOFT", "PVERA",
+    "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "WAVEFT",
+)  # fmt: skip
 _METHODS = {
     "IA3": "IA3, not LoRA",
     "LOHA": "LoHa, not LoRA",
@@ -29,45 +34,7 @@ _METHODS = {
     "PREFIX_TUNING": "PREFIX_TUNING (prefix tuning), not LoRA",
     "MULTITASK_PROMPT_TUNING": "MULTITASK_PROMPT_TUNING (prompt tuning), not LoRA",
     "LN_TUNING": "LN_TUNING (layer norms), not LoRA",
-    **{
-        name: f"{name}, not LoRA"  # of PEFT 0.21 and before
-        for name in [
-            "ADAMSS",
-            "ADAPTION_PROMPT",
-            "BEFT",
-            "BOFT",
-            "BONE",
-            "C3A",
-            "CARTRIDGE",
-            "CPT",
-            "DEFT",
-            "DELORA",
-            "FOURIERFT",
-            "FROD",
-            "GLORA",
-            "GRALORA",
-            "HIRA",
-            "HRA",
-            "LILY",
-            "MISS",
-            "OFT",
-            "OSF",
-            "PEANUT",
-            "POLY",
-            "PSOFT",
-            "PVERA",
-            "RANDLORA",
-            "ROAD",
-            "SHADOW",
-            "SHIRA",
-            "SUPERTUNING",
-            "TINYLORA",
-            "TRAINABLE_TOKENS",
-            "UNILORA",
-            "VBLORA",
-            "WAVEFT",
-        ]
-    },
+    **{name: f"{name}, not LoRA" for name in _OTHERS},
 }
 _MARKS = (  # a part of a tensor's name, and what it tells
     ("lora_E", "of AdaLoRA, not plain LoRA"),

@@ -376,6 +376,31 @@ def test_a_model_that_does_not_run_in_float16_is_refused_with_precisions_that_ma
     assert "bfloat16" in str(refusal.value.next_step)
 
 
+def test_a_model_whose_weights_hold_nothing_is_refused(tokenizer: Any) -> None:
+    model = random_model(config_of("llama"))
+    model.model.layers[1].to("meta")
+    with pytest.raises(LoraRtError, match="meta device") as refusal:
+        Runtime.over(model, tokenizer)
+    assert "device_map" in str(refusal.value.next_step)
+
+
+def test_a_model_over_processor_and_disk_computes_what_it_computes_in_memory(
+    zoo: Zoo, tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "disk"}
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(zoo.base("llama"), device_map=places, offload_folder=tmp_path / "disk", dtype=torch.float32)
+    own, adapter = zoo.runtime("llama"), zoo.adapter("llama")
+    name = zoo.load(own, adapter)
+    specs = [f"{name}:0.7", None]
+    with Runtime.over(model, tokenizer) as rt:
+        rt.load_adapter(str(adapter), name)
+        assert_close(rt.logits(IDS, compositions=specs), own.logits(IDS, compositions=specs), **EXACT)
+
+
 def test_a_model_without_an_output_head_is_refused(tokenizer: Any) -> None:
     with pytest.raises(LoraRtError, match="not a causal language model"):
         Runtime.over(random_model(config_of("llama")).model, tokenizer)
