@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,21 @@ from lora_rt.core.engine.lanes import LanePlan
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
+from support.architectures.shrink import random_model, tiny_config
 from support.summed import Gated, close, summed_logits, weights_of
-from support.tiny import EVEN, HEAD_SIZE, HEADS, LAYERS, Zoo, some_ids, spec
+from support.tiny import (
+    EVEN,
+    HEAD_SIZE,
+    HEADS,
+    LAYERS,
+    MLP,
+    TARGETS,
+    Zoo,
+    peft_model,
+    save_tokenizer,
+    some_ids,
+    spec,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +118,48 @@ def test_until_its_text_an_adapter_that_wakes_up_is_the_base_bit_for_bit(runtime
     found, base = runtime.logits(ids, compositions=f"{terms[0][0].name}[So:]"), runtime.logits(ids)
     assert torch.equal(found[:, :woken], base[:, :woken])
     assert not torch.equal(found[:, woken:], base[:, woken:])
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True, "targets": [*TARGETS["llama"], *MLP["llama"]]},
+    "embedding": {"targets": ["q_proj", "embed_tokens"]},
+    "head": {"targets": ["down_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_other_kinds_are_what_peft_makes_of_them(zoo: Zoo, device: str, kind: str) -> None:
+    adapter = zoo.adapter("llama", changes=EVEN, seed=61, **KINDS[kind])
+    runtime = zoo.runtime("llama", device=device, **EVEN)
+    name, ids = zoo.load(runtime, adapter), ids_on(runtime, 2)
+    found, base = runtime.logits(ids, compositions=[name, None]), runtime.logits(ids)
+    with torch.inference_mode():
+        wanted = peft_model(zoo.base("llama", **EVEN), adapter)(input_ids=ids.cpu()).logits.to(ids.device)
+    close(found[:1], wanted[:1], base[:1], exact=True)
+    assert torch.equal(found[1], base[1])
+
+
+def test_fused_experts_are_what_peft_makes_of_them(tmp_path: Path, device: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(tiny_config("mixtral"))
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config.target_parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(model, config).eval()
+        dice = torch.Generator().manual_seed(1)
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, 0, 0.2, generator=dice)
+        tuned.save_pretrained(tmp_path / "one")
+    with Runtime.load(str(tmp_path / "base"), precision="float32", device=device, project=tmp_path) as runtime:
+        runtime.load_adapter(str(tmp_path / "one"), name="one")
+        ids = ids_on(runtime, 3)
+        found, base = runtime.logits(ids, compositions=["one", None, "one"]), runtime.logits(ids)
+    with torch.inference_mode():
+        wanted = tuned(input_ids=ids.cpu()).logits.to(ids.device)
+    close(found[::2], wanted[::2], base[::2], exact=True)
+    assert torch.allclose(found[1], base[1], atol=1e-4), "a GPU adds experts up in any order"
