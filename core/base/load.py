@@ -125,6 +125,8 @@ def load_base(
         dtype = None
     with libraries_silenced(), step(f"loading {prepared.identity.id} ({kept})"):
         model, tokenizer = _read_kept(prepared, target, dtype, chosen)
+        if prepared.foreign is not None and not getattr(model.config, "quantization_config", None):
+            kept = f"{kept}, unpacked to {str(compute_dtype_of(model)).removeprefix('torch.')}"
         model.requires_grad_(False)
         model.eval()
         forbid_uneven_repacking(model)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from lora_rt.core.base import load as load_module
@@ -22,6 +23,8 @@ from lora_rt.core.base import prepare
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.source import BaseError, parse_base
 from lora_rt.registry import home
+from support.architectures.shrink import random_model as random_of_type
+from support.architectures.shrink import tiny_config
 from support.tiny import Zoo, config_of, dense_logits, random_model, save_tokenizer, some_ids
 
 pytestmark = pytest.mark.slow
@@ -359,6 +362,24 @@ def test_a_folder_that_others_have_quantized_is_loaded_as_it_is(tmp_path: Path) 
     assert_close(ours, theirs, atol=1e-4, rtol=0.0)
     with pytest.raises(BaseError, match="quantized by others"):
         load_base(str(tmp_path / "theirs"), "int4", "cpu", for_training=True)
+
+
+def test_what_transformers_unpacks_since_it_can_not_multiply_it_here_is_said(tmp_path: Path) -> None:
+    model = random_of_type(tiny_config("gpt_oss")).bfloat16()
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # MXFP4: 32 numbers in 16 bytes and one scale
+            experts, width, out = tensor.shape
+            found[f"{name}_blocks"] = torch.zeros(experts, out, width // 32, 16, dtype=torch.uint8)
+            found[f"{name}_scales"] = torch.full((experts, out, width // 32), 122, dtype=torch.uint8)
+        else:
+            found[name] = tensor.contiguous()
+    save_file(found, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    assert load_base(str(tmp_path), "int4", "cpu").precision == "mxfp4, unpacked to bfloat16"
 
 
 def test_a_quantization_that_can_not_run_here_is_refused_with_its_reason(zoo: Zoo, tmp_path: Path) -> None:
