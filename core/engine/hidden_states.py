@@ -86,12 +86,15 @@ class EarlyHidden:
 
 @dataclass(slots=True)
 class _Read:
-    """What was read of some rows: ids and mask (rows, tokens), and the cache of the first blocks."""
+    """What was read of some rows: ids and mask (rows, tokens), the cache of the first blocks, and what they gave,
+    (rows, tokens, hidden).
+    """
 
     depth: int
     ids: Tensor
     mask: Tensor
     cache: Any
+    hidden: Tensor | None = None
 
     def begins(self, ids: Tensor, mask: Tensor, most: int) -> bool:
         """Whether these rows go on from what was read, of which at most so many tokens may be used."""
@@ -112,10 +115,10 @@ class EarlyHistory:
         self._read: list[_Read] = []
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, new: int, depth: int | None = None) -> Tensor:
-        """(rows, new, hidden) of the last `new` tokens; ids, mask and positions (rows, all tokens so far)."""
+        """(rows, all tokens so far, hidden); ids, mask and positions likewise, the last `new` are this pass's."""
         lm, width = self._early.lm, ids.shape[1]
         if lm.keeping != "shared" or lm.rope.varies:
-            return self._early(ids, mask, positions, depth)[:, -new:]
+            return self._early(ids, mask, positions, depth)
         blocks = self._early.depth(depth)
         known = next((r for r in self._read if r.depth == blocks and r.begins(ids, mask, width - new)), None)
         if known is None:
@@ -125,5 +128,6 @@ class EarlyHistory:
         start = known.ids.shape[1]
         hidden = self._early(ids[:, start:], mask, positions[:, start:], blocks, known.cache)
         known.ids, known.mask = ids.clone(), mask.clone()
+        known.hidden = hidden if known.hidden is None else torch.cat([known.hidden, hidden], 1)
         self._read = [known, *self._read[: _KEPT - 1]]
-        return hidden[:, -new:]
+        return known.hidden

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -115,14 +116,14 @@ class RowPlanner:
         info: PassInfo,
         hidden: Callable[[int | None], torch.Tensor],
     ) -> dict[str, Gate]:
-        early = partial(hidden, mix.card.get("hidden_layers"))
+        depth = mix.card.get("hidden_layers")
         weights = [[row.mixes.get(mix, {}).get(name, 0.0) for row in rows] for name in names]
         contexts = [
             replace(
                 self._context(name, adapters[name], rows, info, hidden),
                 active=[weight != 0.0 for weight in own],
                 weights=own,
-                hidden=early,
+                **_early(info, partial(hidden, depth)),
             )
             for name, own in zip(names, weights, strict=True)
         ]
@@ -130,7 +131,7 @@ class RowPlanner:
         return {name: gate or Gate() for name, gate in zip(names, gates, strict=True)}
 
     def _hidden_of(self, info: PassInfo) -> Callable[[int | None], torch.Tensor]:
-        """Early hidden states of this pass by depth, each computed once and when it is first asked for."""
+        """Early hidden states by depth, each computed once in a pass and when it is first asked for."""
         return cache(partial(self._hidden, info))
 
     def _context(
@@ -155,12 +156,17 @@ class RowPlanner:
             scene_types=[row.scene_type for row in rows],
             prompts=[row.prompt for row in rows],
             weights=[row.weights.get(name, 0.0) for row in rows],
-            hidden=partial(hidden, adapter.card.get("hidden_layers")),
+            **_early(info, partial(hidden, adapter.card.get("hidden_layers"))),
         )
 
     def _hidden(self, info: PassInfo, depth: int | None) -> torch.Tensor:
-        """The early hidden states of this pass's tokens, seen in the context of all tokens so far."""
+        """The early hidden states of all tokens so far, (rows, all tokens, hidden)."""
         return self._early(info.history, info.mask, positions_of(info.mask), info.ids.shape[1], depth)
+
+
+def _early(info: PassInfo, history: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    """What a context says of early hidden states."""
+    return {"hidden": lambda: history()[:, -info.ids.shape[1] :], "history": lambda: (history(), info.mask)}
 
 
 def _phases(info: PassInfo, rows: Sequence[RequestRow]) -> list[Variant]:

@@ -43,6 +43,7 @@ class Frozen(AdaptedBase):
         state: Mapping[str, Tensor],
         depth: int | None,
         weight: float | None = None,
+        hidden: Tensor | None = None,
     ) -> GateContext:
         """What a mode's gate is told of a batch of which every row has the adapter.
 
@@ -52,9 +53,14 @@ class Frozen(AdaptedBase):
             state: its mode's, whose tensors may require a gradient.
             depth: of the hidden states that it may ask for; None for the usual one.
             weight: its weight in all rows, where that is told.
+            hidden: the early hidden states (rows, tokens, hidden), where they are known.
         """
         ids, mask, _ = self.tensors(items)
         resident = self.bank.residents[name]
+
+        def states() -> Tensor:
+            return self.early(ids, mask, positions_of(mask), depth).clone() if hidden is None else hidden
+
         return GateContext(
             adapter=name,
             card=resident.card,
@@ -69,7 +75,8 @@ class Frozen(AdaptedBase):
             scene_types=[item.scene_type for item in items],
             prompts=[None] * len(items),
             weights=[] if weight is None else [weight] * len(items),
-            hidden=lambda: self.early(ids, mask, positions_of(mask), depth).clone(),
+            hidden=states,
+            history=lambda: (states(), mask),
         )
 
     def nll(
@@ -82,10 +89,24 @@ class Frozen(AdaptedBase):
             weights: resident name -> weight, per row or once for all.
             gates: resident name -> gate, whose tensors may require a gradient.
         """
+        losses = self.losses(items, weights, gates)
+        return losses.sum(), sum(len(item.answer) for item in items)
+
+    def losses(
+        self, items: Sequence[Item], weights: Sequence[Mapping[str, float]], gates: Mapping[str, Gate | None]
+    ) -> Tensor:
+        """The negative log-likelihood in nats of each token behind the first, (rows, tokens - 1): 0 outside of answers.
+
+        Args:
+            items, weights, gates: as for `nll`.
+        """
         ids, mask, labels = self.tensors(items)
-        columns = (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
+        wanted = labels[:, 1:]
+        columns = (wanted != IGNORED).any(0).nonzero().flatten()
         plan = self.bank.plan(weights, gates)
         logits = self.lm.forward(ids, mask, positions_of(mask), plan=plan, keep=columns)
-        wanted = labels[:, 1:][:, columns]
-        total = cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total, int((wanted != IGNORED).sum())
+        found = cross_entropy(
+            logits.flatten(0, 1).float(), wanted[:, columns].flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        whole = found.new_zeros(wanted.shape)
+        return whole.index_copy(1, columns, found.view(len(items), -1))

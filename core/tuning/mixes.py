@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_rt.core.tuning import shares
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
 from lora_rt.core.tuning.frozen import Frozen, distance_from_one
@@ -62,6 +63,7 @@ class MixFit:
         }
         self.scene_types = tuple(types)
         self.hidden_layers = made.hidden_layers
+        self._shares = made.shares
         self.card = dict(made.card)
         seen = {"weights": list(start.values()), "scene_types": self.scene_types, "hidden_layers": made.hidden_layers}
         self._view = AdapterView(name, {**self.card, **seen}, self.state, frozen.base.facts)
@@ -96,9 +98,11 @@ class MixFit:
         gated = self._gated(aside)
         aside = gated[:: -(-len(gated) // _MOST_ASIDE) or 1]
         batches = list(steps(self._gated(self._items), settings.batch_size, settings.epochs, settings.seed))
-        optimizer = torch.optim.Adam(self.state.values(), lr=settings.learning_rate)
         first = last = self.loss(aside)
-        best = {key: value.detach().clone() for key, value in self.state.items()}
+        best = self._copied()
+        if self._shares and (found := self._share_out(aside, advance)) < last:
+            last, best = found, self._copied()
+        optimizer = torch.optim.Adam(self.state.values(), lr=settings.learning_rate)
         judged = max(1, len(batches) // _JUDGED)
         losses: list[float] = []
         for batch in batches:
@@ -113,10 +117,29 @@ class MixFit:
             losses.append(float(total.detach()) / count)
             advance(losses[-1])
             if (len(losses) % judged == 0 or len(losses) == len(batches)) and (found := self.loss(aside)) < last:
-                last, best = found, {key: value.detach().clone() for key, value in self.state.items()}
+                last, best = found, self._copied()
         for key, value in best.items():
             self.state[key].data.copy_(value)
         return first, last, losses
+
+    def _share_out(self, aside: Sequence[Item], advance: Callable[[float], None]) -> float:
+        """The state that shares are best fitted by where each adapter is seen alone; its loss on `aside`."""
+        seen = [
+            shares.batches(self._frozen, items, self._start, self.hidden_layers)
+            for items in (self._gated(self._items), aside)
+        ]
+        shares.fit(
+            list(self.state.values()),
+            list(self._start.values()),
+            lambda batch, hidden: self._gates(batch, hidden)[0],
+            *seen,
+            self._settings.keep,
+            advance,
+        )
+        return self.loss(aside)
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in self.state.items()}
 
     def loss(self, items: Sequence[Item]) -> float:
         """Nats per answer token under the gates as they are."""
@@ -133,11 +156,15 @@ class MixFit:
     def _gated(self, items: Sequence[Item]) -> list[Item]:
         return [item for item in items if item.scene_type != NEUTRAL]
 
-    def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:
-        """The gates of a batch with the weights in them, and their mean squared distance from 1."""
+    def _gates(self, batch: Sequence[Item], hidden: Tensor | None = None) -> tuple[dict[str, Gate | None], Tensor]:
+        """The gates of a batch with the weights in them, and their mean squared distance from 1.
+
+        Args:
+            hidden: (rows, tokens, hidden), where its early hidden states are known.
+        """
         residents = self._frozen.bank.residents
         contexts = [
-            self._frozen.gate_context(name, batch, residents[name].state, self.hidden_layers, weight)
+            self._frozen.gate_context(name, batch, residents[name].state, self.hidden_layers, weight, hidden)
             for name, weight in self._start.items()
         ]
         found = self._frozen.modes.mixture_gates(self._settings.mode, JointGateContext(contexts, self._view))

@@ -35,6 +35,10 @@ class Gate:
     heads: Tensor | None = None
 
 
+def _no_history() -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("whoever made this context knows no tokens before this pass")
+
+
 @dataclass(frozen=True, slots=True)
 class GateContext(AdapterView):
     """What a gate may depend on. Called once per forward pass, not per layer; nothing in here may be changed.
@@ -45,8 +49,9 @@ class GateContext(AdapterView):
     `active[row]` is False for rows whose composition does not use this adapter: what is returned for them is ignored.
     `weights[row]` is this adapter's weight there, with which the engine multiplies its contribution and the gate.
     `scene_types[row]` is what the caller registered. `prompts[row]` is the user message, or None for a chat and for
-    bare token ids. `hidden()` gives the base's early hidden state of this pass, (batch, tokens,
-    hidden), with no adapter applied; it is computed when first called.
+    bare token ids. `hidden()` gives the base's early hidden state of this pass, (batch, tokens, hidden), with no adapter
+    applied; it is computed when first called. `history()` gives that of all tokens so far, (batch, all tokens, hidden),
+    of which this pass's are the last, and a mask (batch, all tokens) that is 0 on padding.
     """
 
     rank: int
@@ -59,6 +64,7 @@ class GateContext(AdapterView):
     uniform_rank: bool = True
     prompts: Sequence[str | None] = ()
     weights: Sequence[float] = ()
+    history: Callable[[], tuple[Tensor, Tensor]] = _no_history
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ one number z per adapter (and group of layers), which moves the composition's ow
     independent    w'_k = c_k * sigmoid(logit(|w_k| / c_k) + z_k)             each has its own; c_k = max(1, 2 |w_k|)
     top1           the softmax's first alone, with all of the sum             fitted soft, used hard
 
+What h says of a token's register is scattered, and registers last for sentences: with `recent=N` above 1 (by default
+5) z is the mean over the row's last tokens, each older one counting 1 - 1/N of the one behind it, times sqrt(N).
+
 The gate is w'_k / |w_k|, so that signs, and a factor before the composition's name, stay the user's. z starts at 0 and
 `total` at 1: the static composition. `groups=N` decides for N groups of layers apart, `groups=0` for every layer: with
 the softmax that is LoRA-Flow's gate (Wang et al. 2024), except that it reads one early state and not each layer's own
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 
 LORA_RT_API = 1
 GATES = ("softmax", "independent", "top1")
+_MOST_RECENT = 200  # tokens
+_FADED = 7  # times `recent`: tokens so far back count for a thousandth of the last one
+_AT_ONCE = 256  # tokens of a pass whose means are made together
 _FARTHEST = 6.0  # spreads from the mean; the state of a first token lies a hundred away
 
 
@@ -48,7 +54,8 @@ class RouterError(LoraRtError):
 class Options:
     """`gate`: softmax, independent or top1. `groups`: of layers that are decided for apart; 0 is every layer.
 
-    `hidden_layers`: after how many of the base's blocks the state is read; 0 is a quarter of them. `control`: fitted on
+    `hidden_layers`: after how many of the base's blocks the state is read; 0 is a quarter of them. `recent`: over about
+    how many of the last tokens what the states say is averaged; 1 is the token alone. `control`: fitted on
     the states of other rows of its batch (of other tokens where it is one row), to see what is found where there is
     nothing to find.
     """
@@ -56,6 +63,7 @@ class Options:
     gate: str = "softmax"
     groups: int = 1
     hidden_layers: int = 0
+    recent: int = 5
     control: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +71,8 @@ class Options:
             raise ValueError(f"gate is {self.gate!r}, not one of: {', '.join(GATES)}")
         if self.groups < 0 or self.hidden_layers < 0:
             raise ValueError("groups and hidden-layers must not be negative")
+        if not 1 <= self.recent <= _MOST_RECENT:
+            raise ValueError(f"recent is {self.recent}; it must be from 1 to {_MOST_RECENT}")
 
 
 @hookimpl
@@ -86,8 +96,9 @@ def lora_rt_mixture(context: MixtureContext) -> Mixture:
             "mean": features.mean(0),
             "spread": features.std(0, correction=0).clamp(min=1e-6),
         },
-        {"gate": options.gate, **({"control": True} if options.control else {})},
+        {"gate": options.gate, "recent": options.recent, **({"control": True} if options.control else {})},
         depth,
+        shares=True,
     )
 
 
@@ -98,12 +109,18 @@ def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | Non
 
     if context.composition is None:
         return None
-    view, hidden = context.composition, context.adapters[0].hidden()
+    view, first = context.composition, context.adapters[0]
+    recent, tokens = int(view.card.get("recent", 1)), first.input_ids.shape[1]
+    hidden, mask = first.history() if recent > 1 else (first.hidden(), None)
+    hidden = hidden[:, -tokens - _FADED * recent :]
     if view.card.get("control") and torch.is_grad_enabled():
         hidden = hidden.roll(1, 0) if len(hidden) > 1 else hidden.roll(hidden.shape[1] // 2, 1)
     weights = torch.tensor([abs(weight) for weight in view.card["weights"]])
     state = _checked(view, len(weights))
     z = _scores(state, hidden)
+    if mask is not None:
+        z = _faded(z, mask[:, -hidden.shape[1] :], tokens, recent)
+    z = z + state["map"].to(z)[:, None, None, :, -1]
     gates = _gates(str(view.card.get("gate")), z, weights.to(z), state["total"].to(z))
     owners = torch.arange(view.base.layers, device=z.device) * len(z) // view.base.layers
     spread = gates if len(z) == 1 else gates[owners]  # a gate of one group broadcasts over the layers
@@ -117,14 +134,37 @@ def lora_rt_static(context: AdapterView) -> str:
 
 
 def _scores(state: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    """z of every token, (groups, rows, tokens, adapters)."""
+    """What each token says by itself, (groups, rows, tokens, adapters)."""
     mean, spread = state["mean"].detach().to(hidden.device), state["spread"].detach().to(hidden.device)
     features = ((_unit(hidden) - mean) / spread).clamp(-_FARTHEST, _FARTHEST)
     weight = state["map"].to(features)
     # Along features of length about sqrt(hidden) a small step of the map is a small step of z.
     scale = weight.shape[-1] ** -0.5
-    scores: Tensor = (features @ weight[:, None, :, :-1].mT) * scale + weight[:, None, None, :, -1]
+    scores: Tensor = (features @ weight[:, None, :, :-1].mT) * scale
     return scores
+
+
+def _faded(z: Tensor, mask: Tensor, tokens: int, recent: int) -> Tensor:
+    """The means over the row's last tokens, of the last `tokens` of z.
+
+    Args:
+        z: (groups, rows, all tokens, adapters).
+        mask: (rows, all tokens), 0 on padding.
+    """
+    import torch
+
+    z = z.masked_fill(~mask.bool()[..., None], 0.0)
+    places = mask.long().cumsum(-1)
+    parts = []
+    for start in range(z.shape[2] - tokens, z.shape[2], _AT_ONCE):
+        end = min(start + _AT_ONCE, z.shape[2])
+        begin = max(0, start - _FADED * recent)
+        back = places[:, start:end, None] - places[:, None, begin:end]  # (rows, of the pass, all that count)
+        counts = (back >= 0) & (back < _FADED * recent) & mask[:, None, begin:end].bool()
+        share = (1 - 1 / recent) ** back.clamp(min=0).to(z) * counts
+        share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)  # padding has no token
+        parts.append(share @ z[:, :, begin:end])
+    return torch.cat(parts, 2) * recent**0.5
 
 
 def _unit(hidden: Tensor) -> Tensor:

@@ -95,19 +95,20 @@ def gate_context(
     rows = len(prompt_lengths)
     base = changed.get("base") or base_facts()
     positions = torch.arange(first, first + tokens).expand(rows, tokens)
-    ids = (positions * 7 + torch.arange(rows)[:, None] * 13) % 256
-    hidden = torch.sin(ids[..., None] + torch.arange(base.hidden_size) / 3)
+    every = (torch.arange(first + tokens).expand(rows, -1) * 7 + torch.arange(rows)[:, None] * 13) % 256
+    history = torch.sin(every[..., None] + torch.arange(base.hidden_size) / 3)
     fields: dict[str, Any] = {
         "adapter": "mine",
         "card": {},
         "state": state or {},
         "base": base,
         "rank": 4,
-        "input_ids": ids,
+        "input_ids": every[:, first:],
         "positions": positions,
         "prompt_lengths": torch.tensor(list(prompt_lengths)),
         "active": [True] * rows,
         "scene_types": list(scene_types or [None] * rows),
-        "hidden": lambda: hidden,
+        "hidden": lambda: history[:, first:],
+        "history": lambda: (history, torch.ones_like(every)),
     }
     return GateContext(**(fields | changed))
