@@ -7,5 +7,5 @@ settings.py  what a fit is told and where it may go      weights.py  weights per
 frozen.py    base and adapters without gradients         scenes.py   a mode's gates and classifier, by scene type
 data.py      examples as tokens                          mixes.py    a composition whose mode decides, by token or scene
 saving.py    what a fit leaves behind                    session.py  from the command line to a finished fit
-classifier.py  a mode's classifier of scene types
+classifier.py  a mode's classifier of scene types       shares.py    where gates begin that share out a sum of weights
 """

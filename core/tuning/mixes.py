@@ -100,8 +100,11 @@ class MixFit:
         batches = list(steps(self._gated(self._items), settings.batch_size, settings.epochs, settings.seed))
         first = last = self.loss(aside)
         best = self._copied()
-        if self._shares and (found := self._share_out(aside, advance)) < last:
-            last, best = found, self._copied()
+        if self._shares:
+            if (found := self._share_out(aside, advance)) < last:
+                last, best = found, self._copied()
+            else:
+                self._restore(best)
         optimizer = torch.optim.Adam(self.state.values(), lr=settings.learning_rate)
         judged = max(1, len(batches) // _JUDGED)
         losses: list[float] = []
@@ -118,8 +121,7 @@ class MixFit:
             advance(losses[-1])
             if (len(losses) % judged == 0 or len(losses) == len(batches)) and (found := self.loss(aside)) < last:
                 last, best = found, self._copied()
-        for key, value in best.items():
-            self.state[key].data.copy_(value)
+        self._restore(best)
         return first, last, losses
 
     def _share_out(self, aside: Sequence[Item], advance: Callable[[float], None]) -> float:
@@ -140,6 +142,10 @@ class MixFit:
 
     def _copied(self) -> dict[str, Tensor]:
         return {key: value.detach().clone() for key, value in self.state.items()}
+
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        for key, value in state.items():
+            self.state[key].data.copy_(value)
 
     def loss(self, items: Sequence[Item]) -> float:
         """Nats per answer token under the gates as they are."""

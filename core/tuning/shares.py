@@ -22,6 +22,7 @@ from lora_rt.plugins.contract import Gate
 
 STEPS = 150  # over all examples
 _RATE = 0.02  # Adam's
+_ROUNDING = 1e-5  # gradients so small are rounding: of what multiplies all shares alike there is none
 _JUDGED = 10  # steps
 _ROWS = 32
 
@@ -78,7 +79,7 @@ def fit(
     """
     even = torch.tensor(start, device=learned[0].chances.device).abs()
     even = even / even.sum()
-    optimizer = torch.optim.Adam(state, lr=_RATE)
+    optimizer = torch.optim.Adam(state, lr=_RATE, eps=_ROUNDING)
     count = sum(len(batch.chances) for batch in learned)
     kept, least = [tensor.detach().clone() for tensor in state], _mean(gates, aside)
     for number in range(STEPS):

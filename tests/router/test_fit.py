@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
 from lora_rt.core.requests.composition import Composition
+from lora_rt.core.tuning import shares
 from lora_rt.core.tuning.data import Item
 from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.session import Job, open_job
@@ -86,6 +88,24 @@ def test_a_control_learns_from_states_that_are_not_the_tokens_own_in_a_batch_of_
         losses.append(MixFit(frozen, "mine", weights, items, settings).fit(items))
     assert losses[0][0] == losses[1][0]  # the start is the static mix
     assert losses[0][2] != losses[1][2]
+
+
+def test_shares_are_first_fitted_to_what_each_adapter_says_alone(zoo: Zoo) -> None:
+    frozen, weights = opened(zoo, spec(zoo, 0.75, 0.75))
+    items = turning(zoo)
+    fit = MixFit(frozen, "mine", weights, items, MixSettings("router", {"hidden-layers": "1"}))
+    seen = shares.batches(frozen, items, weights, 1)
+    names = list(weights)
+    alone = torch.stack([-frozen.losses(items, [{name: 1.5}], {}) for name in names], -1)
+    assert torch.allclose(torch.cat([b.chances for b in seen]).logsumexp(0), alone[alone[..., 0] != 0].logsumexp(0))
+    before, losses = fit.loss(items), list[float]()
+    gates = lambda batch, hidden: fit._gates(batch, hidden)[0]  # noqa: E731
+    shares.fit(list(fit.state.values()), list(weights.values()), gates, seen, seen, 0.0, losses.append)
+    even = -(alone[alone[..., 0] != 0].logsumexp(-1) - math.log(2)).mean()
+    assert losses[0] == pytest.approx(float(even), abs=1e-4), "the start has equal shares"
+    assert losses[-1] < losses[0] - 0.01
+    assert fit.loss(items) < before, "and it is a better mixture, too"
+    assert float(fit.state["total"].detach().abs().max()) < 0.01, "the sum of the weights is left alone"
 
 
 def test_mean_and_spread_are_those_of_the_data_and_stay_as_they_are(zoo: Zoo) -> None:

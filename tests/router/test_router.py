@@ -17,6 +17,7 @@ from lora_rt.core.requests.named import expanded
 from lora_rt.core.requests.planner import RowPlanner
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.modes.router import _faded
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from support.routers import router_state
@@ -35,16 +36,25 @@ def early(zoo: Zoo) -> Tensor:
     return states[0].float()
 
 
-def weights_by_hand(kind: str, state: Mapping[str, Tensor], h: Tensor, start: tuple[float, ...]) -> Tensor:
+def weights_by_hand(
+    kind: str, state: Mapping[str, Tensor], h: Tensor, start: tuple[float, ...], recent: int = 3
+) -> Tensor:
     """The weights that the manual promises, with loops and math alone: (groups, tokens, adapters)."""
     table = []
     for group in range(len(state["total"])):
         rows = []
+        said: list[list[float]] = []  # by each token alone, from the first one on
         for token in h:
             unit = token / token.norm()
             features = ((unit - state["mean"]) / state["spread"]).clamp(-6, 6)
             width = len(features) + 1
-            z = [float(features @ m[:-1]) / math.sqrt(width) + float(m[-1]) for m in state["map"][group]]
+            said.append([float(features @ m[:-1]) / math.sqrt(width) for m in state["map"][group]])
+            counts = [(1 - 1 / recent) ** back for back in range(len(said))]
+            means = [
+                sum(c * one[k] for c, one in zip(counts, reversed(said), strict=True)) / sum(counts)
+                for k in range(len(start))
+            ]
+            z = [m * math.sqrt(recent) + float(own[-1]) for m, own in zip(means, state["map"][group], strict=True)]
             sizes = [abs(w) for w in start]
             if kind == "independent":
                 most = [max(1.0, 2 * w) for w in sizes]
@@ -80,16 +90,25 @@ def dense_logits(zoo: Zoo, folders: list[Path], ids: list[int], table: Tensor) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("kind", ["softmax", "independent", "top1"])
+@pytest.mark.parametrize(
+    ("kind", "groups", "recent"),
+    [
+        ("softmax", 1, 1),
+        ("softmax", 2, 3),
+        ("independent", 1, 3),
+        ("independent", 2, 1),
+        ("top1", 1, 3),
+        ("top1", 2, 1),
+    ],
+)
 def test_every_token_gets_the_weights_that_the_manual_promises(
-    zoo: Zoo, routed: Routed, kind: str, groups: int
+    zoo: Zoo, routed: Routed, kind: str, groups: int, recent: int
 ) -> None:
     start = (0.5, -0.3)
-    folders = routed("mine", start, gate=kind, groups=groups)
+    folders = routed("mine", start, gate=kind, groups=groups, recent=recent)
     runtime = zoo.runtime("llama", fresh=True)
-    table = weights_by_hand(kind, router_state(2, groups), early(zoo), start)
-    assert (table.amax(1) - table.amin(1)).max() > 0.2  # the tokens differ
+    table = weights_by_hand(kind, router_state(2, groups), early(zoo), start, recent)
+    assert (table.amax(1) - table.amin(1)).max() > 0.15  # the tokens differ
     expected = dense_logits(zoo, folders, IDS, table)
     assert torch.allclose(runtime.logits([IDS], compositions="mine")[0], expected, atol=2e-4)
 
@@ -123,6 +142,24 @@ def test_decoding_with_the_cache_is_decoding_without_it(zoo: Zoo, routed: Routed
         assert token is not None
         assert int(runtime.logits([ids], compositions="mine")[0, -1].argmax()) == token
         ids.append(token)
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 700])
+def test_a_mean_over_the_last_tokens_is_the_same_in_pieces_behind_padding_and_at_once(tokens: int) -> None:
+    z = torch.randn(2, 1, tokens, 3, generator=torch.Generator().manual_seed(tokens))
+    padded = torch.cat([torch.full((2, 1, 5, 3), float("nan")), z], 2)
+    mask = torch.ones(1, tokens)
+    whole = _faded(z, mask, tokens, 2)
+    last: list[Tensor] = []
+    for token in z.unbind(2):  # one after another, as it is defined, without an end to what counts
+        last.append(token)
+        counts = torch.tensor([0.5**back for back in range(len(last))][::-1])
+        wanted = torch.einsum("t,tgrk->grk", counts / counts.sum(), torch.stack(last)) * 2**0.5
+        assert torch.allclose(whole[:, :, len(last) - 1], wanted, atol=1e-3)
+        if len(last) == 30:
+            break
+    behind = _faded(padded, torch.cat([torch.zeros(1, 5), mask], 1), 2, 2)
+    assert torch.allclose(behind, whole[:, :, -2:], atol=1e-6)
 
 
 def test_it_wakes_up_after_a_text(zoo: Zoo, routed: Routed) -> None:
