@@ -126,15 +126,16 @@ class MixFit:
 
     def _share_out(self, aside: Sequence[Item], advance: Callable[[float], None]) -> float:
         """The state that shares are best fitted by where each adapter is seen alone; its loss on `aside`."""
-        seen = [
+        learned, judged = (
             shares.batches(self._frozen, items, self._start, self.hidden_layers)
             for items in (self._gated(self._items), aside)
-        ]
+        )
         shares.fit(
             list(self.state.values()),
             list(self._start.values()),
             lambda batch, hidden: self._gates(batch, hidden)[0],
-            *seen,
+            learned,
+            judged,
             self._settings.keep,
             advance,
         )

@@ -164,7 +164,8 @@ def _faded(z: Tensor, mask: Tensor, tokens: int, recent: int) -> Tensor:
         share = (1 - 1 / recent) ** back.clamp(min=0).to(z) * counts
         share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)  # padding has no token
         parts.append(share @ z[:, :, begin:end])
-    return torch.cat(parts, 2) * recent**0.5
+    faded: Tensor = torch.cat(parts, 2) * float(recent) ** 0.5
+    return faded
 
 
 def _unit(hidden: Tensor) -> Tensor:
