@@ -298,10 +298,10 @@ def test_a_running_batch_reads_its_early_state_once_per_token(engine: Engine) ->
         read.clear()
         found = history(*parts, new, 1)
         assert read == [expected]
-        assert_close(found, early(*parts, 1)[:, -new:], **EXACT)
+        assert_close(found, early(*parts, 1), **EXACT)
     read.clear()
     left = ids[[0, 2], :12], mask[[0, 2], :12], positions_of(mask[[0, 2], :12])
-    assert_close(history(*left, 1, 1), early(*left, 1)[:, -1:], **EXACT)
+    assert_close(history(*left, 1, 1), early(*left, 1), **EXACT)
     assert read == [12, 12]
     hook.remove()
     early.close()
