@@ -268,7 +268,8 @@ class _Remade(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Product, way: Way) -> Tensor:
         ctx.product, ctx.dtype = product, x.dtype
-        return product.times(x, way)
+        y = product.times(x, way)
+        return y.clone() if y._is_view() else y  # what adapters add is added in place, which autograd refuses to a view
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:

@@ -115,6 +115,18 @@ def test_gradients_go_through_every_way(way: Way) -> None:
     assert (x.grad.double() - plain.grad).abs().max() < 0.02 * plain.grad.abs().max()
 
 
+@pytest.mark.parametrize("way", [*NARROW, *WIDE])
+def test_what_adapters_add_in_place_lets_gradients_through_in_every_way(way: Way) -> None:
+    module = layer()
+    found = []
+    for added in (0.0, 1.0):
+        x = given(6).view(2, 3, -1).requires_grad_()
+        y = Product(module, always(way)).unrounded(x, Tensor.to).add_(added)
+        (y.float() - added).pow(2).sum().backward()
+        found.append(x.grad)
+    assert torch.equal(found[0], found[1]) or torch.allclose(found[0], found[1], rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize("way", ["dequantize-wide", "dense-blocked"])
 def test_a_gradient_keeps_no_dense_weight_where_none_is_to_be_kept(way: Way) -> None:
     module, kept = layer(), []
