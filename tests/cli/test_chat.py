@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -111,6 +112,8 @@ def chat(*arguments: str) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(ours, (24, 80))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    # Tests that were started in the background of a script ignore Ctrl-C, and so would what they start.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "lora_rt", "compose", *arguments],
         stdin=theirs,
@@ -120,6 +123,7 @@ def chat(*arguments: str) -> Iterator[Terminal]:
         start_new_session=True,
         preexec_fn=_own_terminal,
     )
+    signal.signal(signal.SIGINT, heard)
     os.close(theirs)
     try:
         yield Terminal(ours, process)
