@@ -145,7 +145,9 @@ class AdapterBank:
         """The factors of a set as the rows of a batch use them."""
 
         def build() -> tuple[Lanes, int]:
-            built = gather(self.topology, [adapter.factors for adapter in active], members, self._spare)
+            # Where gradients may flow, a graph may hold what the lanes had after they are gone.
+            spare = self._spare if torch.is_inference_mode_enabled() else None
+            built = gather(self.topology, [adapter.factors for adapter in active], members, spare)
             return built, sum(tensor.nbytes for tensor in built.tensors())
 
         key = (active, members)

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from lora_rt.core.engine.lanes import LanePlan, Lanes, Spare, gather, pay_off
+from lora_rt.core.engine.lru import LRUCache
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.plugins.contract import Gate
 from support.engine import Engine
@@ -103,6 +104,17 @@ def test_lanes_take_the_memory_of_those_that_are_gone_and_of_no_others(engine: E
     assert places(third) == before
     assert all(torch.equal(one, other) for one, other in zip(third.tensors(), fresh.tensors(), strict=True))
     assert not places(third) & places(second)
+
+
+def test_where_gradients_may_flow_the_memory_of_lanes_is_used_once(engine: Engine, zoo: Zoo) -> None:
+    """A graph that waits for its gradient holds what they had."""
+    for grads in (True, False):
+        engine.bank._spare = Spare()
+        engine.bank._laid_out = LRUCache()
+        with torch.inference_mode(not grads):
+            assert isinstance(engine.plan(rows(zoo)), LanePlan)
+        engine.bank._laid_out = LRUCache()
+        assert bool(engine.bank._spare._pieces) is not grads
 
 
 def test_an_unloaded_adapter_leaves_no_lane_behind(zoo: Zoo) -> None:
