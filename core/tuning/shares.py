@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.tuning.data import Item, chunks
-from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.frozen import IGNORED, Frozen
 from lora_rt.plugins.contract import Gate
 
 STEPS = 150  # over all examples
@@ -49,10 +50,8 @@ def batches(frozen: Frozen, items: Sequence[Item], start: Mapping[str, float], d
     made = []
     with torch.no_grad():
         for some in chunks(ordered, _ROWS):
-            ids, mask, _ = frozen.tensors(some)
-            asked = torch.zeros_like(mask, dtype=torch.bool)
-            for row, item in enumerate(some):
-                asked[row, len(item.prompt) - 1 : len(item.prompt) + len(item.answer) - 1] = True
+            ids, mask, labels = frozen.tensors(some)
+            asked = pad(labels[:, 1:] != IGNORED, (0, 1))
             hidden = frozen.early(ids, mask, positions_of(mask), depth).clone()
             alone = [{name: most if weight > 0 else -most} for name, weight in start.items()]
             chances = torch.stack([-frozen.losses(some, [weights], {})[asked[:, :-1]] for weights in alone], -1)
