@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.base.progress import download
-from lora_rt.core.base.source import BaseError, sha256_file
+from lora_rt.core.base.source import DEFAULT, BaseError, sha256_file
+from lora_rt.registry import home
 from lora_rt.registry.bases import DEFAULT_ID
 from lora_rt.registry.card import BaseIdentity
 
@@ -51,6 +52,17 @@ def linears() -> list[str]:
     blocks = range(int(CONFIG["num_hidden_layers"]))
     parts = ("self_attn",) * 4 + ("mlp",) * 3
     return [f"model.layers.{n}.{part}.{name}" for n in blocks for part, name in zip(parts, LINEARS, strict=True)]
+
+
+def downloaded() -> Path:
+    """Where the default base's GGUF file lies once it has been fetched."""
+    return home.bases() / "downloads" / Path(MEMBER).name
+
+
+def gguf_file(base: str) -> Path | None:
+    """The GGUF file on this machine that the text of a base stands for; None where there is none."""
+    file = downloaded() if base == DEFAULT else Path(base)
+    return file if file.suffix == ".gguf" and file.is_file() else None
 
 
 def fetch_gguf(folder: Path) -> Path:

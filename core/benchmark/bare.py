@@ -37,17 +37,23 @@ def main() -> None:
 def with_adapters(model: Any, adapters: list[list[str]]) -> Any:
     """A PeftModel with all of them active; each is [name, weight, folder]."""
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
     model = PeftModel.from_pretrained(model, adapters[0][2], adapter_name=adapters[0][0])
     for name, _, path in adapters[1:]:
         model.load_adapter(path, name)
     model.base_model.set_adapter([name for name, _, _ in adapters], inference_mode=True)
+    weigh(model, {name: float(weight) for name, weight, _ in adapters})
+    return model
+
+
+def weigh(model: Any, weights: dict[str, float]) -> None:
+    """Give adapters of a PeftModel their weights, in every layer."""
+    from peft.tuners.lora import LoraLayer
+
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for name, weight, _ in adapters:
-                module.set_scale(name, float(weight))
-    return model
+            for name, weight in weights.items():
+                module.set_scale(name, weight)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from lora_rt.core.base.machine import cpu_name
 from lora_rt.version import __version__
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "xllamacpp")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from lora_rt.core.base import default
-from lora_rt.core.base.source import DEFAULT
+from lora_rt.core.base.default import gguf_file
 from lora_rt.core.benchmark.workloads import BenchmarkError
 from lora_rt.core.export.run import export
-from lora_rt.registry import home
 
 LLAMA = Path(__file__).with_name("llama_server.py")
 _CONTEXT = 512  # tokens of a slot of llama.cpp's
@@ -42,8 +40,7 @@ def llama_cpp(
     Raises:
         BenchmarkError: there is no GGUF file of this base.
     """
-    model = home.bases() / "downloads" / Path(default.MEMBER).name if base == DEFAULT else Path(base)
-    if model.suffix != ".gguf" or not model.is_file():
+    if (model := gguf_file(base)) is None:
         raise BenchmarkError("there is no GGUF file of this base here", next_step="Leave --llama out, or name one")
     for name in names:
         export(name, "gguf", folder / name, base=base)

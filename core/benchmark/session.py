@@ -7,12 +7,9 @@ from functools import partial
 from itertools import count
 
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.llama_cpp import LlamaCpp
-from lora_rt.core.benchmark.ours import Ours
-from lora_rt.core.benchmark.plain import BaseAlone, Generate
 from lora_rt.core.benchmark.processes import in_process
 from lora_rt.core.benchmark.results import Measured, Sample
-from lora_rt.core.benchmark.system import System
+from lora_rt.core.benchmark.systems import BaseAlone, Generate, LlamaCpp, Ours, System
 from lora_rt.core.benchmark.with_peft import Peft, PeftAdapters, PeftTrainer
 from lora_rt.core.benchmark.workloads import PROCESSES, BenchmarkError, Workload
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_rt.core.benchmark.bare import weigh
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.plain import run_plainly
-from lora_rt.core.benchmark.system import System, Turn
+from lora_rt.core.benchmark.systems import System, Turn, run_plainly
 from lora_rt.core.benchmark.workloads import Mix, Workload
 
 _MIX = "mix"
@@ -43,12 +43,12 @@ class PeftAdapters:
                 elif name not in self._residents:
                     self.model.load_adapter(path, name)
                 self._residents[name] = path
-        self._scale([(name, 1.0) for name in wanted])  # a scale that stayed would count twice in the other ways
+        weigh(self.model, dict.fromkeys(wanted, 1.0))  # a scale that stayed would count twice in the other ways
 
     def activate(self, mix: Mix) -> None:
         """`set_adapter` of several, and `set_scale` for their weights."""
         self.model.base_model.set_adapter([name for name, _ in mix], inference_mode=True)
-        self._scale(mix)
+        weigh(self.model, dict(mix))
 
     def concatenate(self, mix: Mix) -> None:
         """`add_weighted_adapter(cat)`: one adapter in whose ranks all of them stand."""
@@ -56,14 +56,6 @@ class PeftAdapters:
         with _quiet():
             self.model.add_weighted_adapter(names, weights, _MIX, combination_type="cat")
             self.model.base_model.set_adapter([_MIX], inference_mode=True)
-
-    def _scale(self, mix: Sequence[tuple[str, float]]) -> None:
-        from peft.tuners.lora import LoraLayer
-
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                for name, weight in mix:
-                    module.set_scale(name, weight)
 
 
 class Peft(System):

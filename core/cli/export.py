@@ -15,7 +15,6 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import compose_hint, err, out, print_json
 from lora_rt.core.cli.session import session, starting
-from lora_rt.registry import home
 from lora_rt.registry.durable import check_new_folder
 
 if TYPE_CHECKING:
@@ -118,5 +117,5 @@ def _gguf_of(exported: Exported) -> str:
     source = exported.base.source
     if source.kind == "gguf":
         return str(source.path)
-    fetched = home.bases() / "downloads" / Path(default.MEMBER).name
+    fetched = default.downloaded()
     return str(fetched) if source.kind == "default" and fetched.is_file() else "BASE.gguf"

@@ -19,7 +19,6 @@ from lora_rt.core.base.source import BaseError, BaseSource, parse_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.llama_cpp.words import FILE, Words, facts_of, same_words
 from lora_rt.plugins.contract import BaseFacts
-from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
 
 _KEPT = "llama.cpp"
@@ -87,7 +86,7 @@ def _file(source: BaseSource) -> Path | None:
         assert source.path is not None
         return source.path
     if source.kind == "default":
-        found = home.bases() / "downloads" / Path(default.MEMBER).name
+        found = default.downloaded()
         whole = found.is_file() and sha256_of(found) == default.GGUF_SHA256
         return found if whole else default.fetch_gguf(found.parent)
     return None

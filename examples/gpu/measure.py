@@ -21,11 +21,10 @@ from torch import Tensor
 
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.machine import machine, versions
-from lora_rt.core.benchmark.ours import Ours
-from lora_rt.core.benchmark.plain import _chooser
 from lora_rt.core.benchmark.random_base import random_base
 from lora_rt.core.benchmark.results import Measured, row
 from lora_rt.core.benchmark.session import make_systems, measure
+from lora_rt.core.benchmark.systems import Ours, _chooser
 from lora_rt.core.benchmark.workloads import SAMPLED, Origin, Workload
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling

@@ -1,106 +1,86 @@
-"""llama.cpp's column: scales per request, one row after the other, through what each version of the package offers.
-
-llama-cpp-python compiles a C++ project and is seldom installed; a stand-in with its names notes what it is told.
-"""
+"""llama.cpp's column: its server is told tokens and scales, a row after the other; a stand-in notes what it is told."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.machinery
 import sys
 import types
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from lora_rt.core.benchmark import systems
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.llama_cpp import LlamaCpp
 from lora_rt.core.benchmark.session import repeat_of
+from lora_rt.core.benchmark.systems import LlamaCpp
 from lora_rt.core.benchmark.workloads import Workload
 
 MIXES = Workload("w", "w", rows=3, active=2, distinct=True, prompt_tokens=5, new_tokens=2, rank=4)
-VOCABULARY = 8
 
 
 class StandIn:
-    """What llama.cpp would be told: ("reset",), ("eval", tokens) and ("scales", {file: scale})."""
+    """Says token 3, then that it would end; notes the tokens and the scales, by the names of adapters."""
 
-    def __init__(self, *, all_at_once: bool) -> None:
-        self.told: list[tuple[Any, ...]] = []
-        self.files: list[str] = []
-        low: Any = types.ModuleType("llama_cpp.llama_cpp")
-        low.llama_adapter_lora_p_ctypes = ctypes.c_void_p
-        low.llama_adapter_lora_init = self._init
-        low.llama_get_logits_ith = lambda _ctx, _index: (ctypes.c_float * VOCABULARY)(0, 0, 0, 1)
-        if all_at_once:
-            low.llama_set_adapters_lora = self._set_all
-        else:
-            low.llama_clear_adapter_lora = lambda _ctx: self.told.append(("scales", {}))
-            low.llama_set_adapter_lora = lambda _ctx, handle, scale: self.told[-1][1].update(
-                {self.files[handle - 1]: scale}
-            )
-        top: Any = types.ModuleType("llama_cpp")
-        top.__spec__ = importlib.machinery.ModuleSpec("llama_cpp", None)
-        top.Llama, top.llama_cpp = self._llama, low
-        self.modules = {"llama_cpp": top, "llama_cpp.llama_cpp": low}
+    made: ClassVar[list[StandIn]] = []
 
-    def _init(self, _model: Any, path: bytes) -> int:
-        assert Path(path.decode()).read_bytes().startswith(b"GGUF")
-        self.files.append(Path(path.decode()).parent.name)
-        return len(self.files)
+    def __init__(self, gguf: Path, adapters: Sequence[Path], context: int, device: str) -> None:
+        assert all(path.read_bytes().startswith(b"GGUF") for path in adapters)
+        self.gguf, self.adapters, self.context = gguf, list(adapters), context
+        self.told: list[tuple[list[int], dict[str, float]]] = []
+        self.closed = False
+        StandIn.made.append(self)
 
-    def _set_all(self, _ctx: Any, handles: Any, count: int, scales: Any) -> None:
-        self.told.append(("scales", {self.files[handles[i] - 1]: scales[i] for i in range(count)}))
+    def next_token(
+        self, ids: Sequence[int], said: int, scales: Mapping[Path, float], sampling: Any, seed: int
+    ) -> int | None:
+        assert sampling.greedy
+        self.told.append((list(ids), {path.parent.name: scale for path, scale in scales.items()}))
+        return None if said == 1 else 3
 
-    def _llama(self, path: str, **_options: Any) -> Any:
-        assert path.endswith(".gguf")
-        return types.SimpleNamespace(
-            model=1,
-            ctx=2,
-            n_vocab=lambda: VOCABULARY,
-            reset=lambda: self.told.append(("reset",)),
-            eval=lambda ids: self.told.append(("eval", ids)),
-        )
+    def close(self) -> None:
+        self.closed = True
 
 
-@pytest.fixture(params=[True, False], ids=["all at once", "one by one"])
-def llama(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, lab: Lab, tmp_path: Path) -> StandIn:
-    made = StandIn(all_at_once=request.param)
-    for name, module in made.modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch, lab: Lab, tmp_path: Path) -> list[StandIn]:
+    package = types.ModuleType("xllamacpp")
+    package.__spec__ = importlib.machinery.ModuleSpec("xllamacpp", None)
+    monkeypatch.setitem(sys.modules, "xllamacpp", package)
+    monkeypatch.setattr(systems, "LlamaServer", StandIn)
+    monkeypatch.setattr(StandIn, "made", [])
     (tmp_path / "base.gguf").touch()
     lab.origin = replace(lab.origin, base=str(tmp_path / "base.gguf"), random=None)
-    return made
+    return StandIn.made
 
 
-def test_every_row_runs_alone_under_its_own_scales(lab: Lab, llama: StandIn) -> None:
+def test_every_row_runs_alone_under_its_own_scales_and_goes_on_where_it_would_end(
+    lab: Lab, servers: list[StandIn]
+) -> None:
     sample = repeat_of(lab, LlamaCpp(lab), MIXES)()
     assert sample.tokens == 3 * 2
-    assert sorted(llama.files) == ["reg00", "reg01", "reg02", "reg03"]
+    (server,) = servers
+    assert [path.parent.name for path in server.adapters] == ["reg00", "reg01", "reg02", "reg03"]
     for row, (mix, prompt) in enumerate(zip(MIXES.mixes, lab.prompts(MIXES), strict=True)):
-        scales, reset, first, *steps = llama.told[5 * row : 5 * row + 5]
-        assert scales == ("scales", pytest.approx(dict(mix)))
-        assert (reset, first) == (("reset",), ("eval", prompt))
-        assert steps == [("eval", [3]), ("eval", [3])]
+        passes = server.told[3 * row : 3 * row + 3]
+        assert [ids for ids, _ in passes] == [prompt, [*prompt, 3], [*prompt, 3, 3]]
+        assert all(scales == dict(mix) for _, scales in passes)
 
 
-def said(system: LlamaCpp, workload: Workload) -> list[list[int]]:
-    system.prepare(workload)
-    return system.run(workload).tokens
+def test_its_adapters_are_loaded_once_and_anew_where_others_are_wanted(lab: Lab, servers: list[StandIn]) -> None:
+    system = LlamaCpp(lab)
+    for workload in (MIXES, replace(MIXES, active=1), replace(MIXES, resident=6)):
+        system.prepare(workload)
+    assert [len(server.adapters) for server in servers] == [4, 6]
+    assert [server.closed for server in servers] == [True, False]
 
 
-def test_it_says_a_token_for_the_prompt_and_one_for_each_step(lab: Lab, llama: StandIn) -> None:
-    assert said(LlamaCpp(lab), MIXES) == [[3, 3, 3]] * 3
-
-
-def test_a_change_of_composition_is_a_change_of_scales(lab: Lab, llama: StandIn) -> None:
-    assert repeat_of(lab, LlamaCpp(lab), replace(MIXES, kind="change"))().tokens == 0
-    assert {told[0] for told in llama.told} == {"scales"}
-
-
-def test_without_a_gguf_file_of_the_base_it_says_so(lab: Lab, llama: StandIn) -> None:
-    assert LlamaCpp(lab).reason(MIXES) is None
+def test_what_it_is_not_asked_for_it_says(lab: Lab, servers: list[StandIn]) -> None:
+    system = LlamaCpp(lab)
+    assert system.reason(MIXES) is None
+    assert system.reason(replace(MIXES, kind="change")) == "scales are a part of each request"
+    assert system.reason(replace(MIXES, sampled=True)) == "measured greedily alone"
     lab.origin = replace(lab.origin, base="some/model")
-    assert LlamaCpp(lab).reason(MIXES) == "no GGUF file of this base here"
+    assert system.reason(MIXES) == "no GGUF file of this base here"

@@ -10,7 +10,7 @@ from lora_rt.core.benchmark import session
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.results import Sample, rows
 from lora_rt.core.benchmark.session import measure
-from lora_rt.core.benchmark.system import System, Turn
+from lora_rt.core.benchmark.systems import System, Turn
 from lora_rt.core.benchmark.workloads import BenchmarkError, Kind, Workload
 
 pytestmark = pytest.mark.slow

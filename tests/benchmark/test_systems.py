@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.ours import Ours
-from lora_rt.core.benchmark.plain import run_plainly
 from lora_rt.core.benchmark.session import make_systems, repeat_of
-from lora_rt.core.benchmark.system import System
+from lora_rt.core.benchmark.systems import Ours, System, run_plainly
 from lora_rt.core.benchmark.with_peft import Peft, PeftAdapters
 from lora_rt.core.benchmark.workloads import SYSTEMS, Workload
 

@@ -13,7 +13,7 @@ from lora_rt.core.benchmark.table import noise, shown
 from lora_rt.core.benchmark.workloads import Workload
 
 SYSTEMS = ("base", "ours", "peft-set", "peft-trainer", "llama.cpp")
-MISSING = {"llama.cpp": "llama-cpp-python is not installed"}
+MISSING = {"llama.cpp": "xllamacpp is not installed"}
 
 
 def text_of(*items: Measured, columns: int = 100) -> str:
@@ -71,7 +71,7 @@ def test_a_reason_is_a_number_in_the_cell_and_a_line_below() -> None:
 
 def test_a_system_that_could_do_nothing_is_a_line_and_no_column() -> None:
     text = text_of(decode())
-    assert "llama.cpp: llama-cpp-python is not installed" in text
+    assert "llama.cpp: xllamacpp is not installed" in text
     assert "llama\n" not in text
 
 
