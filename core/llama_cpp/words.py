@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,16 @@ class Words:
         **variables: Any,
     ) -> str:
         """A conversation as one text, by a template that was tried when the base was opened."""
-        template = template_environment().from_string(chat_template)
         given = {"messages": conversation, "add_generation_prompt": add_generation_prompt}
-        return str(template.render(**given, tools=tools, documents=documents, **{**self._named, **variables}))
+        return str(
+            _compiled(chat_template).render(**given, tools=tools, documents=documents, **{**self._named, **variables})
+        )
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    """A template as Jinja runs it: 20 ms, and a prompt is rendered four times (see `ChatTemplate.reads_parts`)."""
+    return template_environment().from_string(template)
 
 
 def facts_of(tokenizer: Any) -> dict[str, Any]:
