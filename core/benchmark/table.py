@@ -32,8 +32,8 @@ _DECODING = ("decode", "prefill")
 _BAR = 0.8
 
 
-def shown(document: Mapping[str, Any]) -> Group:
-    """Machine and versions, the table, and what its numbers in brackets stand for."""
+def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
+    """Machine and versions, the table, and what its numbers in brackets stand for; lines of at most so many columns."""
     reasons: list[str] = []
     cells = {(row["workload"], row["system"]): row for row in document["rows"]}
     systems = _columns(document)
@@ -50,7 +50,7 @@ def shown(document: Mapping[str, Any]) -> Group:
             table.add_section()
         previous = item["kind"]
         table.add_row(_title(item), *(_cell(row, reasons) for row in found))
-    lines: list[RenderableType] = [Text(line) for line in _machine(document)]
+    lines: list[RenderableType] = [Text(line) for line in _machine(document, min(width, WIDTH))]
     lines += [table] if table.row_count else []
     lines += [Text(f"({number}) {reason}") for number, reason in enumerate(reasons, 1)]
     lines += [Text(line) for line in _absent(document["rows"], systems)]
@@ -87,14 +87,14 @@ def _absent(rows: Sequence[Row], systems: Sequence[str]) -> list[str]:
     return [f"{system}: {reasons.pop()}" for system, reasons in why.items() if len(reasons) == 1]
 
 
-def _machine(document: Mapping[str, Any]) -> list[str]:
+def _machine(document: Mapping[str, Any], width: int) -> list[str]:
     facts = document["machine"]
     device = facts.get("gpu", facts["cpu"])
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     cores = f"{facts['threads']} threads of {facts['cores']} cores"
     where = f"{device}, {cores}, {facts['memory_gib']} GiB, load {facts['load']}"
     about = f"{document['base']} ({document['precision']}) on {where}", versions
-    return [line for text in about for line in wrap(text, WIDTH)] + [""]
+    return [line for text in about for line in wrap(text, width)] + [""]
 
 
 def _title(item: Mapping[str, Any]) -> str:

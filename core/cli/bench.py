@@ -77,7 +77,7 @@ def bench(
         print_json(document)
     else:
         with kept_if_unprinted(document):
-            out.print(shown(document))
+            out.print(shown(document, out.width))
     _warn(noise(document))
     if plot is not None:
         draw(document, plot)

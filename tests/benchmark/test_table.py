@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from lora_rt.core.base.progress import PlainConsole
@@ -46,7 +47,8 @@ def test_machine_and_versions_stand_above_the_numbers() -> None:
     assert second.startswith("torch 2.9")
 
 
-def test_long_names_of_machine_and_versions_are_wrapped_where_the_output_is_a_file_too() -> None:
+@pytest.mark.parametrize("width", [60, 100])
+def test_long_names_of_machine_and_versions_are_wrapped_where_the_output_is_a_file_too(width: int) -> None:
     document: dict[str, Any] = {
         "machine": {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz " * 2, "threads": 2, "cores": 4}
         | {"memory_gib": 8.0, "load": 0.1},
@@ -54,10 +56,10 @@ def test_long_names_of_machine_and_versions_are_wrapped_where_the_output_is_a_fi
         **dict.fromkeys(("base", "precision"), "some"),
         **dict.fromkeys(("systems", "workloads", "rows"), ()),
     }
-    console = PlainConsole(width=100, file=io.StringIO())
-    console.print(shown(document))
+    console = PlainConsole(width=width, file=io.StringIO())
+    console.print(shown(document, width))
     assert isinstance(console.file, io.StringIO)
-    assert max(map(len, console.file.getvalue().splitlines())) <= 100
+    assert max(map(len, console.file.getvalue().splitlines())) <= width
 
 
 def test_a_reason_is_a_number_in_the_cell_and_a_line_below() -> None:
