@@ -85,7 +85,7 @@ def timed(lab: Lab, begin: Callable[[], Iterator[Any]]) -> Turn:
 def run_plainly(lab: Lab, model: Any, workload: Workload, **arguments: Any) -> Turn:
     """The plain loop over a model; `arguments` go with every pass."""
     prompts = lab.prompts(workload)
-    choose = _chooser(workload, lab.device)
+    choose = chooser(workload, lab.device)
     return timed(lab, lambda: _steps(model, prompts, workload.steps, choose, arguments))
 
 
@@ -106,7 +106,7 @@ def _steps(
         yield ids[:, 0]
 
 
-def _chooser(workload: Workload, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def chooser(workload: Workload, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """(tokens said (rows, steps), logits (rows, vocab)) -> tokens (rows, 1), by transformers' own processors."""
     from transformers import (
         LogitsProcessorList,
@@ -259,7 +259,8 @@ class LlamaCpp(System):
             if self._server is not None:
                 self._server.close()
             assert self._gguf is not None
-            self._server = LlamaServer(self._gguf, list(self._files.values()), _CONTEXT, str(self.lab.device))
+            threads = torch.get_num_threads()  # as many as everybody has
+            self._server = LlamaServer(self._gguf, list(self._files.values()), _CONTEXT, str(self.lab.device), threads)
 
     def run(self, workload: Workload) -> Turn:
         """The rows one by one: their times add up."""

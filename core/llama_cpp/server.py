@@ -38,13 +38,16 @@ def check_installed() -> None:
 class LlamaServer:
     """A base and adapters in memory; which of them act is part of each request."""
 
-    def __init__(self, gguf: Path, adapters: Sequence[Path], context: int, device: str) -> None:
+    def __init__(
+        self, gguf: Path, adapters: Sequence[Path], context: int, device: str, threads: int | None = None
+    ) -> None:
         """
         Args:
             gguf: the base.
             adapters: GGUF files; a request may give each a scale.
             context: tokens of the longest request with its answer.
             device: "auto", "cpu", "cuda" or "cuda:N".
+            threads: to compute with; as OMP_NUM_THREADS says, or as llama.cpp would, where left out.
 
         Raises:
             BaseError: llama.cpp can't load these.
@@ -60,7 +63,7 @@ class LlamaServer:
         settings.warmup, settings.verbosity = False, -1
         settings.cache_ram_mib = 0  # it keeps what was read by tokens alone, not by what it was read under
         settings.port, settings.api_keys = 0, [self._key]
-        _place(settings, device)
+        _place(settings, device, threads)
         try:
             self._server: Any = xllamacpp.Server(settings)
         except RuntimeError as error:
@@ -125,11 +128,12 @@ class LlamaServer:
         return self._connection.getresponse().read()
 
 
-def _place(settings: Any, device: str) -> None:
+def _place(settings: Any, device: str, threads: int | None) -> None:
     """Threads as torch would take them, and the layers on a GPU unless that is not wanted."""
     with suppress(ValueError):
-        if (threads := int(os.environ.get("OMP_NUM_THREADS", "0"))) > 0:
-            settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+    if threads is not None and threads > 0:
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     kind, _, number = device.partition(":")
     if kind == "cpu" or not (on_gpu := _has_gpu()):
         settings.n_gpu_layers, settings.fit_params = 0, False  # to fit them to a GPU's memory doubles the time to load

@@ -31,6 +31,10 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "top1 (as MoLoRA)": {"gate": "top1"},
     "softmax of every layer (as LoRA-Flow)": {"groups": "0"},
 }
+CONTROLS: Mapping[str, Mapping[str, str]] = {
+    "softmax of other rows' states": {},
+    "softmax of every layer, of other rows' states": {"groups": "0"},  # it can still give each layer its own weights
+}
 TOKENS = 32
 REPEATS = 3
 
@@ -116,9 +120,10 @@ def main() -> None:
             )
     tuned = kept(work, "static", partial(static, f"{stem}-static", learned, settings))
     if not given.no_control:
-        names["control: softmax of other rows' states"] = kept(
-            work, "control", partial(trained, f"{stem}-control", learned, {"control": "true"}, 0, settings)
-        )
+        for kind, options in CONTROLS.items():
+            name = f"{stem}-control{'-layers' * ('layer' in kind)}"
+            told = {"control": "true", **options}
+            names[f"control: {kind}"] = kept(work, name, partial(trained, name, learned, told, 0, settings))
     runtime = Runtime.load("default", precision=given.precision)
     lines = list(map(json.loads, (given.data / "turning.jsonl").read_text(encoding="utf-8").splitlines()))
     whole = len(lines) // 2

@@ -24,7 +24,7 @@ from lora_rt.core.benchmark.machine import machine, versions
 from lora_rt.core.benchmark.random_base import random_base
 from lora_rt.core.benchmark.results import Measured, row
 from lora_rt.core.benchmark.session import make_systems, measure
-from lora_rt.core.benchmark.systems import Ours, _chooser
+from lora_rt.core.benchmark.systems import Ours, chooser
 from lora_rt.core.benchmark.workloads import SAMPLED, Origin, Workload
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling
@@ -225,7 +225,7 @@ def sampling(book: Book) -> None:
     for rows in (16, 64):
         logits = torch.randn((rows, words), generator=torch.Generator().manual_seed(0)).to(book.device) * 2
         workload = replace(next(workloads(book.tiny)), rows=rows, sampled=True)
-        plainly = _chooser(workload, book.device)
+        plainly = chooser(workload, book.device)
         said = torch.zeros((rows, 1), dtype=torch.long, device=book.device)
         ways: dict[str, Callable[[], Any]] = {"base": lambda d=plainly, s=said, x=logits: d(s, x.clone())}
         for name, settings in (("ours", Sampling(**SAMPLED)), ("ours, greedy", Sampling())):

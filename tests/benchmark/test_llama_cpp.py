@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from lora_rt.core.benchmark import systems
 from lora_rt.core.benchmark.lab import Lab
@@ -26,9 +27,9 @@ class StandIn:
 
     made: ClassVar[list[StandIn]] = []
 
-    def __init__(self, gguf: Path, adapters: Sequence[Path], context: int, device: str) -> None:
+    def __init__(self, gguf: Path, adapters: Sequence[Path], context: int, device: str, threads: int) -> None:
         assert all(path.read_bytes().startswith(b"GGUF") for path in adapters)
-        self.gguf, self.adapters, self.context = gguf, list(adapters), context
+        self.adapters, self.threads = list(adapters), threads
         self.told: list[tuple[list[int], dict[str, float]]] = []
         self.closed = False
         StandIn.made.append(self)
@@ -62,6 +63,7 @@ def test_every_row_runs_alone_under_its_own_scales_and_goes_on_where_it_would_en
     sample = repeat_of(lab, LlamaCpp(lab), MIXES)()
     assert sample.tokens == 3 * 2
     (server,) = servers
+    assert server.threads == torch.get_num_threads()
     assert [path.parent.name for path in server.adapters] == ["reg00", "reg01", "reg02", "reg03"]
     for row, (mix, prompt) in enumerate(zip(MIXES.mixes, lab.prompts(MIXES), strict=True)):
         passes = server.told[3 * row : 3 * row + 3]
