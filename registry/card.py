@@ -48,7 +48,7 @@ class AdapterCard(BaseModel):
     mode: Word
     base: BaseIdentity
     scene_types: tuple[Text, ...] = ()
-    hidden_layers: Annotated[StrictInt, Field(ge=1)] | None = None
+    hidden_layers: Annotated[StrictInt, Field(ge=0)] | None = None
     data_sha256: Digest = ""
     seed: int | None = None
     metrics: dict[Text, Finite] = Field(default_factory=dict)

@@ -53,7 +53,7 @@ class NamedComposition(BaseModel):
     seed: int | None = None
     metrics: dict[Text, Finite] = Field(default_factory=dict)
     mode: str = Field(default="", max_length=64)
-    hidden_layers: int | None = Field(default=None, ge=1)
+    hidden_layers: int | None = Field(default=None, ge=0)
     scene_types: tuple[Text, ...] = ()
     card: dict[Text, Any] = Field(default_factory=dict)
     state: Digest = ""

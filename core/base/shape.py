@@ -132,22 +132,27 @@ def blocks_of(model: Any) -> nn.ModuleList:
     """The model's transformer blocks, from the input up.
 
     Of several lists that lie in no other one, as in models with a tower for pictures: one that is as long as the
-    configuration says, else the one with the most parameters.
+    configuration says, of several of these the one that lies highest in the decoder; else the one with the most
+    parameters.
 
     Raises:
         BaseError: it keeps none.
     """
-    lists: list[nn.ModuleList] = []
+    lists: dict[str, nn.ModuleList] = {}
     inner: set[int] = set()
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and id(module) not in inner:
-            lists.append(module)
+            lists[name] = module
             inner |= {id(below) for below in module.modules()} - {id(module)}
     if not lists:
         text = f"{type(model).__name__} does not keep its blocks in a list"
         raise BaseError(text, next_step="Use a base that does")
     count = layers_of(model.config)
-    return max(lists, key=lambda blocks: (len(blocks) == count, sum(p.numel() for p in blocks.parameters())))
+    fitting = {name: blocks for name, blocks in lists.items() if len(blocks) == count}
+    if fitting:
+        decoder = {id(module) for module in getattr(model, "get_decoder", lambda: model)().modules()}
+        return fitting[min(fitting, key=lambda name: (id(fitting[name]) not in decoder, name.count(".")))]
+    return max(lists.values(), key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
 def context_of(config: Any) -> int:

@@ -99,6 +99,11 @@ class CausalLM:
         logits: Tensor = self.model(**given, attention_mask=mask, position_ids=places).logits
         return logits[:, -1:]
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether a pass is told where its tokens stand; else the model counts by mask or cache."""
+        return self._pass.takes_positions
+
     @cached_property
     def steps(self) -> Steps | None:
         """Decoding steps that are recorded, where the device has that and the model's passes are all alike.

@@ -1,7 +1,11 @@
-"""The base's early hidden state: a pass that stops after the first blocks, with no adapter applied."""
+"""The base's early hidden state: a pass that stops after the first blocks, with no adapter applied.
+
+After none of them it is what the first block is given: the embeddings, as the base scales and places them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
@@ -10,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.base.shape import blocks_of
+from lora_rt.core.base.shape import blocks_of, width_of
 from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.errors import LoraRtError
 
-_wanted: ContextVar[int] = ContextVar("lora_rt_early", default=0)
+_wanted: ContextVar[int | None] = ContextVar("lora_rt_early", default=None)
 _QUARTER = 4  # where an adapter does not say how deep: a quarter of the blocks
 _KEPT = 4  # groups of rows whose keys and values are kept, per batch
 
@@ -25,11 +29,12 @@ class _Reached(BaseException):
 
 
 class EarlyHidden:
-    """Gives the output of one of the first blocks. Its hooks do nothing outside `__call__`."""
+    """Gives the output of one of the first blocks, or their input. Its hooks do nothing outside `__call__`."""
 
     def __init__(self, lm: CausalLM, layers: int) -> None:
         self.lm = lm
         self._layers = layers
+        self._size = width_of(lm.model.config)
         self._hooks: dict[int, Any] = {}
         self._lock = Lock()
 
@@ -41,7 +46,7 @@ class EarlyHidden:
         """
         if wanted is None:
             return max(1, self._layers // _QUARTER)
-        if not 1 <= wanted <= self._layers:
+        if not 0 <= wanted <= self._layers:
             text = f"an adapter reads the hidden state after {wanted} blocks, and this base has {self._layers}"
             raise LoraRtError(text, next_step="Use the base that it was trained for")
         return wanted
@@ -69,7 +74,7 @@ class EarlyHidden:
             with torch.inference_mode():
                 self.lm.forward(ids, mask, positions, cache=cache)
         except _Reached as reached:
-            return reached.hidden.to(ids.device)
+            return _of_one_stream(reached.hidden, *ids.shape, self._size).to(ids.device)
         finally:
             _wanted.reset(token)
         raise RuntimeError("the model has no blocks to stop at")
@@ -79,9 +84,33 @@ class EarlyHidden:
             if _wanted.get() == blocks:
                 raise _Reached(output[0] if isinstance(output, tuple) else output)
 
+        def refuse(_module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            if _wanted.get() == 0:
+                hidden = (one for one in (*given, *named.values()) if torch.is_tensor(one) and one.is_floating_point())
+                raise _Reached(next(hidden))  # by whatever name, it is what blocks are given first
+
         with self._lock:
-            if blocks not in self._hooks:
-                self._hooks[blocks] = blocks_of(self.lm.model)[blocks - 1].register_forward_hook(stop)
+            if blocks in self._hooks:
+                return
+            found = blocks_of(self.lm.model)
+            self._hooks[blocks] = (
+                found[blocks - 1].register_forward_hook(stop)
+                if blocks
+                else found[0].register_forward_pre_hook(refuse, with_kwargs=True)
+            )
+
+
+def _of_one_stream(hidden: Tensor, rows: int, tokens: int, size: int | None) -> Tensor:
+    """(rows, tokens, size) of what a base's blocks hand on, which may be several states of each token: their mean.
+
+    They stand on an axis of their own (Gemma 3n's first, DeepSeek V4's third), side by side (Qwen 4), or, where a model
+    foretells further tokens, behind the tokens (ProphetNet): of these the first ones are the tokens' own.
+    """
+    if hidden.dim() == 4:
+        return hidden.mean(0 if hidden.shape[1:3] == (rows, tokens) else 2)
+    if size is not None and hidden.shape[-1] != size and not hidden.shape[-1] % size:
+        return hidden.unflatten(-1, (-1, size)).mean(-2)
+    return hidden[:, :tokens]
 
 
 @dataclass(slots=True)
@@ -117,16 +146,19 @@ class EarlyHistory:
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, new: int, depth: int | None = None) -> Tensor:
         """(rows, all tokens so far, hidden); ids, mask and positions likewise, the last `new` are this pass's."""
         lm, width = self._early.lm, ids.shape[1]
-        if lm.keeping != "shared" or lm.rope.varies:
-            return self._early(ids, mask, positions, depth)
         blocks = self._early.depth(depth)
+        # Where a base counts positions by its cache, a pass that fills none would begin at the first one again.
+        if lm.keeping != "shared" or lm.rope.varies or not (blocks or lm.takes_positions):
+            return self._early(ids, mask, positions, blocks)
         known = next((r for r in self._read if r.depth == blocks and r.begins(ids, mask, width - new)), None)
         if known is None:
             known = _Read(blocks, ids[:, :0], mask[:, :0], lm.new_cache())
         else:
             self._read.remove(known)
         start = known.ids.shape[1]
-        hidden = self._early(ids[:, start:], mask, positions[:, start:], blocks, known.cache)
+        # Without a block nothing is looked back at, and nothing would be put into a cache.
+        seen, cache = (mask, known.cache) if blocks else (mask[:, start:], None)
+        hidden = self._early(ids[:, start:], seen, positions[:, start:], blocks, cache)
         known.ids, known.mask = ids.clone(), mask.clone()
         known.hidden = hidden if known.hidden is None else torch.cat([known.hidden, hidden], 1)
         self._read = [known, *self._read[: _KEPT - 1]]

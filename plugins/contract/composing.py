@@ -67,9 +67,9 @@ class Mixture:
     `state` are the tensors that `lora_rt_joint_gate` (and `lora_rt_scene`) will read in `composition.state`; those
     through which a gradient leads are fitted, the others stay as they are. Every gate is 1 under the state given here.
     `card` holds whatever else the mode wants to find in `composition.card`: JSON. `hidden_layers` says after how many
-    blocks the hooks get the early hidden state; None is a quarter of them. `shares` says that a token's gates share out
-    one sum of weights among the adapters: then the state is first fitted to what each adapter says alone, which is many
-    times as fast as the fit that follows.
+    blocks the hooks get the early hidden state: 0 is what the first block is given, the tokens' embeddings, and None a
+    quarter of the blocks. `shares` says that a token's gates share out one sum of weights among the adapters: then the
+    state is first fitted to what each adapter says alone, which is many times as fast as the fit that follows.
     """
 
     state: Mapping[str, Tensor]

@@ -66,7 +66,7 @@ class Objective:
     its fields as `LORA_RT_FIELDS`, too, has bad lines refused before a base is loaded. `state` is trained beside the
     adapter and saved as `mode.safetensors`; None where the mode keeps nothing of its own. `hidden_layers` is after how
     many of the base's blocks `lora_rt_gate` and `lora_rt_scene` are to see the early hidden state; it is kept in the
-    card (None: a quarter of them).
+    card (0: what the first block is given; None: a quarter of the blocks).
     """
 
     fields: tuple[str, ...] = ("scene", "text")

@@ -97,8 +97,8 @@ def checked_mixture(value: object, context: MixtureContext) -> Mixture | None:
         if not bool(tensor.isfinite().all()):
             raise ResultError(f"the state {name!r} holds numbers that are not finite")
     depth, layers = value.hidden_layers, context.base.layers
-    if depth is not None and (type(depth) is not int or not 1 <= depth <= layers):
-        raise ResultError(f"Mixture.hidden_layers is {depth!r}, not a number of blocks from 1 to {layers}")
+    if depth is not None and (type(depth) is not int or not 0 <= depth <= layers):
+        raise ResultError(f"Mixture.hidden_layers is {depth!r}, not a number of blocks from 0 to {layers}")
     try:
         json.dumps(dict(value.card), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -189,8 +189,8 @@ def checked_objective(value: object, context: ObjectiveContext, blame: Blame) ->
     if not isinstance(fields, tuple) or not all(isinstance(name, str) and name for name in fields):
         raise ResultError(f"Objective.fields is {fields!r}, not a tuple of names")
     depth, layers = value.hidden_layers, context.base.layers
-    if depth is not None and (type(depth) is not int or not 1 <= depth <= layers):
-        raise ResultError(f"Objective.hidden_layers is {depth!r}, not a number of blocks from 1 to {layers}")
+    if depth is not None and (type(depth) is not int or not 0 <= depth <= layers):
+        raise ResultError(f"Objective.hidden_layers is {depth!r}, not a number of blocks from 0 to {layers}")
     if value.state is not None:
         from torch import nn
 

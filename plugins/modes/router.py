@@ -1,14 +1,15 @@
 """router: a mixture of adapters that is decided anew at every token.
 
-From the base's early hidden state h of a token, brought to length 1 and standardised by feature, a linear map gives
-one number z per adapter (and group of layers), which moves the composition's own weights w:
+From the base's early hidden state h of a token, by default what the first block is given, brought to length 1 and
+standardised by feature, a linear map gives one number z per adapter (and group of layers), which moves the
+composition's own weights w:
 
     softmax        w'_k = total * |w|_1 * softmax_k(log |w_k| + z_k)          they share out the sum of the weights
     independent    w'_k = c_k * sigmoid(logit(|w_k| / c_k) + z_k)             each has its own; c_k = max(1, 2 |w_k|)
     top1           the softmax's first alone, with all of the sum             fitted soft, used hard
 
 What h says of a token's register is scattered, and registers last for sentences: with `recent=N` above 1 (by default
-5) z is the mean over the row's last tokens, each older one counting 1 - 1/N of the one behind it, times sqrt(N).
+8) z is the mean over the row's last tokens, each older one counting 1 - 1/N of the one behind it, times sqrt(N).
 
 The gate is w'_k / |w_k|, so that signs, and a factor before the composition's name, stay the user's. z starts at 0 and
 `total` at 1: the static composition. `groups=N` decides for N groups of layers apart, `groups=0` for every layer: with
@@ -54,8 +55,9 @@ class RouterError(LoraRtError):
 class Options:
     """`gate`: softmax, independent or top1. `groups`: of layers that are decided for apart; 0 is every layer.
 
-    `hidden_layers`: after how many of the base's blocks the state is read; 0 is a quarter of them. `recent`: over about
-    how many of the last tokens what the states say is averaged; 1 is the token alone. `control`: fitted on
+    `hidden_layers`: after how many of the base's blocks the state is read; 0 is what the first one is given, for which
+    none has to run without adapters first. `recent`: over about how many of the last tokens what the states say is
+    averaged; 1 is the token alone. `control`: fitted on
     the states of other rows of its batch (of other tokens where it is one row), to see what is found where there is
     nothing to find.
     """
@@ -63,7 +65,7 @@ class Options:
     gate: str = "softmax"
     groups: int = 1
     hidden_layers: int = 0
-    recent: int = 5
+    recent: int = 8
     control: bool = False
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ def lora_rt_mixture(context: MixtureContext) -> Mixture:
         raise RouterError(f"these adapters can't be routed: {text}", next_step="Name two or more, none with weight 0")
     layers = context.base.layers
     groups = min(options.groups or layers, layers)
-    depth = min(options.hidden_layers or max(1, layers // 4), layers)
+    depth = min(options.hidden_layers, layers)
     features = _unit(context.hidden(depth))
     return Mixture(
         {

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lora_rt.core.base.shape import blocks_of, positions_of
 from lora_rt.core.engine import shared
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.core.engine.layout import PassError
 from lora_rt.core.engine.plan import Plan, base_alone, running_pass
 from lora_rt.core.engine.resident import BankError
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.engine.stack import Factors
-from lora_rt.errors import LoraRtError
 from support.engine import Engine
 from support.tiny import LAYERS, Zoo, dense_logits, some_ids
 
@@ -188,18 +185,6 @@ def test_a_failing_pass_leaves_no_plan_behind(engine: Engine, zoo: Zoo) -> None:
     assert running_pass() is None
 
 
-def test_the_early_hidden_state_is_the_base_s_even_inside_a_pass(engine: Engine, zoo: Zoo) -> None:
-    early = EarlyHidden(engine.lm, LAYERS)
-    mask = torch.ones_like(IDS)
-    with torch.inference_mode():
-        wanted = engine.model(input_ids=IDS, output_hidden_states=True).hidden_states[1]
-    plan = engine.plan({adapter(zoo, 1).name: 1.0})
-    assert plan is not None
-    with plan.running(*IDS.shape):
-        assert_close(early(IDS, mask, positions_of(mask)), wanted, **EXACT)
-    assert_close(engine.logits(IDS, None), dense_logits(zoo.base("llama"), [], IDS), **EXACT)
-
-
 def test_the_base_s_names_parameters_and_state_stay_as_they_were(engine: Engine, zoo: Zoo) -> None:
     fresh = Engine(zoo.base("llama")).model.state_dict()
     found = engine.model.state_dict()
@@ -267,41 +252,3 @@ def test_a_layer_that_sees_some_of_the_tokens_is_gated_alike_for_all_or_refused(
     assert_close(alike, logits(routed, None), **EXACT)
     with pytest.raises(PassError, match="6 of 12 tokens"):
         logits(routed, bank.plan([{"expert": 0.5}, {}]))
-
-
-def test_the_early_hidden_state_is_that_of_the_depth_asked_for(engine: Engine) -> None:
-    early = EarlyHidden(engine.lm, LAYERS)
-    mask = torch.ones_like(IDS)
-    with torch.inference_mode():
-        wanted = engine.model(input_ids=IDS, output_hidden_states=True).hidden_states
-    for depth in range(1, LAYERS):  # transformers gives the last one after the final norm
-        assert_close(early(IDS, mask, positions_of(mask), depth), wanted[depth], **EXACT)
-    for depth in (0, LAYERS + 1):
-        with pytest.raises(LoraRtError, match=f"after {depth} blocks, and this base has {LAYERS}"):
-            early(IDS, mask, positions_of(mask), depth)
-    early.close()
-
-
-def test_a_running_batch_reads_its_early_state_once_per_token(engine: Engine) -> None:
-    """Rows of different lengths, a step with several tokens, one that is asked for again, and rows that change."""
-    early = EarlyHidden(engine.lm, LAYERS)
-    history = EarlyHistory(early)
-    ids = torch.arange(3 * 12).view(3, 12) % 200
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    read: list[int] = []
-    assert engine.lm.keeping == "shared"  # which is tried once
-    first = blocks_of(engine.model)[0]
-    hook = first.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0].shape[1]))
-    for end, new, expected in [(5, 5, 5), (6, 1, 1), (7, 1, 1), (10, 2, 3), (10, 1, 10), (11, 1, 1)]:
-        parts = ids[:, :end], mask[:, :end], positions_of(mask[:, :end])
-        read.clear()
-        found = history(*parts, new, 1)
-        assert read == [expected]
-        assert_close(found, early(*parts, 1), **EXACT)
-    read.clear()
-    left = ids[[0, 2], :12], mask[[0, 2], :12], positions_of(mask[[0, 2], :12])
-    assert_close(history(*left, 1, 1), early(*left, 1), **EXACT)
-    assert read == [12, 12]
-    hook.remove()
-    early.close()

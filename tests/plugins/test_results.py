@@ -387,7 +387,7 @@ def test_a_mixture_that_can_not_be_fitted_is_named() -> None:
         (Mixture({"map": [1.0]}), "the state 'map' is a list, not a tensor"),  # type: ignore[dict-item]
         (Mixture({"map": torch.tensor([float("nan")])}), "not finite"),
         (Mixture({}, {"gate": {1, 2}}), "Mixture.card is not JSON"),
-        (Mixture({}, hidden_layers=0), "Mixture.hidden_layers is 0"),
+        (Mixture({}, hidden_layers=-1), "Mixture.hidden_layers is -1"),
     ):
 
         def lora_rt_mixture(context: Any, bad: Any = bad) -> Any:

@@ -28,11 +28,11 @@ IDS = [1, 40, 41, 90, 7, 130, 60]
 OTHER = [1, 77, 12, 200, 31, 5, 99]
 
 
-def early(zoo: Zoo) -> Tensor:
-    """The base's state after one block at each of IDS, (tokens, hidden), by transformers alone."""
+def early(zoo: Zoo, depth: int = 1) -> Tensor:
+    """The base's state after so many blocks at each of IDS, (tokens, hidden), by transformers alone."""
     model = dense_model(zoo.base("llama"), [])
     with torch.inference_mode():
-        states: Tensor = model(torch.tensor([IDS]), output_hidden_states=True, use_cache=False).hidden_states[1]
+        states: Tensor = model(torch.tensor([IDS]), output_hidden_states=True, use_cache=False).hidden_states[depth]
     return states[0].float()
 
 
@@ -91,23 +91,23 @@ def dense_logits(zoo: Zoo, folders: list[Path], ids: list[int], table: Tensor) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "groups", "recent"),
+    ("kind", "groups", "recent", "depth"),
     [
-        ("softmax", 1, 1),
-        ("softmax", 2, 3),
-        ("independent", 1, 3),
-        ("independent", 2, 1),
-        ("top1", 1, 3),
-        ("top1", 2, 1),
+        ("softmax", 1, 1, 0),
+        ("softmax", 2, 3, 1),
+        ("independent", 1, 3, 0),
+        ("independent", 2, 1, 1),
+        ("top1", 1, 3, 1),
+        ("top1", 2, 1, 0),
     ],
 )
 def test_every_token_gets_the_weights_that_the_manual_promises(
-    zoo: Zoo, routed: Routed, kind: str, groups: int, recent: int
+    zoo: Zoo, routed: Routed, kind: str, groups: int, recent: int, depth: int
 ) -> None:
     start = (0.5, -0.3)
-    folders = routed("mine", start, gate=kind, groups=groups, recent=recent)
+    folders = routed("mine", start, gate=kind, groups=groups, recent=recent, hidden_layers=depth)
     runtime = zoo.runtime("llama", fresh=True)
-    table = weights_by_hand(kind, router_state(2, groups), early(zoo), start, recent)
+    table = weights_by_hand(kind, router_state(2, groups), early(zoo, depth), start, recent)
     assert (table.amax(1) - table.amin(1)).max() > 0.15  # the tokens differ
     expected = dense_logits(zoo, folders, IDS, table)
     assert torch.allclose(runtime.logits([IDS], compositions="mine")[0], expected, atol=2e-4)
@@ -123,8 +123,11 @@ def test_a_factor_before_its_name_and_terms_beside_it_add_up(zoo: Zoo, routed: R
     assert torch.allclose(found, expected, atol=2e-4)
 
 
-def test_a_row_alone_is_the_row_in_a_batch_beside_static_ones_and_the_base(zoo: Zoo, routed: Routed) -> None:
-    folders = routed("mine")
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_row_alone_is_the_row_in_a_batch_beside_static_ones_and_the_base(
+    zoo: Zoo, routed: Routed, depth: int
+) -> None:
+    folders = routed("mine", hidden_layers=depth)
     routed("hard", gate="top1")
     runtime = zoo.runtime("llama", fresh=True)
     specs = ["mine", f"{folders[0]}:0.7", None, "hard", "mine:0.4", f"{folders[1]}:0.2 {folders[0]}"]
@@ -134,8 +137,9 @@ def test_a_row_alone_is_the_row_in_a_batch_beside_static_ones_and_the_base(zoo: 
         assert torch.allclose(found, runtime.logits([row], compositions=[spec])[0], atol=1e-4)
 
 
-def test_decoding_with_the_cache_is_decoding_without_it(zoo: Zoo, routed: Routed) -> None:
-    routed("mine")
+@pytest.mark.parametrize("depth", [0, 1])
+def test_decoding_with_the_cache_is_decoding_without_it(zoo: Zoo, routed: Routed, depth: int) -> None:
+    routed("mine", hidden_layers=depth)
     runtime = zoo.runtime("llama", fresh=True)
     ids = list(IDS)
     for (token,) in runtime.decode([IDS], "mine", max_new_tokens=10):
