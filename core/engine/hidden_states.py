@@ -109,7 +109,7 @@ def _of_one_stream(hidden: Tensor, rows: int, tokens: int, size: int | None) -> 
     if hidden.dim() == 4:
         return hidden.mean(0 if hidden.shape[1:3] == (rows, tokens) else 2)
     if size is not None and hidden.shape[-1] != size and not hidden.shape[-1] % size:
-        return hidden.unflatten(-1, (-1, size)).mean(-2)
+        return hidden.view(*hidden.shape[:-1], -1, size).mean(-2)
     return hidden[:, :tokens]
 
 
