@@ -74,7 +74,8 @@ class EarlyHidden:
             with torch.inference_mode():
                 self.lm.forward(ids, mask, positions, cache=cache)
         except _Reached as reached:
-            return _of_one_stream(reached.hidden, *ids.shape, self._size).to(ids.device)
+            rows, tokens = ids.shape
+            return _of_one_stream(reached.hidden, rows, tokens, self._size).to(ids.device)
         finally:
             _wanted.reset(token)
         raise RuntimeError("the model has no blocks to stop at")
