@@ -29,13 +29,19 @@ _PAYS = 0.85  # the same of a set of copies for one that takes more memory, for 
 _SETS: tuple[tuple[Copy, ...], ...] = (
     (),
     ("narrow",),
+    ("half",),
     ("wide",),
     ("blocked",),
+    ("narrow", "half"),
     ("narrow", "wide"),
     ("narrow", "blocked"),
 )
 _COPIES: tuple[frozenset[Copy], ...] = tuple(map(frozenset, _SETS))
 """The dense copies that a layer may have; smaller ones come first."""
+
+_TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half")
+_NO_GRADIENT: frozenset[Copy] = frozenset(("half", "blocked"))
+"""Copies that a gradient can't be made with."""
 
 
 class Products:
@@ -56,7 +62,7 @@ class Products:
         layers = [] if chosen == "packed" else _layers(model)
         if chosen == "auto" and sum(map(_numbers, layers)) < _TINY:
             layers = []
-        sets = [copies for copies in _COPIES if not (for_training and ("blocked" in copies or len(copies) > 1))]
+        sets = [copies for copies in _COPIES if not (for_training and (copies & _NO_GRADIENT or len(copies) > 1))]
         plan = choose(layers, chosen, int(free_bytes("cpu") * _SHARE), sets) if layers else {}
         self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
         self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
@@ -126,7 +132,7 @@ def told(name: str, times: Times) -> str:
     if len(sizes := name.split()) < 3:  # no layer: what adapters add to many tokens
         return f"many tokens {min(times, key=lambda way: _time(times, way, 0))}"
     out, _, width = sizes[:3]
-    found = fastest(times, [way for way in ("packed", "dense", "dense-wide", "dense-blocked") if way in times])
+    found = fastest(times, [way for way in _TOLD if way in times])
     words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
     return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that"
 
@@ -137,6 +143,7 @@ def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -
         copies -= {"narrow"}  # it is that copy itself
     sensible = {"packed": True, "dense": "narrow" in copies}
     sensible |= {"dense-wide": "wide" in copies, "dense-blocked": "blocked" in copies}
+    sensible |= {"dense-half": "half" in copies}
     sensible |= {"dense-widened": "narrow" in copies, "dequantize": not copies, "dequantize-wide": not copies}
     ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
     if not ways:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.base import blocked
+from lora_rt.core.base import blocked, half
 from lora_rt.core.base.machine import cpu_name
 from lora_rt.core.base.multiply import (
     NARROW,
@@ -33,6 +33,7 @@ from lora_rt.core.base.multiply import (
     is_4bit,
     keeps,
     kept_in,
+    laid_out,
     packed_forward,
     packs,
     slice_of,
@@ -213,6 +214,8 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
         kept = keeps(way)
         if kept == "blocked":
             return lambda x: blocked.product(x.float(), pools["blocked"]()).to(x.dtype)
+        if kept == "half":
+            return lambda x: half.product(x.float(), pools["half"]()).to(x.dtype)
         weight = made if kept is None else pools[kept]
         return lambda x: widened_product(x.to(product), weight()).to(x.dtype)
 
@@ -228,12 +231,10 @@ class _Pool:
         starts = range(0, max(1, len(numbers) - size + 1), size)[:_COPIES]
         if len(numbers) < size:
             numbers = torch.full((size,), 0.5, dtype=dtype)
-        self._weights = [numbers[start : start + size].view(rows, width) for start in starts]
-        if kind == "blocked":
-            self._weights = [blocked.in_blocks(weight) for weight in self._weights]
+        self._weights = [laid_out(numbers[at : at + size].view(rows, width), kind, computed) for at in starts]
         self._next = 0
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         self._next = (self._next + 1) % len(self._weights)
         return self._weights[self._next]
 

@@ -7,6 +7,7 @@
     dense-widened      the same, made float32 for every product
     dense-wide         a dense copy in float32 that is kept
     dense-blocked      the same, in the layout that a processor multiplies a few rows by fastest
+    dense-half         a dense copy in float16 that is kept, multiplied in float32
 
 A dense weight has exactly the numbers that bitsandbytes' own dequantizing gives in the layer's compute dtype, so all
 ways multiply the same numbers and differ in rounding alone: `dense` and `dequantize` have the bits of bitsandbytes' own
@@ -25,15 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.base import blocked
+from lora_rt.core.base import blocked, half
 from lora_rt.core.base.cpu_4bit import Forward, direct_forward
 from lora_rt.core.base.repacking import forbid_repacking
 
-Way = Literal["packed", "dequantize", "dequantize-wide", "dense", "dense-widened", "dense-wide", "dense-blocked"]
+Way = Literal[
+    "packed", "dequantize", "dequantize-wide", "dense", "dense-widened", "dense-wide", "dense-blocked", "dense-half"
+]
 WAYS: tuple[Way, ...] = get_args(Way)
 
-Copy = Literal["narrow", "wide", "blocked"]
-"""A dense copy of a weight: in the dtype that the layer computes in, in float32, and in float32 in blocks."""
+Copy = Literal["narrow", "half", "wide", "blocked"]
+"""A dense copy of a weight: in the dtype that the layer computes in, in float16, in float32, in float32 in blocks."""
 
 SIZES = (1, 2, 4, 8, 16, 64)
 """The least tokens of each class of products: 1, 2 to 3, 4 to 7, 8 to 15, 16 to 63, and more."""
@@ -46,6 +49,7 @@ _KEEPS: dict[Way, Copy] = {
     "dense-widened": "narrow",
     "dense-wide": "wide",
     "dense-blocked": "blocked",
+    "dense-half": "half",
 }
 _READ = ("dense", "dense-wide")  # ways whose copy any product can read
 _ANY = -1
@@ -60,7 +64,7 @@ def keeps(way: Way) -> Copy | None:
 
 def kept_in(copy: Copy, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a dense copy of a layer that computes in `dtype`."""
-    return dtype if copy == "narrow" else torch.float32
+    return {"narrow": dtype, "half": torch.float16}.get(copy, torch.float32)
 
 
 def computes_in(module: nn.Module) -> torch.dtype | None:
@@ -82,10 +86,11 @@ def ways_of(module: nn.Module) -> tuple[Way, ...]:
     """All ways that a layer can be multiplied in."""
     ways: tuple[Way, ...] = WAYS
     if not is_4bit(module):  # its weight is dense as it is
-        ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked")
+        ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked", "dense-half")
     elif computes_in(module) == torch.float32:
         ways = ("packed", "dequantize", "dense", "dense-blocked")
-    return ways if blocked.are_there() else tuple(way for way in ways if way != "dense-blocked")
+    there = {"dense-blocked": blocked.are_there(), "dense-half": half.are_there()}
+    return tuple(way for way in ways if there.get(way, True))
 
 
 def slice_of(width: int) -> int:
@@ -120,6 +125,14 @@ def dense_weight(module: nn.Module) -> Tensor:
     state.dtype = module.compute_dtype
     made: Tensor = dequantize_4bit(weight.data, state)
     return made
+
+
+def laid_out(weight: Tensor, kind: Copy, computed: torch.dtype) -> Any:
+    """A dense weight (out, in) of a layer that computes in `computed`, as products with a copy of this kind read it."""
+    if kind == "half":
+        return half.in_half(weight.float())
+    weight = weight.to(kept_in(kind, computed))
+    return blocked.in_blocks(weight) if kind == "blocked" else weight
 
 
 class Product:
@@ -157,7 +170,7 @@ class Product:
         self.width = module.in_features
         self._parameters = module._parameters
         self._by_bits = tuple(ways[number] for number in _CLASSES)
-        self._kept: dict[Copy, Tensor] = {}
+        self._kept: dict[Copy, Any] = {}
         self._look()
         self.own: Forward = module.forward
         if packs(module):
@@ -198,6 +211,8 @@ class Product:
         """The product with an x in the dtype of the product, without gradients where the weight is made for it."""
         if way == "dense-blocked":
             return blocked.product(given, self._copy("blocked"), bias)
+        if way == "dense-half":
+            return half.product(given, self._copy("half"), bias)
         if way in _READ:
             return linear(given, self._copy(_KEEPS[way]), bias)
         return widened_product(given, self._narrow(), bias)
@@ -233,8 +248,9 @@ class Product:
             if (kept := keeps(way)) is not None:
                 self._copy(kept)
 
-    def _copy(self, kind: Copy) -> Tensor:
-        """A dense copy that is kept: an ordinary tensor, so that passes with gradients can use it too.
+    def _copy(self, kind: Copy) -> Any:
+        """A dense copy that is kept: an ordinary tensor, so that passes with gradients can use it too, or what `half`
+        has made of it.
 
         Two threads that need it at once make it twice, of the same numbers.
         """
@@ -242,8 +258,8 @@ class Product:
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
                 other = self._kept.get("narrow", self._kept.get("wide"))  # float32 or not, its numbers are the layer's
-                found = (dense_weight(self.module) if other is None else other).to(kept_in(kind, self.dtype))
-                found = self._kept[kind] = blocked.in_blocks(found) if kind == "blocked" else found
+                found = dense_weight(self.module) if other is None else other
+                found = self._kept[kind] = laid_out(found, kind, self.dtype)
         return found
 
     def _look(self) -> None:

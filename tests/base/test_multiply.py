@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 OUT, IN = 96, 128
 TOKENS = (1, 3, 5, 9, 17, 80)
 NARROW: tuple[Way, ...] = ("dequantize", "dense")
-WIDE: tuple[Way, ...] = ("dequantize-wide", "dense-widened", "dense-wide", "dense-blocked")
+WIDE: tuple[Way, ...] = ("dequantize-wide", "dense-widened", "dense-wide", "dense-blocked", "dense-half")
 
 
 def layer(
@@ -95,7 +95,7 @@ def test_products_in_float32_have_the_bits_of_each_other_and_are_the_exact_produ
     exact = x.double() @ nf4_by_hand(module).double().T
     if bias:
         exact += module.bias.double()
-    for one in (found[0], found[3]):  # in blocks it is summed in another order
+    for one in (found[0], *found[3:]):  # in blocks, and in float16, it is summed in another order
         assert ((one.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
     with torch.no_grad():
         own = module(x).double()
@@ -127,7 +127,7 @@ def test_what_adapters_add_in_place_lets_gradients_through_in_every_way(way: Way
     assert torch.allclose(found[0], found[1], rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize("way", ["dequantize-wide", "dense-blocked"])
+@pytest.mark.parametrize("way", ["dequantize-wide", "dense-blocked", "dense-half"])
 def test_a_gradient_keeps_no_dense_weight_where_none_is_to_be_kept(way: Way) -> None:
     module, kept = layer(), []
 
@@ -147,7 +147,7 @@ def test_a_dense_layer_of_16_bits_is_multiplied_in_float32_with_the_same_numbers
     x = given(9, dtype)
     exact = (x.double() @ module.weight.double().T).to(dtype)
     found = [Product(module, always(way))(x) for way in ways_of(module) if way != "packed"]
-    assert len(found) == 3
+    assert len(found) == 4
     assert torch.equal(found[0], found[1])
     for one in found:
         assert (one.float() - exact.float()).abs().max() <= 0.01
@@ -161,7 +161,7 @@ def test_what_a_product_does_not_take_goes_the_layer_s_own_way() -> None:
             assert torch.equal(product(x), module(x))
 
 
-@pytest.mark.parametrize("way", ["dense-wide", "dense-blocked"])
+@pytest.mark.parametrize("way", ["dense-wide", "dense-blocked", "dense-half"])
 def test_a_weight_that_is_replaced_or_changed_in_place_is_the_one_that_counts(way: Way) -> None:
     module, plain = layer(), nn.Linear(IN, OUT, bias=False).bfloat16().requires_grad_(False)
     products = [Product(module, always(way)), Product(plain, always(way))]
@@ -197,6 +197,7 @@ TIMES: dict[str, list[float | None]] = {
     "dense-widened": [60.0] * 6,
     "dense-wide": [36.0, 36.0, 36.0, 36.0, 36.0, 300.0],
     "dense-blocked": [36.0, 15.0, 15.0, 15.0, 15.0, 15.0],
+    "dense-half": [40.0, 40.0, 40.0, 50.0, 60.0, 90.0],
 }
 
 
@@ -235,6 +236,7 @@ def test_a_second_copy_is_kept_where_one_number_of_tokens_gains_enough(monkeypat
             "dense": [10.0, 10.0, 20.0, 40.0, 80.0, None],
             "dense-widened": [20.0, 20.0, 20.0, 40.0, 40.0, 50.0],
             "dense-blocked": [30.0, 30.0, 30.0, 40.0, sixteen, 60.0],
+            "dense-half": [30.0, 30.0, 30.0, 40.0, 90.0, 100.0],
         }
         monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
         return set(choose([module], "auto", 3 * numbers)[layer_name(module)])
@@ -242,6 +244,21 @@ def test_a_second_copy_is_kept_where_one_number_of_tokens_gains_enough(monkeypat
     module = layer()
     assert kept(30.0) == {"dense", "dense-widened", "dense-blocked"}
     assert kept(38.0) == {"dense", "dense-widened"}
+
+
+def test_a_copy_in_float16_is_taken_where_it_is_as_fast_as_two_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers = 2 * OUT * IN
+
+    def kept(half: list[float | None]) -> set[str]:
+        times = {**TIMES, "packed": [100.0] * 6, "dense-half": half}
+        monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
+        return set(choose([layer()], "auto", 6 * numbers)[layer_name(layer())])
+
+    assert kept([15.0] * 6) == {"dense-half"}
+    assert kept([30.0, 14.0, 14.0, 14.0, 14.0, 16.0]) == {"dense-half"}
+    assert kept([90.0, 60.0, 60.0, 60.0, 60.0, 60.0]) == {"dense", "dense-blocked"}
 
 
 def test_where_gradients_are_to_flow_no_copy_is_kept_that_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,61 @@
+"""FBGEMM's product of a float32 x and a weight that is kept in float16: half of what a float32 copy makes memory give.
+
+A few rows of tokens are multiplied as fast as the weight is read, on processors without units for bfloat16 above all.
+The weight is widened on the way into the registers and the sum is made in float32, so nothing is rounded twice:
+`tests/base/test_half.py` holds the facts about torch.
+
+Numbers of 8 or 11 bits (bfloat16, float16) stand in float16 exactly, but for those whose size it does not reach: then
+the whole weight is brought near its upper end by a power of two, and what is smaller than 2^-32 of its largest number
+still loses bits, as it does in a float32 sum.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_TOP = 14  # 2^15 is the largest power of two in float16; a number below 2^(14 + 1) stays clear of its end
+
+
+class Half(NamedTuple):
+    """A packed weight (out, in), and what its product is multiplied with: 1, or a power of two."""
+
+    packed: Any
+    scale: float
+
+
+@cache
+def are_there() -> bool:
+    """Whether this build of torch has FBGEMM, and this processor what it needs."""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        return False
+    try:
+        return bool(product(torch.ones(1, 2), in_half(torch.eye(2)))[0, 0] == 1)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def in_half(weight: Tensor) -> Half:
+    """A copy of a float32 weight (out, in); `product` alone can read it. One with a number that is none gives none."""
+    scale = 1.0
+    if not weight.isfinite().all():  # FBGEMM would make it finite
+        weight, scale = torch.zeros_like(weight), math.nan
+    elif not torch.equal(weight.half().float(), weight):
+        scale = 2.0 ** (math.frexp(float(weight.abs().max()))[1] - 1 - _TOP)
+        weight = weight / scale
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some builds of torch warn that quantizing moves to another package
+        return Half(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None), scale)
+
+
+def product(x: Tensor, weight: Half, bias: Tensor | None = None) -> Tensor:
+    """y (..., out) of a float32 x (..., in), a packed weight and a float32 bias (out,). It knows no gradients."""
+    y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, weight.packed)
+    if weight.scale != 1.0:
+        y = y.mul_(weight.scale)
+    return y if bias is None else y.add_(bias)
