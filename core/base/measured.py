@@ -14,7 +14,6 @@ from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -168,8 +167,9 @@ def measure(layers: Mapping[str, nn.Linear], pool: Tensor) -> dict[str, Times]:
 
 
 def _race(candidates: Mapping[_Name, Mapping[str, Callable[[], object]]]) -> dict[str, dict[_Name, float]]:
-    """What -> way -> the median microseconds of some runs, in turns, so that what disturbs one disturbs all.
+    """What -> way -> the least microseconds of some runs, in turns, so that what disturbs one disturbs all.
 
+    The least, for what disturbs only adds: where others hold the processor, most runs may take a hundred times as long.
     In a turn all that goes one way does so several times, one after another, as in a pass over a model: what ran before
     leaves the caches, the memory and the threads in a state that another way would not leave.
 
@@ -178,12 +178,12 @@ def _race(candidates: Mapping[_Name, Mapping[str, Callable[[], object]]]) -> dic
     """
     spent: dict[str, dict[_Name, list[float]]] = {}
     for turn in range(_TURNS):
-        left = {what: _BEHIND * min(map(median, ways.values())) for what, ways in spent.items()}
+        left = {what: _BEHIND * min(map(min, ways.values())) for what, ways in spent.items()}
         for way, runs in candidates.items():
             for number in range(_RUNS):
                 for what, run in runs.items():
                     times = spent.setdefault(what, {}).setdefault(way, [])
-                    if turn and median(times) > left[what]:
+                    if turn and min(times) > left[what]:
                         continue
                     wall, used = time.perf_counter(), time.process_time()
                     run()
@@ -191,7 +191,7 @@ def _race(candidates: Mapping[_Name, Mapping[str, Callable[[], object]]]) -> dic
                     took = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
                     if turn or number:  # the first run warms up
                         times.append(took)
-    return {what: {way: median(times) for way, times in ways.items()} for what, ways in spent.items()}
+    return {what: {way: min(times) for way, times in ways.items()} for what, ways in spent.items()}
 
 
 def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way, Callable[[Tensor], Tensor]]:
