@@ -2,8 +2,9 @@
 
 A composition pins the adapters that its weights were found for by their digests: weights for other bytes mean nothing.
 Where it has a mode, which decides for its adapters at inference, the mode's tensors lie beside it in
-`mixes/<name>.safetensors`, pinned by their digest. A package ships one as a folder of `composition.json` and
-`mode.safetensors` (entry-point group `lora_rt.compositions`). The lock of a project has the tensors in it.
+`mixes/<name>.safetensors`, pinned by their digest (or in `<name>.new.safetensors`, where a save was cut off). A package
+ships one as a folder of `composition.json` and `mode.safetensors` (entry-point group `lora_rt.compositions`). The lock
+of a project has the tensors in it.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ class NamedComposition(BaseModel):
             facts |= self.model_dump(mode="json", include=set(OF_A_MODE))
         return sha256_bytes(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode())
 
+    @property
+    def layered(self) -> bool:
+        """Whether a term has a weight per layer."""
+        return any(term.layers for term in self.terms)
+
     def document(self) -> dict[str, Any]:
         """The JSON form; without a mode, without what a mode would have."""
         return self.model_dump(mode="json", exclude=set() if self.mode else set(OF_A_MODE))
@@ -82,6 +88,7 @@ class NamedComposition(BaseModel):
         return " ".join(f"{term.reference}:{term.mean_weight:.4g}" for term in self.terms)
 
 
+_TENSORS, _NEW = ".safetensors", ".new.safetensors"
 OF_A_MODE = ("mode", "hidden_layers", "scene_types", "card", "state")
 """Fields that mean nothing without a mode."""
 
@@ -137,7 +144,7 @@ class NamedCompositions:
         """
         if composition.tensors and sha256_bytes(composition.tensors) == composition.state:
             return composition.tensors
-        places = [self.folder / f"{composition.name}.safetensors"]
+        places = [self.folder / f"{composition.name}{end}" for end in (_TENSORS, _NEW)]
         places += [folder / STATE for folder in self._shipped(composition.name)]
         problems = []
         for path in places:
@@ -187,11 +194,14 @@ class NamedCompositions:
         """
         check_name(composition.name, "a composition")
         self.folder.mkdir(parents=True, exist_ok=True)
+        new = self.folder / f"{composition.name}{_NEW}"
         if state:
-            # First: a composition whose tensors are another's is refused, and not used with them.
-            durable.write_bytes(self.folder / f"{composition.name}.safetensors", state)
+            # Beside those of the one that is there: until the document is replaced, that one is whole.
+            durable.write_bytes(new, state)
         document = json.dumps(composition.document(), indent=2)
         durable.write_text(self.folder / f"{composition.name}.json", document + "\n")
+        if state:
+            new.replace(self.folder / f"{composition.name}{_TENSORS}")
 
     def remove(self, name: str) -> bool:
         """Remove a composition from the store; whether there was one."""
@@ -199,7 +209,8 @@ class NamedCompositions:
         found = is_name(name) and os.path.lexists(path)
         if found:
             path.unlink()
-            path.with_suffix(".safetensors").unlink(missing_ok=True)
+            for end in (_TENSORS, _NEW):
+                (self.folder / f"{name}{end}").unlink(missing_ok=True)
         return found
 
     @cached_property

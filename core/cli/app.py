@@ -56,7 +56,10 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command in a session of its own."""
         with new_session():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as error:  # typer would end without a word
+                raise typer.Exit(explain(error) or 0) from error
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Our names, then the plugins'; slow plugins are left out of the help, all of them while a shell completes."""

@@ -105,9 +105,11 @@ def show(console: Console, explanation: Explanation, pieces: Sequence[str], *, h
                 _line(
                     console, padded(f"head {head}", width, right=True), explanation.heads[index, :, head], best, factor
                 )
-    if explanation.moving:
-        console.print("\n[bold]weight of each at each token[/]: dark is 0", soft_wrap=True)
+    if explanation.moving and console.color_system is None:
+        _table(console, explanation, pieces)
+    elif explanation.moving:
         largest = float(explanation.weights.abs().max())
+        console.print(f"\n[bold]weight of each at each token[/]: dark is 0, bright is {largest:.2f}", soft_wrap=True)
         for index, name in enumerate(explanation.names):
             line = Text(f"{padded(name, width, right=True)}  ")
             line.append_text(_coloured(pieces, explanation.weights[index].abs(), largest))
@@ -117,6 +119,16 @@ def show(console: Console, explanation: Explanation, pieces: Sequence[str], *, h
         for index, name in enumerate(explanation.names):
             console.print(f"\n[bold]{escape(name)}[/]")
             console.print(_coloured(pieces, explanation.tokens[index], float(explanation.tokens.max())), soft_wrap=True)
+
+
+def _table(console: Console, explanation: Explanation, pieces: Sequence[str]) -> None:
+    """The weight of each adapter at each token, for where no colour can show it."""
+    console.print("\nweight of each at each token", soft_wrap=True)
+    width = max(cell_len(name) for name in explanation.names)
+    console.print("  ".join(padded(name, width, right=True) for name in explanation.names), soft_wrap=True)
+    for piece, weights in zip(pieces, explanation.weights.T.tolist(), strict=True):
+        row = "  ".join(padded(f"{weight:.2f}", width, right=True) for weight in weights)
+        console.print(f"{row}  {harmless(piece)!r}", markup=False, soft_wrap=True)
 
 
 def _legend(console: Console, explanation: Explanation) -> None:

@@ -43,7 +43,7 @@ def scene(
     parsed = Reference.parse(reference)
     look_up(Composition((Term(parsed),)), base)
     runtime = session().runtime(base, precision, device, **form)
-    name = reference if parsed.kind == "name" and _composed(reference) else runtime.ensure(reference)
+    name = reference if parsed.kind == "name" and recognizes(reference) else runtime.ensure(reference)
     (shares,) = runtime.register_scenes([text], name)
     if as_json:
         print_json({"text": text, "adapter": name, "scene_types": shares})
@@ -62,7 +62,7 @@ def _first_able() -> str:
                 return item.name
     own = registry.compositions.own_names()
     for name in sorted(registry.compositions.names(), key=lambda name: (name not in own, name)):
-        if _composed(name):
+        if recognizes(name):
             return name
     raise LoraRtError(
         "nothing that is installed recognizes scenes",
@@ -70,7 +70,7 @@ def _first_able() -> str:
     )
 
 
-def _composed(name: str) -> bool:
+def recognizes(name: str) -> bool:
     """Whether a name is a composition's whose mode recognizes scenes."""
     with suppress(UnknownModeError, StoreError):
         named = session().registry.compositions.look_up(name)

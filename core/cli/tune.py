@@ -15,6 +15,7 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
 from lora_rt.core.cli.session import session, starting
+from lora_rt.core.requests.named import named_composition
 from lora_rt.core.training.data import read_pairs
 from lora_rt.core.tuning.settings import (
     PROMPT_FIELDS,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _PLAIN_EVERY = 10
+_INTERRUPTED = 130
 
 
 def tune(
@@ -106,8 +108,19 @@ def tune(
 
     shared = {"allow_base_mismatch": allow_base_mismatch, "prompts": prompts, **text}
     job = Job(composition, data, base, precision, device, **shared)
-    with _Progress() as progress:
-        found = run(job, name, folder, settings, progress.advance)
+    if shadowed := registry.compositions.source(name).partition("shipped ")[2]:
+        err.print(f"{escape(name)} will stand before the composition of that name {shadowed}", soft_wrap=True)
+    for term in composition.terms:
+        named = named_composition(term, registry.compositions)
+        if named is not None and (named.mode or named.layered):
+            start = f"{escape(named.name)} is taken as the weights {escape(str(named))}"
+            err.print(f"{start}: what decides beyond them is left out", soft_wrap=True)
+    try:
+        with _Progress() as progress:
+            found = run(job, name, folder, settings, progress.advance)
+    except KeyboardInterrupt:
+        err.print("stopped before the end: nothing is kept")
+        raise typer.Exit(_INTERRUPTED) from None
     if isinstance(found, Fitted):
         _show_fitted(found)
     elif not as_json:

@@ -114,7 +114,7 @@ def _of_one_stream(hidden: Tensor, rows: int, tokens: int, size: int | None) -> 
     return hidden[:, :tokens]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Read:
     """What was read of some rows: ids and mask (rows, tokens), the cache of the first blocks, and what they gave,
     (rows, tokens, hidden).

@@ -28,11 +28,14 @@ def outside(terms: Sequence[tuple[str, float]], base: str | None = None) -> Mapp
     total = sum(abs(weight) for _, weight in terms)
     found = {}
     if doubled:
-        found["doubled"] = f"{' and '.join(doubled)} is named more than once, and its weights add up"
+        one = len(doubled) == 1
+        text = "is named more than once, and its" if one else "are named more than once, and their"
+        found["doubled"] = f"{' and '.join(doubled)} {text} weights add up"
     if total > MOST_WEIGHT * (1 + _ROUNDING):
         found["sum"] = f"the weights add up to {total:g}, and beyond {MOST_WEIGHT:g} texts fall apart"
     if negative:
-        found["negative"] = f"{' and '.join(negative)} pushes hard away from what was learned, which can wreck the text"
+        text = f"push{'es' * (len(negative) == 1)} hard away from what was learned, which can wreck the text"
+        found["negative"] = f"{' and '.join(negative)} {text}"
     if ("sum" in found or "negative" in found) and base is not None and base not in _MEASURED:
         found["base"] = f"that was measured on {_MEASURED[0]}, and nothing was on {base}"
     return found

@@ -6,7 +6,8 @@ The weight of an adapter at a token becomes part of its gate, and the weight tha
     share = weight_v + layers_v + sum over compositions m:  weight_m * gate_m       (layers, rows, tokens, ranks)
     gate  = sum over variants v:  mask_v * share_v * own gate_v
 
-Head gates of a composition lie on another axis: what multiplies a head is the mean of theirs, weighted by the shares.
+Head gates of a composition lie on another axis: what multiplies a head is the mean of theirs, weighted by the shares,
+which are brought a little away from 0 where they cancel.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lora_rt.core.requests.rows import Row
 from lora_rt.core.requests.timeline import Variant
 from lora_rt.plugins.contract import Gate
 
+_NEARLY_NONE = 2.0**-20
 Mixed = Sequence[tuple[Mix, Mapping[str, Gate]]]
 """The gates that each named composition of a variant gives its adapters."""
 
@@ -94,7 +96,8 @@ def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -
     if all(heads is None for _, heads in parts):
         return Gate(ranks=total)
     headed = _sum([ranks if heads is None else ranks * heads for ranks, heads in parts])
-    return Gate(ranks=total, heads=torch.where(total == 0, 1.0, headed / torch.where(total == 0, 1.0, total)))
+    total = torch.where(total == 0, _NEARLY_NONE, total)  # shares that cancel leave what their heads differ by
+    return Gate(ranks=total, heads=headed / total)
 
 
 def _weight(name: str, rows: Sequence[Row], device: torch.device) -> Tensor:

@@ -22,11 +22,13 @@ from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.saving import composition_of, mixture_of, write_fitted
 from lora_rt.core.tuning.scenes import GatingError, SceneFit
 from lora_rt.core.tuning.settings import (
+    LEAST,
     MixSettings,
     SceneSettings,
     TuneSettings,
     check_adapters_place,
     check_composition_place,
+    check_weights,
 )
 from lora_rt.core.tuning.weights import tune
 from lora_rt.errors import LoraRtError
@@ -165,6 +167,7 @@ def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -
     check_composition_place(name, registry)
     lines = read_lines(job.data, typed=False)
     frozen, weights, references = open_job(job, registry)
+    check_weights(weights, LEAST)
     items, aside = held_out(job.items(lines, frozen.base), settings.seed)
     fit = MixFit(frozen, name, weights, items, settings)
     told = fit.fit_classifier(aside, lambda loss: advance("classifier", loss), job.more(frozen.base))
@@ -200,6 +203,7 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     check_adapters_place(out, registry)
     lines = read_lines(job.data, typed=True)
     frozen, weights, references = open_job(job, registry)
+    check_weights(weights, LEAST)
     destinations = {name: Destination(registry.store, name, out and out / name, _SOURCE) for name in weights}
     for destination in destinations.values():
         destination.check()

@@ -18,6 +18,13 @@ PROMPT_FIELDS = ("scene", "scene_type")
 """What a line of prompts has that teach a classifier alone."""
 
 
+LEAST = 1e-6
+"""Of a start; see `check_weights`."""
+
+_LARGEST = 1e6  # far beyond every weight under which a text is one, and its square is a number in float32
+_BASE = "base"  # what the server and tables call the base alone
+
+
 class TuneError(LoraRtError):
     """Settings or weights that nothing can be tuned with."""
 
@@ -129,9 +136,24 @@ def settings_for(
     return made if learning_rate is None else replace(made, learning_rate=learning_rate)
 
 
+def check_weights(weights: Mapping[str, float], least: float = 0.0) -> None:
+    """Raises TuneError where weights, of adapters by name, are beyond what float32 can be tuned with.
+
+    `least` is what a weight that is not 0 has to reach: a start that is as good as 0 can't be left.
+    """
+    large = [f"{name}:{weight:g}" for name, weight in weights.items() if not abs(weight) < _LARGEST]
+    small = [f"{name}:{weight:g}" for name, weight in weights.items() if 0 < abs(weight) < least]
+    if large or small:
+        told = (("large", large), ("small", small))
+        text = "; ".join(f"weights are too {what}: {', '.join(which)}" for what, which in told if which)
+        raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
+
+
 def check_name(name: str, registry: Registry) -> None:
     """Raises LoraRtError where a composition can't have this name: an adapter has it, or it is not a name."""
     check_form(name, "a composition")
+    if name == _BASE:
+        raise StoreError(f"{name!r} means the base alone", next_step="Give the composition another one with --name")
     if name in registry.names():
         text = f"{name!r} is the name of an adapter"
         raise StoreError(text, next_step="Give the composition another one with --name")

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from lora_rt.core.tuning.data import Item, held_out, steps
 from lora_rt.core.tuning.frozen import Frozen
-from lora_rt.core.tuning.settings import TuneError, TuneSettings
+from lora_rt.core.tuning.settings import TuneError, TuneSettings, check_weights
 from lora_rt.plugins.contract import Gate
 
 _EVALUATED = 16
 _JUDGED = 10  # how often on the way the weights are tried on the held-out examples
-
-
-_LARGEST = 1e6  # far beyond every weight under which a text is one, and its square is a number in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ def tune(
     Raises:
         TuneError: the weights, or the loss, are no numbers that can be computed with.
     """
-    _check_numbers(start)
+    check_weights(start)
     depth = frozen.base.facts.layers if settings.per == "layer" else 1
     device = frozen.bank.device
     weights = {name: torch.full((depth,), w, device=device, requires_grad=True) for name, w in start.items()}
@@ -72,17 +69,10 @@ def tune(
         losses.append(float(loss.detach()))
         advance(losses[-1])
         if len(losses) % judged == 0 or len(losses) == len(batches):
-            _check_numbers({name: float(value.detach().abs().max()) for name, value in weights.items()})
+            check_weights({name: float(value.detach().abs().max()) for name, value in weights.items()})
             if (found := mean_loss(frozen, aside, weights)) < after:
                 after, best = found, {name: value.tolist() for name, value in weights.items()}
     return Tuned(best, before, after, losses)
-
-
-def _check_numbers(weights: Mapping[str, float]) -> None:
-    problems = [f"{name}:{weight:g}" for name, weight in weights.items() if not abs(weight) < _LARGEST]
-    if problems:
-        text = f"weights are too large: {', '.join(problems)}"
-        raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
 
 
 def mean_loss(frozen: Frozen, items: Sequence[Item], weights: Mapping[str, Tensor]) -> float:

@@ -20,7 +20,7 @@ from lora_rt.plugins.contract.facts import (
 from lora_rt.plugins.contract.gating import Gate, GateContext, JointGateContext
 from lora_rt.plugins.contract.hooks import LORA_RT_API, hookimpl, hookspec
 from lora_rt.plugins.contract.objective import IGNORE, Encoded, Example, Objective, ObjectiveContext, SceneToText
-from lora_rt.plugins.contract.options import OptionError, read_options
+from lora_rt.plugins.contract.options import OptionError, check_depth, read_options
 from lora_rt.plugins.contract.services import AdapterFiles, Services
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "Services",
     "TermFacts",
     "UsageError",
+    "check_depth",
     "hookimpl",
     "hookspec",
     "read_options",

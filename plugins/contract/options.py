@@ -17,6 +17,15 @@ class OptionError(LoraRtError):
     """Options that a mode does not know, or with values that it can't use; all of them are named."""
 
 
+def check_depth(hidden_layers: int, layers: int) -> None:
+    """Raises OptionError where a base of so many layers has no early hidden state after `hidden_layers` of them."""
+    if not 0 <= hidden_layers <= layers:
+        raise OptionError(
+            f"hidden-layers is {hidden_layers}; this base has {layers} layers",
+            next_step=f"Give a number from 0 to {layers}, or leave the option out",
+        )
+
+
 def read_options(given: Mapping[str, str], kind: type[T]) -> T:
     """The options as an instance of `kind`, a dataclass whose fields are str, int, float or bool and have defaults.
 

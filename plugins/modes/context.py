@@ -39,6 +39,7 @@ from lora_rt.plugins.contract import (
     ScenePrediction,
     SceneToText,
     SceneType,
+    check_depth,
     hookimpl,
     read_options,
 )
@@ -117,6 +118,7 @@ def lora_rt_objective(context: ObjectiveContext) -> Objective:
 
 def _depth(options: Options, base: BaseFacts) -> int:
     """Stated, not left to the runtime's default: a fitted classifier is of use at its own depth alone."""
+    check_depth(options.hidden_layers, base.layers)
     return options.hidden_layers or max(1, base.layers // 4)
 
 

@@ -32,6 +32,7 @@ from lora_rt.plugins.contract import (
     LoraRtError,
     Mixture,
     MixtureContext,
+    check_depth,
     hookimpl,
     read_options,
 )
@@ -71,8 +72,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise ValueError(f"gate is {self.gate!r}, not one of: {', '.join(GATES)}")
-        if self.groups < 0 or self.hidden_layers < 0:
-            raise ValueError("groups and hidden-layers must not be negative")
         if not 1 <= self.recent <= _MOST_RECENT:
             raise ValueError(f"recent is {self.recent}; it must be from 1 to {_MOST_RECENT}")
 
@@ -88,8 +87,11 @@ def lora_rt_mixture(context: MixtureContext) -> Mixture:
         text = f"{', '.join(zero)} has the weight 0" if zero else "one adapter leaves nothing to decide"
         raise RouterError(f"these adapters can't be routed: {text}", next_step="Name two or more, none with weight 0")
     layers = context.base.layers
-    groups = min(options.groups or layers, layers)
-    depth = min(options.hidden_layers, layers)
+    check_depth(options.hidden_layers, layers)
+    if not 0 <= options.groups <= layers:
+        text = f"groups is {options.groups}; this base has {layers} layers"
+        raise RouterError(text, next_step=f"Give a number from 1 to {layers}, or 0 for every layer")
+    groups, depth = options.groups or layers, options.hidden_layers
     features = _unit(context.hidden(depth))
     return Mixture(
         {

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
+from lora_rt.core.requests.merging import _share
+from lora_rt.core.requests.rows import Row
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import Gate
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.files import sha256_bytes
 from lora_rt.registry.registry import Registry
@@ -110,3 +113,14 @@ def test_without_scene_types_no_composition_is_led(zoo: Zoo, tmp_path: Path) -> 
     error = CliRunner().invoke(app, [*given, "--base", str(zoo.base("llama")), "--precision", "float32"]).exception
     assert isinstance(error, LoraRtError)
     assert "scene_type" in " ".join([error.message, *error.problems])
+
+
+@pytest.mark.parametrize("static", [-0.5, -0.4999, 0.3])
+def test_a_share_that_cancels_leaves_what_its_heads_differ_by(static: float) -> None:
+    mix: Any = "led"
+    heads = torch.tensor([0.25, 1.5]).view(1, 1, 1, 2)
+    row = Row({}, {"a": static}, mixes={mix: {"a": 0.5}})
+    share = _share("a", [row], [(mix, {"a": Gate(heads=heads)})], torch.device("cpu"))
+    assert share.ranks is not None
+    assert share.heads is not None
+    assert torch.allclose(share.ranks * share.heads, static + 0.5 * heads, atol=1e-5)

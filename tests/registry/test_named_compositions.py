@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from lora_rt.registry import durable
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.errors import ChangedAdapterError, ProjectError, UnknownAdapterError
 from lora_rt.registry.files import sha256_bytes
@@ -311,3 +313,27 @@ def test_what_ships_can_not_be_removed_and_is_not_locked(
     assert done.code == 1
     assert "'registers' is a composition shipped with lora-rt" in done.err
     assert cli("show", "registers", "--json").code == 0
+
+
+@pytest.mark.parametrize("fails", ["write_bytes", "write_text", "replace"])
+def test_a_save_that_is_cut_off_leaves_the_old_composition_or_the_new_one(
+    project: Registry, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    old, new = b"o" * 30, b"n" * 40
+    compositions = project.compositions
+    compositions.save(decided(project, old), old)
+
+    def full(*_given: object, **_named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path if fails == "replace" else durable, fails, full)
+        with pytest.raises(OSError):
+            compositions.save(decided(project, new), new)
+    kept = compositions.own("blend")
+    assert kept is not None
+    assert compositions.state(kept) == (new if fails == "replace" else old)
+    compositions.save(decided(project, new), new)
+    assert sorted(path.name for path in compositions.folder.glob("blend*")) == ["blend.json", "blend.safetensors"]
+    compositions.remove("blend")
+    assert not list(compositions.folder.glob("blend*"))

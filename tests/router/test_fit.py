@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,15 @@ def test_a_router_resolves_like_an_adapter_and_explains_itself(
     assert picture.stat().st_size > 1000
     shown = CliRunner().invoke(app, ["explain", "mine", "-p", "abab", *base])
     assert "weight of each at each token" in shown.output
+    *_, last = shown.output.strip().splitlines()  # no colour here: a line a token, its weights in figures
+    assert re.fullmatch(r"\s*\d\.\d\d\s+\d\.\d\d  '.+'", last)
+    told = CliRunner().invoke(app, ["compose", "mine", "-p", "ab", "--max-new-tokens", "1", *base])
+    assert "mine:1  router, decides for the adapters below" in told.output
+    again = CliRunner().invoke(app, ["tune", "mine", "--data", str(data), "--name", "base", *base])
+    assert "'base' means the base alone" in str(again.exception)
+    again = CliRunner().invoke(app, ["tune", "mine", "--data", str(data), "--name", "registers", *base])
+    assert "will stand before the composition of that name" in again.output
+    assert "mine is taken as the weights" in again.output
     static = CliRunner().invoke(app, ["explain", *spec(zoo, 0.5).split(), "-p", "abab", *base])
     assert "weight of each at each token" not in static.output
     assert CliRunner().invoke(app, ["rm", "mine", "-y"]).exit_code == 0

@@ -17,6 +17,9 @@ from lora_rt.core.requests.named import expanded
 from lora_rt.core.requests.planner import RowPlanner
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import MixtureContext
+from lora_rt.plugins.modes import context as context_mode
+from lora_rt.plugins.modes import router
 from lora_rt.plugins.modes.router import _faded
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
@@ -249,3 +252,38 @@ def test_the_static_mix_is_where_a_router_starts(zoo: Zoo, routed: Routed) -> No
         runtime: Runtime = zoo.runtime("llama", fresh=True)
         static = runtime.logits([IDS], compositions=f"{folders[0]}:0.5 {folders[1]}:-0.3")
         assert torch.allclose(runtime.logits([IDS], compositions="mine"), static, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("settings", [{"deterministic": True}, {"chunk": 4}])
+def test_rows_that_are_read_in_passes_of_their_own_say_what_they_say_alone(
+    zoo: Zoo, routed: Routed, settings: dict[str, Any], depth: int
+) -> None:
+    """Of other lengths, one of which joins while the other speaks: several groups of rows ask for early states."""
+    routed("mine", hidden_layers=depth)
+    runtime = zoo.runtime("llama", fresh=True)
+    asked = ["abc", "some longer words to be read", "x"]
+
+    def said(prompts: list[str], **settings: Any) -> list[list[int]]:
+        batch = runtime.batch(**settings)
+        rows = runtime.rows(prompts, ["mine"] * len(prompts), max_new_tokens=6)
+        for row in rows:
+            batch.add([row])
+            batch.step()
+        while batch.rows:
+            batch.step()
+        return [list(row.answer) for row in rows]
+
+    assert said(asked, **settings) == [said([prompt])[0] for prompt in asked]
+
+
+def test_options_beyond_the_base_are_refused_by_their_range(zoo: Zoo) -> None:
+    facts = zoo.runtime("llama").base
+    context = MixtureContext(["a", "b"], [0.5, 0.5], ["x"], {}, facts, lambda _depth: torch.zeros(3, 64))
+    for options, told in (({"hidden-layers": "-1"}, "2 layers"), ({"hidden-layers": "3"}, "2 layers")):
+        for mode in (router, context_mode):
+            with pytest.raises(LoraRtError, match=told):
+                mode.lora_rt_mixture(replace(context, options=options))
+    for groups in ("-1", "3"):
+        with pytest.raises(LoraRtError, match="groups is"):
+            router.lora_rt_mixture(replace(context, options={"groups": groups}))

@@ -13,8 +13,11 @@ from lora_rt.core.base.progress import step
 from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.plugin_commands import subcommands_of
+from lora_rt.core.cli.scene import recognizes
+from lora_rt.core.cli.session import session
 from lora_rt.core.cli.wrapping import WordWrap
 from lora_rt.core.requests.answered import Answer
+from lora_rt.core.requests.named import named_composition
 from lora_rt.plugins.contract.terminal import harmless
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def _show(text: str) -> None:
 
 def show_terms(runtime: Runtime | LlamaRuntime, request: ComposeRequest) -> None:
     """Which adapters speak, with which weight, and where each came from; on standard error."""
-    lines = []
+    lines = _deciding(runtime, request)
     terms = runtime.terms(request.composition)
     for info, weight in terms:
         revision = f"@{info.revision[:12]}" if info.revision else ""
@@ -90,6 +93,23 @@ def show_terms(runtime: Runtime | LlamaRuntime, request: ComposeRequest) -> None
     )
     for line in lines:
         err.print(line, soft_wrap=not err.is_terminal)
+
+
+def _deciding(runtime: Runtime | LlamaRuntime, request: ComposeRequest) -> list[str]:
+    """The named compositions whose mode decides for their adapters, and the scene type that one sees in the prompt."""
+    lines = []
+    for term in dict.fromkeys(request.composition.terms):
+        named = named_composition(term, session().registry.compositions)
+        if named is None or not named.mode:
+            continue
+        text = f"{named.mode}, decides for the adapters below, whose weights are those that it starts from"
+        lines.append(f"[bold]{escape(named.name)}[/]:{term.weight:g}  [dim]{escape(text)}[/]")
+        if request.scene is None and request.prompt is not None and recognizes(named.name):
+            (shares,) = runtime.register_scenes([request.asked(request.prompt)], named.name)  # type: ignore[union-attr]  # llama.cpp has none
+            most = sorted(shares.items(), key=lambda item: -item[1])
+            told = ", ".join(f"{kind} {share:.0%}" for kind, share in most)
+            lines.append(f"[dim]scene type, as {escape(named.name)} sees the prompt: {escape(told)}[/]")
+    return lines
 
 
 def _answered(runtime: Runtime | LlamaRuntime, request: ComposeRequest, prompt: str) -> Answer:
