@@ -64,7 +64,7 @@ class Response:
         """What was read and said."""
         said = sum(choice.tokens for choice in choices)
         prompt = self.prepared.prompt_tokens
-        cached = max((ticket.cached for ticket in self.tickets), default=0)
+        cached = self.prepared.cached_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": said,

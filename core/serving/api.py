@@ -23,7 +23,7 @@ from lora_rt.core.serving.speaking import Spoken, Stream, pieces, unless_gone
 from lora_rt.core.serving.ticket import Events, hand_out
 from lora_rt.version import __version__
 
-# What a request says that says nothing of sampling: as `lora-rt compose` samples, since small bases loop otherwise.
+# Where a request names no temperature: as `lora-rt compose` samples, since small bases loop otherwise.
 _USUAL = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -75,7 +75,7 @@ def _asking(app: FastAPI, service: Service) -> None:
         `name` is the id that the pieces of the stream carry. What was said stays; `tokens` says how many each answer
         had when the change came into force.
         """
-        told = await asyncio.wrap_future(service.turn(name, asked.model, asked.composition))
+        told = await asyncio.wrap_future(service.turn(name, asked.model or BASE, asked.composition))
         return {"id": name, **told}
 
 
@@ -134,7 +134,8 @@ async def _answered(
     if len(prompts) * asked.answers > most:
         raise Refusal(400, f"A request has at most {most} answers here. Ask for fewer", "too_many_answers")
     given = {name: value for name in _SAMPLING if (value := getattr(asked, name)) is not None}
-    sampling: dict[str, Any] = {**(given or _USUAL), "stop": asked.stops, "min_new_tokens": asked.min_tokens or 0}
+    usual = {} if "temperature" in given else _USUAL  # a temperature alone is that of plain sampling, or greedy
+    sampling: dict[str, Any] = {**usual, **given, "stop": asked.stops, "min_new_tokens": asked.min_tokens or 0}
     ask = Ask(
         prompts=prompts,
         model=asked.model,

@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 
 from lora_rt.core.generation.row import LengthError
 from lora_rt.core.serving.protocol import ErrorBody
-from lora_rt.core.serving.scheduler import ModelError
-from lora_rt.core.serving.service import DrainingError, FullError, GoneError
+from lora_rt.core.serving.scheduler import ModelError, StoppedError
+from lora_rt.core.serving.service import DrainingError, FullError, GoneError, TooManyError
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import PluginError
 from lora_rt.registry.errors import ChangedAdapterError, StoreError, UnknownAdapterError
@@ -23,6 +23,8 @@ _INVALID, _SERVER = "invalid_request_error", "server_error"
 _KINDS: tuple[tuple[type[LoraRtError], int, str, str | None], ...] = (
     (FullError, 429, "rate_limit_error", "queue_full"),
     (DrainingError, 503, _SERVER, "draining"),
+    (StoppedError, 503, _SERVER, "draining"),
+    (TooManyError, 400, _INVALID, "too_many_answers"),
     (GoneError, 404, _INVALID, "not_in_flight"),
     (UnknownAdapterError, 404, _INVALID, "model_not_found"),
     (LengthError, 400, _INVALID, "context_length_exceeded"),
@@ -89,7 +91,10 @@ def install(app: FastAPI) -> None:
     async def ours(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, LoraRtError)
         status, content = of_error(error)
-        return JSONResponse(content, status, {"Retry-After": RETRY_AFTER} if status in (429, 503) else {})
+        headers = {"Retry-After": RETRY_AFTER} if status in (429, 503) else {}
+        if isinstance(error, ModelError):  # it would fail again; OpenAI's clients try three times unless told not to
+            headers["x-should-retry"] = "false"
+        return JSONResponse(content, status, headers)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

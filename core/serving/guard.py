@@ -12,6 +12,7 @@ from typing import Any
 from lora_rt.core.serving import failures
 from lora_rt.core.serving.failures import Refusal
 from lora_rt.core.serving.service import Service
+from lora_rt.core.serving.settings import is_loopback
 from lora_rt.errors import LoraRtError
 
 Scope = MutableMapping[str, Any]
@@ -21,8 +22,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _log = logging.getLogger("lora_rt.serving.requests")
 _OPEN = ("/health", "/ready")
-_LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 ASKING = ("/v1/chat/completions", "/v1/completions")
+_COUNTED = (*ASKING, *_OPEN, "/v1/models", "/metrics")
+"""Paths whose requests are counted by their names, whatever refuses them."""
 
 
 class Guard:
@@ -107,7 +109,7 @@ class Guard:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         """One line per request: no prompts unless the operator asked for them."""
         path = scope["path"]
-        route = getattr(scope.get("route"), "path", "")
+        route = getattr(scope.get("route"), "path", "") or (path if path in _COUNTED else "")
         self._service.meter.requests.labels(route or "other", str(status)).inc()
         if path in _OPEN or path == "/metrics":
             return
@@ -119,10 +121,10 @@ class Guard:
 
 def _holds(headers: MutableMapping[bytes, bytes], key: str) -> bool:
     scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key.encode())
+    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key.strip().encode())
 
 
 def _is_local(host: bytes) -> bool:
-    name = host.decode("latin-1")
-    name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
-    return name in (*_LOCAL, "")
+    name = host.decode("latin-1").lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0].removesuffix(".")
+    return name in ("localhost", "") or is_loopback(name)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.staticfiles import StaticFiles
 from pydantic import Field
 from starlette.responses import Response
@@ -23,7 +23,7 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.explaining import Explanation
 from lora_rt.core.serving.failures import RESPONSES
 from lora_rt.core.serving.protocol import STRICT, Body, Message, chat_prompt
-from lora_rt.core.serving.service import Service
+from lora_rt.core.serving.service import FullError, Service
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import UnknownModeError
 from lora_rt.registry.card import AdapterCard
@@ -33,6 +33,7 @@ from lora_rt.registry.reference import Reference
 
 _FILES = Path(__file__).resolve().parent / "static"  # a development install links to the sources
 _SHOWN = 4  # registers that have a slider when the page opens
+_LOOKS = 4  # passes for pages that are made or wait
 _START = 0.5  # weight of the first two of them
 _OWN_FILES_ONLY = (
     "default-src 'self'; img-src 'self' data:; base-uri 'none'; object-src 'none'; frame-ancestors 'none'; "
@@ -60,11 +61,13 @@ class ActedRequest(Body):
 
 
 def install(app: FastAPI, service: Service, base_option: str = "") -> None:
-    """Add the page and what it asks to an application. Last of all: it answers every path that nobody else does.
+    """Add the page and what it asks to an application.
 
     Args:
         base_option: what `--base` was, for commands that are copied from the page; empty is the default base.
     """
+
+    looks = _Looks(service)
 
     @app.get("/ui/state", responses=RESPONSES, include_in_schema=False)
     async def state() -> dict[str, Any]:
@@ -74,17 +77,44 @@ def install(app: FastAPI, service: Service, base_option: str = "") -> None:
     @app.post("/ui/scenes", responses=RESPONSES, include_in_schema=False)
     async def scenes(asked: ScenesRequest) -> dict[str, Any]:
         """The scene types of a prompt: type -> share."""
-        name, look = await asyncio.wrap_future(service.beside(lambda: _scenes(service, asked.text)))
-        return {"adapter": name, "scene_types": await asyncio.wrap_future(service.scheduler.between(look))}
+        with looks:
+            name, look = await asyncio.wrap_future(service.beside(lambda: _scenes(service, asked.text)))
+            return {"adapter": name, "scene_types": await asyncio.wrap_future(service.scheduler.between(look))}
 
     @app.post("/ui/acted", responses=RESPONSES, include_in_schema=False)
     async def acted(asked: ActedRequest) -> dict[str, Any]:
         """How much each adapter added at each token of an answer, relative to what the base gives there."""
-        look = await asyncio.wrap_future(service.beside(lambda: _acted(service, asked)))
-        found = await asyncio.wrap_future(service.scheduler.between(look))
+        with looks:
+            look = await asyncio.wrap_future(service.beside(lambda: _acted(service, asked)))
+            found = await asyncio.wrap_future(service.scheduler.between(look))
         return await asyncio.to_thread(_told, service, found, asked.answer)
 
-    app.mount("/", _OwnFiles(directory=_FILES, html=True), name="page")
+    files = _OwnFiles(directory=_FILES)
+
+    async def file(request: Request) -> Response:
+        """One file of the page."""
+        return await files.get_response(request.url.path[1:] or "index.html", request.scope)
+
+    # Each by its name, and not all of "/": what nobody else answers is told as it is without the page.
+    for path in ("", *sorted(item.name for item in _FILES.iterdir())):
+        app.add_route(f"/{path}", file, methods=["GET", "HEAD"], include_in_schema=False)
+
+
+class _Looks:
+    """How many of the page's passes are asked for: each is made between two steps of everybody's answers."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._now = service, 0
+
+    def __enter__(self) -> None:
+        if self._now >= _LOOKS or not self._service.ready:
+            self._service.check_open()
+            text = f"{self._now} passes for pages are being made or wait"
+            raise FullError(text, next_step="Send the request again in a moment")
+        self._now += 1
+
+    def __exit__(self, *_failure: object) -> None:
+        self._now -= 1
 
 
 class _OwnFiles(StaticFiles):
@@ -169,18 +199,41 @@ def _scenes(service: Service, text: str) -> tuple[str, Callable[[], dict[str, fl
     name = next(able, None)
     if name is None:
         raise UnknownAdapterError("nothing here recognizes scenes", next_step="Train one with --mode context")
+    service.preparer.check_letters(text)
+    _check_length(service, len(service.runtime.text.prompt_ids(text)))
     if service.runtime.parts.registry.compositions.look_up(name) is None:
         name = service.shelf.load(name)
     return name, lambda: service.runtime.register_scenes([text], name)[0]
+
+
+def _check_length(service: Service, tokens: int) -> None:
+    """What is shown beside answers is made in one pass, which the answers wait for.
+
+    Raises:
+        LengthError: they would wait for long.
+    """
+    if tokens > service.preparer.capacity:
+        raise _too_long()
+    most = 2 * service.settings.limits.reading
+    if tokens > most:
+        text = f"the page looks into at most {most} tokens, and this has {tokens}"
+        raise LengthError(text, next_step="Use a shorter text, or begin a new conversation")
+
+
+def _too_long() -> LengthError:
+    return LengthError("this conversation is longer than the model takes", next_step="Begin a new conversation")
 
 
 def _acted(service: Service, asked: ActedRequest) -> Callable[[], Explanation]:
     """How the pass is explained, for the model's thread; what it needs is loaded."""
     composition = service.names.composition(asked.model) or Composition(())
     prompt, runtime = chat_prompt(asked.messages), service.runtime
-    read = len(runtime.text.prompt_ids(prompt))
-    if read + len(asked.answer) > 8 * service.preparer.capacity or read >= service.preparer.capacity:
-        raise LengthError("this conversation is longer than the model takes", next_step="Begin a new conversation")
+    try:
+        service.preparer.check_letters(prompt)
+        service.preparer.check_letters(asked.answer)
+    except LengthError as error:
+        raise _too_long() from error
+    _check_length(service, len(runtime.text.prompt_ids(prompt)) + len(runtime.text.text_ids(asked.answer)))
     for name in [str(term.reference) for term in composition.terms]:
         with suppress(LoraRtError):  # a named composition is made of others; what is wrong is said below
             service.shelf.load(name)

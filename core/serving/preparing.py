@@ -11,10 +11,13 @@ import torch
 from lora_rt.core.generation.messages import Prompt
 from lora_rt.core.generation.row import LengthError
 from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.generation.template import PromptError
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.settings import Limits
+
+_LETTERS = 32  # of a token at most, on the average of a whole prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Preparer:
     def _ids(self, prompt: Prompt | list[int], raw: bool) -> list[int]:
         """The tokens of a prompt, at least one."""
         text = self._runtime.text
+        self.check_letters(prompt)
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             ids = self._known(prompt)
         elif raw:
@@ -110,11 +114,22 @@ class Preparer:
             raise LengthError("the prompt is empty", next_step="Give at least one token")
         return ids
 
+    def check_letters(self, prompt: Prompt | list[int]) -> None:
+        """Refuse what is far too long before it is tokenized, for which the others would have to wait.
+
+        Raises:
+            LengthError: it is.
+        """
+        size = len(prompt) if isinstance(prompt, str) else sum(_letters(part) for part in prompt)
+        if size > _LETTERS * self.capacity:
+            text = f"this model takes {self.capacity} tokens in all, and the prompt has {size} letters"
+            raise LengthError(text, next_step="Shorten the prompt")
+
     def _known(self, ids: list[Any]) -> list[int]:
         size = self._runtime.base.vocab_size
         if any(not isinstance(i, int) or not 0 <= i < size for i in ids):
             text = f"the prompt holds token ids that this model has not; they are from 0 to {size - 1}"
-            raise LengthError(text, next_step="Tokenize it with this model's tokenizer")
+            raise PromptError(text, next_step="Tokenize it with this model's tokenizer")
         return list(ids)
 
     def _sampling(self, settings: Mapping[str, Any], read: int) -> Sampling:
@@ -128,6 +143,11 @@ class Preparer:
         sampling = Sampling(**{**settings, "max_new_tokens": most})
         sampling.check()
         return sampling
+
+
+def _letters(part: Any) -> int:
+    """Of a message; a token counts as one."""
+    return len(str(part.get("content", ""))) if isinstance(part, Mapping) else 1
 
 
 def bytes_per_token(runtime: Runtime) -> int:

@@ -68,7 +68,13 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":  # which may have called tools, and said nothing
+            raise ValueError("content is missing")
+        return self
 
 
 class StreamOptions(BaseModel):
@@ -172,7 +178,8 @@ def chat_prompt(messages: Sequence[Message]) -> str | list[dict[str, str]]:
     """A chat as the runtime takes it; a single user message is one text."""
     found = []
     for message in messages:
-        text = message.content if isinstance(message.content, str) else "".join(p.text for p in message.content)
+        given = message.content or ""
+        text = given if isinstance(given, str) else "".join(part.text for part in given)
         found.append({"role": "system" if message.role == "developer" else message.role, "content": text})
     return found[0]["content"] if len(found) == 1 and found[0]["role"] == "user" else found
 
@@ -217,8 +224,14 @@ class TurnRequest(Body):
 
     model_config = STRICT
 
-    model: str = "base"
+    model: str | None = None
     composition: Given | None = None
+
+    @model_validator(mode="after")
+    def _says_what(self) -> TurnRequest:
+        if self.model is None and self.composition is None:
+            raise ValueError("give a model or a composition")
+        return self
 
 
 class AdminRequest(Body):

@@ -42,6 +42,10 @@ class ModelError(LoraRtError):
     """A row that the model, or a mode, could not go on with: no fault of the client's."""
 
 
+class StoppedError(LoraRtError):
+    """A row that was not done when the server was stopped."""
+
+
 class Scheduler:
     """Start it once, submit tickets from any thread.
 
@@ -328,7 +332,7 @@ class Scheduler:
 
 
 def _stopped() -> LoraRtError:
-    return ModelError("the server is being stopped", next_step="Send the request again in a moment")
+    return StoppedError("the server is being stopped", next_step="Send the request again in a moment")
 
 
 def _too_late(seconds: float) -> LoraRtError:

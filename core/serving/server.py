@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _log = logging.getLogger("lora_rt.serving")
+_LAST_WORDS = 0.5  # seconds
 _TICK = 0.05  # seconds between two looks at whether the last answer is done
 # Seconds for which an idle connection is kept: longer than clients keep theirs (httpx: 5). Were it as long, a server
 # would close now and then what a client is just about to use, and the client could not know whether it was heard.
@@ -59,6 +60,9 @@ class DrainingServer(uvicorn.Server):
         end = time.monotonic() + self._service.settings.drain
         while self._service.busy and time.monotonic() < end:
             await asyncio.sleep(_TICK)
+        if self._service.busy:  # whoever is not done is told so, and has a moment to pass it on
+            await asyncio.to_thread(self._service.scheduler.stop)
+            await asyncio.sleep(_LAST_WORDS)
         self.should_exit = True
 
 

@@ -34,6 +34,10 @@ class FullError(LoraRtError):
     """The queue is full."""
 
 
+class TooManyError(LoraRtError):
+    """A request that there will never be room for."""
+
+
 class DrainingError(LoraRtError):
     """The server takes no more requests."""
 
@@ -44,11 +48,18 @@ class GoneError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The rows of a request, the composition that they are under, and the tokens of each prompt."""
+    """The rows of a request, as many for each prompt, the composition that they are under, and the prompts' tokens."""
 
     tickets: Sequence[Ticket]
     model: str
     prompt_tokens: int
+    answers: int = 1
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that did not have to be read."""
+        each = [self.tickets[at : at + self.answers] for at in range(0, len(self.tickets), self.answers)]
+        return sum(max(ticket.cached for ticket in rows) for rows in each)
 
 
 class Service:
@@ -119,7 +130,10 @@ class Service:
         if self.draining or self.scheduler.broken:
             raise DrainingError("the server is being stopped", next_step="Send the request to another one")
         most = self.settings.limits.rows + self.settings.limits.queue
-        if self._asked + rows > most and (self._asked or rows > most):
+        if rows > most:
+            text = f"{rows} answers are asked for at once, and this server never takes more than {most}"
+            raise TooManyError(text, next_step="Ask for fewer")
+        if self._asked + rows > most:
             raise FullError(
                 f"{self._asked} answers are being given or wait, and this server takes {most}",
                 next_step="Send the request again in a moment",
@@ -181,7 +195,7 @@ class Service:
                         new = ticket.row.timeline.adapters - ticket.adapters
                         ticket.adapters |= new
                         self.shelf.take(new)
-                return {"model": _told(wanted), "tokens": [len(ticket.row.answer) for ticket, _ in turned]}
+                return {"model": _told(wanted), "tokens": [len(one.row.answer) for one in self._flying.get(name, ())]}
 
             return self.scheduler.between(act).result()
 
@@ -227,7 +241,7 @@ class Service:
         for name in sorted({adapter.name for ticket in tickets for adapter in ticket.adapters}):
             self.meter.adapters.labels(name).inc()
         prompts = sum(len(row.ids) for row in rows[:: ask.answers])
-        return Prepared(tickets, _told(composition), prompts)
+        return Prepared(tickets, _told(composition), prompts, ask.answers)
 
 
 def _told(composition: Composition | None) -> str:

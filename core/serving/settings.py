@@ -92,9 +92,13 @@ class ServeSettings:
     @property
     def loopback(self) -> bool:
         """Whether nobody but this machine can connect."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return self.host == "localhost" or is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this is an address that leads to this machine alone."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

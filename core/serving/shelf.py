@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from lora_rt.core.engine.resident import ResidentAdapter
+from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.residents import AdapterInfo
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter
@@ -78,24 +79,28 @@ class Shelf:
             self._meter.memory(adapters=kept)
 
     def load(self, name: str, *, pin: bool = False) -> str:
-        """Make an adapter resident; with `pin` it stays. Returns its resident name.
+        """Make an adapter resident, or all of a named composition; with `pin` it stays. Returns the first one's name.
 
         Raises:
             LoraRtError: it can't be loaded.
         """
-        resident = self._runtime.ensure(name)
+        residents = [info.name for info, _ in self._runtime.terms(Composition((Term(Reference.parse(name)),)))]
         with self._lock:
-            self._latest[resident] = None
+            self._latest |= dict.fromkeys(residents)
             if pin:
-                self._pinned.add(resident)
+                self._pinned |= set(residents)
         self.trim()
-        return resident
+        return residents[0]
 
     def unpin(self, name: str) -> None:
-        """Let it be put away again."""
-        self._runtime.resident(name)
+        """Let it, or all of a named composition, be put away again."""
+        named = self._runtime.parts.registry.compositions.look_up(name) if name not in self._runtime.adapters else None
+        if named is None:
+            names = {self._runtime.resident(name).name}
+        else:
+            names = {info.name for info, _ in self._runtime.terms(name)}
         with self._lock:
-            self._pinned.discard(name)
+            self._pinned -= names
         self.trim()
 
     def reload(self, name: str) -> str:

@@ -149,7 +149,8 @@ async def pieces(spoken: Spoken, answer: Answer, counted: bool) -> AsyncIterator
 
 
 def _sse(content: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
+    # In ASCII: readers of lines end one at U+2028 and its like, which may stand in a text.
+    return {"data": json.dumps(content, separators=(",", ":"))}
 
 
 async def unless_gone(request: Request, work: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lora_rt.core.runtime import Runtime
+from lora_rt.core.serving.speaking import _sse
 from support.serving import Live, asked
 
 pytestmark = pytest.mark.slow
@@ -184,3 +185,30 @@ def test_a_request_that_cannot_be_carried_out_is_told_why(
         client.chat.completions.create(**asked(**settings))
     assert words in raised.value.message
     assert raised.value.type == "invalid_request_error"
+
+
+def test_a_setting_of_sampling_alone_still_samples(client: openai.OpenAI) -> None:
+    settings = {**asked(model="one", max_tokens=24), "temperature": openai.NOT_GIVEN, "top_p": 0.9}
+    said = {client.chat.completions.create(**settings, seed=seed).choices[0].message.content for seed in range(3)}
+    assert len(said) > 1
+
+
+def test_a_message_of_an_assistant_may_be_empty_and_a_users_may_not(client: openai.OpenAI) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, {"role": "user", "content": "b"}]
+    assert client.chat.completions.create(**{**asked(), "messages": turns}).choices
+    with pytest.raises(openai.BadRequestError, match="content is missing"):
+        client.chat.completions.create(**{**asked(), "messages": [{"role": "user", "content": None}]})
+
+
+def test_lines_that_other_readers_end_in_a_text_do_not_tear_a_stream(server: Live) -> None:
+    pieces = list(_sse({"text": "a\u2028b\u0085c"})["data"].splitlines())
+    assert len(pieces) == 1
+
+
+def test_what_was_not_read_again_is_counted_for_every_prompt(server: Live) -> None:
+    long = "rain on a tin roof " * 12
+    body = {"model": "base", "prompt": [long, long + "x", "y"], "max_tokens": 1, "temperature": 0}
+    with server.http() as http:
+        used = [http.post("/v1/completions", json=body).json()["usage"] for _ in range(2)][1]
+    cached = used["prompt_tokens_details"]["cached_tokens"]
+    assert used["prompt_tokens"] // 2 < cached <= used["prompt_tokens"]

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -174,3 +175,43 @@ def test_the_log_holds_prompts_only_where_the_operator_wants_them(
     assert told["id"] == answer.json()["id"]
     assert (told["status"], told["model"], told["answer_tokens"], told["finish"]) == (200, "one:0.5", 5, ["length"])
     assert ("nobody is to read" in json.dumps(told)) == log_prompts
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST:1", "localhost.", "127.0.0.2", "[::1]:80", "[::ffff:127.0.0.1]"])
+def test_every_name_of_this_machine_is_one(server: Live, host: str) -> None:
+    with server.http() as http:
+        assert http.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_a_key_with_blanks_around_it_is_the_key(runtime: Runtime) -> None:
+    with live(runtime, ServeSettings(port=0, api_key=" secret\n")) as server, server.http("secret") as http:
+        assert http.get("/v1/models").status_code == 200
+
+
+def test_what_can_never_be_served_is_no_full_queue_and_refusals_are_counted_by_their_path(runtime: Runtime) -> None:
+    settings = ServeSettings(port=0, limits=Limits(rows=2, queue=1))
+    with live(runtime, settings) as server, server.http() as http:
+        answer = http.post("/v1/chat/completions", json=asked(n=4))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_many_answers")
+        server.service.draining = True
+        assert http.post("/v1/chat/completions", json=asked()).status_code == 503
+        assert 'endpoint="/v1/chat/completions",status="503"} 1.0' in http.get("/metrics").text
+
+
+def test_whoever_is_not_done_when_the_server_stops_is_told_so_and_when_to_come_again(runtime: Runtime) -> None:
+    with live(runtime, ServeSettings(port=0)) as server, server.http() as http:
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(http.post, "/v1/chat/completions", json=asked(max_tokens=400, min_tokens=400))
+            while not server.service.scheduler.running:
+                time.sleep(0.002)
+            server.service.scheduler.stop()
+            answer = whole.result()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+        assert answer.headers["retry-after"]
+
+
+def test_a_failure_that_would_come_again_is_not_to_be_tried_again(runtime: Runtime) -> None:
+    settings = ServeSettings(port=0, limits=Limits(deadline=0.01))
+    with live(runtime, settings) as server, server.http() as http:
+        answer = http.post("/v1/chat/completions", json=asked(max_tokens=400, min_tokens=400))
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")

@@ -14,6 +14,7 @@ import pytest
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.service import Service
 from lora_rt.core.serving.settings import Limits, ServeSettings
+from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from support.serving import Live, asked, live
 from support.tiny import config_of, save_adapter
 
@@ -171,3 +172,25 @@ def test_a_pinned_name_that_nothing_has_stops_the_start(runtime: Runtime) -> Non
     with pytest.raises(Exception, match="nobody"):
         service.start()
     service.close()
+
+
+def test_a_named_composition_is_pinned_and_let_go_whole(runtime: Runtime, project: Path) -> None:
+    compositions = runtime.parts.registry.compositions
+    terms = tuple(NamedTerm(reference=name) for name in ("one", "two"))
+    compositions.save(NamedComposition(name="both", base=runtime.base.id, terms=terms))
+    with live(runtime, ServeSettings(port=0, admin_key=ADMIN, pin=("both",))) as server, server.http(ADMIN) as admin:
+
+        def pinned() -> set[str]:
+            return {item["name"] for item in admin.get("/admin/adapters").json()["adapters"] if item["pinned"]}
+
+        assert {"one", "two"} <= pinned()
+        assert admin.post("/admin/adapters", json={"name": "both", "action": "unpin"}).status_code == 200
+        assert not {"one", "two"} & pinned()
+    compositions.remove("both")
+
+
+def test_a_change_that_names_nothing_is_refused(server: Live) -> None:
+    with server.http() as http:
+        answer = http.patch("/v1/responses-in-flight/x", json={})
+        assert answer.status_code == 400
+        assert "give a model or a composition" in answer.json()["error"]["message"]

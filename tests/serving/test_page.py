@@ -20,7 +20,7 @@ from lora_rt.core.serving.settings import Limits, ServeSettings
 from lora_rt.plugins.contract import JointGateContext, SceneContext, ScenePrediction, hookimpl
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
 from lora_rt.registry.files import sha256_bytes
-from support.serving import Live, live
+from support.serving import Live, asked, live
 from support.tiny import Zoo, mode_host
 
 PROMPT = "rain, tin roof"
@@ -250,3 +250,31 @@ def test_a_server_that_is_full_says_so_on_the_page(runtime: Runtime, tab: Any) -
         tab.get_by_label("Your message").fill("far too long for so small a model, " * 3)
         tab.get_by_label("Your message").press("Enter")
         assert "tokens" in tab.get_by_role("alert").inner_text()
+
+
+def test_what_the_page_asks_for_is_bounded_in_length_and_number(served: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a pass between two steps of everybody's answers."""
+    with served.http() as http:
+        for text in ("rain " * 300_000, "rain " * 300):
+            answer = http.post("/ui/scenes", json={"text": text})
+            assert answer.status_code in (400, 404)
+            assert answer.elapsed.total_seconds() < 10
+        monkeypatch.setattr(page, "_LOOKS", 0)
+        full = http.post("/ui/acted", json={"model": "one", "messages": asked()["messages"], "answer": "so"})
+        assert full.status_code == 429
+        assert full.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/embeddings", 404),
+        ("PUT", "/v1/chat/completions", 405),
+        ("GET", "/nothing.html", 404),
+        ("HEAD", "/", 200),
+        ("POST", "/", 405),
+    ],
+)
+def test_beside_the_page_the_api_answers_as_without_it(served: Live, method: str, path: str, status: int) -> None:
+    with served.http() as http:
+        assert http.request(method, path).status_code == status
