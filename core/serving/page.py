@@ -195,12 +195,12 @@ def _recognizes(service: Service, card: AdapterCard | NamedComposition | None) -
 
 def _scenes(service: Service, text: str) -> tuple[str, Callable[[], dict[str, float]]]:
     """Who recognizes the scene types of a text, and how; the second is for the model's thread."""
+    service.preparer.check_letters(text)
+    _check_length(service, len(service.runtime.text.prompt_ids(text)))
     able = (name for name, card in _known(service).items() if _recognizes(service, card))
     name = next(able, None)
     if name is None:
         raise UnknownAdapterError("nothing here recognizes scenes", next_step="Train one with --mode context")
-    service.preparer.check_letters(text)
-    _check_length(service, len(service.runtime.text.prompt_ids(text)))
     if service.runtime.parts.registry.compositions.look_up(name) is None:
         name = service.shelf.load(name)
     return name, lambda: service.runtime.register_scenes([text], name)[0]

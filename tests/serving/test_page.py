@@ -252,13 +252,21 @@ def test_a_server_that_is_full_says_so_on_the_page(runtime: Runtime, tab: Any) -
         assert "tokens" in tab.get_by_role("alert").inner_text()
 
 
-def test_what_the_page_asks_for_is_bounded_in_length_and_number(served: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_page_asks_for_is_bounded_in_length_and_number(
+    served: Live, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is a pass between two steps of everybody's answers."""
-    with served.http() as http:
-        for text in ("rain " * 300_000, "rain " * 300):
+    limits = Limits(reading=10)
+    with live(runtime, ServeSettings(port=0, limits=limits), extend=page.install) as short, short.http() as http:
+        for text, told in (
+            ("rain " * 300_000, "letters"),
+            ("rain " * 300, "than the model"),
+            ("rain " * 30, "20 tokens"),
+        ):
             answer = http.post("/ui/scenes", json={"text": text})
-            assert answer.status_code in (400, 404)
-            assert answer.elapsed.total_seconds() < 10
+            assert answer.status_code == 400
+            assert told in answer.json()["error"]["message"]
+    with served.http() as http:
         monkeypatch.setattr(page, "_LOOKS", 0)
         full = http.post("/ui/acted", json={"model": "one", "messages": asked()["messages"], "answer": "so"})
         assert full.status_code == 429

@@ -34,13 +34,17 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def process(zoo: Zoo, project: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """`lora-rt serve` of a tiny base, in a process of its own."""
+def process(zoo: Zoo, project: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """`lora-rt serve` of a tiny base, in a process of its own; the fixture's parameter is further options."""
     base = zoo.base("llama", max_position_embeddings=2048)
     command = [sys.executable, "-m", "lora_rt", "serve", "--base", str(base), "--precision", "float32", "--port", "0"]
     environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "LORA_RT_HOME": str(tmp_path / "home")}
     started = subprocess.Popen(
-        [*command, "--max-new-tokens", "1500"], cwd=project, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, "--max-new-tokens", "1500", *getattr(request, "param", ())],
+        cwd=project,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     yield started
     started.kill()
@@ -98,6 +102,20 @@ def test_the_example_of_the_banner_works_and_a_signal_lets_answers_end(process: 
             assert http.post("/v1/chat/completions", json=asked()).status_code == 503
             pieces = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("process", [("--drain", "0.05")], indirect=True)
+def test_whoever_is_not_done_when_draining_ends_is_told_so(process: subprocess.Popen[str]) -> None:
+    url, _ = banner(process)
+    body = asked(model="one:0.5", max_tokens=1400, min_tokens=1400, stream=True)
+    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        *_, error, end = (line for line in lines if line)
+    assert json.loads(error[6:])["error"]["code"] == "draining"
+    assert end == "data: [DONE]"
     assert process.wait() == 0
 
 
