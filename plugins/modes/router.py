@@ -58,9 +58,8 @@ class Options:
 
     `hidden_layers`: after how many of the base's blocks the state is read; 0 is what the first one is given, for which
     none has to run without adapters first. `recent`: over about how many of the last tokens what the states say is
-    averaged; 1 is the token alone. `control`: fitted on
-    the states of other rows of its batch (of other tokens where it is one row), to see what is found where there is
-    nothing to find.
+    averaged; 1 is the token alone. `control`: fitted on the states of other rows of its batch (of other tokens where
+    it is one row), to see what is found where there is nothing to find.
     """
 
     gate: str = "softmax"
