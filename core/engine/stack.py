@@ -112,6 +112,15 @@ def _beside(columns: Sequence[Tensor]) -> Tensor:
     return torch.cat([column.T for column in columns]).T
 
 
+def _below(rows: Sequence[Tensor]) -> Tensor:
+    """(ranks, in), feature after feature in memory: sixteen tokens are multiplied up to five times as fast by that as
+    by one rank after the other (16 x 576 by 96 ranks: 23 us for 105). Of experts (experts, ranks, in), as ever.
+    """
+    if rows[0].dim() == 3:
+        return torch.cat(list(rows), dim=-2)
+    return torch.cat([row.T for row in rows], dim=1).T
+
+
 def _placed(scales: Mapping[int, Tensor], b: Tensor) -> Tensor | None:
     """(out, ranks) with each scale on its own rank."""
     if not scales:
@@ -163,7 +172,7 @@ def _stack_group(
             spans.append((first, len(ranks) - start))
         b = columns[0] if len(columns) == 1 else _beside(columns)  # (out, ranks); of one adapter its own memory
         built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans), _placed(scales, b))
-    a = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-2)  # (R, in)
+    a = rows[0] if len(rows) == 1 else _below(rows)  # (R, in)
     # The blocks of a model are alike: their groups share one pattern, and gates are gathered once for all of them.
     pattern = known.setdefault(tuple(ranks), len(known))
     if pattern == len(built.patterns):

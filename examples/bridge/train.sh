@@ -10,5 +10,5 @@ shift
 rm -rf "$out"
 "$lora_rt" train bridge --mode bridge \
     --data "$here/train.jsonl" --held-out "$here/heldout.jsonl" \
-    --target-modules all-linear --r 8 --alpha 16 --dropout 0 --lr 1e-3 --epochs 2 --batch-size 8 --seed 0 \
+    --target-modules all-linear --r 8 --alpha 16 --dropout 0 --lr 1e-3 --epochs 2 --batch-size 8 --seed "${SEED:-0}" \
     --licence Apache-2.0 --out "$out" "$@"

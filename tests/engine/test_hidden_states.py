@@ -62,7 +62,8 @@ def test_a_running_batch_reads_its_early_state_once_per_token(engine: Engine, de
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     read: list[int] = []
-    assert engine.lm.keeping == "shared"  # which is tried once
+    assert engine.lm.keeping == "shared"
+    assert engine.lm.groups_heads
     words = engine.model.get_input_embeddings()
     hook = words.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0].shape[1]))
     for end, new, expected in [(5, 5, 5), (6, 1, 1), (7, 1, 1), (10, 2, 3), (10, 1, 10), (11, 1, 1)]:
