@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 from lora_rt.core.generation.row import Ending, TokenScore
@@ -47,6 +48,7 @@ class Response:
     tokenizer: Any
     likely: int | None
     created: int = field(default_factory=lambda: int(time.time()))
+    _begun: dict[int, int] = field(default_factory=dict)  # letters of the tokens that each choice has said, streamed
 
     @property
     def tickets(self) -> Sequence[Ticket]:
@@ -79,7 +81,9 @@ class Response:
     def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
         """New text."""
         content = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
-        return self._piece(index, content, None, self._scores(scores))
+        found = self._piece(index, content, None, self._scores(scores, self._begun.get(index, 0)))
+        self._begun[index] = self._begun.get(index, 0) + sum(len(self._text(one.token)) for one in scores)
+        return found
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
         """The last piece: why it ended."""
@@ -110,10 +114,11 @@ class Response:
         scores = self._scores(choice.scores)
         return {"index": index, **content, "logprobs": scores, "finish_reason": choice.reason}
 
-    def _scores(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+    def _scores(self, scores: Sequence[TokenScore], begun: int = 0) -> dict[str, Any] | None:
+        """Of tokens behind so many letters of the answer."""
         if self.likely is None:
             return None
-        return self._of_chat(scores) if self.kind == "chat" else self._of_text(scores)
+        return self._of_chat(scores) if self.kind == "chat" else self._of_text(scores, begun)
 
     def _of_chat(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
         def told(token: int, logprob: float) -> dict[str, Any]:
@@ -126,12 +131,13 @@ class Response:
         ]
         return {"content": content, "refusal": None}
 
-    def _of_text(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    def _of_text(self, scores: Sequence[TokenScore], begun: int) -> dict[str, Any]:
+        tokens = [self._text(one.token) for one in scores]
         return {
-            "tokens": [self._text(one.token) for one in scores],
+            "tokens": tokens,
             "token_logprobs": [one.logprob for one in scores],
             "top_logprobs": [{self._text(token): logprob for token, logprob in one.likeliest} for one in scores],
-            "text_offset": [],
+            "text_offset": list(accumulate((len(text) for text in tokens[:-1]), initial=begun)) if tokens else [],
         }
 
     def _text(self, token: int) -> str:

@@ -13,11 +13,23 @@ from fastapi.responses import JSONResponse
 from lora_rt.core.serving import admin, failures
 from lora_rt.core.serving.answers import Kind, new_id
 from lora_rt.core.serving.answers import Response as Answer
-from lora_rt.core.serving.failures import RESPONSES, Refusal
+from lora_rt.core.serving.failures import Refusal
 from lora_rt.core.serving.guard import Guard
 from lora_rt.core.serving.names import BASE
 from lora_rt.core.serving.preparing import Ask
 from lora_rt.core.serving.protocol import ChatRequest, CompletionRequest, TurnRequest
+from lora_rt.core.serving.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Health,
+    Model,
+    Models,
+    Ready,
+    Turned,
+    components,
+    told,
+)
 from lora_rt.core.serving.service import Service
 from lora_rt.core.serving.speaking import Spoken, Stream, pieces, unless_gone
 from lora_rt.core.serving.ticket import Events, hand_out
@@ -55,7 +67,7 @@ def _post(loop: asyncio.AbstractEventLoop, events: Events) -> None:
 
 
 def _asking(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=RESPONSES, response_model=None)
+    @app.post("/v1/chat/completions", responses=told(ChatCompletion, ChatCompletionChunk), response_model=None)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer a chat under a composition."""
         if len(asked.messages) > service.settings.limits.messages:
@@ -63,12 +75,12 @@ def _asking(app: FastAPI, service: Service) -> None:
             raise Refusal(413, f"A chat has at most {most} messages here. Send a shorter one", "too_many_messages")
         return await _answered("chat", service, request, asked, [asked.prompt], raw=False)
 
-    @app.post("/v1/completions", responses=RESPONSES, response_model=None)
+    @app.post("/v1/completions", responses=told(Completion, Completion), response_model=None)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         """Go on with a text under a composition, without a chat template."""
         return await _answered("text", service, request, asked, asked.prompts, raw=True)
 
-    @app.patch("/v1/responses-in-flight/{name}", responses=RESPONSES)
+    @app.patch("/v1/responses-in-flight/{name}", responses=told(Turned))
     async def turn(name: str, asked: TurnRequest) -> dict[str, Any]:
         """Put an answer that is being streamed under another composition, from its next token on.
 
@@ -80,26 +92,26 @@ def _asking(app: FastAPI, service: Service) -> None:
 
 
 def _looking(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", responses=RESPONSES)
+    @app.get("/v1/models", responses=told(Models))
     async def models() -> dict[str, Any]:
         """The names that a composition may be made of; `model` takes whole compositions as well."""
         names = await asyncio.to_thread(service.names.known)
         return {"object": "list", "data": [_model(service, name) for name in (BASE, *names)]}
 
-    @app.get("/v1/models/{model:path}", responses=RESPONSES)
+    @app.get("/v1/models/{model:path}", responses=told(Model))
     async def model(model: str) -> dict[str, Any]:
         """Whether this can be used as `model`."""
         await asyncio.to_thread(service.names.composition, model)
         return _model(service, model)
 
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": Health}, 500: {"model": Health, "description": "It does not."}})
     async def health() -> JSONResponse:
         """Whether the process works."""
         return JSONResponse(
             {"status": "broken"} if (broken := service.scheduler.broken) else {"status": "ok"}, 500 if broken else 200
         )
 
-    @app.get("/ready")
+    @app.get("/ready", responses={200: {"model": Ready}, 503: {"model": Ready, "description": "It is not."}})
     async def ready() -> JSONResponse:
         """Whether a request that comes now is served: not while the server is being stopped."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
@@ -164,7 +176,7 @@ async def _answered(
 
 
 def _true_document(app: FastAPI) -> None:
-    """FastAPI tells of an error 422 of its own form, which there is not here."""
+    """FastAPI tells of an error 422 of its own form, which there is not here, and leaves out what is streamed."""
     made: Callable[[], dict[str, Any]] = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -172,8 +184,10 @@ def _true_document(app: FastAPI) -> None:
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):
-            document.get("components", {}).get("schemas", {}).pop(name, None)
+            schemas.pop(name, None)
+        schemas |= components(ChatCompletionChunk) | components(Completion)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

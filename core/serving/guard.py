@@ -110,7 +110,8 @@ class Guard:
         """One line per request: no prompts unless the operator asked for them."""
         path = scope["path"]
         route = getattr(scope.get("route"), "path", "") or (path if path in _COUNTED else "")
-        self._service.meter.requests.labels(route or "other", str(status)).inc()
+        failed = scope["lora_rt"].get("failed", status)  # of a stream that began well
+        self._service.meter.requests.labels(route or "other", str(failed)).inc()
         if path in _OPEN or path == "/metrics":
             return
         client = scope.get("client")

@@ -144,7 +144,9 @@ async def pieces(spoken: Spoken, answer: Answer, counted: bool) -> AsyncIterator
         if counted:
             yield _sse(answer.counted(spoken.choices))
     except LoraRtError as error:
-        yield _sse(failures.of_error(error)[1])
+        status, content = failures.of_error(error)
+        spoken.log["failed"] = status  # the stream itself began with 200
+        yield _sse(content)
     yield {"data": "[DONE]"}
 
 

@@ -2,7 +2,7 @@
 
 A router is told neither where a text turns nor which registers it has. Beside it stand the best static mix that `tune`
 finds on the same texts, the better register of each text alone, the oracle that knows register and turn, and a control
-that was trained on the hidden states of other rows. All losses are nats per answer token, with whole scenes resampled
+that was trained on the hidden states of other tokens. All losses are nats per answer token, with whole scenes resampled
 for the intervals. Needs the folder that data.py makes, and keeps in it what was done, so that a run that was cut off
 goes on: router.py FOLDER [--scenes N] [--seeds N] [--epochs X] [--texts N] [--kinds N]
 """
@@ -32,8 +32,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "softmax of every layer (as LoRA-Flow)": {"groups": "0"},
 }
 CONTROLS: Mapping[str, Mapping[str, str]] = {
-    "softmax of other rows' states": {},
-    "softmax of every layer, of other rows' states": {"groups": "0"},  # it can still give each layer its own weights
+    "softmax of other tokens' states": {},
+    "softmax of every layer, of other tokens' states": {"groups": "0"},  # it can still give each layer its own weights
 }
 SEEDED = ("softmax", "softmax of every layer (as LoRA-Flow)")
 TOKENS = 24
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--texts", type=int, default=376, help="that are learned from")
     parser.add_argument("--kinds", type=int, default=len(KINDS), help="how many kinds of router, in the table's order")
-    parser.add_argument("--no-control", action="store_true", help="leave out the one that learns from other rows")
+    parser.add_argument("--no-control", action="store_true", help="leave out the one that learns from other tokens")
     given = parser.parse_args()
     settings = {"precision": given.precision, "epochs": given.epochs, "batch_size": given.batch_size}
     work = given.data / f"router-{given.texts}-{given.epochs:g}-{given.batch_size}-{given.scenes}-{given.precision}"

@@ -58,8 +58,8 @@ class Options:
 
     `hidden_layers`: after how many of the base's blocks the state is read; 0 is what the first one is given, for which
     none has to run without adapters first. `recent`: over about how many of the last tokens what the states say is
-    averaged; 1 is the token alone. `control`: fitted on the states of other rows of its batch (of other tokens where
-    it is one row), to see what is found where there is nothing to find.
+    averaged; 1 is the token alone. `control`: fitted on the states of other tokens of its batch, to see what is found
+    where there is nothing to find.
     """
 
     gate: str = "softmax"
@@ -117,7 +117,7 @@ def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | Non
     hidden, mask = first.history() if recent > 1 else (first.hidden(), None)
     hidden = hidden[:, -tokens - _FADED * recent :]
     if view.card.get("control") and torch.is_grad_enabled():
-        hidden = hidden.roll(1, 0) if len(hidden) > 1 else hidden.roll(hidden.shape[1] // 2, 1)
+        hidden = _of_other_tokens(hidden)
     weights = torch.tensor([abs(weight) for weight in view.card["weights"]])
     state = _checked(view, len(weights))
     z = _scores(state, hidden)
@@ -145,6 +145,17 @@ def _scores(state: dict[str, Tensor], hidden: Tensor) -> Tensor:
     scale = weight.shape[-1] ** -0.5
     scores: Tensor = (features @ weight[:, None, :, :-1].mT) * scale
     return scores
+
+
+def _of_other_tokens(hidden: Tensor) -> Tensor:
+    """The same states (rows, tokens, hidden) in an order that tells neither row nor place, for a batch of one length
+    always the same. What stands at the same place of another row would still tell the place.
+    """
+    import torch
+
+    flat = hidden.flatten(0, 1)
+    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(len(flat)))
+    return flat[order.to(flat.device)].view_as(hidden)
 
 
 def _faded(z: Tensor, mask: Tensor, tokens: int, recent: int) -> Tensor:

@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.generation.modes import GenerationMode
 
+from lora_rt.core.serving import responses
 from support.serving import Live
 
 pytestmark = pytest.mark.slow
@@ -61,3 +62,53 @@ def test_no_request_makes_the_server_fail(server: Live, method: str, path: str) 
     wrong = [GenerationMode.NEGATIVE] if method != "GET" else []  # there is nothing that could be wrong in a GET
     for mode in (GenerationMode.POSITIVE, *wrong):
         UNHURRIED(given(case=operation.as_strategy(generation_mode=mode))(ask))()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_is_told_has_the_form_that_the_document_names(server: Live, path: str, stream: bool, scored: bool) -> None:
+    """All of it and no more, in whole answers and in each event of a stream."""
+    chat = "chat" in path
+    asked: dict[str, Any] = {"model": "one:0.7 two:0.3", "temperature": 0, "max_tokens": 6, "n": 2, "stream": stream}
+    asked |= {"messages": [{"role": "user", "content": "rain"}]} if chat else {"prompt": "rain"}
+    asked |= ({"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}) if scored else {}
+    asked |= {"stream_options": {"include_usage": True}} if stream else {}
+    document = server.app.openapi()
+    with server.http() as http:
+        answer = http.post(path, json=asked)
+    told = document["paths"][path]["post"]["responses"]["200"]["content"]
+    kind = answer.headers["content-type"].partition(";")[0]
+    name = told[kind]["schema"]["$ref"].rpartition("/")[2]
+    assert name in document["components"]["schemas"]
+    form = getattr(responses, name)
+    if not stream:
+        found = form.model_validate(answer.json())
+        assert found.usage.total_tokens == found.usage.prompt_tokens + 12
+        texts = [choice.message.content if chat else choice.text for choice in found.choices]
+        scores = [choice.logprobs for choice in found.choices]
+    else:
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert lines[-1] == "[DONE]"
+        events = [form.model_validate(json.loads(line)) for line in lines[:-1]]
+        assert events[-1].usage.completion_tokens == 12
+        pieces = [choice for event in events for choice in event.choices]
+        texts = ["".join((p.delta.content or "") if chat else p.text for p in pieces if p.index == i) for i in range(2)]
+        scores = [p.logprobs for p in pieces if p.logprobs is not None]
+    assert any(scores) is scored
+    if scored and not chat:
+        for number in range(2):
+            mine = [p.logprobs for p in pieces if p.index == number and p.logprobs] if stream else [scores[number]]
+            tokens = [token for one in mine for token in one.tokens]
+            offsets = [offset for one in mine for offset in one.text_offset]
+            assert len(tokens) == 6
+            assert offsets == [len("".join(tokens[:i])) for i in range(6)]
+            assert all(texts[number][at:].startswith(token) for token, at in zip(tokens, offsets, strict=True))
+
+
+@pytest.mark.parametrize(("path", "form"), [("/v1/models", "Models"), ("/health", "Health"), ("/ready", "Ready")])
+def test_what_the_server_tells_of_itself_has_its_form(server: Live, path: str, form: str) -> None:
+    told = server.app.openapi()["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert told["$ref"].rpartition("/")[2] == form
+    with server.http() as http:
+        getattr(responses, form).model_validate(http.get(path).json())

@@ -137,6 +137,20 @@ def test_errors_of_every_kind_have_openais_form(server: Live, method: str, path:
 
 
 @pytest.mark.slow
+def test_a_stream_that_fails_is_counted_as_a_failure(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    broken = asked(model="raising", scene="raise later", stream=True)
+    with (
+        caplog.at_level(logging.INFO, "lora_rt.serving"),
+        live(runtime, ServeSettings(port=0)) as server,
+        server.http() as http,
+    ):
+        assert http.post(CHAT, json=broken).status_code == 200  # which is said before it fails
+        text = http.get("/metrics").text
+    assert f'lora_rt_requests_total{{endpoint="{CHAT}",status="500"}} 1.0' in text
+    lines = [json.loads(r.message) for r in caplog.records if r.name == "lora_rt.serving.requests"]
+    assert [(line["status"], line["failed"]) for line in lines] == [(200, 500)]
+
+
 def test_the_metrics_tell_what_was_asked(runtime: Runtime) -> None:
     with live(runtime, ServeSettings(port=0)) as server, server.http() as http:
         for _ in range(2):
