@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer
 
-from lora_rt.core.base.shape import ForwardPass, context_of, device_of, heads_of, vocabulary_of
+from lora_rt.core.base.shape import ForwardPass, context_of, device_of, heads_of, positions_of, vocabulary_of
 from lora_rt.core.base.tried import Tried
 from lora_rt.core.base.upstream import keeps_a_state
 from lora_rt.core.engine.growing_cache import GrowingLayer, GrowingWindow, let_grow
@@ -140,24 +140,33 @@ class CausalLM:
         heads = heads_of(self.model.config)
         if self.device.type != "cpu" or heads.keys == heads.queries or not self.records:
             return False
-        return self._tried.answer("takes a mask of columns", self._takes_columns)
+        return self._tried.answer("takes masks of columns", self._takes_columns)
 
     def _takes_columns(self) -> bool:
-        text = self._text(0)[None]
-        mask = torch.ones_like(text)
+        """Whether a step says the same under a mask of columns, and what it hides changes nothing.
 
-        def step(last: Tensor) -> Tensor:
+        A model that adds the mask to its scores would take it as well, and hide next to nothing.
+        """
+        rows = torch.stack([self._text(0), self._text(1)])
+        mask = torch.ones_like(rows)
+        if self.ignores_padding:
+            mask[0, :_PADDING] = 0
+        positions = positions_of(mask)
+
+        def step(ids: Tensor, last: Tensor) -> Tensor:
             cache = self.new_cache()
-            self._raw(text[:, :-1], mask[:, :-1], cache)
-            return self._raw(text[:, -1:], last, cache, torch.tensor([[_PROBE - 1]]))
+            self._raw(ids[:, :-1], mask[:, :-1], cache)
+            return self._raw(ids[:, -1:], last, cache, positions[:, -1:])
 
+        other = rows.where(mask.bool(), rows.flip(1) + 1)  # under the padding
         with self._probing, torch.inference_mode():
-            usual = step(mask)
+            usual = step(rows, mask)
             try:
-                found = step(_of_columns(mask))
+                found, changed = (step(ids, _of_columns(mask)) for ids in (rows, other))
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 return False
-        return _near(found, usual, 0.01 if _exact(usual) else 0.5)
+        exact = _exact(usual)
+        return _near(found, usual, 0.01 if exact else 0.5) and _near(changed, found, 1e-3 if exact else 0.05)
 
     def _cached(self, cache: Any) -> dict[str, Any]:
         """The arguments that say where keys and values are kept."""

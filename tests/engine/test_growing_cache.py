@@ -124,19 +124,26 @@ def test_a_step_says_what_a_pass_over_all_tokens_says(zoo: Zoo, architecture: st
     runtime.close()
 
 
-def test_a_model_that_takes_no_such_mask_is_given_none() -> None:
-    """It is tried before it is trusted."""
+def refuses(given: Any) -> Any:
+    raise ValueError("attention_mask should have two dimensions")
+
+
+def adds(given: Any) -> Any:
+    return given.float()  # 1 where a row looks, 0 where it does not
+
+
+@pytest.mark.parametrize("does", [refuses, adds])
+def test_a_model_that_takes_no_such_mask_is_given_none(does: Any) -> None:
+    """It is tried before it is trusted, on a row with padding: without any, a mask that is added hides nothing."""
     model = random_model(config_of("llama"))
     own = model.forward
 
-    def refuses(*args: Any, **named: Any) -> Any:
+    def forward(*args: Any, **named: Any) -> Any:
         mask = named.get("attention_mask")
-        if mask is not None and mask.dim() == 4:
-            raise ValueError("attention_mask should have two dimensions")
-        return own(*args, **named)
+        return own(*args, **named | ({"attention_mask": does(mask)} if mask is not None and mask.dim() == 4 else {}))
 
-    refuses.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-    model.forward = refuses
+    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    model.forward = forward
     lm = CausalLM(model)
     assert lm.keeping == "shared"
     assert not lm.groups_heads
