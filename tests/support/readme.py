@@ -59,9 +59,19 @@ def registers_report() -> str:
 
         return cell
 
+    def over_seeds(key: str) -> None:
+        def cell(name: str) -> str:
+            found = report["seeds"][name][key]
+            return f"{found['mean']:.2f} ({found['range'][0]:.2f} to {found['range'][1]:.2f})"
+
+        if "seeds" in report:
+            row(f"the same under {report['seeds']['count']} seeds: mean (least to most)", cell)
+
     row("gain over the base, nats per token", interval("gain_over_base"))
+    over_seeds("gain_over_base")
     row("gain over the base with an instruction", interval("gain_over_instruction"))
     row("gain over the best other adapter", lambda n: f"{report['registers'][n]['own_minus_best_other']:.2f}")
+    over_seeds("own_minus_best_other")
     row("true scene over a wrong one", interval("true_scene_over_wrong"))
     row(
         "greedy texts that a word classifier puts there",
