@@ -14,7 +14,7 @@ W + sum_k w_k s_k B_k A_k; the base's weights are never touched.
 The model     causal_lm.py      passes over rows             rope.py         factors that depend on the length
               topology.py       where adapters can act       heads.py        where its attention heads lie
               layout.py         where rows and tokens lie    wrappers.py     the base within what PEFT wraps around it
-              hidden_states.py  its early hidden state
+              hidden_states.py  its early hidden state       growing_cache.py  keys and values with room for more
 An adapter    resident.py       in memory                    fitting.py      checked against the layers that it names
               special.py        what it holds besides A, B   experts.py      on parameters: fused experts, routers
 The rank axis bank.py           residents, plans over them   plan.py         a plan, and the pass that runs under it
