@@ -37,13 +37,13 @@ class _Growing:
             self._end = seen
             if seen:
                 buffer[:, :, :seen] = there
-        first, self._end = self._end - seen, self._end + columns
-        buffer[:, :, self._end - columns : self._end] = new
-        return buffer[:, :, first : self._end]
+        end = self._end + columns
+        buffer[:, :, self._end : end] = new
+        return buffer[:, :, self._end - seen : end]
 
-    def shown(self, part: Tensor) -> Tensor:
-        """Note what the layer shows from now on, which ends where the buffer is filled; anything else is copied."""
-        self._shown = part
+    def shown(self, part: Tensor, new: int) -> Tensor:
+        """Note what the layer shows from now on, which ends `new` columns further on; anything else is copied."""
+        self._shown, self._end = part, self._end + new
         return part
 
 
@@ -52,10 +52,11 @@ def _has_room(buffer: Tensor, end: int) -> bool:
     return end <= buffer.shape[2] and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 
-def _can_grow(states: Tensor) -> bool:
-    """Whether it is a step, which nobody wants to record or the gradient of."""
-    few = states.dim() == 4 and states.shape[2] <= _ROOM
-    return few and states.is_cpu and not (states.requires_grad and torch.is_grad_enabled())
+def _can_grow(new: Tensor, there: Tensor | None) -> bool:
+    """Whether it is a step of the same rows, which nobody wants to record or a gradient of."""
+    few = new.dim() == 4 and new.shape[2] <= _ROOM
+    same = there is None or not there.numel() or there.shape[:2] == new.shape[:2]
+    return few and same and new.is_cpu and not torch.is_grad_enabled()
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -70,13 +71,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, the new tokens' behind them."""
-        if not _can_grow(key_states):
+        if not (_can_grow(key_states, self.keys) and _can_grow(value_states, self.values)):
+            self._keys, self._values = _Growing(), _Growing()
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._keys.shown(self._keys.appended(self.keys, key_states))
-        self.values = self._values.shown(self._values.appended(self.values, value_states))
-        return self.keys, self.values
+        keys = self._keys.appended(self.keys, key_states)
+        values = self._values.appended(self.values, value_states)
+        new = key_states.shape[2]
+        self.keys, self.values = self._keys.shown(keys, new), self._values.shown(values, new)
+        return keys, values
 
 
 class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -91,15 +95,16 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What the new tokens see, theirs behind it."""
-        if self.record_past or not _can_grow(key_states):
+        if self.record_past or not (_can_grow(key_states, self.keys) and _can_grow(value_states, self.values)):
+            self._keys, self._values = _Growing(), _Growing()
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.cumulative_length += key_states.shape[-2]
         keys = self._keys.appended(self.keys, key_states)
         values = self._values.appended(self.values, value_states)
-        kept = slice(1 - self.sliding_window, None)
-        self.keys, self.values = self._keys.shown(keys[:, :, kept]), self._values.shown(values[:, :, kept])
+        kept, new = slice(1 - self.sliding_window, None), key_states.shape[2]
+        self.keys, self.values = self._keys.shown(keys[:, :, kept], new), self._values.shown(values[:, :, kept], new)
+        self.cumulative_length += new
         return keys, values
 
 

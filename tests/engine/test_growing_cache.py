@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ from lora_rt.core.runtime import Runtime
 from support.tiny import Zoo, config_of, random_model
 
 WINDOW = 6
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """As in every pass that keeps a cache."""
+    with torch.no_grad():
+        yield
 
 
 def states(columns: int, size: int = 4, rows: int = 2) -> Tensor:
@@ -81,12 +89,33 @@ def test_a_layer_that_was_copied_shows_its_own_tokens() -> None:
         assert torch.equal(its[:, :, -1:], two)
 
 
+@torch.enable_grad()
 def test_gradients_go_the_way_of_transformers_own() -> None:
-    layer = GrowingLayer()
-    keys = states(2).requires_grad_()
-    layer.update(keys, keys)
-    layer.update(states(1), states(1))[0].sum().backward()
-    assert torch.equal(keys.grad, torch.ones_like(keys))
+    """Also where only the values, or what looks at the keys, want one."""
+    for layer, _ in pairs():
+        values = states(2).requires_grad_()
+        total = torch.zeros(())
+        looked, said = layer.update(states(2), values)
+        for _ in range(3):
+            total = total + (states(1).requires_grad_() * looked[:, :, -1:]).exp().sum() + said.exp().sum()
+            looked, said = layer.update(states(1), states(1))
+        total.backward()
+        assert values.grad is not None
+
+
+def test_an_update_that_fails_changes_nothing() -> None:
+    for mine, own in pairs():
+        first = states(3), states(3)
+        mine.update(*first), own.update(*first)
+        for layer in (mine, own):
+            with pytest.raises(RuntimeError):
+                layer.update(states(1), states(1, size=5))
+        own.keys = own.keys[:, :, :3]  # transformers' own has taken the keys
+        step = states(1), states(1)
+        if type(own) is DynamicLayer:
+            assert all(torch.equal(a, b) for a, b in zip(mine.update(*step), own.update(*step), strict=True))
+        with pytest.raises(RuntimeError):
+            mine.update(states(1, rows=1), states(1, rows=1))
 
 
 def test_layers_of_other_kinds_stay_as_they_are() -> None:
@@ -151,5 +180,29 @@ def test_a_model_that_takes_no_such_mask_is_given_none(does: Any) -> None:
         ids = torch.arange(5)[None] + 5
         cache = lm.new_cache()
         for number in range(5):  # the rows of a batch are read by such a model all the same
+            now = slice(number, number + 1)
+            lm.forward(ids[:, now], torch.ones(1, number + 1), ids[:, now] - 5, cache=cache, padded=False)
+
+
+def test_a_mixture_that_takes_no_mask_in_a_step_speaks_as_before() -> None:
+    """Its forward fails under a mask of more columns than tokens, for which it weighs what its router says."""
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=config_of("llama").vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+    )
+    lm = CausalLM(random_model(config))
+    assert not lm.groups_heads
+    ids = torch.arange(5)[None] + 5
+    with torch.inference_mode():
+        cache = lm.new_cache()
+        for number in range(5):
             now = slice(number, number + 1)
             lm.forward(ids[:, now], torch.ones(1, number + 1), ids[:, now] - 5, cache=cache, padded=False)
