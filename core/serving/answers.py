@@ -6,10 +6,10 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Literal
 
 from lora_rt.core.generation.row import Ending, TokenScore
+from lora_rt.core.generation.text import TextStream
 from lora_rt.core.serving.service import Prepared
 from lora_rt.core.serving.ticket import Ticket
 
@@ -38,6 +38,20 @@ class Choice:
 
 
 @dataclass
+class _Reading:
+    """How many letters of an answer its tokens have made so far; a character of several tokens stands at its last."""
+
+    stream: TextStream
+    letters: int = 0
+
+    def begin(self, token: int) -> int:
+        """Where the text of the next token begins."""
+        begun = self.letters
+        self.letters += len(self.stream.push(token))
+        return begun
+
+
+@dataclass
 class Response:
     """The objects of one request."""
 
@@ -48,7 +62,7 @@ class Response:
     tokenizer: Any
     likely: int | None
     created: int = field(default_factory=lambda: int(time.time()))
-    _begun: dict[int, int] = field(default_factory=dict)  # letters of the tokens that each choice has said, streamed
+    _read: dict[int, _Reading] = field(default_factory=dict)  # of the tokens of each choice
 
     @property
     def tickets(self) -> Sequence[Ticket]:
@@ -81,9 +95,7 @@ class Response:
     def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
         """New text."""
         content = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
-        found = self._piece(index, content, None, self._scores(scores, self._begun.get(index, 0)))
-        self._begun[index] = self._begun.get(index, 0) + sum(len(self._text(one.token)) for one in scores)
-        return found
+        return self._piece(index, content, None, self._scores(scores, self._reading(index)))
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
         """The last piece: why it ended."""
@@ -111,14 +123,17 @@ class Response:
         text = "".join(choice.text)
         said = {"message": {"role": "assistant", "content": text, "refusal": None}}
         content: dict[str, Any] = said if self.kind == "chat" else {"text": text}
-        scores = self._scores(choice.scores)
+        scores = self._scores(choice.scores, self._reading(index))
         return {"index": index, **content, "logprobs": scores, "finish_reason": choice.reason}
 
-    def _scores(self, scores: Sequence[TokenScore], begun: int = 0) -> dict[str, Any] | None:
-        """Of tokens behind so many letters of the answer."""
+    def _scores(self, scores: Sequence[TokenScore], reading: _Reading) -> dict[str, Any] | None:
         if self.likely is None:
             return None
-        return self._of_chat(scores) if self.kind == "chat" else self._of_text(scores, begun)
+        return self._of_chat(scores) if self.kind == "chat" else self._of_text(scores, reading)
+
+    def _reading(self, index: int) -> _Reading:
+        """What was read of a choice's tokens so far."""
+        return self._read.setdefault(index, _Reading(TextStream(self.tokenizer)))
 
     def _of_chat(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
         def told(token: int, logprob: float) -> dict[str, Any]:
@@ -131,13 +146,12 @@ class Response:
         ]
         return {"content": content, "refusal": None}
 
-    def _of_text(self, scores: Sequence[TokenScore], begun: int) -> dict[str, Any]:
-        tokens = [self._text(one.token) for one in scores]
+    def _of_text(self, scores: Sequence[TokenScore], reading: _Reading) -> dict[str, Any]:
         return {
-            "tokens": tokens,
+            "tokens": [self._text(one.token) for one in scores],
             "token_logprobs": [one.logprob for one in scores],
             "top_logprobs": [{self._text(token): logprob for token, logprob in one.likeliest} for one in scores],
-            "text_offset": list(accumulate((len(text) for text in tokens[:-1]), initial=begun)) if tokens else [],
+            "text_offset": [reading.begin(one.token) for one in scores],
         }
 
     def _text(self, token: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lora_rt.core.serving.failures import RESPONSES
+from lora_rt.core.serving.protocol import ErrorBody
 
 FinishReason = Literal["stop", "length"]
 Many = dict[int | str, dict[str, Any]]
@@ -55,7 +56,7 @@ class ChatLogprobs(_Told):
 
 
 class TextLogprobs(_Told):
-    """Of a completion; `text_offset` is where each token's text begins in the answer."""
+    """Of a completion; `text_offset` is where the text that each token adds begins in the answer."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -186,14 +187,16 @@ class Ready(_Told):
 def told(form: type[BaseModel], event: type[BaseModel] | None = None) -> Many:
     """The responses of an endpoint that answers in this form, or, as a stream, in events of another one.
 
-    OpenAPI 3.1 has no word for the events of a stream: its schema is that of the `data` of each but the last, which is
-    `[DONE]`, and of one that tells of an error.
+    OpenAPI 3.1 has no word for the events of a stream: its schema is that of the `data` of each but the last.
     """
     answered: dict[str, Any] = {"model": form, "description": "The answer."}
     if event is not None:
-        streamed = {"schema": {"$ref": f"#/components/schemas/{event.__name__}"}}
-        answered["description"] = "The answer; with `stream`, server-sent events with a piece in the `data` of each."
-        answered["content"] = {"text/event-stream": streamed}
+        forms = [{"$ref": f"#/components/schemas/{name}"} for name in (event.__name__, ErrorBody.__name__)]
+        answered["description"] = (
+            "The answer; with `stream`, server-sent events with a piece, or an error, in the `data` of each. "
+            "The last one's is [DONE]."
+        )
+        answered["content"] = {"text/event-stream": {"schema": {"anyOf": forms}}}
     return {200: answered, **RESPONSES}
 
 

@@ -117,7 +117,7 @@ def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | Non
     hidden, mask = first.history() if recent > 1 else (first.hidden(), None)
     hidden = hidden[:, -tokens - _FADED * recent :]
     if view.card.get("control") and torch.is_grad_enabled():
-        hidden = _of_other_tokens(hidden)
+        hidden = _of_other_tokens(hidden, first.input_ids, None if mask is None else mask[:, -hidden.shape[1] :])
     weights = torch.tensor([abs(weight) for weight in view.card["weights"]])
     state = _checked(view, len(weights))
     z = _scores(state, hidden)
@@ -147,15 +147,19 @@ def _scores(state: dict[str, Tensor], hidden: Tensor) -> Tensor:
     return scores
 
 
-def _of_other_tokens(hidden: Tensor) -> Tensor:
-    """The same states (rows, tokens, hidden) in an order that tells neither row nor place, for a batch of one length
-    always the same. What stands at the same place of another row would still tell the place.
+def _of_other_tokens(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The same states (rows, tokens, hidden) in an order that tells neither row nor place, for a batch always the same.
+
+    What stands at the same place of another row would still tell the place. Padding (mask 0) stays where it is.
     """
     import torch
 
-    flat = hidden.flatten(0, 1)
-    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(len(flat)))
-    return flat[order.to(flat.device)].view_as(hidden)
+    order = torch.Generator().manual_seed(int(ids.sum()))
+    real = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
+    places = real.flatten().nonzero()[:, 0]
+    taken = torch.arange(real.numel())
+    taken[places] = places[torch.randperm(len(places), generator=order)]
+    return hidden.flatten(0, 1)[taken.to(hidden.device)].view_as(hidden)
 
 
 def _faded(z: Tensor, mask: Tensor, tokens: int, recent: int) -> Tensor:

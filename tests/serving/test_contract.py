@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.generation.modes import GenerationMode
 
+from lora_rt.core.generation.row import TokenScore
 from lora_rt.core.serving import responses
+from lora_rt.core.serving.answers import Choice, Response
+from lora_rt.core.serving.protocol import ErrorBody
 from support.serving import Live
 
 pytestmark = pytest.mark.slow
@@ -79,7 +83,8 @@ def test_what_is_told_has_the_form_that_the_document_names(server: Live, path: s
         answer = http.post(path, json=asked)
     told = document["paths"][path]["post"]["responses"]["200"]["content"]
     kind = answer.headers["content-type"].partition(";")[0]
-    name = told[kind]["schema"]["$ref"].rpartition("/")[2]
+    schema = told[kind]["schema"]
+    name = (schema["anyOf"][0] if stream else schema)["$ref"].rpartition("/")[2]
     assert name in document["components"]["schemas"]
     form = getattr(responses, name)
     if not stream:
@@ -102,8 +107,46 @@ def test_what_is_told_has_the_form_that_the_document_names(server: Live, path: s
             tokens = [token for one in mine for token in one.tokens]
             offsets = [offset for one in mine for offset in one.text_offset]
             assert len(tokens) == 6
-            assert offsets == [len("".join(tokens[:i])) for i in range(6)]
-            assert all(texts[number][at:].startswith(token) for token, at in zip(tokens, offsets, strict=True))
+            assert offsets == sorted(offsets)
+            assert 0 == offsets[0] <= offsets[-1] <= len(texts[number])
+
+
+def test_a_stream_that_fails_has_the_forms_that_the_document_names(server: Live) -> None:
+    asked = {"model": "raising", "scene": "raise later", "stream": True, "max_tokens": 6}
+    with server.http() as http:
+        answer = http.post("/v1/completions", json={**asked, "prompt": "rain"})
+    schema = server.app.openapi()["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
+    names = [one["$ref"].rpartition("/")[2] for one in schema["text/event-stream"]["schema"]["anyOf"]]
+    assert names == ["Completion", "ErrorBody"]
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    ErrorBody.model_validate(json.loads(lines[-2]))
+    for line in lines[:-2]:
+        responses.Completion.model_validate(json.loads(line))
+
+
+def test_the_place_of_a_token_is_that_of_its_text_in_the_answer() -> None:
+    """Characters of several tokens, and a tokenizer whose words lose their space when decoded alone."""
+
+    class Words:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " ".join(f"w{number}" for number in ids)
+
+    class Bytes:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    for tokenizer, ids, places in (
+        (Words(), [1, 2, 3], [0, 2, 5]),
+        (Bytes(), list("é€ab".encode()), [0, 0, 1, 1, 1, 2, 3]),
+    ):
+        prepared = SimpleNamespace(model="base", tickets=[], prompt_tokens=1, cached_tokens=0)
+        scores = [TokenScore(token, -1.0, ()) for token in ids]
+        whole = Response("text", "x", prepared, "f", tokenizer, 0).whole([Choice(scores=scores, reason="stop")])
+        assert whole["choices"][0]["logprobs"]["text_offset"] == places
+        streamed = Response("text", "x", prepared, "f", tokenizer, 0)
+        pieces = [streamed.piece(0, "", [one])["choices"][0]["logprobs"]["text_offset"] for one in scores]
+        assert [place for piece in pieces for place in piece] == places
 
 
 @pytest.mark.parametrize(("path", "form"), [("/v1/models", "Models"), ("/health", "Health"), ("/ready", "Ready")])
