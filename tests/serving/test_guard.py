@@ -145,8 +145,11 @@ def test_a_stream_that_fails_is_counted_as_a_failure(runtime: Runtime, caplog: p
         server.http() as http,
     ):
         assert http.post(CHAT, json=broken).status_code == 200  # which is said before it fails
-        text = http.get("/metrics").text
-    assert f'lora_rt_requests_total{{endpoint="{CHAT}",status="500"}} 1.0' in text
+        wanted = f'lora_rt_requests_total{{endpoint="{CHAT}",status="500"}} 1.0'
+        until = time.monotonic() + 10  # it is counted behind the last byte
+        while wanted not in http.get("/metrics").text:
+            assert time.monotonic() < until
+            time.sleep(0.02)
     lines = [json.loads(r.message) for r in caplog.records if r.name == "lora_rt.serving.requests"]
     assert [(line["status"], line["failed"]) for line in lines] == [(200, 500)]
 
