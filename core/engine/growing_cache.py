@@ -10,6 +10,7 @@ so what somebody else holds of it stays as it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,11 +60,28 @@ def _can_grow(new: Tensor, there: Tensor | None) -> bool:
     return few and same and new.is_cpu and not torch.is_grad_enabled()
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """A layer that keeps all tokens."""
+class _WithRoom:
+    """What both kinds of layers below do alike."""
 
     keys: Tensor
     values: Tensor
+    is_initialized: bool
+    lazy_initialization: Callable[[Tensor, Tensor], None]
+    _keys: _Growing
+    _values: _Growing
+
+    def _appended(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """All keys and values; None where it has to be done as transformers does it, and no room is kept."""
+        if not (_can_grow(new_keys, self.keys) and _can_grow(new_values, self.values)):
+            self._keys, self._values = _Growing(), _Growing()
+            return None
+        if not self.is_initialized:
+            self.lazy_initialization(new_keys, new_values)
+        return self._keys.appended(self.keys, new_keys), self._values.appended(self.values, new_values)
+
+
+class GrowingLayer(_WithRoom, DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """A layer that keeps all tokens."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -71,23 +89,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, the new tokens' behind them."""
-        if not (_can_grow(key_states, self.keys) and _can_grow(value_states, self.values)):
-            self._keys, self._values = _Growing(), _Growing()
+        found = self._appended(key_states, value_states)
+        if found is None:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys = self._keys.appended(self.keys, key_states)
-        values = self._values.appended(self.values, value_states)
+        keys, values = found
         new = key_states.shape[2]
         self.keys, self.values = self._keys.shown(keys, new), self._values.shown(values, new)
         return keys, values
 
 
-class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
+class GrowingWindow(_WithRoom, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A layer that keeps the tokens which the next one still sees."""
-
-    keys: Tensor
-    values: Tensor
 
     def __init__(self, sliding_window: int, **kwargs: Any) -> None:
         super().__init__(sliding_window, **kwargs)
@@ -95,13 +107,10 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What the new tokens see, theirs behind it."""
-        if self.record_past or not (_can_grow(key_states, self.keys) and _can_grow(value_states, self.values)):
-            self._keys, self._values = _Growing(), _Growing()
+        found = None if self.record_past else self._appended(key_states, value_states)
+        if found is None:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys = self._keys.appended(self.keys, key_states)
-        values = self._values.appended(self.values, value_states)
+        keys, values = found
         kept, new = slice(1 - self.sliding_window, None), key_states.shape[2]
         self.keys, self.values = self._keys.shown(keys[:, :, kept], new), self._values.shown(values[:, :, kept], new)
         self.cumulative_length += new
