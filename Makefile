@@ -45,7 +45,7 @@ registers: $(VENV)/ready
 	for register in $(REGISTERS); do \
 		BASE=$(BASE) sh examples/registers/train.sh $(BIN)/lora-rt $$register \
 			$$([ $(BASE) = default ] || echo $(OUT)/$$register) || exit 1; done
-	[ $(BASE) != default ] || sh examples/context/registers.sh $(BIN)/lora-rt $(BIN)/python
+	[ $(BASE) != default ] || $(BIN)/python examples/context/registers.py
 
 # Every causal architecture of the installed transformers against PEFT (half an hour on two cores), and the README's table.
 architectures: $(VENV)/ready
@@ -59,13 +59,13 @@ load: $(VENV)/ready
 		SERVE_BASE=$$($(BIN)/python -c "import lora_rt; print(lora_rt.prepare(precision='int4'))") $(BIN)/pytest -s tests/serving/test_load.py
 
 # Measures the registers, what precisions cost them, their scene classifier and routers (hours on two cores). What was done is kept in out/: a run that
-# was cut off goes on. SEEDS=3 trains registers and routers under two more seeds each.
+# was cut off goes on. SEEDS=3 trains registers, their composition and routers under two more seeds each.
 SEEDS ?= 1
 report: $(VENV)/ready
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt scikit-learn
 	$(BIN)/python examples/registers/report.py --seeds $(SEEDS)
 	$(BIN)/python examples/registers/precisions.py
-	$(BIN)/python examples/context/scenes.py
+	$(BIN)/python examples/context/scenes.py --seeds $(SEEDS)
 	$(BIN)/python examples/context/data.py out/context
 	$(BIN)/python examples/context/router.py out/context --seeds $(SEEDS)
 
