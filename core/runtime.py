@@ -281,7 +281,8 @@ class Runtime:
             compositions: one for all rows, or a list of one per row, each a text, a mapping from references to weights
                 or a `Composition`; None is the base alone.
             scenes: the scene type of each row, for modes that gate by it.
-            max_new_tokens, min_new_tokens: bounds on the answer, in tokens.
+            max_new_tokens, min_new_tokens: bounds on the answer, in tokens; the end of the turn is held back before the
+                least, a stop text ends it all the same.
             temperature, top_p, top_k: sampling; greedy where temperature is None or 0.
             repetition_penalty: on the answer's own tokens, 1 is off.
             stop: texts at which an answer ends, before them.

@@ -100,7 +100,9 @@ class _Request(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**31)
     repetition_penalty: float | None = Field(None, gt=0, lt=100, description="On the answer's own tokens; 1 is off.")
-    min_tokens: int | None = Field(None, ge=0, le=2**31)
+    min_tokens: int | None = Field(
+        None, ge=0, le=2**31, description="Before so many the end of the turn is held back; a stop text is not."
+    )
     stop: str | list[str] | None = Field(None, description="At most 16 texts before which an answer ends.")
     seed: int | None = Field(None, ge=0, lt=2**63 - 2**20, description="Answer i of `n` has the seed `seed + i`.")
     n: int | None = Field(None, ge=1)

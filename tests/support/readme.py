@@ -77,6 +77,8 @@ def registers_report() -> str:
         "greedy texts that a word classifier puts there",
         lambda n: f"{report['generations'][n]['classified_right']:.0%}",
     )
+    row("the same with a repetition penalty of 1.1", lambda n: f"{report['generations_with_penalty'][n]:.0%}")
+    row("the same of real held-out texts", lambda n: f"{report['classifier_on_real_held_out_texts'][n]:.0%}")
     return "\n".join(rows) + "\n"
 
 
