@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from lora_rt.core.step.adapter import described_state
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.weights import Tuned
+from lora_rt.errors import LoraRtError
+from lora_rt.registry import home
 from lora_rt.registry.card import read_card, write_card
-from lora_rt.registry.compositions import NamedComposition, NamedTerm
+from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
+from lora_rt.registry.durable import storage_errors
+from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import STATE, sha256_bytes, weights_in
 from lora_rt.version import __version__
 
@@ -58,6 +63,50 @@ def mixture_of(
         **facts,
     )
     return made, content
+
+
+def save_composition(compositions: NamedCompositions, made: NamedComposition, state: bytes = b"") -> None:
+    """Keep a named composition in the store, `state` the file of what its mode has learned.
+
+    Raises:
+        StoreError: it can't be written there; the error has it, or says where it lies instead.
+    """
+    try:
+        with storage_errors("the composition"):
+            compositions.save(*((made, state) if state else (made,)))
+    except LoraRtError as error:
+        text = f"the {'gates' if state else 'weights'} are found, but not saved: {error.message}"
+        if not state:
+            there = f"Put this line into {compositions.folder / f'{made.name}.json'}:"
+            raise StoreError(text, next_step=there, problems=[made.model_dump_json()]) from error
+        folder = put_aside(lambda folder: NamedCompositions(folder).save(made, state))
+        there = f"Nothing is lost: make room, then copy the files in {folder} to {compositions.folder}"
+        raise StoreError(text, next_step=there) from error
+
+
+def put_aside(write: Callable[[Path], None]) -> Path:
+    """A new folder in which a fit of hours is written: below the home, else where the system has its temporary files.
+
+    Raises:
+        StorageError: there is no room in either.
+    """
+    try:
+        return _new_folder(home.checkpoints(), write)
+    except LoraRtError:
+        return _new_folder(None, write)
+
+
+def _new_folder(root: Path | None, write: Callable[[Path], None]) -> Path:
+    with storage_errors("what was fitted"):
+        if root is not None:
+            root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="fitted-", dir=root))
+        try:
+            write(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return folder
 
 
 def write_fitted(source: Path, target: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:

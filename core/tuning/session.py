@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from lora_rt.core.training.destination import Destination
 from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines, read_prompts
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.mixes import MixFit
-from lora_rt.core.tuning.saving import composition_of, mixture_of, write_fitted
+from lora_rt.core.tuning.saving import composition_of, mixture_of, put_aside, save_composition, write_fitted
 from lora_rt.core.tuning.scenes import GatingError, SceneFit
 from lora_rt.core.tuning.settings import (
     LEAST,
@@ -33,7 +32,6 @@ from lora_rt.core.tuning.settings import (
 from lora_rt.core.tuning.weights import tune
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import load_modes
-from lora_rt.registry import home
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.durable import storage_errors
 from lora_rt.registry.errors import StoreError
@@ -145,13 +143,7 @@ def tune_composition(job: Job, name: str, settings: TuneSettings, advance: Advan
     if not tuned.loss_after < tuned.loss_before:
         raise _no_better("weights", job, tuned.loss_before, min(tuned.losses))
     found = composition_of(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
-    try:
-        with storage_errors("the composition"):
-            registry.compositions.save(found)
-    except LoraRtError as error:
-        text = f"the weights are found, but not saved: {error.message}"
-        where = registry.compositions.folder / f"{name}.json"
-        raise StoreError(text, next_step=f"Put this line into {where}:", problems=[found.model_dump_json()]) from error
+    save_composition(registry.compositions, found)
     return found
 
 
@@ -188,8 +180,7 @@ def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -
         seed=settings.seed,
         metrics=metrics,
     )
-    with storage_errors("the composition"):
-        registry.compositions.save(found, state)
+    save_composition(registry.compositions, found, state)
     return found
 
 
@@ -235,21 +226,18 @@ def _no_better(what: str, job: Job, start: float, seen: float, told: str = "") -
 def _publish(
     destinations: Mapping[str, Destination], sources: Mapping[str, Path], fit: SceneFit, metrics: Mapping[str, float]
 ) -> list[str]:
-    """Write all adapters below the home, then bring each to its place; what can't go there stays below the home.
+    """Write all adapters aside, then bring each to its place; what can't go there stays aside.
 
     Raises:
         StoreError: one can't be written or published; those that were written are kept.
     """
-    kept = home.checkpoints() / f"fitted-{os.getpid()}"
-    shutil.rmtree(kept, ignore_errors=True)
-    try:
-        with storage_errors("the fitted adapters"):
-            for name, source in sources.items():
-                (kept / name).mkdir(parents=True)
-                write_fitted(source, kept / name, fit.states[name], metrics)
-    except BaseException:
-        shutil.rmtree(kept, ignore_errors=True)
-        raise
+
+    def write(folder: Path) -> None:
+        for name, source in sources.items():
+            (folder / name).mkdir()
+            write_fitted(source, folder / name, fit.states[name], metrics)
+
+    kept = put_aside(write)
     places = []
     for name, destination in destinations.items():
         try:

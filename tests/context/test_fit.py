@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lora_rt.core.tuning.settings import SceneSettings, TuneSettings
 from lora_rt.core.tuning.weights import mean_loss, tune
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import GateContext
-from lora_rt.registry import home
+from lora_rt.registry import durable, home
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions
 from lora_rt.registry.registry import Registry
 from support.adapters import in_parts
@@ -349,6 +350,37 @@ def test_weights_that_can_not_be_saved_are_told(zoo: Zoo, tmp_path: Path, monkey
     assert "the weights are found, but not saved" in error.message
     (line,) = error.problems
     assert NamedComposition.model_validate_json(line).name == "mine"
+
+
+def test_gates_that_can_not_be_saved_lie_aside_and_work_from_there_once_they_are_moved(
+    zoo: Zoo, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the home there is no room while the fit is saved."""
+    write_bytes, store = durable.write_bytes, Registry().compositions.folder
+
+    def full(path: Path, content: bytes) -> None:
+        if path.is_relative_to(home.home()):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_bytes(path, content)
+
+    data = write(tmp_path / "lines.jsonl", LINES * 3)
+    given = ["tune", f"{zoo.adapter('llama', seed=1)}:0.5", "--data", str(data), "--name", "mine", "--per", "scene"]
+    given += ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu", "--epochs", "5"]
+    with monkeypatch.context() as patched:
+        patched.setattr(durable, "write_bytes", full)
+        error = CliRunner().invoke(app, given).exception
+    assert isinstance(error, LoraRtError)
+    assert "the gates are found, but not saved" in error.message
+    folder = Path(error.next_step.partition("copy the files in ")[2].partition(" to ")[0])
+    assert not list(store.glob("mine.*"))
+    assert not folder.is_relative_to(home.home())
+    store.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        shutil.move(path, store / path.name)
+    folder.rmdir()
+    found = Registry().compositions.get("mine")
+    assert found is not None
+    assert Registry().compositions.state(found)
 
 
 def test_no_adapter_is_fitted_twice_into_one_folder(zoo: Zoo, made: Made, tmp_path: Path) -> None:
