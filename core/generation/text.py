@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
@@ -26,6 +28,28 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     stream = TextStream(tokenizer, skip_special_tokens=False)
     pieces = [stream.push(token) for token in ids]
     return [*pieces[:-1], pieces[-1] + stream.rest()] if pieces else []
+
+
+def bytes_of(tokenizer: Any, token: int) -> bytes | None:
+    """The bytes of one token in UTF-8, also where they are part of a character; None where nothing tells them.
+
+    Tokenizers spell a byte that is no text as a letter of GPT-2's table, or as <0xE2>.
+    """
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    if _REPLACEMENT not in text:
+        return text.encode()
+    spelt = str(tokenizer.convert_ids_to_tokens(token))
+    if single := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", spelt):
+        return bytes.fromhex(single[1])
+    letters = _byte_of_letter()
+    return bytes(letters[letter] for letter in spelt) if set(spelt) <= letters.keys() else None
+
+
+@cache
+def _byte_of_letter() -> Mapping[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class TextStream:

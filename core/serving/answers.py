@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_rt.core.generation.row import Ending, TokenScore
-from lora_rt.core.generation.text import TextStream
+from lora_rt.core.generation.text import TextStream, bytes_of
 from lora_rt.core.serving.service import Prepared
 from lora_rt.core.serving.ticket import Ticket
 
@@ -137,9 +137,9 @@ class Response:
 
     def _of_chat(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
         def told(token: int, logprob: float) -> dict[str, Any]:
-            text = self._text(token)
-            whole = "\ufffd" not in text  # else it is part of a character
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+            content = bytes_of(self.tokenizer, token)
+            told = None if content is None else list(content)
+            return {"token": self._text(token), "logprob": logprob, "bytes": told}
 
         content = [
             {**told(one.token, one.logprob), "top_logprobs": [told(*pair) for pair in one.likeliest]} for one in scores

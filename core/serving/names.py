@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_rt.core.requests.composition import Composition, InvalidCompositionError, Term
-from lora_rt.core.requests.named import RequestNames, expanded
+from lora_rt.core.requests.named import RequestNames, named_composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.errors import UnknownAdapterError
-from lora_rt.registry.reference import Reference
 
 BASE = "base"
 _LONGEST = 4000  # letters of a composition
@@ -63,18 +62,16 @@ class Names:
         return composition
 
     def known(self) -> list[str]:
-        """Every name that a client may use over this base, sorted; "base" is not among them."""
+        """Every name that a client may use, sorted; "base" is not among them."""
         registry = self._runtime.parts.registry
-        stored = {*registry.names(), *registry.compositions.names()}
-        usable = {name for name in stored if self._trouble(Term(Reference.parse(name))) is None}
-        return sorted({*usable, *self._runtime.adapters, *self._allow})
+        return sorted({*registry.names(), *registry.compositions.names(), *self._runtime.adapters, *self._allow})
 
     def _too_long(self) -> LoraRtError:
         text = f"this server takes compositions of at most {self._terms} terms and {_LONGEST} letters"
         return InvalidCompositionError(text, next_step="Use a shorter one")
 
     def _trouble(self, term: Term) -> LoraRtError | None:
-        reference, parts = term.reference, self._runtime.parts
+        reference, registry = term.reference, self._runtime.parts.registry
         if reference.text in self._allow:
             return None
         if reference.kind != "name":
@@ -82,10 +79,10 @@ class Names:
             text = f"{reference.text[:120]!r} is {what}, and this server takes names only"
             return UnknownAdapterError(text, next_step="See: GET /v1/models. The operator may --allow more")
         try:
-            for part in expanded(term, RequestNames(parts.registry.compositions, ()), parts.base.facts):
-                loaded = part.reference.text in self._runtime.adapters
-                if not loaded:
-                    parts.registry.find(part.reference, parts.base.identity, offline=True)
+            if named_composition(term, RequestNames(registry.compositions, ())) is None:
+                known = reference.target in self._runtime.adapters and reference.revision is None
+                if not known:
+                    registry.find(reference, self._runtime.parts.base.identity, offline=True)
         except LoraRtError as error:
             return error
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_rt.core.generation.text import TextStream, pieces_of, text_of
+from lora_rt.core.generation.text import TextStream, bytes_of, pieces_of, text_of
 from support.tiny import save_tokenizer
 
 
@@ -168,3 +168,25 @@ def test_a_token_is_shown_with_its_space_and_a_character_at_its_last_one(tiktoke
     assert [piece for piece in pieces if piece] == ["a", " ", "海", "!"]
     assert pieces_of(tiktokens, tiktokens("海", add_special_tokens=False).input_ids[:2]) == ["", "\ufffd"]
     assert pieces_of(tiktokens, []) == []
+
+
+def test_the_bytes_of_tokens_make_up_their_text_also_where_one_is_part_of_a_character(
+    bytewise: Any, wordwise: Any
+) -> None:
+    text = "the sea, 海 🌊 é"
+    for tokenizer in (bytewise, wordwise):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        found = [bytes_of(tokenizer, token) for token in ids]
+        assert any("\ufffd" in tokenizer.decode([token]) for token in ids)
+        assert b"".join(part or b"" for part in found).decode().replace(" ", "") == text.replace(" ", "")
+
+
+def test_bytes_that_nothing_tells_are_none() -> None:
+    class Odd:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "\ufffd"
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return "海?"
+
+    assert bytes_of(Odd(), 0) is None

@@ -155,15 +155,3 @@ def test_what_the_server_tells_of_itself_has_its_form(server: Live, path: str, f
     assert told["$ref"].rpartition("/")[2] == form
     with server.http() as http:
         getattr(responses, form).model_validate(http.get(path).json())
-
-
-def test_the_models_that_are_listed_are_those_that_can_be_used_over_this_base(server: Live) -> None:
-    stored = server.service.runtime.parts.registry
-    elsewhere = {"logic", "registers"}  # they ship, for another base
-    assert elsewhere <= {*stored.names(), *stored.compositions.names()}
-    with server.http() as http:
-        listed = {model["id"] for model in http.get("/v1/models").json()["data"]}
-        assert {"base", "one", "two", "fading"} <= listed
-        assert not listed & elsewhere
-        assert {http.get(f"/v1/models/{name}").status_code for name in listed} == {200}
-        assert {http.get(f"/v1/models/{name}").status_code for name in elsewhere}.isdisjoint({200, 500})
