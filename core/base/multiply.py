@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_rt.core.base import blocked, half
-from lora_rt.core.base.cpu_4bit import Forward, direct_forward
+from lora_rt.core.base.cpu_4bit import Forward, direct_forward, place_of
 from lora_rt.core.base.repacking import forbid_repacking
 
 Way = Literal[
@@ -52,7 +52,7 @@ _KEEPS: dict[Way, Copy] = {
     "dense-half": "half",
 }
 _READ = ("dense", "dense-wide")  # ways whose copy any product can read
-_ANY = -1
+_ANY = (-1, -1)
 _SLICE = 1 << 20  # numbers: 4 MiB in float32
 _FLOAT32 = torch.empty(0)
 
@@ -143,11 +143,10 @@ class Product:
     """
 
     __slots__ = (
-        "_address",
         "_by_bits",
         "_kept",
         "_parameters",
-        "_version",
+        "_place",
         "_weight",
         "dtype",
         "module",
@@ -177,7 +176,7 @@ class Product:
             if "packed" in ways:
                 self.keep()
                 self.own = packed_forward(module, dtype)
-                self._version = self._address = _ANY  # a state dict lays it out anew, and its numbers stay
+                self._place = _ANY  # a state dict lays it out anew, and its numbers stay
             else:
                 forbid_repacking(module)
 
@@ -223,11 +222,7 @@ class Product:
         way = self._by_bits[min(count.bit_length(), _MANY)]
         if way == "packed" or x.dtype is not self.dtype or x.shape[-1] != self.width or not x.is_cpu or not count:
             return "packed"
-        weight = self._parameters["weight"]
-        changed = weight is not self._weight or (
-            self._address != _ANY and (weight.data_ptr() != self._address or weight._version != self._version)
-        )
-        return "packed" if changed and not self._renewed() else way
+        return "packed" if self._changed() and not self._renewed() else way
 
     def weight(self, way: Way) -> Tensor:
         """The dense weight (out, in) in the dtype of the products that are made in this way."""
@@ -264,7 +259,12 @@ class Product:
 
     def _look(self) -> None:
         weight: Any = self._parameters["weight"]
-        self._weight, self._address, self._version = weight, weight.data_ptr(), weight._version
+        self._weight, self._place = weight, place_of(weight)
+
+    def _changed(self) -> bool:
+        """Whether the weight is another one than when it was last looked at."""
+        weight: Any = self._parameters["weight"]
+        return weight is not self._weight or (self._place != _ANY and place_of(weight) != self._place)
 
     def _renewed(self) -> bool:
         """Another weight stands in the layer: its copies are made again, where it still is one that can be copied."""
