@@ -113,6 +113,29 @@ def precisions_report() -> str:
     return "\n".join(rows) + "\n"
 
 
+def gates_report() -> str:
+    """Of how many prompts `registers` tells the scene type, and what it gains by it, under each seed."""
+    report = json.loads((ROOT / "examples/context/scenes.json").read_text())
+    told, gains = report["told"], report["gains"]
+    heads = [f"seed {number}" for number in range(len(told))]
+    rows = ["| | " + " | ".join(["seed 0, as it ships", *heads[1:]]) + " |", "|---|" + "---|" * len(heads)]
+    for kind, title in (
+        ("held-out", "held-out prompts"),
+        ("everyday", "everyday sentences"),
+        ("another hand", "sentences by another hand"),
+    ):
+        counts = [[sum(each) for each in zip(*found[kind].values(), strict=True)] for found in told.values()]
+        rows.append(f"| type told, of {counts[0][1]} {title} | " + " | ".join(str(right) for right, _ in counts) + " |")
+    for how in ("told", "recognized"):
+        found = [gains[f"{name}, type {how}"] for name in told]
+        cells = [
+            f"{one['nll']:.3f}; {one['gain_over_best_static']:+.3f} [{one['gain_ci'][0]:+.3f}, {one['gain_ci'][1]:+.3f}]"
+            for one in found
+        ]
+        rows.append(f"| nats per token, type {how}; gain over 0.25 each | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def router_report() -> str:
     """Routers beside static mixes and the oracle, on texts whose register turns."""
     report = json.loads((ROOT / "examples/context/router.json").read_text())
@@ -208,6 +231,7 @@ def rendered(text: str) -> str:
                 "registers report": registers_report,
                 "other hand report": other_hand_report,
                 "precisions report": precisions_report,
+                "gates report": gates_report,
                 "router report": router_report,
                 "answers report": answers_report,
                 "architectures report": architectures_report,
