@@ -128,10 +128,10 @@ def gates_report() -> str:
         rows.append(f"| type told, of {counts[0][1]} {title} | " + " | ".join(str(right) for right, _ in counts) + " |")
     for how in ("told", "recognized"):
         found = [gains[f"{name}, type {how}"] for name in told]
-        cells = [
-            f"{one['nll']:.3f}; {one['gain_over_best_static']:+.3f} [{one['gain_ci'][0]:+.3f}, {one['gain_ci'][1]:+.3f}]"
-            for one in found
-        ]
+        cells = []
+        for one in found:
+            low, high = one["gain_ci"]
+            cells.append(f"{one['nll']:.3f}; {one['gain_over_best_static']:+.3f} [{low:+.3f}, {high:+.3f}]")
         rows.append(f"| nats per token, type {how}; gain over 0.25 each | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
