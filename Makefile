@@ -58,13 +58,15 @@ load: $(VENV)/ready
 	SERVE_REQUESTS=300 SERVE_AT_ONCE=32 SERVE_PRECISION=int4 \
 		SERVE_BASE=$$($(BIN)/python -c "import lora_rt; print(lora_rt.prepare(precision='int4'))") $(BIN)/pytest -s tests/serving/test_load.py
 
-# Measures the registers, what precisions cost them, their scene classifier and routers (hours on two cores). What was done is kept in out/: a run that
-# was cut off goes on. SEEDS=3 trains registers, their composition and routers under two more seeds each.
+# Measures the registers, what precisions cost them, the bridge, the composition `registers` and routers (hours on two
+# cores). Most of what was done is kept, in out/ and in the home: a run that was cut off goes on. SEEDS=3 trains each of
+# them under two more seeds.
 SEEDS ?= 1
 report: $(VENV)/ready
 	$(BIN)/pip install --quiet --progress-bar off --disable-pip-version-check --constraint constraints.txt scikit-learn
 	$(BIN)/python examples/registers/report.py --seeds $(SEEDS)
 	$(BIN)/python examples/registers/precisions.py
+	$(BIN)/python examples/bridge/report.py --seeds $(SEEDS)
 	$(BIN)/python examples/context/scenes.py --seeds $(SEEDS)
 	$(BIN)/python examples/context/data.py out/context
 	$(BIN)/python examples/context/router.py out/context --seeds $(SEEDS)
