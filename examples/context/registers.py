@@ -12,14 +12,14 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from data import make
 from report import uniform
 from safetensors.torch import load, save
 
 import lora_rt
-from lora_rt.registry.compositions import NamedComposition
-from lora_rt.registry.registry import Registry
+from lora_rt import Registry
 
 SHIPPED = Path(__file__).parents[2] / "registry" / "shipped" / "registers"
 EPOCHS = {"float32": 0.3, "int4": 0.01}
@@ -30,11 +30,10 @@ def fit(name: str, data: Path, seed: int = 0) -> None:
     compositions = Registry().compositions
     found, states = {}, {}
     for precision, epochs in EPOCHS.items():
-        fitted = lora_rt.tune(
+        fitted: Any = lora_rt.tune(
             uniform(0.25), data / "prompts.jsonl", prompts=data / "everyday.jsonl", per="scene",
             name=f"{name}-{precision}", precision=precision, epochs=epochs, learning_rate=0.12, seed=seed,
         )  # fmt: skip
-        assert isinstance(fitted, NamedComposition)
         found[precision], states[precision] = fitted, load(compositions.state(fitted))
         compositions.remove(fitted.name)
     state = save({**states["float32"], "registrar": states["int4"]["registrar"]})

@@ -19,8 +19,7 @@ from data import REGISTERS, begun, corpus, everyday, make, other_hand
 from registers import fit
 from report import compared, constant, losses, uniform
 
-from lora_rt import Runtime
-from lora_rt.registry.registry import Registry
+from lora_rt import Registry, Runtime
 
 BATCH = 32
 STATIC, OWN = "static 0.25 each", "the text's own register alone"
