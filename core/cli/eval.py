@@ -102,6 +102,12 @@ def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
         raise UsageError(
             f"--data {wrong[0]!r} names no file", next_step="Write it as NAME=FILE, for instance --data emotion=F.jsonl"
         )
+    names = [item.partition("=")[0] for item in data]
+    if double := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        text = f"--data names {', '.join(map(repr, double))} more than once"
+        raise UsageError(
+            text, next_step="Give each data set a name of its own, for instance train=A.jsonl test=B.jsonl"
+        )
     return {
         name: read_pairs(Path(path), ("scene", "text"), chats=True)
         for name, _, path in (item.partition("=") for item in data)

@@ -25,6 +25,7 @@ from lora_rt.core.tuning.settings import (
     check_composition_place,
     settings_for,
 )
+from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_rt.core.tuning.session import Fitted
@@ -90,7 +91,9 @@ def tune(
             mode_options=options.mode_options(option or []),
             prompts=prompts is not None,
         )
-    name = name or "my-mix"
+    if folder is not None and per != "scene":
+        raise UsageError("--out is for the adapters of --per scene; what else is learned is kept by --name")
+    name = "my-mix" if name is None else name
     registry = session().registry
     if isinstance(settings, SceneSettings):
         check_adapters_place(folder, registry)
@@ -108,8 +111,11 @@ def tune(
 
     shared = {"allow_base_mismatch": allow_base_mismatch, "prompts": prompts, **text}
     job = Job(composition, data, base, precision, device, **shared)
-    if shadowed := registry.compositions.source(name).partition("shipped ")[2]:
-        err.print(f"{escape(name)} will stand before the composition of that name {shadowed}", soft_wrap=True)
+    source = registry.compositions.source(name)
+    if not isinstance(settings, SceneSettings) and name in registry.compositions.own_names():
+        err.print(f"{escape(name)} is there already, and will be replaced", soft_wrap=True)
+    elif source.startswith("shipped"):
+        err.print(f"{escape(name)} will stand before the composition of that name that is {source}", soft_wrap=True)
     for term in composition.terms:
         named = named_composition(term, registry.compositions)
         if named is not None and (named.mode or named.layered):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.training.data import check_fit
+from lora_rt.errors import LoraRtError
 
 BASE = "base"
 Interval = tuple[float, float]
@@ -99,6 +100,7 @@ def evaluate(
 
     Raises:
         DataError: examples are longer than the base's context, before any of them is read.
+        LoraRtError: a loss is not a number.
     """
     text, limit = runtime.text, runtime.parts.lm.capacity
     for name, examples in data.items():
@@ -111,4 +113,8 @@ def evaluate(
         for spec, composition in columns.items():
             losses[name][spec] = text_losses(runtime, examples, composition)
             advance(f"{name} x {spec}")
+    broken = [f"{spec} on {name}" for name, row in losses.items() for spec, x in row.items() if not np.isfinite(x.mean)]
+    if broken:
+        next_step = "Use smaller weights, or a precision with more range"
+        raise LoraRtError("losses are not numbers any more", problems=broken, next_step=next_step)
     return Matrix(losses)

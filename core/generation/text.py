@@ -38,7 +38,8 @@ def bytes_of(tokenizer: Any, token: int) -> bytes | None:
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     if _REPLACEMENT not in text:
         return text.encode()
-    spelt = str(tokenizer.convert_ids_to_tokens(token))
+    spell = getattr(tokenizer, "convert_ids_to_tokens", None)
+    spelt = str(spell(token)) if spell is not None else text
     if single := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", spelt):
         return bytes.fromhex(single[1])
     letters = _byte_of_letter()

@@ -76,7 +76,7 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
     """Run one row and measure what each of its adapters adds.
 
     Raises:
-        LoraRtError: no adapter acts at any token.
+        LoraRtError: no adapter acts at any token, or what one adds is not a number any more.
     """
     whole = torch.tensor([row.ids], device=bank.device)
     info = PassInfo.of([row], whole, torch.ones_like(whole))
@@ -90,7 +90,10 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
     )
     probe.run(model, input_ids=whole)
     factors = torch.stack([_factors(gate, probe.depth, len(row.ids), probe.heads) for gate, _ in alone.values()])
-    return probe.explanation(row.ids, row.timeline.row.scene_type, factors)
+    found = probe.explanation(row.ids, row.timeline.row.scene_type, factors)
+    if not all(sizes.isfinite().all() for sizes in (found.layers, found.heads, found.tokens, found.weights)):
+        raise LoraRtError("what the adapters add is not a number any more", next_step="Use smaller weights")
+    return found
 
 
 def _factors(gate: Gate, layers: int, tokens: int, heads: int) -> Tensor:

@@ -25,7 +25,10 @@ def outside(terms: Sequence[tuple[str, float]], base: str | None = None) -> Mapp
     """
     doubled = [name for name, count in Counter(name for name, _ in terms).items() if count > 1]
     negative = [f"{name}:{weight:g}" for name, weight in terms if weight <= LEAST_WEIGHT]
-    total = sum(abs(weight) for _, weight in terms)
+    sums: dict[str, float] = {}
+    for name, weight in terms:
+        sums[name] = sums.get(name, 0.0) + weight
+    total = sum(map(abs, sums.values()))
     found = {}
     if doubled:
         one = len(doubled) == 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_rt.core.engine.resident import ResidentAdapter
+from lora_rt.core.generation.numbers import real
 from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.mixes import Mix
@@ -19,6 +20,8 @@ Waking = str | tuple[int, ...]
 """What changes what a row is under: a text that the user wrote, or the tokens of an aLoRA."""
 Turns = Sequence[tuple[str | None, SceneType]]
 """The scene types of a row in order, each with the text after which it holds; the first from the start on."""
+
+_ROUNDING = 1e-3  # shares of a softmax in few bits may add up to a little more than 1
 
 
 class RequestError(LoraRtError):
@@ -95,6 +98,14 @@ def scenes_per_row(scenes: Sequence[SceneType] | str | None, rows: int) -> list[
 
 
 def _turns(scene: SceneType) -> Turns:
+    if isinstance(scene, Mapping):
+        shares = {kind: real(share) for kind, share in scene.items()}
+        fine = all(share is not None and 0 <= share <= 1 for share in shares.values())
+        if not fine or sum(share or 0 for share in shares.values()) > 1 + _ROUNDING:
+            text = f"{dict(scene)!r} are no shares of scene types"
+            raise RequestError(text, next_step="Give numbers from 0 to 1 that add up to 1")
+    elif scene is not None and not isinstance(scene, str):
+        raise RequestError(f"{scene!r} is not a scene", next_step="Give a scene type, or shares: {'body': 0.7}")
     if not isinstance(scene, str) or "[" not in scene:
         return [(None, scene)]
     turns = scene_turns(scene)

@@ -148,11 +148,25 @@ class Response:
 
     def _of_text(self, scores: Sequence[TokenScore], reading: _Reading) -> dict[str, Any]:
         return {
-            "tokens": [self._text(one.token) for one in scores],
+            "tokens": [self._key(one.token) for one in scores],
             "token_logprobs": [one.logprob for one in scores],
-            "top_logprobs": [{self._text(token): logprob for token, logprob in one.likeliest} for one in scores],
+            "top_logprobs": [self._likeliest(one) for one in scores],
             "text_offset": [reading.begin(one.token) for one in scores],
         }
+
+    def _likeliest(self, one: TokenScore) -> dict[str, float]:
+        """By text; of two tokens that read the same the likelier one."""
+        found: dict[str, float] = {}
+        for token, logprob in one.likeliest:
+            found.setdefault(self._key(token), logprob)
+        return found
+
+    def _key(self, token: int) -> str:
+        """The text of a token, or its bytes as OpenAI spells them where it is part of a character."""
+        text, content = self._text(token), bytes_of(self.tokenizer, token)
+        if "\ufffd" not in text or content is None:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))

@@ -7,12 +7,12 @@ OpenAI's clients send along and what changes no answer is taken and not looked a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-Weight = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Given = dict[str, Weight] | str
 _NEUTRAL: dict[str, Sequence[Any]] = {
     "frequency_penalty": (None, 0),
@@ -89,6 +89,10 @@ class _Request(Body):
     """What both kinds of requests have."""
 
     model_config = STRICT
+    _numbers: ClassVar[tuple[str, ...]] = (
+        *("max_tokens", "max_completion_tokens", "min_tokens", "seed", "n", "temperature", "top_p", "top_k"),
+        *("repetition_penalty", "frequency_penalty", "presence_penalty", "top_logprobs", "best_of"),
+    )
 
     model: str = Field(description='A composition ("emotion:0.7 logic:0.3"), a named composition, or "base".')
     composition: Given | None = Field(
@@ -129,8 +133,19 @@ class _Request(Body):
         """The texts at which an answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_numbers(cls, value: Any) -> Any:
+        """Pydantic takes true for 1."""
+        if isinstance(value, dict) and (odd := [n for n in cls._numbers if isinstance(value.get(n), bool)]):
+            raise ValueError(f"{', '.join(odd)}: true and false are no numbers")
+        return value
+
     @model_validator(mode="after")
     def _is_served(self) -> _Request:
+        most = getattr(self, "limit", None)
+        if most is not None and (self.min_tokens or 0) > most:
+            raise ValueError(f"min_tokens is {self.min_tokens}, and the answer has at most {most}")
         odd = [name for name, fine in _NEUTRAL.items() if getattr(self, name, None) not in fine]
         if odd:
             raise ValueError(f"{', '.join(odd)} can't be had here; leave it out")
@@ -194,6 +209,14 @@ class CompletionRequest(_Request):
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none_or_many(cls, value: Any) -> Any:
+        """`false`, as a chat has it, is none; `true` does not say how many."""
+        if value is True:
+            raise ValueError("it is a number here: how many likely tokens are told")
+        return None if value is False else value
 
     @property
     def limit(self) -> int | None:

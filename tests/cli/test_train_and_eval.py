@@ -105,6 +105,12 @@ def test_eval_explains_data_that_it_cannot_read(
     assert named in done.err
 
 
+def test_two_data_sets_of_one_name_are_refused(cli: Cli, zoo: Zoo, data: Path, tiny: list[str]) -> None:
+    done = cli("eval", str(zoo.adapter("llama")), "--data", f"mine={data}", "--data", f"mine={data}", *tiny)
+    assert done.code == 2
+    assert "--data names 'mine' more than once" in done.err
+
+
 def test_eval_draws_its_matrix(cli: Cli, zoo: Zoo, data: Path, tiny: list[str], tmp_path: Path) -> None:
     done = cli("eval", str(zoo.adapter("llama")), "--data", f"mine={data}", "--plot", str(tmp_path / "m.png"), *tiny)
     assert done.code == 0

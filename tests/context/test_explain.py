@@ -67,6 +67,12 @@ def test_nothing_to_explain_is_said(runtime: Runtime, zoo: Zoo) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_no_number_is_not_drawn(runtime: Runtime, zoo: Zoo) -> None:
+    name = runtime.ensure(str(zoo.adapter("llama", seed=1)))
+    with pytest.raises(LoraRtError, match="not a number any more"):
+        runtime.explain("it rains", f"{name}:1e30")
+
+
 def test_the_commands_explain_and_scene_agree_with_the_runtime(zoo: Zoo, made: Made, tmp_path: Path) -> None:
     folder = made("logic", gates=3)
     base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]

@@ -383,6 +383,16 @@ def test_gates_that_can_not_be_saved_lie_aside_and_work_from_there_once_they_are
     assert Registry().compositions.state(found)
 
 
+def test_a_folder_for_what_is_no_adapter_and_an_empty_name_are_refused(zoo: Zoo, tmp_path: Path) -> None:
+    data = write(tmp_path / "lines.jsonl", LINES * 3)
+    given = ["tune", str(zoo.adapter("llama", seed=1)), "--data", str(data), "--base", str(zoo.base("llama"))]
+    for more, said in ((["--out", str(tmp_path / "out")], "--out is for"), (["--name", ""], "name")):
+        error = CliRunner().invoke(app, [*given, *more]).exception
+        assert isinstance(error, LoraRtError)
+        assert said in error.message
+    assert not Registry().compositions.own_names()
+
+
 def test_no_adapter_is_fitted_twice_into_one_folder(zoo: Zoo, made: Made, tmp_path: Path) -> None:
     out = tmp_path / "fitted"
     (out / "logic").mkdir(parents=True)

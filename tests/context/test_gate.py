@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_rt.core.requests.rows import RequestError
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from support.tiny import HEAD_SIZE, HEADS, LAYERS, Zoo, deltas, dense_model, some_ids
@@ -110,6 +112,14 @@ def test_a_state_of_another_shape_is_the_adapter_s_fault(runtime: Runtime, made:
         LoraRtError, match=r"'theta' in the state of 'logic' has the shape \(2, 2, 5\), not \(2, 2, 4\)"
     ):
         runtime.logits(some_ids(), compositions="logic", scenes="body")
+
+
+@pytest.mark.parametrize("scene", [{"body": 5}, {"body": float("nan")}, {"body": -0.1}, {"body": 0.7, "logic": 0.7}, 5])
+def test_what_are_no_shares_of_scene_types_is_the_callers_mistake(runtime: Runtime, made: Made, scene: Any) -> None:
+    spec = str(made("mine"))
+    with pytest.raises(RequestError, match=r"shares|not a scene"):
+        runtime.generate("ab", spec, scenes=[scene], max_new_tokens=2)
+    assert runtime.generate("ab", spec, scenes=[{"body": 0.7, "logic": 0.3}], max_new_tokens=2, min_new_tokens=2)
 
 
 def test_the_weight_is_rescaled_by_the_registered_scene(runtime: Runtime, made: Made) -> None:

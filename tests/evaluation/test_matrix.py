@@ -15,6 +15,8 @@ from lora_rt.core.cli.wrapping import show_table
 from lora_rt.core.evaluation.matrix import BASE, Matrix, TextLosses, evaluate, ratio_interval, text_losses
 from lora_rt.core.evaluation.shown import matrix_table, plot_matrix
 from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.core.requests.composition import Composition
+from lora_rt.errors import LoraRtError
 from support.tiny import Zoo
 
 EXAMPLES = [
@@ -41,6 +43,13 @@ def test_the_document_has_every_cell_in_the_contracts_form(zoo: Zoo) -> None:
     low, high = document["ci"]["letters"][BASE]
     assert low <= document["nll"]["letters"][BASE] <= high
     assert document["examples"] == {"letters": 3}
+
+
+def test_losses_that_are_no_numbers_are_no_table(zoo: Zoo) -> None:
+    spec = f"{zoo.adapter('llama', seed=1)}:1e30"
+    with pytest.raises(LoraRtError, match="not numbers any more") as caught:
+        evaluate(zoo.runtime("llama"), {"letters": EXAMPLES}, {"huge": Composition.of(spec)})  # type: ignore[dict-item]
+    assert caught.value.problems == ("huge on letters",)
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:

@@ -95,6 +95,7 @@ def test_a_mix_outside_of_what_was_measured_is_named(runtime: Runtime) -> None:
     default = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert not outside([("a", 0.7), ("b", 0.3), ("c", -0.25)], default)
     assert outside([("a", 1.0), ("b", 0.5)], default).keys() == {"sum"}
+    assert outside([("a", 1.0), ("a", -0.4)], default).keys() == {"doubled"}  # together 0.6
     assert outside([("a", -0.5)], default).keys() == {"negative"}
     assert outside([("a", 0.2), ("a", 0.2)], default).keys() == {"doubled"}
     assert "nothing was on some/base" in outside([("a", 2.0)], "some/base")["base"]

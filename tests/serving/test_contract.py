@@ -155,3 +155,48 @@ def test_what_the_server_tells_of_itself_has_its_form(server: Live, path: str, f
     assert told["$ref"].rpartition("/")[2] == form
     with server.http() as http:
         getattr(responses, form).model_validate(http.get(path).json())
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "said"),
+    [
+        ("/v1/chat/completions", {"max_tokens": True}, "max_tokens"),
+        ("/v1/completions", {"seed": False}, "seed"),
+        ("/v1/completions", {"logprobs": True}, "how many likely tokens"),
+        ("/v1/completions", {"composition": {"one": True}}, "number"),
+        ("/v1/completions", {"composition": {"one": "0.5"}}, "number"),
+        ("/v1/chat/completions", {"min_tokens": 50, "max_tokens": 5}, "min_tokens is 50, and the answer has at most 5"),
+        ("/v1/completions", {"min_tokens": 50}, "at most 16"),
+    ],
+)
+def test_what_is_no_number_or_contradicts_itself_is_refused(server: Live, path: str, field: Any, said: str) -> None:
+    given = {"prompt": "rain"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "rain"}]}
+    with server.http() as http:
+        answer = http.post(path, json={"model": "base", **given, **field})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_no_log_p_is_told_of_completions_that_say_false(server: Live) -> None:
+    with server.http() as http:
+        answer = http.post(
+            "/v1/completions", json={"model": "base", "prompt": "rain", "logprobs": False, "max_tokens": 2}
+        )
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["logprobs"] is None
+
+
+def test_parts_of_characters_are_told_apart_in_completions() -> None:
+    class Bytes:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return bytes(ids).decode(errors="replace")
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return f"<0x{token:02X}>"
+
+    prepared = SimpleNamespace(model="base", tickets=[], prompt_tokens=1, cached_tokens=0)
+    score = TokenScore(0xE3, -1.0, ((0xE3, -1.0), (0xE4, -2.0), (ord("a"), -3.0)))
+    told = Response("text", "x", prepared, "f", Bytes(), 3).whole([Choice(scores=[score], reason="stop")])
+    logprobs = told["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xe3"]
+    assert logprobs["top_logprobs"] == [{"bytes:\\xe3": -1.0, "bytes:\\xe4": -2.0, "a": -3.0}]
