@@ -192,10 +192,12 @@ def tune(
         mode=mode,
         mode_options=mode_options,
         prompts=prompts is not None,
+        folder=out is not None,
     )
     given = Composition.parse(composition) if isinstance(composition, str) else composition
     from lora_rt.core.tuning import session
 
     more = None if prompts is None else Path(prompts)
     job = session.Job(given, Path(data), base, precision, device, prompts=more)
-    return session.run(job, name or "my-mix", None if out is None else Path(out), settings, lambda _what, _loss: None)
+    name = "my-mix" if name is None else name
+    return session.run(job, name, None if out is None else Path(out), settings, lambda _what, _loss: None)

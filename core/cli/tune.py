@@ -25,7 +25,6 @@ from lora_rt.core.tuning.settings import (
     check_composition_place,
     settings_for,
 )
-from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_rt.core.tuning.session import Fitted
@@ -90,9 +89,8 @@ def tune(
             mode=mode,
             mode_options=options.mode_options(option or []),
             prompts=prompts is not None,
+            folder=folder is not None,
         )
-    if folder is not None and per != "scene":
-        raise UsageError("--out is for the adapters of --per scene; what else is learned is kept by --name")
     name = "my-mix" if name is None else name
     registry = session().registry
     if isinstance(settings, SceneSettings):

@@ -163,8 +163,8 @@ class Response:
 
     def _key(self, token: int) -> str:
         """The text of a token, or its bytes as OpenAI spells them where it is part of a character."""
-        text, content = self._text(token), bytes_of(self.tokenizer, token)
-        if "\ufffd" not in text or content is None:
+        text = self._text(token)
+        if "\ufffd" not in text or (content := bytes_of(self.tokenizer, token)) is None:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 

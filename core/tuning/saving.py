@@ -73,7 +73,10 @@ def save_composition(compositions: NamedCompositions, made: NamedComposition, st
     """
     try:
         with storage_errors("the composition"):
-            compositions.save(*((made, state) if state else (made,)))
+            if state:
+                compositions.save(made, state)
+            else:
+                compositions.save(made)
     except LoraRtError as error:
         text = f"the {'gates' if state else 'weights'} are found, but not saved: {error.message}"
         if not state:

@@ -93,6 +93,7 @@ def settings_for(
     mode: str | None = None,
     mode_options: Mapping[str, str] | None = None,
     prompts: bool = False,
+    folder: bool = False,
 ) -> TuneSettings | SceneSettings | MixSettings:
     """The settings of what is to be learned; without a learning rate the usual one for it.
 
@@ -103,6 +104,7 @@ def settings_for(
         mode: of that composition, or of one that is learned per token.
         mode_options: the mode's own.
         prompts: whether there are some that teach a classifier of scene types.
+        folder: whether one is given for the adapters.
 
     Raises:
         TuneError: naming everything that is out of range.
@@ -123,6 +125,10 @@ def settings_for(
         problems.append("a mode and its options belong to --per token, and to --per scene with a --name")
     if prompts and per != "scene":
         problems.append("prompts with scene types belong to --per scene")
+    if folder and per != "scene":
+        problems.append(
+            "a folder for adapters (--out) belongs to --per scene; all else is kept by its name"
+        )
     if problems:
         raise TuneError("these settings can't tune", problems=problems, next_step="See: lora-rt tune --help")
     made: TuneSettings | SceneSettings | MixSettings

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import lora_rt
 from lora_rt.core.cli.app import app
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.tuning.data import Item, held_out
@@ -386,11 +387,23 @@ def test_gates_that_can_not_be_saved_lie_aside_and_work_from_there_once_they_are
 def test_a_folder_for_what_is_no_adapter_and_an_empty_name_are_refused(zoo: Zoo, tmp_path: Path) -> None:
     data = write(tmp_path / "lines.jsonl", LINES * 3)
     given = ["tune", str(zoo.adapter("llama", seed=1)), "--data", str(data), "--base", str(zoo.base("llama"))]
-    for more, said in ((["--out", str(tmp_path / "out")], "--out is for"), (["--name", ""], "name")):
-        error = CliRunner().invoke(app, [*given, *more]).exception
-        assert isinstance(error, LoraRtError)
-        assert said in error.message
+    for more in (["--out", str(tmp_path / "out")], ["--name", ""]):
+        assert isinstance(CliRunner().invoke(app, [*given, *more]).exception, LoraRtError)
+    adapter, base = str(zoo.adapter("llama", seed=1)), str(zoo.base("llama"))
+    with pytest.raises(LoraRtError) as caught:
+        lora_rt.tune(adapter, data, base=base, precision="float32", out=tmp_path / "out")
+    assert "--out" in str(caught.value.problems)
+    with pytest.raises(LoraRtError, match="''"):
+        lora_rt.tune(adapter, data, base=base, precision="float32", name="")
     assert not Registry().compositions.own_names()
+
+
+def test_it_is_said_which_composition_will_be_replaced(zoo: Zoo, tmp_path: Path) -> None:
+    data = write(tmp_path / "lines.jsonl", LINES * 3)
+    given = ["tune", f"{zoo.adapter('llama', seed=1)}:0.5", "--data", str(data), "--base", str(zoo.base("llama"))]
+    given += ["--name", "mine", "--precision", "float32", "--device", "cpu", "--epochs", "5"]
+    said = [CliRunner().invoke(app, given).stderr for _ in range(2)]
+    assert ["mine is there already, and will be replaced" in one for one in said] == [False, True]
 
 
 def test_no_adapter_is_fitted_twice_into_one_folder(zoo: Zoo, made: Made, tmp_path: Path) -> None:
