@@ -126,9 +126,7 @@ def settings_for(
     if prompts and per != "scene":
         problems.append("prompts with scene types belong to --per scene")
     if folder and per != "scene":
-        problems.append(
-            "a folder for adapters (--out) belongs to --per scene; all else is kept by its name"
-        )
+        problems.append("a folder for adapters (--out) belongs to --per scene; all else is kept by its name")
     if problems:
         raise TuneError("these settings can't tune", problems=problems, next_step="See: lora-rt tune --help")
     made: TuneSettings | SceneSettings | MixSettings
