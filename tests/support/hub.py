@@ -160,12 +160,16 @@ def never_answers(handler: Handler) -> bool:
 
 
 def drips(content: bytes, every: float, *, headers: bool = False) -> Callable[[Handler], bool]:
-    """Send an answer byte by byte, `every` so many seconds; with `headers` from its first line on."""
+    """Send an answer byte by byte, `every` so many seconds; with `headers` from its first line on, which are long.
+
+    Long, since a client on a busy machine reads late: bytes that lie there by then are nothing that it waited for.
+    """
 
     def twist(handler: Handler) -> bool:
         if handler.command == "HEAD" and not headers:
             return False
-        start = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content)
+        padding = b"X-Padding: %s\r\n" % (b"x" * 4000) if headers else b""
+        start = b"HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n" % (padding, len(content))
         if not headers:
             handler.connection.sendall(start)
         end = time.monotonic() + PATIENCE
