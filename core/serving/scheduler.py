@@ -4,7 +4,8 @@
                  │ first come, first served; admitted when its keys and values fit beside the others'
     cancel, turn, between ──► done before the next step
 
-A step reads at most `chunk` tokens of a newcomer and `reading` of all, so the others never wait long for a long prompt.
+A step reads at most `chunk` tokens of a newcomer and `reading` of all, so the others never wait long for a long prompt
+(twice as many of prompts that one step reads, while nobody speaks yet).
 Nobody overtakes: the first of the queue is the next one to join, however large it is, so that nobody starves.
 
 A pass that fails takes nobody with it but the row that is to blame: every row is then tried alone, from its beginning,
@@ -248,8 +249,10 @@ class Scheduler:
         if len(beside) >= self._most or (len(beside) + 1) * widest * self._per_token > self._kv_bytes:
             return False
         unread = [left for one in beside if (left := one.row.length - one.row.read) > 1]
-        chunk = self._limits.chunk
-        if unread and sum(min(chunk, left) for left in [*unread, ticket.row.length]) > self._limits.reading:
+        chunk, reading = self._limits.chunk, self._limits.reading
+        if max([*unread, ticket.row.length]) <= chunk and not any(one.said for one in beside):
+            reading *= 2  # nobody waits for a next token, and one pass takes less time than two
+        if unread and sum(min(chunk, left) for left in [*unread, ticket.row.length]) > reading:
             return False
         # Those who join together are read together: a long prompt is not to make the short ones wait.
         lengths = [one.row.length for one in joining]

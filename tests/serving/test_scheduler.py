@@ -98,6 +98,36 @@ def test_rows_that_are_being_prepared_at_once_are_read_together(
         bad.result()
 
 
+@pytest.mark.parametrize("started", [Limits(reading=200)], indirect=True)
+def test_twice_as_many_newcomers_are_read_at_once_while_nobody_speaks(
+    started: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[int] = []
+    batch = started.scheduler._batch
+    monkeypatch.setattr(batch, "add", lambda rows: joined.append(len(rows)) or type(batch).add(batch, rows))
+
+    def six() -> int:
+        asked = [started.submit(ask(LONG), str(number), Heard().listener(str(number))) for number in range(6)]
+        return asked[0].result().prompt_tokens if all(one.result() for one in asked) else 0
+
+    length = six()
+    started.start()
+    settled(started)
+    assert joined[0] == 400 // length == 4
+
+    heard, go_on = Heard(), threading.Event()
+    started.submit(ask(tokens=60), "speaks", heard.listener("speaks"))
+    while not heard.events:
+        time.sleep(0.002)
+    joined.clear()
+    held = started.scheduler.between(lambda: go_on.wait(60))
+    six()
+    go_on.set()
+    assert held.result()
+    settled(started)
+    assert joined[0] == 200 // length == 2
+
+
 def test_nobody_waits_for_long_for_a_row_whose_adapter_is_being_loaded(
     started: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
