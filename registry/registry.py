@@ -212,6 +212,8 @@ class Registry:
             text = f"there is no revision {reference.revision!r} of {reference.target!r}; there is {', '.join(have)}"
         elif reference.text.replace(".", "", 1).isdecimal():
             text += "; a weight stands behind a name and a colon, as in emotion:0.7"
+        elif reference.text == "base":
+            text += "; weight 0 lets the base speak alone, as in emotion:0"
         elif near:
             text += f"; did you mean {' or '.join(repr(name) for name in near)}?"
         return UnknownAdapterError(text, next_step="See: lora-rt list")

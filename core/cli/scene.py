@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import look_up
-from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.core.cli.wrapping import padded
 from lora_rt.core.requests.composition import Composition, Term
@@ -48,6 +48,8 @@ def scene(
     if as_json:
         print_json({"text": text, "adapter": name, "scene_types": shares})
         return
+    if adapter is None:  # somebody's own comes before what ships, so it is said whose this is
+        err.print(f"[dim]as {escape(name)} recognizes it[/]", soft_wrap=not err.is_terminal)
     width = max(cell_len(kind) for kind in shares)
     for kind, share in sorted(shares.items(), key=lambda item: -item[1]):
         out.print(f"{escape(padded(kind, width))}  {share:6.1%}  {'█' * round(40 * share)}", soft_wrap=True)

@@ -135,9 +135,14 @@ def tune(
 
 def _show_fitted(fitted: Fitted) -> None:
     losses = f"{fitted.loss_first:.3f} -> {fitted.loss_last:.3f} nats per token"
-    err.print(f"recognized {fitted.registered:.0%} of the scene types; {losses}")
+    err.print(f"{_recognized(fitted.registered, fitted.chance)}; {losses}")
     for place in fitted.places:
         err.print(f"fitted [bold]{escape(place)}[/]", soft_wrap=True)
+
+
+def _recognized(share: float, chance: float) -> str:
+    told = f"recognizes {share:.0%} of the scene types of held-out prompts"
+    return f"{told}, no more than whoever always names the most frequent one" if share <= chance else told
 
 
 def _show(tuned: NamedComposition, base: str) -> None:
@@ -148,7 +153,7 @@ def _show(tuned: NamedComposition, base: str) -> None:
         table.add_row(escape(term.reference), f"{mean:.3f}", low, high)
     out.print(table)
     if "registered" in tuned.metrics:
-        out.print(f"recognizes {tuned.metrics['registered']:.0%} of the scene types of held-out prompts")
+        out.print(_recognized(tuned.metrics["registered"], tuned.metrics["registered_by_chance"]))
     before, after = tuned.metrics["nll_before"], tuned.metrics["nll_after"]
     out.print(f"{before:.3f} -> {after:.3f} nats per token")
     out.print(escape(compose_hint(tuned.name, base)), soft_wrap=True)

@@ -150,6 +150,9 @@ class LlamaRuntime:
 class LlamaStream(Iterator[str]):
     """The pieces of one answer as they are chosen; its composition can be changed between two of them."""
 
+    unheard: Sequence[str] = ()
+    """As of `RowStream`: nothing waits for a text here."""
+
     def __init__(
         self,
         runtime: LlamaRuntime,

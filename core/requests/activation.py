@@ -8,7 +8,13 @@ from __future__ import annotations
 import re
 
 BRACKET = r"\[(?:[^\]\\]|\\.)+\]"
-_SCENE = re.compile(rf"\s*(?P<type>[^\s\[\],+]+)(?P<after>{BRACKET})?[\s,+]*")
+_TYPE = r"[^\s\[\],+]+"
+_SCENE = re.compile(rf"\s*(?P<type>{_TYPE})(?P<after>{BRACKET})?[\s,+]*")
+
+
+def is_scene_type(text: str) -> bool:
+    """Whether a scene type can be named where scenes are written."""
+    return re.fullmatch(_TYPE, text) is not None
 
 
 def written(after: str | None) -> str:

@@ -1,7 +1,7 @@
 """Compositions: the text `emotion:0.7 logic:0.3` and what it means.
 
-A term is `reference[:weight]`, the weight 1 if left out and any finite number otherwise; terms are separated by spaces,
-`+` or `,`. Weights are absolute: nothing is normalised. `emotion logic:0.5[So:]` lets logic wake up where "So:" has
+A term is `reference[:weight]`, the weight 1 if left out and any finite number otherwise; terms are separated by blanks
+of any kind, `+` or `,`. Weights are absolute: nothing is normalised. `emotion logic:0.5[So:]` lets logic wake up where "So:" has
 appeared in the prompt or the answer (see `lora_rt.core.requests.activation`).
 """
 
@@ -19,13 +19,17 @@ from lora_rt.core.requests import activation
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.reference import Reference
 
-_SEPARATORS = " \t\r\n+,"
+_SEPARATOR = re.compile(r"[\s+,]+")
+_MINUS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")  # as texts on pages have it, in front of a number
 # A term ends at a separator, except that the sign of a number and of its exponent belong to the number.
 _WEIGHT = r"[+-]?(?:[^\s+,\[]*[\d.][eE][+-]?\d+(?=[\s+,\[]|$)|[^\s+,\[]*)"
 # In a path a bracket is a character like any other, unless it follows a weight.
 _REFERENCE = r"[./~][^\s+,:]*|[^\s+,:\[]*"
+# What follows a term and can't: a bracket that is empty or never closed, or a weight behind it.
+_WRONG = rf"\[\]|\[.*|(?<=\]):{_WEIGHT}"
 _TERM = re.compile(
-    rf"(?P<reference>{_REFERENCE})(?::(?P<weight>{_WEIGHT}))?(?P<after>{activation.BRACKET})?", re.DOTALL
+    rf"(?P<reference>{_REFERENCE})(?::(?P<weight>{_WEIGHT}))?(?P<after>{activation.BRACKET})?(?P<wrong>{_WRONG})?",
+    re.DOTALL,
 )
 
 
@@ -89,12 +93,12 @@ class Composition:
         """
         terms: list[Term] = []
         problems: list[str] = []
-        for piece, reference, weight, after in _pieces(text):
+        for piece in _pieces(text):
             try:
-                terms.append(_term(reference, weight, after))
+                terms.append(_term(piece))
             except LoraRtError as error:
-                problem = error.message.removeprefix(f"{reference[:120]!r} is not a reference: ")
-                problems.append(problem if piece == text.strip() else f"{piece!r}: {problem}")
+                problem = error.message.removeprefix(f"{piece['reference'][:120]!r} is not a reference: ")
+                problems.append(problem if piece[0] == text.strip() else f"{piece[0]!r}: {problem}")
         if not terms and not problems:
             problems.append("it has no terms")
         if problems:
@@ -185,9 +189,9 @@ def _key(key: Any) -> Term:
     if not isinstance(key, str):
         raise LoraRtError("it is not a reference")
     pieces = _pieces(key)
-    if len(pieces) != 1 or pieces[0][2] is not None:
+    if len(pieces) != 1 or pieces[0]["weight"] is not None:
         raise LoraRtError("write one reference there, and its weight as the value")
-    return _term(pieces[0][1], None, pieces[0][3])
+    return _term(pieces[0])
 
 
 def _number(weight: Any) -> float:
@@ -199,33 +203,43 @@ def _number(weight: Any) -> float:
     return value
 
 
-def _pieces(text: str) -> list[tuple[str, str, str | None, str | None]]:
-    """(whole piece, reference, weight text or None, bracket or None) of every term."""
+def _pieces(text: str) -> list[re.Match[str]]:
+    """Every term's match, whose groups may be empty or None."""
     found = []
     position = 0
     while position < len(text):
-        if text[position] in _SEPARATORS:
-            position += 1
+        if separator := _SEPARATOR.match(text, position):
+            position = separator.end()
             continue
         match = _TERM.match(text, position)
-        assert match is not None  # the pattern matches the empty string
-        end = max(match.end(), position + 1)
-        found.append((text[position:end], match["reference"], match["weight"], match["after"]))
-        position = end
+        assert match is not None and match.end() > position  # some part of it takes any character
+        found.append(match)
+        position = match.end()
     return found
 
 
-def _term(reference: str, weight: str | None, after: str | None) -> Term:
+def _term(piece: re.Match[str]) -> Term:
+    reference, weight, wrong = piece["reference"], piece["weight"], piece["wrong"]
     if not reference:
         raise LoraRtError("no name stands before the colon" if weight is not None else "no name stands there")
-    return Term(Reference.parse(reference), 1.0 if weight is None else _weight(weight), activation.read(after))
+    if wrong:
+        raise LoraRtError(_why_not(wrong))
+    return Term(Reference.parse(reference), 1.0 if weight is None else _weight(weight), activation.read(piece["after"]))
+
+
+def _why_not(wrong: str) -> str:
+    if wrong.startswith(":"):
+        return "the weight stands before the bracket, as in logic:0.5[So:]"
+    if wrong == "[]":
+        return "the bracket is empty; it holds the text that wakes the adapter, as in logic:0.5[So:]"
+    return "the bracket is not closed; it holds the text that wakes the adapter, as in logic:0.5[So:]"
 
 
 def _weight(text: str) -> float:
     if not text:
         raise LoraRtError("no weight follows the colon")
     try:
-        value = float(text)
+        value = float(text.translate(_MINUS))
     except ValueError as error:
         raise LoraRtError(f"{text!r} is not a number") from error
     if "_" in text or not math.isfinite(value):

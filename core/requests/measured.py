@@ -24,10 +24,13 @@ def outside(terms: Sequence[tuple[str, float]], base: str | None = None) -> Mapp
         base: the id of the base in use, where it is known.
     """
     doubled = [name for name, count in Counter(name for name, _ in terms).items() if count > 1]
-    negative = [f"{name}:{weight:g}" for name, weight in terms if weight <= LEAST_WEIGHT]
     sums: dict[str, float] = {}
     for name, weight in terms:
         sums[name] = sums.get(name, 0.0) + weight
+    below = {name: weight for name, weight in sums.items() if weight < 0}
+    # Each by itself, or several that together do what one does.
+    hard = {name: weight for name, weight in below.items() if weight <= LEAST_WEIGHT} or below
+    negative = [f"{name}:{weight:g}" for name, weight in hard.items() if sum(hard.values()) <= LEAST_WEIGHT]
     total = sum(map(abs, sums.values()))
     found = {}
     if doubled:

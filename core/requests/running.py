@@ -106,6 +106,11 @@ class RowStream(Iterator[str]):
         """
         self._row.compose(composition)
 
+    @property
+    def unheard(self) -> list[str]:
+        """The texts that adapters wait for and that have not appeared so far."""
+        return self._row.timeline.unheard
+
     def __next__(self) -> str:
         for _ in self._steps:
             if piece := self._row.new_text():

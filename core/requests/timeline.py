@@ -63,6 +63,11 @@ class Timeline:
         return {adapter for row in rows for adapter in row.adapters.values()}
 
     @property
+    def unheard(self) -> list[str]:
+        """The texts that adapters of the row wait for and that have not appeared."""
+        return [text for text in self.row.texts if isinstance(text, str) and text not in self._seen]
+
+    @property
     def company(self) -> Hashable:
         """See `lora_rt.core.generation.batch.DecodingRow.company`."""
         if not any(adapter.apart for adapter in self.adapters):

@@ -1,7 +1,7 @@
 """Where records of data come from: one line, row or item at a time, with the place by which a person finds it again.
 
 F.jsonl           one JSON object per line            "line 3"
-F.json            a list of objects                   "item 3"
+F.json            a list of objects                   "item 3"      each by what it holds, not by its name
 F.parquet         needs pyarrow                       "row 3"
 DIR               all of these in it, by name         "F.jsonl line 3"
 org/name          a data set of the Hub, which needs datasets: org/name/configuration@revision:split    "row 3"
@@ -9,6 +9,7 @@ org/name          a data set of the Hub, which needs datasets: org/name/configur
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,7 @@ def records(path: Path) -> Iterator[Record]:
             yield from _data_set(str(path))
         elif path.suffix == ".parquet":
             yield from _parquet(path)
-        elif path.suffix == ".json" and (items := _json_list(path)) is not None:
+        elif (items := _json_list(path)) is not None:
             yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
         else:
             for number, line in enumerate(_content(path).split(b"\n"), 1):
@@ -104,13 +105,28 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which some editors put before UTF-8
+    """What a file holds, in UTF-8 without the mark that some editors put before it; PowerShell writes UTF-16.
+
+    Raises:
+        DataError: it begins as UTF-16 does and is none.
+    """
+    content = path.read_bytes()
+    if not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.removeprefix(codecs.BOM_UTF8)
+    try:
+        return content.decode("utf-16").encode()
+    except UnicodeDecodeError as error:
+        text = f"{path} begins as UTF-16 does, and is none: {error.reason}"
+        raise DataError(text, next_step="Save it as UTF-8") from error
 
 
 def _json_list(path: Path) -> list[Any] | None:
-    """The items of a file that is one JSON list; None for anything else, JSON lines under that name for instance."""
+    """The items of a file that is one JSON list, whatever it is called; None for anything else."""
+    content = _content(path)
+    if not content[:100].lstrip().startswith(b"["):
+        return None
     try:
-        found = json.loads(_content(path))
+        found = json.loads(content)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, list) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.generation.prompts import TextFormat
+from lora_rt.core.requests.activation import is_scene_type
 from lora_rt.core.training.data import Pairs, check_fit, read_pairs
 from lora_rt.core.training.sources import DataError
 from lora_rt.core.tuning.settings import PROMPT_FIELDS
@@ -32,7 +33,8 @@ def read_lines(path: Path, *, typed: bool) -> Pairs:
     Raises:
         DataError: listing every bad line.
     """
-    return read_pairs(path, ("scene", "text", "scene_type") if typed else ("scene", "text"), chats=True)
+    fields = ("scene", "text", "scene_type") if typed else ("scene", "text")
+    return read_pairs(path, fields, _strange_type, chats=True)
 
 
 def as_items(lines: Sequence[Mapping[str, Any]], text: TextFormat, limit: int) -> list[Item]:
@@ -59,7 +61,15 @@ def read_prompts(path: Path) -> Pairs:
     Raises:
         DataError: listing every bad line.
     """
-    return read_pairs(path, PROMPT_FIELDS, chats=True)
+    return read_pairs(path, PROMPT_FIELDS, _strange_type, chats=True)
+
+
+def _strange_type(line: Mapping[str, Any]) -> list[str]:
+    """A type that nobody could name with --scene, or that another differs from by a blank."""
+    kind = line.get("scene_type")
+    if not isinstance(kind, str) or is_scene_type(kind):
+        return []
+    return [f'"scene_type" is {kind[:40]!r}: it is one word, without blanks, commas, "+" and brackets']
 
 
 def held_out(items: Sequence[Item], seed: int, share: float = 0.1) -> tuple[list[Item], list[Item]]:

@@ -71,11 +71,12 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """What was fitted by scene: where each adapter went, and on held-out examples the share of prompts whose type was
-    told right, and the losses in nats per answer token.
+    told right, that of the most frequent type, and the losses in nats per answer token.
     """
 
     places: Sequence[str]
     registered: float
+    chance: float
     loss_first: float
     loss_last: float
 
@@ -122,6 +123,8 @@ def run(
     Raises:
         LoraRtError: as `tune_composition`, `tune_mixture` and `fit_scenes`.
     """
+    if job.prompts is not None:
+        read_prompts(job.prompts)  # before the base is loaded
     if isinstance(settings, SceneSettings):
         return fit_scenes(job, out, settings, advance)
     if isinstance(settings, MixSettings):
@@ -168,7 +171,7 @@ def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -
         raise _no_better("gates", job, first, min(losses), _told(*told) if told else "")
     metrics = {"nll_before": round(first, 4), "nll_after": round(last, 4)}
     if told:
-        metrics["registered"] = round(told[0], 4)
+        metrics |= {"registered": round(told[0], 4), "registered_by_chance": round(told[1], 4)}
     found, state = mixture_of(
         name,
         references,
@@ -207,7 +210,7 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
         raise _no_better("gates", job, first, min(losses), _told(registered, chance))
     metrics = {"gates_nll_first": round(first, 4), "gates_nll_last": round(last, 4), "registered": round(registered, 4)}
     sources = {name: registry.resolve(references[name], frozen.base.identity).folder for name in weights}
-    return Fitted(_publish(destinations, sources, fit, metrics), registered, first, last)
+    return Fitted(_publish(destinations, sources, fit, metrics), registered, chance, first, last)
 
 
 _SOURCE = "fitted here"

@@ -136,6 +136,16 @@ def test_compare_draws_every_column(cli: Cli, tiny: list[str], adapters: tuple[s
     assert done.code == 0
 
 
+def test_a_text_that_an_adapter_waits_for_and_that_never_comes_is_told(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str]
+) -> None:
+    done = cli("compose", f"{adapters[0]}:0.5[qq]", "-p", "ab", "--max-new-tokens", "1", *tiny)
+    assert "waits for 'qq', and acts from there on" in done.err
+    assert "'qq' did not appear, so what waits for it did not act" in done.err
+    done = cli("compose", f"{adapters[0]}:0.5[ab]", "-p", "ab", "--max-new-tokens", "1", *tiny)
+    assert "did not appear" not in done.err
+
+
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
@@ -146,6 +156,10 @@ def test_compare_draws_every_column(cli: Cli, tiny: list[str], adapters: tuple[s
         ("emotion:nan", "not a finite number"),
         ("emotion:inf", "not a finite number"),
         ("emotion/logic/body", "org/repo"),
+        ("emotion:0.5[]", "the bracket is empty"),
+        ("emotion:0.5[So: I", "the bracket is not closed"),
+        ("emotion[So:]:0.5", "the weight stands before the bracket"),
+        ("[So:]", "no name stands there"),
     ],
 )
 def test_a_spec_that_is_none_gets_one_line_and_exit_code_2(cli: Cli, spec: str, named: str) -> None:

@@ -115,6 +115,22 @@ def test_without_scene_types_no_composition_is_led(zoo: Zoo, tmp_path: Path) -> 
     assert "scene_type" in " ".join([error.message, *error.problems])
 
 
+@pytest.mark.parametrize("wrong", ["logic ", "a b", "So [x]", "a,b", "a+b"])
+@pytest.mark.parametrize("option", ["--data", "--prompts"])
+def test_a_scene_type_that_nobody_could_name_is_refused_by_its_line(
+    zoo: Zoo, tmp_path: Path, wrong: str, option: str
+) -> None:
+    for name, kind in (("--data", "logic"), ("--prompts", "body"), (option, wrong)):
+        lines = [{"scene": "x", "text": "abc", "scene_type": "logic"}, {"scene": "y", "text": "b", "scene_type": kind}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = [part for name in ("--data", "--prompts") for part in (name, str(tmp_path / f"{name}.jsonl"))]
+    command = ["tune", str(zoo.adapter("llama", seed=1)), *given, "--per", "scene", "--name", "aled"]
+    error = CliRunner().invoke(app, [*command, "--base", str(zoo.base("llama")), "--precision", "float32"]).exception
+    assert isinstance(error, LoraRtError)
+    (problem,) = error.problems
+    assert problem.startswith(f'line 2: "scene_type" is {wrong!r}')
+
+
 @pytest.mark.parametrize("static", [-0.5, -0.4999, 0.3])
 def test_a_share_that_cancels_leaves_what_its_heads_differ_by(static: float) -> None:
     mix: Any = "led"

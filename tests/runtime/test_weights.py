@@ -97,6 +97,8 @@ def test_a_mix_outside_of_what_was_measured_is_named(runtime: Runtime) -> None:
     assert outside([("a", 1.0), ("b", 0.5)], default).keys() == {"sum"}
     assert outside([("a", 1.0), ("a", -0.4)], default).keys() == {"doubled"}  # together 0.6
     assert outside([("a", -0.5)], default).keys() == {"negative"}
+    assert outside([("a", -0.25), ("b", -0.25), ("c", 0.1)], default)["negative"].startswith("a:-0.25 and b:-0.25 push")
+    assert outside([("a", 0.5), ("a", -0.5)], default).keys() == {"doubled"}  # together nothing
     assert outside([("a", 0.2), ("a", 0.2)], default).keys() == {"doubled"}
     assert "nothing was on some/base" in outside([("a", 2.0)], "some/base")["base"]
 

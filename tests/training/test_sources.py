@@ -48,6 +48,23 @@ def test_a_table_a_list_and_lines_are_the_same_examples(tmp_path: Path) -> None:
     assert len({digest_of(pairs) for pairs in found}) == 1
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("lines", [True, False], ids=["lines", "a list"])
+def test_what_a_file_is_called_and_how_its_letters_are_written_change_nothing(
+    tmp_path: Path, name: str, encoding: str, lines: bool
+) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS) if lines else json.dumps(ROWS, indent=1)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_pairs(tmp_path / name, FIELDS) == READ
+
+
+def test_half_a_file_in_utf_16_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(ROWS[2]).encode("utf-16")[:-1])
+    with pytest.raises(DataError, match="begins as UTF-16 does"):
+        read_pairs(tmp_path / "a.jsonl", FIELDS)
+
+
 def test_a_folder_is_read_file_by_file_and_its_lines_are_named_with_their_file(tmp_path: Path) -> None:
     as_lines(tmp_path / "b.jsonl", ROWS[2:])
     as_lines(tmp_path / "a.jsonl", [ROWS[1], {"scene": "no text"}])

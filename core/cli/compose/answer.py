@@ -68,6 +68,9 @@ def speak(
                 err.print(note, soft_wrap=not err.is_terminal)
             piece = next(stream, "")
     _show(wrap.end() + "\n")
+    for text in stream.unheard:
+        note = f"{text!r} did not appear, so what waits for it did not act"
+        err.print(f"[dim]{escape(note)}[/]", soft_wrap=not err.is_terminal)
     return "".join(pieces)
 
 
@@ -84,6 +87,8 @@ def show_terms(runtime: Runtime | LlamaRuntime, request: ComposeRequest) -> None
         revision = f"@{info.revision[:12]}" if info.revision else ""
         origin = f"{info.mode}, {info.source}{revision}, sha256 {info.sha256[:8]}"
         lines.append(f"[bold]{escape(info.name)}[/]:{weight:g}  [dim]{escape(origin)}[/]")
+    waiting = [term for term in request.composition.terms if term.after is not None]
+    lines += [f"[dim]{escape(f'{t.reference.text} waits for {t.after!r}, and acts from there on')}[/]" for t in waiting]
     for mode in dict.fromkeys(info.mode for info, _ in terms):
         if names := subcommands_of(mode):
             lines.append(f"[dim]{escape(mode)} has commands of its own: lora-rt {escape(mode)} {'|'.join(names)}[/]")
