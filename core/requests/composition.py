@@ -1,8 +1,8 @@
 """Compositions: the text `emotion:0.7 logic:0.3` and what it means.
 
 A term is `reference[:weight]`, the weight 1 if left out and any finite number otherwise; terms are separated by blanks
-of any kind, `+` or `,`. Weights are absolute: nothing is normalised. `emotion logic:0.5[So:]` lets logic wake up where "So:" has
-appeared in the prompt or the answer (see `lora_rt.core.requests.activation`).
+of any kind, `+` or `,`. Weights are absolute: nothing is normalised. `emotion logic:0.5[So:]` lets logic wake up where
+"So:" has appeared in the prompt or the answer (see `lora_rt.core.requests.activation`).
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ def _pieces(text: str) -> list[re.Match[str]]:
             position = separator.end()
             continue
         match = _TERM.match(text, position)
-        assert match is not None and match.end() > position  # some part of it takes any character
+        assert match is not None
+        assert match.end() > position  # some part of it takes any character
         found.append(match)
         position = match.end()
     return found

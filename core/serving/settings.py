@@ -29,7 +29,7 @@ class Limits:
         body: bytes of a request.
         deadline: seconds from a request's arrival to the end of its answer.
         chunk: tokens of a newcomer's prompt that are read in one step, so that the others wait no longer than that.
-        reading: tokens of all newcomers that are read in one step, while somebody speaks or a prompt takes several steps;
+        reading: tokens of all newcomers that are read in one step, while somebody speaks or a prompt takes several;
             twice as many otherwise.
         kv_bytes: of the keys and values of all rows; None is half of what is free at the start.
         prefix_bytes: of keys and values that are kept for prompts that begin alike; 0 keeps none.

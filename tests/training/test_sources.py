@@ -54,7 +54,9 @@ def test_a_table_a_list_and_lines_are_the_same_examples(tmp_path: Path) -> None:
 def test_what_a_file_is_called_and_how_its_letters_are_written_change_nothing(
     tmp_path: Path, name: str, encoding: str, lines: bool
 ) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS) if lines else json.dumps(ROWS, indent=1)
+    text = (
+        "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS) if lines else json.dumps(ROWS, indent=1)
+    )
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert read_pairs(tmp_path / name, FIELDS) == READ
 
