@@ -6,6 +6,8 @@ found into words.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -76,11 +78,48 @@ def validated(kind: type[T], document: Any) -> T:
 def problems_of(error: ValidationError) -> list[str]:
     """Everything that pydantic found wrong with a document, one line each, cut where it came from a stranger."""
     problems = []
-    for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
-        parts = [str(part)[:60] for part in item["loc"] if part != "[key]"]
-        text = in_words(item)
+    for place, text in findings(error.errors(include_url=False)[:MAX_PROBLEMS]):
+        parts = [str(part)[:60] for part in place if part != "[key]"]
         problems.append(f"{repr('.'.join(parts))[1:-1][:120]}: {text}" if parts else text)
     return problems
+
+
+Place = tuple[int | str, ...]
+_FORM = re.compile(r"str|int|float|bool|(list|dict|tuple)\[.*\]")
+
+
+def findings(items: Sequence[ErrorDetails]) -> list[tuple[Place, str]]:
+    """Where and what, of each finding of pydantic's.
+
+    Of a value that may have several forms, pydantic tells for each of them why it is none, with the form's Python name
+    in the place. Here it is told of the form that comes nearest, or once, where the value is of none of their kinds.
+    """
+    forms: dict[Place, dict[str, list[tuple[Place, str]]]] = {}  # by the place of the value, and by form
+    for item in items:
+        place, form, rest = _parted(item["loc"])
+        forms.setdefault(place, {}).setdefault(form, []).append((rest, in_words(item)))
+    found: list[tuple[Place, str]] = []
+    for place, by_form in forms.items():
+        if len(by_form) > 1:
+            reached = max(len(rest) for told in by_form.values() for rest, _ in told)
+            near = [told for told in by_form.values() if max(len(rest) for rest, _ in told) == reached]
+            if reached == 0:
+                kinds = dict.fromkeys(text.removeprefix("it is not ") for told in near for _, text in told)
+                found.append((place, f"it is neither {' nor '.join(kinds)}" if len(kinds) > 1 else near[0][0][1]))
+            else:
+                found += [((*place, *rest), text) for rest, text in min(near, key=len)]
+            continue
+        for form, told in by_form.items():
+            found += [((*place, *([form] if form else []), *rest), text) for rest, text in told]
+    return found
+
+
+def _parted(place: Place) -> tuple[Place, str, Place]:
+    """A place up to a value that may have several forms, the form, and what comes within it; none, where it has one."""
+    for number, part in enumerate(place):
+        if number and isinstance(part, str) and _FORM.fullmatch(part):
+            return place[:number], part, place[number + 1 :]
+    return place, "", ()
 
 
 _WORDS = {

@@ -20,15 +20,33 @@ class SpokenText:
         self._stream = TextStream(tokenizer)
         self._stops = tuple(stops)
         self._held = ""
+        self._ends: list[int] = []  # of the text of each token, in letters; a character stands at its last token
+        self._out = 0  # letters that were given
+        self._done = 0  # tokens whose text was
+        self._over = False
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that can't belong to a stop text any more."""
-        self._held += self._stream.push(token)
+        text = self._stream.push(token)
+        self._ends.append(len(text) + (self._ends[-1] if self._ends else 0))
+        self._held += text
         return self._given()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have their text given out: none that begins with a stop text or behind it."""
+        if self._over and not self.stopped:
+            return len(self._ends)
+        while self._done < len(self._ends) and self._ends[self._done] <= self._out:
+            self._done += 1
+        begin = self._ends[self._done - 1] if self._done else 0
+        in_it = self.stopped and self._done < len(self._ends) and begin < self._out  # a stop text begins within it
+        return self._done + in_it
 
     def rest(self) -> str:
         """What is left when the answer is over; nothing of a stop text, or behind it."""
+        self._over = True
         if self.stopped:
             return ""
         self._held += self._stream.rest()
@@ -39,8 +57,10 @@ class SpokenText:
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
             self.stopped = True
-            return self._held[: min(places)]
-        given, self._held = self._held[: self._safe()], self._held[self._safe() :]
+            given = self._held[: min(places)]
+        else:
+            given, self._held = self._held[: self._safe()], self._held[self._safe() :]
+        self._out += len(given)
         return given
 
     def _safe(self) -> int:

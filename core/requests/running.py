@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from lora_rt.core.generation.row import DecodingRow
+from lora_rt.core.generation.row import DecodingRow, TokenScore
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
 from lora_rt.core.requests.composition import Composition, CompositionLike
@@ -41,6 +41,8 @@ class RequestRow(DecodingRow):
         self._spoken = spoken
         self._text: list[str] = []
         self._taken = 0
+        self._told = 0  # scores
+        self._out = 0  # tokens whose text was given out
 
     def compose(self, composition: CompositionLike | None) -> None:
         """Put the row under another composition, from its next token on.
@@ -78,11 +80,19 @@ class RequestRow(DecodingRow):
 
     def new_text(self) -> str:
         """The text since this was last asked; with what was held back once the row has ended."""
-        if self.ended is not None and self._spoken is not None:
-            self._text.append(self._spoken.rest())
-            self._spoken = None
+        if self._spoken is not None:
+            if self.ended is not None:
+                self._text.append(self._spoken.rest())
+            self._out = self._spoken.tokens
+            if self.ended is not None:
+                self._spoken = None
         found = "".join(self._text[self._taken :])
         self._taken = len(self._text)
+        return found
+
+    def new_scores(self) -> Sequence[TokenScore]:
+        """The scores, since this was last asked, of the tokens whose text `new_text` has given."""
+        found, self._told = self.scores[self._told : self._out], self._out
         return found
 
 

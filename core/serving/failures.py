@@ -17,7 +17,7 @@ from lora_rt.core.serving.service import DrainingError, FullError, GoneError, To
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import PluginError
 from lora_rt.registry.errors import ChangedAdapterError, StoreError, UnknownAdapterError
-from lora_rt.registry.models import in_words
+from lora_rt.registry.models import Place, findings
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 _KINDS: tuple[tuple[type[LoraRtError], int, str, str | None], ...] = (
@@ -101,7 +101,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         if "json" not in request.headers.get("content-type", ""):
             return answer(400, "The body has to be JSON, sent with Content-Type: application/json. See: /openapi.json")
-        found = [_problem(item) for item in error.errors()]
+        found = [_problem(*finding) for finding in findings(error.errors())]
         shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
         return JSONResponse(body(400, f"The request can't be understood: {shown}. See: /openapi.json"), 400)
 
@@ -121,8 +121,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, defect)
 
 
-def _problem(item: Any) -> str:
-    """One finding of pydantic's in words: where, and what."""
-    where = ".".join(str(part)[:60] for part in item.get("loc", ()) if part != "body")
-    what = in_words(item)
+def _problem(place: Place, what: str) -> str:
+    """One finding in words."""
+    where = ".".join(str(part)[:60] for part in place if part != "body")
     return (f"{where}: {what}" if where else what)[:300]

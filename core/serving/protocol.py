@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 Weight = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Token = Annotated[int, Field(strict=True)]
 Given = dict[str, Weight] | str
 _NEUTRAL: dict[str, Sequence[Any]] = {
     "frequency_penalty": (None, 0),
@@ -204,7 +205,7 @@ def chat_prompt(messages: Sequence[Message]) -> str | list[dict[str, str]]:
 class CompletionRequest(_Request):
     """The body of /v1/completions. A prompt is gone on with as it is: no chat template."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[Token] | list[list[Token]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     best_of: int | None = None

@@ -277,10 +277,9 @@ class Scheduler:
             if new:
                 self._meter.token(ticket, now, new)
                 ticket.said, ticket.spoke = len(row.answer), now
-            text = row.new_text()
-            if text or new:
-                self._events.append((ticket, Said(text, new, tuple(row.scores))))
-                row.scores.clear()
+            text, scores = row.new_text(), tuple(row.new_scores())
+            if text or new or scores:
+                self._events.append((ticket, Said(text, new, scores)))
             if row.ended is not None:
                 self._end(ticket, row.ended, _not_a_number() if row.ended == "error" else None)
 

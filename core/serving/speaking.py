@@ -131,16 +131,17 @@ class Stream(EventSourceResponse):
 
 
 async def pieces(spoken: Spoken, answer: Answer, counted: bool) -> AsyncIterator[dict[str, str]]:
-    """The events of a stream."""
+    """The events of a stream; where the last one counts, those before it say that they don't, as OpenAI's do."""
+    none = {"usage": None} if counted else {}
     try:
         if answer.kind == "chat":
             for place in range(len(spoken.choices)):
-                yield _sse(answer.opening(place))
+                yield _sse(answer.opening(place) | none)
         async for place, event in spoken.events():
             if isinstance(event, str):
-                yield _sse(answer.closing(place, event))
-            elif event.text or answer.likely is not None:
-                yield _sse(answer.piece(place, event.text, event.scores))
+                yield _sse(answer.closing(place, event) | none)
+            elif event.text or event.scores:
+                yield _sse(answer.piece(place, event.text, event.scores) | none)
         if counted:
             yield _sse(answer.counted(spoken.choices))
     except LoraRtError as error:

@@ -15,7 +15,9 @@ from lora_rt.errors import LoraRtError
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """New text of a row, and its new tokens; the text of a token may come with a later one."""
+    """New text of a row, the scores of the tokens that have made it, and the count of new tokens, whose text may come
+    with a later one.
+    """
 
     text: str
     tokens: int

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lora_rt.core.generation.stopping import SpokenText
 from lora_rt.core.generation.text import TextStream, bytes_of, pieces_of, text_of
 from support.tiny import save_tokenizer
 
@@ -53,6 +54,31 @@ def test_pieces_of_any_bytes_join_to_what_the_tokenizer_makes_of_them(bytewise: 
         dice = random.Random(seed)
         ids = [dice.randrange(len(bytewise)) for _ in range(dice.randrange(30))]
         assert "".join(streamed(bytewise, ids)) == text_of(bytewise, ids) == decoded(bytewise, ids)
+
+
+@pytest.mark.parametrize("kind", ["bytewise", "wordwise"])
+def test_the_tokens_that_are_told_are_those_whose_text_is_given(kind: str, request: pytest.FixtureRequest) -> None:
+    """While it goes on no token of which a letter is held back; in the end all that begin before a stop text."""
+    tokenizer, stopped = request.getfixturevalue(kind), 0
+    letters = range(2, 14) if kind == "wordwise" else tokenizer("ab €", add_special_tokens=False).input_ids
+    for seed in range(300):
+        dice = random.Random(seed)
+        spoken = SpokenText(tokenizer, dice.sample(["ab", "a ", "bab", "the s", "s,", "m'm"], 3))
+        made, ends, given, told = TextStream(tokenizer), [0], "", [0]
+        while len(told) <= 20 and not spoken.stopped:
+            token = dice.choice(letters)
+            ends.append(ends[-1] + len(made.push(token)))
+            given += spoken.push(token)
+            told.append(spoken.tokens)
+            assert spoken.stopped or told[-1] == sum(end <= len(given) for end in ends[1:])
+        given += spoken.rest()
+        told.append(spoken.tokens)
+        assert told == sorted(told)
+        begun = sum(begin < len(given) for begin in ends[:-1])
+        done = sum(end <= len(given) for end in ends[1:])  # beyond those some may have no letters of their own
+        assert begun <= told[-1] <= max(begun, done) if spoken.stopped else told[-1] == 20
+        stopped += spoken.stopped
+    assert stopped > 50
 
 
 def test_pieces_of_words_and_spelt_out_characters_join_to_what_the_tokenizer_makes_of_them(wordwise: Any) -> None:

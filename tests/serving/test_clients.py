@@ -109,6 +109,15 @@ def test_an_answer_ends_before_a_stop_text(client: openai.OpenAI, runtime: Runti
     found = client.chat.completions.create(**asked(PROMPT, model="one", stop=[stop, "never said"]))
     assert found.choices[0].message.content == whole.partition(stop)[0]
     assert found.choices[0].finish_reason == "stop"
+    scored = asked(PROMPT, model="one") | {"logprobs": True}
+    every = client.chat.completions.create(**scored).choices[0].logprobs
+    before = client.chat.completions.create(**scored, stop=stop).choices[0].logprobs
+    pieces = [piece.choices[0] for piece in client.chat.completions.create(**scored, stop=stop, stream=True)]
+    assert every is not None
+    assert before is not None
+    assert before.content == every.content[: len(before.content or [])]  # type: ignore[index]
+    assert 0 < len(before.content or []) < len(every.content or [])
+    assert [one for piece in pieces if piece.logprobs for one in piece.logprobs.content or []] == before.content
 
 
 def test_log_probabilities_are_those_of_the_composition(client: openai.OpenAI, runtime: Runtime) -> None:

@@ -97,6 +97,7 @@ def test_what_is_told_has_the_form_that_the_document_names(server: Live, path: s
         assert lines[-1] == "[DONE]"
         events = [form.model_validate(json.loads(line)) for line in lines[:-1]]
         assert events[-1].usage.completion_tokens == 12
+        assert all(json.loads(line)["usage"] is None for line in lines[:-2])
         pieces = [choice for event in events for choice in event.choices]
         texts = ["".join((p.delta.content or "") if chat else p.text for p in pieces if p.index == i) for i in range(2)]
         scores = [p.logprobs for p in pieces if p.logprobs is not None]
@@ -164,7 +165,16 @@ def test_what_the_server_tells_of_itself_has_its_form(server: Live, path: str, f
         ("/v1/completions", {"seed": False}, "seed"),
         ("/v1/completions", {"logprobs": True}, "how many likely tokens"),
         ("/v1/completions", {"composition": {"one": True}}, "number"),
-        ("/v1/completions", {"composition": {"one": "0.5"}}, "number"),
+        ("/v1/completions", {"composition": {"one": "0.5"}}, "understood: composition.one: it is not a number. See"),
+        ("/v1/completions", {"composition": 5}, "understood: composition: it is neither an object nor a text. See"),
+        ("/v1/completions", {"prompt": [True]}, "prompt.0: it is not a"),
+        ("/v1/completions", {"prompt": [[3], [True]]}, "understood: prompt.1.0: it is not a whole number. See"),
+        ("/v1/completions", {"stop": ["a", 5]}, "understood: stop.1: it is not a text. See"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": 5}]},
+            "content: it is neither a text nor a list.",
+        ),
         ("/v1/chat/completions", {"min_tokens": 50, "max_tokens": 5}, "min_tokens is 50, and the answer has at most 5"),
         ("/v1/completions", {"min_tokens": 50}, "at most 16"),
     ],
