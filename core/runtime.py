@@ -16,7 +16,7 @@ from lora_rt.core.base.precision import check_wish
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.batch import Batch
-from lora_rt.core.generation.messages import Prompt
+from lora_rt.core.generation.messages import Prompt, one_per_row
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.row import PassInfo, check_numbers
 from lora_rt.core.generation.sampling import Sampling, Seeds, seeds_per_row
@@ -25,7 +25,7 @@ from lora_rt.core.requests.adapted import AdaptedBase
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.explaining import Explanation, explain
 from lora_rt.core.requests.residents import AdapterInfo
-from lora_rt.core.requests.rows import Compositions, RequestError
+from lora_rt.core.requests.rows import Compositions, RequestError, Scenes
 from lora_rt.core.requests.running import RequestRow, RowStream
 from lora_rt.plugins.contract import BaseFacts, SceneType
 from lora_rt.plugins.manager import ModeHost, load_modes
@@ -74,7 +74,7 @@ class Runtime:
         Args:
             base: "default", a folder, a GGUF file, or a hub id with an optional @revision.
             precision: float32, bfloat16, float16, int8 or int4 (NF4, double quantization, bfloat16 compute).
-            device: "auto" (the first GPU if there is one), "cpu", "cuda" or "cuda:N".
+            device: "auto" (the first GPU if there is one), "cpu", "cuda" or "cuda:N"; a torch.device, too.
             project: the folder whose lora-rt.toml names adapters; the working directory by default.
             template_variables: of the base's chat template, for instance {"enable_thinking": False}.
             special_tokens: read `<|im_end|>` and the like in prompts and answers as tokens; they are text by default.
@@ -89,8 +89,8 @@ class Runtime:
         """
         check_wish(multiply)
         modes, registry = _opened(modes, registry, project, allow_base_mismatch)
-        text = base if isinstance(base, str) else str(Path(fspath(base)).absolute())
-        loaded = load_base(text, precision, device)
+        text = base if isinstance(base, str) else _folder(base)
+        loaded = load_base(text, precision, str(device))
         return cls(
             loaded,
             modes,
@@ -263,7 +263,7 @@ class Runtime:
         prompts: str | Sequence[Prompt],
         compositions: Compositions = None,
         *,
-        scenes: Sequence[SceneType] | str | None = None,
+        scenes: Scenes = None,
         max_new_tokens: int = 256,
         min_new_tokens: int = 0,
         temperature: float | None = None,
@@ -280,7 +280,7 @@ class Runtime:
             prompts: a user message, or a list whose items are user messages or lists of chat messages.
             compositions: one for all rows, or a list of one per row, each a text, a mapping from references to weights
                 or a `Composition`; None is the base alone.
-            scenes: the scene type of each row, for modes that gate by it.
+            scenes: a scene type for all rows or one for each, a name or shares of several, for modes that gate by it.
             max_new_tokens, min_new_tokens: bounds on the answer, in tokens; the end of the turn is held back before the
                 least, a stop text ends it all the same.
             temperature, top_p, top_k: sampling; greedy where temperature is None or 0.
@@ -299,7 +299,7 @@ class Runtime:
         if isinstance(prompts, Mapping):
             raise RequestError("prompts is one chat message", next_step="Give [[message, ...], ...]: one list per row")
         single = isinstance(prompts, str)
-        given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        given: list[Prompt] = [prompts] if isinstance(prompts, str) else one_per_row(prompts, "prompts")
         if not given:
             return []
         sampling = Sampling.given(
@@ -343,7 +343,7 @@ class Runtime:
         self,
         input_ids: Sequence[Sequence[int]],
         compositions: Compositions = None,
-        scenes: Sequence[SceneType] | str | None = None,
+        scenes: Scenes = None,
         *,
         seed: Seeds = None,
         deterministic: bool = False,
@@ -380,12 +380,13 @@ class Runtime:
         prompts: Sequence[Prompt],
         compositions: Compositions = None,
         *,
-        scenes: Sequence[SceneType] | str | None = None,
+        scenes: Scenes = None,
         seed: Seeds = None,
         **sampling: Any,
     ) -> list[RequestRow]:
         """Rows that can join a `batch`, each with the settings of `generate`; `compose` changes them while they run."""
-        return self._prompted(prompts, compositions, scenes, Sampling.given(**sampling), seed)
+        given = one_per_row(prompts, "prompts")
+        return self._prompted(given, compositions, scenes, Sampling.given(**sampling), seed)
 
     def plan(
         self, input_ids: Sequence[Sequence[int]], compositions: Compositions = None, scenes: str | None = None
@@ -400,7 +401,7 @@ class Runtime:
         input_ids: Tensor | Sequence[Sequence[int]],
         attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
         compositions: Compositions = None,
-        scenes: Sequence[SceneType] | str | None = None,
+        scenes: Scenes = None,
     ) -> Tensor:
         """The logits of whole rows, (batch, tokens, vocab), each row under its own composition.
 
@@ -420,15 +421,21 @@ class Runtime:
         prompts: Sequence[Prompt],
         answers: Sequence[str],
         compositions: Compositions = None,
-        scenes: Sequence[SceneType] | str | None = None,
+        scenes: Scenes = None,
     ) -> list[Tensor]:
         """How unlikely each answer is after its prompt: per row a float32 tensor (answer tokens,) in nats.
 
         The answer is followed by the end of the turn, which counts as its last token.
+
+        Raises:
+            LoraRtError: a prompt, answer or composition can't be used, or there are not as many answers as prompts.
         """
-        ids = [self.text.prompt_ids(prompt) for prompt in prompts]
-        texts = [self.text.answer_ids(answer) for answer in answers]
-        rows = self._answered(ids, texts, compositions, scenes, prompts)
+        given, wanted = one_per_row(prompts, "prompts"), one_per_row(answers, "answers")
+        if len(given) != len(wanted):
+            raise RequestError(f"{len(wanted)} answers for {len(given)} prompts", next_step="Give one for each")
+        ids = [self.text.prompt_ids(prompt) for prompt in given]
+        texts = [self.text.answer_ids(answer) for answer in wanted]
+        rows = self._answered(ids, texts, compositions, scenes, given)
         return answer_nll(self.parts.lm, self.parts.planner(), rows, texts)
 
     def choices_nll(
@@ -439,10 +446,11 @@ class Runtime:
         scene: SceneType = None,
     ) -> list[Tensor]:
         """`answer_nll` of several answers to one prompt, which is read once instead of once per answer."""
-        if not answers:
+        wanted = one_per_row(answers, "answers")
+        if not wanted:
             return []
         ids = self.text.prompt_ids(prompt)
-        texts = [self.text.answer_ids(answer) for answer in answers]
+        texts = [self.text.answer_ids(answer) for answer in wanted]
         (alone,) = self.parts.rows([ids], [composition], [scene], prompts=[prompt])
         many = len(texts)
         rows = self._answered([ids] * many, texts, [composition] * many, [scene] * many, [prompt] * many)
@@ -461,7 +469,8 @@ class Runtime:
         asked = self.parts.residents.mix(adapter) or (self.resident(adapter) if adapter in self.adapters else None)
         if asked is None:
             raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
-        found = self.parts.classifier.ask(asked, [self.text.prompt_ids(prompt) for prompt in prompts])
+        given = [self.text.prompt_ids(prompt) for prompt in one_per_row(prompts, "prompts")]
+        found = self.parts.classifier.ask(asked, given)
         if found is None:
             text = f"the mode {asked.mode!r} of {adapter!r} recognizes no scenes"
             raise RequestError(text, next_step="Use an adapter of the mode context")
@@ -484,7 +493,7 @@ class Runtime:
         self,
         prompts: Sequence[Prompt],
         compositions: Compositions,
-        scenes: Sequence[SceneType] | str | None,
+        scenes: Scenes,
         sampling: Sampling,
         seed: Seeds,
     ) -> list[RequestRow]:
@@ -497,7 +506,7 @@ class Runtime:
         ids: Sequence[Sequence[int]],
         answers: Sequence[Sequence[int]],
         compositions: Compositions,
-        scenes: Sequence[SceneType] | str | None,
+        scenes: Scenes,
         prompts: Sequence[Prompt],
     ) -> list[RequestRow]:
         """Rows of prompts with the answers behind them."""
@@ -514,6 +523,15 @@ class Runtime:
             check_numbers(rows)
             if got:
                 yield [row.answer[-1] if id(row) in got else None for row in rows]
+
+
+def _folder(base: PathLike[str]) -> str:
+    """The base that a path means, which is never a hub id."""
+    try:
+        return str(Path(fspath(base)).absolute())
+    except TypeError as error:
+        text = f"a base is a {type(base).__name__}"
+        raise RequestError(text, next_step='Give "default", a folder, a GGUF file or a hub id') from error
 
 
 def _opened(

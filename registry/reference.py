@@ -72,7 +72,11 @@ class Reference:
         """
         if isinstance(value, Reference):
             return value
-        text = value if isinstance(value, str) else os.fspath(value)
+        try:
+            text = value if isinstance(value, str) else os.fsdecode(value)
+        except TypeError as error:
+            text = f"{value!r:.120} is not a reference: it is a {type(value).__name__}"
+            raise InvalidReferenceError(text, next_step=_FORMS) from error
         return cls.parse(text if isinstance(value, str) or is_path(text) else f"./{text}")
 
 
@@ -99,9 +103,9 @@ def is_name(text: str) -> bool:
 
 def name_problem(name: str, thing: str = "an adapter") -> list[str]:
     """A line where nothing of ours may be called this, none where it may."""
-    if is_name(name):
+    if isinstance(name, str) and is_name(name):
         return []
-    return [f"{shown(name)} is not a name that {thing} can have: letters, digits, '.', '_' and '-', at most 96"]
+    return [f"{shown(str(name))} is not a name that {thing} can have: letters, digits, '.', '_' and '-', at most 96"]
 
 
 def check_name(name: str, thing: str = "an adapter") -> None:

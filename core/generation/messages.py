@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_rt.core.generation.template import MESSAGE_FORM, PromptError
@@ -12,6 +12,18 @@ Prompt = str | Sequence[Mapping[str, Any]]
 """A user message, or a list of chat messages {"role", "content"}, where content is a text or a list of text parts."""
 
 _ROLE = re.compile(r"\w[\w.-]*")
+
+
+def one_per_row(value: Any, what: str) -> list[Any]:
+    """Prompts or answers of several rows.
+
+    Raises:
+        PromptError: it is a single one, whose letters are no rows, or nothing of the kind.
+    """
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        kind = "one text" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise PromptError(f"{what} is {kind}", next_step="Give a list with one for each row")
+    return list(value)
 
 
 def checked_messages(prompt: Prompt) -> list[dict[str, Any]]:
@@ -63,8 +75,10 @@ def check_text(text: str, what: str) -> None:
     """Tokenizers fail on half of a surrogate pair: bytes of a command line that are not UTF-8, or a cut emoji.
 
     Raises:
-        PromptError: there is one.
+        PromptError: there is one, or it is no text at all.
     """
+    if not isinstance(text, str):
+        raise PromptError(f"{what} is a {type(text).__name__}", next_step="Give a text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -5,7 +5,7 @@ Imports no torch: a command checks them before it loads anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -46,7 +46,8 @@ class Sampling:
         Raises:
             SamplingError: as `check`.
         """
-        chosen = cls(stop=(stop,) if isinstance(stop, str) else tuple(stop), **settings)
+        texts: Any = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, (str, bytes)) else (stop,)
+        chosen = cls(stop=texts, **settings)
         chosen.check()
         return chosen
 

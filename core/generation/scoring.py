@@ -144,7 +144,7 @@ def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: to
     try:
         ids = torch.as_tensor(input_ids, device=device)
         mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=device)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise BatchError(
             f"input_ids or attention_mask is not a tensor: {error}", next_step="Give (batch, tokens)"
         ) from error

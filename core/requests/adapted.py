@@ -21,12 +21,11 @@ from lora_rt.core.generation.stopping import SpokenText
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.planner import RowPlanner
 from lora_rt.core.requests.residents import Residents
-from lora_rt.core.requests.rows import Compositions, Row, Turns, per_row, scenes_per_row
+from lora_rt.core.requests.rows import Compositions, Row, Scenes, Turns, per_row, scenes_per_row
 from lora_rt.core.requests.running import RequestRow, Weigh
 from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.core.requests.timeline import Timeline
 from lora_rt.core.requests.weigher import Weigher
-from lora_rt.plugins.contract import SceneType
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.registry import Registry
 
@@ -65,7 +64,7 @@ class AdaptedBase:
         self,
         ids: Sequence[Sequence[int]],
         compositions: Compositions = None,
-        scenes: Sequence[SceneType] | str | None = None,
+        scenes: Scenes = None,
         *,
         prompts: Sequence[Any] | None = None,
         lengths: Sequence[int] | None = None,

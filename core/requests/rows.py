@@ -15,6 +15,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import SceneType
 
 Compositions = CompositionLike | None | Sequence[CompositionLike | None]
+Scenes = SceneType | Sequence[SceneType]
 """One composition for all rows of a request, or a list of one per row."""
 Waking = str | tuple[int, ...]
 """What changes what a row is under: a text that the user wrote, or the tokens of an aLoRA."""
@@ -84,13 +85,14 @@ def per_row(value: Compositions, rows: int) -> list[Composition | None]:
     return [Composition.of(item) for item in given]
 
 
-def scenes_per_row(scenes: Sequence[SceneType] | str | None, rows: int) -> list[Turns]:
+def scenes_per_row(scenes: Scenes, rows: int) -> list[Turns]:
     """The scene types of every row: one that holds throughout, or several as `logic body[So:]` says.
 
     Raises:
         RequestError: a list of another length, or a text that is not a scene.
     """
-    given = [scenes] * rows if scenes is None or isinstance(scenes, str) else list(scenes)
+    single = scenes is None or isinstance(scenes, (str, Mapping)) or not isinstance(scenes, Iterable)
+    given: list[Any] = [scenes] * rows if single else list(scenes)  # type: ignore[arg-type]
     if len(given) != rows:
         text = f"{len(given)} scene types for {rows} rows"
         raise RequestError(text, next_step="Give one per row, None where it is not known")
