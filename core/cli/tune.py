@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lora_rt.core.base.precision import check_device, check_precision
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import look_up
+from lora_rt.core.cli.compose.request import caution, look_up
 from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.requests.named import named_composition
@@ -98,6 +98,7 @@ def tune(
     else:
         check_composition_place(name, registry)
     look_up(composition, base)
+    caution(composition, base)  # what is learned starts there
     check_output()
     fields = ("scene", "text", "scene_type") if per == "scene" else ("scene", "text")
     read_pairs(data, fields, chats=True)
