@@ -144,7 +144,7 @@ def test_eval_normalizes_every_composition_but_those_within_the_sum(
     assert json.loads(done.out)["nll"] == json.loads(plain.out)["nll"]
 
 
-@pytest.mark.parametrize("given", [["--sweep", "emotion"], ["--sweep", "a:a"], ["--sweep", "a:b:c"], []])
+@pytest.mark.parametrize("given", [["--sweep", "emotion"], ["--sweep", "a:a"], ["--sweep", "a:b:c"], [], ["--sweep", "a:b", "--normalize", "0.5"]])
 def test_what_is_no_knob_is_a_usage_error(cli: Cli, data: Path, given: list[str]) -> None:
     done = cli("eval", *given, "--data", f"mine={data}")
     assert done.code == 2
