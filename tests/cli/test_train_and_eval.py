@@ -144,11 +144,17 @@ def test_eval_normalizes_every_composition_but_those_within_the_sum(
     assert json.loads(done.out)["nll"] == json.loads(plain.out)["nll"]
 
 
-@pytest.mark.parametrize("given", [["--sweep", "emotion"], ["--sweep", "a:a"], ["--sweep", "a:b:c"], [], ["--sweep", "a:b", "--normalize", "0.5"]])
+@pytest.mark.parametrize("given", [["--sweep", "emotion"], ["--sweep", "a:a"], ["--sweep", "a:b:c"], []])
 def test_what_is_no_knob_is_a_usage_error(cli: Cli, data: Path, given: list[str]) -> None:
     done = cli("eval", *given, "--data", f"mine={data}")
     assert done.code == 2
     assert "--sweep emotion:logic" in done.err
+
+
+def test_a_knob_whose_weights_would_be_changed_is_a_usage_error(cli: Cli, data: Path) -> None:
+    done = cli("eval", "--sweep", "a:b", "--normalize", "0.5", "--data", f"mine={data}")
+    assert done.code == 2
+    assert "--normalize 0.5 would change them" in done.err
 
 
 @pytest.mark.parametrize("command", [["train", "letters"], ["eval", "ADAPTER"], ["tune", "ADAPTER"]])
