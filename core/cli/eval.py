@@ -66,8 +66,8 @@ def evaluate(
     knob = Knob.parse(sweep) if sweep else None
     if knob is not None:
         if normalize is not None and normalize < 1:
-            text = f"--sweep draws weights that add up to 1, and --normalize {normalize:g} would change them"
-            raise UsageError(text, next_step="Give one of the two, or --normalize 1")
+            message = f"--sweep draws weights that add up to 1, and --normalize {normalize:g} would change them"
+            raise UsageError(message, next_step="Give one of the two, or --normalize 1")
         specs = [*specs, *knob.specs]
     if not specs:
         raise UsageError("there is no composition", next_step="Give one, or the curve of two: --sweep emotion:logic")

@@ -147,11 +147,14 @@ def _recognized(share: float, chance: float) -> str:
 
 
 def _show(tuned: NamedComposition, base: str) -> None:
-    table = Table("adapter", "weight", "lowest layer", "highest layer")
+    if tuned.mode:  # it has learned by what to decide; these are the weights that it moves
+        table = Table("adapter", "starts from")
+    else:
+        table = Table("adapter", "weight", "lowest layer", "highest layer")
     for term in tuned.terms:
         mean = sum(term.layers) / len(term.layers) if term.layers else term.weight
         low, high = (f"{min(term.layers):.3f}", f"{max(term.layers):.3f}") if term.layers else ("", "")
-        table.add_row(escape(term.reference), f"{mean:.3f}", low, high)
+        table.add_row(escape(term.reference), f"{mean:.3f}", *(() if tuned.mode else (low, high)))
     out.print(table)
     if "registered" in tuned.metrics:
         out.print(_recognized(tuned.metrics["registered"], tuned.metrics["registered_by_chance"]))
