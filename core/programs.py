@@ -6,13 +6,16 @@ Every result has a `document()`: what the command prints with `--json`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from lora_rt.core.base.precision import check_precision
-from lora_rt.core.base.source import parse_base
-from lora_rt.core.requests.composition import Composition
-from lora_rt.core.training.data import read_pairs
+from lora_rt.core.base.source import parse_base, text_of
+from lora_rt.core.generation.messages import one_per_row
+from lora_rt.core.requests.composition import Composition, CompositionLike
+from lora_rt.core.training.data import check_examples, read_pairs
+from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
@@ -32,7 +35,7 @@ class TrainOptions(TypedDict, total=False):
     `target_modules`, `scene_types` and `log_to` may be one text, separated by commas, as on the command line.
     """
 
-    base: str
+    base: str | PathLike[str]
     precision: str
     device: str
     r: int
@@ -84,27 +87,27 @@ def train(
 
     given: dict[str, Any] = dict(settings)
     if (held_out := given.get("held_out")) is not None:
-        given["held_out"] = Path(held_out)
+        given["held_out"] = _path(held_out, "held_out")
     for key in ("target_modules", "scene_types", "log_to"):  # a text, as on the command line, or several
         if key in given:
             given[key] = tuple(given[key].replace(",", " ").split() if isinstance(given[key], str) else given[key])
-    chosen = TrainSettings(register=register, mode=mode, data=Path(data), **given)
-    return run(chosen, out=None if out is None else Path(out), resume=resume)
+    chosen = TrainSettings(register=register, mode=mode, data=_path(data, "data"), **given)
+    return run(chosen, out=None if out is None else _path(out, "out"), resume=resume)
 
 
 def evaluate(
-    compositions: Sequence[str],
+    compositions: Sequence[CompositionLike],
     data: Mapping[str, Examples],
     *,
     runtime: Runtime | None = None,
-    base: str = "default",
+    base: str | PathLike[str] = "default",
     precision: str = "int4",
     device: str = "auto",
 ) -> Matrix:
     """The mean negative log-likelihood of every data set under the base and every composition, nats per token.
 
     Args:
-        compositions: texts as `lora-rt compose` takes them.
+        compositions: each in any of the forms that `Runtime.generate` takes.
         data: name -> JSONL file, or examples with "scene" and "text".
         runtime: a loaded one; otherwise `base`, `precision` and `device` say which is loaded.
         base: as in `Runtime.load`, like the two that follow.
@@ -114,18 +117,22 @@ def evaluate(
     Raises:
         LoraRtError: data, base or compositions can't be used.
     """
+    wanted = one_per_row(compositions, "compositions")
     sets = {
-        name: read_pairs(Path(given), ("scene", "text"), chats=True) if isinstance(given, str | Path) else given
+        name: read_pairs(Path(given), ("scene", "text"), chats=True)
+        if isinstance(given, str | PathLike)
+        else check_examples(given, f"the data {name!r}")
         for name, given in data.items()
     }
     from lora_rt.core.evaluation.matrix import evaluate as measure
     from lora_rt.core.runtime import Runtime
 
     loaded = runtime or Runtime.load(base, precision=precision, device=device)
-    return measure(loaded, sets, list(compositions))
+    columns = {one if isinstance(one, str) else str(Composition.of(one)): one for one in wanted}
+    return measure(loaded, sets, {name: Composition.of(one) for name, one in columns.items() if one is not None})
 
 
-def prepare(base: str = "default", *, precision: str = "bfloat16") -> Path:
+def prepare(base: str | PathLike[str] = "default", *, precision: str = "bfloat16") -> Path:
     """The folder of a base that transformers and others load, converted or quantized first where that is needed; once.
 
     Args:
@@ -141,7 +148,7 @@ def prepare(base: str = "default", *, precision: str = "bfloat16") -> Path:
 
 
 def tune(
-    composition: Composition | str,
+    composition: CompositionLike,
     data: str | Path,
     *,
     per: Per = "adapter",
@@ -150,7 +157,7 @@ def tune(
     mode_options: Mapping[str, str] | None = None,
     prompts: str | Path | None = None,
     out: str | Path | None = None,
-    base: str = "default",
+    base: str | PathLike[str] = "default",
     precision: str = "int4",
     device: str = "auto",
     epochs: float = 3,
@@ -194,10 +201,24 @@ def tune(
         prompts=prompts is not None,
         folder=out is not None,
     )
-    given = Composition.parse(composition) if isinstance(composition, str) else composition
+    given = Composition.of(composition)
+    if given is None:
+        raise UsageError("there is no composition", next_step="Give the adapters and the weights to start from")
     from lora_rt.core.tuning import session
 
-    more = None if prompts is None else Path(prompts)
-    job = session.Job(given, Path(data), base, precision, device, prompts=more)
+    more = None if prompts is None else _path(prompts, "prompts")
+    job = session.Job(given, _path(data, "data"), text_of(base), precision, device, prompts=more)
     name = "my-mix" if name is None else name
-    return session.run(job, name, None if out is None else Path(out), settings, lambda _what, _loss: None)
+    return session.run(job, name, None if out is None else _path(out, "out"), settings, lambda _what, _loss: None)
+
+
+def _path(value: Any, what: str) -> Path:
+    """
+    Raises:
+        UsageError: it is no path.
+    """
+    try:
+        return Path(value)
+    except TypeError as error:
+        text = f"{what} is a {type(value).__name__}"
+        raise UsageError(text, next_step="Give the path of a file or a folder") from error

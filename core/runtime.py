@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from types import TracebackType
 from typing import Any, overload
 
@@ -13,6 +12,7 @@ from torch import Tensor, ones_like, tensor
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.precision import check_wish
+from lora_rt.core.base.source import text_of
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.batch import Batch
@@ -61,7 +61,7 @@ class Runtime:
         *,
         precision: str = "int4",
         device: str = "auto",
-        project: Path | None = None,
+        project: str | PathLike[str] | None = None,
         template_variables: Mapping[str, Any] | None = None,
         special_tokens: bool = False,
         modes: ModeHost | None = None,
@@ -89,8 +89,7 @@ class Runtime:
         """
         check_wish(multiply)
         modes, registry = _opened(modes, registry, project, allow_base_mismatch)
-        text = base if isinstance(base, str) else _folder(base)
-        loaded = load_base(text, precision, str(device))
+        loaded = load_base(text_of(base), precision, str(device))
         return cls(
             loaded,
             modes,
@@ -107,7 +106,7 @@ class Runtime:
         tokenizer: Any,
         base_id: str | None = None,
         *,
-        project: Path | None = None,
+        project: str | PathLike[str] | None = None,
         template_variables: Mapping[str, Any] | None = None,
         special_tokens: bool = False,
         modes: ModeHost | None = None,
@@ -525,17 +524,8 @@ class Runtime:
                 yield [row.answer[-1] if id(row) in got else None for row in rows]
 
 
-def _folder(base: PathLike[str]) -> str:
-    """The base that a path means, which is never a hub id."""
-    try:
-        return str(Path(fspath(base)).absolute())
-    except TypeError as error:
-        text = f"a base is a {type(base).__name__}"
-        raise RequestError(text, next_step='Give "default", a folder, a GGUF file or a hub id') from error
-
-
 def _opened(
-    modes: ModeHost | None, registry: Registry | None, project: Path | None, allow_base_mismatch: bool
+    modes: ModeHost | None, registry: Registry | None, project: str | PathLike[str] | None, allow_base_mismatch: bool
 ) -> tuple[ModeHost, Registry]:
     """The caller's modes and registry, or new ones."""
     modes = modes or load_modes()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,16 @@ class NamedCompositions:
     def own_names(self) -> list[str]:
         """Those of the store."""
         return sorted(path.stem for path in self.folder.glob("*.json") if is_name(path.stem))
+
+    def with_adapter(self, name: str) -> list[str]:
+        """The store's compositions that an adapter's name is a term of; damaged ones are left out."""
+        found = []
+        for own in self.own_names():
+            with suppress(StoreError):
+                composition = self.own(own)
+                if composition is not None and any(t.reference.partition("@")[0] == name for t in composition.terms):
+                    found.append(own)
+        return found
 
     def save(self, composition: NamedComposition, state: bytes = b"") -> None:
         """Write a composition into the store, whole or not at all; one of the same name is replaced.

@@ -53,7 +53,7 @@ from lora_rt.registry.strict_json import shown
 T = TypeVar("T")
 VERSION = 1
 ADAPTERS, COMPOSITIONS = "adapter", "composition"
-_ANEW = "Make it anew: lora-rt lock"
+_ANEW = f"Delete {LOCK_FILE}, then run: lora-rt lock"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -145,7 +145,7 @@ def _entry(item: NamedComposition) -> dict[str, Any]:
 
 
 def _document(folder: Path) -> dict[str, object] | None:
-    document = read_toml(folder / LOCK_FILE)
+    document = read_toml(folder / LOCK_FILE, _ANEW)
     if document is not None and document.get("version") != VERSION:
         raise ProjectError(
             f"{LOCK_FILE} has version {shown(document.get('version'))}, this lora-rt reads {VERSION}", next_step=_ANEW

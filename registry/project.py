@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from lora_rt.registry.errors import ProjectError
 from lora_rt.registry.files import MEGABYTE, UnusableFileError, open_plain
@@ -24,6 +25,8 @@ from lora_rt.registry.reference import Reference
 
 PROJECT_FILE = "lora-rt.toml"
 LOCK_FILE = "lora-rt.lock"
+_ABOVE = 'write compositions = ["my-mix"] above [adapters]'
+_KEYS = ("adapters", "compositions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +52,43 @@ def _texts(value: Any) -> Any:
 
 def _names(value: Any) -> Any:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError('it is not a list of names; write compositions = ["my-mix"] above [adapters]')
+        raise ValueError(f"it is not a list of names; {_ABOVE}")
     return value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Document:
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     adapters: dict[Name, Annotated[list[SourceText], BeforeValidator(_texts), Field(min_length=1)]] = field(
         default_factory=dict
     )
     compositions: Annotated[list[Name], BeforeValidator(_names)] = field(default_factory=list)
 
 
-def read_toml(path: Path) -> dict[str, object] | None:
-    """A TOML document, or None where there is no file.
+def read_toml(path: Path, next_step: str = "") -> dict[str, object] | None:
+    """A TOML document, or None where there is no file; `next_step` is for one that nobody wrote by hand.
 
     Raises:
         ProjectError: the file is not plain, too large, or not TOML.
     """
     try:
         with open_plain(path, MEGABYTE) as (file, _):
-            return tomllib.loads(file.read(MEGABYTE + 1).decode("utf-8"))
+            return tomllib.loads(file.read(MEGABYTE + 1).decode("utf-8-sig"))  # Windows' editor puts a mark before it
     except FileNotFoundError:
         return None
     except (UnusableFileError, ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise ProjectError(f"{path.name} can not be read: {str(error)[:200]}", next_step=f"Correct {path}") from error
+        text = f"{path.name} can not be read: {str(error)[:200]}"
+        raise ProjectError(text, next_step=next_step or f"Correct {path}") from error
+
+
+def _told(problem: str) -> str:
+    """A finding in the terms of the file: an adapter by its name, and what a word that is none may mean."""
+    place = problem.partition(": ")[0]
+    if place.startswith("adapters.compositions"):
+        return f"compositions: {_ABOVE}"
+    near = get_close_matches(place, _KEYS, 1) if "." not in place and place not in _KEYS else []
+    return problem.removeprefix("adapters.") + (f"; the nearest is {near[0]!r}" if near else "")
 
 
 def read_project(folder: Path) -> Project | None:
@@ -88,7 +103,7 @@ def read_project(folder: Path) -> Project | None:
     try:
         found = validated(_Document, document)
     except ValidationError as error:
-        problems = [problem.removeprefix("adapters.") for problem in problems_of(error)]
+        problems = [_told(problem) for problem in problems_of(error)]
         text = f"{PROJECT_FILE} can't be used as it is"
         raise ProjectError(text, next_step=f"Correct {folder / PROJECT_FILE}", problems=problems) from error
     adapters = {name: tuple(map(Reference.parse, texts)) for name, texts in found.adapters.items()}

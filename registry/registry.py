@@ -7,6 +7,7 @@ sources that plugins add. A name may have one adapter per base: the base in use 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -43,7 +44,7 @@ class Registry:
     def __init__(
         self,
         home: Path | None = None,
-        project: Path | None = None,
+        project: str | os.PathLike[str] | None = None,
         sources: Sequence[Source] = (),
         *,
         allow_base_mismatch: bool = False,
@@ -57,7 +58,7 @@ class Registry:
         """
         self.allow_base_mismatch = allow_base_mismatch
         self.store = Store(home)
-        self.folder = (project or Path.cwd()).absolute()
+        self.folder = Path.cwd() if project is None else Path(project).absolute()
         self.pinned = PinnedNames(self.folder, self.store)
         self.compositions = NamedCompositions(
             self.store.root / "mixes", self.pinned.compositions, self._say_what_it_hides
@@ -95,8 +96,7 @@ class Registry:
         Raises:
             LoraRtError: unknown, for other bases only, or not reachable.
         """
-        if isinstance(reference, str):
-            reference = Reference.parse(reference)
+        reference = Reference.of(reference)
         if reference.kind == "path":
             return at_path(self.folder, reference, why="it is a path")
         if reference.kind == "hub":
@@ -117,6 +117,18 @@ class Registry:
     def clashing(self, name: str) -> list[str]:
         """Where adapters of a composition's name come from: in a composition they are hidden by it."""
         return [item.source for item in self.installed() if item.name == name]
+
+    def check_adapter_name(self, name: str) -> None:
+        """Before an adapter gets a name: that no composition has it, which would be used in its place.
+
+        Raises:
+            StoreError: one has.
+        """
+        if name in self.compositions.names():
+            source = self.compositions.source(name)
+            text = f"{name!r} is a composition ({source}), which would be used in place of an adapter of that name"
+            step = "Choose another name" + (f", or remove it: lora-rt rm {name}" if source == "tuned here" else "")
+            raise StoreError(text, next_step=step)
 
     def composition_problems(self, composition: NamedComposition) -> list[str]:
         """Every term that leads nowhere, or to other files than its weight was found for; no requests are made."""

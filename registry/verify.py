@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
 from lora_rt.registry.hub.limits import NEXT_STEP
 from lora_rt.registry.hub.remote import commit_of
 from lora_rt.registry.inspection import inspect_adapter
+from lora_rt.registry.lock import Locked, read_lock
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.reference import Reference, is_commit
 from lora_rt.registry.registry import Registry
@@ -54,12 +56,15 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
         near = dict.fromkeys(match for name in unknown for match in get_close_matches(name, known, 1))
         text += f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UnknownAdapterError(text, next_step="See: lora-rt list")
+    pins = {pin.name: pin for pin in read_lock(registry.folder) or [] if pin.reference.kind == "path"}
     verdicts: list[Verdict] = []
     for item in items:
         if not names or item.name in names:
             # A Hub that does not answer is asked once, not once for each adapter.
             unheard = any(note.endswith(UNREACHABLE) for verdict in verdicts for note in verdict.notes)
-            verdicts.append(_check(item, offline or unheard))
+            pin = pins.get(item.name)
+            there = None if pin is None else registry.folder / Path(pin.reference.target).expanduser()
+            verdicts.append(_check(item, offline or unheard, pin if there == item.folder else None))
     verdicts += [
         Verdict(item.name, "store", (item.message,), todo=item.todo)
         for item in damaged
@@ -86,9 +91,11 @@ def check_composition(registry: Registry, name: str) -> Verdict:
     return Verdict(name, f"{COMPOSITION} {composition}", tuple(problems), tuple(notes), todo)
 
 
-def _check(item: Resolved, offline: bool) -> Verdict:
+def _check(item: Resolved, offline: bool, pin: Locked | None = None) -> Verdict:
     problems = changes(item.folder, item.files)
     todo = _repair(item) if problems else ""
+    if not problems and pin is not None and (apart := changes(item.folder, pin.files)):
+        problems, todo = [f"not what {LOCK_FILE} says: {text}" for text in apart], "lora-rt lock, if that was meant"
     if not problems:
         try:
             inspect_adapter(item.folder, name=item.name)

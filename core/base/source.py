@@ -29,13 +29,29 @@ class BaseSource:
     revision: str | None = None
 
 
-def parse_base(text: str) -> BaseSource:
+def text_of(base: str | os.PathLike[str]) -> str:
+    """A base as text; a path is a folder or a file, never a hub id.
+
+    Raises:
+        UsageError: it is neither of the two.
+    """
+    if isinstance(base, str):
+        return base
+    try:
+        return os.path.abspath(os.fsdecode(base))
+    except TypeError as error:
+        text = f"a base is a {type(base).__name__}"
+        raise UsageError(text, next_step='Give "default", a folder, a .gguf file or a hub id') from error
+
+
+def parse_base(base: str | os.PathLike[str]) -> BaseSource:
     """Read "default" | directory | file.gguf | hub id[@revision].
 
     Raises:
         UsageError: it is none of these.
         BaseError: there is no such folder or file, or it holds no model.
     """
+    text = text_of(base)
     if text == DEFAULT:
         return BaseSource("default", text)
     if not text.strip():

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err, out, print_json, transfer
+from lora_rt.core.cli.session import session
 from lora_rt.registry.errors import InvalidReferenceError
 from lora_rt.registry.hub.pull import pull as run
 from lora_rt.registry.reference import Reference
@@ -37,6 +38,9 @@ def pull(
         if item.name == found.name:
             text = f"{found.name!r} means this one now; the one shipped with {item.package} is hidden by it"
             err.print(f"[yellow]note:[/] {escape(text)} (--as gives another name)", soft_wrap=True)
+    if source := session().registry.compositions.source(found.name):
+        text = f"{found.name!r} is a composition ({source}), too, which is used in place of this one"
+        err.print(f"[yellow]note:[/] {escape(text)} (--as gives another name)", soft_wrap=True)
     if as_json:
         print_json(found.document())
         return

@@ -34,6 +34,10 @@ def rm(
         f"{record.source} for {record.base or 'any base'}" if isinstance(record, Record) else "a damaged record"
         for record in records
     ]
+    users = [other for other in registry.compositions.with_adapter(name) if other != name] if records else []
+    if users:
+        are = "is a composition" if len(users) == 1 else "are compositions"
+        err.print(f"{escape(', '.join(users))} {are} of {escape(name)}, and can't be used without it", soft_wrap=True)
     if not yes and not _agreed(name, ", ".join(["a composition"] * is_composition + sources)):
         err.print("nothing was removed")
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from lora_rt.core.base.identity import identify_base
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli import options
@@ -24,6 +25,7 @@ from lora_rt.core.training.processes import speaking_once
 from lora_rt.core.training.run import train as run
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager.finding import OURS
+from lora_rt.registry.records import Record, read
 from lora_rt.registry.store import Store
 
 if TYPE_CHECKING:
@@ -166,7 +168,20 @@ def _train(given: dict[str, Any], config: Path | None, context: typer.Context) -
     if dry_run:
         _report_rehearsal(rehearse(settings, session().modes, show))
     else:
+        if out is None:
+            _say_what_goes(settings.register, settings.base)
         _report(run(settings, out=out, resume=resume, ready=show), settings, out)
+
+
+def _say_what_goes(name: str, base: str) -> None:
+    """An adapter of that name and base is replaced at the end of a run, which whoever reads this may still stop."""
+    registry, own = session().registry, identify_base(base).id
+    records = [read(path) for path in registry.store.records.paths_of(name)]
+    if not any(isinstance(record, Record) and record.base in (None, "", own) for record in records):
+        return
+    users = registry.compositions.with_adapter(name)
+    broken = f"; compositions that were tuned with it have to be tuned anew: {', '.join(users)}" if users else ""
+    err.print(f"{escape(name)} is in the store already, and will be replaced{escape(broken)}", soft_wrap=True)
 
 
 Attempt = Callable[[Callable[[], object]], None]

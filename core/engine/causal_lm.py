@@ -27,6 +27,7 @@ from lora_rt.core.engine.growing_cache import GrowingLayer, GrowingWindow, let_g
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
 from lora_rt.core.engine.steps import Steps, on_cuda
+from lora_rt.errors import LoraRtError
 
 Keeping = Literal["shared", "apart", "none"]
 """Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
@@ -53,6 +54,16 @@ class CausalLM:
         self._cache_name = next((name for name in CACHES if name in self._takes), None)
         self._one_at_a_time: AbstractContextManager[Any] = threading.RLock() if self.rope.varies else nullcontext()
         self._probing = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """End: a pass that begins from now on, or has not ended yet, is refused. Adapters may leave the model then."""
+        self._closed = True
+
+    def check_open(self) -> None:
+        """Raises LoraRtError once this was closed: what would come is the base's, whatever was asked for."""
+        if self._closed:
+            raise LoraRtError("this runtime was closed", next_step="Load a new one with lora_rt.Runtime.load()")
 
     def forward(
         self,
@@ -74,7 +85,11 @@ class CausalLM:
             cache: of the tokens before, which the pass extends.
             keep: the last n tokens, or their indices in this pass, where not the logits of all are wanted.
             padded: whether the mask hides anything; looked up where it is not said, for which a GPU is waited for.
+
+        Raises:
+            LoraRtError: it was closed.
         """
+        self.check_open()
         given = self._pass.arguments(ids, self._mask_of(ids, mask, padded, cache), keep) | self._cached(cache)
         if self._pass.takes_positions:
             given["position_ids"] = positions + self._pass.first_position
@@ -84,6 +99,7 @@ class CausalLM:
             if self.rope.varies:
                 forget_growth(self.model)
             logits: Tensor = self.model(**given).logits
+        self.check_open()  # adapters may have left in the middle
         return self._pass.kept(logits, keep).to(self.device)
 
     def _mask_of(self, ids: Tensor, mask: Tensor, padded: bool | None, cache: Any) -> Tensor | None:

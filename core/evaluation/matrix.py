@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.composition import Composition, CompositionLike
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.training.data import check_fit
+from lora_rt.core.training.sources import DataError
 from lora_rt.errors import LoraRtError
 
 BASE = "base"
@@ -70,12 +71,17 @@ class Matrix:
 
 
 def text_losses(
-    runtime: Runtime, examples: Sequence[Mapping[str, Any]], composition: Composition | str | None
+    runtime: Runtime, examples: Sequence[Mapping[str, Any]], composition: CompositionLike | None
 ) -> TextLosses:
     """The loss of every example's "text" after its "scene" as the prompt.
 
     Rows of like length share a batch, so that little is spent on padding.
+
+    Raises:
+        DataError: there are no examples.
     """
+    if not examples:
+        raise DataError("there are no examples", next_step="Give at least one")
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["text"]))
     sums, tokens = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
     for start in range(0, len(order), _BATCH):
@@ -91,7 +97,7 @@ def text_losses(
 def evaluate(
     runtime: Runtime,
     data: Mapping[str, Sequence[Mapping[str, Any]]],
-    specs: Sequence[str] | Mapping[str, Composition],
+    specs: Sequence[str] | Mapping[str, Composition | None],
     advance: Callable[[str], None] = lambda _what: None,
 ) -> Matrix:
     """Every data set under the base and under every composition; `advance` hears of each finished cell.

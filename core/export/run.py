@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from lora_rt.core.base.source import text_of
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export import about
 from lora_rt.core.export.architectures import architecture_of
@@ -19,8 +21,8 @@ from lora_rt.core.export.outline import Outline, outline
 from lora_rt.core.export.peft import write_peft_adapter
 from lora_rt.core.export.static import check_static
 from lora_rt.core.export.terms import ExportTerm, find_terms, key_of, raise_all, read_terms
-from lora_rt.core.requests.composition import Composition
-from lora_rt.errors import LoraRtError
+from lora_rt.core.requests.composition import Composition, CompositionLike
+from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import durable, files
 from lora_rt.registry.card import write_card
@@ -69,7 +71,7 @@ class Exporter:
 
     def __init__(
         self,
-        base: str = "default",
+        base: str | PathLike[str] = "default",
         *,
         registry: Registry | None = None,
         modes: ModeHost | None = None,
@@ -88,23 +90,22 @@ class Exporter:
         """
         self.modes = modes or load_modes()
         self.registry = registry or Registry(sources=self.modes.sources())
-        self.base = outline(base, quick=quick)
+        self.base = outline(text_of(base), quick=quick)
 
-    def gather(self, composition: Composition | str) -> Gathered:
+    def gather(self, composition: CompositionLike) -> Gathered:
         """Read every adapter of a composition, and find out what of it can't be written down as weights."""
-        given = Composition.parse(composition) if isinstance(composition, str) else composition
+        given = _composition(composition)
         terms, failures = read_terms(given, self.registry, self.base)
         notes, dynamic = check_static(terms, self.modes, self.base)
         return Gathered(self.base, str(given), terms, failures, dynamic, notes)
 
-    def key(self, composition: Composition | str) -> str:
+    def key(self, composition: CompositionLike) -> str:
         """What `Gathered.key` will be, told without a look at the weights.
 
         Raises:
             LoraRtError: a term can't be found.
         """
-        given = Composition.parse(composition) if isinstance(composition, str) else composition
-        return key_of(self.base, find_terms(given, self.registry, self.base))
+        return key_of(self.base, find_terms(_composition(composition), self.registry, self.base))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ class Gathered:
         Raises:
             LoraRtError: a term can't be used or has no static equivalent, or the format can't hold the composition.
         """
+        _check_format(to, dtype)
         wrong = [*self.failures, *(() if static else self.dynamic)]
         raise_all(wrong, f"{len(wrong)} terms of {self.text} can't be exported")
         out, left_out = Path(out), static and bool(self.dynamic)
@@ -169,11 +171,11 @@ class Gathered:
 
 
 def export(
-    composition: Composition | str,
+    composition: CompositionLike,
     to: Format,
     out: str | Path,
     *,
-    base: str = "default",
+    base: str | PathLike[str] = "default",
     dtype: torch.dtype | None = None,
     static: bool = False,
     registry: Registry | None = None,
@@ -194,12 +196,31 @@ def export(
     Raises:
         LoraRtError: a term can't be used or has no static equivalent, or the format can't hold the composition.
     """
-    given = Composition.parse(composition) if isinstance(composition, str) else composition
+    given = _composition(composition)
+    _check_format(to, dtype)
     durable.check_new_folder(Path(out))
     exporter = Exporter(base, registry=registry, modes=modes)
     if to == "gguf":
         architecture_of(exporter.base.config)
     return exporter.gather(given).write(to, out, dtype=dtype, static=static)
+
+
+def _composition(given: CompositionLike) -> Composition:
+    found = Composition.of(given)
+    if found is None:
+        raise UsageError("there is no composition", next_step="Give one, for instance: emotion:0.7 logic:0.3")
+    return found
+
+
+def _check_format(to: str, dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        UsageError: there is no such format, or the dtype is none.
+    """
+    if to not in get_args(Format):
+        raise UsageError(f"there is no format {to!r}", next_step=f"Use one of: {', '.join(get_args(Format))}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UsageError(f"{dtype!r} is no dtype", next_step="Give one of torch, for instance torch.float16")
 
 
 def usage(to: Format, where: str, gguf: str = "BASE.gguf") -> str:

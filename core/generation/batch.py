@@ -95,11 +95,15 @@ class Batch(Generic[R]):
         Returns:
             The rows that have got a token, in the order in which they joined. A row that has ended (see `ended`) has
             left the batch; one that has ended with the end of the turn, or without a number, has got no token.
+
+        Raises:
+            LoraRtError: the runtime was closed.
         """
         with torch.inference_mode():
             self._regroup()  # 1) who shares a pass
             # 2) one pass per group; (rows, vocab) of those that have been read to their last column
             ready = [(group, logits) for group in self._groups if (logits := self._pass(group)) is not None]
+            self._lm.check_open()
             tokens = self._choose(ready)  # 3) all rows' tokens at once, each by its own settings and seed
             for group, _ in ready:
                 group.append([tokens[id(row)] for row in group.rows])

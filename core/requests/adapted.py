@@ -58,6 +58,7 @@ class AdaptedBase:
             self.residents = Residents(base, self.bank, modes, registry, text)
             self.classifier = SceneClassifier(self.lm, modes, base.facts, self.early)
             self.weigher = Weigher(self.residents, modes, base.facts, self.classifier)
+            undo.callback(self.lm.close)  # before the adapters leave
             self._undo = undo.pop_all()
 
     def rows(

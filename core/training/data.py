@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,30 @@ def read_pairs(path: Path, fields: Sequence[str], check: Check | None = None, *,
     return Pairs(path, read_lines(path, fields, check, chats=chats))
 
 
+def check_examples(examples: Any, name: str) -> list[Mapping[str, Any]]:
+    """A program's own examples: at least one, each with "scene" and "text".
+
+    Raises:
+        DataError: naming every one that is not so.
+    """
+    if isinstance(examples, (bytes, Mapping)) or not isinstance(examples, Iterable):
+        text = f"{name} is a {type(examples).__name__}"
+        raise DataError(text, next_step='Give a file, or a list of examples {"scene": ..., "text": ...}')
+    given = list(examples)
+    found = [_read_record(one, FIELDS, None, chats=True) for one in given]
+    problems = [
+        f"example {number}: {problem}"
+        for number, wrong in enumerate(found, 1)
+        if isinstance(wrong, list)
+        for problem in wrong
+    ]
+    if problems:
+        raise bad_lines(name, problems, _next_step(FIELDS))
+    if not given:
+        raise DataError(f"{name} has no examples", next_step="Give at least one")
+    return [one for one in found if isinstance(one, dict)]
+
+
 def check_fit(
     examples: Sequence[Mapping[str, Any]], lengths: Sequence[int], limit: int, name: str = "the data"
 ) -> None:
@@ -120,7 +144,7 @@ def _read_record(record: Any, fields: Sequence[str], check: Check | None, *, cha
         except (ValueError, RecursionError) as error:
             return [f"not JSON: {error}"]
     if not isinstance(value, dict):
-        return [f"a JSON {type(value).__name__}, not an object"]
+        return [f"a {'JSON ' if isinstance(record, bytes) else ''}{type(value).__name__}, not an object"]
     if set(FIELDS) <= set(fields):
         read = in_our_form(value, chats=chats)
         if isinstance(read, list):

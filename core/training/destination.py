@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_rt.registry.durable import check_new_folder, new_folder
+from lora_rt.registry.registry import Registry
 from lora_rt.registry.store import Store
 
 
@@ -28,11 +29,13 @@ class Destination:
         """Raise what publishing would raise of the place.
 
         Raises:
-            StoreError: the name is none, differs only by case from another, or the store can't be written.
+            StoreError: the name is none, a composition's, differs only by case from another, or the store can't be
+                written.
             OccupiedFolderError: the folder is there and holds something, or can't be made.
         """
         if self.out is None:
             self.store.check_free(self.name, self.source)
+            Registry().check_adapter_name(self.name)
         else:
             check_new_folder(self.out)
 
