@@ -5,7 +5,7 @@ Every result has a `document()`: what the command prints with `--json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -89,8 +89,10 @@ def train(
     if (held_out := given.get("held_out")) is not None:
         given["held_out"] = _path(held_out, "held_out")
     for key in ("target_modules", "scene_types", "log_to"):  # a text, as on the command line, or several
-        if key in given:
-            given[key] = tuple(given[key].replace(",", " ").split() if isinstance(given[key], str) else given[key])
+        if isinstance(given.get(key), str):
+            given[key] = tuple(given[key].replace(",", " ").split())
+        elif isinstance(given.get(key), Iterable):
+            given[key] = tuple(given[key])
     chosen = TrainSettings(register=register, mode=mode, data=_path(data, "data"), **given)
     return run(chosen, out=None if out is None else _path(out, "out"), resume=resume)
 
@@ -118,6 +120,9 @@ def evaluate(
         LoraRtError: data, base or compositions can't be used.
     """
     wanted = one_per_row(compositions, "compositions")
+    if not isinstance(data, Mapping):
+        text = f"data is a {type(data).__name__}"
+        raise UsageError(text, next_step='Give names with their files or examples: {"test": "test.jsonl"}')
     sets = {
         name: read_pairs(Path(given), ("scene", "text"), chats=True)
         if isinstance(given, str | PathLike)

@@ -93,11 +93,14 @@ def check_new_folder(target: Path) -> None:
 
 def _refuse_occupied(target: Path) -> None:
     try:
+        if target.is_symlink() and not target.exists():
+            raise OccupiedFolderError(f"{target} is a link that leads nowhere", next_step="Give a new folder")
         occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     except OSError as error:
         raise StorageError(f"{target}: {error.strerror}", next_step="Give another folder") from error
     if occupied:
-        raise OccupiedFolderError(f"{target} is there and not empty", next_step="Give a new folder")
+        text = f"{target} is there and not empty" if target.is_dir() else f"{target} is there and is no folder"
+        raise OccupiedFolderError(text, next_step="Give a new folder")
 
 
 def check_writable(folder: Path) -> None:

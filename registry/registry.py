@@ -19,11 +19,13 @@ from lora_rt.registry.bases import ANYWAY, BaseIdentity, digests_apart, use_base
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
 from lora_rt.registry.errors import (
     ChangedAdapterError,
+    HubError,
     RejectedAdapterError,
     StoreError,
     UnknownAdapterError,
     WrongBaseError,
 )
+from lora_rt.registry.files import CONFIG
 from lora_rt.registry.hub.pull import obtain
 from lora_rt.registry.paths import at_path, read_path
 from lora_rt.registry.pinned import PinnedNames
@@ -99,9 +101,14 @@ class Registry:
         reference = Reference.of(reference)
         if reference.kind == "path":
             return at_path(self.folder, reference, why="it is a path")
-        if reference.kind == "hub":
-            return self._from_hub(reference, offline)
-        return self._named(reference, base, offline, allow_base_mismatch or self.allow_base_mismatch)
+        try:
+            if reference.kind == "hub":
+                return self._from_hub(reference, offline)
+            return self._named(reference, base, offline, allow_base_mismatch or self.allow_base_mismatch)
+        except (HubError, UnknownAdapterError) as error:
+            if (self.folder / reference.target / CONFIG).is_file():
+                error.next_step = f"There is an adapter in a folder of that name: write ./{reference.target}"
+            raise
 
     def installed(self) -> list[Resolved]:
         """Everything that can be resolved by name without the network, by name and base."""

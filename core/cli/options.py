@@ -53,6 +53,22 @@ __all__ = [
 ]
 
 
+def source_of(given: Sequence[str] | None, option: str) -> Path | None:
+    """The one source of data that an option names; of several the last would be taken, without a word.
+
+    Raises:
+        UsageError: there are several, or its name is empty.
+    """
+    if not given:
+        return None
+    if len(given) > 1:
+        text = f"{option} is given {len(given)} times, and one source is read"
+        raise UsageError(text, next_step="Put the files into a folder, and give that")
+    if not given[0].strip():
+        raise UsageError(f"{option} is empty", next_step="Give a file, a folder or a data set of the Hub")
+    return Path(given[0])
+
+
 def composition_of(specs: Sequence[str]) -> Composition:
     """The composition that the arguments spell.
 
@@ -150,7 +166,7 @@ Multiply = Annotated[
     ),
 ]
 Data = Annotated[
-    Path, typer.Option("--data", metavar="DATA", help="Scene and text, or messages, or instruction and output.")
+    list[str], typer.Option("--data", metavar="DATA", help="Scene and text, or messages, or instruction and output.")
 ]
 
 # How a prompt is put to the base.

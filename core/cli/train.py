@@ -41,7 +41,7 @@ def train(
         typer.Argument(metavar="REGISTER", help="The register that the adapter is to express; also its name."),
     ] = None,
     data: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option("--data", metavar="DATA", help="JSON lines, a list, Parquet, a folder of them, or a data set."),
     ] = None,
     config: Annotated[
@@ -50,7 +50,7 @@ def train(
     ] = None,
     mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")] = "output-only",
     held_out: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option("--held-out", metavar="DATA", help="Examples to measure on; a tenth of the data if left out."),
     ] = None,
     base: options.Base = "default",
@@ -120,8 +120,8 @@ def train(
     given: dict[str, Any] = {
         "register": register,
         "mode": mode,
-        "data": data,
-        "held_out": held_out,
+        "data": options.source_of(data, "--data"),
+        "held_out": options.source_of(held_out, "--held-out"),
         "base": base,
         "precision": precision,
         "device": device,
@@ -233,7 +233,13 @@ def _check(given: Mapping[str, Any], out: Path | None, attempt: Attempt) -> None
     for name, spelled in (("register", "REGISTER"), ("data", "--data")):
         if given[name] is None:
             attempt(lambda spelled=spelled: _missing(spelled))  # type: ignore[misc]
-    settings = TrainSettings(**{**given, "register": given["register"] or "x", "data": given["data"] or Path()})
+    settings = TrainSettings(
+        **{
+            **given,
+            "register": "x" if given["register"] is None else given["register"],
+            "data": given["data"] or Path(),
+        }
+    )
 
     def base() -> None:
         source = parse_base(settings.base)

@@ -75,6 +75,8 @@ def tune(
     as_json: options.Json = False,
 ) -> None:
     """Learn the weights of a composition from examples, with base and adapters frozen."""
+    source = options.source_of(data, "--data")
+    assert source is not None
     composition = options.composition_of(specs)
     check_precision(precision)
     check_device(device)
@@ -101,7 +103,7 @@ def tune(
     caution(composition, base)  # what is learned starts there
     check_output()
     fields = ("scene", "text", "scene_type") if per == "scene" else ("scene", "text")
-    read_pairs(data, fields, chats=True)
+    read_pairs(source, fields, chats=True)
     if prompts is not None:
         read_pairs(prompts, PROMPT_FIELDS, chats=True)
     text = options.text_format(template_var, special_tokens)
@@ -109,12 +111,12 @@ def tune(
         from lora_rt.core.tuning.session import Fitted, Job, run
 
     shared = {"allow_base_mismatch": allow_base_mismatch, "prompts": prompts, **text}
-    job = Job(composition, data, base, precision, device, **shared)
-    source = registry.compositions.source(name)
+    job = Job(composition, source, base, precision, device, **shared)
+    known = registry.compositions.source(name)
     if not isinstance(settings, SceneSettings) and name in registry.compositions.own_names():
         err.print(f"{escape(name)} is there already, and will be replaced", soft_wrap=True)
-    elif source.startswith("shipped"):
-        err.print(f"{escape(name)} will stand before the composition of that name that is {source}", soft_wrap=True)
+    elif known.startswith("shipped"):
+        err.print(f"{escape(name)} will stand before the composition of that name that is {known}", soft_wrap=True)
     for term in composition.terms:
         named = named_composition(term, registry.compositions)
         if named is not None and (named.mode or named.layered):

@@ -39,6 +39,9 @@ class TextFormat:
         Raises:
             PromptError: the template can't be used, or has no such variables.
         """
+        if not isinstance(variables, Mapping | None):
+            text = f"the template's variables are a {type(variables).__name__}"
+            raise PromptError(text, next_step='Give their names and values: {"enable_thinking": False}')
         self.tokenizer = tokenizer
         self.template = ChatTemplate.of(tokenizer, variables or {})
         self.variables = dict(variables or {})

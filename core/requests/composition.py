@@ -91,6 +91,9 @@ class Composition:
         Raises:
             InvalidCompositionError: listing every bad term; also where there is none.
         """
+        if not isinstance(text, str):
+            wrong = f"{text!r:.200} is not a composition: it is a {type(text).__name__}"
+            raise InvalidCompositionError(wrong, next_step="Write one, for instance: emotion:0.7 logic:0.3")
         terms: list[Term] = []
         problems: list[str] = []
         for piece in _pieces(text):
@@ -146,7 +149,7 @@ class Composition:
         Raises:
             InvalidCompositionError: the limit is not a finite number above 0, or the weights add up to none.
         """
-        if not 0 < limit < math.inf:
+        if not 0 < (real(limit) or 0.0) < math.inf:
             text = f"a composition can't be normalized to {limit!r}"
             raise InvalidCompositionError(text, next_step="Give a number above 0, for instance 1")
         whole = self.total if total is None else total

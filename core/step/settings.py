@@ -15,6 +15,7 @@ from lora_rt.core.base.identity import known_linears
 from lora_rt.core.base.precision import check_device, check_precision
 from lora_rt.core.base.roles import TargetError, resolved
 from lora_rt.core.base.source import BaseSource, parse_base
+from lora_rt.core.generation.numbers import real, whole
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import parse_card
 from lora_rt.registry.files import CARD
@@ -78,13 +79,14 @@ class TrainSettings:
             SettingsError: with everything that is out of range, or that no adapter can be published with.
             LoraRtError: there is no such precision, device or base.
         """
-        problems = []
+        if problems := self._of_other_kinds():
+            raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
         if not is_name(self.register):
             problems.append(f"{self.register[:80]!r} is not a name that an adapter can have; use letters and digits")
         if not 1 <= self.r <= 4096:
             problems.append(f"r is {self.r}; it must be from 1 to 4096")
         if not 0 < self.alpha < 1e6:
-            problems.append(f"alpha is {self.alpha}; it must be above 0")
+            problems.append(f"alpha is {self.alpha}; it must be above 0 and below a million")
         if not self.target_modules:
             problems.append("there are no target modules; name some, or all-linear")
         if not 0 <= self.dropout < 1:
@@ -92,9 +94,9 @@ class TrainSettings:
         if not 0 < self.learning_rate <= 1:
             problems.append(f"the learning rate is {self.learning_rate}; it must be above 0 and at most 1")
         if not 0 < self.epochs <= 10_000:
-            problems.append(f"epochs is {self.epochs}; it must be above 0")
+            problems.append(f"epochs is {self.epochs}; it must be above 0 and at most 10,000")
         if not 1 <= self.batch_size <= 4096:
-            problems.append(f"the batch size is {self.batch_size}; it must be at least 1")
+            problems.append(f"the batch size is {self.batch_size}; it must be from 1 to 4096")
         if self.optimizer not in (None, *OPTIMIZERS):
             problems.append(f"there is no optimizer {self.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
         if self.accumulation is not None and (self.accumulation < 1 or self.batch_size % self.accumulation):
@@ -113,6 +115,32 @@ class TrainSettings:
         check_precision(self.precision)
         check_device(self.device)
         parse_base(self.base)
+
+    def _of_other_kinds(self) -> list[str]:
+        """What a program gave that is no number, text or list of the kind that is wanted."""
+        problems = []
+        for name in ("r", "batch_size", "seed", "accumulation", "early_stop"):
+            value = getattr(self, name)
+            if whole(value) is None and not (value is None and name in ("accumulation", "early_stop")):
+                problems.append(f"{name} is {value!r:.80}; it must be a whole number")
+        for name in ("alpha", "dropout", "learning_rate", "epochs"):
+            if real(getattr(self, name)) is None:
+                problems.append(f"{name} is {getattr(self, name)!r:.80}; it must be a number")
+        for name in ("special_tokens", "gradient_checkpointing"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "gradient_checkpointing"):
+                problems.append(f"{name} is {value!r:.80}; it must be true or false")
+        for name in ("register", "mode"):
+            if not isinstance(getattr(self, name), str):
+                problems.append(f"{name} is {getattr(self, name)!r:.80}; it must be a text")
+        for name in ("target_modules", "scene_types", "log_to"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+                problems.append(f"{name} is {value!r:.80}; it must be a list of texts")
+        for name in ("options", "template_variables"):
+            if not isinstance(getattr(self, name), Mapping):
+                problems.append(f"{name} is {getattr(self, name)!r:.80}; it must be a mapping")
+        return problems
 
     def _unpublishable(self) -> list[str]:
         """What card and configuration of the adapter would be refused for, by the checks that refuse them."""

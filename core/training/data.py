@@ -138,9 +138,11 @@ def _read_record(record: Any, fields: Sequence[str], check: Check | None, *, cha
     value = record
     if isinstance(record, bytes):
         try:
-            value = json.loads(record.decode("utf-8"))
+            value = json.loads(record.decode("utf-8"), object_pairs_hook=_once_each)
         except UnicodeDecodeError:
             return ["not UTF-8"]
+        except DataError as error:
+            return [error.message]
         except (ValueError, RecursionError) as error:
             return [f"not JSON: {error}"]
     if not isinstance(value, dict):
@@ -154,6 +156,15 @@ def _read_record(record: Any, fields: Sequence[str], check: Check | None, *, cha
     if not problems and check is not None:
         problems = check(value)
     return problems or value
+
+
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would take the last of two values without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DataError(f'"{next(name for name in names if names.count(name) > 1)[:60]}" stands there twice')
+    return found
 
 
 def _field_problems(value: dict[str, Any], name: str, *, chats: bool) -> list[str]:

@@ -28,7 +28,7 @@ def in_our_form(line: dict[str, Any], *, chats: bool) -> dict[str, Any] | list[s
         line: one JSON object. Its other keys are kept.
         chats: whether "scene" may be a list of messages, for chats of more than one question; else that is wrong.
     """
-    if any(name in line for name in FIELDS):
+    if "scene" in line or ("text" in line and not _in_another_form(line)):
         return line
     for key, names in _CHATS.items():
         if key in line:
@@ -38,6 +38,12 @@ def in_our_form(line: dict[str, Any], *, chats: bool) -> dict[str, Any] | list[s
     if asked is None or answered is None:
         return line
     return _from_pair(line, asked, answered, chats=chats)
+
+
+def _in_another_form(line: Mapping[str, Any]) -> bool:
+    """Whether a line has one without its "text", which many data sets have beside it: the whole as one text."""
+    pair = any(key in line for key in _ASKED) and any(key in line for key in _ANSWERED)
+    return pair or any(key in line for key in _CHATS)
 
 
 def _from_pair(line: dict[str, Any], asked: str, answered: str, *, chats: bool) -> dict[str, Any] | list[str]:

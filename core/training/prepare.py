@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,6 +35,9 @@ T = TypeVar("T")
 
 Example = tuple[Line, list[Encoded]]
 """A line of the data and its sequences."""
+
+
+_LOGGER = logging.getLogger("lora_rt.training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     text = TextFormat.of_base(base, settings.template_variables, special_tokens=settings.special_tokens)
     objective = objective_of(settings, modes, base, text)
     training, held_out = examples_of(settings, objective, base)
+    _warn_of_known(training, held_out)
     encoded = [[item for _, sequences in part for item in sequences] for part in (training, held_out)]
     processes.wait()  # all bases are in memory
     portions = pick_portions(settings, base, objective, [*encoded[0], *encoded[1]], processes.count)
@@ -183,6 +188,15 @@ def examples_of(settings: TrainSettings, objective: Objective, base: LoadedBase)
     for part in (training, held_out):
         _refuse_nothing(settings, settings.data, part)
     return training, held_out
+
+
+def _warn_of_known(training: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """A loss of examples that are trained on as well falls whatever is learned."""
+    known = {digest_of([line.example]) for line, _ in training}
+    count = sum(digest_of([line.example]) in known for line, _ in held_out)
+    if count:
+        share = f"{count} of the {len(held_out)} held-out examples"
+        _LOGGER.warning("%s are trained on as well: their loss says little of others", share)
 
 
 def draw_held_out(examples: Sequence[T], seed: int, share: float = 0.1) -> tuple[list[T], list[T]]:

@@ -33,7 +33,7 @@ def check_publication(prepared: Prepared, destination: Destination, run: Path) -
     for place in (run, destination.place):
         free = shutil.disk_usage(nearest_folder(place)).free
         if needed > free:
-            text = f"this run writes up to {needed / 1e6:,.0f} MB, and {place} has {free / 1e6:,.0f} MB left"
+            text = f"this run writes up to {needed / 1e6:,.1f} MB, and {place} has {free / 1e6:,.1f} MB left"
             raise SettingsError(text, next_step="Free some space, or use a smaller --r")
     with storage_errors("the adapter"), tempfile.TemporaryDirectory(prefix=".fresh-", dir=run.parent) as folder:
         write_finished(prepared, Fitted(0.0, 0.0, 0, 0.0), Path(folder))

@@ -27,6 +27,7 @@ _HUB = re.compile(
 )
 _INSTALL = "Install it with: pip install 'lora-rt[data]'"
 FORMS = "Give a .jsonl, .json or .parquet file, a folder of them, or a data set of the Hub as org/name"
+_READ = (".jsonl", ".json", ".parquet")
 _OTHERS = {
     **dict.fromkeys((".xls", ".xlsx", ".ods"), "a spreadsheet"),
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz"), "packed"),
@@ -52,7 +53,7 @@ def check_source(path: Path) -> None:
     elif path.exists():
         if kind := _OTHERS.get(path.suffix.lower()):
             raise DataError(f"{path} is {kind}, which is not read", next_step=f"Write it as JSON lines. {FORMS}")
-        if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
             raise DataError(f"{path}: reading Parquet needs pyarrow", next_step=_INSTALL)
     elif not _is_hub_name(path):
         raise DataError(f"{path} can't be read: there is no such file", next_step=FORMS)
@@ -74,7 +75,7 @@ def records(path: Path) -> Iterator[Record]:
                 yield from ((f"{file.name} {place}", value) for place, value in records(file))
         elif not path.exists():
             yield from _data_set(str(path))
-        elif path.suffix == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             yield from _parquet(path)
         elif (items := _json_list(path)) is not None:
             yield from ((f"item {number}", item) for number, item in enumerate(items, 1))
@@ -96,7 +97,7 @@ def _files(folder: Path) -> list[Path]:
         inside = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"{folder} can't be read: {error.strerror}", next_step=FORMS) from error
-    files = [f for f in inside if f.is_file() and f.suffix in (".jsonl", ".json", ".parquet") and f.name[0] != "."]
+    files = [f for f in inside if f.is_file() and f.suffix.lower() in _READ and f.name[0] != "."]
     if not files:
         folders = [f.name for f in inside if f.is_dir() and f.name[0] != "."]
         step = f"Give one of its folders: {', '.join(folders[:5])}" if folders else FORMS
@@ -121,13 +122,21 @@ def _content(path: Path) -> bytes:
 
 
 def _json_list(path: Path) -> list[Any] | None:
-    """The items of a file that is one JSON list, whatever it is called; None for anything else."""
+    """The items of a file that is one JSON list, whatever it is called; None for anything else.
+
+    Raises:
+        DataError: it is written as a list over several lines, and is none.
+    """
     content = _content(path)
     if not content[:100].lstrip().startswith(b"["):
         return None
     try:
         found = json.loads(content)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if content.lstrip().partition(b"\n")[0].strip() == b"[":
+            line = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            text = f"{path} is not a JSON list{line}: {getattr(error, 'msg', None) or error}"
+            raise DataError(text, next_step="Correct it, or write one object per line") from error
         return None
     return found if isinstance(found, list) else None
 
@@ -148,7 +157,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _is_hub_name(path: Path) -> bool:
-    return path.suffix not in (".jsonl", ".json", ".parquet") and _HUB.fullmatch(str(path)) is not None
+    return path.suffix.lower() not in _READ and _HUB.fullmatch(str(path)) is not None
 
 
 def _data_set(text: str) -> Iterator[Record]:

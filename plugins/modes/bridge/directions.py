@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lora_rt.plugins.contract import LoraRtError
+
 Direction = Literal["expand", "compress"]
 DIRECTIONS: tuple[Direction, Direction] = ("expand", "compress")
 
@@ -19,7 +21,13 @@ def prompt_for(direction: Direction, content: str) -> str:
     """The user message: `content` is a scene to expand, or a text to compress.
 
     Compressing the empty text asks for a scene without saying of what: the prior that the PMI score subtracts.
+
+    Raises:
+        LoraRtError: there is no such direction.
     """
+    if direction not in DIRECTIONS:
+        text = f"there is no direction {direction!r}"
+        raise LoraRtError(text, next_step=f"Use one of: {', '.join(DIRECTIONS)}")
     return content if direction == "expand" else _ASK + content
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from lora_rt import Composition, LoraRtError
@@ -211,6 +211,8 @@ def _likelihood(nll: Tensor) -> float:
 
 
 def _listed(items: str | Sequence[str], what: str) -> list[str]:
+    if not isinstance(items, Iterable):
+        raise BridgeError(f"a {what} is a {type(items).__name__}", next_step="Give a text, or a list of texts")
     given = [items] if isinstance(items, str) else list(items)
     problems = [
         f"{what} {n}: {item!r:.80}" for n, item in enumerate(given, 1) if not isinstance(item, str) or not item.strip()
