@@ -35,7 +35,7 @@ class Destination:
         """
         if self.out is None:
             self.store.check_free(self.name, self.source)
-            Registry().check_adapter_name(self.name)
+            Registry(self.store.root.parent).check_adapter_name(self.name)
         else:
             check_new_folder(self.out)
 

@@ -42,6 +42,40 @@ def test_what_is_trained_is_listed_composed_and_measured_under_its_name(cli: Cli
     assert document["examples"] == {"mine": 16}
 
 
+def test_what_goes_with_an_adapter_that_is_replaced_or_removed_is_said(cli: Cli, data: Path, tiny: list[str]) -> None:
+    once = ["--data", str(data), *RUN, *tiny]
+    assert "replaced" not in cli("train", "letters", *once).err
+    assert "letters is in the store already, and will be replaced\n" in cli("train", "letters", *once).err
+    tuned = cli(
+        "tune", "letters:0.2", "--data", str(data), "--name", "mixed", "--lr", "0.1", "--batch-size", "4", *tiny
+    )
+    assert tuned.code == 0, tuned.err
+    replaced = cli("train", "letters", *once, "--seed", "1").err
+    assert "replaced; compositions that were tuned with it have to be tuned anew: mixed" in replaced
+    refused = cli("train", "mixed", *once)
+    assert refused.code == 1
+    assert "'mixed' is a composition (tuned here), which would be used in place of an adapter" in refused.err
+    assert "lora-rt rm mixed" in refused.err
+    removed = cli("rm", "letters", "-y")
+    assert removed.code == 0
+    assert "mixed is a composition of letters, and can't be used without it" in removed.err
+
+
+@pytest.mark.parametrize("option", ["--data", "--held-out"])
+def test_one_source_is_read_and_a_second_is_not_dropped(cli: Cli, data: Path, option: str) -> None:
+    both = ["--data", str(data), option, str(data), option, str(data)]
+    done = cli("train", "letters", *both)
+    assert done.code == 2
+    assert f"{option} is given {both.count(option)} times" in done.err
+    done = (
+        cli("train", "letters", "--data", str(data), option, "")
+        if option != "--data"
+        else cli("train", "x", option, "")
+    )
+    assert done.code == 2
+    assert f"{option} is empty" in done.err
+
+
 def test_out_puts_the_adapter_into_a_folder_and_not_into_the_store(
     cli: Cli, data: Path, tiny: list[str], tmp_path: Path
 ) -> None:

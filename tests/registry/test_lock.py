@@ -11,13 +11,14 @@ import tomllib
 import pytest
 
 from lora_rt.registry.compositions import NamedComposition, NamedTerm
-from lora_rt.registry.errors import ChangedAdapterError, HubError, ProjectError
+from lora_rt.registry.errors import ChangedAdapterError, HubError, ProjectError, UnknownAdapterError
 from lora_rt.registry.files import combined
 from lora_rt.registry.hub.pull import pull
 from lora_rt.registry.lock import Locked, read_lock, render, write_lock
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.sync import check_lock, make_lock, sync
+from lora_rt.registry.verify import verify
 from support.adapters import adapter_files, write_adapter
 from support.cli import Cli
 from support.hub import LocalHub
@@ -229,3 +230,57 @@ def test_a_full_disk_keeps_the_old_lock_and_the_old_composition(
     assert [entry.name for entry in read_lock(registry.folder) or []] == ["a"]
     assert registry.compositions.get("blend") == old
     assert [path.name for path in registry.folder.iterdir()] == ["lora-rt.lock"]
+
+
+def test_verify_compares_what_lies_in_the_project_with_the_lock(project: Registry) -> None:
+    make_lock(project)
+    assert [item.problems for item in verify(project, ["mine"])] == [()]
+    write_adapter(project.folder / "mine", adapter_files(seed=3))
+    (found,) = verify(project, ["mine"])
+    assert found.problems == ("not what lora-rt.lock says: adapter_model.safetensors has other bytes",)
+    assert found.todo == "lora-rt lock, if that was meant"
+
+
+@pytest.mark.parametrize("content", ["", "version = 99", "[[["])
+def test_whoever_is_told_to_make_the_lock_anew_can(project: Registry, cli: Cli, content: str) -> None:
+    file = project.folder / "lora-rt.lock"
+    file.write_text(content)
+    with pytest.raises(ProjectError) as error:
+        make_lock(project)
+    assert error.value.next_step == "Delete lora-rt.lock, then run: lora-rt lock"
+    file.unlink()
+    make_lock(project)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[adapter]\nmine = "./a"', "adapter: there is nothing of this name; the nearest is 'adapters'"),
+        ('composition = ["x"]', "composition: there is nothing of this name; the nearest is 'compositions'"),
+        ("zzz = 1", "zzz: there is nothing of this name"),
+        ('[adapters]\ncompositions = ["x"]', 'compositions: write compositions = ["my-mix"] above [adapters]'),
+    ],
+)
+def test_a_word_of_a_project_that_means_nothing_is_named(registry: Registry, content: str, said: str) -> None:
+    (registry.folder / "lora-rt.toml").write_text(content)
+    with pytest.raises(ProjectError) as error:
+        make_lock(registry)
+    assert error.value.problems == (said,)
+
+
+def test_the_mark_that_an_editor_puts_before_a_project_is_none_of_its(registry: Registry) -> None:
+    write_adapter(registry.folder / "mine", adapter_files(seed=2))
+    (registry.folder / "lora-rt.toml").write_text('[adapters]\nmine = "./mine"\n', encoding="utf-8-sig")
+    assert registry.resolve("mine").source == "./mine"
+
+
+@pytest.mark.parametrize("text", ["mine", "some/mine"])
+def test_whoever_means_a_folder_is_told_how_it_is_written(
+    registry: Registry, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_adapter(registry.folder / text, adapter_files(seed=2))
+    with pytest.raises((HubError, UnknownAdapterError)) as error:
+        registry.resolve(text, offline=True)
+    assert error.value.next_step == f"There is an adapter in a folder of that name: write ./{text}"
+    assert registry.resolve(f"./{text}").name == "mine"

@@ -13,6 +13,7 @@ from safetensors import safe_open
 import lora_rt
 from lora_rt.core.programs import TrainOptions
 from lora_rt.core.step.settings import TrainSettings
+from support.tiny import Zoo
 
 
 @pytest.mark.slow
@@ -62,3 +63,76 @@ def test_a_program_tunes_a_composition_and_exports_it(settings: Callable[..., Tr
 def test_settings_that_can_not_tune_are_refused_at_once(wrong: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(lora_rt.LoraRtError, match="these settings can't tune"):
         lora_rt.tune("emotion", tmp_path / "none.jsonl", **wrong)  # type: ignore[arg-type]
+
+
+EXAMPLES = [{"scene": "ab", "text": "cd"}]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"r": "8"}, "r is '8'; it must be a whole number"),
+        ({"r": 8.0}, "r is 8.0; it must be a whole number"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; it must be a whole number"),
+        ({"learning_rate": "x"}, "learning_rate is 'x'; it must be a number"),
+        ({"epochs": 1e9}, "epochs is 1000000000.0; it must be above 0 and at most 10,000"),
+        ({"early_stop": True}, "early_stop is True; it must be a whole number"),
+        ({"special_tokens": "no"}, "special_tokens is 'no'; it must be true or false"),
+        ({"target_modules": None}, "target_modules is None; it must be a list of texts"),
+        ({"options": ["a"]}, "options is ['a']; it must be a mapping"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named_before_anything_is_loaded(setting: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(lora_rt.LoraRtError) as error:
+        lora_rt.train("letters", tmp_path / "none.jsonl", base=tmp_path, **setting)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: lora_rt.train("letters", EXAMPLES), "data is a list"),  # type: ignore[arg-type]
+        (lambda: lora_rt.train("letters", "a.jsonl", held_out=EXAMPLES), "held_out is a list"),  # type: ignore[arg-type]
+        (lambda: lora_rt.tune("a", EXAMPLES), "data is a list"),  # type: ignore[arg-type]
+        (lambda: lora_rt.tune(None, "a.jsonl"), "there is no composition"),  # type: ignore[arg-type]
+        (lambda: lora_rt.evaluate("ab", {"d": EXAMPLES}), "compositions is one text"),
+        (lambda: lora_rt.evaluate(["a"], {"d": []}), "the data 'd' has no examples"),
+        (lambda: lora_rt.evaluate(["a"], {"d": [{"scene": "x"}]}), '"text" is missing'),
+        (lambda: lora_rt.evaluate(["a"], {"d": [5]}), "example 1: a int, not an object"),  # type: ignore[list-item]
+        (lambda: lora_rt.evaluate(["a"], 5), "data is a int"),  # type: ignore[arg-type]
+        (lambda: lora_rt.export("a", "onnx", "out"), "there is no format 'onnx'"),  # type: ignore[arg-type]
+        (lambda: lora_rt.export("a", "PEFT", "out"), "there is no format 'PEFT'"),  # type: ignore[arg-type]
+        (lambda: lora_rt.export("a", "peft", "out", dtype="float16"), "'float16' is no dtype"),  # type: ignore[arg-type]
+        (lambda: lora_rt.prepare(5), "a base is a int"),  # type: ignore[arg-type]
+        (lambda: lora_rt.Composition.parse(5), "it is a int"),  # type: ignore[arg-type]
+        (lambda: lora_rt.Registry().resolve(5), "5 is not a reference"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_a_program_can_not_mean_is_refused_by_name(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(lora_rt.LoraRtError) as error:
+        call()
+    assert said in str(error.value)
+
+
+def test_compositions_may_be_mappings_and_bases_paths(settings: Callable[..., TrainSettings], zoo: Zoo) -> None:
+    base, adapter = Path(settings().base), str(zoo.adapter("llama", seed=1))
+    over: dict[str, Any] = {"base": base, "precision": "float32", "device": "cpu"}
+    found = lora_rt.evaluate([{adapter: 0.5}, f"{adapter}:0.5"], {"d": EXAMPLES}, **over).document()["nll"]["d"]
+    assert len(set(found.values())) == 2  # the base, and one loss of both spellings
+
+
+def test_examples_in_both_files_are_counted(
+    settings: Callable[..., TrainSettings], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    plain = settings()
+    lora_rt.train(
+        "letters",
+        plain.data,
+        held_out=plain.data,
+        base=Path(plain.base),
+        precision="float32",
+        r=2,
+        epochs=0.1,
+        out=tmp_path / "out",
+    )
+    assert any("held-out examples are trained on as well" in record.getMessage() for record in caplog.records)

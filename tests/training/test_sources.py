@@ -145,3 +145,26 @@ def test_a_table_of_another_kind_is_refused_by_its_kind_and_not_line_by_line(
     with pytest.raises(DataError, match=f"is {kind}, which is not read") as refused:
         read_lines(tmp_path / name, FIELDS)
     assert "JSON lines" in str(refused.value.next_step)
+
+
+def test_a_list_with_an_error_is_told_once_and_a_word_that_stands_twice_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n{"scene": "a", "text": "b"},\n]\n')
+    with pytest.raises(DataError, match="is not a JSON list at line 3"):
+        read_pairs(tmp_path / "a.json", FIELDS)
+    (tmp_path / "a.jsonl").write_text('{"scene": "a", "text": "b"}\n{"scene": "a", "scene": "c", "text": "b"}\n')
+    with pytest.raises(DataError) as caught:
+        read_pairs(tmp_path / "a.jsonl", FIELDS)
+    assert caught.value.problems == ('line 2: "scene" stands there twice',)
+
+
+@pytest.mark.parametrize("row", ROWS[:2])
+def test_the_whole_as_one_text_beside_a_known_form_is_left_out(tmp_path: Path, row: dict[str, object]) -> None:
+    as_lines(tmp_path / "a.jsonl", [row])
+    plain = read_pairs(tmp_path / "a.jsonl", FIELDS)
+    as_lines(tmp_path / "a.jsonl", [{**row, "text": "question and answer in one"}])
+    assert read_pairs(tmp_path / "a.jsonl", FIELDS) == plain
+
+
+def test_the_ending_of_a_file_may_be_written_in_capitals(tmp_path: Path) -> None:
+    as_lines(tmp_path / "A.JSONL", ROWS)
+    assert read_pairs(tmp_path, FIELDS) == READ
