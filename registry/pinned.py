@@ -60,6 +60,15 @@ class PinnedNames:
                     found += self._present(name, reference, pin, file)
         return found
 
+    def missing(self) -> list[tuple[str, str, str]]:
+        """(name, path, the file that says so) of what a project has in a folder that is not there."""
+        return [
+            (name, reference.target, file)
+            for name, sources in self.sources().items()
+            for reference, _, file in sources
+            if reference.kind == "path" and not folder_of(self.folder, reference).is_dir()
+        ]
+
     def _present(self, name: str, reference: Reference, pin: Locked | None, file: str) -> list[Resolved]:
         why = _why(name, reference, pin, file)
         if reference.kind == "path":

@@ -47,7 +47,9 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
     """
     items, damaged = registry.installed(), registry.store.records.damaged()
     compositions = registry.compositions.names()
-    known = {*compositions, *(item.name for item in items), *(item.name for item in damaged)}
+    missing = registry.pinned.missing()
+    installed = {*(item.name for item in items), *(item.name for item in damaged)}
+    known = {*compositions, *installed, *(name for name, _, _ in missing)}
     unknown = [name for name in names if name not in known]
     for name in unknown:
         Reference.parse(name)
@@ -69,6 +71,11 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
         Verdict(item.name, "store", (item.message,), todo=item.todo)
         for item in damaged
         if not names or item.name in names
+    ]
+    verdicts += [
+        Verdict(name, path, ("there is no such folder",), todo=f"put it there, or take its line out of {file}")
+        for name, path, file in missing
+        if not names or name in names
     ]
     verdicts += [check_composition(registry, name) for name in compositions if not names or name in names]
     if not names and (registry.folder / LOCK_FILE).exists():

@@ -112,11 +112,16 @@ def shape_problems(rank: int, found: Mapping[str, TensorEntry], size: tuple[int,
         "lora_B.bias": (out_features,),
         MAGNITUDE: (out_features,),
     }
-    return [
-        f"{shown(entry.key)} is {shape_text(entry.shape)}, should be {shape_text(wanted[part])}"
-        for part, entry in found.items()
-        if not _fits(entry.shape, wanted[part])
-    ]
+    ranks = {"lora_A.weight": 0, "lora_B.weight": 1}
+    problems = []
+    for part, entry in found.items():
+        if _fits(entry.shape, wanted[part]):
+            continue
+        place = ranks.get(part)
+        otherwise = tuple(None if at == place else size for at, size in enumerate(wanted[part]))
+        why = " by r or rank_pattern" if place is not None and _fits(entry.shape, otherwise) else ""
+        problems.append(f"{shown(entry.key)} is {shape_text(entry.shape)}, should be {shape_text(wanted[part])}{why}")
+    return problems
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

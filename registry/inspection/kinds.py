@@ -111,6 +111,7 @@ def way_out(problems: Iterable[str], folder: Path) -> str:
         ("matched safely", "Write the names of the modules out in its adapter_config.json, in place of the pattern"),
         ("adapter may replace", "Save the adapter alone (PEFT's save_pretrained), or merge it and give that to --base"),
         ("of this base", "Use the base that it was trained on: --base BASE"),
+        ("by r or rank_pattern", "Correct r and rank_pattern in its adapter_config.json, or fetch it again"),
         ("should be", "Use the base that it was trained on: --base BASE"),
     )
     return next((way for mark, way in ways if mark in said), "Fetch it again, or ask its author for a LoRA of PEFT")

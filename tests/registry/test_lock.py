@@ -241,6 +241,14 @@ def test_verify_compares_what_lies_in_the_project_with_the_lock(project: Registr
     assert found.todo == "lora-rt lock, if that was meant"
 
 
+def test_verify_names_what_a_project_has_in_a_folder_that_is_not_there(project: Registry) -> None:
+    shutil.rmtree(project.folder / "mine")
+    for names in ([], ["mine"]):
+        (found,) = [item for item in verify(project, names) if item.name == "mine"]
+        assert found.problems == ("there is no such folder",)
+        assert found.todo == "put it there, or take its line out of lora-rt.toml"
+
+
 @pytest.mark.parametrize("content", ["", "version = 99", "[[["])
 def test_whoever_is_told_to_make_the_lock_anew_can(project: Registry, cli: Cli, content: str) -> None:
     file = project.folder / "lora-rt.lock"

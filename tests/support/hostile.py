@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "r of 4.0": (config(r=4.0), "r is 4.0"),
     "r of true": (config(r=True), "r is True"),
     "r of 2,000,000": (config(r=2_000_000), "r is 2000000"),
-    "r that the tensors do not have": (config(r=8), "should be"),
+    "r that the tensors do not have": (config(r=8), r"should be \(8, 16\) by r or rank_pattern"),
     "alpha NaN": (text(C, json.dumps(CONFIG).replace('"lora_alpha": 8', '"lora_alpha": NaN').encode()), "NaN"),
     "alpha 1e9": (config(lora_alpha=1e9), "lora_alpha is 1000000000.0"),
     "alpha 1e999": (text(C, json.dumps(CONFIG).replace('"lora_alpha": 8', '"lora_alpha": 1e999').encode()), "inf"),
