@@ -27,7 +27,7 @@ class LoraRtError(Exception):
     def __str__(self) -> str:
         text = self.message
         if self.next_step:
-            text = f"{text}{'' if text.endswith('?') else '.'} {self.next_step}"
+            text = f"{text}{'' if text.endswith(('?', '.', '!')) else '.'} {self.next_step}"
         return "\n".join([text, *(f"  - {problem}" for problem in self.problems if problem not in self.message)])
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -133,7 +133,7 @@ def in_words(message: str, next_step: str) -> str:
     """What is wrong and what to do about it, in rich's markup."""
     text = f"[bold red]error:[/] {_shown(message)}"
     if next_step:
-        text += f"{'' if message.endswith('?') else '.'} [bold]{_shown(next_step)}[/]"
+        text += f"{'' if message.endswith(('?', '.', '!')) else '.'} [bold]{_shown(next_step)}[/]"
     return text
 
 

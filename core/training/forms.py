@@ -68,8 +68,11 @@ def _from_chat(line: dict[str, Any], key: str, names: tuple[str, str], *, chats:
     messages = [_message(item, *names) for item in given] if isinstance(given, list) else []
     if isinstance(line.get("system"), str) and line["system"].strip():  # ShareGPT's place for it
         messages = [{"role": "system", "content": line["system"]}, *messages]
+    before = len(messages) - len(given) if isinstance(given, list) else 0  # a system message has a place of its own
     problems = [
-        f'"{key}": message {n} has no {names[0]} and {names[1]}' for n, m in enumerate(messages, 1) if m is None
+        f'"{key}": message {n} {_why_none(given[n - 1 - before], *names)}'
+        for n, m in enumerate(messages, 1)
+        if m is None
     ]
     whole = [message for message in messages if message is not None]
     if not problems and (len(whole) < 2 or whole[-1]["role"] != "assistant"):
@@ -94,6 +97,15 @@ def _message(item: object, role: str, content: str) -> dict[str, str] | None:
     if not isinstance(text, str):
         return None
     return {"role": str(_ROLES.get(item[role], item[role])), "content": text}
+
+
+def _why_none(item: object, role: str, content: str) -> str:
+    """What a message has that none of a text model has."""
+    if isinstance(item, Mapping) and item.get("tool_calls"):
+        return "calls tools, which is not trained on"
+    if isinstance(item, Mapping) and isinstance(item.get(role), str) and item.get(content) is not None:
+        return f"has a {content} that is not a text"
+    return f"has no {role} and {content}"
 
 
 def _without(line: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def look_up(composition: Composition, base: str | None = None) -> list[Resolved]
             line
             for error in problems
             for line in (
-                f"{error.message}{'' if error.message.endswith('?') else '.'} {error.next_step}",
+                f"{error.message}{'' if error.message.endswith(('?', '.', '!')) else '.'} {error.next_step}",
                 *error.problems,
             )
         ]
