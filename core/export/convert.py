@@ -76,7 +76,9 @@ def convert(source: Path, folder: Path, *, base: str | None = None, initial: Pat
             config = _plain(work, config, start, base, initial)
             did.append(f"what {start} began with is taken off: rank {config['r']}")
         if not did:
-            raise ExportError(f"{source} is a plain LoRA in safetensors", next_step="Use it as it is")
+            place = source if source.is_absolute() else f"./{source}"
+            step = f"There is nothing to convert; see what it is: lora-rt show {place}"
+            raise ExportError(f"{source} is a plain LoRA in safetensors", next_step=step)
         (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         shutil.copytree(work, folder, dirs_exist_ok=True)
     return Converted(folder, tuple(did))
@@ -87,7 +89,8 @@ def _config(source: Path) -> dict[str, Any]:
         with open_plain(source / CONFIG, LIMITS[CONFIG]) as (file, _):
             found = json.loads(file.read(LIMITS[CONFIG] + 1))
     except (OSError, ValueError, UnusableFileError, RecursionError) as error:
-        text = f"{source}/{CONFIG} can't be read: {error}"
+        reason = error.strerror if isinstance(error, OSError) else error
+        text = f"{source}/{CONFIG} can't be read: {reason}" if source.is_dir() else f"there is no folder {source}"
         raise ExportError(text, next_step="Give the folder of an adapter") from error
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
         raise ExportError(f"{source} is not a LoRA of PEFT", next_step="Give the folder of one")
