@@ -18,6 +18,7 @@ from lora_rt.plugins.contract import UsageError
 from lora_rt.plugins.modes.bridge.items import ItemsError, read_items
 from lora_rt.registry.bases import BaseIdentity
 from support.pairs import DOCUMENT, PAIRS, write_lines
+from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,14 @@ def run(learned: tuple[Runtime, Path], monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_arguments_give_one_line_each(run: Run) -> None:
     assert run("bridge", "compress", "aaaa", "hhhh").stdout == "a\nh\n"
     assert run("bridge", "expand", "c").stdout == "cccc\n"
+
+
+def test_an_adapter_that_is_no_bridge_is_said_to_be_none(run: Run, zoo: Zoo) -> None:
+    assert "is no bridge" not in run("bridge", "compress", "aaaa").stderr
+    other = ["bridge", "compress", "aaaa", "--adapter", str(zoo.adapter("llama", seed=1))]
+    done = CliRunner().invoke(app, other, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "is no bridge (its mode: output-only)" in done.stderr
 
 
 def test_standard_input_gives_one_item_a_line_and_can_be_piped_on(run: Run) -> None:

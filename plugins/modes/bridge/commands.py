@@ -204,7 +204,14 @@ class Commands:
         runtime = self._services.runtime(asked.adapter, **asked.over)
         from lora_rt.plugins.modes.bridge.hyper import HyperBridge
 
-        return HyperBridge(runtime, asked.adapter)
+        bridge = HyperBridge(runtime, asked.adapter)
+        modes = {info.mode for info, _ in runtime.terms(bridge.composition or "bridge")}
+        if "bridge" not in modes:
+            named = ", ".join(sorted(modes))
+            typer.echo(
+                f"warning: {asked.adapter} is no bridge (its mode: {named}), so it may not know what is meant", err=True
+            )
+        return bridge
 
     def _items(self, arguments: Sequence[str] | None, data: Path | None, field: str) -> list[str]:
         return read_items(arguments or [], self._field(data, field), field)
