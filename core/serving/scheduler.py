@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from lora_rt.core.base.machine import give_back
 from lora_rt.core.generation.batch import Batch
 from lora_rt.core.generation.row import Ending
 from lora_rt.core.requests.running import RequestRow
@@ -36,6 +37,7 @@ from lora_rt.errors import LoraRtError
 _log = logging.getLogger("lora_rt.serving")
 _SHORT = 64  # tokens; prompts up to there may be read together whatever the padding
 _PATIENCE = 0.2  # seconds at most that rows wait for others that are about to join
+_TIDY, _TIDY_IDLE = 60.0, 10.0  # seconds between two times that freed memory is given back, served or not
 T = TypeVar("T")
 
 
@@ -91,6 +93,7 @@ class Scheduler:
         """How many rows are being prepared."""
         self._patient = True
         self._lasted = 0.0  # seconds that the last step took
+        self._tidied = time.monotonic()
         self.broken = False
 
     def start(self) -> None:
@@ -196,8 +199,15 @@ class Scheduler:
         else:
             self._most = self._limits.rows
         self._deliver()
+        self._tidy()
         self._meter.load(len(self._waiting), len(self._running), self._kv_in_use())
         return True
+
+    def _tidy(self) -> None:
+        """Give freed memory back now and then, which holds everybody up for a step; sooner when nobody is served."""
+        if time.monotonic() - self._tidied > (_TIDY if self._running else _TIDY_IDLE):
+            give_back()
+            self._tidied = time.monotonic()
 
     def _gather(self) -> None:
         """Wait for rows that are being prepared, and that there is room for: they are read together then.

@@ -128,6 +128,22 @@ def test_twice_as_many_newcomers_are_read_at_once_while_nobody_speaks(
     assert joined[0] == 200 // length == 2
 
 
+@pytest.mark.parametrize(("busy", "idle"), [(0.0, 600.0), (600.0, 0.0)], ids=["while served", "when idle"])
+def test_freed_memory_is_given_back_now_and_then(
+    started: Service, monkeypatch: pytest.MonkeyPatch, busy: float, idle: float
+) -> None:
+    running: list[int] = []
+    monkeypatch.setattr(scheduler, "_TIDY", busy)
+    monkeypatch.setattr(scheduler, "_TIDY_IDLE", idle)
+    monkeypatch.setattr(scheduler, "give_back", lambda: running.append(started.scheduler.running))
+    started.submit(ask(tokens=4), "one", Heard().listener("one")).result()
+    started.start()
+    settled(started)
+    started.scheduler.between(lambda: None).result()  # the round that ended the row is over
+    assert running
+    assert set(running) == ({1} if idle else {0})
+
+
 def test_nobody_waits_for_long_for_a_row_whose_adapter_is_being_loaded(
     started: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
