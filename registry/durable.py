@@ -99,8 +99,7 @@ def _refuse_occupied(target: Path) -> None:
     except OSError as error:
         raise StorageError(f"{target}: {error.strerror}", next_step="Give another folder") from error
     if occupied:
-        text = f"{target} is there and not empty" if target.is_dir() else f"{target} is there and is no folder"
-        raise OccupiedFolderError(text, next_step="Give a new folder")
+        raise OccupiedFolderError(f"{target} is there and not empty", next_step="Give a new folder")
 
 
 def check_writable(folder: Path) -> None:

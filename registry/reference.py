@@ -146,11 +146,10 @@ def _problem(target: str, revision: str, has_revision: bool) -> str:
         return "a backslash is not a separator here"
     if "//" in revision:
         return "the revision stands at the end: org/repo//folder@revision"
-    if target.endswith("/"):
-        return f"a folder is written as a path: ./{target[:80]}"
     it = repr(target[:80]) if has_revision else "it"
     if "/" in target and not is_hub_target(target):
-        return f"{it} is not of the form org/repo or org/repo//folder"
+        folder = f"; a folder is written as a path: ./{target[:80]}" if target.endswith("/") else ""
+        return f"{it} is not of the form org/repo or org/repo//folder{folder}"
     if "/" not in target and not is_name(target):
         return f"{it} is not a name (letters, digits, '.', '_', '-')"
     if has_revision and not (_REVISION.fullmatch(revision) and ".." not in revision):
