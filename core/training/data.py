@@ -75,7 +75,7 @@ def check_examples(examples: Any, name: str) -> list[Mapping[str, Any]]:
     if isinstance(examples, (bytes, Mapping)) or not isinstance(examples, Iterable):
         text = f"{name} is a {type(examples).__name__}"
         raise DataError(text, next_step='Give a file, or a list of examples {"scene": ..., "text": ...}')
-    given = list(examples)
+    given = [dict(one) if isinstance(one, Mapping) else one for one in examples]
     found = [_read_record(one, FIELDS, None, chats=True) for one in given]
     problems = [
         f"example {number}: {problem}"
