@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 _SHARES = (0.5, 0.9)
 _LONG = ("overload", "soak")
+_LOOK = 1.0  # seconds between two looks at a server's memory
 _SETTLING = 10.0  # seconds after which a row of a client that has gone counts as left behind
 
 
@@ -130,15 +133,31 @@ def _beside_llama(
 
 
 def _held(url: str, process: psutil.Process, asked: list[Wish], rate: float, length: float) -> dict[str, Any]:
-    """How the server holds for so many seconds: what clients saw, rows left behind, memory (MiB) before and after."""
+    """How the server holds for so many seconds: what clients saw, rows left behind, and its memory.
+
+    Memory (MiB) is the median of the first and of the last fifth of the time: a server frees what ended answers held
+    now and then, and a look at two moments tells little.
+    """
     from lora_rt.core.benchmark import serving
 
-    before = process.memory_info().rss
-    found = serving.arriving(url, [wish.body() for wish in asked], rate, length)
+    sizes, over = [process.memory_info().rss], threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK):
+            sizes.append(process.memory_info().rss)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        found = serving.arriving(url, [wish.body() for wish in asked], rate, length)
+    finally:
+        over.set()
+        looking.join()
     end = time.monotonic() + _SETTLING
     while (behind := serving.rows_of(url)) and time.monotonic() < end:
         time.sleep(0.1)
-    after = process.memory_info().rss
+    few = -(-len(sizes) // 5)
+    before, after = (int(statistics.median(part)) for part in (sizes[:few], sizes[-few:]))
     memory = {"rss_mib": [before >> 20, after >> 20], "grown": round(after / before - 1, 4)}
     return serving.summary(found, asked[0].tokens) | {"rows_left_behind": behind} | memory
 
@@ -173,7 +192,7 @@ def _print(document: dict[str, Any]) -> None:
             before, after = document[name]["rss_mib"]
             behind = document[name]["rows_left_behind"]
             memory = f"{before} -> {after} MiB ({document[name]['grown']:+.1%})"
-            out.print(f"after the {name}: memory {memory}, {behind} rows left behind")
+            out.print(f"the {name}: memory in its first and last fifth {memory}; {behind} rows left behind")
 
 
 def _shown(spread: dict[str, float] | None) -> str:
