@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.base import blocked, half
+from lora_rt.core.base import blocked, four_bit, half
 from lora_rt.core.base.machine import cpu_name
 from lora_rt.core.base.multiply import (
     NARROW,
@@ -57,7 +57,8 @@ _known: dict[tuple[str, str], Times] = {}  # so that a process goes one way, wha
 
 def machine_name() -> str:
     """What decides how fast this process multiplies."""
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "bitsandbytes"))
+    packages = ("torch", "bitsandbytes", *(["llvmlite"] if four_bit.are_there() else []))
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {versions}"
 
 
@@ -77,7 +78,8 @@ def times_of(layers: Mapping[str, nn.Linear]) -> dict[str, Times]:
     for name, layer in layers.items():
         if (here, name) not in _known:
             found = kept.get(name)
-            if found is None or set(found) != set(ways_of(layer)):
+            # Whether there is a kernel for four bits is told by the machine's name.
+            if found is None or {*found} - {"four-bit"} != {*ways_of(layer)} - {"four-bit"}:
                 unknown[name] = layer
             else:
                 _known[here, name] = found
@@ -216,6 +218,8 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
             return lambda x: blocked.product(x.float(), pools["blocked"]()).to(x.dtype)
         if kept == "half":
             return lambda x: half.product(x.float(), pools["half"]()).to(x.dtype)
+        if kept == "four-bit":
+            return lambda x: four_bit.product(x.float(), pools["four-bit"]()).to(x.dtype)
         weight = made if kept is None else pools[kept]
         return lambda x: widened_product(x.to(product), weight()).to(x.dtype)
 
@@ -223,20 +227,31 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
 
 
 class _Pool:
-    """Dense copies (out, in) of one kind, each call another one until all were used."""
+    """Copies (out, in) of one kind, each call another one until all were used."""
 
     def __init__(self, pool: Tensor, rows: int, width: int, kind: Copy, computed: torch.dtype) -> None:
+        self._next = 0
+        if kind == "four-bit":
+            self._weights = _four_bits(pool, rows, width, computed)
+            return
         dtype = kept_in(kind, computed)
         numbers, size = pool.view(dtype), rows * width
         starts = range(0, max(1, len(numbers) - size + 1), size)[:_COPIES]
         if len(numbers) < size:
             numbers = torch.full((size,), 0.5, dtype=dtype)
         self._weights = [laid_out(numbers[at : at + size].view(rows, width), kind, computed) for at in starts]
-        self._next = 0
 
     def __call__(self) -> Any:
         self._next = (self._next + 1) % len(self._weights)
         return self._weights[self._next]
+
+
+def _four_bits(pool: Tensor, rows: int, width: int, computed: torch.dtype) -> list[Any]:
+    """4-bit weights of whatever the pool's bytes mean."""
+    size, scales = rows * width // 2, torch.full((rows, width // four_bit.BLOCK), 0.5)
+    codes = pool.view(torch.uint8) if pool.nbytes >= size else torch.zeros(size, dtype=torch.uint8)
+    starts = range(0, len(codes) - size + 1, size)[:_COPIES]
+    return [four_bit.FourBit(codes[at : at + size].view(rows, -1), scales, computed) for at in starts]
 
 
 def _small(layer: Any, rows: int) -> nn.Linear:

@@ -8,6 +8,7 @@
     dense-wide         a dense copy in float32 that is kept
     dense-blocked      the same, in the layout that a processor multiplies a few rows by fastest
     dense-half         a dense copy in float16 that is kept, multiplied in float32
+    four-bit           a 4-bit copy that is kept, for a kernel of our own that multiplies in float32
 
 A dense weight has exactly the numbers that bitsandbytes' own dequantizing gives in the layer's compute dtype, so all
 ways multiply the same numbers and differ in rounding alone: `dense` and `dequantize` have the bits of bitsandbytes' own
@@ -26,17 +27,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.base import blocked, half
+from lora_rt.core.base import blocked, four_bit, half
 from lora_rt.core.base.cpu_4bit import Forward, direct_forward, place_of
 from lora_rt.core.base.repacking import forbid_repacking
 
 Way = Literal[
-    "packed", "dequantize", "dequantize-wide", "dense", "dense-widened", "dense-wide", "dense-blocked", "dense-half"
+    "packed",
+    "dequantize",
+    "dequantize-wide",
+    "dense",
+    "dense-widened",
+    "dense-wide",
+    "dense-blocked",
+    "dense-half",
+    "four-bit",
 ]
 WAYS: tuple[Way, ...] = get_args(Way)
 
-Copy = Literal["narrow", "half", "wide", "blocked"]
-"""A dense copy of a weight: in the dtype that the layer computes in, in float16, in float32, in float32 in blocks."""
+Copy = Literal["narrow", "half", "wide", "blocked", "four-bit"]
+"""A copy of a weight: in the dtype that the layer computes in, in float16, float32, that in blocks, or in 4 bits."""
 
 SIZES = (1, 2, 4, 8, 16, 64)
 """The least tokens of each class of products: 1, 2 to 3, 4 to 7, 8 to 15, 16 to 63, and more."""
@@ -50,6 +59,7 @@ _KEEPS: dict[Way, Copy] = {
     "dense-wide": "wide",
     "dense-blocked": "blocked",
     "dense-half": "half",
+    "four-bit": "four-bit",
 }
 _READ = ("dense", "dense-wide")  # ways whose copy any product can read
 _ANY = (-1, -1)
@@ -58,13 +68,20 @@ _FLOAT32 = torch.empty(0)
 
 
 def keeps(way: Way) -> Copy | None:
-    """The dense copy that a way needs; None for none."""
+    """The copy that a way needs; None for none."""
     return _KEEPS.get(way)
 
 
 def kept_in(copy: Copy, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a dense copy of a layer that computes in `dtype`."""
     return {"narrow": dtype, "half": torch.float16}.get(copy, torch.float32)
+
+
+def nbytes_of(copy: Copy, layer: nn.Linear, computed: torch.dtype) -> int:
+    """The memory that a copy of a layer takes which computes in `computed`."""
+    if copy == "four-bit":
+        return four_bit.nbytes_of(layer.out_features, layer.in_features)
+    return layer.out_features * layer.in_features * kept_in(copy, computed).itemsize
 
 
 def computes_in(module: nn.Module) -> torch.dtype | None:
@@ -88,8 +105,8 @@ def ways_of(module: nn.Module) -> tuple[Way, ...]:
     if not is_4bit(module):  # its weight is dense as it is
         ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked", "dense-half")
     elif computes_in(module) == torch.float32:
-        ways = ("packed", "dequantize", "dense", "dense-blocked")
-    there = {"dense-blocked": blocked.are_there(), "dense-half": half.are_there()}
+        ways = ("packed", "dequantize", "dense", "dense-blocked", "four-bit")
+    there = {"dense-blocked": blocked.are_there(), "dense-half": half.are_there(), "four-bit": four_bit.fits(module)}
     return tuple(way for way in ways if there.get(way, True))
 
 
@@ -212,6 +229,8 @@ class Product:
             return blocked.product(given, self._copy("blocked"), bias)
         if way == "dense-half":
             return half.product(given, self._copy("half"), bias)
+        if way == "four-bit":
+            return four_bit.product(given, self._copy("four-bit"), bias)
         if way in _READ:
             return linear(given, self._copy(_KEEPS[way]), bias)
         return widened_product(given, self._narrow(), bias)
@@ -244,14 +263,17 @@ class Product:
                 self._copy(kept)
 
     def _copy(self, kind: Copy) -> Any:
-        """A dense copy that is kept: an ordinary tensor, so that passes with gradients can use it too, or what `half`
-        has made of it.
+        """A copy that is kept: an ordinary tensor, so that passes with gradients can use it too, or what `half` or
+        `four_bit` has made of it.
 
         Two threads that need it at once make it twice, of the same numbers.
         """
         found = self._kept.get(kind)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
+                if kind == "four-bit":
+                    found = self._kept[kind] = four_bit.laid_out(self.module)
+                    return found
                 other = self._kept.get("narrow", self._kept.get("wide"))  # float32 or not, its numbers are the layer's
                 found = dense_weight(self.module) if other is None else other
                 found = self._kept[kind] = laid_out(found, kind, self.dtype)

@@ -1,0 +1,81 @@
+"""Loops that numba compiles for the processor at hand, once: they are kept in the home for every later process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lora_rt.registry import home
+
+
+@cache
+def is_there() -> bool:
+    """Whether numba is installed."""
+    return find_spec("numba") is not None
+
+
+def compiled(*, any_order: bool = False, kept: bool = True) -> Callable[[Callable[..., Any]], Any]:
+    """Decorates a function that numba compiles when it is first called.
+
+    Args:
+        any_order: sums may be made in any order. Neither NaN nor infinity is assumed away.
+        kept: what was compiled is remembered; functions that only others of the same file call need not be.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    if any_order:
+        options["fastmath"] = {"reassoc", "contract", "nsz"}
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        from numba import njit
+
+        return _remembered(function, options) if kept else njit(**options)(function)
+
+    return decorate
+
+
+def _remembered(function: Any, options: dict[str, Any]) -> Any:
+    """The function, which is looked for in the home when it is first called, and put there."""
+    from numba import config, njit
+
+    folder = home.home() / "kernels"
+    if not _can_write(folder):
+        return njit(**options)(function)
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+    try:
+        return _sturdy(njit(cache=True, **options)(function))
+    finally:
+        config.CACHE_DIR = before
+
+
+def _sturdy(dispatcher: Any) -> Any:
+    """What can't be read is compiled again, and what can't be written is lost: of numba both would end the call."""
+    kept = dispatcher._cache
+    load, save = kept.load_overload, kept.save_overload
+
+    def loaded(*given: Any) -> Any:
+        try:
+            return load(*given)
+        except Exception:  # of a damaged file, whatever its bytes mean
+            with suppress(OSError):
+                kept.flush()
+            return None
+
+    def saved(*given: Any) -> None:
+        with suppress(Exception):
+            save(*given)
+
+    kept.load_overload, kept.save_overload = loaded, saved
+    return dispatcher
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)

@@ -1,0 +1,144 @@
+"""A product of a few float32 rows and a 4-bit weight (bitsandbytes' NF4) that is never made dense.
+
+Of a weight that is kept in half a byte a number, a processor reads a quarter of what it reads in float16, and with few
+rows that is what a product waits for. A block of 64 numbers has one scale. Its sixteen levels times that scale, rounded
+as bitsandbytes rounds them, fit into one register (two on processors without AVX-512), and each number is looked up
+there: so what is multiplied are the very numbers of the dense weight, and only the order of the sum is another.
+
+    codes    (out, in / 2) bytes: of a block, byte by byte, V numbers in the lower halves and the V next in the upper
+    scales   (out, in / 64) float32                                  V: numbers in a register, 16 or 8
+
+The threads are torch's own, by the OpenMP library that it has loaded: two pools would fight over the same cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+_TILE = 4  # outputs
+_ALONE = 1 << 16  # numbers times rows up to which one thread is faster than two
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class FourBit(NamedTuple):
+    """A weight (out, in), and the dtype to which its numbers are rounded."""
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of it."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def nbytes_of(out: int, width: int) -> int:
+    """The memory of a weight."""
+    return out * width // 2 + out * width // BLOCK * 4
+
+
+@cache
+def are_there() -> bool:
+    """Whether llvmlite is installed, and this processor has what the kernel needs."""
+    return find_spec("llvmlite") is not None and _lanes() > 0
+
+
+def fits(module: Any) -> bool:
+    """Whether a 4-bit layer, not yet packed by bitsandbytes, is laid out as the kernel reads it."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None or not are_there():
+        return False
+    plain = state.quant_type == "nf4" and state.blocksize == BLOCK and module.compute_dtype in _DTYPES
+    return plain and not module.in_features % BLOCK and not module.out_features % _TILE
+
+
+def laid_out(module: Any) -> FourBit:
+    """The weight of a layer that `fits`."""
+    state, out, width = module.weight.quant_state, module.out_features, module.in_features
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    bytes_ = module.weight.data.view(-1).view(torch.uint8)
+    codes = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1)  # the first of two numbers lies in the upper half
+    return from_codes(codes.view(out, width), scales.float().view(out, -1).clone(), module.compute_dtype)
+
+
+def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> FourBit:
+    """A weight of codes 0 to 15, (out, in) uint8, and scales (out, in / 64)."""
+    out, width = codes.shape
+    halves = codes.view(out, width // (2 * _lanes()), 2, _lanes())
+    return FourBit((halves[:, :, 0] | halves[:, :, 1] << 4).view(out, width // 2), scales, dtype)
+
+
+def product(x: Tensor, weight: FourBit, bias: Tensor | None = None) -> Tensor:
+    """y (..., out) of a float32 x (..., in), a weight and a float32 bias (out,). It knows no gradients."""
+    out, width = len(weight.codes), x.shape[-1]
+    x = x.detach().contiguous()
+    y = x.new_empty(*x.shape[:-1], out)
+    rows = x.numel() // width
+    threads = torch.get_num_threads() if rows * out * width > _ALONE else 1
+    parts = 2 * threads if threads > 1 else 1
+    places = weight.codes.data_ptr(), weight.scales.data_ptr(), x.data_ptr(), y.data_ptr()
+    _run(weight.dtype)((ctypes.c_int64 * 9)(0, parts, rows, width, out, *places), threads)
+    return y if bias is None else y.add_(bias)
+
+
+@cache
+def _run(dtype: torch.dtype) -> Callable[[Any, int], None]:
+    """Runs the kernel on its arguments by so many threads."""
+    from lora_rt.core.base.four_bit_kernel import kernel
+
+    address = kernel(_lanes(), dtype == torch.bfloat16)
+    alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    parallel = _parallel()
+
+    def run(arguments: Any, threads: int) -> None:
+        if threads == 1 or parallel is None:
+            alone(ctypes.addressof(arguments))
+        else:
+            parallel(address, arguments, threads, 0)
+
+    return run
+
+
+def _parallel() -> Callable[[Any, Any, int, int], None] | None:
+    """GNU OpenMP's way to run a function on all threads of torch's pool; None where torch uses another library.
+
+    A process may have several OpenMP libraries (sentencepiece brings one): it has to be the one that torch has loaded.
+    """
+    brought = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    try:
+        library = ctypes.CDLL(str(brought[0]) if brought else "libgomp.so.1", os.RTLD_NOLOAD | os.RTLD_NOW)
+        found: Any = library.GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    found.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    found.restype = None
+    return found  # type: ignore[no-any-return]
+
+
+@cache
+def _lanes() -> int:
+    """How many float32 a register holds in which sixteen levels can be looked up; 0 for none."""
+    from llvmlite.binding import get_host_cpu_features
+
+    try:
+        features = get_host_cpu_features()
+    except RuntimeError:
+        return 0
+    if features.get("avx512f"):
+        return 16
+    return 8 if features.get("avx2") and features.get("fma") else 0

@@ -1,0 +1,62 @@
+"""What numba has compiled is kept in the home, and nothing hangs on what lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_rt.core.base import compiled
+
+pytestmark = pytest.mark.skipif(not compiled.is_there(), reason="numba is not installed")
+
+
+def doubled(x: float) -> float:
+    return 2 * x
+
+
+def made(home: Path) -> tuple[Any, set[str]]:
+    """The function, called once, and the files that it has left."""
+    function = compiled.compiled(any_order=True)(doubled)
+    assert function(4.0) == 8.0
+    return function, {path.name for path in home.rglob("*.nb?")}
+
+
+def hits(function: Any) -> int:
+    """How many versions were found in the home."""
+    return sum(function.stats.cache_hits.values())
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_it_is_found_again_and_numba_keeps_what_is_not_ours_elsewhere(home: Path) -> None:
+    from numba import config
+
+    before = config.CACHE_DIR
+    first, files = made(home)
+    second, _ = made(home)
+    assert (hits(first), hits(second)) == (0, 1)
+    assert {name.rpartition(".")[2] for name in files} == {"nbi", "nbc"}
+    assert before == config.CACHE_DIR
+
+
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc", "*.nb?"])
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:50], lambda content: b"x" + content])
+def test_what_is_damaged_is_compiled_again(home: Path, kind: str, damage: Callable[[bytes], bytes]) -> None:
+    made(home)
+    for path in home.rglob(kind):
+        path.write_bytes(damage(path.read_bytes()))
+    assert hits(made(home)[0]) == 0
+    assert hits(made(home)[0]) == 1
+
+
+def test_a_home_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "file" / "home"))
+    assert made(tmp_path)[1] == set()
