@@ -22,6 +22,8 @@ The rank axis bank.py           residents, plans over them   plan.py         a p
               lanes.py          a lane of factors per row    gates.py        what multiplies the ranks
               site.py           the hook-up of a layer       lru.py          what was laid out, kept (LRU, by bytes)
               parts.py          float32 as two bfloat16
+On a CPU      decoder.py        a step by the model's blocks kernels.py      what it does between products
+              few_rows.py       what adapters add to a few rows
 On a GPU      steps.py          recorded decoding steps      pool.py         a plan's tensors in fixed places
               fixed_cache.py    keys and values in fixed places
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, Literal
 
@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer
 
+from lora_rt.core.base import compiled
 from lora_rt.core.base.shape import ForwardPass, context_of, device_of, heads_of, positions_of, vocabulary_of
 from lora_rt.core.base.tried import Tried
 from lora_rt.core.base.upstream import keeps_a_state
+from lora_rt.core.engine.decoder import DecoderStep, is_known
 from lora_rt.core.engine.growing_cache import GrowingLayer, GrowingWindow, let_grow
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
@@ -33,6 +35,8 @@ Keeping = Literal["shared", "apart", "none"]
 """Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
 
 _VARIABLE = "LORA_RT_CUDA_GRAPHS"
+_BLOCKS = "LORA_RT_BLOCKS"
+_LARGE = 4_000_000  # numbers
 CACHES = ("past_key_values", "cache_params")
 """What a model calls its cache, in what it takes and gives."""
 _PROBE = 7  # tokens of the texts by which a model is tried
@@ -53,7 +57,7 @@ class CausalLM:
         self._takes = signature(model.forward).parameters
         self._cache_name = next((name for name in CACHES if name in self._takes), None)
         self._one_at_a_time: AbstractContextManager[Any] = threading.RLock() if self.rope.varies else nullcontext()
-        self._probing = threading.Lock()
+        self._probing = threading.RLock()  # one trial may need the answer of another
         self._closed = False
 
     def close(self) -> None:
@@ -75,6 +79,7 @@ class CausalLM:
         cache: Any = None,
         keep: int | Tensor | None = None,
         padded: bool | None = None,
+        by_blocks: bool = True,
     ) -> Tensor:
         """The logits of one pass, (rows, tokens or kept, vocab).
 
@@ -85,22 +90,33 @@ class CausalLM:
             cache: of the tokens before, which the pass extends.
             keep: the last n tokens, or their indices in this pass, where not the logits of all are wanted.
             padded: whether the mask hides anything; looked up where it is not said, for which a GPU is waited for.
+            by_blocks: whether a step may be `blocks`'; hooks on the model's own blocks need not be called then.
 
         Raises:
             LoraRtError: it was closed.
         """
         self.check_open()
+        rows, tokens = ids.shape
+        kept = keep if self._pass.takes_columns else None
+        blocks = self.blocks if by_blocks and tokens == 1 and cache is not None else None
+        with self._one_at_a_time, plan.running(rows, tokens, kept) if plan is not None else base_alone():
+            if blocks is not None and blocks.can(cache):
+                logits = blocks(ids, positions, mask, cache)
+            else:
+                logits = self._logits(ids, mask, positions, cache, keep, padded)
+        self.check_open()  # adapters may have left in the middle
+        return logits.to(self.device)
+
+    def _logits(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int | Tensor | None, padded: bool | None
+    ) -> Tensor:
+        """The logits of a pass by the model's own forward, under whatever plan is running."""
         given = self._pass.arguments(ids, self._mask_of(ids, mask, padded, cache), keep) | self._cached(cache)
         if self._pass.takes_positions:
             given["position_ids"] = positions + self._pass.first_position
-        rows, tokens = ids.shape
-        kept = keep if self._pass.takes_columns else None
-        with self._one_at_a_time, plan.running(rows, tokens, kept) if plan is not None else base_alone():
-            if self.rope.varies:
-                forget_growth(self.model)
-            logits: Tensor = self.model(**given).logits
-        self.check_open()  # adapters may have left in the middle
-        return self._pass.kept(logits, keep).to(self.device)
+        if self.rope.varies:
+            forget_growth(self.model)
+        return self._pass.kept(self.model(**given).logits, keep)
 
     def _mask_of(self, ids: Tensor, mask: Tensor, padded: bool | None, cache: Any) -> Tensor | None:
         """The mask as a pass is given it; None where it is left out."""
@@ -136,6 +152,47 @@ class CausalLM:
         """
         wanted = self.device.type == "cuda" and os.environ.get(_VARIABLE, "") != "0"
         return Steps(self, on_cuda()) if wanted and self.records else None
+
+    @cached_property
+    def blocks(self) -> DecoderStep | None:
+        """The step of this model by its blocks on a CPU, where numba is there and a trial of it went well.
+
+        `$LORA_RT_BLOCKS` of 0 says that there is to be none, of 1 that even a base is stepped so which is so small that
+        to load what was compiled takes longer than all that it will save.
+        """
+        wanted = os.environ.get(_BLOCKS, "")
+        large = sum(parameter.numel() for parameter in self.model.parameters()) >= _LARGE or wanted == "1"
+        if self.device.type != "cpu" or wanted == "0" or not large or not compiled.is_there():
+            return None
+        if not is_known(self.model) or not self.records:
+            return None
+        found = DecoderStep(self.model)
+        if found.watched:  # which says nothing about the base, and is not to be remembered
+            return None
+        return found if self._tried.answer("steps by its blocks", partial(self._same_by, found)) else None
+
+    def _same_by(self, blocks: DecoderStep) -> bool:
+        """Whether two steps of two rows, one of them padded, are those of the model's own forward."""
+        rows = torch.stack([self._text(0), self._text(1)])
+        mask = torch.ones_like(rows)
+        mask[0, :_PADDING] = 0
+        positions = positions_of(mask)
+
+        def alone() -> bool:
+            with base_alone(), torch.inference_mode():
+                caches = self.new_cache(), self.new_cache()
+                for cache in caches:
+                    self._logits(rows[:, :-2], mask[:, :-2], positions[:, :-2], cache, 1, True)
+                for end in (_PROBE - 1, _PROBE):
+                    now = rows[:, end - 1 : end], positions[:, end - 1 : end]
+                    usual = self._logits(now[0], mask[:, :end], now[1], caches[0], 1, True)
+                    found = blocks(*now, mask[:, :end], caches[1])
+                    if not _near(found, usual, 1e-3 if _exact(usual) else 0.5):
+                        return False
+            return True
+
+        with self._probing:
+            return Context().run(alone)
 
     @property
     def records(self) -> bool:

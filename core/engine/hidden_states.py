@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.shape import blocks_of, width_of
 from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.core.engine.decoder import silent
 from lora_rt.errors import LoraRtError
 
 _wanted: ContextVar[int | None] = ContextVar("lora_rt_early", default=None)
@@ -72,7 +73,7 @@ class EarlyHidden:
         token = _wanted.set(blocks)
         try:
             with torch.inference_mode():
-                self.lm.forward(ids, mask, positions, cache=cache)
+                self.lm.forward(ids, mask, positions, cache=cache, by_blocks=False)
         except _Reached as reached:
             rows, tokens = ids.shape
             return _of_one_stream(reached.hidden, rows, tokens, self._size).to(ids.device)
@@ -95,9 +96,9 @@ class EarlyHidden:
                 return
             found = blocks_of(self.lm.model)
             self._hooks[blocks] = (
-                found[blocks - 1].register_forward_hook(stop)
+                found[blocks - 1].register_forward_hook(silent(stop))
                 if blocks
-                else found[0].register_forward_pre_hook(refuse, with_kwargs=True)
+                else found[0].register_forward_pre_hook(silent(refuse), with_kwargs=True)
             )
 
 

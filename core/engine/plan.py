@@ -57,6 +57,10 @@ class Pass(ABC):
             self._given, self._cast = x, (cast := x.to(like))
         return cast
 
+    def knows(self, x: Tensor, wide: Tensor) -> None:
+        """Let `widened` give `wide` for x, whose numbers it has in float32."""
+        self._given, self._cast = x, wide
+
     @abstractmethod
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus what the adapters of a site make of x; both in the layout of the site.

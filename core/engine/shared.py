@@ -7,12 +7,14 @@ y     += B hidden         B: (out, R)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from lora_rt.core.base.fused import Pairs
+from lora_rt.core.engine.few_rows import FewRows
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.layout import Layout, spread
@@ -21,6 +23,8 @@ from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import Topology
 from lora_rt.plugins.contract import Gate
+
+_FLOAT32 = torch.empty(0)
 
 
 class SharedPlan(Plan):
@@ -47,6 +51,13 @@ class SharedPlan(Plan):
         self.stack = stack
         self.group_gates = rank_gates(stack, weights, gates)
         self.head_gates = head_gates(weights, gates)
+        self._few: FewRows | None = None
+
+    def few_rows(self, kernels: Any) -> FewRows:
+        """What it adds to the products of a few rows on a CPU."""
+        if self._few is None:
+            self._few = FewRows(kernels, self.topology, self.stack, self.group_gates, bool(self.head_gates))
+        return self._few
 
     def begin(self, rows: int, tokens: int, kept: int | Tensor | None) -> Pass:
         """A pass of a batch (rows, tokens)."""
@@ -60,8 +71,12 @@ class SharedPlan(Plan):
 class SharedPass(Pass):
     """One forward pass. Remembers the last group's hidden, since q, k and v (gate and up) follow on one another."""
 
+    _few: FewRows | None = None
+    _few_hidden: tuple[Tensor, int, Any] | None = None  # x, the group, and what was made of it
+
     def __init__(self, plan: SharedPlan, rows: int, tokens: int, kept: int | Tensor | None) -> None:
         self.topology = plan.topology
+        self._plan = plan
         self.twins = plan.twins
         self._sites = plan.stack.sites
         self._groups = plan.stack.groups
@@ -92,10 +107,14 @@ class SharedPass(Pass):
         hidden = pairs.products(x.to(group.a.dtype), group.a) * own
         return y + pairs.products(hidden, site.b).to(y.dtype)
 
+    def use(self, kernels: Any) -> None:
+        """Add by these loops where they can; of a step on a CPU, in inference mode."""
+        self._few = self._plan.few_rows(kernels)
+
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the contribution of the site's adapters to x; both in the layout of the site."""
         site = self._sites[index]
-        if site is None:
+        if site is None or (self._few is not None and self._added_to_few(self._few, index, x, y)):
             return y
         if site.scales is not None:  # DoRA: the layer's own output, without its bias, is rescaled
             bias = getattr(self.topology.sites[index].module, "bias", None)
@@ -119,6 +138,20 @@ class SharedPass(Pass):
         for start in range(0, len(into), step):
             into[start : start + step].add_(linear(flat[start : start + step], site.b))
         return y
+
+    def _added_to_few(self, few: FewRows, index: int, x: Tensor, y: Tensor) -> bool:
+        """Whether a plain site's contribution has been added to y by loops."""
+        group = few.group_of(index)
+        if group is None or y.dtype != torch.float32 or x.dim() != 3 or not x.is_floating_point():
+            return False
+        made = self._few_hidden
+        if made is None or made[0] is not x or made[1] != group:
+            hidden = few.hidden(index, self.widened(x, _FLOAT32))
+            if hidden is None:
+                return False
+            made = self._few_hidden = x, *hidden
+        few.add(index, made[2], y)
+        return True
 
     def _shared(self, site: StackedSite, x: Tensor) -> Tensor:
         """The gated hidden of the site's group, made by the first of its sites."""

@@ -63,6 +63,15 @@ class _Adapted(_Hooked):
             return current.add(index, x, self.own.unrounded(x, current.widened)).to(x.dtype)
         return current.add(index, x, self.own(x, *rest, **named))
 
+    def unrounded(self, x: Tensor, wide: Tensor) -> Tensor:
+        """The same sum before it is rounded; see the function of this name."""
+        current = running_pass()
+        if current is None or (index := self.users.get(current.topology)) is None:
+            return _product(self.own, x, wide)
+        current.knows(x, wide)
+        own = self.own
+        return current.add(index, x, own.unrounded(x, current.widened) if isinstance(own, Product) else own(x))
+
 
 class _AdaptedParameters(_Hooked):
     """The forward of a module whose parameters are sites: a router's, or fused experts'."""
@@ -109,6 +118,28 @@ class _Replaced(_Hooked):
         current = running_pass()
         twin = current.twins.get(self.name) if current is not None and current.topology in self.users else None
         return self.own(*args, **named) if twin is None else twin(*args, **named)
+
+
+def unrounded(layer: nn.Module, x: Tensor, wide: Tensor) -> Tensor:
+    """What calling a linear layer gives, with all that a running pass adds, as it is made.
+
+    Args:
+        x: (..., in) in the dtype of the layer.
+        wide: the same numbers in float32.
+
+    Returns:
+        (..., out) in float32 where the product is made so; the layer would round it to the dtype of x.
+    """
+    forward = vars(layer).get("forward")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x)  # type: ignore[no-any-return]
+    return forward.unrounded(x, wide) if type(forward) is _Adapted else _product(forward or layer, x, wide)
+
+
+def _product(forward: Callable[[Tensor], Tensor], x: Tensor, wide: Tensor) -> Tensor:
+    if isinstance(forward, Product):
+        return forward.unrounded(x, lambda _x, _like: wide)
+    return forward(x)
 
 
 def hook_up(topology: Topology) -> ExitStack:

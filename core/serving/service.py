@@ -96,13 +96,14 @@ class Service:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="lora-rt-prepare")
 
     def start(self) -> None:
-        """Load what is pinned and begin to serve.
+        """Load what is pinned and what steps need, and begin to serve.
 
         Raises:
             LoraRtError: a pinned adapter can't be loaded.
         """
         for name in self.settings.pin:
             self.shelf.load(name, pin=True)
+        _ = self.runtime.parts.lm.blocks  # what steps need is compiled or loaded before somebody waits for it
         self.scheduler.start()
 
     def close(self) -> None:

@@ -1,0 +1,270 @@
+"""What a decoding step on a CPU does between its matrix products, compiled for the processor that it runs on.
+
+transformers makes a step of some sixty small operations a block, each of which takes ten to twenty microseconds however
+few its numbers are: of a base of 135 million parameters that is more than all products take.
+
+Arrays have the dtype of the model: float32, or uint16, which holds the bits of bfloat16. Where transformers rounds to
+bfloat16, these round too, half to even; sums are made in float32, in an order of their own.
+
+    n rows of one token     H features      D features of a head     columns of keys and values
+
+The functions are compiled when they are first called, in some seconds, and kept in the home for the next process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from lora_rt.core.base.compiled import compiled
+
+_BITS = np.uint32(16)
+_HALF, _ONE, _KEPT, _NAN = np.uint32(0x7FFF), np.uint32(1), np.uint32(0xFFFF0000), np.uint16(0x7FC0)
+
+
+def _wide(number: Any) -> Any:
+    """A number of the model as float32."""
+
+
+def _narrow(number: Any, like: Any) -> Any:
+    """A float32 as a number of the model, of which an array is given."""
+
+
+def _rounded(number: Any, like: Any) -> Any:
+    """A float32 with the bits that it keeps in the model's dtype."""
+
+
+@overload(_wide, strict=False)  # type: ignore[untyped-decorator]  # numba has no types
+def _wide_of(number: Any) -> Any:
+    if number == types.uint16:
+        return lambda number: np.uint32(np.uint32(number) << _BITS).view(np.float32)
+    return lambda number: number
+
+
+@overload(_narrow, strict=False)  # type: ignore[untyped-decorator]  # numba has no types
+def _narrow_of(number: Any, like: Any) -> Any:
+    if like.dtype == types.uint16:
+
+        def narrow(number: Any, like: Any) -> Any:
+            bits = np.float32(number).view(np.uint32)
+            near = np.uint16((bits + _HALF + ((bits >> _BITS) & _ONE)) >> _BITS)
+            return near if number == number else _NAN
+
+        return narrow
+    return lambda number, like: number
+
+
+@overload(_rounded, strict=False)  # type: ignore[untyped-decorator]  # numba has no types
+def _rounded_of(number: Any, like: Any) -> Any:
+    if like.dtype == types.uint16:
+        return lambda number, like: _wide(_narrow(number, like))
+    return lambda number, like: number
+
+
+_LOW, _HIGH = np.float32(-87.0), np.float32(88.0)
+_LOG2E, _LN2_A, _LN2_B = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+
+
+@compiled(kept=False)
+def _exp(x: Any) -> Any:
+    """e^x of a float32 to the last bit or two, in a form that a loop over many is vectorized in; NaN stays NaN.
+
+    Cephes' polynomial; one that is reassociated would lose what the two parts of ln 2 are for.
+    """
+    low = x if x > _LOW else _LOW
+    inside = low if low < _HIGH else _HIGH
+    count = np.floor(inside * _LOG2E + np.float32(0.5))
+    rest = inside - count * _LN2_A - count * _LN2_B
+    series = ((((_C0 * rest + _C1) * rest + _C2) * rest + _C3) * rest + _C4) * rest + _C5
+    power = np.int32((np.int32(count) + np.int32(127)) << np.int32(23)).view(np.float32)
+    found = (series * rest * rest + rest + np.float32(1)) * power
+    return found if x == x else x
+
+
+@compiled(any_order=True)
+def rms_norm(x: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
+    """RMSNorm of x (n, 1, H): `out` in the model's dtype, `wide` the same numbers in float32."""
+    rows, _, width = x.shape
+    for r in range(rows):
+        squares = np.float32(0)
+        for i in range(width):
+            squares += _wide(x[r, 0, i]) * _wide(x[r, 0, i])
+        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
+        for i in range(width):
+            wide[r, 0, i] = _rounded(_rounded(_wide(x[r, 0, i]) * scale, x) * _wide(weight[i]), x)
+            out[r, 0, i] = _narrow(wide[r, 0, i], x)
+
+
+@compiled(any_order=True)
+def add_norm(x: Any, y: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
+    """x += y, (n, 1, H), then the RMSNorm of x."""
+    rows, _, width = x.shape
+    for r in range(rows):
+        for i in range(width):
+            x[r, 0, i] = _narrow(_wide(x[r, 0, i]) + _rounded(_wide(y[r, 0, i]), x), x)
+    rms_norm(x, weight, eps, out, wide)
+
+
+@compiled(any_order=True)
+def head_norm(q: Any, weight: Any, eps: Any, like: Any) -> None:
+    """RMSNorm of every head of q (n, 1, heads * D), in place; `like` has the model's dtype."""
+    size = len(weight)
+    for r in range(q.shape[0]):
+        for start in range(0, q.shape[2], size):
+            squares = np.float32(0)
+            for i in range(size):
+                number = _rounded(_wide(q[r, 0, start + i]), like)
+                squares += number * number
+            scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
+            for i in range(size):
+                number = _rounded(_wide(q[r, 0, start + i]), like)
+                number = _rounded(_rounded(number * scale, like) * _wide(weight[i]), like)
+                q[r, 0, start + i] = _narrow(number, q)
+
+
+@compiled(any_order=True)
+def rotate(q: Any, cos: Any, sin: Any, out: Any) -> None:
+    """The rope of q (n, 1, heads * D) by factors (n or 1, 1, D): `out` (n, heads, 1, D) in the model's dtype."""
+    rows, heads, _, size = out.shape
+    half = size // 2
+    for r in range(rows):
+        c, s = cos[min(r, cos.shape[0] - 1), 0], sin[min(r, cos.shape[0] - 1), 0]
+        for head in range(heads):
+            low, high = q[r, 0, head * size : head * size + half], q[r, 0, head * size + half : (head + 1) * size]
+            for i in range(half):
+                a, b = _rounded(_wide(low[i]), out), _rounded(_wide(high[i]), out)
+                first = _rounded(a * _wide(c[i]), out) + _rounded(-b * _wide(s[i]), out)
+                second = _rounded(b * _wide(c[half + i]), out) + _rounded(a * _wide(s[half + i]), out)
+                out[r, head, 0, i], out[r, head, 0, half + i] = _narrow(first, out), _narrow(second, out)
+
+
+@compiled(any_order=True)
+def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, out: Any, wide: Any) -> None:
+    """Attention of q (n, heads, 1, D) over what each row sees, `seen` (n, columns); out (n, 1, heads * D).
+
+    `keys` and `values` are flat. `steps` is how many heads they have, and how far apart rows, heads and columns lie, of
+    keys and then of values.
+    """
+    rows, heads, _, size = q.shape
+    columns = seen.shape[1]
+    scaling = np.float32(scale)
+    group = heads // steps[0]
+    scores = np.empty(columns + 3, np.float32)
+    query = np.empty(size, np.float32)
+    places = np.empty(columns + 3, np.int64)
+    for r in range(rows):
+        count = 0
+        for t in range(columns):
+            if seen[r, t]:
+                places[count] = t
+                count += 1
+        if count == 0:
+            places[0], count = columns - 1, 1
+        for extra in range(3):  # four at a time: what is looked at once more counts for nothing
+            places[count + extra] = places[count - 1]
+        for head in range(heads):
+            for i in range(size):
+                query[i] = _wide(q[r, head, 0, i])
+            at = r * steps[1] + head // group * steps[2]
+            top = np.float32(-np.inf)
+            for n in range(0, count, 4):
+                a, b = keys[at + places[n] * steps[3] :], keys[at + places[n + 1] * steps[3] :]
+                c, d = keys[at + places[n + 2] * steps[3] :], keys[at + places[n + 3] * steps[3] :]
+                of_a = of_b = of_c = of_d = np.float32(0)
+                for i in range(size):
+                    of_a += query[i] * _wide(a[i])
+                    of_b += query[i] * _wide(b[i])
+                    of_c += query[i] * _wide(c[i])
+                    of_d += query[i] * _wide(d[i])
+                scores[n], scores[n + 1] = of_a * scaling, of_b * scaling
+                scores[n + 2], scores[n + 3] = of_c * scaling, of_d * scaling
+                top = max(top, max(max(scores[n], scores[n + 1]), max(scores[n + 2], scores[n + 3])))
+            whole = np.float32(0)
+            for n in range(count):
+                scores[n] = _exp(scores[n] - top)
+                whole += scores[n]
+            for extra in range(3):
+                scores[count + extra] = np.float32(0)
+            answer = wide[r, 0, head * size : (head + 1) * size]
+            for i in range(size):
+                answer[i] = np.float32(0)
+            at = r * steps[4] + head // group * steps[5]
+            for n in range(0, count, 4):
+                a, b = values[at + places[n] * steps[6] :], values[at + places[n + 1] * steps[6] :]
+                c, d = values[at + places[n + 2] * steps[6] :], values[at + places[n + 3] * steps[6] :]
+                of_a, of_b, of_c, of_d = scores[n], scores[n + 1], scores[n + 2], scores[n + 3]
+                for i in range(size):
+                    answer[i] += of_a * _wide(a[i]) + of_b * _wide(b[i]) + of_c * _wide(c[i]) + of_d * _wide(d[i])
+            for i in range(size):
+                answer[i] = _rounded(answer[i] / whole, out)
+                out[r, 0, head * size + i] = _narrow(answer[i], out)
+
+
+@compiled(any_order=True)
+def silu_gated(gate: Any, up: Any, out: Any, wide: Any) -> None:
+    """silu(gate) * up, (n, 1, F)."""
+    rows, _, width = gate.shape
+    for r in range(rows):
+        for i in range(width):
+            a, b = _rounded(_wide(gate[r, 0, i]), out), _rounded(_wide(up[r, 0, i]), out)
+            wide[r, 0, i] = _rounded(_rounded(a / (np.float32(1) + _exp(-a)), out) * b, out)
+            out[r, 0, i] = _narrow(wide[r, 0, i], out)
+
+
+@compiled(any_order=True)
+def gated_ranks(x: Any, a: Any, gate: Any, hidden: Any) -> None:
+    """hidden (n, 1, R) = gate * (A x) of a float32 x (n, 1, in), a (R, in) and a gate (n or 1, 1, R)."""
+    rows, _, width = x.shape
+    ranks = a.shape[0]
+    for r in range(rows):
+        g = gate[min(r, gate.shape[0] - 1), 0]
+        for q in range(ranks):
+            hidden[r, 0, q] = np.float32(0)
+        for i in range(width):
+            number = x[r, 0, i]
+            for q in range(ranks):
+                hidden[r, 0, q] += number * a[q, i]
+        for q in range(ranks):
+            hidden[r, 0, q] *= g[q]
+
+
+@compiled(any_order=True)
+def add_ranks(y: Any, hidden: Any, start: int, b: Any) -> None:
+    """y += B hidden, in place, of a float32 y (n, 1, out), b (out, ranks) and its ranks of hidden, from `start` on."""
+    rows, _, width = y.shape
+    ranks = b.shape[1]
+    acting = np.empty(ranks + 3, np.int64)
+    for r in range(rows):
+        count = 0
+        for q in range(ranks):
+            if hidden[r, 0, start + q] != 0:  # of a row's own adapters; NaN is not 0
+                acting[count] = q
+                count += 1
+        n = 0
+        while n + 4 <= count:
+            i, j, k, m = acting[n], acting[n + 1], acting[n + 2], acting[n + 3]
+            of_i, of_j = hidden[r, 0, start + i], hidden[r, 0, start + j]
+            of_k, of_m = hidden[r, 0, start + k], hidden[r, 0, start + m]
+            for o in range(width):
+                y[r, 0, o] += of_i * b[o, i] + of_j * b[o, j] + of_k * b[o, k] + of_m * b[o, m]
+            n += 4
+        while n < count:
+            q = acting[n]
+            number = hidden[r, 0, start + q]
+            for o in range(width):
+                y[r, 0, o] += number * b[o, q]
+            n += 1
+
+
+def prepare() -> None:
+    """Compile now what adapters need in a step, or load it: factors lie rank by rank or feature by feature."""
+    x, hidden, gate = np.ones((1, 1, 2), np.float32), np.zeros((1, 1, 2), np.float32), np.ones((1, 1, 2), np.float32)
+    for order in ("C", "F"):
+        factor = np.ones((2, 2), np.float32, order=order)
+        gated_ranks(x, factor, gate, hidden)
+        add_ranks(x, hidden, 0, factor)
