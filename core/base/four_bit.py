@@ -57,7 +57,7 @@ def are_there() -> bool:
 def fits(module: Any) -> bool:
     """Whether a 4-bit layer, not yet packed by bitsandbytes, is laid out as the kernel reads it."""
     state = getattr(module.weight, "quant_state", None)
-    if state is None or not are_there():
+    if state is None or getattr(state, "packing_format_for_cpu", False) or not are_there():
         return False
     plain = state.quant_type == "nf4" and state.blocksize == BLOCK and module.compute_dtype in _DTYPES
     return plain and not module.in_features % BLOCK and not module.out_features % _TILE

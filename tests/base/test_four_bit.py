@@ -112,6 +112,13 @@ def test_the_other_blocks_of_bitsandbytes_are_not_multiplied_so() -> None:
     assert not four_bit.fits(module)
 
 
+def test_what_bitsandbytes_has_packed_is_not_read_as_if_it_had_not() -> None:
+    module = layer()
+    assert four_bit.fits(module)
+    module.weight.quant_state.packing_format_for_cpu = True
+    assert not four_bit.fits(module)
+
+
 def test_a_layer_multiplied_so_is_the_dense_one_up_to_rounding_and_so_is_its_gradient() -> None:
     module = layer()
     product = Product(module, ("four-bit",) * len(SIZES))
