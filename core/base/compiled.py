@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.registry import home
+from lora_rt.version import __version__
 
 
 @cache
@@ -42,7 +44,7 @@ def _remembered(function: Any, options: dict[str, Any]) -> Any:
     """The function, which is looked for in the home when it is first called, and put there."""
     from numba import config, njit
 
-    folder = home.home() / "kernels"
+    folder = _folder(Path(function.__code__.co_filename))
     if not _can_write(folder):
         return njit(**options)(function)
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
@@ -50,6 +52,12 @@ def _remembered(function: Any, options: dict[str, Any]) -> Any:
         return _sturdy(njit(cache=True, **options)(function))
     finally:
         config.CACHE_DIR = before
+
+
+def _folder(file: Path) -> Path:
+    """Where what is compiled of a file is kept: numba sees neither options nor a change that keeps size and date."""
+    sources = b"".join(path.read_bytes() for path in (Path(__file__), file))
+    return home.home() / "kernels" / f"{__version__}-{hashlib.sha256(sources).hexdigest()[:8]}"
 
 
 def _sturdy(dispatcher: Any) -> Any:

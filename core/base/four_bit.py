@@ -28,6 +28,7 @@ BLOCK = 64
 _TILE = 4  # outputs
 _ALONE = 1 << 16  # numbers times rows up to which one thread is faster than two
 _DTYPES = (torch.bfloat16, torch.float32)
+_Arguments = ctypes.c_int64 * 9
 
 
 class FourBit(NamedTuple):
@@ -37,11 +38,6 @@ class FourBit(NamedTuple):
     scales: Tensor
     dtype: torch.dtype
 
-    @property
-    def nbytes(self) -> int:
-        """The memory of it."""
-        return self.codes.nbytes + self.scales.nbytes
-
 
 def nbytes_of(out: int, width: int) -> int:
     """The memory of a weight."""
@@ -50,7 +46,20 @@ def nbytes_of(out: int, width: int) -> int:
 
 @cache
 def are_there() -> bool:
-    """Whether llvmlite is installed, and this processor has what the kernel needs."""
+    """Whether this processor has what the kernel needs, and llvmlite is there and compiles it to what it should be."""
+    if not could_be():
+        return False
+    codes = torch.arange(BLOCK * _TILE, dtype=torch.uint8).view(_TILE, BLOCK) % 16
+    try:
+        scales = torch.ones(_TILE, 1, dtype=torch.float32)
+        ones = product(torch.eye(BLOCK, dtype=torch.float32), from_codes(codes, scales, torch.bfloat16)).T == 1
+    except Exception:  # another release of llvmlite may refuse it in any way; others multiply as well
+        return False
+    return torch.equal(ones, codes == 15)
+
+
+def could_be() -> bool:
+    """The same before anything is compiled."""
     return find_spec("llvmlite") is not None and _lanes() > 0
 
 
@@ -73,6 +82,8 @@ def laid_out(module: Any) -> FourBit:
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
     bytes_ = module.weight.data.view(-1).view(torch.uint8)
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1)  # the first of two numbers lies in the upper half
+    if scales.numel() * BLOCK != out * width:
+        raise ValueError(f"{scales.numel()} scales for {out} x {width} numbers")
     return from_codes(codes.view(out, width), scales.float().view(out, -1).clone(), module.compute_dtype)
 
 
@@ -84,15 +95,26 @@ def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> FourBit:
 
 
 def product(x: Tensor, weight: FourBit, bias: Tensor | None = None) -> Tensor:
-    """y (..., out) of a float32 x (..., in), a weight and a float32 bias (out,). It knows no gradients."""
-    out, width = len(weight.codes), x.shape[-1]
-    x = x.detach().contiguous()
-    y = x.new_empty(*x.shape[:-1], out)
-    rows = x.numel() // width
-    threads = torch.get_num_threads() if rows * out * width > _ALONE else 1
+    """y (..., out) of a float32 x (..., in), a weight and a float32 bias (out,). It knows no gradients.
+
+    The order of the sums hangs on how many rows there are, and on a row's place among them.
+
+    Raises:
+        ValueError: x has another dtype, width or device; the kernel would read what is not there.
+    """
+    *rows, width = x.shape
+    codes, scales, dtype = weight
+    out, half = codes.shape
+    if x.dtype is not torch.float32 or width != 2 * half or not x.is_cpu:
+        raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a 4-bit weight of {out} x {2 * half}")
+    if not x.is_contiguous():
+        x = x.contiguous()
+    y = x.new_empty(*rows, out)
+    count = x.numel() // width
+    threads = torch.get_num_threads() if count * out * width > _ALONE else 1
     parts = 2 * threads if threads > 1 else 1
-    places = weight.codes.data_ptr(), weight.scales.data_ptr(), x.data_ptr(), y.data_ptr()
-    _run(weight.dtype)((ctypes.c_int64 * 9)(0, parts, rows, width, out, *places), threads)
+    places = codes.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr()
+    _run(dtype)(_Arguments(0, parts, count, width, out, *places), threads)
     return y if bias is None else y.add_(bias)
 
 
@@ -119,11 +141,11 @@ def _parallel() -> Callable[[Any, Any, int, int], None] | None:
 
     A process may have several OpenMP libraries (sentencepiece brings one): it has to be the one that torch has loaded.
     """
-    brought = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    folder = Path(torch.__file__).parent
+    brought = sorted([*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")])
     try:
-        library = ctypes.CDLL(str(brought[0]) if brought else "libgomp.so.1", os.RTLD_NOLOAD | os.RTLD_NOW)
-        found: Any = library.GOMP_parallel
-    except (AttributeError, OSError):
+        found: Any = ctypes.CDLL(str(brought[0]), os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+    except (AttributeError, IndexError, OSError):
         return None
     found.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     found.restype = None
@@ -133,11 +155,11 @@ def _parallel() -> Callable[[Any, Any, int, int], None] | None:
 @cache
 def _lanes() -> int:
     """How many float32 a register holds in which sixteen levels can be looked up; 0 for none."""
-    from llvmlite.binding import get_host_cpu_features
-
     try:
+        from llvmlite.binding import get_host_cpu_features
+
         features = get_host_cpu_features()
-    except RuntimeError:
+    except (ImportError, OSError, RuntimeError):
         return 0
     if features.get("avx512f"):
         return 16

@@ -57,7 +57,7 @@ _known: dict[tuple[str, str], Times] = {}  # so that a process goes one way, wha
 
 def machine_name() -> str:
     """What decides how fast this process multiplies."""
-    packages = ("torch", "bitsandbytes", *(["llvmlite"] if four_bit.are_there() else []))
+    packages = ("torch", "bitsandbytes", *(["llvmlite"] if four_bit.could_be() else []))
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {versions}"
 
@@ -84,7 +84,7 @@ def times_of(layers: Mapping[str, nn.Linear]) -> dict[str, Times]:
             else:
                 _known[here, name] = found
     if unknown:
-        new = measure(unknown, torch.full((_POOL // 4,), 0.5))
+        new = measure(unknown, torch.full((_POOL // 4,), 0.5, dtype=torch.float32))
         _known.update({(here, name): times for name, times in new.items()})
         _remember(here, new)
     return {name: _known[here, name] for name in layers}
@@ -248,7 +248,7 @@ class _Pool:
 
 def _four_bits(pool: Tensor, rows: int, width: int, computed: torch.dtype) -> list[Any]:
     """4-bit weights of whatever the pool's bytes mean."""
-    size, scales = rows * width // 2, torch.full((rows, width // four_bit.BLOCK), 0.5)
+    size, scales = rows * width // 2, torch.full((rows, width // four_bit.BLOCK), 0.5, dtype=torch.float32)
     codes = pool.view(torch.uint8) if pool.nbytes >= size else torch.zeros(size, dtype=torch.uint8)
     starts = range(0, len(codes) - size + 1, size)[:_COPIES]
     return [four_bit.FourBit(codes[at : at + size].view(rows, -1), scales, computed) for at in starts]

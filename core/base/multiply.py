@@ -64,7 +64,7 @@ _KEEPS: dict[Way, Copy] = {
 _READ = ("dense", "dense-wide")  # ways whose copy any product can read
 _ANY = (-1, -1)
 _SLICE = 1 << 20  # numbers: 4 MiB in float32
-_FLOAT32 = torch.empty(0)
+_FLOAT32 = torch.empty(0, dtype=torch.float32)
 
 
 def keeps(way: Way) -> Copy | None:
@@ -291,6 +291,8 @@ class Product:
     def _renewed(self) -> bool:
         """Another weight stands in the layer: its copies are made again, where it still is one that can be copied."""
         if computes_in(self.module) is not self.dtype:
+            return False
+        if "four-bit" in self._by_bits and not four_bit.fits(self.module):
             return False
         self._kept = {}
         self._look()

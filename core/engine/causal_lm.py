@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context
 from functools import cached_property, partial
+from importlib import metadata
 from inspect import signature
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from lora_rt.core.base import compiled
 from lora_rt.core.base.shape import ForwardPass, context_of, device_of, heads_of, positions_of, vocabulary_of
 from lora_rt.core.base.tried import Tried
 from lora_rt.core.base.upstream import keeps_a_state
-from lora_rt.core.engine.decoder import DecoderStep, is_known
+from lora_rt.core.engine.decoder import DecoderStep, is_known, is_watched
 from lora_rt.core.engine.growing_cache import GrowingLayer, GrowingWindow, let_grow
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.rope import Rope, forget_growth
@@ -153,23 +154,34 @@ class CausalLM:
         wanted = self.device.type == "cuda" and os.environ.get(_VARIABLE, "") != "0"
         return Steps(self, on_cuda()) if wanted and self.records else None
 
-    @cached_property
+    @property
     def blocks(self) -> DecoderStep | None:
         """The step of this model by its blocks on a CPU, where numba is there and a trial of it went well.
 
         `$LORA_RT_BLOCKS` of 0 says that there is to be none, of 1 that even a base is stepped so which is so small that
         to load what was compiled takes longer than all that it will save.
         """
+        tried = "_blocks" in vars(self)
+        if not self._has_blocks or (not tried and is_watched(self.model)):  # the latter may be over with the next step
+            return None
+        return self._blocks
+
+    @cached_property
+    def _has_blocks(self) -> bool:
         wanted = os.environ.get(_BLOCKS, "")
         large = sum(parameter.numel() for parameter in self.model.parameters()) >= _LARGE or wanted == "1"
-        if self.device.type != "cpu" or wanted == "0" or not large or not compiled.is_there():
+        there = self.device.type == "cpu" and wanted != "0" and large and compiled.is_there()
+        return there and is_known(self.model) and self.records
+
+    @cached_property
+    def _blocks(self) -> DecoderStep | None:
+        try:
+            found = DecoderStep(self.model)
+            versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("numba", "numpy"))
+            question = f"steps by its blocks, {versions}"
+            return found if self._tried.answer(question, partial(self._same_by, found)) else None
+        except Exception:  # another release of numba or numpy may refuse it in any way; the model's own step is there
             return None
-        if not is_known(self.model) or not self.records:
-            return None
-        found = DecoderStep(self.model)
-        if found.watched:  # which says nothing about the base, and is not to be remembered
-            return None
-        return found if self._tried.answer("steps by its blocks", partial(self._same_by, found)) else None
 
     def _same_by(self, blocks: DecoderStep) -> bool:
         """Whether two steps of two rows, one of them padded, are those of the model's own forward."""

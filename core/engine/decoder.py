@@ -11,12 +11,14 @@ classes in transformers, and each is tried before it is stepped so.
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_rt.core.engine.growing_cache import GrowingLayer
 from lora_rt.core.engine.plan import running_pass
@@ -39,17 +41,57 @@ class _Input(NamedTuple):
     wide_out: Any
 
 
+class _Keys(NamedTuple):
+    """The shape of a token's keys (rows, heads, 1, D), and a tensor of the shape in which a layer gives them."""
+
+    shape: tuple[int, int, int, int]
+    given: Tensor
+
+
 def is_known(model: Any) -> bool:
-    """Whether a model is a decoder of a kind that `DecoderStep` takes."""
+    """Whether a model is a decoder of a kind that `DecoderStep` takes, all of its parts transformers' own."""
     name = next((kind for kind in _KINDS if type(model).__name__ == f"{kind}ForCausalLM"), None)
-    if name is None or not type(model).__module__.startswith("transformers."):
+    if name is None or not _is_transformers(model) or getattr(model.config, "hidden_act", "") != "silu":
         return False
-    decoder = model.model
-    blocks = {type(block).__name__ for block in decoder.layers}
-    norms = [module for module in decoder.modules() if type(module).__name__ == f"{name}RMSNorm"]
-    kept = {parameter.dtype for parameter in chain(*(norm.parameters() for norm in norms))}
-    silent = getattr(model.config, "hidden_act", "") == "silu"
-    return blocks == {f"{name}DecoderLayer"} and len(kept) == 1 and kept <= {*_DTYPES} and silent
+    kinds = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")
+    parts = _parts(model)
+    if {type(part).__name__ for part in parts} != {*(name + kind for kind in kinds), "SiLUActivation"}:
+        return False
+    sizes = {_sizes(block) for block in model.model.layers}
+    dtypes = {part.weight.dtype for part in parts if hasattr(part, "variance_epsilon")}
+    return all(map(_is_transformers, parts)) and len(sizes) == len(dtypes) == 1 and dtypes <= {*_DTYPES}
+
+
+def is_watched(model: Any) -> bool:
+    """Whether somebody watches or replaces a part that `DecoderStep` passes by."""
+    hooked: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]  # torch's
+    return hooked or any("forward" in vars(part) or _watched(part) for part in _parts(model))
+
+
+def _parts(model: Any) -> list[Any]:
+    """What is passed by: all modules but embedding, rope, linear layers and output head."""
+    found = [model, model.model, model.model.norm]
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        found += [block, attention, mlp, mlp.act_fn, block.input_layernorm, block.post_attention_layernorm]
+        found += _head_norms(attention)
+    return found
+
+
+def _is_transformers(part: Any) -> bool:
+    """Whether a module is computed as transformers computes it, whatever else has been put into its class."""
+    forward = inspect.unwrap(type(part).forward)
+    return all(getattr(one, "__module__", "").startswith("transformers.") for one in (type(part), forward))
+
+
+def _sizes(block: Any) -> tuple[int, ...]:
+    """Everything that the memory of a step hangs on."""
+    attention, mlp = block.self_attn, block.mlp
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    layers += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [block.input_layernorm, block.post_attention_layernorm, *_head_norms(attention)]
+    features = [size for layer in layers for size in (layer.in_features, layer.out_features)]
+    return attention.head_dim, *features, *(len(norm.weight) for norm in norms)
 
 
 class DecoderStep:
@@ -66,24 +108,23 @@ class DecoderStep:
         kernels.prepare()
         self._kernels = kernels
         self._model = model
-        self._blocks = list(model.model.layers)
         self._dtype: torch.dtype = model.model.norm.weight.dtype
         self._rooms: dict[int, list[_Room]] = {}
-        inner = [(b, b.self_attn, b.mlp, b.input_layernorm, b.post_attention_layernorm) for b in self._blocks]
-        self._passed_by: list[nn.Module] = [model, model.model, model.model.norm, *chain(*inner)]
-        self._passed_by += [norm for b in self._blocks for norm in _head_norms(b.self_attn)]
-
-    @property
-    def watched(self) -> bool:
-        """Whether somebody watches or replaces what it passes by."""
-        return any("forward" in vars(module) or _watched(module) for module in self._passed_by)
+        self._parts = _parts(model)
+        self._forwards: dict[Any, Any] = dict.fromkeys(map(type, self._parts))
+        for kind in self._forwards:
+            self._forwards[kind] = kind.forward
 
     def can(self, cache: Any) -> bool:
-        """Whether the next step may be this one."""
+        """Whether the next step may be this one: nothing of the model has been replaced, and no pass replaces it."""
         current = running_pass()
-        if self.watched or torch.is_grad_enabled() or (current is not None and current.twins):
+        if torch.is_grad_enabled() or (current is not None and current.twins) or is_watched(self._model):
             return False
-        return all(type(layer) is GrowingLayer for layer in cache.layers)
+        parts = _parts(self._model)
+        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+        same = same and self._model.model.norm.weight.dtype is self._dtype
+        same = same and all(kind.forward is forward for kind, forward in self._forwards.items())
+        return same and all(type(layer) is GrowingLayer for layer in cache.layers)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """The logits (rows, 1, vocab) of one more token each.
@@ -93,13 +134,15 @@ class DecoderStep:
             mask: (rows, columns), 0 where a row does not look; the last column is the token's own.
             cache: of the tokens before, which is extended.
         """
-        rows = len(ids)
+        rows, columns = len(ids), cache.get_seq_length() + 1
+        if mask.shape != (rows, columns):  # what lies beyond would be read as it is
+            raise ValueError(f"a mask of {tuple(mask.shape)} for {rows} rows of {columns} columns")
         rooms = self._rooms.pop(rows, [])
-        room = rooms.pop() if rooms else _Room(self._blocks, rows, self._dtype)
+        room = rooms.pop() if rooms else _Room(self._model.model.layers, rows, self._dtype)
         logits = self._stepped(room, ids, positions, mask, cache)
         self._rooms[rows] = [*self._rooms.get(rows, []), room]
-        while len(self._rooms) > _ROOMS:
-            self._rooms.pop(next(iter(self._rooms)), None)
+        for number in list(self._rooms)[:-_ROOMS]:
+            self._rooms.pop(number, None)
         return logits
 
     def _stepped(self, room: _Room, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
@@ -111,28 +154,34 @@ class DecoderStep:
         if isinstance(current := running_pass(), SharedPass):
             current.use(k)
         added: Tensor | None = None  # what the layers before have made, which x still lacks
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(decoder.layers):
             attention, mlp = block.self_attn, block.mlp
             to_heads, to_o, to_gate, to_down = room.inputs[number]
             self._norm(block.input_layernorm, x, added, to_heads)
-            query, key, value = (_sum(getattr(attention, name), to_heads) for name in ("q_proj", "k_proj", "v_proj"))
+            query = self._sum(attention.q_proj, to_heads, to_o)
+            key, value = (self._sum(layer, to_heads, room.keys) for layer in (attention.k_proj, attention.v_proj))
             for norm, of in zip(_head_norms(attention), (query, key), strict=False):
                 k.head_norm(_array(of), _array(norm.weight), norm.variance_epsilon, x)
             k.rotate(_array(query), cos, sin, room.query)
-            new = torch.empty(room.keys, dtype=self._dtype)
+            new = torch.empty(room.keys.shape, dtype=self._dtype)
             k.rotate(_array(key), cos, sin, _array(new))
-            keys, values = cache.layers[number].update(new, value.to(self._dtype).view(room.keys))
-            if keys.shape[2] != seen.shape[1]:  # what lies beyond would be read as it is
-                raise ValueError(f"a mask of {seen.shape[1]} columns for {keys.shape[2]} that are kept")
+            keys, values = cache.layers[number].update(new, value.to(self._dtype).view(room.keys.shape))
             steps = (keys.shape[1], *keys.stride()[:3], *values.stride()[:3])
             k.attend(room.query, _flat(keys), _flat(values), steps, seen, attention.scaling, to_o.out, to_o.wide_out)
-            self._norm(block.post_attention_layernorm, x, _sum(attention.o_proj, to_o), to_gate)
-            gate, up = _sum(mlp.gate_proj, to_gate), _sum(mlp.up_proj, to_gate)
+            self._norm(block.post_attention_layernorm, x, self._sum(attention.o_proj, to_o, to_gate), to_gate)
+            gate, up = self._sum(mlp.gate_proj, to_gate, to_down), self._sum(mlp.up_proj, to_gate, to_down)
             k.silu_gated(_array(gate), _array(up), to_down.out, to_down.wide_out)
-            added = _sum(mlp.down_proj, to_down)
+            added = self._sum(mlp.down_proj, to_down, to_heads)
         self._norm(decoder.norm, x, added, room.last)
-        logits: Tensor = self._model.lm_head(room.last.given)
+        logits: Tensor = self._model.lm_head(room.last.given.clone())  # whoever watches may keep what it is given
         return logits
+
+    def _sum(self, layer: nn.Module, given: _Input, like: _Input | _Keys) -> Tensor:
+        """What a layer makes of its input, (rows, 1, width): as wide as what is made of it, or memory would be torn."""
+        found = unrounded(layer, given.given, given.wide)
+        if found.shape != like.given.shape:
+            raise ValueError(f"a layer gives {tuple(found.shape)} where {tuple(like.given.shape)} is wanted")
+        return found if found.dtype in (torch.float32, self._dtype) else found.to(self._dtype)
 
     def _norm(self, norm: Any, x: Any, added: Tensor | None, into: _Input) -> None:
         weight, eps = _array(norm.weight), norm.variance_epsilon
@@ -148,15 +197,15 @@ class _Room:
     All blocks share the memory, and each has tensors of its own: a pass tells by the tensor whether it has seen an x.
     """
 
-    def __init__(self, blocks: list[Any], rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, blocks: Any, rows: int, dtype: torch.dtype) -> None:
         attention, mlp = blocks[0].self_attn, blocks[0].mlp
         size = attention.head_dim
         heads, keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
         hidden = attention.q_proj.in_features
-        self.keys = rows, keys, 1, size
+        self.keys = _Keys((rows, keys, 1, size), torch.empty(rows, 1, keys * size, dtype=dtype))
         self.query = _array(torch.empty(rows, heads, 1, size, dtype=dtype))
         memory = [
-            (torch.empty(rows, 1, width, dtype=dtype), torch.empty(rows, 1, width))
+            (torch.empty(rows, 1, width, dtype=dtype), torch.empty(rows, 1, width, dtype=torch.float32))
             for width in (hidden, heads * size, hidden, mlp.gate_proj.out_features)
         ]
         self.inputs = [[_input(*pair) for pair in memory] for _ in blocks]
@@ -167,10 +216,6 @@ def _input(given: Tensor, wide: Tensor) -> _Input:
     """The same memory by new tensors."""
     given, wide = given.view_as(given), wide.view_as(wide)
     return _Input(given, wide, _array(given), _array(wide))
-
-
-def _sum(layer: nn.Module, given: _Input) -> Tensor:
-    return unrounded(layer, given.given, given.wide)
 
 
 def _head_norms(attention: Any) -> tuple[Any, ...]:

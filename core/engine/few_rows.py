@@ -64,7 +64,7 @@ class FewRows:
         group = self._groups[site.group]
         if len(wide) > _FEW:
             return site.group, linear(wide, group.a).mul_(group.gate).numpy()
-        hidden = torch.empty(len(wide), 1, len(group.a)).numpy()
+        hidden = torch.empty(len(wide), 1, len(group.a), dtype=torch.float32).numpy()
         self.kernels.gated_ranks(wide.numpy(), group.a_array, group.gate_array, hidden)
         return site.group, hidden
 

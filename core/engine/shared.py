@@ -24,7 +24,7 @@ from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import Topology
 from lora_rt.plugins.contract import Gate
 
-_FLOAT32 = torch.empty(0)
+_FLOAT32 = torch.empty(0, dtype=torch.float32)
 
 
 class SharedPlan(Plan):
@@ -37,6 +37,8 @@ class SharedPlan(Plan):
         gates: one per adapter, None for "always 1".
         twins: modules that stand in for the model's own of these names.
     """
+
+    _few: FewRows | None = None
 
     def __init__(
         self,
@@ -51,7 +53,6 @@ class SharedPlan(Plan):
         self.stack = stack
         self.group_gates = rank_gates(stack, weights, gates)
         self.head_gates = head_gates(weights, gates)
-        self._few: FewRows | None = None
 
     def few_rows(self, kernels: Any) -> FewRows:
         """What it adds to the products of a few rows on a CPU."""

@@ -132,7 +132,7 @@ def unrounded(layer: nn.Module, x: Tensor, wide: Tensor) -> Tensor:
     """
     forward = vars(layer).get("forward")
     if layer._forward_hooks or layer._forward_pre_hooks:
-        return layer(x)  # type: ignore[no-any-return]
+        return layer(x.clone()).clone()  # type: ignore[no-any-return]  # what a hook has seen may be kept by it
     return forward.unrounded(x, wide) if type(forward) is _Adapted else _product(forward or layer, x, wide)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -133,6 +134,39 @@ def test_a_layer_multiplied_so_is_the_dense_one_up_to_rounding_and_so_is_its_gra
     assert gradients[0] is not None
     assert gradients[1] is not None
     assert torch.allclose(gradients[0], gradients[1], rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("other", [{"quant_type": "fp4"}, {"blocksize": 128}, {"blocksize": 32}, {"rows": 96}])
+def test_a_weight_that_is_put_in_its_place_is_the_one_that_counts(other: dict[str, Any]) -> None:
+    module = layer()
+    product = Product(module, ("four-bit",) * len(SIZES))
+    x = torch.randn(1, 5, IN).bfloat16()
+    product(x)
+    kind = {"quant_type": "nf4", **other}
+    rows = kind.pop("rows", OUT)
+    module.weight = bnb.nn.Params4bit(torch.randn(rows, IN), requires_grad=False, **kind).to("cpu")
+    module.weight.module = module
+    module.out_features = rows
+    exact = x.double() @ dense_weight(module).double().T
+    assert (product(x).double() - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, IN).bfloat16(), torch.zeros(2, IN // 2), torch.zeros(2, IN, device="meta")]
+)
+def test_what_the_kernel_would_misread_is_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=f"{OUT} x {IN}"):
+        four_bit.product(x, four_bit.laid_out(layer()))
+
+
+def test_the_default_dtype_of_others_is_nothing_to_it() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        four_bit.are_there.cache_clear()
+        assert four_bit.are_there()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        four_bit.are_there.cache_clear()
 
 
 def test_without_torchs_own_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

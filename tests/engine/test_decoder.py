@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,6 +131,13 @@ def test_small_bases_are_not_and_nobody_is_who_does_not_want_it_or_lacks_numba(m
     monkeypatch.setenv("LORA_RT_BLOCKS", "1")
     monkeypatch.setattr(compiled, "is_there", lambda: False)
     assert CausalLM(model).blocks is None
+    monkeypatch.undo()
+    monkeypatch.setenv("LORA_RT_BLOCKS", "1")
+    monkeypatch.setitem(sys.modules, "lora_rt.core.engine.kernels", None)  # numba says that numpy is too new, say
+    monkeypatch.delattr("lora_rt.core.engine.kernels", raising=False)
+    lm = CausalLM(model)
+    assert lm.blocks is None
+    assert steps(lm, True).isfinite().all()
 
 
 def test_who_watches_or_replaces_a_part_of_a_block_gets_all_steps() -> None:
@@ -187,8 +195,84 @@ def test_a_mask_of_another_width_than_the_cache_is_refused() -> None:
     ids, mask, positions = text()
     cache = lm.new_cache()
     lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
-    with pytest.raises(ValueError, match="11 columns for 10"):
+    with pytest.raises(ValueError, match="5, 11"):
         lm.blocks(ids[:, 9:10], positions[:, 9:10], mask[:, :11], cache)
+    with pytest.raises(ValueError, match="1, 10"):
+        lm.blocks(ids[:, 9:10], positions[:, 9:10], mask[:1, :10], cache)
+    assert cache.get_seq_length() == 9
+
+
+def test_blocks_that_differ_in_size_are_not_stepped_so() -> None:
+    model = model_of("llama")
+    with torch.inference_mode(False):
+        wide = model_of("llama", intermediate_size=192)
+    model.model.layers[1].mlp = wide.model.layers[1].mlp
+    assert CausalLM(model).blocks is None
+
+
+def test_what_is_replaced_after_the_trial_is_not_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other() -> CausalLM:
+        with torch.inference_mode(False):
+            lm = CausalLM(model_of("llama"))
+        assert lm.blocks is not None
+        return lm
+
+    lm = other()
+    lm.model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    assert torch.equal(steps(lm, True), steps(lm, False))
+    lm = other()
+    lm.model.model.layers[0] = other().model.model.layers[0]
+    assert torch.equal(steps(lm, True), steps(lm, False))
+    lm = other()
+    lm.model.to(torch.bfloat16)
+    assert torch.equal(steps(lm, True), steps(lm, False))
+    lm = other()
+    kind = type(lm.model.model.layers[0].self_attn)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *given, **named: own(*given, **named))
+    assert not lm.blocks.can(lm.new_cache())  # type: ignore[union-attr]
+    assert CausalLM(lm.model).blocks is None  # a window that it may have is not seen in so few tokens
+    monkeypatch.undo()
+
+
+def test_who_watches_a_linear_layer_may_keep_what_it_is_given_and_gives() -> None:
+    lm = CausalLM(model_of("qwen3"))
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_module: Any, given: Any, output: Tensor) -> None:
+        kept.extend((tensor, tensor.clone()) for tensor in (given[0], output))
+
+    block = lm.model.model.layers[0]
+    for layer in (block.self_attn.q_proj, block.mlp.down_proj, lm.model.lm_head):
+        layer.register_forward_hook(keep)
+    steps(lm, True)
+    assert lm.blocks is not None
+    assert kept
+    assert all(torch.equal(tensor, then) for tensor, then in kept)
+
+
+def test_a_hook_at_the_first_look_does_not_decide_for_ever_and_one_for_all_modules_counts() -> None:
+    lm = CausalLM(model_of("llama"))
+    hook = lm.model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert lm.blocks is None
+    hook.remove()
+    assert lm.blocks is not None
+    assert lm.blocks.can(lm.new_cache())
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not lm.blocks.can(lm.new_cache())
+    hook.remove()
+
+
+def test_the_default_dtype_of_others_is_nothing_to_it() -> None:
+    lm, usual = CausalLM(model_of("llama")), CausalLM(model_of("llama"))
+    assert lm.blocks is not None
+    wanted = steps(usual, False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = steps(lm, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
 def answers(runtime: Runtime, specs: list[str | None], **settings: Any) -> list[list[int]]:
