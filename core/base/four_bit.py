@@ -14,6 +14,7 @@ The threads are torch's own, by the OpenMP library that it has loaded: two pools
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Callable
 from functools import cache
@@ -24,8 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64
-_TILE = 4  # outputs
+_log = logging.getLogger("lora_rt.base")
+
+BLOCK = 64  # numbers with one scale
+TILE = 4  # outputs, of which the kernel makes whole ones
 _ALONE = 1 << 16  # numbers times rows up to which one thread is faster than two
 _DTYPES = (torch.bfloat16, torch.float32)
 _Arguments = ctypes.c_int64 * 9
@@ -49,11 +52,12 @@ def are_there() -> bool:
     """Whether this processor has what the kernel needs, and llvmlite is there and compiles it to what it should be."""
     if not could_be():
         return False
-    codes = torch.arange(BLOCK * _TILE, dtype=torch.uint8).view(_TILE, BLOCK) % 16
+    codes = torch.arange(BLOCK * TILE, dtype=torch.uint8).view(TILE, BLOCK) % 16
     try:
-        scales = torch.ones(_TILE, 1, dtype=torch.float32)
+        scales = torch.ones(TILE, 1, dtype=torch.float32)
         ones = product(torch.eye(BLOCK, dtype=torch.float32), from_codes(codes, scales, torch.bfloat16)).T == 1
-    except Exception:  # another release of llvmlite may refuse it in any way; others multiply as well
+    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
+        _log.info("no kernel for 4-bit weights here: %s", error)
         return False
     return torch.equal(ones, codes == 15)
 
@@ -69,7 +73,7 @@ def fits(module: Any) -> bool:
     if state is None or getattr(state, "packing_format_for_cpu", False) or not are_there():
         return False
     plain = state.quant_type == "nf4" and state.blocksize == BLOCK and module.compute_dtype in _DTYPES
-    return plain and not module.in_features % BLOCK and not module.out_features % _TILE
+    return plain and not module.in_features % BLOCK and not module.out_features % TILE
 
 
 def laid_out(module: Any) -> FourBit:

@@ -1,4 +1,4 @@
-"""The kernel of `four_bit.py`, written in LLVM's terms and compiled for this processor in a tenth of a second.
+"""The kernel of `four_bit.py`, written in LLVM's terms and compiled for this processor in a third of a second.
 
 A tile of R rows and J outputs holds R x J sums of V numbers each in registers, and goes over the blocks of 64 inputs
 once. No loop in Python would be compiled to what looks sixteen numbers up at once.
@@ -13,12 +13,13 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-_BLOCK = 64
+# `four_bit.py` has both as well, which has to do without llvmlite.
+_BLOCK = 64  # numbers with one scale
+_STEP = 4  # outputs, of which every tile holds a part
 _AHEAD = 3  # tiles of outputs whose codes are fetched in advance
 _INDEPENDENT = 8  # sums at least, so that each need not wait for the one before
 _TILES = (8, 2), (4, 4), (2, 4), (1, 4)
 """Rows and outputs, the largest first."""
-_STEP = 4  # outputs, of which every tile holds a part
 
 _LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -6,6 +6,7 @@ kept. Found out here once, so that nothing above depends on an architecture.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Hashable, Sequence
@@ -34,6 +35,8 @@ from lora_rt.errors import LoraRtError
 
 Keeping = Literal["shared", "apart", "none"]
 """Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
+
+_log = logging.getLogger("lora_rt.engine")
 
 _VARIABLE = "LORA_RT_CUDA_GRAPHS"
 _BLOCKS = "LORA_RT_BLOCKS"
@@ -180,7 +183,9 @@ class CausalLM:
             versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("numba", "numpy"))
             question = f"steps by its blocks, {versions}"
             return found if self._tried.answer(question, partial(self._same_by, found)) else None
-        except Exception:  # another release of numba or numpy may refuse it in any way; the model's own step is there
+        except Exception as error:  # another release of numba or numpy may refuse it in any way
+            text = "steps are made by the base's own forward, which is slower: %s (%s=0 leaves this out)"
+            _log.warning(text, error, _BLOCKS)
             return None
 
     def _same_by(self, blocks: DecoderStep) -> bool:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base import four_bit
-from lora_rt.core.base.four_bit_kernel import kernel
 from lora_rt.core.base.multiply import SIZES, Product, dense_weight, ways_of
 
 pytestmark = pytest.mark.skipif(not four_bit.are_there(), reason="no llvmlite here, or a processor without AVX2")
@@ -177,7 +176,3 @@ def test_without_torchs_own_openmp_one_thread_does_it_all(monkeypatch: pytest.Mo
     four_bit._run.cache_clear()
     assert torch.equal(four_bit.product(x, weight), wanted)
     four_bit._run.cache_clear()
-
-
-def test_it_is_compiled_once_in_a_process() -> None:
-    assert kernel(four_bit._lanes(), True) == kernel(four_bit._lanes(), True)

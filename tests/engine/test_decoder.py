@@ -122,7 +122,9 @@ def test_a_model_that_only_has_the_name_of_one_that_is_known_fails_the_trial(mon
     assert CausalLM(model).blocks is not None  # what the model itself reads is read
 
 
-def test_small_bases_are_not_and_nobody_is_who_does_not_want_it_or_lacks_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_bases_are_not_and_nobody_is_who_does_not_want_it_or_lacks_numba(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = model_of("llama")
     assert CausalLM(model).blocks is not None
     for value in ("", "0"):
@@ -137,6 +139,7 @@ def test_small_bases_are_not_and_nobody_is_who_does_not_want_it_or_lacks_numba(m
     monkeypatch.delattr("lora_rt.core.engine.kernels", raising=False)
     lm = CausalLM(model)
     assert lm.blocks is None
+    assert "LORA_RT_BLOCKS=0" in caplog.text  # slower, and said
     assert steps(lm, True).isfinite().all()
 
 
@@ -163,7 +166,9 @@ def test_who_watches_or_replaces_a_part_of_a_block_gets_all_steps() -> None:
     assert (changed - usual).abs().max() > 0.01
     hook.remove()
     assert lm.blocks.can(lm.new_cache())
-    assert decoder.silent(lambda *_: None) is not None
+    hook = block.register_forward_hook(decoder.silent(lambda *_: None))
+    assert lm.blocks.can(lm.new_cache())
+    hook.remove()
 
 
 def test_it_may_be_asked_for_where_gradients_are_made_and_does_not_make_any() -> None:
@@ -200,6 +205,22 @@ def test_a_mask_of_another_width_than_the_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="1, 10"):
         lm.blocks(ids[:, 9:10], positions[:, 9:10], mask[:1, :10], cache)
     assert cache.get_seq_length() == 9
+
+
+def test_the_exponential_of_the_loops_is_that_of_numpy() -> None:
+    import numpy as np
+
+    from lora_rt.core.engine.kernels import silu_gated
+
+    x = np.linspace(-86, 87, 500_001, dtype=np.float32)[None, None]
+    out, wide = np.empty_like(x), np.empty_like(x)
+    silu_gated(x, np.ones_like(x), out, wide)
+    wanted = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
+    assert np.abs(out - wanted).max() < 1e-5
+    assert (np.abs(out - wanted) <= 1e-6 * np.abs(wanted)).all()
+    x[..., 7] = np.nan
+    silu_gated(x, np.ones_like(x), out, wide)
+    assert np.isnan(out).nonzero()[2].tolist() == [7]
 
 
 def test_blocks_that_differ_in_size_are_not_stepped_so() -> None:
