@@ -138,7 +138,8 @@ def told(name: str, times: Times) -> str:
     out, _, width = sizes[:3]
     found = fastest(times, [way for way in _TOLD if way in times])
     words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
-    return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that, in 4 bits 0.3 of it"
+    small = ", in 4 bits 0.3 of it" if "four-bit" in times else ""
+    return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that{small}"
 
 
 def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -> Ways:
