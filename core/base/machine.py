@@ -26,7 +26,8 @@ def give_back() -> None:
     """Let the C library return what this process has freed to the system; glibc does, others keep no such store.
 
     Keys and values that are kept for long lie among those that live for one answer. What is freed between them is used
-    again in part only: a server of 0.9 GB grows to 1.7 in four minutes, of which 0.3 to 0.4 are free. It takes 0.1 s.
+    again in part only: a server of 0.9 GB grows to 1.7 in four minutes, of which 0.3 to 0.4 are free. It takes 0.03 to
+    0.1 s.
     """
     trim = _trim()
     if trim is not None:
