@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -35,7 +36,37 @@ def compiled(*, any_order: bool = False, kept: bool = True) -> Callable[[Callabl
     def decorate(function: Callable[..., Any]) -> Any:
         from numba import njit
 
-        return _remembered(function, options) if kept else njit(**options)(function)
+        inner = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        return _remembered(function, options) if kept else njit(**options, **inner)(function)
+
+    return decorate
+
+
+def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorates a function that numba compiles at once, for C to call: its `address` is where it lies.
+
+    Args:
+        signature: in numba's words.
+        uses: the files of the functions of `compiled` that it calls.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        from numba import cfunc, config
+
+        def made(kept: bool) -> Any:
+            return cfunc(signature, cache=kept, error_model="numpy")(function)
+
+        folder = _folder(Path(function.__code__.co_filename), *map(Path, uses))
+        if not _can_write(folder):
+            return made(kept=False)
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+        try:
+            return made(kept=True)
+        except Exception:  # of a damaged file, whatever its bytes mean, or a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            return made(kept=False)
+        finally:
+            config.CACHE_DIR = before
 
     return decorate
 
@@ -54,9 +85,9 @@ def _remembered(function: Any, options: dict[str, Any]) -> Any:
         config.CACHE_DIR = before
 
 
-def _folder(file: Path) -> Path:
-    """Where what is compiled of a file is kept: numba sees neither options nor a change that keeps size and date."""
-    sources = b"".join(path.read_bytes() for path in (Path(__file__), file))
+def _folder(*files: Path) -> Path:
+    """Where what is compiled of files is kept: numba sees neither options nor a change that keeps size and date."""
+    sources = b"".join(path.read_bytes() for path in (Path(__file__), *files))
     return home.home() / "kernels" / f"{__version__}-{hashlib.sha256(sources).hexdigest()[:8]}"
 
 

@@ -7,23 +7,21 @@ there: so what is multiplied are the very numbers of the dense weight, and only 
 
     codes    (out, in / 2) bytes: of a block, byte by byte, V numbers in the lower halves and the V next in the upper
     scales   (out, in / 64) float32                                  V: numbers in a register, 16 or 8
-
-The threads are torch's own, by the OpenMP library that it has loaded: two pools would fight over the same cores.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lora_rt.core.base import openmp
 
 _log = logging.getLogger("lora_rt.base")
 
@@ -118,42 +116,26 @@ def product(x: Tensor, weight: FourBit, bias: Tensor | None = None) -> Tensor:
     threads = torch.get_num_threads() if count * out * width > _ALONE else 1
     parts = 2 * threads if threads > 1 else 1
     places = codes.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr()
-    _run(dtype)(_Arguments(0, parts, count, width, out, *places), threads)
+    arguments = _Arguments(0, parts, count, width, out, *places)
+    _run(dtype)(arguments, threads)
     return y if bias is None else y.add_(bias)
+
+
+def kernel_of(dtype: torch.dtype) -> tuple[int, int]:
+    """Where the two functions of the kernel lie, for weights whose numbers are rounded to this dtype."""
+    from lora_rt.core.base.four_bit_kernel import kernel
+
+    return kernel(_lanes(), dtype == torch.bfloat16)
 
 
 @cache
 def _run(dtype: torch.dtype) -> Callable[[Any, int], None]:
     """Runs the kernel on its arguments by so many threads."""
-    from lora_rt.core.base.four_bit_kernel import kernel
-
-    address = kernel(_lanes(), dtype == torch.bfloat16)
-    alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    parallel = _parallel()
-
-    def run(arguments: Any, threads: int) -> None:
-        if threads == 1 or parallel is None:
-            alone(ctypes.addressof(arguments))
-        else:
-            parallel(address, arguments, threads, 0)
-
-    return run
+    return partial(openmp.run, _parallel(), kernel_of(dtype)[0])
 
 
-def _parallel() -> Callable[[Any, Any, int, int], None] | None:
-    """GNU OpenMP's way to run a function on all threads of torch's pool; None where torch uses another library.
-
-    A process may have several OpenMP libraries (sentencepiece brings one): it has to be the one that torch has loaded.
-    """
-    folder = Path(torch.__file__).parent
-    brought = sorted([*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")])
-    try:
-        found: Any = ctypes.CDLL(str(brought[0]), os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
-    except (AttributeError, IndexError, OSError):
-        return None
-    found.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
-    found.restype = None
-    return found  # type: ignore[no-any-return]
+def _parallel() -> openmp.Team | None:
+    return openmp.team()
 
 
 @cache

@@ -168,25 +168,13 @@ def _counting(b: Any, start: Any, stop: Any, step: int) -> Iterator[Any]:
     b.position_at_end(after)
 
 
-def _run(module: Any, lanes: int, rounded: bool) -> None:
-    """`run` of `kernel`: each thread takes parts of the outputs until there are none."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64.as_pointer()]), "run")
+def _part(module: Any, lanes: int, rounded: bool) -> Any:
+    """`part` of `kernel`: the outputs from `start` to `stop`."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64.as_pointer()]), "part")
     b = ir.IRBuilder(function.append_basic_block())
-    counter = function.args[0]
-    given = [b.load(b.gep(counter, [_I64(place)])) for place in range(1, 9)]
-    parts, rows, width, out, codes, scales, x, y = given
+    given = [b.load(b.gep(function.args[0], [_I64(place)])) for place in range(9)]
+    start, stop, rows, width, out, codes, scales, x, y = given
     blocks = b.sdiv(width, _I64(_BLOCK))
-    least = _I64(_STEP)
-    step = b.mul(b.sdiv(b.add(b.sdiv(out, least), b.sub(parts, _I64(1))), parts), least)
-    take, taken, end = (b.append_basic_block() for _ in range(3))
-    b.branch(take)
-    b.position_at_end(take)
-    part = b.atomic_rmw("add", counter, _I64(1), "monotonic")
-    b.cbranch(b.icmp_signed("<", part, parts), taken, end)
-    b.position_at_end(taken)
-    start = b.mul(part, step)
-    stop = b.add(start, step)
-    stop = b.select(b.icmp_signed("<", stop, out), stop, out)
     first: Any = _I64(0)
     for many, outputs in _TILES:  # as many rows as fit in the largest tile, then the rest in smaller ones
         tile = _tile(module, many, outputs, lanes, rounded)
@@ -198,22 +186,51 @@ def _run(module: Any, lanes: int, rounded: bool) -> None:
             places = b.add(codes, of_codes), b.add(scales, of_scales), b.add(x, of_x), b.add(y, of_y)
             b.call(tile, [*places, blocks, out])
         first = last
+    b.ret_void()
+    return function
+
+
+def _run(module: Any, part_of: Any) -> None:
+    """`run` of `kernel`: each thread takes parts of the outputs until there are none."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64.as_pointer()]), "run")
+    b = ir.IRBuilder(function.append_basic_block())
+    own = b.alloca(_I64, 9)  # the arguments of `part`
+    counter = function.args[0]
+    parts, *others = (b.load(b.gep(counter, [_I64(place)])) for place in range(1, 9))
+    for place, other in enumerate(others, start=2):
+        b.store(other, b.gep(own, [_I64(place)]))
+    out, least = others[2], _I64(_STEP)
+    step = b.mul(b.sdiv(b.add(b.sdiv(out, least), b.sub(parts, _I64(1))), parts), least)
+    take, taken, end = (b.append_basic_block() for _ in range(3))
+    b.branch(take)
+    b.position_at_end(take)
+    part = b.atomic_rmw("add", counter, _I64(1), "monotonic")
+    b.cbranch(b.icmp_signed("<", part, parts), taken, end)
+    b.position_at_end(taken)
+    start = b.mul(part, step)
+    stop = b.add(start, step)
+    b.store(start, own)
+    b.store(b.select(b.icmp_signed("<", stop, out), stop, out), b.gep(own, [_I64(1)]))
+    b.call(part_of, [own])
     b.branch(take)
     b.position_at_end(end)
     b.ret_void()
 
 
 @cache
-def kernel(lanes: int, rounded: bool) -> int:
-    """The address of a function that takes nine int64: 0, parts, rows, in, out, and where codes, scales, x and y lie.
+def kernel(lanes: int, rounded: bool) -> tuple[int, int]:
+    """The addresses of two functions, each of which takes nine int64.
 
-    Any number of threads may run it on the same ones; what it has made stays in memory until the process ends.
+    `run`: 0, parts, rows, in, out, and where codes, scales, x and y lie. Any number of threads may run it on the same
+    ones. `part`: the first output and the one behind the last, and then the same; both are multiples of four.
+
+    What is compiled stays in memory until the process ends.
     """
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     module = ir.Module("four_bit")
     module.triple = binding.get_process_triple()
-    _run(module, lanes, rounded)
+    _run(module, _part(module, lanes, rounded))
     features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
     machine = binding.Target.from_triple(module.triple).create_target_machine(
         cpu=binding.get_host_cpu_name(), features=features, opt=3
@@ -225,7 +242,7 @@ def kernel(lanes: int, rounded: bool) -> int:
     engine = binding.create_mcjit_compiler(built, machine)
     engine.finalize_object()
     _engines.append(engine)
-    return int(engine.get_function_address("run"))
+    return int(engine.get_function_address("run")), int(engine.get_function_address("part"))
 
 
 _engines: list[Any] = []

@@ -243,6 +243,12 @@ class Product:
             return "packed"
         return "packed" if self._changed() and not self._renewed() else way
 
+    def four_bit(self) -> four_bit.FourBit | None:
+        """The weight as the kernel for 4-bit weights reads it, where some number of tokens is multiplied by that."""
+        if "four-bit" not in self._by_bits or (self._changed() and not self._renewed()):
+            return None
+        return self._copy("four-bit")  # type: ignore[no-any-return]
+
     def weight(self, way: Way) -> Tensor:
         """The dense weight (out, in) in the dtype of the products that are made in this way."""
         dtype = self.dtype if way == "packed" or way in NARROW else torch.float32

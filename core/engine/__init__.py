@@ -24,6 +24,7 @@ The rank axis bank.py           residents, plans over them   plan.py         a p
               parts.py          float32 as two bfloat16
 On a CPU      decoder.py        a step by the model's blocks kernels.py      what it does between products
               few_rows.py       what adapters add to a few rows
+              whole_step.py     a step in one call, over 4 bits whole_kernel.py   what its threads do
 On a GPU      steps.py          recorded decoding steps      pool.py         a plan's tensors in fixed places
               fixed_cache.py    keys and values in fixed places
 

@@ -180,8 +180,8 @@ class CausalLM:
     def _blocks(self) -> DecoderStep | None:
         try:
             found = DecoderStep(self.model)
-            versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("numba", "numpy"))
-            question = f"steps by its blocks, {versions}"
+            versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite", "numpy"))
+            question = f"steps by its blocks or as a whole, {versions}"
             return found if self._tried.answer(question, partial(self._same_by, found)) else None
         except Exception as error:  # another release of numba or numpy may refuse it in any way
             text = "steps are made by the base's own forward, which is slower: %s (%s=0 leaves this out)"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,17 +64,27 @@ def is_known(model: Any) -> bool:
 
 def is_watched(model: Any) -> bool:
     """Whether somebody watches or replaces a part that `DecoderStep` passes by."""
+    return _are_watched(_parts(model))
+
+
+def _are_watched(parts: Sequence[Any]) -> bool:
     hooked: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]  # torch's
-    return hooked or any("forward" in vars(part) or _watched(part) for part in _parts(model))
+    return hooked or any("forward" in part.__dict__ or _watched(part) for part in parts)
 
 
 def _parts(model: Any) -> list[Any]:
-    """What is passed by: all modules but embedding, rope, linear layers and output head."""
-    found = [model, model.model, model.model.norm]
-    for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        found += [block, attention, mlp, mlp.act_fn, block.input_layernorm, block.post_attention_layernorm]
-        found += _head_norms(attention)
+    """What is passed by: all modules but embedding, rope, linear layers and output head.
+
+    They are looked at before every step, so they are taken from where torch keeps them: it finds an attribute slowly.
+    """
+    inner = model._modules["model"]
+    found = [model, inner, inner._modules["norm"]]
+    for block in inner._modules["layers"]._modules.values():
+        own = block._modules
+        attention, mlp = own["self_attn"], own["mlp"]
+        found += block, attention, mlp, mlp._modules["act_fn"], own["input_layernorm"], own["post_attention_layernorm"]
+        if "q_norm" in attention._modules:
+            found += _head_norms(attention)
     return found
 
 
@@ -107,6 +117,9 @@ class DecoderStep:
 
         kernels.prepare()
         self._kernels = kernels
+        from lora_rt.core.engine.whole_step import WholeStep
+
+        self._whole = WholeStep(model, model.model.norm.weight.dtype)
         self._model = model
         self._dtype: torch.dtype = model.model.norm.weight.dtype
         self._rooms: dict[int, list[_Room]] = {}
@@ -118,10 +131,10 @@ class DecoderStep:
     def can(self, cache: Any) -> bool:
         """Whether the next step may be this one: nothing of the model has been replaced, and no pass replaces it."""
         current = running_pass()
-        if torch.is_grad_enabled() or (current is not None and current.twins) or is_watched(self._model):
+        if torch.is_grad_enabled() or (current is not None and current.twins):
             return False
         parts = _parts(self._model)
-        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts)) and not _are_watched(parts)
         same = same and self._model.model.norm.weight.dtype is self._dtype
         same = same and all(kind.forward is forward for kind, forward in self._forwards.items())
         return same and all(type(layer) is GrowingLayer for layer in cache.layers)
@@ -137,6 +150,12 @@ class DecoderStep:
         rows, columns = len(ids), cache.get_seq_length() + 1
         if mask.shape != (rows, columns):  # what lies beyond would be read as it is
             raise ValueError(f"a mask of {tuple(mask.shape)} for {rows} rows of {columns} columns")
+        current = running_pass()
+        if current is None or isinstance(current, SharedPass):
+            few = None if current is None else current.few(self._kernels)
+            whole = self._whole.ready(rows, None if current is None else current.topology, few)
+            if whole is not None:
+                return self._whole(ids, positions, mask, cache, whole)
         rooms = self._rooms.pop(rows, [])
         room = rooms.pop() if rooms else _Room(self._model.model.layers, rows, self._dtype)
         logits = self._stepped(room, ids, positions, mask, cache)
@@ -232,6 +251,8 @@ def silent(hook: Hook) -> Hook:
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody wants to be told of the module's passes."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not getattr(hook, "silent", False) for hook in hooks)
 

@@ -37,6 +37,19 @@ class _Site(NamedTuple):
     together: bool
 
 
+class SiteFactors(NamedTuple):
+    """What is added at a plain site.
+
+    `a` (R, in) and `gate` (rows|1, 1, R) of its group, and `b` (out, ranks) of the group's ranks from `start` on.
+    """
+
+    group: int
+    start: int
+    a: Any
+    gate: Any
+    b: Any
+
+
 class FewRows:
     """The plain sites of a plan: no scale, bias or gate that differs from head to head or token to token."""
 
@@ -49,12 +62,25 @@ class FewRows:
             if plain and is_usual(group.layout, gate):
                 gate = gate.contiguous()
                 self._groups[number] = _Group(group.a, gate, group.a.numpy(), gate.numpy())
+        self._nothing = [site is None for site in stack.sites]
         self._sites: list[_Site | None] = [None] * len(stack.sites)
         for index, site in enumerate(stack.sites):
             if site is None or site.group not in self._groups or site.scales is not None:
                 continue
             if not (headed and index in topology.heads):
                 self._sites[index] = _Site(site.group, site.start, site.b.numpy(), site.b.T.is_contiguous())
+
+    def is_nothing(self, index: int) -> bool:
+        """Whether nothing acts at a site."""
+        return self._nothing[index]
+
+    def factors(self, index: int) -> SiteFactors | None:
+        """What is added at a plain site."""
+        site = self._sites[index]
+        if site is None:
+            return None
+        group = self._groups[site.group]
+        return SiteFactors(site.group, site.start, group.a_array, group.gate_array, site.b)
 
     def hidden(self, index: int, wide: Tensor) -> tuple[int, Any] | None:
         """The group of a site and its gated hidden of x (rows, 1, in), float32; None where the site is not plain."""

@@ -108,9 +108,13 @@ class SharedPass(Pass):
         hidden = pairs.products(x.to(group.a.dtype), group.a) * own
         return y + pairs.products(hidden, site.b).to(y.dtype)
 
+    def few(self, kernels: Any) -> FewRows:
+        """What is added to the products of a few rows on a CPU."""
+        return self._plan.few_rows(kernels)
+
     def use(self, kernels: Any) -> None:
         """Add by these loops where they can; of a step on a CPU, in inference mode."""
-        self._few = self._plan.few_rows(kernels)
+        self._few = self.few(kernels)
 
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the contribution of the site's adapters to x; both in the layout of the site."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -134,6 +134,23 @@ def unrounded(layer: nn.Module, x: Tensor, wide: Tensor) -> Tensor:
     if layer._forward_hooks or layer._forward_pre_hooks:
         return layer(x.clone()).clone()  # type: ignore[no-any-return]  # what a hook has seen may be kept by it
     return forward.unrounded(x, wide) if type(forward) is _Adapted else _product(forward or layer, x, wide)
+
+
+class Multiplied(NamedTuple):
+    """How a linear layer is multiplied: its forward as it stands, its product, and its number in each topology."""
+
+    forward: Any
+    product: Product
+    numbers: Mapping[Any, int]
+
+
+def multiplied(layer: nn.Module) -> Multiplied | None:
+    """How a linear layer is multiplied; None where it isn't by a product of ours, or somebody watches it."""
+    forward = vars(layer).get("forward")
+    own, numbers = (forward.own, forward.users) if type(forward) is _Adapted else (forward, {})
+    if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(own, Product):
+        return None
+    return Multiplied(forward, own, numbers)
 
 
 def _product(forward: Callable[[Tensor], Tensor], x: Tensor, wide: Tensor) -> Tensor:

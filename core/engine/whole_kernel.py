@@ -1,0 +1,481 @@
+"""A decoding step of a Llama-like decoder over 4-bit weights in one call, by a team of threads: see `whole_step.py`.
+
+Every thread runs `_whole`. Between two barriers it makes a part of what is to be made, which no other one reads before
+the second of them:
+
+    norm            rows                            x += what the layers before have made, then RMSNorm
+    q, k, v         outputs, and ranks of A x       then B (A x) is added to the thread's own outputs
+    keys, values    rows and heads                  into the cache
+    attention       rows and heads
+    o               outputs, ranks; norm as above
+    gate, up        outputs, ranks                  then silu(gate) * up of the thread's own outputs
+    down            outputs, ranks
+
+All numbers between products are float32; where the model would round them to bfloat16, they are rounded.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from lora_rt.core.base.compiled import callback, compiled
+from lora_rt.core.engine import kernels
+from lora_rt.core.engine.kernels import _exp, _narrow, _rounded, _wide
+
+# What `whole_step.py` writes: numbers and addresses of a step, int64.
+ROWS, COLUMNS, BLOCKS, HIDDEN, HEADS, KEYS, SIZE, WIDTH, ROPES = range(9)
+BARRIER, NUMBER, TEAM, PART, LAYERS, NUMBERS, CACHE, ADAPTERS = range(9, 17)
+X, COS, SIN, SEEN, RANKS, RANKS_WIDTH, SCORES, CALLS, OUT = range(17, 26)
+INPUT = 26  # of each of the four groups, and the outputs of each of the seven layers
+OUTPUT = INPUT + 4
+STEP = OUTPUT + 7
+FIRST = (0, 3, 4, 6, 7)  # layers of each group: q, k, v; o; gate, up; down
+
+# ... of each block: the weights of its norms, then of each layer codes, scales, bias and the numbers of its features.
+NORM_1, NORM_2, NORM_Q, NORM_K = range(4)
+LAYER = 4  # the first layer: q, k, v, o, gate, up, down
+CODES, SCALES, BIAS, IN, FEATURES = range(5)
+BLOCK = LAYER + 7 * 5
+# ... float64: what norms add to a mean square, and what scores are multiplied by
+EPS_1, EPS_2, EPS_Q, EPS_K, SCALING, FLOATS = range(6)
+# ... of the cache: keys and values, and how far apart rows, heads and columns lie in each
+KEYS_AT, VALUES_AT, OF_KEYS, OF_VALUES, PLACES = 0, 1, 2, 5, 8
+# ... of adapters: of the four groups A, its ranks, how far apart ranks and features lie, its gate and that one's rows;
+# of the seven sites B, its ranks, the first of these in the group, how far apart features and ranks lie.
+A_AT, A_RANKS, A_OF_RANKS, A_OF_FEATURES, GATE_AT, GATE_ROWS, GROUP = range(7)
+B_AT, B_RANKS, B_START, B_OF_FEATURES, B_OF_RANKS, SITE = range(6)
+SITES = 4 * GROUP
+ADAPTED = SITES + 7 * SITE
+
+_CALL = 16  # int64 apart lie the arguments of two threads' calls
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _pointer(_context: Any, _address: Any) -> Any:
+    """An address as a pointer."""
+
+    def generated(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generated
+
+
+def _called(result: Any, kinds: Any) -> Any:
+    """Calls the C function at an address, which is the first argument."""
+
+    def generated(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.FunctionType(result, kinds).as_pointer())
+        given = [builder.inttoptr(one, kind) for one, kind in zip(arguments[1:], kinds, strict=True)]
+        called = builder.call(pointer, given)
+        return called if isinstance(result, ir.IntType) else ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    return generated
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _told(_context: Any, _address: Any) -> Any:
+    """int f(void)"""
+    return types.int32(types.int64), _called(ir.IntType(32), [])
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _met(_context: Any, _address: Any) -> Any:
+    """void f(void)"""
+    return types.voidptr(types.int64), _called(ir.VoidType(), [])
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def _done(_context: Any, _address: Any, _arguments: Any) -> Any:
+    """void f(void *)"""
+    return types.voidptr(types.int64, types.int64), _called(ir.VoidType(), [ir.IntType(8).as_pointer()])
+
+
+@compiled(kept=False)
+def _floats(address: int, count: int) -> Any:
+    return carray(_pointer(address), count, np.float32)
+
+
+@compiled(kept=False)
+def _numbers(address: int, count: int) -> Any:
+    return carray(_pointer(address), count, np.int64)
+
+
+@compiled(kept=False)
+def _like(address: int, count: int, like: Any) -> Any:
+    """Numbers of the model."""
+    return carray(_pointer(address), count, like.dtype)
+
+
+@compiled(kept=False)
+def _meet(s: Any) -> None:
+    if s[BARRIER]:
+        _met(s[BARRIER])
+
+
+@compiled(kept=False)
+def _share(count: int, unit: int, me: int, all_of_us: int) -> tuple[int, int]:
+    """From where to where a thread's part of so many things goes, whole units."""
+    units = (count + unit - 1) // unit
+    return min(units * me // all_of_us * unit, count), min(units * (me + 1) // all_of_us * unit, count)
+
+
+@compiled(any_order=True, kept=False)
+def _mean_square(x: Any) -> Any:
+    squares = np.float32(0)
+    for i in range(len(x)):
+        squares += x[i] * x[i]
+    return squares / np.float32(len(x))
+
+
+@compiled(any_order=True, kept=False)
+def _norm(x: Any, added: Any, weight: Any, eps: Any, out: Any, like: Any) -> None:
+    """x += added (nothing of no numbers), then its RMSNorm."""
+    for i in range(len(added)):
+        x[i] = _rounded(x[i] + _rounded(added[i], like), like)
+    scale = np.float32(1) / np.sqrt(_mean_square(x) + np.float32(eps))
+    for i in range(len(x)):
+        out[i] = _rounded(_rounded(x[i] * scale, like) * _wide(weight[i]), like)
+
+
+@compiled(any_order=True, kept=False)
+def _norms(s: Any, weight: int, eps: Any, added: int, me: int, us: int, like: Any) -> None:
+    """The rows of a thread."""
+    width = s[HIDDEN]
+    for r in range(me, s[ROWS], us):
+        x, out = _floats(s[X] + 4 * r * width, width), _floats(s[INPUT] + 4 * r * width, width)
+        extra = _floats(added + 4 * r * width, width if added else 0)
+        _norm(x, extra, _like(weight, width, like), eps, out, like)
+
+
+@compiled(any_order=True, kept=False)
+def _layer(s: Any, block: Any, site: int, x: int, y: int, me: int, us: int, like: Any) -> None:
+    """A thread's outputs of a layer: W x + bias."""
+    at = LAYER + 5 * site
+    features = block[at + FEATURES]
+    start, stop = _share(features, 16, me, us)
+    if start == stop:
+        return
+    call = _numbers(s[CALLS] + 8 * _CALL * me, 9)
+    call[0], call[1], call[2], call[3], call[4] = start, stop, s[ROWS], block[at + IN], features
+    call[5], call[6], call[7], call[8] = block[at + CODES], block[at + SCALES], x, y
+    _done(s[PART], s[CALLS] + 8 * _CALL * me)
+    if block[at + BIAS]:
+        bias = _like(block[at + BIAS] + like.itemsize * start, stop - start, like)
+        for r in range(s[ROWS]):
+            row = _floats(y + 4 * (r * features + start), stop - start)
+            for o in range(stop - start):
+                row[o] += _wide(bias[o])
+
+
+@compiled(any_order=True, kept=False)
+def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: int) -> None:
+    """A thread's rows of gate * (A x), or of fewer rows than threads its ranks."""
+    at = GROUP * group
+    ranks, rows = adapted[at + A_RANKS], s[ROWS]
+    of_ranks, of_features = adapted[at + A_OF_RANKS], adapted[at + A_OF_FEATURES]
+    first, last, start, stop = 0, rows, 0, ranks
+    if rows >= us:
+        first, last = _share(rows, 1, me, us)
+    else:
+        start, stop = _share(ranks, 16, me, us)
+    count = stop - start
+    a = adapted[at + A_AT] + 4 * start * of_ranks
+    y = s[RANKS] + 4 * start
+    apart = 4 * s[RANKS_WIDTH]  # of two rows of y
+    if of_ranks == 1:
+        for r in range(first, last):
+            hidden = _floats(y + r * apart, count)
+            for q in range(count):
+                hidden[q] = np.float32(0)
+        for i in range(0, width, 64):  # so much of A stays in the nearest cache for all rows
+            for r in range(first, last):
+                some = min(width - i, 64)
+                given = _floats(x + 4 * (r * width + i), some)
+                _by_features(a + 4 * i * of_features, of_features, given, _floats(y + r * apart, count))
+    else:
+        for q in range(count):
+            row = _floats(a + 4 * q * of_ranks, width)
+            for r in range(first, last):
+                given = _floats(x + 4 * r * width, width)
+                total = np.float32(0)
+                for i in range(width):
+                    total += row[i] * given[i]
+                _floats(y + r * apart, count)[q] = total
+    for r in range(first, last):
+        gate = _floats(adapted[at + GATE_AT] + 4 * (ranks * min(r, adapted[at + GATE_ROWS] - 1) + start), count)
+        hidden = _floats(y + r * apart, count)
+        for q in range(count):
+            hidden[q] *= gate[q]
+
+
+@compiled(any_order=True, kept=False)
+def _by_features(a: int, step: int, x: Any, y: Any) -> None:
+    """y += A x of some features, where the ranks of a feature lie together in A; eight features at a time."""
+    count, width = len(y), len(x)
+    for i in range(0, width - 7, 8):
+        at = a + 4 * i * step
+        a0, a1, a2 = _floats(at, count), _floats(at + 4 * step, count), _floats(at + 8 * step, count)
+        a3, a4, a5 = _floats(at + 12 * step, count), _floats(at + 16 * step, count), _floats(at + 20 * step, count)
+        a6, a7 = _floats(at + 24 * step, count), _floats(at + 28 * step, count)
+        x0, x1, x2, x3, x4, x5, x6, x7 = x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7]
+        for q in range(count):
+            low = x0 * a0[q] + x1 * a1[q] + x2 * a2[q] + x3 * a3[q]
+            y[q] += low + (x4 * a4[q] + x5 * a5[q] + x6 * a6[q] + x7 * a7[q])
+    for i in range(width // 8 * 8, width):
+        row = _floats(a + 4 * i * step, count)
+        for q in range(count):
+            y[q] += x[i] * row[q]
+
+
+@compiled(any_order=True, kept=False)
+def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: int) -> None:
+    """B (gate * (A x)), added to a thread's outputs."""
+    at = SITES + SITE * site
+    if not adapted[at + B_AT]:
+        return
+    ranks, of_features, of_ranks = adapted[at + B_RANKS], adapted[at + B_OF_FEATURES], adapted[at + B_OF_RANKS]
+    start, stop = _share(features, 16, me, us)
+    b = adapted[at + B_AT] + 4 * start * of_features
+    for r in range(s[ROWS]):
+        row = _floats(y + 4 * (r * features + start), stop - start)
+        hidden = _floats(s[RANKS] + 4 * (r * s[RANKS_WIDTH] + adapted[at + B_START]), ranks)
+        if of_features == 1:
+            _by_ranks(row, hidden, b, of_ranks)
+        else:
+            for o in range(len(row)):
+                of_o, total = _floats(b + 4 * o * of_features, ranks), np.float32(0)
+                for q in range(ranks):
+                    total += of_o[q] * hidden[q]
+                row[o] += total
+
+
+@compiled(any_order=True, kept=False)
+def _by_ranks(y: Any, hidden: Any, b: int, step: int) -> None:
+    """y += B hidden, where the outputs of a rank lie together in B."""
+    # Ranks of other rows' adapters are 0; NaN is not. Four of a row's own at a time.
+    count, width = 0, len(y)
+    n0 = n1 = n2 = 0
+    h0 = h1 = h2 = np.float32(0)
+    for q in range(len(hidden)):
+        h3 = hidden[q]
+        if h3 == 0:
+            continue
+        if count == 3:
+            b0, b1 = _floats(b + 4 * n0 * step, width), _floats(b + 4 * n1 * step, width)
+            b2, b3 = _floats(b + 4 * n2 * step, width), _floats(b + 4 * q * step, width)
+            for o in range(width):
+                y[o] += h0 * b0[o] + h1 * b1[o] + h2 * b2[o] + h3 * b3[o]
+            count = 0
+            continue
+        n0, h0, n1, h1, n2, h2 = n1, h1, n2, h2, q, h3
+        count += 1
+    for left in range(count):  # the last ones
+        n, h = n2, h2
+        if left == 1:
+            n, h = n1, h1
+        if left == 2:
+            n, h = n0, h0
+        of_n = _floats(b + 4 * n * step, width)
+        for o in range(width):
+            y[o] += h * of_n[o]
+
+
+@compiled(any_order=True, kept=False)
+def _head_norm(x: Any, weight: Any, eps: Any, like: Any) -> None:
+    """RMSNorm of one head, in place, its numbers rounded first."""
+    for i in range(len(x)):
+        x[i] = _rounded(x[i], like)
+    scale = np.float32(1) / np.sqrt(_mean_square(x) + np.float32(eps))
+    for i in range(len(x)):
+        x[i] = _rounded(_rounded(x[i] * scale, like) * _wide(weight[i]), like)
+
+
+@compiled(any_order=True, kept=False)
+def _turn(x: Any, cos: Any, sin: Any, like: Any) -> None:
+    """The rope of one head, in place."""
+    half = len(x) // 2
+    for i in range(half):
+        a, b = _rounded(x[i], like), _rounded(x[half + i], like)
+        first = _rounded(a * cos[i], like) + _rounded(-b * sin[i], like)
+        second = _rounded(b * cos[half + i], like) + _rounded(a * sin[half + i], like)
+        x[i], x[half + i] = _rounded(first, like), _rounded(second, like)
+
+
+@compiled(any_order=True, kept=False)
+def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: Any) -> None:
+    """A thread's rows and heads of keys and values, into the last column of the cache."""
+    size, heads, last = s[SIZE], s[KEYS], s[COLUMNS] - 1
+    of_item = like.itemsize
+    for unit in range(me, s[ROWS] * heads, us):
+        r, head = unit // heads, unit % heads
+        key, value = _floats(s[OUTPUT + 1] + 4 * unit * size, size), _floats(s[OUTPUT + 2] + 4 * unit * size, size)
+        if block[NORM_K]:
+            _head_norm(key, _like(block[NORM_K], size, like), numbers[EPS_K], like)
+        turn = min(r, s[ROPES] - 1) * size * 4
+        _turn(key, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
+        for at, first, new in ((cache[KEYS_AT], OF_KEYS, key), (cache[VALUES_AT], OF_VALUES, value)):
+            place = at + of_item * (r * cache[first] + head * cache[first + 1] + last * cache[first + 2])
+            kept = _like(place, size, like)
+            for i in range(size):
+                kept[i] = _narrow(new[i], like)
+
+
+@compiled(any_order=True, kept=False)
+def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: Any) -> None:
+    """A thread's rows and heads of the attention."""
+    size, heads, columns = s[SIZE], s[HEADS], s[COLUMNS]
+    group, scaling = heads // s[KEYS], np.float32(numbers[SCALING])
+    of_item = like.itemsize
+    room = (columns + 4) // 2 * 2
+    scores = _floats(s[SCORES] + 12 * room * me, room)
+    places = _numbers(s[SCORES] + 12 * room * me + 4 * room, room)
+    row_before, count = -1, 0
+    start, stop = _share(s[ROWS] * heads, 1, me, us)
+    for unit in range(start, stop):
+        r, head = unit // heads, unit % heads
+        query = _floats(s[OUTPUT] + 4 * unit * size, size)
+        if block[NORM_Q]:
+            _head_norm(query, _like(block[NORM_Q], size, like), numbers[EPS_Q], like)
+        turn = min(r, s[ROPES] - 1) * size * 4
+        _turn(query, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
+        if r != row_before:
+            seen = carray(_pointer(s[SEEN] + r * columns), columns, np.uint8)
+            row_before, count = r, 0
+            for t in range(columns):
+                if seen[t]:
+                    places[count] = t
+                    count += 1
+            if count == 0:
+                places[0], count = columns - 1, 1
+            for extra in range(3):  # four at a time: what is looked at once more counts for nothing
+                places[count + extra] = places[count - 1]
+        at = cache[KEYS_AT] + of_item * (r * cache[OF_KEYS] + head // group * cache[OF_KEYS + 1])
+        step = of_item * cache[OF_KEYS + 2]
+        top = np.float32(-np.inf)
+        for n in range(0, count, 4):
+            a, b = _like(at + places[n] * step, size, like), _like(at + places[n + 1] * step, size, like)
+            c, d = _like(at + places[n + 2] * step, size, like), _like(at + places[n + 3] * step, size, like)
+            of_a = of_b = of_c = of_d = np.float32(0)
+            for i in range(size):
+                of_a += query[i] * _wide(a[i])
+                of_b += query[i] * _wide(b[i])
+                of_c += query[i] * _wide(c[i])
+                of_d += query[i] * _wide(d[i])
+            scores[n], scores[n + 1] = of_a * scaling, of_b * scaling
+            scores[n + 2], scores[n + 3] = of_c * scaling, of_d * scaling
+            top = max(top, max(max(scores[n], scores[n + 1]), max(scores[n + 2], scores[n + 3])))
+        whole = np.float32(0)
+        for n in range(count):
+            scores[n] = _exp(scores[n] - top)
+            whole += scores[n]
+        for extra in range(3):
+            scores[count + extra] = np.float32(0)
+        answer = _floats(s[INPUT + 1] + 4 * unit * size, size)
+        for i in range(size):
+            answer[i] = np.float32(0)
+        at = cache[VALUES_AT] + of_item * (r * cache[OF_VALUES] + head // group * cache[OF_VALUES + 1])
+        step = of_item * cache[OF_VALUES + 2]
+        for n in range(0, count, 4):
+            a, b = _like(at + places[n] * step, size, like), _like(at + places[n + 1] * step, size, like)
+            c, d = _like(at + places[n + 2] * step, size, like), _like(at + places[n + 3] * step, size, like)
+            of_a, of_b, of_c, of_d = scores[n], scores[n + 1], scores[n + 2], scores[n + 3]
+            for i in range(size):
+                answer[i] += of_a * _wide(a[i]) + of_b * _wide(b[i]) + of_c * _wide(c[i]) + of_d * _wide(d[i])
+        for i in range(size):
+            answer[i] = _rounded(answer[i] / whole, like)
+
+
+@compiled(any_order=True, kept=False)
+def _gated(s: Any, me: int, us: int, like: Any) -> None:
+    """silu(gate) * up of a thread's outputs, in the place of gate."""
+    width = s[WIDTH]
+    start, stop = _share(width, 16, me, us)
+    for r in range(s[ROWS]):
+        at = 4 * (r * width + start)
+        gate, up = _floats(s[OUTPUT + 4] + at, stop - start), _floats(s[OUTPUT + 5] + at, stop - start)
+        for i in range(stop - start):
+            a, b = _rounded(gate[i], like), _rounded(up[i], like)
+            gate[i] = _rounded(_rounded(a / (np.float32(1) + _exp(-a)), like) * b, like)
+
+
+@compiled(kept=False)
+def _group(s: Any, block: Any, adapted: Any, group: int, me: int, us: int, like: Any) -> None:
+    """A thread's outputs of the layers that read one x, with all that adapters add."""
+    first, last = FIRST[group], FIRST[group + 1]
+    x, width = s[INPUT + group], block[LAYER + 5 * first + IN]
+    for site in range(first, last):
+        _layer(s, block, site, x, s[OUTPUT + site], me, us, like)
+    if not adapted[GROUP * group + A_AT]:
+        return
+    _ranks(s, adapted, group, x, width, me, us)
+    _meet(s)
+    for site in range(first, last):
+        _add(s, adapted, site, s[OUTPUT + site], block[LAYER + 5 * site + FEATURES], me, us)
+
+
+@compiled(kept=False)
+def _whole(s: Any, like: Any) -> None:
+    """A thread's part of a step: x (rows, H) is read, `OUT` (rows, H) is written."""
+    alone = s[BARRIER] == 0
+    me = np.int64(0) if alone else np.int64(_told(s[NUMBER]))
+    us = np.int64(1) if alone else np.int64(_told(s[TEAM]))
+    added: Any = 0  # where what the layers before have made lies, which x still lacks
+    for number in range(s[BLOCKS] + 1):
+        block = _numbers(s[LAYERS] + 8 * BLOCK * number, BLOCK)
+        numbers = carray(_pointer(s[NUMBERS] + 8 * FLOATS * number), FLOATS, np.float64)
+        cache = _numbers(s[CACHE] + 8 * PLACES * number, PLACES)
+        adapted = _numbers(s[ADAPTERS] + 8 * ADAPTED * number, ADAPTED)
+        for group in range(4):  # one loop, so that each function is built into this one once
+            if group % 2 == 0:
+                which = group // 2
+                _norms(s, block[NORM_1 + which], numbers[EPS_1 + which], added, me, us, like)
+                _meet(s)
+            if number == s[BLOCKS]:
+                break  # behind the blocks there is one more norm
+            if group == 1:
+                _keep(s, block, numbers, cache, me, us, like)
+                _meet(s)
+                _attend(s, block, numbers, cache, me, us, like)
+                _meet(s)
+            _group(s, block, adapted, group, me, us, like)
+            if group == 2:
+                _gated(s, me, us, like)
+            _meet(s)
+            added = s[OUTPUT + FIRST[group + 1] - 1]
+    for r in range(me, s[ROWS], us):
+        given = _floats(s[INPUT] + 4 * r * s[HIDDEN], s[HIDDEN])
+        out = _like(s[OUT] + r * s[HIDDEN] * like.itemsize, s[HIDDEN], like)
+        for i in range(s[HIDDEN]):
+            out[i] = _narrow(given[i], like)
+
+
+@cache
+def step_of(dtype: Any) -> int:
+    """The address of a function that takes the step's int64, for a model in bfloat16 (numpy's uint16) or float32.
+
+    It stays in memory until the process ends.
+    """
+    if dtype == np.uint16:
+
+        @callback("void(voidptr)", uses=[kernels.__file__])
+        def step(arguments: Any) -> None:
+            s = carray(arguments, STEP, np.int64)
+            _whole(s, carray(arguments, 0, np.uint16))
+    else:
+
+        @callback("void(voidptr)", uses=[kernels.__file__])
+        def step(arguments: Any) -> None:
+            s = carray(arguments, STEP, np.int64)
+            _whole(s, carray(arguments, 0, np.float32))
+
+    _made.append(step)
+    return int(step.address)
+
+
+_made: list[Any] = []

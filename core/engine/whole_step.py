@@ -1,0 +1,285 @@
+"""A decoding step over 4-bit weights in one call: every number is made by `whole_kernel.py`, but for the output head.
+
+Between two products of a step by blocks stand a dozen calls from Python, one thread makes what lies between them, and
+the others begin and end with each product. Of a base of 135 million parameters that was half of a step of one row.
+
+So it is done where all layers are multiplied by the kernel for 4-bit weights and adapters add what `FewRows` has: no
+hooks, no gates of heads, no scales. Where one thing is otherwise, `ready` says so, and the step is made by blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_rt.core.base import four_bit, openmp
+from lora_rt.core.engine import whole_kernel as k
+from lora_rt.core.engine.few_rows import FewRows
+from lora_rt.core.engine.site import Multiplied, multiplied
+
+_log = logging.getLogger("lora_rt.engine")
+
+_ROOMS = 8  # numbers of rows for which room is kept
+_GROUPS = (0, 0, 0, 1, 2, 2, 3)  # of the seven layers: those that read one x
+_ONE_BY_ONE = 2  # rows up to which B of one adapter is read across its memory
+
+
+class _Layer(NamedTuple):
+    """One linear layer as the table has it."""
+
+    layer: nn.Module
+    how: Multiplied
+    weight: four_bit.FourBit
+    bias: Tensor | None
+    bias_at: int
+
+    def stands(self) -> bool:
+        """Whether the layer is still what it was, and nobody watches it."""
+        own, bias = self.layer.__dict__, self.bias
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("forward") is not self.how.forward:
+            return False
+        if own["_parameters"].get("bias") is not bias or (bias is not None and bias.data_ptr() != self.bias_at):
+            return False
+        return self.how.product.four_bit() is self.weight
+
+
+class _Adapters(NamedTuple):
+    """What a plan adds: the table, its widest group, whether the outputs of each rank lie together, rows of gates."""
+
+    table: Any
+    ranks: int
+    together: bool
+    rows: int
+    made_of: Any
+
+
+class WholeStep:
+    """The step of one model; any number of threads may take it at once."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        """To be made of a model that a `DecoderStep` takes.
+
+        Raises:
+            ImportError: numba or llvmlite is not installed.
+        """
+        self._model, self._dtype = model, dtype
+        self._address: int | None = None  # 0 where it can't be compiled
+        attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+        self._size: int = attention.head_dim
+        self._heads, self._keys = (layer.out_features // self._size for layer in (attention.q_proj, attention.k_proj))
+        self._hidden, self._width = attention.q_proj.in_features, mlp.gate_proj.out_features
+        self._norms = _norms(model)
+        self._layers: list[_Layer] = []
+        self._weights: Any = None
+        self._numbers: Any = None
+        self._plans: WeakKeyDictionary[FewRows, _Adapters | None] = WeakKeyDictionary()
+        self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), 1, True, 1, ())
+        self._rooms: dict[int, list[_Room]] = {}
+
+    def ready(self, rows: int, topology: Any, few: FewRows | None) -> _Adapters | None:
+        """What a step of so many rows adds under the plan that is running; None where it can't be made so.
+
+        Args:
+            topology, few: of the plan that is running, None for the base alone.
+        """
+        if not self._layers or not all(layer.stands() for layer in self._layers):
+            self._layers = self._found() or []
+            self._plans.clear()
+        if not self._layers or not self._compiled():
+            return None
+        if not self._read_norms():
+            return None
+        if few is None:
+            return self._none
+        if few not in self._plans:
+            self._plans[few] = self._laid_out(topology, few)
+        found = self._plans[few]
+        if found is None or found.rows not in (1, rows) or not (found.together or rows <= _ONE_BY_ONE):
+            return None
+        return found
+
+    def _compiled(self) -> bool:
+        """Whether numba has compiled the kernel, or does it now; the first time on a machine that takes ten seconds."""
+        if self._address is None:
+            try:
+                self._address = k.step_of(np.uint16 if self._dtype == torch.bfloat16 else np.float32)
+            except Exception as error:  # another release of numba may refuse it in any way
+                _log.warning("steps are made block by block, which is slower: %s", error)
+                self._address = 0
+        return self._address != 0
+
+    def _found(self) -> list[_Layer] | None:
+        """All layers, laid out in the table; None where one is multiplied otherwise."""
+        found, weights = [], np.zeros((len(self._model.model.layers) + 1, k.BLOCK), np.int64)
+        for number, block in enumerate(self._model.model.layers):
+            for place, layer in enumerate(_linears(block)):
+                how = multiplied(layer)
+                weight = None if how is None or how.product.dtype is not self._dtype else how.product.four_bit()
+                bias = layer._parameters.get("bias")
+                if how is None or weight is None or weight.dtype is not self._dtype:
+                    return None
+                if bias is not None and (bias.dtype is not self._dtype or not bias.is_contiguous()):
+                    return None
+                out, half = weight.codes.shape
+                if [out, 2 * half] != [layer.out_features, layer.in_features]:
+                    return None
+                at, bias_at = k.LAYER + 5 * place, 0 if bias is None else bias.data_ptr()
+                own = weight.codes.data_ptr(), weight.scales.data_ptr(), bias_at, 2 * half, out
+                weights[number, at : at + 5] = own
+                found.append(_Layer(layer, how, weight, bias, bias_at))
+        self._weights = weights
+        return found
+
+    def _read_norms(self) -> bool:
+        """Write where the weights of norms lie and what they add; whether they are what they have to be."""
+        count = len(self._model.model.layers)
+        numbers = np.zeros((count + 1, k.FLOATS), np.float64)
+        for (number, place), norm in self._norms:
+            weight = norm.weight
+            wanted = self._size if place in (k.NORM_Q, k.NORM_K) else self._hidden
+            if weight.dtype is not self._dtype or weight.shape != (wanted,) or not weight.is_contiguous():
+                return False
+            self._weights[number, place] = weight.data_ptr()
+            numbers[number, place] = norm.variance_epsilon
+        for number, block in enumerate(self._model.model.layers):
+            numbers[number, k.SCALING] = block.self_attn.scaling
+        self._numbers = numbers
+        return True
+
+    def _laid_out(self, topology: Any, few: FewRows) -> _Adapters | None:
+        """The table of what a plan adds; None where it has more than the kernel knows."""
+        count = len(self._model.model.layers)
+        table = np.zeros((count, k.ADAPTED), np.int64)
+        made_of: list[Any] = []
+        widest, rows, together = 1, 1, True
+        groups: dict[tuple[int, int], int] = {}
+        for place, layer in enumerate(self._layers):
+            number, site = divmod(place, len(_GROUPS))
+            index = layer.how.numbers.get(topology)
+            if index is None or few.is_nothing(index):
+                continue
+            factors = few.factors(index)
+            if factors is None:
+                return None
+            group = _GROUPS[site]
+            if groups.setdefault((number, group), factors.group) != factors.group:
+                return None
+            a, gate, b = factors.a, factors.gate, factors.b
+            if a.shape[1] != layer.layer.in_features or b.shape[0] != layer.layer.out_features:
+                return None
+            if not (_flat(a) and _flat(b) and gate.flags.c_contiguous and gate.shape[2] == len(a)):
+                return None
+            at = k.GROUP * group
+            table[number, at : at + k.GROUP] = (a.ctypes.data, len(a), *_steps(a), gate.ctypes.data, len(gate))
+            at = k.SITES + k.SITE * site
+            table[number, at : at + k.SITE] = (b.ctypes.data, b.shape[1], factors.start, *_steps(b))
+            made_of += [a, gate, b]
+            widest, together = max(widest, len(a)), together and b.strides[0] == b.itemsize
+            if len(gate) > 1:
+                if rows not in (1, len(gate)):
+                    return None
+                rows = len(gate)
+        return _Adapters(table, widest, together, rows, made_of)
+
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, adapters: _Adapters) -> Tensor:
+        """As of `DecoderStep`; `adapters` is what `ready` has said just now."""
+        rows, columns = mask.shape
+        decoder = self._model.model
+        embedded = decoder.embed_tokens(ids)
+        ropes = [part.float().contiguous() for part in decoder.rotary_emb(embedded, positions)]  # (rows or 1, 1, D)
+        rooms = self._rooms.pop(rows, [])
+        room = rooms.pop() if rooms else _Room(self, rows)
+        room.x.copy_(embedded)
+        threads = torch.get_num_threads()
+        team = openmp.team() if threads > 1 else None
+        wide = (columns + 4) // 2 * 2
+        scratch = np.empty(threads * 12 * wide, np.uint8), np.empty(threads * 16, np.int64)
+        ranks = np.empty(rows * adapters.ranks, np.float32)
+        seen = np.ascontiguousarray(mask.bool().numpy())
+        kept = self._extended(cache, rows, columns)
+        s = np.zeros(k.STEP, np.int64)
+        s[: k.BARRIER] = (
+            rows,
+            columns,
+            len(decoder.layers),
+            self._hidden,
+            self._heads,
+            self._keys,
+            self._size,
+            self._width,
+            len(ropes[0]),
+        )
+        s[k.BARRIER : k.PART] = (0, 0, 0) if team is None else (team.barrier, team.number, team.size)
+        s[k.PART] = four_bit.kernel_of(self._dtype)[1]
+        s[k.LAYERS : k.X] = [one.ctypes.data for one in (self._weights, self._numbers, kept, adapters.table)]
+        s[[k.COS, k.SIN]] = [one.data_ptr() for one in ropes]
+        s[k.SEEN] = seen.ctypes.data
+        for place, tensor in room.places.items():
+            s[place] = tensor.data_ptr()
+        s[k.RANKS], s[k.RANKS_WIDTH] = ranks.ctypes.data, adapters.ranks
+        s[k.SCORES], s[k.CALLS] = scratch[0].ctypes.data, scratch[1].ctypes.data
+        openmp.run(team, self._address or 0, s.ctypes.data, threads)
+        logits: Tensor = self._model.lm_head(room.out.clone())  # whoever watches may keep what it is given
+        self._rooms[rows] = [*self._rooms.get(rows, []), room]
+        for number in list(self._rooms)[:-_ROOMS]:
+            self._rooms.pop(number, None)
+        return logits
+
+    def _extended(self, cache: Any, rows: int, columns: int) -> Any:
+        """The table of a cache whose layers have one more column, in which anything stands."""
+        shape = (rows, self._keys, columns, self._size)
+        blank = torch.empty(rows, self._keys, 1, self._size, dtype=self._dtype)
+        table = np.empty((len(self._model.model.layers), k.PLACES), np.int64)
+        for number in range(len(table)):
+            keys, values = cache.layers[number].update(blank, blank)
+            if keys.shape != shape or values.shape != shape or keys.stride(3) != 1 or values.stride(3) != 1:
+                raise ValueError(f"keys of {tuple(keys.shape)} where {shape} are wanted")
+            table[number] = (keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3])
+        return table
+
+
+class _Room:
+    """Where the numbers of a step lie, (rows, width) float32 each, and what is read of it in the end."""
+
+    def __init__(self, step: WholeStep, rows: int) -> None:
+        queries, keys = step._heads * step._size, step._keys * step._size
+        widths = queries, keys, keys, step._hidden, step._width, step._width, step._hidden
+        x, normed, attended, *outputs = (
+            torch.empty(rows, 1, width, dtype=torch.float32) for width in (step._hidden, step._hidden, queries, *widths)
+        )
+        inputs = normed, attended, normed, outputs[4]  # silu(gate) * up lies where gate was
+        self.out = torch.empty(rows, 1, step._hidden, dtype=step._dtype)
+        self.places = {k.X: x, k.OUT: self.out, **dict(enumerate((*inputs, *outputs), start=k.INPUT))}
+        self.x = x
+
+
+def _linears(block: Any) -> Sequence[nn.Module]:
+    attention, mlp = block.self_attn, block.mlp
+    found = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    return *found, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _norms(model: Any) -> list[tuple[tuple[int, int], Any]]:
+    """The norms of a model and their places in the table."""
+    found = []
+    for number, block in enumerate(model.model.layers):
+        own = {k.NORM_1: block.input_layernorm, k.NORM_2: block.post_attention_layernorm}
+        attention = block.self_attn
+        own |= {k.NORM_Q: getattr(attention, "q_norm", None), k.NORM_K: getattr(attention, "k_norm", None)}
+        found += [((number, place), norm) for place, norm in own.items() if norm is not None]
+    return [*found, ((len(model.model.layers), k.NORM_1), model.model.norm)]
+
+
+def _flat(array: Any) -> bool:
+    """Whether a matrix of float32 lies in memory row by row or column by column."""
+    return array.dtype == np.float32 and array.itemsize in array.strides and min(array.strides) > 0
+
+
+def _steps(array: Any) -> tuple[int, int]:
+    return array.strides[0] // array.itemsize, array.strides[1] // array.itemsize
