@@ -39,15 +39,6 @@ class _Layer(NamedTuple):
     bias: Tensor | None
     bias_at: int
 
-    def stands(self) -> bool:
-        """Whether the layer is still what it was, and nobody watches it."""
-        own, bias = self.layer.__dict__, self.bias
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("forward") is not self.how.forward:
-            return False
-        if own["_parameters"].get("bias") is not bias or (bias is not None and bias.data_ptr() != self.bias_at):
-            return False
-        return self.how.product.four_bit() is self.weight
-
 
 class _Adapters(NamedTuple):
     """What a plan adds: the table, its widest group, whether the outputs of each rank lie together, rows of gates."""
@@ -57,6 +48,16 @@ class _Adapters(NamedTuple):
     together: bool
     rows: int
     made_of: Any
+
+
+class _Ready(NamedTuple):
+    """What a step reads besides its tokens; whoever has it keeps alive what the tables point to."""
+
+    layers: list[_Layer]
+    weights: Any
+    norms: tuple[Any, list[Tensor]]
+    adapters: _Adapters
+    address: int
 
 
 class WholeStep:
@@ -74,92 +75,93 @@ class WholeStep:
         self._size: int = attention.head_dim
         self._heads, self._keys = (layer.out_features // self._size for layer in (attention.q_proj, attention.k_proj))
         self._hidden, self._width = attention.q_proj.in_features, mlp.gate_proj.out_features
+        queries, keys = self._heads * self._size, self._keys * self._size
+        into, back = (self._hidden, self._width), (self._width, self._hidden)
+        to_keys = self._hidden, keys
+        self._shapes = (self._hidden, queries), to_keys, to_keys, (queries, self._hidden), into, into, back
         self._norms = _norms(model)
-        self._layers: list[_Layer] = []
-        self._weights: Any = None
-        self._numbers: Any = None
+        self._found: tuple[list[_Layer], Any] = [], None
         self._plans: WeakKeyDictionary[FewRows, _Adapters | None] = WeakKeyDictionary()
         self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), 1, True, 1, ())
         self._rooms: dict[int, list[_Room]] = {}
 
-    def ready(self, rows: int, topology: Any, few: FewRows | None) -> _Adapters | None:
+    def ready(self, rows: int, topology: Any, few: FewRows | None) -> _Ready | None:
         """What a step of so many rows adds under the plan that is running; None where it can't be made so.
 
         Args:
             topology, few: of the plan that is running, None for the base alone.
         """
-        if not self._layers or not all(layer.stands() for layer in self._layers):
-            self._layers = self._found() or []
+        layers, weights = self._found
+        if not layers or not _stand(layers):
+            layers, weights = self._found = self._looked_up()
             self._plans.clear()
-        if not self._layers or not self._compiled():
+        address = self._compiled() if layers else 0
+        norms = self._norms_read(weights) if address else None
+        if norms is None:
             return None
-        if not self._read_norms():
+        adapters: _Adapters | None = self._none
+        if few is not None:
+            if few not in self._plans:
+                self._plans[few] = self._laid_out(layers, topology, few)
+            adapters = self._plans[few]
+        if adapters is None or adapters.rows not in (1, rows) or not (adapters.together or rows <= _ONE_BY_ONE):
             return None
-        if few is None:
-            return self._none
-        if few not in self._plans:
-            self._plans[few] = self._laid_out(topology, few)
-        found = self._plans[few]
-        if found is None or found.rows not in (1, rows) or not (found.together or rows <= _ONE_BY_ONE):
-            return None
-        return found
+        return _Ready(layers, weights, norms, adapters, address)
 
-    def _compiled(self) -> bool:
-        """Whether numba has compiled the kernel, or does it now; the first time on a machine that takes ten seconds."""
+    def _compiled(self) -> int:
+        """Where the kernel lies, 0 where it can't be compiled; to do that takes ten seconds, once on a machine."""
         if self._address is None:
             try:
                 self._address = k.step_of(np.uint16 if self._dtype == torch.bfloat16 else np.float32)
             except Exception as error:  # another release of numba may refuse it in any way
                 _log.warning("steps are made block by block, which is slower: %s", error)
                 self._address = 0
-        return self._address != 0
+        return self._address
 
-    def _found(self) -> list[_Layer] | None:
-        """All layers, laid out in the table; None where one is multiplied otherwise."""
+    def _looked_up(self) -> tuple[list[_Layer], Any]:
+        """All layers and their table; none where one is multiplied otherwise."""
         found, weights = [], np.zeros((len(self._model.model.layers) + 1, k.BLOCK), np.int64)
         for number, block in enumerate(self._model.model.layers):
             for place, layer in enumerate(_linears(block)):
-                how = multiplied(layer)
+                how, bias = multiplied(layer), layer._parameters.get("bias")
                 weight = None if how is None or how.product.dtype is not self._dtype else how.product.four_bit()
-                bias = layer._parameters.get("bias")
                 if how is None or weight is None or weight.dtype is not self._dtype:
-                    return None
+                    return [], None
                 if bias is not None and (bias.dtype is not self._dtype or not bias.is_contiguous()):
-                    return None
+                    return [], None
                 out, half = weight.codes.shape
-                if [out, 2 * half] != [layer.out_features, layer.in_features]:
-                    return None
+                if (2 * half, out) != self._shapes[place]:  # memory would be torn
+                    return [], None
                 at, bias_at = k.LAYER + 5 * place, 0 if bias is None else bias.data_ptr()
                 own = weight.codes.data_ptr(), weight.scales.data_ptr(), bias_at, 2 * half, out
                 weights[number, at : at + 5] = own
                 found.append(_Layer(layer, how, weight, bias, bias_at))
-        self._weights = weights
-        return found
+        return found, weights
 
-    def _read_norms(self) -> bool:
-        """Write where the weights of norms lie and what they add; whether they are what they have to be."""
+    def _norms_read(self, weights: Any) -> tuple[Any, list[Tensor]] | None:
+        """What norms add, and their weights, whose places are written; None where they aren't what they have to be."""
         count = len(self._model.model.layers)
-        numbers = np.zeros((count + 1, k.FLOATS), np.float64)
+        numbers, read = np.zeros((count + 1, k.FLOATS), np.float64), []
         for (number, place), norm in self._norms:
             weight = norm.weight
             wanted = self._size if place in (k.NORM_Q, k.NORM_K) else self._hidden
             if weight.dtype is not self._dtype or weight.shape != (wanted,) or not weight.is_contiguous():
-                return False
-            self._weights[number, place] = weight.data_ptr()
+                return None
+            weights[number, place] = weight.data_ptr()
+            read.append(weight)
             numbers[number, place] = norm.variance_epsilon
         for number, block in enumerate(self._model.model.layers):
             numbers[number, k.SCALING] = block.self_attn.scaling
-        self._numbers = numbers
-        return True
+        return numbers, read
 
-    def _laid_out(self, topology: Any, few: FewRows) -> _Adapters | None:
+    def _laid_out(self, layers: Sequence[_Layer], topology: Any, few: FewRows) -> _Adapters | None:
         """The table of what a plan adds; None where it has more than the kernel knows."""
         count = len(self._model.model.layers)
         table = np.zeros((count, k.ADAPTED), np.int64)
         made_of: list[Any] = []
         widest, rows, together = 1, 1, True
         groups: dict[tuple[int, int], int] = {}
-        for place, layer in enumerate(self._layers):
+        for place, layer in enumerate(layers):
             number, site = divmod(place, len(_GROUPS))
             index = layer.how.numbers.get(topology)
             if index is None or few.is_nothing(index):
@@ -187,20 +189,22 @@ class WholeStep:
                 rows = len(gate)
         return _Adapters(table, widest, together, rows, made_of)
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, adapters: _Adapters) -> Tensor:
-        """As of `DecoderStep`; `adapters` is what `ready` has said just now."""
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, ready: _Ready) -> Tensor:
+        """As of `DecoderStep`; `ready` is what `ready` has said just now."""
         rows, columns = mask.shape
         decoder = self._model.model
         embedded = decoder.embed_tokens(ids)
         ropes = [part.float().contiguous() for part in decoder.rotary_emb(embedded, positions)]  # (rows or 1, 1, D)
+        if any(part.shape not in {(rows, 1, self._size), (1, 1, self._size)} for part in ropes):
+            raise ValueError(f"rope factors of {[tuple(part.shape) for part in ropes]} for {rows} rows")
         rooms = self._rooms.pop(rows, [])
         room = rooms.pop() if rooms else _Room(self, rows)
-        room.x.copy_(embedded)
+        room.x.copy_(embedded.to(self._dtype))
         threads = torch.get_num_threads()
         team = openmp.team() if threads > 1 else None
         wide = (columns + 4) // 2 * 2
         scratch = np.empty(threads * 12 * wide, np.uint8), np.empty(threads * 16, np.int64)
-        ranks = np.empty(rows * adapters.ranks, np.float32)
+        ranks = np.empty(rows * ready.adapters.ranks, np.float32)
         seen = np.ascontiguousarray(mask.bool().numpy())
         kept = self._extended(cache, rows, columns)
         s = np.zeros(k.STEP, np.int64)
@@ -217,14 +221,14 @@ class WholeStep:
         )
         s[k.BARRIER : k.PART] = (0, 0, 0) if team is None else (team.barrier, team.number, team.size)
         s[k.PART] = four_bit.kernel_of(self._dtype)[1]
-        s[k.LAYERS : k.X] = [one.ctypes.data for one in (self._weights, self._numbers, kept, adapters.table)]
+        s[k.LAYERS : k.X] = [one.ctypes.data for one in (ready.weights, ready.norms[0], kept, ready.adapters.table)]
         s[[k.COS, k.SIN]] = [one.data_ptr() for one in ropes]
         s[k.SEEN] = seen.ctypes.data
         for place, tensor in room.places.items():
             s[place] = tensor.data_ptr()
-        s[k.RANKS], s[k.RANKS_WIDTH] = ranks.ctypes.data, adapters.ranks
+        s[k.RANKS], s[k.RANKS_WIDTH] = ranks.ctypes.data, ready.adapters.ranks
         s[k.SCORES], s[k.CALLS] = scratch[0].ctypes.data, scratch[1].ctypes.data
-        openmp.run(team, self._address or 0, s.ctypes.data, threads)
+        openmp.run(team, ready.address, s.ctypes.data, threads)
         logits: Tensor = self._model.lm_head(room.out.clone())  # whoever watches may keep what it is given
         self._rooms[rows] = [*self._rooms.get(rows, []), room]
         for number in list(self._rooms)[:-_ROOMS]:
@@ -257,6 +261,19 @@ class _Room:
         self.out = torch.empty(rows, 1, step._hidden, dtype=step._dtype)
         self.places = {k.X: x, k.OUT: self.out, **dict(enumerate((*inputs, *outputs), start=k.INPUT))}
         self.x = x
+
+
+def _stand(layers: Sequence[_Layer]) -> bool:
+    """Whether all layers are still what they were, and nobody watches them."""
+    for layer, how, weight, bias, bias_at in layers:
+        own = layer.__dict__  # torch finds an attribute slowly, and there are hundreds of layers
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("forward") is not how.forward:
+            return False
+        if own["_parameters"].get("bias") is not bias or (bias is not None and bias.data_ptr() != bias_at):
+            return False
+        if how.product.four_bit() is not weight:
+            return False
+    return True
 
 
 def _linears(block: Any) -> Sequence[nn.Module]:
