@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -14,6 +14,10 @@ from typing import Any
 
 from lora_rt.registry import home
 from lora_rt.version import __version__
+
+_SETTING = threading.RLock()  # numba is told of a folder by a setting of its own
+# An index out of bounds would end one thread of a team, and the others would wait for it for ever.
+_OPTIONS = {"error_model": "numpy", "boundscheck": False}
 
 
 @cache
@@ -29,7 +33,7 @@ def compiled(*, any_order: bool = False, kept: bool = True) -> Callable[[Callabl
         any_order: sums may be made in any order. Neither NaN nor infinity is assumed away.
         kept: what was compiled is remembered; functions that only others of the same file call need not be.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, **_OPTIONS}
     if any_order:
         options["fastmath"] = {"reassoc", "contract", "nsz"}
 
@@ -54,19 +58,24 @@ def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any
         from numba import cfunc, config
 
         def made(kept: bool) -> Any:
-            return cfunc(signature, cache=kept, error_model="numpy")(function)
+            return cfunc(signature, cache=kept, **_OPTIONS)(function)
 
-        folder = _folder(Path(function.__code__.co_filename), *map(Path, uses))
+        file = Path(function.__code__.co_filename)
+        folder = _folder(file, *map(Path, uses))
         if not _can_write(folder):
             return made(kept=False)
-        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
-        try:
-            return made(kept=True)
-        except Exception:  # of a damaged file, whatever its bytes mean, or a full disk
-            shutil.rmtree(folder, ignore_errors=True)
-            return made(kept=False)
-        finally:
-            config.CACHE_DIR = before
+        with _SETTING:
+            before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+            try:
+                return made(kept=True)
+            except Exception:  # of a damaged file, whatever its bytes mean, or a full disk; or it can't be compiled
+                found = made(kept=False)
+                for damaged in folder.rglob(f"{file.stem}.*"):
+                    with suppress(OSError):
+                        damaged.unlink()
+                return found
+            finally:
+                config.CACHE_DIR = before
 
     return decorate
 
@@ -78,11 +87,12 @@ def _remembered(function: Any, options: dict[str, Any]) -> Any:
     folder = _folder(Path(function.__code__.co_filename))
     if not _can_write(folder):
         return njit(**options)(function)
-    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
-    try:
-        return _sturdy(njit(cache=True, **options)(function))
-    finally:
-        config.CACHE_DIR = before
+    with _SETTING:
+        before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+        try:
+            return _sturdy(njit(cache=True, **options)(function))
+        finally:
+            config.CACHE_DIR = before
 
 
 def _folder(*files: Path) -> Path:

@@ -12,7 +12,9 @@ classes in transformers, and each is tried before it is stepped so.
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +28,8 @@ from lora_rt.core.engine.shared import SharedPass
 from lora_rt.core.engine.site import unrounded
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+_log = logging.getLogger("lora_rt.engine")
 
 _KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -117,12 +121,16 @@ class DecoderStep:
 
         kernels.prepare()
         self._kernels = kernels
-        from lora_rt.core.engine.whole_step import WholeStep
+        self._whole: Any = None
+        try:
+            from lora_rt.core.engine.whole_step import WholeStep
 
-        self._whole = WholeStep(model, model.model.norm.weight.dtype)
+            self._whole = WholeStep(model, model.model.norm.weight.dtype)
+        except Exception as error:  # another release of numba may lack what it stands on
+            _log.warning("steps are made block by block, which is slower: %s", error)
         self._model = model
         self._dtype: torch.dtype = model.model.norm.weight.dtype
-        self._rooms: dict[int, list[_Room]] = {}
+        self._rooms: dict[int, deque[_Room]] = {}
         self._parts = _parts(model)
         self._forwards: dict[Any, Any] = dict.fromkeys(map(type, self._parts))
         for kind in self._forwards:
@@ -151,15 +159,20 @@ class DecoderStep:
         if mask.shape != (rows, columns):  # what lies beyond would be read as it is
             raise ValueError(f"a mask of {tuple(mask.shape)} for {rows} rows of {columns} columns")
         current = running_pass()
-        if current is None or isinstance(current, SharedPass):
-            few = None if current is None else current.few(self._kernels)
-            whole = self._whole.ready(rows, None if current is None else current.topology, few)
-            if whole is not None:
-                return self._whole(ids, positions, mask, cache, whole)
-        rooms = self._rooms.pop(rows, [])
-        room = rooms.pop() if rooms else _Room(self._model.model.layers, rows, self._dtype)
+        if self._whole is not None and (current is None or isinstance(current, SharedPass)):
+            plan = (None, None) if current is None else (current.topology, current.few(self._kernels))
+            ready = self._whole.ready(rows, columns, cache, *plan)
+            if ready is not None:
+                found: Tensor = self._whole(ids, positions, mask, cache, ready)
+                return found
+        rooms = self._rooms.pop(rows, None) or deque()  # of two threads' one may be lost, and none is taken twice
+        try:
+            room = rooms.pop()
+        except IndexError:
+            room = _Room(self._model.model.layers, rows, self._dtype)
         logits = self._stepped(room, ids, positions, mask, cache)
-        self._rooms[rows] = [*self._rooms.get(rows, []), room]
+        rooms.append(room)
+        self._rooms[rows] = rooms
         for number in list(self._rooms)[:-_ROOMS]:
             self._rooms.pop(number, None)
         return logits
@@ -182,7 +195,7 @@ class DecoderStep:
             for norm, of in zip(_head_norms(attention), (query, key), strict=False):
                 k.head_norm(_array(of), _array(norm.weight), norm.variance_epsilon, x)
             k.rotate(_array(query), cos, sin, room.query)
-            new = torch.empty(room.keys.shape, dtype=self._dtype)
+            new = torch.empty(room.keys.shape, dtype=self._dtype, device="cpu")
             k.rotate(_array(key), cos, sin, _array(new))
             keys, values = cache.layers[number].update(new, value.to(self._dtype).view(room.keys.shape))
             steps = (keys.shape[1], *keys.stride()[:3], *values.stride()[:3])
@@ -221,8 +234,8 @@ class _Room:
         size = attention.head_dim
         heads, keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
         hidden = attention.q_proj.in_features
-        self.keys = _Keys((rows, keys, 1, size), torch.empty(rows, 1, keys * size, dtype=dtype))
-        self.query = _array(torch.empty(rows, heads, 1, size, dtype=dtype))
+        self.keys = _Keys((rows, keys, 1, size), torch.empty(rows, 1, keys * size, dtype=dtype, device="cpu"))
+        self.query = _array(torch.empty(rows, heads, 1, size, dtype=dtype, device="cpu"))
         memory = [
             (torch.empty(rows, 1, width, dtype=dtype), torch.empty(rows, 1, width, dtype=torch.float32))
             for width in (hidden, heads * size, hidden, mlp.gate_proj.out_features)

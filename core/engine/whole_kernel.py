@@ -183,7 +183,7 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
     if rows >= us:
         first, last = _share(rows, 1, me, us)
     else:
-        start, stop = _share(ranks, 16, me, us)
+        start, stop = _share(ranks, 8, me, us)
     count = stop - start
     a = adapted[at + A_AT] + 4 * start * of_ranks
     y = s[RANKS] + 4 * start

@@ -10,6 +10,8 @@ hooks, no gates of heads, no scales. Where one thing is otherwise, `ready` says 
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,14 +27,21 @@ from lora_rt.core.engine.site import Multiplied, multiplied
 
 _log = logging.getLogger("lora_rt.engine")
 
+_COMPILING = threading.Lock()
 _ROOMS = 8  # numbers of rows for which room is kept
+_LINEARS = (
+    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
+)
 _GROUPS = (0, 0, 0, 1, 2, 2, 3)  # of the seven layers: those that read one x
 _ONE_BY_ONE = 2  # rows up to which B of one adapter is read across its memory
 
 
 class _Layer(NamedTuple):
-    """One linear layer as the table has it."""
+    """One linear layer as the table has it, and where it has to be found at every step."""
 
+    owner: dict[str, Any]
+    name: str
     layer: nn.Module
     how: Multiplied
     weight: four_bit.FourBit
@@ -41,21 +50,34 @@ class _Layer(NamedTuple):
 
 
 class _Adapters(NamedTuple):
-    """What a plan adds: the table, its widest group, whether the outputs of each rank lie together, rows of gates."""
+    """What a plan adds: the table, its widest group, whether the outputs of each rank lie together, rows of gates.
+
+    `numbers` are those of the layers in the plan's topology, None for those that no adapter is told of any more.
+    """
 
     table: Any
     ranks: int
     together: bool
     rows: int
+    numbers: list[int | None]
     made_of: Any
+
+
+class _Found(NamedTuple):
+    """The layers of a model (none where one can't be taken), their table, and what plans add to them."""
+
+    layers: list[_Layer]
+    table: Any
+    plans: WeakKeyDictionary[FewRows, tuple[list[int | None], _Adapters | None]]
 
 
 class _Ready(NamedTuple):
     """What a step reads besides its tokens; whoever has it keeps alive what the tables point to."""
 
-    layers: list[_Layer]
-    weights: Any
-    norms: tuple[Any, list[Tensor]]
+    found: _Found
+    table: Any
+    numbers: Any
+    norms: list[Tensor]
     adapters: _Adapters
     address: int
 
@@ -80,90 +102,122 @@ class WholeStep:
         to_keys = self._hidden, keys
         self._shapes = (self._hidden, queries), to_keys, to_keys, (queries, self._hidden), into, into, back
         self._norms = _norms(model)
-        self._found: tuple[list[_Layer], Any] = [], None
-        self._plans: WeakKeyDictionary[FewRows, _Adapters | None] = WeakKeyDictionary()
-        self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), 1, True, 1, ())
-        self._rooms: dict[int, list[_Room]] = {}
+        self._found = _Found([], None, WeakKeyDictionary())
+        self._refused: tuple[int, int] | None = None  # block and place of a layer that can't be taken
+        self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), 1, True, 1, [], ())
+        self._rooms: dict[int, deque[_Room]] = {}
 
-    def ready(self, rows: int, topology: Any, few: FewRows | None) -> _Ready | None:
-        """What a step of so many rows adds under the plan that is running; None where it can't be made so.
+    def ready(self, rows: int, columns: int, cache: Any, topology: Any, few: FewRows | None) -> _Ready | None:
+        """What a step reads; None where it can't be made so.
 
         Args:
+            rows, columns: of the step, its own column included.
+            cache: of the tokens before.
             topology, few: of the plan that is running, None for the base alone.
         """
-        layers, weights = self._found
-        if not layers or not _stand(layers):
-            layers, weights = self._found = self._looked_up()
-            self._plans.clear()
-        address = self._compiled() if layers else 0
-        norms = self._norms_read(weights) if address else None
-        if norms is None:
+        found = self._found
+        if not found.layers or not _stand(found.layers):
+            found = self._found = self._looked_up()
+        address = self._compiled() if found.layers and self._is_own(cache, rows, columns) else 0
+        read = self._norms_read(found.table) if address else None
+        if read is None:
             return None
         adapters: _Adapters | None = self._none
         if few is not None:
-            if few not in self._plans:
-                self._plans[few] = self._laid_out(layers, topology, few)
-            adapters = self._plans[few]
+            numbers = [layer.how.numbers.get(topology) for layer in found.layers]
+            before = found.plans.get(few)
+            if before is None or before[0] != numbers:  # new, or a bank over the model has been closed
+                before = found.plans[few] = numbers, self._laid_out(found.layers, numbers, few)
+            adapters = before[1]
         if adapters is None or adapters.rows not in (1, rows) or not (adapters.together or rows <= _ONE_BY_ONE):
             return None
-        return _Ready(layers, weights, norms, adapters, address)
+        return _Ready(found, *read, adapters, address)
 
     def _compiled(self) -> int:
         """Where the kernel lies, 0 where it can't be compiled; to do that takes ten seconds, once on a machine."""
-        if self._address is None:
-            try:
-                self._address = k.step_of(np.uint16 if self._dtype == torch.bfloat16 else np.float32)
-            except Exception as error:  # another release of numba may refuse it in any way
-                _log.warning("steps are made block by block, which is slower: %s", error)
-                self._address = 0
-        return self._address
+        with _COMPILING:
+            if self._address is None:
+                try:
+                    from lora_rt.core.engine.whole_kernel import step_of
 
-    def _looked_up(self) -> tuple[list[_Layer], Any]:
-        """All layers and their table; none where one is multiplied otherwise."""
-        found, weights = [], np.zeros((len(self._model.model.layers) + 1, k.BLOCK), np.int64)
-        for number, block in enumerate(self._model.model.layers):
-            for place, layer in enumerate(_linears(block)):
-                how, bias = multiplied(layer), layer._parameters.get("bias")
-                weight = None if how is None or how.product.dtype is not self._dtype else how.product.four_bit()
-                if how is None or weight is None or weight.dtype is not self._dtype:
-                    return [], None
-                if bias is not None and (bias.dtype is not self._dtype or not bias.is_contiguous()):
-                    return [], None
-                out, half = weight.codes.shape
-                if (2 * half, out) != self._shapes[place]:  # memory would be torn
-                    return [], None
-                at, bias_at = k.LAYER + 5 * place, 0 if bias is None else bias.data_ptr()
-                own = weight.codes.data_ptr(), weight.scales.data_ptr(), bias_at, 2 * half, out
-                weights[number, at : at + 5] = own
-                found.append(_Layer(layer, how, weight, bias, bias_at))
-        return found, weights
+                    self._address = step_of(np.uint16 if self._dtype == torch.bfloat16 else np.float32)
+                except Exception as error:  # another release of numba may refuse it in any way
+                    _log.warning("steps are made block by block, which is slower: %s", error)
+                    self._address = 0
+            return self._address
 
-    def _norms_read(self, weights: Any) -> tuple[Any, list[Tensor]] | None:
-        """What norms add, and their weights, whose places are written; None where they aren't what they have to be."""
-        count = len(self._model.model.layers)
-        numbers, read = np.zeros((count + 1, k.FLOATS), np.float64), []
+    def _is_own(self, cache: Any, rows: int, columns: int) -> bool:
+        """Whether a cache holds keys and values of this model in its dtype, all of them and no more."""
+        shape = rows, self._keys, columns - 1, self._size
+        for layer in cache.layers:
+            for kept in (layer.keys, layer.values):
+                if kept is None or kept.shape != shape or kept.dtype is not self._dtype or not kept.is_cpu:
+                    return False
+        return len(cache.layers) == len(self._model.model.layers)
+
+    def _looked_up(self) -> _Found:
+        """All layers and their table; none where one can't be taken."""
+        nothing = _Found([], None, WeakKeyDictionary())
+        blocks = self._model.model.layers
+        if self._refused is not None:
+            number, place = self._refused
+            if number < len(blocks) and self._taken(blocks[number], place) is None:
+                return nothing
+        found, table = [], np.zeros((len(blocks) + 1, k.BLOCK), np.int64)
+        for number, block in enumerate(blocks):
+            for place in range(len(_GROUPS)):
+                taken = self._taken(block, place)
+                if taken is None:
+                    self._refused = number, place
+                    return nothing
+                found.append(taken)
+                codes, scales, _ = taken.weight
+                at = k.LAYER + 5 * place
+                table[number, at : at + 5] = codes.data_ptr(), scales.data_ptr(), taken.bias_at, *self._shapes[place]
+        return _Found(found, table, WeakKeyDictionary())
+
+    def _taken(self, block: Any, place: int) -> _Layer | None:
+        """The layer of a block at a place, where the kernel multiplies as it does."""
+        part, name = _LINEARS[place]
+        owner = block._modules[part]._modules
+        layer = owner.get(name)
+        how = None if layer is None else multiplied(layer)
+        if how is None or how.product.dtype is not self._dtype:
+            return None
+        weight, bias = how.product.four_bit(), layer._parameters.get("bias")
+        if weight is None or weight.dtype is not self._dtype:
+            return None
+        out, half = weight.codes.shape
+        if (2 * half, out) != self._shapes[place] or not _is_vector(bias, out, self._dtype):  # memory would be torn
+            return None
+        return _Layer(owner, name, layer, how, weight, bias, 0 if bias is None else bias.data_ptr())
+
+    def _norms_read(self, table: Any) -> tuple[Any, Any, list[Tensor]] | None:
+        """The table with the places of the norms' weights, what they add, and these weights; None where one is odd."""
+        blocks = self._model.model.layers
+        table, numbers, read = table.copy(), np.zeros((len(blocks) + 1, k.FLOATS), np.float64), []
         for (number, place), norm in self._norms:
-            weight = norm.weight
+            weight = norm._parameters.get("weight")
             wanted = self._size if place in (k.NORM_Q, k.NORM_K) else self._hidden
-            if weight.dtype is not self._dtype or weight.shape != (wanted,) or not weight.is_contiguous():
+            if weight is None or not _is_vector(weight, wanted, self._dtype):
                 return None
-            weights[number, place] = weight.data_ptr()
+            table[number, place] = weight.data_ptr()
             read.append(weight)
             numbers[number, place] = norm.variance_epsilon
-        for number, block in enumerate(self._model.model.layers):
+        for number, block in enumerate(blocks):
             numbers[number, k.SCALING] = block.self_attn.scaling
-        return numbers, read
+        return table, numbers, read
 
-    def _laid_out(self, layers: Sequence[_Layer], topology: Any, few: FewRows) -> _Adapters | None:
+    def _laid_out(self, layers: Sequence[_Layer], numbers: list[int | None], few: FewRows) -> _Adapters | None:
         """The table of what a plan adds; None where it has more than the kernel knows."""
         count = len(self._model.model.layers)
         table = np.zeros((count, k.ADAPTED), np.int64)
         made_of: list[Any] = []
         widest, rows, together = 1, 1, True
         groups: dict[tuple[int, int], int] = {}
-        for place, layer in enumerate(layers):
+        for place in range(len(layers)):
             number, site = divmod(place, len(_GROUPS))
-            index = layer.how.numbers.get(topology)
+            index = numbers[place]
             if index is None or few.is_nothing(index):
                 continue
             factors = few.factors(index)
@@ -173,7 +227,7 @@ class WholeStep:
             if groups.setdefault((number, group), factors.group) != factors.group:
                 return None
             a, gate, b = factors.a, factors.gate, factors.b
-            if a.shape[1] != layer.layer.in_features or b.shape[0] != layer.layer.out_features:
+            if (a.shape[1], b.shape[0]) != self._shapes[site]:
                 return None
             if not (_flat(a) and _flat(b) and gate.flags.c_contiguous and gate.shape[2] == len(a)):
                 return None
@@ -187,7 +241,7 @@ class WholeStep:
                 if rows not in (1, len(gate)):
                     return None
                 rows = len(gate)
-        return _Adapters(table, widest, together, rows, made_of)
+        return _Adapters(table, widest, together, rows, numbers, made_of)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, ready: _Ready) -> Tensor:
         """As of `DecoderStep`; `ready` is what `ready` has said just now."""
@@ -195,10 +249,13 @@ class WholeStep:
         decoder = self._model.model
         embedded = decoder.embed_tokens(ids)
         ropes = [part.float().contiguous() for part in decoder.rotary_emb(embedded, positions)]  # (rows or 1, 1, D)
-        if any(part.shape not in {(rows, 1, self._size), (1, 1, self._size)} for part in ropes):
+        if {part.shape for part in ropes} not in ({(rows, 1, self._size)}, {(1, 1, self._size)}):
             raise ValueError(f"rope factors of {[tuple(part.shape) for part in ropes]} for {rows} rows")
-        rooms = self._rooms.pop(rows, [])
-        room = rooms.pop() if rooms else _Room(self, rows)
+        rooms = self._rooms.pop(rows, None) or deque()  # of two threads' one may be lost, and none is taken twice
+        try:
+            room = rooms.pop()
+        except IndexError:
+            room = _Room(self, rows)
         room.x.copy_(embedded.to(self._dtype))
         threads = torch.get_num_threads()
         team = openmp.team() if threads > 1 else None
@@ -221,7 +278,7 @@ class WholeStep:
         )
         s[k.BARRIER : k.PART] = (0, 0, 0) if team is None else (team.barrier, team.number, team.size)
         s[k.PART] = four_bit.kernel_of(self._dtype)[1]
-        s[k.LAYERS : k.X] = [one.ctypes.data for one in (ready.weights, ready.norms[0], kept, ready.adapters.table)]
+        s[k.LAYERS : k.X] = [one.ctypes.data for one in (ready.table, ready.numbers, kept, ready.adapters.table)]
         s[[k.COS, k.SIN]] = [one.data_ptr() for one in ropes]
         s[k.SEEN] = seen.ctypes.data
         for place, tensor in room.places.items():
@@ -230,7 +287,8 @@ class WholeStep:
         s[k.SCORES], s[k.CALLS] = scratch[0].ctypes.data, scratch[1].ctypes.data
         openmp.run(team, ready.address, s.ctypes.data, threads)
         logits: Tensor = self._model.lm_head(room.out.clone())  # whoever watches may keep what it is given
-        self._rooms[rows] = [*self._rooms.get(rows, []), room]
+        rooms.append(room)
+        self._rooms[rows] = rooms
         for number in list(self._rooms)[:-_ROOMS]:
             self._rooms.pop(number, None)
         return logits
@@ -238,7 +296,7 @@ class WholeStep:
     def _extended(self, cache: Any, rows: int, columns: int) -> Any:
         """The table of a cache whose layers have one more column, in which anything stands."""
         shape = (rows, self._keys, columns, self._size)
-        blank = torch.empty(rows, self._keys, 1, self._size, dtype=self._dtype)
+        blank = torch.empty(rows, self._keys, 1, self._size, dtype=self._dtype, device="cpu")
         table = np.empty((len(self._model.model.layers), k.PLACES), np.int64)
         for number in range(len(table)):
             keys, values = cache.layers[number].update(blank, blank)
@@ -254,32 +312,37 @@ class _Room:
     def __init__(self, step: WholeStep, rows: int) -> None:
         queries, keys = step._heads * step._size, step._keys * step._size
         widths = queries, keys, keys, step._hidden, step._width, step._width, step._hidden
-        x, normed, attended, *outputs = (
-            torch.empty(rows, 1, width, dtype=torch.float32) for width in (step._hidden, step._hidden, queries, *widths)
-        )
+        with torch.inference_mode(False):  # what is made in it can't be written outside of it
+            x, normed, attended, *outputs = (
+                torch.empty(rows, 1, width, dtype=torch.float32, device="cpu")
+                for width in (step._hidden, step._hidden, queries, *widths)
+            )
+            self.out = torch.empty(rows, 1, step._hidden, dtype=step._dtype, device="cpu")
         inputs = normed, attended, normed, outputs[4]  # silu(gate) * up lies where gate was
-        self.out = torch.empty(rows, 1, step._hidden, dtype=step._dtype)
         self.places = {k.X: x, k.OUT: self.out, **dict(enumerate((*inputs, *outputs), start=k.INPUT))}
         self.x = x
 
 
 def _stand(layers: Sequence[_Layer]) -> bool:
     """Whether all layers are still what they were, and nobody watches them."""
-    for layer, how, weight, bias, bias_at in layers:
+    for owner, name, layer, how, weight, bias, bias_at in layers:
+        if owner.get(name) is not layer:
+            return False
         own = layer.__dict__  # torch finds an attribute slowly, and there are hundreds of layers
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("forward") is not how.forward:
             return False
-        if own["_parameters"].get("bias") is not bias or (bias is not None and bias.data_ptr() != bias_at):
+        if own["_parameters"].get("bias") is not bias or how.product.four_bit() is not weight:
             return False
-        if how.product.four_bit() is not weight:
+        if bias is not None and (bias.data_ptr() != bias_at or not _is_vector(bias, len(weight.codes), weight.dtype)):
             return False
     return True
 
 
-def _linears(block: Any) -> Sequence[nn.Module]:
-    attention, mlp = block.self_attn, block.mlp
-    found = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    return *found, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+def _is_vector(parameter: Tensor | None, size: int, dtype: torch.dtype) -> bool:
+    """Whether it is so many numbers of a dtype in a row, or nothing."""
+    if parameter is None:
+        return True
+    return parameter.shape == (size,) and parameter.dtype is dtype and parameter.is_contiguous() and parameter.is_cpu
 
 
 def _norms(model: Any) -> list[tuple[tuple[int, int], Any]]:

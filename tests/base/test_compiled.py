@@ -60,3 +60,37 @@ def test_a_home_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "file" / "home"))
     assert made(tmp_path)[1] == set()
+
+
+def called(argument: float) -> float:
+    return 3 * argument
+
+
+def back(home: Path) -> set[str]:
+    """A function for C, called once, and the files that it has left."""
+    found = compiled.callback("float64(float64)", uses=[__file__])(called)
+    assert found.ctypes(2.0) == 6.0
+    return {path.name for path in home.rglob("*.nb?")}
+
+
+@pytest.mark.parametrize("damage", [None, lambda content: b"", lambda content: content[:50]])
+def test_what_c_calls_is_kept_and_made_again_where_it_is_damaged(home: Path, damage: Any) -> None:
+    from numba import config
+
+    before = config.CACHE_DIR
+    assert {name.rpartition(".")[2] for name in back(home)} == {"nbi", "nbc"}
+    for path in home.rglob("*.nb?"):
+        path.write_bytes(damage(path.read_bytes()) if damage else path.read_bytes())
+    times = {path: path.stat().st_mtime_ns for path in home.rglob("*.nbc")}
+    back(home)
+    again = back(home)
+    assert {name.rpartition(".")[2] for name in again} == {"nbi", "nbc"}
+    assert before == config.CACHE_DIR
+    if damage is None:
+        assert times == {path: path.stat().st_mtime_ns for path in home.rglob("*.nbc")}
+
+
+def test_what_c_calls_is_compiled_though_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "file" / "home"))
+    assert back(tmp_path) == set()

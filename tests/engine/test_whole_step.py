@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,17 +19,20 @@ from lora_rt.core.base import compiled, four_bit, openmp
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.multiply import SIZES, Product, dense_weight
 from lora_rt.core.engine.causal_lm import CausalLM
-from lora_rt.core.engine.whole_step import WholeStep
+from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry.registry import Registry
 from support.tiny import MLP, TARGETS, Zoo, config_of, random_model, save_adapter
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (compiled.is_there() and four_bit.are_there()), reason="no numba, llvmlite or AVX2 here"),
-]
+if not (compiled.is_there() and four_bit.are_there()):
+    pytest.skip("no numba, llvmlite or AVX2 here", allow_module_level=True)
+
+from lora_rt.core.engine import whole_kernel as k
+from lora_rt.core.engine.whole_step import WholeStep
+
+pytestmark = pytest.mark.slow
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SIZED: dict[str, Any] = {"intermediate_size": 192}
 CHANGES: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 32}}
@@ -111,9 +117,10 @@ def close(one: Tensor, other: Tensor) -> None:
 def test_a_step_in_float32_is_the_model_s_own(kind: str, changes: dict[str, Any], taken: list[int]) -> None:
     lm = CausalLM(model_of(kind, **changes))
     for rows in (1, 5):
+        assert lm.blocks is not None  # with its trial
         taken.clear()
         close(steps(lm, rows=rows), steps(lm, False, rows=rows))
-        assert taken == [rows] * 31 or set(taken[:2]) == {2}  # of the first ones the trial takes two
+        assert taken == [rows] * 31
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,9 +133,10 @@ def test_a_step_in_bfloat16_differs_from_the_model_s_own_by_rounding_alone(kind:
             four = hasattr(layer, "compute_dtype") and name.endswith("weight")
             parameter.data = (dense_weight(layer) if four else lm.model.get_parameter(name)).detach().float()
     wanted = steps(CausalLM(exact), False)
-    mine, own = ((steps(lm, by_blocks).float() - wanted).abs().mean() for by_blocks in (True, False))
+    mine, own = ((steps(lm, by_blocks).float() - wanted).abs() for by_blocks in (True, False))
     assert len(taken) >= 31
-    assert mine <= 1.1 * own
+    assert mine.mean() <= 1.1 * own.mean()
+    assert (mine.mean(-1) <= 4 * own.mean(-1) + 0.05 * wanted.std()).all()  # of each row and step
 
 
 def test_any_number_of_threads_makes_the_same_and_of_fewer_than_were_asked_for(
@@ -146,20 +154,58 @@ def test_any_number_of_threads_makes_the_same_and_of_fewer_than_were_asked_for(
     assert len(taken) >= 6 * 3 * 31
 
 
-def test_threads_that_step_at_once_do_not_disturb_each_other() -> None:
-    lm = CausalLM(model_of("qwen3"))
-    wanted, found = steps(lm), [torch.empty(0)] * 4
+def test_threads_that_step_at_once_do_not_disturb_each_other(zoo: Zoo, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "all", "llama", seed=1, targets=[*TARGETS["llama"], *MLP["llama"]])
+    with runtime_of(zoo, "llama") as runtime:
+        runtime.load_adapter(str(path), "all")
+        lm, bank = runtime.parts.lm, runtime.parts.bank
+        plans = [bank.plan([{"all": weight}] * 3) if weight else None for weight in (0.0, 0.4, 0.9, -0.3)]
+        wanted = [steps(lm, False, rows=3, plan=plan) for plan in plans]
+        found: list[list[Tensor]] = [[] for _ in plans]
 
-    def go(number: int) -> None:
-        with torch.inference_mode():
-            found[number] = steps(lm)
+        def go(number: int) -> None:
+            with torch.inference_mode():
+                found[number] = [steps(lm, rows=3, plan=plans[number]) for _ in range(4)]
 
-    threads = [threading.Thread(target=go, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(one, wanted) for one in found)
+        threads = [threading.Thread(target=go, args=(number,)) for number in range(len(plans))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for mine, usual in zip(found, wanted, strict=True):
+        assert len(mine) == 4
+        for one in mine:
+            close(one, usual)
+
+
+def test_what_a_step_reads_lives_as_long_as_it_whatever_others_do_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may look again, and find other weights, while the kernel runs."""
+    lm = CausalLM(model_of("llama", num_hidden_layers=30))
+    assert lm.blocks is not None
+    own, done = openmp.run, []
+
+    def run(together: Any, address: int, arguments: int, threads: int) -> None:
+        places = [(ctypes.c_int64 * 34).from_address(arguments)[at] for at in (k.LAYERS, k.NUMBERS, k.ADAPTERS)]
+        before = [bytes((ctypes.c_char * 800).from_address(place)) for place in places]
+        with torch.inference_mode(False):
+            for block in lm.model.model.layers:
+                block.input_layernorm.weight = nn.Parameter(block.input_layernorm.weight.clone(), requires_grad=False)
+        cache = lm.new_cache()
+        for layer in cache.layers:
+            layer.lazy_initialization(torch.zeros(5, 2, 3, 16), torch.zeros(5, 2, 3, 16))
+            layer.keys, layer.values = torch.zeros(5, 2, 3, 16), torch.zeros(5, 2, 3, 16)
+        assert lm.blocks is not None
+        other = lm.blocks._whole.ready(5, 4, cache, None, None)
+        assert other is not None
+        kept = [np.full_like(other.numbers, 7.0) for _ in range(50)]  # what was freed would be filled again
+        assert before == [bytes((ctypes.c_char * 800).from_address(place)) for place in places]
+        done.append(len(kept))
+        own(together, address, arguments, threads)
+
+    wanted = steps(lm, False)
+    monkeypatch.setattr(openmp, "run", run)
+    close(steps(lm), wanted)
+    assert len(done) == 31
 
 
 def adapter(folder: Path, kind: str, **options: Any) -> Path:
@@ -198,6 +244,74 @@ def test_adapters_add_what_they_add_in_the_model_s_own_step(
                 assert (usual - steps(lm, False, rows=rows)).abs().max() > 0.01
             close(found, usual)
             assert taken.count(rows) >= 31
+
+
+def test_adapters_in_bfloat16_are_as_far_from_float32_as_in_the_model_s_own_step(
+    tmp_path: Path, zoo: Zoo, taken: list[int]
+) -> None:
+    path = adapter(tmp_path / "all", "llama", seed=1, targets=[*TARGETS["llama"], *MLP["llama"]])
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.inference_mode(False):
+            base = load_base(str(zoo.base("llama", **SIZED)), "float32", "cpu")
+            in_4_bits(base.model.to(dtype), dtype)
+            runtime = Runtime(base, load_modes(), Registry(project=zoo.folder))
+        with runtime:
+            runtime.load_adapter(str(path), "all")
+            plan = runtime.parts.bank.plan([{"all": 0.5}] * 5)
+            lm = runtime.parts.lm
+            found[dtype] = [steps(lm, by_blocks, plan=plan).float() for by_blocks in (True, False)]
+    exact = found[torch.float32][1]
+    mine, own = ((one - exact).abs().mean() for one in found[torch.bfloat16])
+    assert len(taken) >= 62
+    assert mine <= 1.1 * own
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_few_ranks_are_shared_by_many_threads(
+    zoo: Zoo, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {
+        "one": adapter(tmp_path / "one", "llama", seed=1, targets=["q_proj", "v_proj", "down_proj"], r=1),
+        "two": adapter(tmp_path / "two", "llama", seed=2, targets=[*TARGETS["llama"], *MLP["llama"]], r=9),
+    }
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with runtime_of(zoo, "llama") as runtime:
+        for name, path in paths.items():
+            runtime.load_adapter(str(path), name)
+        lm, bank = runtime.parts.lm, runtime.parts.bank
+        for weights in ([{"one": 0.5, "two": 0.4}], [{"one": 0.5}], [{"one": 0.5}, {"two": 0.4}], [{"two": 0.4}] * 5):
+            plan = bank.plan(weights)
+            close(steps(lm, rows=len(weights), plan=plan), steps(lm, False, rows=len(weights), plan=plan))
+
+
+def test_a_bank_that_is_closed_adds_nothing_though_another_one_is_over_the_model(zoo: Zoo, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "all", "llama", seed=1, targets=TARGETS["llama"])
+    with runtime_of(zoo, "llama") as first:
+        first.load_adapter(str(path), "all")
+        lm, plan = first.parts.lm, first.parts.bank.plan([{"all": 0.9}] * 5)
+        with Runtime(first.parts.base, load_modes(), Registry(project=zoo.folder)) as second:
+            second.load_adapter(str(path), "all")
+            other = second.parts.bank.plan([{"all": -0.5}] * 5)
+            for one in (plan, other, None, plan):
+                close(steps(lm, plan=one), steps(lm, False, plan=one))
+            first.parts.bank.close()
+            close(steps(lm, plan=plan), steps(lm))
+            close(steps(lm, plan=other), steps(lm, False, plan=other))
+
+
+def test_a_plan_of_lanes_is_stepped_by_blocks(zoo: Zoo, tmp_path: Path, taken: list[int]) -> None:
+    targets = [*TARGETS["llama"], *MLP["llama"]]
+    with runtime_of(zoo, "llama") as runtime:
+        for number in range(12):
+            path = adapter(tmp_path / f"a{number}", "llama", seed=number, targets=targets)
+            runtime.load_adapter(str(path), f"a{number}")
+        lm = runtime.parts.lm
+        plan = runtime.parts.bank.plan([{f"a{number}": 0.7} for number in range(12)])
+        assert lm.blocks is not None
+        taken.clear()
+        close(steps(lm, rows=12, plan=plan), steps(lm, False, rows=12, plan=plan))
+        assert isinstance(plan, SharedPlan) == bool(taken)
 
 
 def test_gates_of_ranks_are_taken_and_what_is_not_known_is_stepped_by_blocks(
@@ -278,10 +392,28 @@ def _forward(model: Any) -> None:
     layer.forward = lambda x, own=layer.forward: own(x) * 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [_hook, _bias, _other_bias, _moved_bias, _norm, _strided_norm, _eps, _scaling, _weight, _forward],
-)
+def _dense_layer(model: Any) -> None:
+    model.model.layers[1].mlp.gate_proj = nn.Linear(64, 192, bias=False).requires_grad_(False)
+
+
+def _other_layer(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+
+
+def _one_bias(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.bias = nn.Parameter(torch.tensor([0.7]), requires_grad=False)
+
+
+def _shorter_bias(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.bias.data = torch.tensor([0.7])
+
+
+CHANGED = [_hook, _bias, _other_bias, _moved_bias, _norm, _strided_norm, _eps, _scaling, _weight, _forward]
+CHANGED += [_dense_layer, _other_layer, _one_bias, _shorter_bias]
+
+
+@pytest.mark.parametrize("change", CHANGED)
 def test_what_is_changed_after_the_first_step_counts(change: Change) -> None:
     lm = CausalLM(model_of("llama", attention_bias=True))
     before = steps(lm)
@@ -290,6 +422,54 @@ def test_what_is_changed_after_the_first_step_counts(change: Change) -> None:
     after = steps(lm)
     close(after, steps(lm, False))
     assert (after - before).abs().max() > 1e-3
+
+
+def test_layers_of_another_size_are_not_taken() -> None:
+    lm, wider = CausalLM(model_of("llama")), model_of("llama", intermediate_size=256)
+    steps(lm)
+    lm.model.model.layers[1].mlp.gate_proj = wider.model.layers[1].mlp.gate_proj
+    assert lm.blocks is not None
+    with pytest.raises((RuntimeError, ValueError)):  # gate and up do not go together; nothing is written
+        steps(lm)
+
+
+def test_steps_outside_of_inference_mode_are_the_same(taken: list[int]) -> None:
+    lm = CausalLM(model_of("llama"))
+    wanted = steps(lm, rows=2)
+    with torch.inference_mode(False), torch.no_grad():
+        assert torch.equal(steps(lm, rows=2), wanted)
+    assert torch.equal(steps(lm, rows=2), wanted)
+    assert len(taken) >= 3 * 31
+
+
+def test_a_cache_in_another_dtype_is_left_to_others(taken: list[int]) -> None:
+    lm = CausalLM(model_of("llama"))
+    ids, mask, positions = text()
+    cache = lm.new_cache()
+    lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.bfloat16(), layer.values.bfloat16()
+    assert lm.blocks is not None
+    taken.clear()
+    assert lm.blocks._whole.ready(5, 10, cache, None, None) is None
+    assert not taken
+
+
+def test_long_texts_and_scaled_ropes(taken: list[int]) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    lm = CausalLM(model_of("llama", rope_parameters=rope, tie_word_embeddings=True))
+    ids = torch.randint(8, 260, (3, 150), generator=torch.Generator().manual_seed(1))
+    mask, positions = torch.ones_like(ids), torch.arange(150).expand(3, 150)
+    found = []
+    for by_blocks in (True, False):
+        cache, said = lm.new_cache(), []
+        lm.forward(ids[:, :5], mask[:, :5], positions[:, :5], cache=cache, keep=1)
+        for n in range(6, 151):
+            now = ids[:, n - 1 : n], mask[:, :n], positions[:, n - 1 : n]
+            said.append(lm.forward(*now, cache=cache, keep=1, by_blocks=by_blocks))
+        found.append(torch.cat(said, dim=1))
+    close(*found)
+    assert len(taken) >= 145
 
 
 def test_a_row_without_a_number_does_not_touch_the_others() -> None:
@@ -331,3 +511,7 @@ def test_a_kernel_that_is_not_compiled_leaves_steps_by_blocks(
     close(steps(lm), steps(lm, False))
     assert not taken
     assert caplog.text.count("numba has had enough") == 1
+    monkeypatch.setitem(sys.modules, "lora_rt.core.engine.whole_step", None)  # it lacks what it stands on
+    lm = CausalLM(model_of("llama"))
+    assert lm.blocks is not None
+    close(steps(lm), steps(lm, False))
