@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_rt.core.engine.growing_cache import GrowingLayer
+from lora_rt.core.engine.lanes import LanePass
 from lora_rt.core.engine.plan import running_pass
 from lora_rt.core.engine.shared import SharedPass
 from lora_rt.core.engine.site import unrounded
@@ -159,7 +160,7 @@ class DecoderStep:
         if mask.shape != (rows, columns):  # what lies beyond would be read as it is
             raise ValueError(f"a mask of {tuple(mask.shape)} for {rows} rows of {columns} columns")
         current = running_pass()
-        if self._whole is not None and (current is None or isinstance(current, SharedPass)):
+        if self._whole is not None and (current is None or isinstance(current, (SharedPass, LanePass))):
             plan = (None, None) if current is None else (current.topology, current.few(self._kernels))
             ready = self._whole.ready(rows, columns, cache, *plan)
             if ready is not None:

@@ -6,7 +6,7 @@ adapters, these products were a quarter of a step.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,9 +38,10 @@ class _Site(NamedTuple):
 
 
 class SiteFactors(NamedTuple):
-    """What is added at a plain site.
+    """What is added at a plain site, as arrays of float32.
 
-    `a` (R, in) and `gate` (rows|1, 1, R) of its group, and `b` (out, ranks) of the group's ranks from `start` on.
+    `a` (rows|1, R, in) and `gate` (rows|1, 1, R) of its group, and `b` (rows|1, out, ranks) of the group's ranks from
+    `start` on.
     """
 
     group: int
@@ -48,6 +49,16 @@ class SiteFactors(NamedTuple):
     a: Any
     gate: Any
     b: Any
+
+
+class Added(Protocol):
+    """What a plan adds to the products of a step."""
+
+    def is_nothing(self, index: int) -> bool:
+        """Whether nothing acts at a site."""
+
+    def factors(self, index: int) -> SiteFactors | None:
+        """What is added at a site; None where that is more than a product with A, a gate and one with B."""
 
 
 class FewRows:
@@ -71,16 +82,16 @@ class FewRows:
                 self._sites[index] = _Site(site.group, site.start, site.b.numpy(), site.b.T.is_contiguous())
 
     def is_nothing(self, index: int) -> bool:
-        """Whether nothing acts at a site."""
+        """As of `Added`."""
         return self._nothing[index]
 
     def factors(self, index: int) -> SiteFactors | None:
-        """What is added at a plain site."""
+        """As of `Added`."""
         site = self._sites[index]
         if site is None:
             return None
         group = self._groups[site.group]
-        return SiteFactors(site.group, site.start, group.a_array, group.gate_array, site.b)
+        return SiteFactors(site.group, site.start, group.a_array[None], group.gate_array, site.b[None])
 
     def hidden(self, index: int, wide: Tensor) -> tuple[int, Any] | None:
         """The group of a site and its gated hidden of x (rows, 1, in), float32; None where the site is not plain."""

@@ -19,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
+from lora_rt.core.engine.few_rows import SiteFactors
 from lora_rt.core.engine.layout import Layout, as_before, is_usual, rows_first
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Factors
@@ -224,8 +226,35 @@ def _ranks(factors: Factors) -> int:
     return factors.rank + (factors.bias is not None)
 
 
+class LaneFactors:
+    """What lanes add to a step of one token a row, for `whole_step.py`."""
+
+    def __init__(self, lanes: Lanes, gates: Mapping[int, Tensor]) -> None:
+        self._lanes, self._gates = lanes, gates
+
+    def is_nothing(self, index: int) -> bool:
+        """Whether nothing acts at a site."""
+        return self._lanes.sites[index] is None
+
+    def factors(self, index: int) -> SiteFactors | None:
+        """What is added at a site; None where a bias is, or where rows lie otherwise than in most layers."""
+        site = self._lanes.sites[index]
+        if site is None:
+            return None
+        group, gate = self._lanes.groups[site.group], self._gates[site.group]
+        float32 = group.a.dtype is site.b.dtype is gate.dtype is torch.float32
+        if group.offset is not None or not float32 or not group.a.is_cpu or not is_usual(group.layout, gate):
+            return None
+        b = site.b.transpose(1, 2)  # (rows, out, ranks)
+        return SiteFactors(
+            site.group, site.start, group.a.numpy(), gate.transpose(1, 2).contiguous().numpy(), b.numpy()
+        )
+
+
 class LanePlan(Plan):
     """The weights (rows, K) of a batch over its lanes."""
+
+    _few: LaneFactors | None = None
 
     def __init__(self, topology: Topology, lanes: Lanes, weights: Tensor) -> None:
         self.topology = topology
@@ -234,6 +263,12 @@ class LanePlan(Plan):
         self.gates = {
             number: padded.to(group.a).gather(1, group.owners)[:, :, None] for number, group in lanes.groups.items()
         }
+
+    def few_rows(self) -> LaneFactors:
+        """What it adds to the products of a step on a CPU."""
+        if self._few is None:
+            self._few = LaneFactors(self.lanes, self.gates)
+        return self._few
 
     def begin(self, rows: int, tokens: int, kept: int | Tensor | None) -> Pass:
         """A pass of a batch (rows, tokens)."""
@@ -249,6 +284,7 @@ class LanePass(Pass):
 
     def __init__(self, plan: LanePlan, rows: int, tokens: int) -> None:
         self.topology = plan.topology
+        self._plan = plan
         self._lanes = plan.lanes
         self._gates = plan.gates
         self._rows = rows
@@ -256,6 +292,10 @@ class LanePass(Pass):
         self._group = -1
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
+
+    def few(self, _kernels: Any) -> LaneFactors:
+        """What is added to the products of a step on a CPU."""
+        return self._plan.few_rows()
 
     def acts(self, index: int) -> bool:
         """Whether a row has an adapter at this site."""

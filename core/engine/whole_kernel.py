@@ -46,10 +46,11 @@ BLOCK = LAYER + 7 * 5
 EPS_1, EPS_2, EPS_Q, EPS_K, SCALING, FLOATS = range(6)
 # ... of the cache: keys and values, and how far apart rows, heads and columns lie in each
 KEYS_AT, VALUES_AT, OF_KEYS, OF_VALUES, PLACES = 0, 1, 2, 5, 8
-# ... of adapters: of the four groups A, its ranks, how far apart ranks and features lie, its gate and that one's rows;
-# of the seven sites B, its ranks, the first of these in the group, how far apart features and ranks lie.
-A_AT, A_RANKS, A_OF_RANKS, A_OF_FEATURES, GATE_AT, GATE_ROWS, GROUP = range(7)
-B_AT, B_RANKS, B_START, B_OF_FEATURES, B_OF_RANKS, SITE = range(6)
+# ... of adapters: of the four groups A, its ranks, how far apart the A of two rows (0 where all have one), ranks and
+# features lie, its gate and that one's rows; of the seven sites B, its ranks, the first of these in the group, how far
+# apart the B of two rows, features and ranks lie.
+A_AT, A_RANKS, A_OF_ROWS, A_OF_RANKS, A_OF_FEATURES, GATE_AT, GATE_ROWS, GROUP = range(8)
+B_AT, B_RANKS, B_START, B_OF_ROWS, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
 SITES = 4 * GROUP
 ADAPTED = SITES + 7 * SITE
 
@@ -185,7 +186,7 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
     else:
         start, stop = _share(ranks, 8, me, us)
     count = stop - start
-    a = adapted[at + A_AT] + 4 * start * of_ranks
+    a, of_rows = adapted[at + A_AT] + 4 * start * of_ranks, 4 * adapted[at + A_OF_ROWS]
     y = s[RANKS] + 4 * start
     apart = 4 * s[RANKS_WIDTH]  # of two rows of y
     if of_ranks == 1:
@@ -197,11 +198,12 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
             for r in range(first, last):
                 some = min(width - i, 64)
                 given = _floats(x + 4 * (r * width + i), some)
-                _by_features(a + 4 * i * of_features, of_features, given, _floats(y + r * apart, count))
+                own = a + r * of_rows + 4 * i * of_features
+                _by_features(own, of_features, given, _floats(y + r * apart, count))
     else:
         for q in range(count):
-            row = _floats(a + 4 * q * of_ranks, width)
             for r in range(first, last):
+                row = _floats(a + r * of_rows + 4 * q * of_ranks, width)
                 given = _floats(x + 4 * r * width, width)
                 total = np.float32(0)
                 for i in range(width):
@@ -241,8 +243,8 @@ def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: in
         return
     ranks, of_features, of_ranks = adapted[at + B_RANKS], adapted[at + B_OF_FEATURES], adapted[at + B_OF_RANKS]
     start, stop = _share(features, 16, me, us)
-    b = adapted[at + B_AT] + 4 * start * of_features
     for r in range(s[ROWS]):
+        b = adapted[at + B_AT] + 4 * (start * of_features + r * adapted[at + B_OF_ROWS])
         row = _floats(y + 4 * (r * features + start), stop - start)
         hidden = _floats(s[RANKS] + 4 * (r * s[RANKS_WIDTH] + adapted[at + B_START]), ranks)
         if of_features == 1:

@@ -3,7 +3,7 @@
 Between two products of a step by blocks stand a dozen calls from Python, one thread makes what lies between them, and
 the others begin and end with each product. Of a base of 135 million parameters that was half of a step of one row.
 
-So it is done where all layers are multiplied by the kernel for 4-bit weights and adapters add what `FewRows` has: no
+So it is done where all layers are multiplied by the kernel for 4-bit weights and adapters add what `Added` says: no
 hooks, no gates of heads, no scales. Where one thing is otherwise, `ready` says so, and the step is made by blocks.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_rt.core.base import four_bit, openmp
 from lora_rt.core.engine import whole_kernel as k
-from lora_rt.core.engine.few_rows import FewRows
+from lora_rt.core.engine.few_rows import Added
 from lora_rt.core.engine.site import Multiplied, multiplied
 
 _log = logging.getLogger("lora_rt.engine")
@@ -68,7 +68,7 @@ class _Found(NamedTuple):
 
     layers: list[_Layer]
     table: Any
-    plans: WeakKeyDictionary[FewRows, tuple[list[int | None], _Adapters | None]]
+    plans: WeakKeyDictionary[Added, tuple[list[int | None], _Adapters | None]]
 
 
 class _Ready(NamedTuple):
@@ -107,7 +107,7 @@ class WholeStep:
         self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), 1, True, 1, [], ())
         self._rooms: dict[int, deque[_Room]] = {}
 
-    def ready(self, rows: int, columns: int, cache: Any, topology: Any, few: FewRows | None) -> _Ready | None:
+    def ready(self, rows: int, columns: int, cache: Any, topology: Any, few: Added | None) -> _Ready | None:
         """What a step reads; None where it can't be made so.
 
         Args:
@@ -208,7 +208,7 @@ class WholeStep:
             numbers[number, k.SCALING] = block.self_attn.scaling
         return table, numbers, read
 
-    def _laid_out(self, layers: Sequence[_Layer], numbers: list[int | None], few: FewRows) -> _Adapters | None:
+    def _laid_out(self, layers: Sequence[_Layer], numbers: list[int | None], few: Added) -> _Adapters | None:
         """The table of what a plan adds; None where it has more than the kernel knows."""
         count = len(self._model.model.layers)
         table = np.zeros((count, k.ADAPTED), np.int64)
@@ -227,20 +227,21 @@ class WholeStep:
             if groups.setdefault((number, group), factors.group) != factors.group:
                 return None
             a, gate, b = factors.a, factors.gate, factors.b
-            if (a.shape[1], b.shape[0]) != self._shapes[site]:
+            ranks = a.shape[1]
+            if (a.shape[2], b.shape[1]) != self._shapes[site] or factors.start + b.shape[2] > ranks:
                 return None
-            if not (_flat(a) and _flat(b) and gate.flags.c_contiguous and gate.shape[2] == len(a)):
+            if not (_is_flat(a) and _is_flat(b) and gate.flags.c_contiguous and gate.shape[2] == ranks):
                 return None
             at = k.GROUP * group
-            table[number, at : at + k.GROUP] = (a.ctypes.data, len(a), *_steps(a), gate.ctypes.data, len(gate))
+            table[number, at : at + k.GROUP] = a.ctypes.data, ranks, *_steps(a), gate.ctypes.data, len(gate)
             at = k.SITES + k.SITE * site
-            table[number, at : at + k.SITE] = (b.ctypes.data, b.shape[1], factors.start, *_steps(b))
+            table[number, at : at + k.SITE] = b.ctypes.data, b.shape[2], factors.start, *_steps(b)
             made_of += [a, gate, b]
-            widest, together = max(widest, len(a)), together and b.strides[0] == b.itemsize
-            if len(gate) > 1:
-                if rows not in (1, len(gate)):
-                    return None
-                rows = len(gate)
+            widest, together = max(widest, ranks), together and b.strides[1] == b.itemsize
+            several = {1, rows, *map(len, (a, gate, b))} - {1}
+            if len(several) > 1:
+                return None
+            rows = max(several, default=1)
         return _Adapters(table, widest, together, rows, numbers, made_of)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, ready: _Ready) -> Tensor:
@@ -356,10 +357,12 @@ def _norms(model: Any) -> list[tuple[tuple[int, int], Any]]:
     return [*found, ((len(model.model.layers), k.NORM_1), model.model.norm)]
 
 
-def _flat(array: Any) -> bool:
-    """Whether a matrix of float32 lies in memory row by row or column by column."""
-    return array.dtype == np.float32 and array.itemsize in array.strides and min(array.strides) > 0
+def _is_flat(array: Any) -> bool:
+    """Whether matrices (rows|1, m, n) of float32 lie in memory row by row or column by column each."""
+    return array.dtype == np.float32 and array.itemsize in array.strides[1:] and min(array.strides[1:]) > 0
 
 
-def _steps(array: Any) -> tuple[int, int]:
-    return array.strides[0] // array.itemsize, array.strides[1] // array.itemsize
+def _steps(array: Any) -> tuple[int, ...]:
+    """How many numbers lie between two matrices (none, where there is one), two rows and two columns."""
+    first, *others = (step // array.itemsize for step in array.strides)
+    return 0 if len(array) == 1 else first, *others

@@ -19,7 +19,7 @@ from lora_rt.core.base import compiled, four_bit, openmp
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.multiply import SIZES, Product, dense_weight
 from lora_rt.core.engine.causal_lm import CausalLM
-from lora_rt.core.engine.shared import SharedPlan
+from lora_rt.core.engine.lanes import LanePlan
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.plugins.manager import load_modes
@@ -300,18 +300,27 @@ def test_a_bank_that_is_closed_adds_nothing_though_another_one_is_over_the_model
             close(steps(lm, plan=other), steps(lm, False, plan=other))
 
 
-def test_a_plan_of_lanes_is_stepped_by_blocks(zoo: Zoo, tmp_path: Path, taken: list[int]) -> None:
+def test_rows_on_lanes_of_their_own_are_taken(zoo: Zoo, tmp_path: Path, taken: list[int]) -> None:
     targets = [*TARGETS["llama"], *MLP["llama"]]
     with runtime_of(zoo, "llama") as runtime:
         for number in range(12):
-            path = adapter(tmp_path / f"a{number}", "llama", seed=number, targets=targets)
+            part = targets[: 1 + number % len(targets)]
+            path = adapter(tmp_path / f"a{number}", "llama", seed=number, targets=part, r=2 + number % 3)
             runtime.load_adapter(str(path), f"a{number}")
-        lm = runtime.parts.lm
-        plan = runtime.parts.bank.plan([{f"a{number}": 0.7} for number in range(12)])
+        runtime.load_adapter(str(adapter(tmp_path / "b", "llama", seed=77, targets=targets, lora_bias=True)), "b")
+        lm, bank = runtime.parts.lm, runtime.parts.bank
         assert lm.blocks is not None
-        taken.clear()
-        close(steps(lm, rows=12, plan=plan), steps(lm, False, rows=12, plan=plan))
-        assert isinstance(plan, SharedPlan) == bool(taken)
+        many: list[dict[str, float]] = [{f"a{number}": 0.7, f"a{number + 1}": -0.2} for number in range(0, 12, 2)]
+        for weights, wanted in ((many, True), ([*many, {}, {"a3": 1.0}], True), ([*many, {"b": 1.0}], False)):
+            plan, rows = bank.plan(weights), len(weights)
+            assert isinstance(plan, LanePlan)
+            usual = steps(lm, False, rows=rows, plan=plan)
+            for threads in (1, 2, 40):
+                taken.clear()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                    close(steps(lm, rows=rows, plan=plan), usual)
+                assert bool(taken) == wanted
 
 
 def test_gates_of_ranks_are_taken_and_what_is_not_known_is_stepped_by_blocks(
