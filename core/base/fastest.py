@@ -25,6 +25,9 @@ Ways = tuple[Way, ...]
 _TINY = 4_000_000  # numbers in all layers of a base, below which there is nothing to gain
 _SHARE = 0.5  # of the free memory that dense copies may take
 _GAIN = 0.9  # a way is left for another one only if that takes at most this share of its time
+_HARDLY = (
+    1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves all that lies between products
+)
 _PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
 _SETS: tuple[tuple[Copy, ...], ...] = (
     (),
@@ -70,8 +73,11 @@ class Products:
         plan = choose(layers, chosen, int(free_bytes("cpu") * _SHARE), sets) if layers else {}
         self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
         self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
+        times = times_of({layer_name(layer): layer for layer in self.layers})
         for layer in self.layers:
-            layer.forward = Product(layer, plan[layer_name(layer)])  # type: ignore[method-assign,assignment]  # of this one alone
+            ways = plan[layer_name(layer)]
+            made = Product(layer, ways, _near(times[layer_name(layer)], ways))
+            layer.forward = made  # type: ignore[method-assign,assignment]  # of this one alone
 
     def keep(self) -> None:
         """Make all dense copies now instead of when they are first needed: what is free then is free."""
@@ -158,6 +164,12 @@ def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -
     if packs(layer) and "packed" in found:  # what was packed can't be dequantized any more
         found = fastest(times, [way for way in ways if not way.startswith("dequantize")])
     return found
+
+
+def _near(times: Times, ways: Ways) -> list[int]:
+    """The classes of tokens for which the 4-bit kernel is hardly slower than the way that is taken."""
+    numbers = range(len(SIZES))
+    return [n for n in numbers if _time(times, "four-bit", n) <= _HARDLY * _time(times, ways[n], n)]
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:

@@ -15,12 +15,15 @@ ways multiply the same numbers and differ in rounding alone: `dense` and `dequan
 way on processors without AVX-512 BF16, where it dequantizes too; `dequantize-wide`, `dense-widened` and `dense-wide`
 have the same bits as each other in a layer of up to a million numbers (a larger one is cast in slices). The weight
 itself, what is hashed and what is saved stay as they are.
+
+A decoding step in one call (`lora_rt.core.engine.whole_step`) multiplies by the 4-bit copy, for every number of rows for
+which that is hardly slower than the fastest way.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -161,6 +164,7 @@ class Product:
 
     __slots__ = (
         "_by_bits",
+        "_four_bit",
         "_kept",
         "_parameters",
         "_place",
@@ -171,13 +175,14 @@ class Product:
         "width",
     )
 
-    def __init__(self, module: nn.Linear, ways: Sequence[Way]) -> None:
+    def __init__(self, module: nn.Linear, ways: Sequence[Way], near: Collection[int] = ()) -> None:
         """To be made before the layer's first forward pass, which packs its weight on some processors.
 
         A dense copy is made when it is first needed, or by `keep`; from a weight that is to be packed at once.
 
         Args:
             ways: one per class of `SIZES`.
+            near: classes for which the 4-bit kernel is hardly slower than the way that is taken.
         """
         dtype = computes_in(module)
         assert dtype is not None
@@ -186,6 +191,7 @@ class Product:
         self.width = module.in_features
         self._parameters = module._parameters
         self._by_bits = tuple(ways[number] for number in _CLASSES)
+        self._four_bit = tuple(ways[number] == "four-bit" or number in near for number in _CLASSES)
         self._kept: dict[Copy, Any] = {}
         self._look()
         self.own: Forward = module.forward
@@ -244,10 +250,14 @@ class Product:
         return "packed" if self._changed() and not self._renewed() else way
 
     def four_bit(self) -> four_bit.FourBit | None:
-        """The weight as the kernel for 4-bit weights reads it, where some number of tokens is multiplied by that."""
+        """The weight as the 4-bit kernel reads it; None where no number of tokens is multiplied by that."""
         if "four-bit" not in self._by_bits or (self._changed() and not self._renewed()):
             return None
         return self._copy("four-bit")  # type: ignore[no-any-return]
+
+    def is_near(self, rows: int) -> bool:
+        """Whether a step of so many rows in one call may read that."""
+        return self._four_bit[min(rows.bit_length(), _MANY)]
 
     def weight(self, way: Way) -> Tensor:
         """The dense weight (out, in) in the dtype of the products that are made in this way."""

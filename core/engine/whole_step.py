@@ -64,10 +64,14 @@ class _Adapters(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The layers of a model (none where one can't be taken), their table, and what plans add to them."""
+    """The layers of a model (none where one can't be taken), their table, and what plans add to them.
+
+    `near` is whether the 4-bit kernel is fast enough for so many rows, of those that were asked for.
+    """
 
     layers: list[_Layer]
     table: Any
+    near: dict[int, bool]
     plans: WeakKeyDictionary[Added, tuple[list[int | None], _Adapters | None]]
 
 
@@ -102,7 +106,7 @@ class WholeStep:
         to_keys = self._hidden, keys
         self._shapes = (self._hidden, queries), to_keys, to_keys, (queries, self._hidden), into, into, back
         self._norms = _norms(model)
-        self._found = _Found([], None, WeakKeyDictionary())
+        self._found = _Found([], None, {}, WeakKeyDictionary())
         self._refused: tuple[int, int] | None = None  # block and place of a layer that can't be taken
         self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), 1, True, 1, [], ())
         self._rooms: dict[int, deque[_Room]] = {}
@@ -118,7 +122,10 @@ class WholeStep:
         found = self._found
         if not found.layers or not _stand(found.layers):
             found = self._found = self._looked_up()
-        address = self._compiled() if found.layers and self._is_own(cache, rows, columns) else 0
+        if rows not in found.near:
+            found.near[rows] = all(layer.how.product.is_near(rows) for layer in found.layers)
+        can = found.layers and found.near[rows] and self._is_own(cache, rows, columns)
+        address = self._compiled() if can else 0
         read = self._norms_read(found.table) if address else None
         if read is None:
             return None
@@ -157,7 +164,7 @@ class WholeStep:
 
     def _looked_up(self) -> _Found:
         """All layers and their table; none where one can't be taken."""
-        nothing = _Found([], None, WeakKeyDictionary())
+        nothing = _Found([], None, {}, WeakKeyDictionary())
         blocks = self._model.model.layers
         if self._refused is not None:
             number, place = self._refused
@@ -174,7 +181,7 @@ class WholeStep:
                 codes, scales, _ = taken.weight
                 at = k.LAYER + 5 * place
                 table[number, at : at + 5] = codes.data_ptr(), scales.data_ptr(), taken.bias_at, *self._shapes[place]
-        return _Found(found, table, WeakKeyDictionary())
+        return _Found(found, table, {}, WeakKeyDictionary())
 
     def _taken(self, block: Any, place: int) -> _Layer | None:
         """The layer of a block at a place, where the kernel multiplies as it does."""

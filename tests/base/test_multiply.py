@@ -428,3 +428,24 @@ def test_a_plan_knows_the_most_that_dense_copies_take(zoo: Zoo) -> None:
     workload = Workload("cpu", r=2, target_modules=("q_proj",), batch=1, seq=8, adapters=1, labels=4)
     (item,) = plan_memory(read_config(folder), ["int4"], workload).precisions
     assert item.inference.copies == wanted
+
+
+def test_a_step_in_one_call_reads_four_bits_where_they_are_hardly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: dict[str, list[float | None]] = {
+        "packed": [90.0] * 6,
+        "dense-half": [20.0, 20.0, 20.0, 20.0, 20.0, 20.0],
+        "four-bit": [9.0, 10.0, 15.0, 22.0, 25.0, 60.0],
+    }
+    monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
+    monkeypatch.setattr("lora_rt.core.base.fastest._TINY", 0)
+    model = nn.Sequential(layer())
+    products = Products(model)
+    if "four-bit" not in ways_of(layer()):
+        pytest.skip("no kernel for 4-bit weights here")
+    forward = model[0].forward
+    assert isinstance(forward, Product)
+    assert [forward.is_near(rows) for rows in (1, 2, 4, 8, 16, 63, 64)] == [True] * 6 + [False]
+    assert forward.four_bit() is forward.four_bit() is not None
+    alone = Product(layer(), ["four-bit", *["packed"] * 5])
+    assert [alone.is_near(rows) for rows in (1, 2)] == [True, False]
+    products.close()

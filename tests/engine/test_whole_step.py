@@ -433,6 +433,20 @@ def test_what_is_changed_after_the_first_step_counts(change: Change) -> None:
     assert (after - before).abs().max() > 1e-3
 
 
+def test_numbers_of_rows_for_which_others_are_faster_are_stepped_by_blocks(taken: list[int]) -> None:
+    model = model_of("llama")
+    for name, module in model.named_modules():
+        if hasattr(module, "compute_dtype"):
+            ways = ["dense-wide"] * len(SIZES) if "v_proj" in name else ["four-bit"] * len(SIZES)
+            module.forward = Product(module, ["four-bit", *ways[1:]], near=[2])  # of 4 to 7 tokens
+    lm = CausalLM(model)
+    assert lm.blocks is not None
+    for rows, wanted in ((1, True), (3, False), (5, True), (1, True), (8, False), (3, False)):
+        taken.clear()
+        close(steps(lm, rows=rows), steps(lm, False, rows=rows))
+        assert bool(taken) == wanted
+
+
 def test_layers_of_another_size_are_not_taken() -> None:
     lm, wider = CausalLM(model_of("llama")), model_of("llama", intermediate_size=256)
     steps(lm)
