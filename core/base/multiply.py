@@ -16,8 +16,8 @@ way on processors without AVX-512 BF16, where it dequantizes too; `dequantize-wi
 have the same bits as each other in a layer of up to a million numbers (a larger one is cast in slices). The weight
 itself, what is hashed and what is saved stay as they are.
 
-A decoding step in one call (`lora_rt.core.engine.whole_step`) multiplies by the 4-bit copy, for every number of rows for
-which that is hardly slower than the fastest way.
+A decoding step in one call (`lora_rt.core.engine.whole_step`) multiplies by the 4-bit copy, for every number of rows
+for which that is hardly slower than the fastest way.
 """
 
 from __future__ import annotations
