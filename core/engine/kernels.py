@@ -143,6 +143,74 @@ def rotate(q: Any, cos: Any, sin: Any, out: Any) -> None:
                 out[r, head, 0, i], out[r, head, 0, half + i] = _narrow(first, out), _narrow(second, out)
 
 
+@compiled(kept=False)
+def seen_places(seen: Any, places: Any) -> int:
+    """How many columns a row looks at, of `seen` (columns,); which ones these are goes into `places` (columns + 3,).
+
+    Four are looked at at a time: the last one stands there three times more. A row that sees nothing looks at the last.
+    """
+    count, columns = 0, len(seen)
+    for t in range(columns):
+        if seen[t]:
+            places[count] = t
+            count += 1
+    if count == 0:
+        places[0], count = columns - 1, 1
+    for extra in range(3):
+        places[count + extra] = places[count - 1]
+    return count
+
+
+@compiled(any_order=True, kept=False)
+def attend_head(
+    query: Any,
+    keys: Any,
+    of_keys: int,
+    values: Any,
+    of_values: int,
+    places: Any,
+    count: int,
+    scaling: Any,
+    scores: Any,
+    answer: Any,
+    like: Any,
+) -> None:
+    """Attention of a query (D,) over the columns at `places`; `answer` (D,), float32, is rounded to the model's dtype.
+
+    `keys` and `values` are flat, from those of the head's first column on, with columns so far apart. `scores` is room.
+    """
+    size = len(query)
+    top = np.float32(-np.inf)
+    for n in range(0, count, 4):
+        a, b = keys[places[n] * of_keys :], keys[places[n + 1] * of_keys :]
+        c, d = keys[places[n + 2] * of_keys :], keys[places[n + 3] * of_keys :]
+        of_a = of_b = of_c = of_d = np.float32(0)
+        for i in range(size):
+            of_a += query[i] * _wide(a[i])
+            of_b += query[i] * _wide(b[i])
+            of_c += query[i] * _wide(c[i])
+            of_d += query[i] * _wide(d[i])
+        scores[n], scores[n + 1] = of_a * scaling, of_b * scaling
+        scores[n + 2], scores[n + 3] = of_c * scaling, of_d * scaling
+        top = max(top, max(max(scores[n], scores[n + 1]), max(scores[n + 2], scores[n + 3])))
+    whole = np.float32(0)
+    for n in range(count):
+        scores[n] = _exp(scores[n] - top)
+        whole += scores[n]
+    for extra in range(3):  # what was looked at once more counts for nothing
+        scores[count + extra] = np.float32(0)
+    for i in range(size):
+        answer[i] = np.float32(0)
+    for n in range(0, count, 4):
+        a, b = values[places[n] * of_values :], values[places[n + 1] * of_values :]
+        c, d = values[places[n + 2] * of_values :], values[places[n + 3] * of_values :]
+        of_a, of_b, of_c, of_d = scores[n], scores[n + 1], scores[n + 2], scores[n + 3]
+        for i in range(size):
+            answer[i] += of_a * _wide(a[i]) + of_b * _wide(b[i]) + of_c * _wide(c[i]) + of_d * _wide(d[i])
+    for i in range(size):
+        answer[i] = _rounded(answer[i] / whole, like)
+
+
 @compiled(any_order=True)
 def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, out: Any, wide: Any) -> None:
     """Attention of q (n, heads, 1, D) over what each row sees, `seen` (n, columns); out (n, 1, heads * D).
@@ -152,56 +220,31 @@ def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, ou
     """
     rows, heads, _, size = q.shape
     columns = seen.shape[1]
-    scaling = np.float32(scale)
     group = heads // steps[0]
-    scores = np.empty(columns + 3, np.float32)
+    scores, places = np.empty(columns + 3, np.float32), np.empty(columns + 3, np.int64)
     query = np.empty(size, np.float32)
-    places = np.empty(columns + 3, np.int64)
     for r in range(rows):
-        count = 0
-        for t in range(columns):
-            if seen[r, t]:
-                places[count] = t
-                count += 1
-        if count == 0:
-            places[0], count = columns - 1, 1
-        for extra in range(3):  # four at a time: what is looked at once more counts for nothing
-            places[count + extra] = places[count - 1]
+        count = seen_places(seen[r], places)
         for head in range(heads):
             for i in range(size):
                 query[i] = _wide(q[r, head, 0, i])
-            at = r * steps[1] + head // group * steps[2]
-            top = np.float32(-np.inf)
-            for n in range(0, count, 4):
-                a, b = keys[at + places[n] * steps[3] :], keys[at + places[n + 1] * steps[3] :]
-                c, d = keys[at + places[n + 2] * steps[3] :], keys[at + places[n + 3] * steps[3] :]
-                of_a = of_b = of_c = of_d = np.float32(0)
-                for i in range(size):
-                    of_a += query[i] * _wide(a[i])
-                    of_b += query[i] * _wide(b[i])
-                    of_c += query[i] * _wide(c[i])
-                    of_d += query[i] * _wide(d[i])
-                scores[n], scores[n + 1] = of_a * scaling, of_b * scaling
-                scores[n + 2], scores[n + 3] = of_c * scaling, of_d * scaling
-                top = max(top, max(max(scores[n], scores[n + 1]), max(scores[n + 2], scores[n + 3])))
-            whole = np.float32(0)
-            for n in range(count):
-                scores[n] = _exp(scores[n] - top)
-                whole += scores[n]
-            for extra in range(3):
-                scores[count + extra] = np.float32(0)
+            own_keys = keys[r * steps[1] + head // group * steps[2] :]
+            own_values = values[r * steps[4] + head // group * steps[5] :]
             answer = wide[r, 0, head * size : (head + 1) * size]
+            attend_head(
+                query,
+                own_keys,
+                steps[3],
+                own_values,
+                steps[6],
+                places,
+                count,
+                np.float32(scale),
+                scores,
+                answer,
+                out,
+            )
             for i in range(size):
-                answer[i] = np.float32(0)
-            at = r * steps[4] + head // group * steps[5]
-            for n in range(0, count, 4):
-                a, b = values[at + places[n] * steps[6] :], values[at + places[n + 1] * steps[6] :]
-                c, d = values[at + places[n + 2] * steps[6] :], values[at + places[n + 3] * steps[6] :]
-                of_a, of_b, of_c, of_d = scores[n], scores[n + 1], scores[n + 2], scores[n + 3]
-                for i in range(size):
-                    answer[i] += of_a * _wide(a[i]) + of_b * _wide(b[i]) + of_c * _wide(c[i]) + of_d * _wide(d[i])
-            for i in range(size):
-                answer[i] = _rounded(answer[i] / whole, out)
                 out[r, 0, head * size + i] = _narrow(answer[i], out)
 
 

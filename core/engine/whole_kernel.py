@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 
 from lora_rt.core.base.compiled import callback, compiled
 from lora_rt.core.engine import kernels
-from lora_rt.core.engine.kernels import _exp, _narrow, _rounded, _wide
+from lora_rt.core.engine.kernels import _exp, _narrow, _rounded, _wide, attend_head, seen_places
 
 # What `whole_step.py` writes: numbers and addresses of a step, int64.
 ROWS, COLUMNS, BLOCKS, HIDDEN, HEADS, KEYS, SIZE, WIDTH, ROPES = range(9)
@@ -332,7 +332,7 @@ def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: 
 def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: Any) -> None:
     """A thread's rows and heads of the attention."""
     size, heads, columns = s[SIZE], s[HEADS], s[COLUMNS]
-    group, scaling = heads // s[KEYS], np.float32(numbers[SCALING])
+    group = heads // s[KEYS]
     of_item = like.itemsize
     room = (columns + 4) // 2 * 2
     scores = _floats(s[SCORES] + 12 * room * me, room)
@@ -347,50 +347,24 @@ def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like
         turn = min(r, s[ROPES] - 1) * size * 4
         _turn(query, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
         if r != row_before:
-            seen = carray(_pointer(s[SEEN] + r * columns), columns, np.uint8)
-            row_before, count = r, 0
-            for t in range(columns):
-                if seen[t]:
-                    places[count] = t
-                    count += 1
-            if count == 0:
-                places[0], count = columns - 1, 1
-            for extra in range(3):  # four at a time: what is looked at once more counts for nothing
-                places[count + extra] = places[count - 1]
-        at = cache[KEYS_AT] + of_item * (r * cache[OF_KEYS] + head // group * cache[OF_KEYS + 1])
-        step = of_item * cache[OF_KEYS + 2]
-        top = np.float32(-np.inf)
-        for n in range(0, count, 4):
-            a, b = _like(at + places[n] * step, size, like), _like(at + places[n + 1] * step, size, like)
-            c, d = _like(at + places[n + 2] * step, size, like), _like(at + places[n + 3] * step, size, like)
-            of_a = of_b = of_c = of_d = np.float32(0)
-            for i in range(size):
-                of_a += query[i] * _wide(a[i])
-                of_b += query[i] * _wide(b[i])
-                of_c += query[i] * _wide(c[i])
-                of_d += query[i] * _wide(d[i])
-            scores[n], scores[n + 1] = of_a * scaling, of_b * scaling
-            scores[n + 2], scores[n + 3] = of_c * scaling, of_d * scaling
-            top = max(top, max(max(scores[n], scores[n + 1]), max(scores[n + 2], scores[n + 3])))
-        whole = np.float32(0)
-        for n in range(count):
-            scores[n] = _exp(scores[n] - top)
-            whole += scores[n]
-        for extra in range(3):
-            scores[count + extra] = np.float32(0)
-        answer = _floats(s[INPUT + 1] + 4 * unit * size, size)
-        for i in range(size):
-            answer[i] = np.float32(0)
-        at = cache[VALUES_AT] + of_item * (r * cache[OF_VALUES] + head // group * cache[OF_VALUES + 1])
-        step = of_item * cache[OF_VALUES + 2]
-        for n in range(0, count, 4):
-            a, b = _like(at + places[n] * step, size, like), _like(at + places[n + 1] * step, size, like)
-            c, d = _like(at + places[n + 2] * step, size, like), _like(at + places[n + 3] * step, size, like)
-            of_a, of_b, of_c, of_d = scores[n], scores[n + 1], scores[n + 2], scores[n + 3]
-            for i in range(size):
-                answer[i] += of_a * _wide(a[i]) + of_b * _wide(b[i]) + of_c * _wide(c[i]) + of_d * _wide(d[i])
-        for i in range(size):
-            answer[i] = _rounded(answer[i] / whole, like)
+            row_before = r
+            count = seen_places(carray(_pointer(s[SEEN] + r * columns), columns, np.uint8), places)
+        keys = cache[KEYS_AT] + of_item * (r * cache[OF_KEYS] + head // group * cache[OF_KEYS + 1])
+        values = cache[VALUES_AT] + of_item * (r * cache[OF_VALUES] + head // group * cache[OF_VALUES + 1])
+        of_keys, of_values = cache[OF_KEYS + 2], cache[OF_VALUES + 2]
+        attend_head(
+            query,
+            _like(keys, (columns - 1) * of_keys + size, like),
+            of_keys,
+            _like(values, (columns - 1) * of_values + size, like),
+            of_values,
+            places,
+            count,
+            np.float32(numbers[SCALING]),
+            scores,
+            _floats(s[INPUT + 1] + 4 * unit * size, size),
+            like,
+        )
 
 
 @compiled(any_order=True, kept=False)
