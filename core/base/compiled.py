@@ -66,6 +66,7 @@ def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any
             return made(kept=False)
         with _SETTING:
             before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+            checked, config.BOUNDSCHECK = config.BOUNDSCHECK, 0  # a variable of numba's is above its options
             try:
                 return made(kept=True)
             except Exception:  # of a damaged file, whatever its bytes mean, or a full disk; or it can't be compiled
@@ -75,7 +76,7 @@ def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any
                         damaged.unlink()
                 return found
             finally:
-                config.CACHE_DIR = before
+                config.CACHE_DIR, config.BOUNDSCHECK = before, checked
 
     return decorate
 

@@ -1,7 +1,7 @@
 """The products of a base's layers, each in the way that is fastest here, with the dense copies that pay off and fit.
 
 Decided when a base is put to use, for each shape of layers and each class of tokens: one process always multiplies the
-same layer by the same number of tokens in the same way.
+same layer by the same number of tokens in the same way, but for decoding steps in one call, which read 4 bits.
 """
 
 from __future__ import annotations

@@ -284,15 +284,16 @@ class Product:
 
         Two threads that need it at once make it twice, of the same numbers.
         """
-        found = self._kept.get(kind)
+        kept = self._kept  # another thread that finds another weight begins anew, and is not to get this one's
+        found = kept.get(kind)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
                 if kind == "four-bit":
-                    found = self._kept[kind] = four_bit.laid_out(self.module)
+                    found = kept[kind] = four_bit.laid_out(self.module)
                     return found
-                other = self._kept.get("narrow", self._kept.get("wide"))  # float32 or not, its numbers are the layer's
+                other = kept.get("narrow", kept.get("wide"))  # float32 or not, its numbers are the layer's
                 found = dense_weight(self.module) if other is None else other
-                found = self._kept[kind] = laid_out(found, kind, self.dtype)
+                found = kept[kind] = laid_out(found, kind, self.dtype)
         return found
 
     def _look(self) -> None:
@@ -330,6 +331,13 @@ class _Remade(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return grads[0] @ ctx.product.made(ctx.dtype), None, None
+
+
+def is_vector(parameter: Tensor | None, size: int, dtype: torch.dtype) -> bool:
+    """Whether a parameter is so many numbers of a dtype in a row, as loops read it."""
+    if parameter is None or parameter.shape != (size,) or parameter.dtype is not dtype:
+        return False
+    return parameter.is_contiguous() and parameter.is_cpu
 
 
 def packs(module: nn.Module) -> bool:

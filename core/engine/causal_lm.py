@@ -181,12 +181,28 @@ class CausalLM:
         try:
             found = DecoderStep(self.model)
             versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite", "numpy"))
-            question = f"steps by its blocks or as a whole, {versions}"
-            return found if self._tried.answer(question, partial(self._same_by, found)) else None
+            if found.whole is not None and found.whole.takes_all():
+                # What it passes by is what a step by blocks passes by, which need not be compiled for a trial then.
+                if self._tried.answer(f"steps in one call, {versions}", partial(self._same_in_one_call, found)):
+                    return found
+                found.whole = None
+            return (
+                found if self._tried.answer(f"steps by its blocks, {versions}", partial(self._same_by, found)) else None
+            )
         except Exception as error:  # another release of numba or numpy may refuse it in any way
             text = "steps are made by the base's own forward, which is slower: %s (%s=0 leaves this out)"
             _log.warning(text, error, _BLOCKS)
             return None
+
+    def _same_in_one_call(self, blocks: DecoderStep) -> bool:
+        """The same where every step is one call, whatever is faster; it is none that was not made so."""
+        whole = blocks.whole
+        whole.always = True
+        try:
+            with torch.inference_mode():
+                return whole.ready(2, None, None) is not None and self._same_by(blocks)
+        finally:
+            whole.always = False
 
     def _same_by(self, blocks: DecoderStep) -> bool:
         """Whether two steps of two rows, one of them padded, are those of the model's own forward."""

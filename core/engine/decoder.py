@@ -4,9 +4,10 @@
     norm -> q, k, v -> rope, cache -> attention -> o, added
     norm -> gate, up -> silu(gate) * up -> down, added
 
-Layers are multiplied as the model multiplies them, with all that a running pass adds, and keys and values go into the
-model's own cache. So a step may be this one and the next one the model's. Models are told by the names of their
-classes in transformers, and each is tried before it is stepped so.
+By blocks, layers are multiplied as the model multiplies them, with all that a running pass adds; over 4-bit weights a
+step is one call where it can be (`whole_step.py`). Keys and values go into the model's own cache, so a step may be this
+one and the next one the model's. Models are told by the names of their classes in transformers, and each is tried once
+before it is stepped so, in one call where that is meant to be.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_rt.core.base.multiply import is_vector
 from lora_rt.core.engine.growing_cache import GrowingLayer
 from lora_rt.core.engine.lanes import LanePass
 from lora_rt.core.engine.plan import running_pass
@@ -122,17 +123,24 @@ class DecoderStep:
 
         kernels.prepare()
         self._kernels = kernels
-        self._whole: Any = None
+        self.whole: Any = None
         try:
             from lora_rt.core.engine.whole_step import WholeStep
 
-            self._whole = WholeStep(model, model.model.norm.weight.dtype)
+            self.whole = WholeStep(model, model.model.norm.weight.dtype)
         except Exception as error:  # another release of numba may lack what it stands on
             _log.warning("steps are made block by block, which is slower: %s", error)
         self._model = model
         self._dtype: torch.dtype = model.model.norm.weight.dtype
-        self._rooms: dict[int, deque[_Room]] = {}
+        self._rooms: dict[int, _Room] = {}  # by the number of rows; who uses one takes it out
+        attention = model.model.layers[0].self_attn
+        self._size: int = attention.head_dim
+        self._keys = attention.k_proj.out_features // self._size
+        self._hidden: int = attention.q_proj.in_features
         self._parts = _parts(model)
+        of_heads = {id(norm) for block in model.model.layers for norm in _head_norms(block.self_attn)}
+        norms = [part for part in self._parts if hasattr(part, "variance_epsilon")]
+        self._norms = [(norm, self._size if id(norm) in of_heads else self._hidden) for norm in norms]
         self._forwards: dict[Any, Any] = dict.fromkeys(map(type, self._parts))
         for kind in self._forwards:
             self._forwards[kind] = kind.forward
@@ -146,7 +154,26 @@ class DecoderStep:
         same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts)) and not _are_watched(parts)
         same = same and self._model.model.norm.weight.dtype is self._dtype
         same = same and all(kind.forward is forward for kind, forward in self._forwards.items())
-        return same and all(type(layer) is GrowingLayer for layer in cache.layers)
+        # What is smaller than it has to be would be read beyond its end.
+        same = same and all(is_vector(norm._parameters.get("weight"), size, self._dtype) for norm, size in self._norms)
+        return same and self._is_own(cache)
+
+    def _is_own(self, cache: Any) -> bool:
+        """Whether a cache is an empty one, or holds keys and values of this model, of all blocks alike."""
+        if len(cache.layers) != len(self._model.model.layers):
+            return False
+        shapes: set[torch.Size | None] = set()
+        for layer in cache.layers:
+            if type(layer) is not GrowingLayer:
+                return False
+            for kept in (layer.keys, layer.values) if layer.is_initialized else ():
+                if kept.dtype is not self._dtype or not kept.is_cpu or kept.dim() != 4 or kept.stride(3) != 1:
+                    return False
+                shapes.add(kept.shape)
+            if not layer.is_initialized:
+                shapes.add(None)
+        (first, *others) = shapes
+        return not others and (first is None or (first[1], first[3]) == (self._keys, self._size))
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """The logits (rows, 1, vocab) of one more token each.
@@ -159,30 +186,31 @@ class DecoderStep:
         rows, columns = len(ids), cache.get_seq_length() + 1
         if mask.shape != (rows, columns):  # what lies beyond would be read as it is
             raise ValueError(f"a mask of {tuple(mask.shape)} for {rows} rows of {columns} columns")
+        decoder = self._model.model
+        embedded = decoder.embed_tokens(ids)
+        ropes = decoder.rotary_emb(embedded, positions)  # (rows or 1, 1, D) both
+        ropes_of = {part.shape for part in ropes}
+        fit = ropes_of in ({(rows, 1, self._size)}, {(1, 1, self._size)})
+        if not fit or embedded.shape != (rows, 1, self._hidden):
+            raise ValueError(f"rope factors of {ropes_of} and embeddings of {tuple(embedded.shape)} for {rows} rows")
+        given = embedded.to(self._dtype, copy=True), *ropes
         current = running_pass()
-        if self._whole is not None and (current is None or isinstance(current, (SharedPass, LanePass))):
+        if self.whole is not None and (current is None or isinstance(current, (SharedPass, LanePass))):
             plan = (None, None) if current is None else (current.topology, current.few(self._kernels))
-            ready = self._whole.ready(rows, columns, cache, *plan)
+            ready = self.whole.ready(rows, *plan)
             if ready is not None:
-                found: Tensor = self._whole(ids, positions, mask, cache, ready)
+                found: Tensor = self.whole(*given, mask, cache, ready)
                 return found
-        rooms = self._rooms.pop(rows, None) or deque()  # of two threads' one may be lost, and none is taken twice
-        try:
-            room = rooms.pop()
-        except IndexError:
-            room = _Room(self._model.model.layers, rows, self._dtype)
-        logits = self._stepped(room, ids, positions, mask, cache)
-        rooms.append(room)
-        self._rooms[rows] = rooms
+        room = self._rooms.pop(rows, None) or _Room(self._model.model.layers, rows, self._dtype)
+        logits = self._stepped(room, given, mask, cache)
+        self._rooms[rows] = room
         for number in list(self._rooms)[:-_ROOMS]:
             self._rooms.pop(number, None)
         return logits
 
-    def _stepped(self, room: _Room, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
+    def _stepped(self, room: _Room, given: Sequence[Tensor], mask: Tensor, cache: Any) -> Tensor:
         k, decoder = self._kernels, self._model.model
-        embedded = decoder.embed_tokens(ids)
-        x = _array(embedded.to(self._dtype, copy=True))  # (rows, 1, H); the blocks add to it
-        cos, sin = (_array(factors) for factors in decoder.rotary_emb(embedded, positions))  # (rows or 1, 1, D)
+        x, cos, sin = map(_array, given)  # x (rows, 1, H): the blocks add to it
         seen = mask.bool().numpy()
         if isinstance(current := running_pass(), SharedPass):
             current.use(k)

@@ -40,9 +40,9 @@ FIRST = (0, 3, 4, 6, 7)  # layers of each group: q, k, v; o; gate, up; down
 # ... of each block: the weights of its norms, then of each layer codes, scales, bias and the numbers of its features.
 NORM_1, NORM_2, NORM_Q, NORM_K = range(4)
 LAYER = 4  # the first layer: q, k, v, o, gate, up, down
-CODES, SCALES, BIAS, IN, FEATURES = range(5)
-BLOCK = LAYER + 7 * 5
-# ... float64: what norms add to a mean square, and what scores are multiplied by
+CODES, SCALES, BIAS, IN, FEATURES, FACTS = range(6)
+BLOCK = LAYER + 7 * FACTS
+# ... float64: what norms add to a mean square, at the places of their weights, and what scores are multiplied by
 EPS_1, EPS_2, EPS_Q, EPS_K, SCALING, FLOATS = range(6)
 # ... of the cache: keys and values, and how far apart rows, heads and columns lie in each
 KEYS_AT, VALUES_AT, OF_KEYS, OF_VALUES, PLACES = 0, 1, 2, 5, 8
@@ -54,7 +54,14 @@ B_AT, B_RANKS, B_START, B_OF_ROWS, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
 SITES = 4 * GROUP
 ADAPTED = SITES + 7 * SITE
 
-_CALL = 16  # int64 apart lie the arguments of two threads' calls
+CALL = 16  # int64 apart lie the arguments of two threads' calls
+SCORED = 12  # bytes: a score and a place
+
+
+@compiled(kept=False)
+def room_of(columns: int) -> int:
+    """For how many scores and places each thread has room: three more than columns, and an even number."""
+    return (columns + 4) // 2 * 2
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
@@ -80,19 +87,19 @@ def _called(result: Any, kinds: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _told(_context: Any, _address: Any) -> Any:
+def _asked(_context: Any, _address: Any) -> Any:
     """int f(void)"""
     return types.int32(types.int64), _called(ir.IntType(32), [])
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _met(_context: Any, _address: Any) -> Any:
+def _barrier(_context: Any, _address: Any) -> Any:
     """void f(void)"""
     return types.voidptr(types.int64), _called(ir.VoidType(), [])
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _done(_context: Any, _address: Any, _arguments: Any) -> Any:
+def _multiply(_context: Any, _address: Any, _arguments: Any) -> Any:
     """void f(void *)"""
     return types.voidptr(types.int64, types.int64), _called(ir.VoidType(), [ir.IntType(8).as_pointer()])
 
@@ -116,7 +123,7 @@ def _like(address: int, count: int, like: Any) -> Any:
 @compiled(kept=False)
 def _meet(s: Any) -> None:
     if s[BARRIER]:
-        _met(s[BARRIER])
+        _barrier(s[BARRIER])
 
 
 @compiled(kept=False)
@@ -157,15 +164,15 @@ def _norms(s: Any, weight: int, eps: Any, added: int, me: int, us: int, like: An
 @compiled(any_order=True, kept=False)
 def _layer(s: Any, block: Any, site: int, x: int, y: int, me: int, us: int, like: Any) -> None:
     """A thread's outputs of a layer: W x + bias."""
-    at = LAYER + 5 * site
+    at = LAYER + FACTS * site
     features = block[at + FEATURES]
     start, stop = _share(features, 16, me, us)
     if start == stop:
         return
-    call = _numbers(s[CALLS] + 8 * _CALL * me, 9)
+    call = _numbers(s[CALLS] + 8 * CALL * me, 9)
     call[0], call[1], call[2], call[3], call[4] = start, stop, s[ROWS], block[at + IN], features
     call[5], call[6], call[7], call[8] = block[at + CODES], block[at + SCALES], x, y
-    _done(s[PART], s[CALLS] + 8 * _CALL * me)
+    _multiply(s[PART], s[CALLS] + 8 * CALL * me)
     if block[at + BIAS]:
         bias = _like(block[at + BIAS] + like.itemsize * start, stop - start, like)
         for r in range(s[ROWS]):
@@ -334,9 +341,9 @@ def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like
     size, heads, columns = s[SIZE], s[HEADS], s[COLUMNS]
     group = heads // s[KEYS]
     of_item = like.itemsize
-    room = (columns + 4) // 2 * 2
-    scores = _floats(s[SCORES] + 12 * room * me, room)
-    places = _numbers(s[SCORES] + 12 * room * me + 4 * room, room)
+    room = room_of(columns)
+    scores = _floats(s[SCORES] + SCORED * room * me, room)
+    places = _numbers(s[SCORES] + SCORED * room * me + 4 * room, room)
     row_before, count = -1, 0
     start, stop = _share(s[ROWS] * heads, 1, me, us)
     for unit in range(start, stop):
@@ -384,7 +391,7 @@ def _gated(s: Any, me: int, us: int, like: Any) -> None:
 def _group(s: Any, block: Any, adapted: Any, group: int, me: int, us: int, like: Any) -> None:
     """A thread's outputs of the layers that read one x, with all that adapters add."""
     first, last = FIRST[group], FIRST[group + 1]
-    x, width = s[INPUT + group], block[LAYER + 5 * first + IN]
+    x, width = s[INPUT + group], block[LAYER + FACTS * first + IN]
     for site in range(first, last):
         _layer(s, block, site, x, s[OUTPUT + site], me, us, like)
     if not adapted[GROUP * group + A_AT]:
@@ -392,15 +399,15 @@ def _group(s: Any, block: Any, adapted: Any, group: int, me: int, us: int, like:
     _ranks(s, adapted, group, x, width, me, us)
     _meet(s)
     for site in range(first, last):
-        _add(s, adapted, site, s[OUTPUT + site], block[LAYER + 5 * site + FEATURES], me, us)
+        _add(s, adapted, site, s[OUTPUT + site], block[LAYER + FACTS * site + FEATURES], me, us)
 
 
 @compiled(kept=False)
 def _whole(s: Any, like: Any) -> None:
     """A thread's part of a step: x (rows, H) is read, `OUT` (rows, H) is written."""
     alone = s[BARRIER] == 0
-    me = np.int64(0) if alone else np.int64(_told(s[NUMBER]))
-    us = np.int64(1) if alone else np.int64(_told(s[TEAM]))
+    me = np.int64(0) if alone else np.int64(_asked(s[NUMBER]))
+    us = np.int64(1) if alone else np.int64(_asked(s[TEAM]))
     added: Any = 0  # where what the layers before have made lies, which x still lacks
     for number in range(s[BLOCKS] + 1):
         block = _numbers(s[LAYERS] + 8 * BLOCK * number, BLOCK)

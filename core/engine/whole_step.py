@@ -1,17 +1,16 @@
-"""A decoding step over 4-bit weights in one call: every number is made by `whole_kernel.py`, but for the output head.
+"""A decoding step over 4-bit weights in one call: from embedding to output head `whole_kernel.py` makes all numbers.
 
 Between two products of a step by blocks stand a dozen calls from Python, one thread makes what lies between them, and
 the others begin and end with each product. Of a base of 135 million parameters that was half of a step of one row.
 
-So it is done where all layers are multiplied by the kernel for 4-bit weights and adapters add what `Added` says: no
-hooks, no gates of heads, no scales. Where one thing is otherwise, `ready` says so, and the step is made by blocks.
+So it is done where all layers have weights for the 4-bit kernel, that one is fast enough for so many rows, and adapters
+add what `Added` says: no hooks, gates of heads, scales or biases. Else `ready` gives nothing: the step is by blocks.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base import four_bit, openmp
+from lora_rt.core.base.multiply import is_vector
 from lora_rt.core.engine import whole_kernel as k
 from lora_rt.core.engine.few_rows import Added
 from lora_rt.core.engine.site import Multiplied, multiplied
@@ -47,26 +47,28 @@ class _Layer(NamedTuple):
     weight: four_bit.FourBit
     bias: Tensor | None
     bias_at: int
+    memory: Tensor | None  # the bias', while it is read
 
 
 class _Adapters(NamedTuple):
-    """What a plan adds: the table, its widest group, whether the outputs of each rank lie together, rows of gates.
+    """What a plan adds: the table and the arrays that it points to.
 
-    `numbers` are those of the layers in the plan's topology, None for those that no adapter is told of any more.
+    `ranks` of its widest group; `together` is whether the outputs of each rank lie together in B; `rows` of gates or
+    factors that are a row's own, 1 for none.
     """
 
     table: Any
+    made_of: Any
     ranks: int
     together: bool
     rows: int
-    numbers: list[int | None]
-    made_of: Any
 
 
 class _Found(NamedTuple):
     """The layers of a model (none where one can't be taken), their table, and what plans add to them.
 
-    `near` is whether the 4-bit kernel is fast enough for so many rows, of those that were asked for.
+    `near` is whether the 4-bit kernel is fast enough for so many rows, of those that were asked for. Of a plan it is
+    also known which numbers its layers had: when a bank is closed, they have none.
     """
 
     layers: list[_Layer]
@@ -83,6 +85,7 @@ class _Ready(NamedTuple):
     numbers: Any
     norms: list[Tensor]
     adapters: _Adapters
+    added: Added | None
     address: int
 
 
@@ -90,11 +93,7 @@ class WholeStep:
     """The step of one model; any number of threads may take it at once."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        """To be made of a model that a `DecoderStep` takes.
-
-        Raises:
-            ImportError: numba or llvmlite is not installed.
-        """
+        """To be made of a model that a `DecoderStep` takes."""
         self._model, self._dtype = model, dtype
         self._address: int | None = None  # 0 where it can't be compiled
         attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
@@ -108,59 +107,52 @@ class WholeStep:
         self._norms = _norms(model)
         self._found = _Found([], None, {}, WeakKeyDictionary())
         self._refused: tuple[int, int] | None = None  # block and place of a layer that can't be taken
-        self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), 1, True, 1, [], ())
-        self._rooms: dict[int, deque[_Room]] = {}
+        self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), (), 1, True, 1)
+        self._rooms: dict[int, _Room] = {}  # by the number of rows; who uses one takes it out
+        self.always = False  # whatever is faster: in a trial
 
-    def ready(self, rows: int, columns: int, cache: Any, topology: Any, few: Added | None) -> _Ready | None:
-        """What a step reads; None where it can't be made so.
+    def takes_all(self) -> bool:
+        """Whether all layers have weights that it can read."""
+        if not self._found.layers or not _stand(self._found.layers):
+            self._found = self._looked_up()
+        return bool(self._found.layers)
+
+    def ready(self, rows: int, topology: Any, added: Added | None) -> _Ready | None:
+        """What a step of so many rows reads, after `DecoderStep.can`; None where it can't be made so.
 
         Args:
-            rows, columns: of the step, its own column included.
-            cache: of the tokens before.
-            topology, few: of the plan that is running, None for the base alone.
+            topology, added: of the plan that is running, None for the base alone.
         """
+        if not self.takes_all():
+            return None
         found = self._found
-        if not found.layers or not _stand(found.layers):
-            found = self._found = self._looked_up()
         if rows not in found.near:
             found.near[rows] = all(layer.how.product.is_near(rows) for layer in found.layers)
-        can = found.layers and found.near[rows] and self._is_own(cache, rows, columns)
-        address = self._compiled() if can else 0
-        read = self._norms_read(found.table) if address else None
-        if read is None:
+        if not (self.always or found.near[rows]):
             return None
         adapters: _Adapters | None = self._none
-        if few is not None:
+        if added is not None:
             numbers = [layer.how.numbers.get(topology) for layer in found.layers]
-            before = found.plans.get(few)
-            if before is None or before[0] != numbers:  # new, or a bank over the model has been closed
-                before = found.plans[few] = numbers, self._laid_out(found.layers, numbers, few)
+            before = found.plans.get(added)
+            if before is None or before[0] != numbers:
+                before = found.plans[added] = numbers, self._laid_out(found.layers, numbers, added)
             adapters = before[1]
         if adapters is None or adapters.rows not in (1, rows) or not (adapters.together or rows <= _ONE_BY_ONE):
             return None
-        return _Ready(found, *read, adapters, address)
+        address = self._compiled()
+        return _Ready(found, *self._with_norms(found.table), adapters, added, address) if address else None
 
     def _compiled(self) -> int:
         """Where the kernel lies, 0 where it can't be compiled; to do that takes ten seconds, once on a machine."""
-        with _COMPILING:
-            if self._address is None:
-                try:
-                    from lora_rt.core.engine.whole_kernel import step_of
-
-                    self._address = step_of(np.uint16 if self._dtype == torch.bfloat16 else np.float32)
-                except Exception as error:  # another release of numba may refuse it in any way
-                    _log.warning("steps are made block by block, which is slower: %s", error)
-                    self._address = 0
+        if self._address is not None:
             return self._address
-
-    def _is_own(self, cache: Any, rows: int, columns: int) -> bool:
-        """Whether a cache holds keys and values of this model in its dtype, all of them and no more."""
-        shape = rows, self._keys, columns - 1, self._size
-        for layer in cache.layers:
-            for kept in (layer.keys, layer.values):
-                if kept is None or kept.shape != shape or kept.dtype is not self._dtype or not kept.is_cpu:
-                    return False
-        return len(cache.layers) == len(self._model.model.layers)
+        with _COMPILING:
+            try:
+                self._address = k.step_of(np.uint16 if self._dtype == torch.bfloat16 else np.float32)
+            except Exception as error:  # another release of numba may refuse it in any way
+                _log.warning("steps are made block by block, which is slower: %s", error)
+                self._address = 0
+            return self._address
 
     def _looked_up(self) -> _Found:
         """All layers and their table; none where one can't be taken."""
@@ -179,8 +171,13 @@ class WholeStep:
                     return nothing
                 found.append(taken)
                 codes, scales, _ = taken.weight
-                at = k.LAYER + 5 * place
-                table[number, at : at + 5] = codes.data_ptr(), scales.data_ptr(), taken.bias_at, *self._shapes[place]
+                at = k.LAYER + k.FACTS * place
+                table[number, at : at + k.FACTS] = (
+                    codes.data_ptr(),
+                    scales.data_ptr(),
+                    taken.bias_at,
+                    *self._shapes[place],
+                )
         return _Found(found, table, {}, WeakKeyDictionary())
 
     def _taken(self, block: Any, place: int) -> _Layer | None:
@@ -195,27 +192,27 @@ class WholeStep:
         if weight is None or weight.dtype is not self._dtype:
             return None
         out, half = weight.codes.shape
-        if (2 * half, out) != self._shapes[place] or not _is_vector(bias, out, self._dtype):  # memory would be torn
+        if (2 * half, out) != self._shapes[place]:  # memory would be torn
             return None
-        return _Layer(owner, name, layer, how, weight, bias, 0 if bias is None else bias.data_ptr())
+        if bias is not None and not is_vector(bias, out, self._dtype):
+            return None
+        at, memory = (0, None) if bias is None else (bias.data_ptr(), bias.detach())
+        return _Layer(owner, name, layer, how, weight, bias, at, memory)
 
-    def _norms_read(self, table: Any) -> tuple[Any, Any, list[Tensor]] | None:
-        """The table with the places of the norms' weights, what they add, and these weights; None where one is odd."""
+    def _with_norms(self, table: Any) -> tuple[Any, Any, list[Tensor]]:
+        """The table with the places of the norms' weights, what they add, and these weights' own memory."""
         blocks = self._model.model.layers
         table, numbers, read = table.copy(), np.zeros((len(blocks) + 1, k.FLOATS), np.float64), []
         for (number, place), norm in self._norms:
-            weight = norm._parameters.get("weight")
-            wanted = self._size if place in (k.NORM_Q, k.NORM_K) else self._hidden
-            if weight is None or not _is_vector(weight, wanted, self._dtype):
-                return None
+            weight = norm._parameters["weight"].detach()
             table[number, place] = weight.data_ptr()
             read.append(weight)
-            numbers[number, place] = norm.variance_epsilon
+            numbers[number, place] = norm.variance_epsilon  # EPS_... are NORM_...
         for number, block in enumerate(blocks):
             numbers[number, k.SCALING] = block.self_attn.scaling
         return table, numbers, read
 
-    def _laid_out(self, layers: Sequence[_Layer], numbers: list[int | None], few: Added) -> _Adapters | None:
+    def _laid_out(self, layers: Sequence[_Layer], numbers: list[int | None], added: Added) -> _Adapters | None:
         """The table of what a plan adds; None where it has more than the kernel knows."""
         count = len(self._model.model.layers)
         table = np.zeros((count, k.ADAPTED), np.int64)
@@ -225,9 +222,9 @@ class WholeStep:
         for place in range(len(layers)):
             number, site = divmod(place, len(_GROUPS))
             index = numbers[place]
-            if index is None or few.is_nothing(index):
+            if index is None or added.is_nothing(index):
                 continue
-            factors = few.factors(index)
+            factors = added.factors(index)
             if factors is None:
                 return None
             group = _GROUPS[site]
@@ -249,26 +246,24 @@ class WholeStep:
             if len(several) > 1:
                 return None
             rows = max(several, default=1)
-        return _Adapters(table, widest, together, rows, numbers, made_of)
+        return _Adapters(table, made_of, widest, together, rows)
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, ready: _Ready) -> Tensor:
-        """As of `DecoderStep`; `ready` is what `ready` has said just now."""
+    def __call__(self, embedded: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any, ready: _Ready) -> Tensor:
+        """The logits (rows, 1, vocab), as of `DecoderStep`.
+
+        Args:
+            embedded: (rows, 1, H). cos, sin: (rows or 1, 1, D).
+            ready: what `ready` has said just now.
+        """
         rows, columns = mask.shape
         decoder = self._model.model
-        embedded = decoder.embed_tokens(ids)
-        ropes = [part.float().contiguous() for part in decoder.rotary_emb(embedded, positions)]  # (rows or 1, 1, D)
-        if {part.shape for part in ropes} not in ({(rows, 1, self._size)}, {(1, 1, self._size)}):
-            raise ValueError(f"rope factors of {[tuple(part.shape) for part in ropes]} for {rows} rows")
-        rooms = self._rooms.pop(rows, None) or deque()  # of two threads' one may be lost, and none is taken twice
-        try:
-            room = rooms.pop()
-        except IndexError:
-            room = _Room(self, rows)
-        room.x.copy_(embedded.to(self._dtype))
+        ropes = [part.float().contiguous() for part in (cos, sin)]
+        room = self._rooms.pop(rows, None) or _Room(self, rows)
+        room.x.copy_(embedded)
         threads = torch.get_num_threads()
         team = openmp.team() if threads > 1 else None
-        wide = (columns + 4) // 2 * 2
-        scratch = np.empty(threads * 12 * wide, np.uint8), np.empty(threads * 16, np.int64)
+        scores = k.SCORED * k.room_of.py_func(columns)
+        scratch = np.empty(threads * scores, np.uint8), np.empty(threads * k.CALL, np.int64)
         ranks = np.empty(rows * ready.adapters.ranks, np.float32)
         seen = np.ascontiguousarray(mask.bool().numpy())
         kept = self._extended(cache, rows, columns)
@@ -295,8 +290,7 @@ class WholeStep:
         s[k.SCORES], s[k.CALLS] = scratch[0].ctypes.data, scratch[1].ctypes.data
         openmp.run(team, ready.address, s.ctypes.data, threads)
         logits: Tensor = self._model.lm_head(room.out.clone())  # whoever watches may keep what it is given
-        rooms.append(room)
-        self._rooms[rows] = rooms
+        self._rooms[rows] = room
         for number in list(self._rooms)[:-_ROOMS]:
             self._rooms.pop(number, None)
         return logits
@@ -333,7 +327,7 @@ class _Room:
 
 def _stand(layers: Sequence[_Layer]) -> bool:
     """Whether all layers are still what they were, and nobody watches them."""
-    for owner, name, layer, how, weight, bias, bias_at in layers:
+    for owner, name, layer, how, weight, bias, bias_at, _ in layers:
         if owner.get(name) is not layer:
             return False
         own = layer.__dict__  # torch finds an attribute slowly, and there are hundreds of layers
@@ -341,16 +335,9 @@ def _stand(layers: Sequence[_Layer]) -> bool:
             return False
         if own["_parameters"].get("bias") is not bias or how.product.four_bit() is not weight:
             return False
-        if bias is not None and (bias.data_ptr() != bias_at or not _is_vector(bias, len(weight.codes), weight.dtype)):
+        if bias is not None and (bias.data_ptr() != bias_at or not is_vector(bias, len(weight.codes), weight.dtype)):
             return False
     return True
-
-
-def _is_vector(parameter: Tensor | None, size: int, dtype: torch.dtype) -> bool:
-    """Whether it is so many numbers of a dtype in a row, or nothing."""
-    if parameter is None:
-        return True
-    return parameter.shape == (size,) and parameter.dtype is dtype and parameter.is_contiguous() and parameter.is_cpu
 
 
 def _norms(model: Any) -> list[tuple[tuple[int, int], Any]]:

@@ -45,9 +45,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     found: list[int] = []
     own = WholeStep.__call__
 
-    def step(self: WholeStep, ids: Tensor, *given: Any) -> Tensor:
-        found.append(len(ids))
-        return own(self, ids, *given)
+    def step(self: WholeStep, embedded: Tensor, *given: Any) -> Tensor:
+        found.append(len(embedded))
+        return own(self, embedded, *given)
 
     monkeypatch.setattr(WholeStep, "__call__", step)
     with torch.inference_mode():
@@ -154,7 +154,7 @@ def test_any_number_of_threads_makes_the_same_and_of_fewer_than_were_asked_for(
     assert len(taken) >= 6 * 3 * 31
 
 
-def test_threads_that_step_at_once_do_not_disturb_each_other(zoo: Zoo, tmp_path: Path) -> None:
+def test_threads_that_step_at_once_do_not_disturb_each_other(zoo: Zoo, tmp_path: Path, taken: list[int]) -> None:
     path = adapter(tmp_path / "all", "llama", seed=1, targets=[*TARGETS["llama"], *MLP["llama"]])
     with runtime_of(zoo, "llama") as runtime:
         runtime.load_adapter(str(path), "all")
@@ -172,6 +172,7 @@ def test_threads_that_step_at_once_do_not_disturb_each_other(zoo: Zoo, tmp_path:
             thread.start()
         for thread in threads:
             thread.join()
+    assert taken.count(3) == 4 * 4 * 31
     for mine, usual in zip(found, wanted, strict=True):
         assert len(mine) == 4
         for one in mine:
@@ -185,17 +186,13 @@ def test_what_a_step_reads_lives_as_long_as_it_whatever_others_do_meanwhile(monk
     own, done = openmp.run, []
 
     def run(together: Any, address: int, arguments: int, threads: int) -> None:
-        places = [(ctypes.c_int64 * 34).from_address(arguments)[at] for at in (k.LAYERS, k.NUMBERS, k.ADAPTERS)]
+        places = [(ctypes.c_int64 * k.STEP).from_address(arguments)[at] for at in (k.LAYERS, k.NUMBERS, k.ADAPTERS)]
         before = [bytes((ctypes.c_char * 800).from_address(place)) for place in places]
         with torch.inference_mode(False):
             for block in lm.model.model.layers:
                 block.input_layernorm.weight = nn.Parameter(block.input_layernorm.weight.clone(), requires_grad=False)
-        cache = lm.new_cache()
-        for layer in cache.layers:
-            layer.lazy_initialization(torch.zeros(5, 2, 3, 16), torch.zeros(5, 2, 3, 16))
-            layer.keys, layer.values = torch.zeros(5, 2, 3, 16), torch.zeros(5, 2, 3, 16)
         assert lm.blocks is not None
-        other = lm.blocks._whole.ready(5, 4, cache, None, None)
+        other = lm.blocks.whole.ready(5, None, None)
         assert other is not None
         kept = [np.full_like(other.numbers, 7.0) for _ in range(50)]  # what was freed would be filled again
         assert before == [bytes((ctypes.c_char * 800).from_address(place)) for place in places]
@@ -418,19 +415,43 @@ def _shorter_bias(model: Any) -> None:
     model.model.layers[1].self_attn.q_proj.bias.data = torch.tensor([0.7])
 
 
-CHANGED = [_hook, _bias, _other_bias, _moved_bias, _norm, _strided_norm, _eps, _scaling, _weight, _forward]
+def _short_norm(model: Any) -> None:
+    model.model.norm.weight = nn.Parameter(torch.tensor([1.5]), requires_grad=False)
+
+
+CHANGED = [_short_norm, _hook, _bias, _other_bias, _moved_bias, _norm, _strided_norm, _eps, _scaling, _weight, _forward]
 CHANGED += [_dense_layer, _other_layer, _one_bias, _shorter_bias]
 
 
 @pytest.mark.parametrize("change", CHANGED)
-def test_what_is_changed_after_the_first_step_counts(change: Change) -> None:
+def test_what_is_changed_after_the_first_step_counts(change: Change, taken: list[int]) -> None:
     lm = CausalLM(model_of("llama", attention_bias=True))
     before = steps(lm)
+    assert taken.count(5) == 31
     with torch.inference_mode(False), torch.no_grad():
         change(lm.model)
     after = steps(lm)
     close(after, steps(lm, False))
     assert (after - before).abs().max() > 1e-3
+
+
+def test_a_trial_is_one_of_the_step_that_is_meant(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is faster for its two rows; and what fails it is stepped by blocks."""
+    model = model_of("llama")
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.forward = Product(module, ["four-bit", *["dense-wide"] * 5])
+    lm = CausalLM(model)
+    assert lm.blocks is not None
+    assert taken == [2, 2]
+    taken.clear()
+    steps(lm, rows=1)
+    steps(lm, rows=2)
+    assert set(taken) == {1}
+    lm = CausalLM(model_of("llama"))
+    monkeypatch.setattr(WholeStep, "__call__", lambda *_: torch.zeros(2, 1, 264))
+    assert lm.blocks is not None
+    assert lm.blocks.whole is None
 
 
 def test_numbers_of_rows_for_which_others_are_faster_are_stepped_by_blocks(taken: list[int]) -> None:
@@ -473,9 +494,13 @@ def test_a_cache_in_another_dtype_is_left_to_others(taken: list[int]) -> None:
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.bfloat16(), layer.values.bfloat16()
     assert lm.blocks is not None
-    taken.clear()
-    assert lm.blocks._whole.ready(5, 10, cache, None, None) is None
-    assert not taken
+    assert not lm.blocks.can(cache)
+    for change in (lambda kept: kept[:, :, :4], lambda kept: kept[:2], lambda kept: kept[..., :8].contiguous()):
+        cache = lm.new_cache()
+        lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
+        assert lm.blocks.can(cache)
+        cache.layers[1].keys = change(cache.layers[1].keys)
+        assert not lm.blocks.can(cache)
 
 
 def test_long_texts_and_scaled_ropes(taken: list[int]) -> None:
