@@ -23,7 +23,9 @@ for which that is hardly slower than the fastest way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
 import torch
@@ -155,6 +157,22 @@ def laid_out(weight: Tensor, kind: Copy, computed: torch.dtype) -> Any:
     return blocked.in_blocks(weight) if kind == "blocked" else weight
 
 
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """Within it no copies are made: for passes that only show the shapes of what layers get.
+
+    A copy of an output head takes one and a half seconds, and who speaks one token at a time may never need it.
+    """
+    before = _LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _LOOKING.reset(before)
+
+
 class Product:
     """The forward of one layer, each number of tokens in its way.
 
@@ -245,6 +263,8 @@ class Product:
         """How the product with x is made."""
         count = x.numel() // self.width
         way = self._by_bits[min(count.bit_length(), _MANY)]
+        if _LOOKING.get() and _KEEPS.get(way) not in (None, *self._kept):
+            return "packed"
         if way == "packed" or x.dtype is not self.dtype or x.shape[-1] != self.width or not x.is_cpu or not count:
             return "packed"
         return "packed" if self._changed() and not self._renewed() else way

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.fused import PackedMatrices
+from lora_rt.core.base.multiply import looking
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
 from lora_rt.core.base.shape import ForwardPass, blocks_of, device_of, vocabulary_of
 from lora_rt.core.base.silence import libraries_silenced
@@ -298,6 +299,7 @@ def _watched(model: Any, layers: Mapping[str, nn.Module], rows: int, tokens: int
         with (
             libraries_silenced(),
             torch.no_grad(),
+            looking(),
             watched_products(model, lambda name, x: calls.append(_Call(name, x, x))),
         ):
             model(**forward.arguments(ids))

@@ -449,3 +449,15 @@ def test_a_step_in_one_call_reads_four_bits_where_they_are_hardly_slower(monkeyp
     alone = Product(layer(), ["four-bit", *["packed"] * 5])
     assert [alone.is_near(rows) for rows in (1, 2)] == [True, False]
     products.close()
+
+
+def test_who_only_looks_at_shapes_makes_no_copies() -> None:
+    product = Product(layer(), always("dense-wide"))
+    with multiply.looking():
+        found = product(given(3))
+    assert not product._kept
+    assert torch.equal(found, product.own(given(3)))
+    made = product(given(3))
+    assert product._kept
+    with multiply.looking():
+        assert torch.equal(product(given(3)), made)
