@@ -18,6 +18,9 @@ from lora_rt.version import __version__
 _SETTING = threading.RLock()  # numba is told of a folder by a setting of its own
 # An index out of bounds would end one thread of a team, and the others would wait for it for ever.
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
+# A function that stays one of its own in the machine code is a weak symbol: whichever file brought it first is called,
+# and that one may have been optimized otherwise. So it would depend on what a process compiled or loaded before.
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
 
 
 @cache
@@ -31,7 +34,7 @@ def compiled(*, any_order: bool = False, kept: bool = True) -> Callable[[Callabl
 
     Args:
         any_order: sums may be made in any order. Neither NaN nor infinity is assumed away.
-        kept: what was compiled is remembered; functions that only others of the same file call need not be.
+        kept: what was compiled is remembered. What others call is not: it is built into each of them.
     """
     options: dict[str, Any] = {"nogil": True, **_OPTIONS}
     if any_order:
@@ -40,8 +43,7 @@ def compiled(*, any_order: bool = False, kept: bool = True) -> Callable[[Callabl
     def decorate(function: Callable[..., Any]) -> Any:
         from numba import njit
 
-        inner = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-        return _remembered(function, options) if kept else njit(**options, **inner)(function)
+        return _remembered(function, options) if kept else njit(**options, **_INNER)(function)
 
     return decorate
 

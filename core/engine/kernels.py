@@ -8,7 +8,9 @@ bfloat16, these round too, half to even; sums are made in float32, in an order o
 
     n rows of one token     H features      D features of a head     columns of keys and values
 
-The functions are compiled when they are first called, in some seconds, and kept in the home for the next process.
+The functions are compiled when they are first called, in some seconds, and kept in the home for the next process. Those
+of one row or head are built into these and into `whole_kernel.py`'s; they write in place or elsewhere, never either: a
+loop of which that is not known while it is compiled is not vectorized.
 """
 
 from __future__ import annotations
@@ -86,61 +88,91 @@ def _exp(x: Any) -> Any:
     return found if x == x else x
 
 
+@compiled(any_order=True, kept=False)
+def norm_row(x: Any, weight: Any, eps: Any, out: Any, like: Any) -> None:
+    """RMSNorm of x (H,), rounded to the model's dtype."""
+    squares = np.float32(0)
+    for i in range(len(x)):
+        squares += _wide(x[i]) * _wide(x[i])
+    scale = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + np.float32(eps))
+    for i in range(len(x)):
+        out[i] = _narrow(_rounded(_rounded(_wide(x[i]) * scale, like) * _wide(weight[i]), like), out)
+
+
+@compiled(any_order=True, kept=False)
+def norm_head(x: Any, weight: Any, eps: Any, like: Any) -> None:
+    """RMSNorm of one head (D,), in place, its numbers rounded first."""
+    squares = np.float32(0)
+    for i in range(len(x)):
+        x[i] = _narrow(_rounded(_wide(x[i]), like), x)
+        squares += _wide(x[i]) * _wide(x[i])
+    scale = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + np.float32(eps))
+    for i in range(len(x)):
+        x[i] = _narrow(_rounded(_rounded(_wide(x[i]) * scale, like) * _wide(weight[i]), like), x)
+
+
+@compiled(any_order=True, kept=False)
+def turn_head(x: Any, cos: Any, sin: Any, like: Any) -> None:
+    """The rope of one head (D,), in place, rounded to the model's dtype."""
+    half = len(x) // 2
+    for i in range(half):
+        a, b = _rounded(_wide(x[i]), like), _rounded(_wide(x[half + i]), like)
+        first = _rounded(a * _wide(cos[i]), like) + _rounded(-b * _wide(sin[i]), like)
+        second = _rounded(b * _wide(cos[half + i]), like) + _rounded(a * _wide(sin[half + i]), like)
+        x[i], x[half + i] = _narrow(_rounded(first, like), x), _narrow(_rounded(second, like), x)
+
+
+@compiled(any_order=True, kept=False)
+def silu_row(gate: Any, up: Any, like: Any) -> None:
+    """gate = silu(gate) * up, (F,), rounded to the model's dtype; `gate` is float32."""
+    for i in range(len(gate)):
+        a, b = _rounded(gate[i], like), _rounded(_wide(up[i]), like)
+        gate[i] = _rounded(_rounded(a / (np.float32(1) + _exp(-a)), like) * b, like)
+
+
 @compiled(any_order=True)
 def rms_norm(x: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
     """RMSNorm of x (n, 1, H): `out` in the model's dtype, `wide` the same numbers in float32."""
-    rows, _, width = x.shape
-    for r in range(rows):
-        squares = np.float32(0)
-        for i in range(width):
-            squares += _wide(x[r, 0, i]) * _wide(x[r, 0, i])
-        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
-        for i in range(width):
-            wide[r, 0, i] = _rounded(_rounded(_wide(x[r, 0, i]) * scale, x) * _wide(weight[i]), x)
-            out[r, 0, i] = _narrow(wide[r, 0, i], x)
+    for r in range(len(x)):
+        _norm_of(x[r, 0], weight, eps, out[r, 0], wide[r, 0])
 
 
 @compiled(any_order=True)
 def add_norm(x: Any, y: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
     """x += y, (n, 1, H), then the RMSNorm of x."""
-    rows, _, width = x.shape
-    for r in range(rows):
-        for i in range(width):
+    for r in range(len(x)):
+        for i in range(x.shape[2]):
             x[r, 0, i] = _narrow(_wide(x[r, 0, i]) + _rounded(_wide(y[r, 0, i]), x), x)
-    rms_norm(x, weight, eps, out, wide)
+        _norm_of(x[r, 0], weight, eps, out[r, 0], wide[r, 0])
+
+
+@compiled(any_order=True, kept=False)
+def _norm_of(x: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
+    norm_row(x, weight, eps, wide, x)
+    for i in range(len(x)):
+        out[i] = _narrow(wide[i], x)
 
 
 @compiled(any_order=True)
 def head_norm(q: Any, weight: Any, eps: Any, like: Any) -> None:
     """RMSNorm of every head of q (n, 1, heads * D), in place; `like` has the model's dtype."""
     size = len(weight)
-    for r in range(q.shape[0]):
+    for r in range(len(q)):
         for start in range(0, q.shape[2], size):
-            squares = np.float32(0)
-            for i in range(size):
-                number = _rounded(_wide(q[r, 0, start + i]), like)
-                squares += number * number
-            scale = np.float32(1) / np.sqrt(squares / np.float32(size) + np.float32(eps))
-            for i in range(size):
-                number = _rounded(_wide(q[r, 0, start + i]), like)
-                number = _rounded(_rounded(number * scale, like) * _wide(weight[i]), like)
-                q[r, 0, start + i] = _narrow(number, q)
+            norm_head(q[r, 0, start : start + size], weight, eps, like)
 
 
 @compiled(any_order=True)
 def rotate(q: Any, cos: Any, sin: Any, out: Any) -> None:
     """The rope of q (n, 1, heads * D) by factors (n or 1, 1, D): `out` (n, heads, 1, D) in the model's dtype."""
     rows, heads, _, size = out.shape
-    half = size // 2
     for r in range(rows):
         c, s = cos[min(r, cos.shape[0] - 1), 0], sin[min(r, cos.shape[0] - 1), 0]
         for head in range(heads):
-            low, high = q[r, 0, head * size : head * size + half], q[r, 0, head * size + half : (head + 1) * size]
-            for i in range(half):
-                a, b = _rounded(_wide(low[i]), out), _rounded(_wide(high[i]), out)
-                first = _rounded(a * _wide(c[i]), out) + _rounded(-b * _wide(s[i]), out)
-                second = _rounded(b * _wide(c[half + i]), out) + _rounded(a * _wide(s[half + i]), out)
-                out[r, head, 0, i], out[r, head, 0, half + i] = _narrow(first, out), _narrow(second, out)
+            turned = out[r, head, 0]
+            for i in range(size):
+                turned[i] = _narrow(_wide(q[r, 0, head * size + i]), out)
+            turn_head(turned, c, s, out)
 
 
 @compiled(kept=False)
@@ -251,11 +283,11 @@ def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, ou
 @compiled(any_order=True)
 def silu_gated(gate: Any, up: Any, out: Any, wide: Any) -> None:
     """silu(gate) * up, (n, 1, F)."""
-    rows, _, width = gate.shape
-    for r in range(rows):
-        for i in range(width):
-            a, b = _rounded(_wide(gate[r, 0, i]), out), _rounded(_wide(up[r, 0, i]), out)
-            wide[r, 0, i] = _rounded(_rounded(a / (np.float32(1) + _exp(-a)), out) * b, out)
+    for r in range(len(gate)):
+        for i in range(gate.shape[2]):
+            wide[r, 0, i] = _wide(gate[r, 0, i])
+        silu_row(wide[r, 0], up[r, 0], out)
+        for i in range(gate.shape[2]):
             out[r, 0, i] = _narrow(wide[r, 0, i], out)
 
 

@@ -26,7 +26,17 @@ from numba.extending import intrinsic
 
 from lora_rt.core.base.compiled import callback, compiled
 from lora_rt.core.engine import kernels
-from lora_rt.core.engine.kernels import _exp, _narrow, _rounded, _wide, attend_head, seen_places
+from lora_rt.core.engine.kernels import (
+    _narrow,
+    _rounded,
+    _wide,
+    attend_head,
+    norm_head,
+    norm_row,
+    seen_places,
+    silu_row,
+    turn_head,
+)
 
 # What `whole_step.py` writes: numbers and addresses of a step, int64.
 ROWS, COLUMNS, BLOCKS, HIDDEN, HEADS, KEYS, SIZE, WIDTH, ROPES = range(9)
@@ -134,31 +144,15 @@ def _share(count: int, unit: int, me: int, all_of_us: int) -> tuple[int, int]:
 
 
 @compiled(any_order=True, kept=False)
-def _mean_square(x: Any) -> Any:
-    squares = np.float32(0)
-    for i in range(len(x)):
-        squares += x[i] * x[i]
-    return squares / np.float32(len(x))
-
-
-@compiled(any_order=True, kept=False)
-def _norm(x: Any, added: Any, weight: Any, eps: Any, out: Any, like: Any) -> None:
-    """x += added (nothing of no numbers), then its RMSNorm."""
-    for i in range(len(added)):
-        x[i] = _rounded(x[i] + _rounded(added[i], like), like)
-    scale = np.float32(1) / np.sqrt(_mean_square(x) + np.float32(eps))
-    for i in range(len(x)):
-        out[i] = _rounded(_rounded(x[i] * scale, like) * _wide(weight[i]), like)
-
-
-@compiled(any_order=True, kept=False)
 def _norms(s: Any, weight: int, eps: Any, added: int, me: int, us: int, like: Any) -> None:
-    """The rows of a thread."""
+    """The rows of a thread: x += added, where something is, then its RMSNorm."""
     width = s[HIDDEN]
     for r in range(me, s[ROWS], us):
         x, out = _floats(s[X] + 4 * r * width, width), _floats(s[INPUT] + 4 * r * width, width)
         extra = _floats(added + 4 * r * width, width if added else 0)
-        _norm(x, extra, _like(weight, width, like), eps, out, like)
+        for i in range(len(extra)):
+            x[i] = _rounded(x[i] + _rounded(extra[i], like), like)
+        norm_row(x, _like(weight, width, like), eps, out, like)
 
 
 @compiled(any_order=True, kept=False)
@@ -296,27 +290,6 @@ def _by_ranks(y: Any, hidden: Any, b: int, step: int) -> None:
 
 
 @compiled(any_order=True, kept=False)
-def _head_norm(x: Any, weight: Any, eps: Any, like: Any) -> None:
-    """RMSNorm of one head, in place, its numbers rounded first."""
-    for i in range(len(x)):
-        x[i] = _rounded(x[i], like)
-    scale = np.float32(1) / np.sqrt(_mean_square(x) + np.float32(eps))
-    for i in range(len(x)):
-        x[i] = _rounded(_rounded(x[i] * scale, like) * _wide(weight[i]), like)
-
-
-@compiled(any_order=True, kept=False)
-def _turn(x: Any, cos: Any, sin: Any, like: Any) -> None:
-    """The rope of one head, in place."""
-    half = len(x) // 2
-    for i in range(half):
-        a, b = _rounded(x[i], like), _rounded(x[half + i], like)
-        first = _rounded(a * cos[i], like) + _rounded(-b * sin[i], like)
-        second = _rounded(b * cos[half + i], like) + _rounded(a * sin[half + i], like)
-        x[i], x[half + i] = _rounded(first, like), _rounded(second, like)
-
-
-@compiled(any_order=True, kept=False)
 def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: Any) -> None:
     """A thread's rows and heads of keys and values, into the last column of the cache."""
     size, heads, last = s[SIZE], s[KEYS], s[COLUMNS] - 1
@@ -325,9 +298,9 @@ def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: 
         r, head = unit // heads, unit % heads
         key, value = _floats(s[OUTPUT + 1] + 4 * unit * size, size), _floats(s[OUTPUT + 2] + 4 * unit * size, size)
         if block[NORM_K]:
-            _head_norm(key, _like(block[NORM_K], size, like), numbers[EPS_K], like)
+            norm_head(key, _like(block[NORM_K], size, like), numbers[EPS_K], like)
         turn = min(r, s[ROPES] - 1) * size * 4
-        _turn(key, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
+        turn_head(key, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
         for at, first, new in ((cache[KEYS_AT], OF_KEYS, key), (cache[VALUES_AT], OF_VALUES, value)):
             place = at + of_item * (r * cache[first] + head * cache[first + 1] + last * cache[first + 2])
             kept = _like(place, size, like)
@@ -350,9 +323,9 @@ def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like
         r, head = unit // heads, unit % heads
         query = _floats(s[OUTPUT] + 4 * unit * size, size)
         if block[NORM_Q]:
-            _head_norm(query, _like(block[NORM_Q], size, like), numbers[EPS_Q], like)
+            norm_head(query, _like(block[NORM_Q], size, like), numbers[EPS_Q], like)
         turn = min(r, s[ROPES] - 1) * size * 4
-        _turn(query, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
+        turn_head(query, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
         if r != row_before:
             row_before = r
             count = seen_places(carray(_pointer(s[SEEN] + r * columns), columns, np.uint8), places)
@@ -382,9 +355,7 @@ def _gated(s: Any, me: int, us: int, like: Any) -> None:
     for r in range(s[ROWS]):
         at = 4 * (r * width + start)
         gate, up = _floats(s[OUTPUT + 4] + at, stop - start), _floats(s[OUTPUT + 5] + at, stop - start)
-        for i in range(stop - start):
-            a, b = _rounded(gate[i], like), _rounded(up[i], like)
-            gate[i] = _rounded(_rounded(a / (np.float32(1) + _exp(-a)), like) * b, like)
+        silu_row(gate, up, like)
 
 
 @compiled(kept=False)

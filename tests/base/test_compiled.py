@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,28 @@ def test_what_c_calls_is_compiled_though_nothing_can_be_kept(tmp_path: Path, mon
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORA_RT_HOME", str(tmp_path / "file" / "home"))
     assert back(tmp_path) == set()
+
+
+def test_no_machine_code_calls_a_function_that_another_file_may_bring(home: Path) -> None:
+    import numpy as np
+
+    @compiled.compiled(any_order=True, kept=False)
+    def smoothed(x: Any, y: Any) -> float:  # too long to be built in by itself, five times
+        total = 0.0
+        for i in range(1, len(x) - 1):
+            total += (x[i - 1] * y[i] + x[i] * y[i + 1] + x[i + 1] * y[i - 1]) / (1.0 + x[i] * x[i] + abs(y[i]))
+            total += np.sqrt(abs(x[i])) * np.floor(y[i]) - x[i - 1] * x[i + 1] / (2.0 + y[i - 1] * y[i - 1])
+        for i in range(0, len(x), 3):
+            total -= x[i] / (1.0 + y[i] * y[i])
+        return total
+
+    @compiled.compiled(any_order=True)
+    def called_often(x: Any, y: Any) -> float:
+        return (
+            smoothed(x, y) + smoothed(y, x) * smoothed(x[1:], y[1:]) - smoothed(y[2:], x[2:]) + smoothed(x[3:], y[3:])
+        )
+
+    x = np.ones(9)
+    assert called_often(x, x) == called_often(x, x)
+    (code,) = called_often.inspect_llvm().values()
+    assert [name for name in re.findall(r"^define .*@(\S+)\(", code, re.MULTILINE) if "smoothed" in name] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -563,3 +564,12 @@ def test_a_kernel_that_is_not_compiled_leaves_steps_by_blocks(
     lm = CausalLM(model_of("llama"))
     assert lm.blocks is not None
     close(steps(lm), steps(lm, False))
+
+
+def test_what_a_step_computes_does_not_hang_on_what_a_process_compiled_or_loaded() -> None:
+    """All of a step is one function: one that it called could be another file's, which adds up in another order."""
+    k.step_of(np.float32)
+    for made in k._made:
+        defined = re.findall(r"^define .*@(\S+)\(", made.inspect_llvm(), re.MULTILINE)
+        assert [name for name in defined if "lora_rt" in name and "step" not in name.split("B2v")[0]] == []
+        assert any("whole_kernel" in name for name in defined)
