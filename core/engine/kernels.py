@@ -73,7 +73,7 @@ _C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 
 
 @compiled(kept=False)
-def _exp(x: Any) -> Any:
+def exp(x: Any) -> Any:
     """e^x of a float32 to 5e-7 of it, in a form that a loop over many is vectorized in; NaN stays NaN.
 
     Cephes' polynomial. Below e^-87 and above e^88 it is those.
@@ -127,7 +127,7 @@ def silu_row(gate: Any, up: Any, like: Any) -> None:
     """gate = silu(gate) * up, (F,), rounded to the model's dtype; `gate` is float32."""
     for i in range(len(gate)):
         a, b = _rounded(gate[i], like), _rounded(_wide(up[i]), like)
-        gate[i] = _rounded(_rounded(a / (np.float32(1) + _exp(-a)), like) * b, like)
+        gate[i] = _rounded(_rounded(a / (np.float32(1) + exp(-a)), like) * b, like)
 
 
 @compiled(any_order=True)
@@ -227,7 +227,7 @@ def attend_head(
         top = max(top, max(max(scores[n], scores[n + 1]), max(scores[n + 2], scores[n + 3])))
     whole = np.float32(0)
     for n in range(count):
-        scores[n] = _exp(scores[n] - top)
+        scores[n] = exp(scores[n] - top)
         whole += scores[n]
     for extra in range(3):  # what was looked at once more counts for nothing
         scores[count + extra] = np.float32(0)

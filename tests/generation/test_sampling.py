@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_rt.core.base import compiled
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling, SamplingError, seeds_per_row
 
@@ -201,6 +203,61 @@ def test_rows_of_a_large_vocabulary_choose_together_what_they_choose_alone() -> 
     alone = [choose(scores[n : n + 1].clone(), rows(range(n, n + 1)), [(3,) if n == 0 else ()])[0] for n in range(5)]
     assert together == alone
     assert together[1] == int(scores[1].argmax())
+
+
+HARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "few are likely": lambda scores: scores * 6,
+    "many are equal": lambda scores: (scores * 2).round() * 2,
+    "all are equal": lambda scores: scores * 0,
+    "most are forbidden": lambda scores: torch.where(torch.arange(scores.shape[1]) % 171 == 9, scores, -torch.inf),
+    "all but one are forbidden": lambda scores: torch.where(torch.arange(scores.shape[1]) == 4_999, scores, -torch.inf),
+    "far apart": lambda scores: scores * 1e37,
+}
+
+
+WAYS: tuple[dict[str, Any], ...] = (
+    {"top_p": 0.9},
+    {"top_k": 48},
+    {"top_k": 49, "top_p": 0.5},
+    {"top_k": 1},
+    {"top_k": 7, "top_p": 0.7},
+    {"top_p": 0.3, "temperature": 0.01},
+)
+
+
+def by_sorting_everything(scores: torch.Tensor, sampling: Sampling, number: float) -> tuple[int, set[int]]:
+    """The token of one row (vocabulary,) by the rule alone, and its nucleus; of equals the first are the likelier."""
+    order = scores.argsort(descending=True, stable=True)
+    chances = torch.softmax(scores.double() / (sampling.temperature or 1), -1)[order]
+    if sampling.top_k:
+        chances[sampling.top_k :] = 0
+    sums = chances.cumsum(0)
+    chances[(sums - chances) >= sampling.top_p * sums[-1]] = 0
+    chances = torch.zeros_like(chances).scatter_(0, order, chances)
+    sums = chances.cumsum(0)
+    nucleus = chances.nonzero()[:, 0].tolist()
+    return min(int((sums <= number * sums[-1]).sum()), nucleus[-1]), set(nucleus)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("vocabulary", [5_000, 5_001])
+@pytest.mark.parametrize("kind", HARD)
+def test_what_is_drawn_is_what_sorting_everything_gives(
+    kind: str, vocabulary: int, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_compiled and not compiled.is_there():
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(compiled, "is_there", lambda: is_compiled)
+    scores = HARD[kind](torch.randn(len(WAYS), vocabulary, generator=torch.Generator().manual_seed(4)))
+    for turn in range(10):
+        rows = [sampler(turn, **{"temperature": 0.8, **way}) for way in WAYS]
+        numbers = [sampler(turn, temperature=1.0).uniform() for _ in rows]
+        tokens = choose(scores.clone(), rows)
+        for own, row, number, token in zip(scores, rows, numbers, tokens, strict=True):
+            wanted, nucleus = by_sorting_everything(own, row.sampling, number)
+            # Where it is open how many tokens the nucleus has, a CPU draws among more of them until one is in it.
+            is_open = is_compiled and kind.endswith("are equal") and not row.sampling.top_k
+            assert token in nucleus if is_open else token == wanted
 
 
 @pytest.mark.slow

@@ -1,0 +1,271 @@
+"""How a token is drawn, for all rows at once.
+
+A row draws one uniform number u and takes the token at which the sum of chances, over the nucleus by the tokens'
+numbers, passes u times that of all of it. The nucleus is looked for among its few most likely tokens:
+
+    scores    (rows, vocabulary)     seen as blocks of 32 tokens
+    bests     (rows, blocks)         the largest score of each
+    few       (rows, 48 * 32)        the tokens of the 48 blocks with the largest ones; the 48 best are among them
+
+Where the nucleus ends depends on the sum of all chances. For what is not among the few it lies between the chances of
+their blocks' best and 32 times these, and mostly both ends give the same nucleus. Where they do not, or it has more
+tokens, it is not looked for on a CPU: the row draws among the tokens of all blocks that may have a part in it, in their
+own order, until one is drawn that lies in it, which is told by the sum of what is more likely. A GPU sorts faster than
+it is asked, and draws within the nucleus.
+Which of these ways a row goes depends on its scores alone, and not on what it draws or stands beside.
+
+torch does this by some forty operations; on a CPU that is as long as half a step, so `draw_kernel.py` does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_rt.core.base import compiled
+
+BLOCK = 32  # numbers of smaller ones torch reduces without the processor's vectors
+FEW = 48  # tokens that are looked at first
+ROUNDING = 1e-4  # more than what single precision loses in a sum of chances
+_SMALL = 3072  # tokens of a vocabulary that is looked at whole
+_TRIES = 64  # after which a small nucleus is looked for by sorting
+
+
+class Draw(NamedTuple):
+    """By what a row draws: `top_k` is infinite for none, `uniform` a random number from 0 to below 1."""
+
+    heat: float
+    top_p: float
+    top_k: float
+    uniform: float
+
+
+def drawn(scores: Tensor, bests: Tensor, settings: Sequence[Draw], again: Callable[[int], float]) -> list[int]:
+    """A token for every row.
+
+    Args:
+        scores: (rows, vocabulary) float32, whose best are finite. bests: (rows, blocks) the largest of each block.
+        settings: of each row.
+        again: one more random number of a row, by its place.
+    """
+    if scores.is_cpu and scores.shape[1] > _SMALL and compiled.is_there():
+        return _by_kernel(scores, bests, settings, again)
+    drawing = _Drawing(scores, bests, settings)
+    found, unsure = drawing.found()  # the 48 blocks were looked at
+    if unsure:  # the nucleus is wider than what was looked at
+        for number, token in zip(unsure, drawing.exactly(unsure), strict=True):
+            found[number] = token
+    return found
+
+
+def _by_kernel(scores: Tensor, bests: Tensor, settings: Sequence[Draw], again: Callable[[int], float]) -> list[int]:
+    from lora_rt.core.generation import draw_kernel as kernel
+
+    kernel.prepare()
+    numbers, found = np.zeros((len(settings), kernel.NUMBERS)), np.empty(len(settings), np.int64)
+    numbers[:, : len(Draw._fields)] = settings
+    numbers[:, kernel.BEST] = bests.amax(-1)
+    kernel.draw(scores.numpy(), bests.numpy(), numbers, found)
+    tokens: list[int] = found.tolist()
+    unsure = [number for number, token in enumerate(tokens) if token == kernel.UNSURE]
+    if tried := [number for number in unsure if settings[number].top_k == torch.inf]:
+        wide = _Wide(bests.shape[1])
+        for number in tried:
+            drawn_again = partial(again, number)
+            tokens[number] = wide.drawn(scores[number].numpy(), bests[number].numpy(), numbers[number], drawn_again)
+    if rest := [number for number in unsure if tokens[number] == kernel.UNSURE]:
+        drawing = _Drawing(scores[rest], bests[rest], [settings[number] for number in rest])
+        for number, token in zip(rest, drawing.exactly(list(range(len(rest)))), strict=True):
+            tokens[number] = token
+    return tokens
+
+
+class _Wide:
+    """Draws among many tokens until one lies in the nucleus; that is to draw from the nucleus.
+
+    It holds room for what a row looks at: new memory costs more than what is written to it.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks, self._sums = np.empty(blocks, np.int64), np.empty(blocks)
+        self._chances = np.empty((blocks, BLOCK), np.float32)
+
+    def drawn(self, scores: Any, bests: Any, numbers: Any, again: Callable[[], float]) -> int:
+        """The token of a row, or `UNSURE` after so many tries: scores (vocabulary,), bests (blocks,) of a row."""
+        from lora_rt.core.generation import draw_kernel as kernel
+
+        count, total, rest = kernel.look(scores, bests, numbers, self._blocks, self._chances, self._sums)
+        if not 0 < total < float("inf"):
+            return kernel.UNSURE
+        seen = self._blocks[:count], self._chances[:count], self._sums[:count]
+        uniform, outside = float(numbers[kernel.UNIFORM]), 0.0  # the largest chance found to lie outside
+        for _ in range(_TRIES):
+            token, inside, chance = kernel.attempt(scores, numbers, *seen, total, rest, uniform, outside)
+            if inside:
+                return int(token)
+            outside = max(outside, chance)
+            uniform = again()
+        return kernel.UNSURE
+
+
+def values_of(scores: Tensor, blocks: Tensor) -> Tensor:
+    """The scores of the tokens of some blocks (rows, n), (rows, 32 n); -inf for what a short block lacks."""
+    if scores.shape[1] % BLOCK == 0:
+        rows = torch.arange(len(scores), device=scores.device)[:, None]
+        return scores.view(len(scores), -1, BLOCK)[rows, blocks].flatten(1)
+    tokens = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    last = scores.shape[1] - 1
+    return scores.gather(1, tokens.clamp(max=last)).masked_fill_(tokens > last, -torch.inf)
+
+
+def tokens_at(blocks: Tensor, places: Tensor) -> Tensor:
+    """Which tokens stand at places (rows, m) of what `values_of` gives for these blocks."""
+    return blocks.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+
+
+class _Drawing:
+    """One step of some rows: their most likely tokens, their chances, and where their random numbers fall.
+
+    Chances are relative to the best token's. `least` and `most` (rows,) are bounds on the sum of all of a row.
+    """
+
+    def __init__(self, scores: Tensor, bests: Tensor, settings: Sequence[Draw]) -> None:
+        self._scores = scores
+        self._best = bests.amax(-1).double()
+        columns = torch.tensor(settings, dtype=torch.float64).to(scores.device)  # one copy: each is waited for
+        self._heat, self._top_p, self._top_k, self._uniform = columns.unbind(1)
+        self._whole = scores.shape[1] <= _SMALL  # nothing is missing
+        if self._whole:
+            values, self.tokens = scores.sort(dim=-1, descending=True, stable=True)
+            self.least = self.most = self._best  # the sum that is known counts instead
+        else:
+            few = bests.topk(FEW, dim=-1, sorted=False).indices  # (rows, 48)
+            values = values_of(scores, few)  # (rows, 48 * 32)
+            known = self._roughly(values).sum(-1).double()
+            others = self._roughly(bests).scatter(1, few, 0.0).sum(-1).double()  # of each other block its best
+            # The 48 best tokens of all lie in the 48 blocks with the largest bests: each of any other block has 48
+            # bests above it.
+            values, where = values.topk(FEW, dim=-1)
+            values, self.tokens = _sorted(values, tokens_at(few, where))
+            # Of the other blocks at least the best token counts, and at most all 32 are as good as it.
+            self.least = (known + others) * (1 - ROUNDING)
+            self.most = (known + others * BLOCK) * (1 + ROUNDING)
+        self._values = values
+        self._chance = self._chances(values)  # (rows, 48), or (rows, vocabulary) of a small one; falling
+
+    def found(self) -> tuple[list[int], list[int]]:
+        """A token for every row, and the numbers of the rows whose nucleus the bounds leave open."""
+        # A larger sum of all makes a larger nucleus. Where both ends give the same one, so does the sum itself.
+        low, known_low, tokens, _ = self._nuclei(self.least)
+        high, known_high, _, _ = self._nuclei(self.most)
+        unsure: list[int] = (
+            ((low != high) | ~known_low | ~known_high | self._tied(self._values, low)).nonzero()[:, 0].tolist()
+        )
+        return tokens.tolist(), unsure
+
+    def _tied(self, values: Tensor, inside: Tensor) -> Tensor:
+        """Whether tokens that were not looked at may be as likely as the last of so many (rows,) of the likeliest."""
+        last = values.gather(1, (inside - 1).clamp(min=0)[:, None])[:, 0]
+        return (last == values[:, -1]) & (not self._whole)
+
+    def _roughly(self, values: Tensor) -> Tensor:
+        """The chances in single precision, which is enough for bounds, (rows, n)."""
+        return (values - self._best[:, None].float()).div_(self._heat[:, None].float()).exp_()
+
+    def _chances(self, values: Tensor) -> Tensor:
+        """(rows, n)"""
+        return ((values.double() - self._best[:, None]) / self._heat[:, None]).exp()
+
+    def _nuclei(self, totals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """If these are the sums of all chances: `_fallen` among the most likely tokens."""
+        settings = self._top_p, self._top_k, self._uniform
+        return _fallen(self._chance, self.tokens, totals, *settings, whole=self._whole)
+
+    def exactly(self, numbers: list[int]) -> list[int]:
+        """The tokens of some rows, by the sums of all chances; where the 48 are not enough, everything is sorted."""
+        rows = torch.tensor(numbers, device=self._scores.device)
+        scores, settings = self._scores[rows], (self._top_p[rows], self._top_k[rows], self._uniform[rows])
+        chances = ((scores.double() - self._best[rows, None]) / self._heat[rows, None]).exp()
+        totals = chances.sum(-1)
+        inside, _, found, fell = _fallen(self._chance[rows], self.tokens[rows], totals, *settings, whole=self._whole)
+        rest = (~fell | self._tied(self._values[rows], inside)).nonzero()[:, 0]
+        if len(rest):
+            order = scores[rest].argsort(dim=-1, descending=True, stable=True)
+            sorted_chances = chances[rest].gather(1, order)
+            _, _, drawn, _ = _fallen(sorted_chances, order, totals[rest], *(s[rest] for s in settings), whole=True)
+            found[rest] = drawn
+        tokens: list[int] = found.tolist()
+        return tokens
+
+
+def _fallen(
+    chance: Tensor,
+    tokens: Tensor,
+    total: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    uniform: Tensor,
+    *,
+    whole: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every row the number of tokens in its nucleus, whether that is known, the token drawn, and whether that is.
+
+    Without a nucleus (top_p of 1) only the latter may be known; what is not needs more tokens than these.
+
+    With chances 1, 0.5, 0.25, 0.125, ... of a total of 2 and top_p 0.8, what is above the third token has 1.5 < 1.6 and
+    what is above the fourth 1.75: the nucleus is the first three. If they are the tokens 7, 2 and 5, they lie in the
+    order 2, 5, 7, and a number of 0.3 falls at 0.3 * 1.75 = 0.525, past token 2 (0.5), and so on token 5.
+
+    Args:
+        chance: (rows, n) in falling order. tokens: (rows, n) which ones these are.
+        total: (rows,) the sum over the whole vocabulary.
+        top_p, top_k, uniform: (rows,) settings, infinity for no top_k, and random numbers.
+        whole: whether the n are the whole vocabulary.
+    """
+    count = chance.shape[1]
+    ranks = torch.arange(count, device=chance.device)
+    chance = chance * (ranks < top_k[:, None])
+    sums = chance.cumsum(-1)
+    complete = (top_k <= count) | whole  # what lies beyond has no chance, so the sum of these is that of all
+    total = torch.where(complete, sums[:, -1], total)
+    nucleus = ((sums - chance) < (top_p * total)[:, None]) & (chance > 0)  # at least one, since 0 < top_p * total
+    inside = torch.where(top_p < 1, nucleus.sum(-1), top_k.clamp(max=count).long())
+    # A nucleus that takes all n may go on behind them. With a top_k over n the total is that of k tokens, unknown here.
+    known = complete | ((top_p < 1) & (inside < count) & top_k.isinf())
+    drawn = _in_their_own_order(chance * (ranks < inside[:, None]), tokens, uniform, whole=whole)
+    # Of what is drawn among all tokens, these may be enough only if the most likely ones come first.
+    place = (sums <= (uniform * total)[:, None]).sum(-1)  # how many tokens lie wholly below the draw
+    first = tokens.gather(1, place[:, None].clamp(max=count - 1))[:, 0]
+    found = known | ((top_p >= 1) & (place < count) & top_k.isinf())
+    return inside, known, torch.where(known, drawn, first), found
+
+
+def _in_their_own_order(chance: Tensor, tokens: Tensor, uniform: Tensor, *, whole: bool) -> Tensor:
+    """The tokens (rows,) on which random numbers fall where tokens with a chance (rows, n) lie by their numbers.
+
+    By how likely they are, two tokens whose scores rounding sets one way or the other would change places, and with
+    them what is drawn.
+    """
+    if whole:  # then a token's place is its number
+        lying, chance = None, torch.zeros_like(chance).scatter_(1, tokens, chance)
+    else:
+        order = tokens.argsort(dim=-1)
+        lying, chance = tokens.gather(1, order), chance.gather(1, order)
+    sums = chance.cumsum(-1)
+    place = (sums <= (uniform * sums[:, -1])[:, None]).sum(-1)
+    last = (torch.arange(chance.shape[1], device=chance.device) * (chance > 0)).amax(-1)
+    place = torch.minimum(place, last)
+    return place if lying is None else lying.gather(1, place[:, None])[:, 0]
+
+
+def _sorted(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Falling by value; of equal ones the smaller token first, so that the order is the same however it was found."""
+    by_token = tokens.argsort(dim=-1)
+    values, tokens = values.gather(1, by_token), tokens.gather(1, by_token)
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    return values.gather(1, order), tokens.gather(1, order)
