@@ -62,7 +62,7 @@ class ForwardPass:
             if self.takes_positions:
                 given["position_ids"] = positions_of(mask)[:, -ids.shape[1] :] + self.first_position
         if columns is not None and self.takes_columns:
-            given["logits_to_keep"] = columns
+            given["logits_to_keep"] = _gathered(columns, ids)
         return given
 
     def kept(self, logits: Tensor, columns: int | Tensor | None) -> Tensor:
@@ -70,6 +70,17 @@ class ForwardPass:
         if columns is None or self.takes_columns:
             return logits
         return logits[:, -columns:] if isinstance(columns, int) else logits[:, columns]
+
+
+def _gathered(columns: int | Tensor, ids: Tensor) -> int | Tensor:
+    """The same columns as a model takes them together into new memory.
+
+    The last n are a view between whose rows lie the others'. On a CPU torch multiplies each of its rows for itself, in
+    bfloat16 by a loop without vectors: sixteen rows by an output head of 49,152 words take 1.4 s and not 25 ms.
+    """
+    if not isinstance(columns, int) or columns >= ids.shape[1]:
+        return columns
+    return torch.arange(ids.shape[1] - columns, ids.shape[1], device=ids.device)
 
 
 def device_of(model: Any) -> torch.device:

@@ -100,7 +100,8 @@ def _steps(
     cache = DynamicCache(config=model.config)
     for _ in range(steps):
         with torch.inference_mode():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
+            last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # a slice is slow on a CPU: see `base/shape.py`
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last, **arguments)
             ids = choose(said, output.logits[:, -1])
             said = torch.cat([said, ids], dim=1)
         yield ids[:, 0]

@@ -6,17 +6,24 @@ bests     (rows, blocks)         the largest score of each block
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_rt.core.generation.drawing import BLOCK, Draw, drawn, tokens_at, values_of
+from lora_rt.core.base import compiled
+from lora_rt.core.generation.drawing import BLOCK, SMALL, Draw, Drawing, tokens_at, values_of
 from lora_rt.core.generation.sampling import Sampling
 
+_log = logging.getLogger("lora_rt.generation")
+
+_TRIES = 64  # after which a small nucleus is looked for by sorting
 _WIDEST = torch.finfo(torch.float32).max
 
 
@@ -120,4 +127,74 @@ def _drawn(scores: Tensor, bests: Tensor, rows: Sequence[RowSampler]) -> list[in
         )
         for row in rows
     ]
-    return drawn(scores, bests, settings, again=lambda number: rows[number].uniform())
+    if scores.is_cpu and many > SMALL and compiled.is_there() and (kernel := _kernel()) is not None:
+        return _by_kernel(kernel, scores, bests, settings, again=lambda number: rows[number].uniform())
+    drawing = Drawing(scores, bests, settings)
+    found, unsure = drawing.found()  # the 48 blocks were looked at
+    if unsure:  # the nucleus is wider than what was looked at
+        for number, token in zip(unsure, drawing.exactly(unsure), strict=True):
+            found[number] = token
+    return found
+
+
+@cache
+def _kernel() -> Any:
+    """`draw_kernel.py`, compiled; None where that can't be done."""
+    try:
+        from lora_rt.core.generation import draw_kernel
+
+        draw_kernel.prepare()
+    except Exception as error:  # another release of numba may refuse it in any way
+        _log.warning("tokens are drawn by torch, which is slower: %s", error)
+        return None
+    return draw_kernel
+
+
+def _by_kernel(
+    kernel: Any, scores: Tensor, bests: Tensor, settings: Sequence[Draw], again: Callable[[int], float]
+) -> list[int]:
+    """The same, compiled; `again` is one more random number of a row, by its place."""
+    numbers, found = np.zeros((len(settings), kernel.NUMBERS)), np.empty(len(settings), np.int64)
+    numbers[:, : len(Draw._fields)] = settings
+    numbers[:, kernel.BEST] = bests.amax(-1)
+    kernel.draw(scores.numpy(), bests.numpy(), numbers, found)
+    tokens: list[int] = found.tolist()
+    unsure = [number for number, token in enumerate(tokens) if token == kernel.UNSURE]
+    if tried := [number for number in unsure if settings[number].top_k == torch.inf]:
+        wide = _Wide(kernel, bests.shape[1])
+        for number in tried:
+            drawn_again = partial(again, number)
+            tokens[number] = wide.drawn(scores[number].numpy(), bests[number].numpy(), numbers[number], drawn_again)
+    if rest := [number for number in unsure if tokens[number] == kernel.UNSURE]:
+        drawing = Drawing(scores[rest], bests[rest], [settings[number] for number in rest])
+        for number, token in zip(rest, drawing.exactly(list(range(len(rest)))), strict=True):
+            tokens[number] = token
+    return tokens
+
+
+class _Wide:
+    """Draws among many tokens until one lies in the nucleus; that is to draw from the nucleus.
+
+    It holds room for what a row looks at: new memory costs more than what is written to it.
+    """
+
+    def __init__(self, kernel: Any, blocks: int) -> None:
+        self._kernel = kernel
+        self._blocks, self._sums = np.empty(blocks, np.int64), np.empty(blocks)
+        self._chances = np.empty((blocks, BLOCK), np.float32)
+
+    def drawn(self, scores: Any, bests: Any, numbers: Any, again: Callable[[], float]) -> int:
+        """The token of a row, or `UNSURE` after so many tries: scores (vocabulary,), bests (blocks,) of a row."""
+        kernel = self._kernel
+        count, total, rest = kernel.look(scores, bests, numbers, self._blocks, self._chances, self._sums)
+        if not 0 < total < float("inf"):
+            return int(kernel.UNSURE)
+        seen = self._blocks[:count], self._chances[:count], self._sums[:count]
+        uniform, outside = float(numbers[kernel.UNIFORM]), 0.0  # the largest chance found to lie outside
+        for _ in range(_TRIES):
+            token, inside, chance = kernel.attempt(scores, numbers, *seen, total, rest, uniform, outside)
+            if inside:
+                return int(token)
+            outside = max(outside, chance)
+            uniform = again()
+        return int(kernel.UNSURE)

@@ -9,7 +9,6 @@ tokens' numbers, wherever it stands.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -223,11 +222,11 @@ def attempt(
     return token, above < top_p * all_of_them, chance
 
 
-@cache
 def prepare() -> None:
-    """Compile now what draws from wide nuclei, or load it: it would take seconds in the middle of an answer."""
-    scores, numbers = np.zeros((1, 2 * BLOCK), np.float32), np.ones((1, NUMBERS))
-    bests, blocks, sums = np.zeros((1, 2), np.float32), np.empty(2, np.int64), np.empty(2)
-    chances = np.empty((2, BLOCK), np.float32)
+    """Compile all of it now, or load it: what draws from wide nuclei would take seconds in the middle of an answer."""
+    scores, numbers = np.zeros((1, 2 * FEW * BLOCK), np.float32), np.ones((1, NUMBERS))
+    bests, blocks, sums = np.zeros((1, 2 * FEW), np.float32), np.empty(2 * FEW, np.int64), np.empty(2 * FEW)
+    chances = np.empty((2 * FEW, BLOCK), np.float32)
+    draw(scores, bests, numbers, np.empty(1, np.int64))
     count, total, rest = look(scores[0], bests[0], numbers[0], blocks, chances, sums)
     attempt(scores[0], numbers[0], blocks[:count], chances[:count], sums[:count], total, rest, 0.5, 0.0)

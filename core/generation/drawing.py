@@ -14,26 +14,21 @@ own order, until one is drawn that lies in it, which is told by the sum of what 
 it is asked, and draws within the nucleus.
 Which of these ways a row goes depends on its scores alone, and not on what it draws or stands beside.
 
-torch does this by some forty operations; on a CPU that is as long as half a step, so `draw_kernel.py` does the same.
+Here this is done by some forty operations of torch. On a CPU `draw_kernel.py` does it at once, where numba is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from lora_rt.core.base import compiled
 
 BLOCK = 32  # numbers of smaller ones torch reduces without the processor's vectors
 FEW = 48  # tokens that are looked at first
 ROUNDING = 1e-4  # more than what single precision loses in a sum of chances
-_SMALL = 3072  # tokens of a vocabulary that is looked at whole
-_TRIES = 64  # after which a small nucleus is looked for by sorting
+SMALL = 3072  # tokens of a vocabulary that is looked at whole
 
 
 class Draw(NamedTuple):
@@ -43,74 +38,6 @@ class Draw(NamedTuple):
     top_p: float
     top_k: float
     uniform: float
-
-
-def drawn(scores: Tensor, bests: Tensor, settings: Sequence[Draw], again: Callable[[int], float]) -> list[int]:
-    """A token for every row.
-
-    Args:
-        scores: (rows, vocabulary) float32, whose best are finite. bests: (rows, blocks) the largest of each block.
-        settings: of each row.
-        again: one more random number of a row, by its place.
-    """
-    if scores.is_cpu and scores.shape[1] > _SMALL and compiled.is_there():
-        return _by_kernel(scores, bests, settings, again)
-    drawing = _Drawing(scores, bests, settings)
-    found, unsure = drawing.found()  # the 48 blocks were looked at
-    if unsure:  # the nucleus is wider than what was looked at
-        for number, token in zip(unsure, drawing.exactly(unsure), strict=True):
-            found[number] = token
-    return found
-
-
-def _by_kernel(scores: Tensor, bests: Tensor, settings: Sequence[Draw], again: Callable[[int], float]) -> list[int]:
-    from lora_rt.core.generation import draw_kernel as kernel
-
-    kernel.prepare()
-    numbers, found = np.zeros((len(settings), kernel.NUMBERS)), np.empty(len(settings), np.int64)
-    numbers[:, : len(Draw._fields)] = settings
-    numbers[:, kernel.BEST] = bests.amax(-1)
-    kernel.draw(scores.numpy(), bests.numpy(), numbers, found)
-    tokens: list[int] = found.tolist()
-    unsure = [number for number, token in enumerate(tokens) if token == kernel.UNSURE]
-    if tried := [number for number in unsure if settings[number].top_k == torch.inf]:
-        wide = _Wide(bests.shape[1])
-        for number in tried:
-            drawn_again = partial(again, number)
-            tokens[number] = wide.drawn(scores[number].numpy(), bests[number].numpy(), numbers[number], drawn_again)
-    if rest := [number for number in unsure if tokens[number] == kernel.UNSURE]:
-        drawing = _Drawing(scores[rest], bests[rest], [settings[number] for number in rest])
-        for number, token in zip(rest, drawing.exactly(list(range(len(rest)))), strict=True):
-            tokens[number] = token
-    return tokens
-
-
-class _Wide:
-    """Draws among many tokens until one lies in the nucleus; that is to draw from the nucleus.
-
-    It holds room for what a row looks at: new memory costs more than what is written to it.
-    """
-
-    def __init__(self, blocks: int) -> None:
-        self._blocks, self._sums = np.empty(blocks, np.int64), np.empty(blocks)
-        self._chances = np.empty((blocks, BLOCK), np.float32)
-
-    def drawn(self, scores: Any, bests: Any, numbers: Any, again: Callable[[], float]) -> int:
-        """The token of a row, or `UNSURE` after so many tries: scores (vocabulary,), bests (blocks,) of a row."""
-        from lora_rt.core.generation import draw_kernel as kernel
-
-        count, total, rest = kernel.look(scores, bests, numbers, self._blocks, self._chances, self._sums)
-        if not 0 < total < float("inf"):
-            return kernel.UNSURE
-        seen = self._blocks[:count], self._chances[:count], self._sums[:count]
-        uniform, outside = float(numbers[kernel.UNIFORM]), 0.0  # the largest chance found to lie outside
-        for _ in range(_TRIES):
-            token, inside, chance = kernel.attempt(scores, numbers, *seen, total, rest, uniform, outside)
-            if inside:
-                return int(token)
-            outside = max(outside, chance)
-            uniform = again()
-        return kernel.UNSURE
 
 
 def values_of(scores: Tensor, blocks: Tensor) -> Tensor:
@@ -128,7 +55,7 @@ def tokens_at(blocks: Tensor, places: Tensor) -> Tensor:
     return blocks.gather(1, places // BLOCK) * BLOCK + places % BLOCK
 
 
-class _Drawing:
+class Drawing:
     """One step of some rows: their most likely tokens, their chances, and where their random numbers fall.
 
     Chances are relative to the best token's. `least` and `most` (rows,) are bounds on the sum of all of a row.
@@ -139,7 +66,7 @@ class _Drawing:
         self._best = bests.amax(-1).double()
         columns = torch.tensor(settings, dtype=torch.float64).to(scores.device)  # one copy: each is waited for
         self._heat, self._top_p, self._top_k, self._uniform = columns.unbind(1)
-        self._whole = scores.shape[1] <= _SMALL  # nothing is missing
+        self._whole = scores.shape[1] <= SMALL  # nothing is missing
         if self._whole:
             values, self.tokens = scores.sort(dim=-1, descending=True, stable=True)
             self.least = self.most = self._best  # the sum that is known counts instead

@@ -40,6 +40,18 @@ def test_the_wanted_columns_are_the_same_whether_the_model_cuts_or_we_do(
             assert_close(found, whole[:, -1:] if isinstance(columns, int) else whole[:, columns])
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_the_head_reads_of_the_last_columns_lies_together(architecture: str) -> None:
+    """Of rows between which others lie, torch multiplies each for itself: fifty times as long in bfloat16."""
+    model, ids, seen = random_model(config_of(architecture)), some_ids(3, 6), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _head, given: seen.append(given[0]))
+    with torch.inference_mode():
+        for columns in (1, 2, 6):
+            model(**ForwardPass.of(model).arguments(ids, columns=columns))
+            assert (seen[-1].numel(), seen[-1].stride()[-2]) == (3 * columns * seen[-1].shape[-1], seen[-1].shape[-1])
+            assert seen[-1].stride(0) == columns * seen[-1].shape[-1]
+
+
 def test_blocks_and_heads_are_those_of_the_configuration(zoo: Zoo) -> None:
     model = random_model(config_of("llama"))
     assert blocks_of(model) is model.model.layers

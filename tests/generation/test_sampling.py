@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from lora_rt.core.base import compiled
+from lora_rt.core.generation import choosing
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling, SamplingError, seeds_per_row
 
@@ -258,6 +260,19 @@ def test_what_is_drawn_is_what_sorting_everything_gives(
             # Where it is open how many tokens the nucleus has, a CPU draws among more of them until one is in it.
             is_open = is_compiled and kind.endswith("are equal") and not row.sampling.top_k
             assert token in nucleus if is_open else token == wanted
+
+
+def test_without_a_kernel_torch_draws_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if compiled.is_there():  # another release of it
+        monkeypatch.setattr("lora_rt.core.generation.draw_kernel.prepare", lambda: 1 / 0)
+    monkeypatch.setattr(compiled, "is_there", lambda: True)
+    monkeypatch.setattr(choosing, "_kernel", cache(choosing._kernel.__wrapped__))
+    flat = torch.zeros(2, 5_000)
+    assert None not in choose(flat, [sampler(n, temperature=1.0, top_p=0.9) for n in range(2)])
+    assert None not in choose(flat, [sampler(n, temperature=1.0, top_p=0.9) for n in range(2)])
+    assert caplog.text.count("tokens are drawn by torch") == 1
 
 
 @pytest.mark.slow
