@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +26,8 @@ Ways = tuple[Way, ...]
 _TINY = 4_000_000  # numbers in all layers of a base, below which there is nothing to gain
 _SHARE = 0.5  # of the free memory that dense copies may take
 _GAIN = 0.9  # a way is left for another one only if that takes at most this share of its time
-_HARDLY = (
-    1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves all that lies between products
-)
+_GAIN_ALONE = 0.75  # the same for single tokens: a copy of an output head takes as long to make as three hundred steps
+_HARDLY = 1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves what lies between products
 _PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
 _SETS: tuple[tuple[Copy, ...], ...] = (
     (),
@@ -78,6 +78,10 @@ class Products:
             ways = plan[layer_name(layer)]
             made = Product(layer, ways, _near(times[layer_name(layer)], ways))
             layer.forward = made  # type: ignore[method-assign,assignment]  # of this one alone
+        counts = Counter(map(layer_name, self.layers))
+        repeated: list[Any] = [layer.forward for layer in self.layers if counts[layer_name(layer)] > 1]
+        for made in repeated:  # those of blocks
+            made.beside = repeated
 
     def keep(self) -> None:
         """Make all dense copies now instead of when they are first needed: what is free then is free."""
@@ -127,12 +131,18 @@ def choose(
 
 
 def fastest(times: Times, ways: Sequence[Way]) -> Ways:
-    """The fastest for each class of tokens; the layer's own, where that is among them and hardly slower."""
+    """The fastest for each class of tokens; one for which nothing has to be made, where it is hardly slower."""
 
     def pick(number: int) -> Way:
         best = min(ways, key=lambda way: _time(times, way, number))
-        near = "packed" in ways and _time(times, best, number) > _GAIN * _time(times, "packed", number)
-        return "packed" if near else best
+        took, is_dense = _time(times, best, number), keeps(best) not in (None, "four-bit")
+        gain = _GAIN_ALONE if is_dense and number == 0 else _GAIN
+        if "packed" in ways and took > gain * _time(times, "packed", number):
+            return "packed"
+        # Codes for the 4-bit kernel are laid out in no time, and single tokens mostly need them.
+        return (
+            "four-bit" if is_dense and "four-bit" in ways and took > _GAIN * _time(times, "four-bit", number) else best
+        )
 
     return tuple(map(pick, range(len(SIZES))))
 

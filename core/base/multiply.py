@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, get_args
@@ -187,6 +188,7 @@ class Product:
         "_parameters",
         "_place",
         "_weight",
+        "beside",
         "dtype",
         "module",
         "own",
@@ -211,6 +213,7 @@ class Product:
         self._by_bits = tuple(ways[number] for number in _CLASSES)
         self._four_bit = tuple(ways[number] == "four-bit" or number in near for number in _CLASSES)
         self._kept: dict[Copy, Any] = {}
+        self.beside: Sequence[Product] = ()  # layers that read as many tokens as this one
         self._look()
         self.own: Forward = module.forward
         if packs(module):
@@ -252,6 +255,8 @@ class Product:
         if way == "dense-blocked":
             return blocked.product(given, self._copy("blocked"), bias)
         if way == "dense-half":
+            if "half" not in self._kept:
+                self._all_in_half(given.numel() // self.width)
             return half.product(given, self._copy("half"), bias)
         if way == "four-bit":
             return four_bit.product(given, self._copy("four-bit"), bias)
@@ -315,6 +320,13 @@ class Product:
                 found = dense_weight(self.module) if other is None else other
                 found = kept[kind] = laid_out(found, kind, self.dtype)
         return found
+
+    def _all_in_half(self, count: int) -> None:
+        """Make the copies of all layers that will multiply so many tokens so: one thread makes one at a time."""
+        bits = min(count.bit_length(), _MANY)
+        lacking = [one for one in self.beside if one._by_bits[bits] == "dense-half" and "half" not in one._kept]
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(lambda one: one._copy("half"), lacking))
 
     def _look(self) -> None:
         weight: Any = self._parameters["weight"]

@@ -208,6 +208,16 @@ def test_each_class_of_tokens_gets_its_fastest_way_and_the_own_one_where_nothing
     assert fastest(slow, ["packed", "dense", "dense-wide"]) == always("packed")
 
 
+def test_a_copy_that_takes_long_to_make_is_made_where_it_gains_enough() -> None:
+    def found(half: float, number: int) -> Way:
+        times = {"packed": [100.0, *[900.0] * 5], "four-bit": [300.0, *[100.0] * 5], "dense-half": [half] * 6}
+        return fastest(times, ["packed", "four-bit", "dense-half"])[number]
+
+    assert (found(80.0, 0), found(70.0, 0)) == ("packed", "dense-half")  # single tokens
+    assert (found(95.0, 4), found(85.0, 4)) == ("four-bit", "dense-half")
+    assert fastest({"packed": [100.0] * 6, "four-bit": [85.0] * 6}, ["packed", "four-bit"])[0] == "four-bit"
+
+
 def plan(monkeypatch: pytest.MonkeyPatch, wish: str, room: int) -> Ways:
     module = layer()
     monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, TIMES))
@@ -272,6 +282,24 @@ def test_where_gradients_are_to_flow_no_copy_is_kept_that_knows_none(monkeypatch
 
     assert kept(for_training=False) == {"blocked"}
     assert kept(for_training=True) == {"narrow"}
+
+
+def test_copies_of_all_layers_of_the_blocks_are_made_when_the_first_of_them_needs_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not multiply.half.are_there():
+        pytest.skip("no FBGEMM here")
+    times = {way: [1.0 if way == "dense-half" else 9.0] * 6 for way in (*TIMES, "four-bit")}
+    monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
+    monkeypatch.setattr("lora_rt.core.base.fastest._TINY", 1)
+    head = layer(out=2 * OUT)
+    blocks = [layer(), layer(), layer()]
+    wanted = [module(given(70)) for module in (layer(), head)]
+    products = Products(nn.Sequential(*blocks, head))
+    found = blocks[1](given(70))
+    assert [set(module.forward._kept) for module in (*blocks, head)] == [{"half"}] * 3 + [set()]
+    torch.testing.assert_close([found, head(given(70))], wanted, rtol=1e-2, atol=1e-2)
+    products.close()
 
 
 def test_what_was_measured_is_remembered_and_a_damaged_file_is_measured_again(
