@@ -29,12 +29,15 @@ def is_there() -> bool:
     return find_spec("numba") is not None
 
 
-def compiled(*, any_order: bool = False, kept: bool = True) -> Callable[[Callable[..., Any]], Any]:
+def compiled(
+    *, any_order: bool = False, kept: bool = True, uses: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Decorates a function that numba compiles when it is first called.
 
     Args:
         any_order: sums may be made in any order. Neither NaN nor infinity is assumed away.
         kept: what was compiled is remembered. What others call is not: it is built into each of them.
+        uses: other files whose functions or numbers are built into it.
     """
     options: dict[str, Any] = {"nogil": True, **_OPTIONS}
     if any_order:
@@ -43,7 +46,7 @@ def compiled(*, any_order: bool = False, kept: bool = True) -> Callable[[Callabl
     def decorate(function: Callable[..., Any]) -> Any:
         from numba import njit
 
-        return _remembered(function, options) if kept else njit(**options, **_INNER)(function)
+        return _remembered(function, options, uses) if kept else njit(**options, **_INNER)(function)
 
     return decorate
 
@@ -53,7 +56,7 @@ def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any
 
     Args:
         signature: in numba's words.
-        uses: the files of the functions of `compiled` that it calls.
+        uses: other files whose functions or numbers are built into it.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -83,11 +86,11 @@ def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any
     return decorate
 
 
-def _remembered(function: Any, options: dict[str, Any]) -> Any:
+def _remembered(function: Any, options: dict[str, Any], uses: Sequence[str]) -> Any:
     """The function, which is looked for in the home when it is first called, and put there."""
     from numba import config, njit
 
-    folder = _folder(Path(function.__code__.co_filename))
+    folder = _folder(Path(function.__code__.co_filename), *map(Path, uses))
     if not _can_write(folder):
         return njit(**options)(function)
     with _SETTING:

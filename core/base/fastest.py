@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -78,10 +77,9 @@ class Products:
             ways = plan[layer_name(layer)]
             made = Product(layer, ways, _near(times[layer_name(layer)], ways))
             layer.forward = made  # type: ignore[method-assign,assignment]  # of this one alone
-        counts = Counter(map(layer_name, self.layers))
-        repeated: list[Any] = [layer.forward for layer in self.layers if counts[layer_name(layer)] > 1]
-        for made in repeated:  # those of blocks
-            made.beside = repeated
+        for stack in _stacks(model, self.layers):
+            for made in stack:
+                made.beside = stack
 
     def keep(self) -> None:
         """Make all dense copies now instead of when they are first needed: what is free then is free."""
@@ -91,7 +89,8 @@ class Products:
     def close(self) -> None:
         """Give the layers their own forwards back, and the memory of the copies."""
         for layer in self.layers:
-            if isinstance(vars(layer).get("forward"), Product):
+            if isinstance(made := vars(layer).get("forward"), Product):
+                made.beside = ()  # in a circle their copies would stay until it is looked for
                 del layer.forward
         self.layers = []
 
@@ -131,20 +130,23 @@ def choose(
 
 
 def fastest(times: Times, ways: Sequence[Way]) -> Ways:
-    """The fastest for each class of tokens; one for which nothing has to be made, where it is hardly slower."""
+    """The fastest for each class of tokens; one that needs no dense copy, where it is hardly slower."""
 
     def pick(number: int) -> Way:
         best = min(ways, key=lambda way: _time(times, way, number))
-        took, is_dense = _time(times, best, number), keeps(best) not in (None, "four-bit")
-        gain = _GAIN_ALONE if is_dense and number == 0 else _GAIN
-        if "packed" in ways and took > gain * _time(times, "packed", number):
-            return "packed"
-        # Codes for the 4-bit kernel are laid out in no time, and single tokens mostly need them.
-        return (
-            "four-bit" if is_dense and "four-bit" in ways and took > _GAIN * _time(times, "four-bit", number) else best
-        )
+        near = "four-bit" in ways and _time(times, best, number) > _GAIN * _time(times, "four-bit", number)
+        if near and _is_dense(best):
+            best = "four-bit"
+        gain = _GAIN_ALONE if _is_dense(best) and number == 0 else _GAIN
+        near = "packed" in ways and _time(times, best, number) > gain * _time(times, "packed", number)
+        return "packed" if near else best
 
     return tuple(map(pick, range(len(SIZES))))
+
+
+def _is_dense(way: Way) -> bool:
+    """Whether a dense copy is kept for it, which takes long to make; codes for the 4-bit kernel are there at once."""
+    return keeps(way) not in (None, "four-bit")
 
 
 def told(name: str, times: Times) -> str:
@@ -180,6 +182,18 @@ def _near(times: Times, ways: Ways) -> list[int]:
     """The classes of tokens for which the 4-bit kernel is hardly slower than the way that is taken."""
     numbers = range(len(SIZES))
     return [n for n in numbers if _time(times, "four-bit", n) <= _HARDLY * _time(times, ways[n], n)]
+
+
+def _stacks(model: nn.Module, layers: Sequence[nn.Linear]) -> list[list[Product]]:
+    """The products of all blocks that stand under one name with a number; those of experts go their own ways."""
+    found: dict[str, list[Product]] = {}
+    wanted = set(map(id, layers))
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if id(module) in wanted and len(numbers) == 1 and isinstance(module.forward, Product):
+            found.setdefault(".".join(parts[: numbers[0]]), []).append(module.forward)
+    return list(found.values())
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:

@@ -12,13 +12,17 @@ still loses bits, as it does in a float32 sum.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+_QUIET = threading.RLock()
 _TOP = 14  # 2^15 is the largest power of two in float16; a number below 2^(14 + 1) stays clear of its end
 
 
@@ -35,9 +39,21 @@ def are_there() -> bool:
     if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         return False
     try:
-        return bool(product(torch.ones(1, 2), in_half(torch.eye(2)))[0, 0] == 1)
+        with quiet():
+            return bool(product(torch.ones(1, 2), in_half(torch.eye(2)))[0, 0] == 1)
     except (AttributeError, RuntimeError):
         return False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it `in_half` is called: some builds of torch warn that quantizing moves to another package.
+
+    Filters of warnings belong to the process, and two threads that set them at once would leave it silent.
+    """
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def in_half(weight: Tensor) -> Half:
@@ -48,9 +64,7 @@ def in_half(weight: Tensor) -> Half:
     elif not torch.equal(weight.half().float(), weight):
         scale = 2.0 ** (math.frexp(float(weight.abs().max()))[1] - 1 - _TOP)
         weight = weight / scale
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some builds of torch warn that quantizing moves to another package
-        return Half(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None), scale)
+    return Half(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None), scale)
 
 
 def product(x: Tensor, weight: Half, bias: Tensor | None = None) -> Tensor:

@@ -58,6 +58,7 @@ SIZES = (1, 2, 4, 8, 16, 64)
 
 _CLASSES = (0, 0, 1, 2, 3, 4, 4, 5)  # by the bits of the number of tokens
 _MANY = len(_CLASSES) - 1
+_PACKERS = 4  # threads that make copies at once, each of which holds its weight in float32 meanwhile
 NARROW = ("dense", "dequantize")
 _KEEPS: dict[Way, Copy] = {
     "dense": "narrow",
@@ -213,7 +214,7 @@ class Product:
         self._by_bits = tuple(ways[number] for number in _CLASSES)
         self._four_bit = tuple(ways[number] == "four-bit" or number in near for number in _CLASSES)
         self._kept: dict[Copy, Any] = {}
-        self.beside: Sequence[Product] = ()  # layers that read as many tokens as this one
+        self.beside: Sequence[Product] = ()  # of the same stack of blocks: what one needs, all need
         self._look()
         self.own: Forward = module.forward
         if packs(module):
@@ -299,9 +300,10 @@ class Product:
 
     def keep(self) -> None:
         """Make the dense copies now."""
-        for way in self._by_bits:
-            if (kept := keeps(way)) is not None:
-                self._copy(kept)
+        with half.quiet():
+            for way in self._by_bits:
+                if (kept := keeps(way)) is not None:
+                    self._copy(kept)
 
     def _copy(self, kind: Copy) -> Any:
         """A copy that is kept: an ordinary tensor, so that passes with gradients can use it too, or what `half` or
@@ -322,10 +324,14 @@ class Product:
         return found
 
     def _all_in_half(self, count: int) -> None:
-        """Make the copies of all layers that will multiply so many tokens so: one thread makes one at a time."""
+        """Make this layer's copy, and those of the layers beside it that multiply so many tokens in the same way.
+
+        Each takes one thread some milliseconds, and a base has hundreds.
+        """
         bits = min(count.bit_length(), _MANY)
-        lacking = [one for one in self.beside if one._by_bits[bits] == "dense-half" and "half" not in one._kept]
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        others = [one for one in self.beside if one is not self and one._by_bits[bits] == "dense-half"]
+        lacking = [self, *(one for one in others if "half" not in one._kept and not one._changed())]
+        with half.quiet(), ThreadPoolExecutor(min(torch.get_num_threads(), _PACKERS)) as threads:
             list(threads.map(lambda one: one._copy("half"), lacking))
 
     def _look(self) -> None:

@@ -77,10 +77,11 @@ def _gathered(columns: int | Tensor, ids: Tensor) -> int | Tensor:
 
     The last n are a view between whose rows lie the others'. On a CPU torch multiplies each of its rows for itself, in
     bfloat16 by a loop without vectors: sixteen rows by an output head of 49,152 words take 1.4 s and not 25 ms.
+    (Gemma 4, which leaves tokens out of its last blocks where it is told a number, reads all of them then.)
     """
-    if not isinstance(columns, int) or columns >= ids.shape[1]:
+    if not isinstance(columns, int) or not 0 < columns < ids.shape[1] or ids.device.type != "cpu":
         return columns
-    return torch.arange(ids.shape[1] - columns, ids.shape[1], device=ids.device)
+    return torch.arange(ids.shape[1] - columns, ids.shape[1], device="cpu")
 
 
 def device_of(model: Any) -> torch.device:

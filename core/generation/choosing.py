@@ -160,13 +160,16 @@ def _by_kernel(
     kernel.draw(scores.numpy(), bests.numpy(), numbers, found)
     tokens: list[int] = found.tolist()
     unsure = [number for number, token in enumerate(tokens) if token == kernel.UNSURE]
-    if tried := [number for number in unsure if settings[number].top_k == torch.inf]:
+    tried = [number for number in unsure if settings[number].top_k == torch.inf]
+    if tried:
         wide = _Wide(kernel, bests.shape[1])
         for number in tried:
             drawn_again = partial(again, number)
             tokens[number] = wide.drawn(scores[number].numpy(), bests[number].numpy(), numbers[number], drawn_again)
     if rest := [number for number in unsure if tokens[number] == kernel.UNSURE]:
-        drawing = Drawing(scores[rest], bests[rest], [settings[number] for number in rest])
+        # A number that fell outside of the nucleus is not to fall again.
+        numbers_now = [settings[n]._replace(uniform=again(n)) if n in tried else settings[n] for n in rest]
+        drawing = Drawing(scores[rest], bests[rest], numbers_now)
         for number, token in zip(rest, drawing.exactly(list(range(len(rest)))), strict=True):
             tokens[number] = token
     return tokens

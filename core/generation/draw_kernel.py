@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 
 from lora_rt.core.base.compiled import compiled
+from lora_rt.core.engine import kernels
 from lora_rt.core.engine.kernels import exp
+from lora_rt.core.generation import drawing
 from lora_rt.core.generation.drawing import BLOCK, FEW, ROUNDING
 
 CLOSE = 2e-5  # more than what chances in single precision lose
 UNSEEN = 0.1  # the most share of all chances that blocks which are not looked at may have
+_USES = kernels.__file__, drawing.__file__
 UNSURE = -1  # in place of a token
-_NONE = 1 << 60  # in place of a block or token: it is lower than all that are there
+_NONE = 1 << 60  # in place of a block or token: it is the first to make room
 # Numbers of a row, float64: those of `drawing.Draw`, its best score, and the least that all chances have together.
 HEAT, TOP_P, TOP_K, UNIFORM, BEST, LEAST, NUMBERS = range(7)
 _NOTHING = np.float32(-87.0)  # e to the power of less is not looked at
@@ -97,15 +100,17 @@ def _fallen(chances: Any, tokens: Any, count: int, uniform: Any) -> int:
             chances[place], tokens[place] = chances[place - 1], tokens[place - 1]
             place -= 1
         chances[place], tokens[place] = chance, token
-    below, goal = 0.0, uniform * total
+    below, goal, last = 0.0, uniform * total, 0
     for n in range(count):
         below += chances[n]
+        if chances[n] > 0:  # where rounding leaves the goal behind all of them, it is the last that has a chance
+            last = n
         if below > goal:
-            return int(tokens[n])
-    return int(tokens[count - 1])
+            break
+    return int(tokens[last])
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=_USES)
 def draw(scores: Any, bests: Any, numbers: Any, found: Any) -> None:
     """A token of every row, where its nucleus is among its 48 likeliest tokens, into `found` (rows,); else `UNSURE`.
 
@@ -147,7 +152,7 @@ def draw(scores: Any, bests: Any, numbers: Any, found: Any) -> None:
         found[r] = _fallen(chances, tokens, count, row[UNIFORM])
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=_USES)
 def look(scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any) -> tuple[int, float, float]:
     """What a wide nucleus can be in: how many blocks, the sum of their chances, and the most that all others have.
 
@@ -174,7 +179,7 @@ def look(scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any
     return count, total, rest * BLOCK * (1 + CLOSE)
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=_USES)
 def attempt(
     scores: Any, row: Any, blocks: Any, chances: Any, sums: Any, total: Any, rest: Any, uniform: Any, outside: Any
 ) -> tuple[int, bool, float]:
@@ -198,32 +203,31 @@ def attempt(
     if top_p >= 1 or chance == 0:
         return token, chance > 0, chance
     # What is more likely, and of equals what stands before it, has less than the share top_p.
+    own = scores[token]
     above: Any = 0.0
     for n in range(len(blocks)):
-        more, equals = np.float32(0), 0
-        for i in range(BLOCK):
-            more += chances[n, i] if chances[n, i] > chance else np.float32(0)
-            equals += 1 if chances[n, i] == chance else 0
+        start = blocks[n] * BLOCK
+        more: Any = np.float32(0)
+        for i in range(min(BLOCK, len(scores) - start)):
+            score = scores[start + i]
+            more += chances[n, i] if score > own or (score == own and start + i < token) else np.float32(0)
         above += more
-        if equals and n <= block:
-            for i in range(BLOCK if n < block else offset):
-                above += chance if chances[n, i] == chance else np.float32(0)
     if above < top_p * total * (1 - CLOSE):
         return token, True, chance
     if above > top_p * (total + rest) * (1 + CLOSE):
         return token, False, chance
     # Too close to tell by what was seen: all chances are added up.
-    own, all_of_them, above = np.exp((np.float64(scores[token]) - row[BEST]) / row[HEAT]), 0.0, 0.0
+    all_of_them = above = 0.0
     for i in range(len(scores)):
         exact = np.exp((np.float64(scores[i]) - row[BEST]) / row[HEAT])
         all_of_them += exact
-        if exact > own or (exact == own and i < token):
+        if scores[i] > own or (scores[i] == own and i < token):
             above += exact
     return token, above < top_p * all_of_them, chance
 
 
 def prepare() -> None:
-    """Compile all of it now, or load it: what draws from wide nuclei would take seconds in the middle of an answer."""
+    """Compile all of it now, or load it: what draws from wide nuclei would take seconds later, in any answer."""
     scores, numbers = np.zeros((1, 2 * FEW * BLOCK), np.float32), np.ones((1, NUMBERS))
     bests, blocks, sums = np.zeros((1, 2 * FEW), np.float32), np.empty(2 * FEW, np.int64), np.empty(2 * FEW)
     chances = np.empty((2 * FEW, BLOCK), np.float32)

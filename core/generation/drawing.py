@@ -9,12 +9,12 @@ numbers, passes u times that of all of it. The nucleus is looked for among its f
 
 Where the nucleus ends depends on the sum of all chances. For what is not among the few it lies between the chances of
 their blocks' best and 32 times these, and mostly both ends give the same nucleus. Where they do not, or it has more
-tokens, it is not looked for on a CPU: the row draws among the tokens of all blocks that may have a part in it, in their
-own order, until one is drawn that lies in it, which is told by the sum of what is more likely. A GPU sorts faster than
-it is asked, and draws within the nucleus.
-Which of these ways a row goes depends on its scores alone, and not on what it draws or stands beside.
+tokens, everything is sorted.
 
-Here this is done by some forty operations of torch. On a CPU `draw_kernel.py` does it at once, where numba is.
+So it is done here, by some forty operations of torch. On a CPU `draw_kernel.py` does the same at once, where numba is,
+and does not sort for a nucleus without top_k: the row draws among the tokens of all blocks that may have a part in it,
+in their own order, until one is drawn that lies in it, which is told by the sum of what is more likely.
+On one machine the way that a row goes depends on its scores alone, and not on what it draws or stands beside.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Drawing:
         self._best = bests.amax(-1).double()
         columns = torch.tensor(settings, dtype=torch.float64).to(scores.device)  # one copy: each is waited for
         self._heat, self._top_p, self._top_k, self._uniform = columns.unbind(1)
+        self._ends = (self._top_p < 1) | self._top_k.isfinite()  # whether it is not drawn among all tokens
         self._whole = scores.shape[1] <= SMALL  # nothing is missing
         if self._whole:
             values, self.tokens = scores.sort(dim=-1, descending=True, stable=True)
@@ -88,15 +89,15 @@ class Drawing:
     def found(self) -> tuple[list[int], list[int]]:
         """A token for every row, and the numbers of the rows whose nucleus the bounds leave open."""
         # A larger sum of all makes a larger nucleus. Where both ends give the same one, so does the sum itself.
-        low, known_low, tokens, _ = self._nuclei(self.least)
-        high, known_high, _, _ = self._nuclei(self.most)
-        unsure: list[int] = (
-            ((low != high) | ~known_low | ~known_high | self._tied(self._values, low)).nonzero()[:, 0].tolist()
-        )
+        low, known_low, tokens = self._nuclei(self.least)
+        high, known_high, _ = self._nuclei(self.most)
+        is_open = (low != high) | ~known_low | ~known_high | self._tied(low, slice(None))
+        unsure: list[int] = is_open.nonzero()[:, 0].tolist()
         return tokens.tolist(), unsure
 
-    def _tied(self, values: Tensor, inside: Tensor) -> Tensor:
-        """Whether tokens that were not looked at may be as likely as the last of so many (rows,) of the likeliest."""
+    def _tied(self, inside: Tensor, rows: Tensor | slice) -> Tensor:
+        """Whether what was not looked at may be as likely as the last token of a nucleus of so many, (rows,)."""
+        values = self._values[rows]
         last = values.gather(1, (inside - 1).clamp(min=0)[:, None])[:, 0]
         return (last == values[:, -1]) & (not self._whole)
 
@@ -108,7 +109,7 @@ class Drawing:
         """(rows, n)"""
         return ((values.double() - self._best[:, None]) / self._heat[:, None]).exp()
 
-    def _nuclei(self, totals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _nuclei(self, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """If these are the sums of all chances: `_fallen` among the most likely tokens."""
         settings = self._top_p, self._top_k, self._uniform
         return _fallen(self._chance, self.tokens, totals, *settings, whole=self._whole)
@@ -119,13 +120,14 @@ class Drawing:
         scores, settings = self._scores[rows], (self._top_p[rows], self._top_k[rows], self._uniform[rows])
         chances = ((scores.double() - self._best[rows, None]) / self._heat[rows, None]).exp()
         totals = chances.sum(-1)
-        inside, _, found, fell = _fallen(self._chance[rows], self.tokens[rows], totals, *settings, whole=self._whole)
-        rest = (~fell | self._tied(self._values[rows], inside)).nonzero()[:, 0]
+        inside, known, drawn = _fallen(self._chance[rows], self.tokens[rows], totals, *settings, whole=self._whole)
+        ends, known = self._ends[rows], known & ~self._tied(inside, rows)
+        found = torch.where(ends & known, drawn, _fallen_on(chances, settings[-1]))
+        rest = (ends & ~known).nonzero()[:, 0]
         if len(rest):
             order = scores[rest].argsort(dim=-1, descending=True, stable=True)
             sorted_chances = chances[rest].gather(1, order)
-            _, _, drawn, _ = _fallen(sorted_chances, order, totals[rest], *(s[rest] for s in settings), whole=True)
-            found[rest] = drawn
+            _, _, found[rest] = _fallen(sorted_chances, order, totals[rest], *(s[rest] for s in settings), whole=True)
         tokens: list[int] = found.tolist()
         return tokens
 
@@ -139,10 +141,10 @@ def _fallen(
     uniform: Tensor,
     *,
     whole: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every row the number of tokens in its nucleus, whether that is known, the token drawn, and whether that is.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row the number of tokens in its nucleus, whether that is known, and the token drawn from it.
 
-    Without a nucleus (top_p of 1) only the latter may be known; what is not needs more tokens than these.
+    It needs more tokens than these where it is not known.
 
     With chances 1, 0.5, 0.25, 0.125, ... of a total of 2 and top_p 0.8, what is above the third token has 1.5 < 1.6 and
     what is above the fourth 1.75: the nucleus is the first three. If they are the tokens 7, 2 and 5, they lie in the
@@ -165,11 +167,7 @@ def _fallen(
     # A nucleus that takes all n may go on behind them. With a top_k over n the total is that of k tokens, unknown here.
     known = complete | ((top_p < 1) & (inside < count) & top_k.isinf())
     drawn = _in_their_own_order(chance * (ranks < inside[:, None]), tokens, uniform, whole=whole)
-    # Of what is drawn among all tokens, these may be enough only if the most likely ones come first.
-    place = (sums <= (uniform * total)[:, None]).sum(-1)  # how many tokens lie wholly below the draw
-    first = tokens.gather(1, place[:, None].clamp(max=count - 1))[:, 0]
-    found = known | ((top_p >= 1) & (place < count) & top_k.isinf())
-    return inside, known, torch.where(known, drawn, first), found
+    return inside, known, drawn
 
 
 def _in_their_own_order(chance: Tensor, tokens: Tensor, uniform: Tensor, *, whole: bool) -> Tensor:
@@ -179,15 +177,18 @@ def _in_their_own_order(chance: Tensor, tokens: Tensor, uniform: Tensor, *, whol
     them what is drawn.
     """
     if whole:  # then a token's place is its number
-        lying, chance = None, torch.zeros_like(chance).scatter_(1, tokens, chance)
-    else:
-        order = tokens.argsort(dim=-1)
-        lying, chance = tokens.gather(1, order), chance.gather(1, order)
+        return _fallen_on(torch.zeros_like(chance).scatter_(1, tokens, chance), uniform)
+    order = tokens.argsort(dim=-1)
+    place = _fallen_on(chance.gather(1, order), uniform)
+    return tokens.gather(1, order).gather(1, place[:, None])[:, 0]
+
+
+def _fallen_on(chance: Tensor, uniform: Tensor) -> Tensor:
+    """On which of the chances (rows, n), in the order in which they lie, random numbers fall; on none that is 0."""
     sums = chance.cumsum(-1)
     place = (sums <= (uniform * sums[:, -1])[:, None]).sum(-1)
     last = (torch.arange(chance.shape[1], device=chance.device) * (chance > 0)).amax(-1)
-    place = torch.minimum(place, last)
-    return place if lying is None else lying.gather(1, place[:, None])[:, 0]
+    return torch.minimum(place, last)
 
 
 def _sorted(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,7 @@ def configured(app: FastAPI, patience: int) -> uvicorn.Config:
     """How the application is served; connections get so many seconds to end in."""
     return uvicorn.Config(
         app,
+        http="h11",  # httptools knows no bound on headers, which come before any key is looked at
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=patience,

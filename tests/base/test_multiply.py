@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -216,6 +218,8 @@ def test_a_copy_that_takes_long_to_make_is_made_where_it_gains_enough() -> None:
     assert (found(80.0, 0), found(70.0, 0)) == ("packed", "dense-half")  # single tokens
     assert (found(95.0, 4), found(85.0, 4)) == ("four-bit", "dense-half")
     assert fastest({"packed": [100.0] * 6, "four-bit": [85.0] * 6}, ["packed", "four-bit"])[0] == "four-bit"
+    times = {"packed": [100.0] * 6, "four-bit": [82.0] * 6, "dense-half": [80.0] * 6}
+    assert fastest(times, ["packed", "four-bit", "dense-half"]) == always("four-bit")
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, wish: str, room: int) -> Ways:
@@ -284,22 +288,43 @@ def test_where_gradients_are_to_flow_no_copy_is_kept_that_knows_none(monkeypatch
     assert kept(for_training=True) == {"narrow"}
 
 
-def test_copies_of_all_layers_of_the_blocks_are_made_when_the_first_of_them_needs_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Stacked(nn.Module):
+    """Three blocks, a tower beside them, experts, and an output head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.tower = nn.ModuleList([layer(), layer(), layer()]), nn.ModuleList([layer()])
+        self.blocks.append(nn.ModuleList([layer()]))  # blocks.3.0: an expert
+        self.head = layer(out=2 * OUT)
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> Stacked:
+    """All of its products are made by copies in float16."""
     if not multiply.half.are_there():
         pytest.skip("no FBGEMM here")
     times = {way: [1.0 if way == "dense-half" else 9.0] * 6 for way in (*TIMES, "four-bit")}
     monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
     monkeypatch.setattr("lora_rt.core.base.fastest._TINY", 1)
-    head = layer(out=2 * OUT)
-    blocks = [layer(), layer(), layer()]
-    wanted = [module(given(70)) for module in (layer(), head)]
-    products = Products(nn.Sequential(*blocks, head))
-    found = blocks[1](given(70))
-    assert [set(module.forward._kept) for module in (*blocks, head)] == [{"half"}] * 3 + [set()]
-    torch.testing.assert_close([found, head(given(70))], wanted, rtol=1e-2, atol=1e-2)
+    return Stacked()
+
+
+def test_copies_of_a_stack_of_blocks_are_made_when_the_first_of_them_needs_its_own(halved: Stacked) -> None:
+    wanted, filters = layer()(given(70)), list(warnings.filters)
+    products = Products(halved)
+    found = halved.blocks[1](given(70))
+    assert warnings.filters == filters
+    made = {name: set(module.forward._kept) for name, module in halved.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name, kinds in made.items() if kinds} == {"blocks.0", "blocks.1", "blocks.2"}
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
     products.close()
+    assert not [one for one in gc.get_objects() if type(one) is Product and one.module in halved.modules()]  # at once
+
+
+def test_a_layer_that_became_another_does_not_hold_up_those_beside_it(halved: Stacked) -> None:
+    Products(halved)
+    halved.blocks[2].weight = nn.Parameter(torch.ones(OUT, IN, device="meta"), requires_grad=False)
+    torch.testing.assert_close(halved.blocks[0](given(70)), layer()(given(70)), rtol=1e-2, atol=1e-2)
 
 
 def test_what_was_measured_is_remembered_and_a_damaged_file_is_measured_again(

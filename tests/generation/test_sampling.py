@@ -214,6 +214,7 @@ HARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "most are forbidden": lambda scores: torch.where(torch.arange(scores.shape[1]) % 171 == 9, scores, -torch.inf),
     "all but one are forbidden": lambda scores: torch.where(torch.arange(scores.shape[1]) == 4_999, scores, -torch.inf),
     "far apart": lambda scores: scores * 1e37,
+    "hardly apart": lambda scores: scores * 1e-7,
 }
 
 
@@ -224,6 +225,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"top_k": 1},
     {"top_k": 7, "top_p": 0.7},
     {"top_p": 0.3, "temperature": 0.01},
+    {},
 )
 
 
@@ -249,6 +251,7 @@ def test_what_is_drawn_is_what_sorting_everything_gives(
 ) -> None:
     if is_compiled and not compiled.is_there():
         pytest.skip("numba is not installed")
+    assert not is_compiled or choosing._kernel() is not None
     monkeypatch.setattr(compiled, "is_there", lambda: is_compiled)
     scores = HARD[kind](torch.randn(len(WAYS), vocabulary, generator=torch.Generator().manual_seed(4)))
     for turn in range(10):
@@ -258,7 +261,9 @@ def test_what_is_drawn_is_what_sorting_everything_gives(
         for own, row, number, token in zip(scores, rows, numbers, tokens, strict=True):
             wanted, nucleus = by_sorting_everything(own, row.sampling, number)
             # Where it is open how many tokens the nucleus has, a CPU draws among more of them until one is in it.
-            is_open = is_compiled and kind.endswith("are equal") and not row.sampling.top_k
+            is_open = (
+                is_compiled and kind in ("many are equal", "all are equal", "hardly apart") and not row.sampling.top_k
+            )
             assert token in nucleus if is_open else token == wanted
 
 
@@ -276,13 +281,24 @@ def test_without_a_kernel_torch_draws_and_it_is_said_once(
 
 
 @pytest.mark.slow
-def test_tokens_beyond_the_few_most_likely_are_drawn_with_their_chances() -> None:
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_tokens_beyond_the_few_most_likely_are_drawn_with_their_chances(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_compiled and not compiled.is_there():
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(compiled, "is_there", lambda: is_compiled)
     flat = torch.zeros(1, 30_000)
     flat[0, :10] = 2.0
     mine = sampler(temperature=1.0)
     tokens = [chosen(mine, flat) for _ in range(400)]
     assert len(set(tokens)) > 350
     assert max(token for token in tokens if token is not None) > 25_000
+    # Half of all chance lies on 48 tokens at the end, and the other half before them.
+    flat = torch.zeros(1, 30_048)
+    flat[0, -48:] = math.log(30_000 / 48)
+    tokens = [chosen(mine, flat) for _ in range(400)]
+    assert sum(token >= 30_000 for token in tokens if token is not None) / 400 == pytest.approx(0.5, abs=0.1)
 
 
 def test_output_that_is_no_number_gives_no_token_and_spoils_no_other_row() -> None:

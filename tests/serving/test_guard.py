@@ -57,6 +57,23 @@ def test_a_page_of_the_web_can_not_ask_a_server_of_this_machine(server: Live) ->
         assert plain.status_code == 400
 
 
+def test_headers_without_end_are_not_kept(server: Live) -> None:
+    """They come before any key is looked at."""
+    address = httpx2.URL(server.url)
+    with socket.create_connection((address.host, address.port), timeout=30) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        with pytest.raises(OSError):  # it says 400, and closes the connection
+            _send_headers(client, 100)
+    with server.http() as http:
+        assert http.get("/health").status_code == 200
+
+
+def _send_headers(client: socket.socket, many: int) -> None:
+    for number in range(many):
+        client.sendall(f"X-{number}: ".encode() + b"a" * 10_000 + b"\r\n")
+        time.sleep(0.01)
+
+
 def test_what_is_too_large_is_refused(runtime: Runtime) -> None:
     limits = Limits(body=4000, messages=3)
     with live(runtime, ServeSettings(port=0, limits=limits)) as server, server.http() as http:
