@@ -15,6 +15,8 @@ from lora_rt.registry.errors import RejectedAdapterError
 from support.cli import Cli
 from support.tiny import Zoo, dense_logits, some_ids
 
+pytestmark = pytest.mark.slow  # PEFT makes the adapter, and needs of torch what the quick tests leave out
+
 
 @pytest.fixture
 def foreign(zoo: Zoo, tmp_path: Path) -> Path:
