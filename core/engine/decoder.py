@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import operator
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,6 +28,18 @@ from lora_rt.core.engine.lanes import LanePass
 from lora_rt.core.engine.plan import running_pass
 from lora_rt.core.engine.shared import SharedPass
 from lora_rt.core.engine.site import unrounded
+from lora_rt.core.engine.unchanged import (
+    Parameters,
+    Place,
+    dtype_of,
+    have_hooks,
+    is_on_cpu,
+    own,
+    place_in,
+    shape_of,
+    stand,
+    steps_of,
+)
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -75,22 +87,29 @@ def is_watched(model: Any) -> bool:
 
 def _are_watched(parts: Sequence[Any]) -> bool:
     hooked: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]  # torch's
-    return hooked or any("forward" in part.__dict__ or _watched(part) for part in parts)
+    if hooked or any(forward is not None for forward in own(parts, "forward")):
+        return True
+    return have_hooks(parts) and any(map(_watched, parts))
 
 
 def _parts(model: Any) -> list[Any]:
-    """What is passed by: all modules but embedding, rope, linear layers and output head.
+    """What is passed by: all modules but embedding, rope, linear layers and output head."""
+    return [model, *(place.module for place in _places(model) if not isinstance(place.module, nn.ModuleList))]
 
-    They are looked at before every step, so they are taken from where torch keeps them: it finds an attribute slowly.
-    """
+
+def _places(model: Any) -> list[Place]:
+    """Where a model keeps them, and the list of its blocks."""
     inner = model._modules["model"]
-    found = [model, inner, inner._modules["norm"]]
-    for block in inner._modules["layers"]._modules.values():
-        own = block._modules
-        attention, mlp = own["self_attn"], own["mlp"]
-        found += block, attention, mlp, mlp._modules["act_fn"], own["input_layernorm"], own["post_attention_layernorm"]
-        if "q_norm" in attention._modules:
-            found += _head_norms(attention)
+    found = [place_in(model, "model"), place_in(inner, "norm"), place_in(inner, "layers")]
+    for number, block in inner._modules["layers"]._modules.items():
+        attention, mlp = block._modules["self_attn"], block._modules["mlp"]
+        found += [place_in(inner._modules["layers"], number), place_in(block, "self_attn"), place_in(block, "mlp")]
+        found += [
+            place_in(mlp, "act_fn"),
+            place_in(block, "input_layernorm"),
+            place_in(block, "post_attention_layernorm"),
+        ]
+        found += [place_in(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
     return found
 
 
@@ -137,10 +156,11 @@ class DecoderStep:
         self._size: int = attention.head_dim
         self._keys = attention.k_proj.out_features // self._size
         self._hidden: int = attention.q_proj.in_features
-        self._parts = _parts(model)
+        self._parts, self._places, self._blocks = _parts(model), _places(model), len(model.model.layers)
         of_heads = {id(norm) for block in model.model.layers for norm in _head_norms(block.self_attn)}
         norms = [part for part in self._parts if hasattr(part, "variance_epsilon")]
         self._norms = [(norm, self._size if id(norm) in of_heads else self._hidden) for norm in norms]
+        self._vectors: Parameters | None = None  # of the norms, while they are what loops read
         self._forwards: dict[Any, Any] = dict.fromkeys(map(type, self._parts))
         for kind in self._forwards:
             self._forwards[kind] = kind.forward
@@ -150,30 +170,32 @@ class DecoderStep:
         current = running_pass()
         if torch.is_grad_enabled() or (current is not None and current.twins):
             return False
-        parts = _parts(self._model)
-        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts)) and not _are_watched(parts)
-        same = same and self._model.model.norm.weight.dtype is self._dtype
+        blocks = self._model.model.layers
+        same = stand(self._places) and len(blocks) == self._blocks and not _are_watched(self._parts)
         same = same and all(kind.forward is forward for kind, forward in self._forwards.items())
-        # What is smaller than it has to be would be read beyond its end.
-        same = same and all(is_vector(norm._parameters.get("weight"), size, self._dtype) for norm, size in self._norms)
-        return same and self._is_own(cache)
+        return same and self._are_vectors() and self._is_own(cache)
+
+    def _are_vectors(self) -> bool:
+        """Whether the norms' weights are as long as they have to be; a shorter one would be read beyond its end."""
+        if self._vectors is None or not self._vectors.stand():
+            vectors = Parameters([norm for norm, _ in self._norms], "weight")
+            fit = all(is_vector(norm._parameters.get("weight"), size, self._dtype) for norm, size in self._norms)
+            self._vectors = vectors if fit else None
+        return self._vectors is not None
 
     def _is_own(self, cache: Any) -> bool:
         """Whether a cache is an empty one, or holds keys and values of this model, of all blocks alike."""
-        if len(cache.layers) != len(self._model.model.layers):
+        layers = cache.layers
+        if len(layers) != self._blocks or {*map(type, layers)} != {GrowingLayer}:
             return False
-        shapes: set[torch.Size | None] = set()
-        for layer in cache.layers:
-            if type(layer) is not GrowingLayer:
-                return False
-            for kept in (layer.keys, layer.values) if layer.is_initialized else ():
-                if kept.dtype is not self._dtype or not kept.is_cpu or kept.dim() != 4 or kept.stride(3) != 1:
-                    return False
-                shapes.add(kept.shape)
-            if not layer.is_initialized:
-                shapes.add(None)
-        (first, *others) = shapes
-        return not others and (first is None or (first[1], first[3]) == (self._keys, self._size))
+        begun = {*map(attrgetter("is_initialized"), layers)}
+        if begun != {True}:
+            return begun == {False}
+        kept = [*map(attrgetter("keys"), layers), *map(attrgetter("values"), layers)]
+        shape, *others = {*map(shape_of, kept)}
+        if others or len(shape) != 4 or (shape[1], shape[3]) != (self._keys, self._size):
+            return False
+        return {*map(dtype_of, kept)} == {self._dtype} and all(map(is_on_cpu, kept)) and steps_of(kept, 3) == {1}
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """The logits (rows, 1, vocab) of one more token each.

@@ -42,6 +42,14 @@ class _Growing:
         buffer[:, :, self._end : end] = new
         return buffer[:, :, self._end - seen : end]
 
+    def stretched(self, there: Tensor) -> Tensor | None:
+        """What is there and one more column, in which anything stands; None where there is no room for it."""
+        buffer, end = self._buffer, self._end + 1
+        if buffer is None or there is not self._shown or not _has_room(buffer, end):
+            return None
+        columns = there.shape[2] + 1
+        return buffer.narrow(2, end - columns, columns)
+
     def shown(self, part: Tensor, new: int) -> Tensor:
         """Note what the layer shows from now on, which ends `new` columns further on; anything else is copied."""
         self._shown, self._end = part, self._end + new
@@ -95,6 +103,14 @@ class GrowingLayer(_WithRoom, DynamicLayer):  # type: ignore[misc]  # transforme
         keys, values = found
         new = key_states.shape[2]
         self.keys, self.values = self._keys.shown(keys, new), self._values.shown(values, new)
+        return keys, values
+
+    def stretched(self) -> tuple[Tensor, Tensor] | None:
+        """All keys and values with one more column, which whoever asks for it writes; None where they have no room."""
+        keys, values = self._keys.stretched(self.keys), self._values.stretched(self.values)
+        if keys is None or values is None or torch.is_grad_enabled():
+            return None
+        self.keys, self.values = self._keys.shown(keys, 1), self._values.shown(values, 1)
         return keys, values
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ from lora_rt.core.base.multiply import is_vector
 from lora_rt.core.engine import whole_kernel as k
 from lora_rt.core.engine.few_rows import Added
 from lora_rt.core.engine.site import Multiplied, multiplied
+from lora_rt.core.engine.unchanged import Parameters, Place, have_hooks, own, place_in, stand
 
 _log = logging.getLogger("lora_rt.engine")
 
@@ -38,16 +40,11 @@ _ONE_BY_ONE = 2  # rows up to which B of one adapter is read across its memory
 
 
 class _Layer(NamedTuple):
-    """One linear layer as the table has it, and where it has to be found at every step."""
+    """One linear layer as the table has it."""
 
-    owner: dict[str, Any]
-    name: str
-    layer: nn.Module
     how: Multiplied
     weight: four_bit.FourBit
-    bias: Tensor | None
-    bias_at: int
-    memory: Tensor | None  # the bias', while it is read
+    bias: Tensor | None  # its memory, while it is read
 
 
 class _Adapters(NamedTuple):
@@ -64,17 +61,43 @@ class _Adapters(NamedTuple):
     rows: int
 
 
-class _Found(NamedTuple):
+class _Found:
     """The layers of a model (none where one can't be taken), their table, and what plans add to them.
 
     `near` is whether the 4-bit kernel is fast enough for so many rows, of those that were asked for. Of a plan it is
     also known which numbers its layers had: when a bank is closed, they have none.
     """
 
-    layers: list[_Layer]
+    def __init__(self, places: Sequence[Place] = ()) -> None:
+        self.layers: list[_Layer] = []
+        self.table: Any = None
+        self.near: dict[int, bool] = {}
+        self.plans: WeakKeyDictionary[Added, tuple[list[int | None], _Adapters | None]] = WeakKeyDictionary()
+        self._places = places
+        self._modules = [place.module for place in places]
+        self._parameters = [Parameters(self._modules, "weight", copied=True), Parameters(self._modules, "bias")]
+
+    def stand(self) -> bool:
+        """Whether all layers are still what they were, and nobody watches them."""
+        if not stand(self._places) or have_hooks(self._modules):
+            return False
+        forwards = [layer.how.forward for layer in self.layers]
+        return all(map(is_, own(self._modules, "forward"), forwards)) and all(one.stand() for one in self._parameters)
+
+    def numbers(self, topology: Any) -> list[int | None]:
+        """The number of each layer in a topology."""
+        return [layer.how.numbers.get(topology) for layer in self.layers]
+
+
+class _Normed(NamedTuple):
+    """The table of layers with that of norms, what these add to a mean square, and what was read for it."""
+
+    of: _Found
     table: Any
-    near: dict[int, bool]
-    plans: WeakKeyDictionary[Added, tuple[list[int | None], _Adapters | None]]
+    numbers: Any
+    weights: list[Tensor]
+    parameters: Parameters
+    attributes: list[list[float]]
 
 
 class _Ready(NamedTuple):
@@ -105,7 +128,9 @@ class WholeStep:
         to_keys = self._hidden, keys
         self._shapes = (self._hidden, queries), to_keys, to_keys, (queries, self._hidden), into, into, back
         self._norms = _norms(model)
-        self._found = _Found([], None, {}, WeakKeyDictionary())
+        self._normed: _Normed | None = None
+        self._attentions = [block.self_attn for block in model.model.layers]
+        self._found = _Found()
         self._refused: tuple[int, int] | None = None  # block and place of a layer that can't be taken
         self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), (), 1, True, 1)
         self._rooms: dict[int, _Room] = {}  # by the number of rows; who uses one takes it out
@@ -113,7 +138,7 @@ class WholeStep:
 
     def takes_all(self) -> bool:
         """Whether all layers have weights that it can read."""
-        if not self._found.layers or not _stand(self._found.layers):
+        if not self._found.layers or not self._found.stand():
             self._found = self._looked_up()
         return bool(self._found.layers)
 
@@ -132,7 +157,7 @@ class WholeStep:
             return None
         adapters: _Adapters | None = self._none
         if added is not None:
-            numbers = [layer.how.numbers.get(topology) for layer in found.layers]
+            numbers = found.numbers(topology)
             before = found.plans.get(added)
             if before is None or before[0] != numbers:
                 before = found.plans[added] = numbers, self._laid_out(found.layers, numbers, added)
@@ -140,7 +165,10 @@ class WholeStep:
         if adapters is None or adapters.rows not in (1, rows) or not (adapters.together or rows <= _ONE_BY_ONE):
             return None
         address = self._compiled()
-        return _Ready(found, *self._with_norms(found.table), adapters, added, address) if address else None
+        if not address:
+            return None
+        normed = self._with_norms(found)
+        return _Ready(found, normed.table, normed.numbers, normed.weights, adapters, added, address)
 
     def _compiled(self) -> int:
         """Where the kernel lies, 0 where it can't be compiled; to do that takes ten seconds, once on a machine."""
@@ -156,61 +184,62 @@ class WholeStep:
 
     def _looked_up(self) -> _Found:
         """All layers and their table; none where one can't be taken."""
-        nothing = _Found([], None, {}, WeakKeyDictionary())
         blocks = self._model.model.layers
         if self._refused is not None:
-            number, place = self._refused
-            if number < len(blocks) and self._taken(blocks[number], place) is None:
-                return nothing
-        found, table = [], np.zeros((len(blocks) + 1, k.BLOCK), np.int64)
-        for number, block in enumerate(blocks):
-            for place in range(len(_GROUPS)):
-                taken = self._taken(block, place)
-                if taken is None:
-                    self._refused = number, place
-                    return nothing
-                found.append(taken)
-                codes, scales, _ = taken.weight
-                at = k.LAYER + k.FACTS * place
-                table[number, at : at + k.FACTS] = (
-                    codes.data_ptr(),
-                    scales.data_ptr(),
-                    taken.bias_at,
-                    *self._shapes[place],
-                )
-        return _Found(found, table, {}, WeakKeyDictionary())
+            number, site = self._refused
+            if number < len(blocks) and self._taken(self._places_of(blocks[number])[site].module, site) is None:
+                return _Found()
+        places = [place for block in blocks for place in self._places_of(block)]
+        found = _Found(places)
+        found.table = np.zeros((len(blocks) + 1, k.BLOCK), np.int64)
+        for count, place in enumerate(places):
+            number, site = divmod(count, len(_GROUPS))
+            layer = self._taken(place.module, site)
+            if layer is None:
+                self._refused = number, site
+                return _Found()
+            found.layers.append(layer)
+            codes, scales, _ = layer.weight
+            bias_at = 0 if layer.bias is None else layer.bias.data_ptr()
+            at = k.LAYER + k.FACTS * site
+            found.table[number, at : at + k.FACTS] = codes.data_ptr(), scales.data_ptr(), bias_at, *self._shapes[site]
+        return found
 
-    def _taken(self, block: Any, place: int) -> _Layer | None:
-        """The layer of a block at a place, where the kernel multiplies as it does."""
-        part, name = _LINEARS[place]
-        owner = block._modules[part]._modules
-        layer = owner.get(name)
-        how = None if layer is None else multiplied(layer)
+    @staticmethod
+    def _places_of(block: Any) -> list[Place]:
+        return [place_in(block._modules[part], name) for part, name in _LINEARS]
+
+    def _taken(self, layer: nn.Module, site: int) -> _Layer | None:
+        """A layer, where the kernel multiplies as it does."""
+        how = multiplied(layer)
         if how is None or how.product.dtype is not self._dtype:
             return None
         weight, bias = how.product.four_bit(), layer._parameters.get("bias")
         if weight is None or weight.dtype is not self._dtype:
             return None
         out, half = weight.codes.shape
-        if (2 * half, out) != self._shapes[place]:  # memory would be torn
+        if (2 * half, out) != self._shapes[site]:  # memory would be torn
             return None
         if bias is not None and not is_vector(bias, out, self._dtype):
             return None
-        at, memory = (0, None) if bias is None else (bias.data_ptr(), bias.detach())
-        return _Layer(owner, name, layer, how, weight, bias, at, memory)
+        return _Layer(how, weight, None if bias is None else bias.detach())
 
-    def _with_norms(self, table: Any) -> tuple[Any, Any, list[Tensor]]:
-        """The table with the places of the norms' weights, what they add, and these weights' own memory."""
-        blocks = self._model.model.layers
-        table, numbers, read = table.copy(), np.zeros((len(blocks) + 1, k.FLOATS), np.float64), []
-        for (number, place), norm in self._norms:
+    def _with_norms(self, found: _Found) -> _Normed:
+        """The table with the places of the norms' weights, and what they add."""
+        norms = [norm for _, norm in self._norms]
+        attributes = [own(norms, "variance_epsilon"), own(self._attentions, "scaling")]
+        before = self._normed
+        if before is not None and before.of is found and before.attributes == attributes and before.parameters.stand():
+            return before
+        parameters, read = Parameters(norms, "weight"), []
+        table, numbers = found.table.copy(), np.zeros((len(found.table), k.FLOATS), np.float64)
+        for ((number, at), norm), eps in zip(self._norms, attributes[0], strict=True):
             weight = norm._parameters["weight"].detach()
-            table[number, place] = weight.data_ptr()
+            table[number, at], numbers[number, at] = weight.data_ptr(), eps  # EPS_... are NORM_...
             read.append(weight)
-            numbers[number, place] = norm.variance_epsilon  # EPS_... are NORM_...
-        for number, block in enumerate(blocks):
-            numbers[number, k.SCALING] = block.self_attn.scaling
-        return table, numbers, read
+        numbers[:-1, k.SCALING] = attributes[1]
+        self._normed = _Normed(found, table, numbers, read, parameters, attributes)
+        return self._normed
 
     def _laid_out(self, layers: Sequence[_Layer], numbers: list[int | None], added: Added) -> _Adapters | None:
         """The table of what a plan adds; None where it has more than the kernel knows."""
@@ -297,15 +326,17 @@ class WholeStep:
 
     def _extended(self, cache: Any, rows: int, columns: int) -> Any:
         """The table of a cache whose layers have one more column, in which anything stands."""
-        shape = (rows, self._keys, columns, self._size)
+        shape, found = (rows, self._keys, columns, self._size), []
         blank = torch.empty(rows, self._keys, 1, self._size, dtype=self._dtype, device="cpu")
-        table = np.empty((len(self._model.model.layers), k.PLACES), np.int64)
-        for number in range(len(table)):
-            keys, values = cache.layers[number].update(blank, blank)
-            if keys.shape != shape or values.shape != shape or keys.stride(3) != 1 or values.stride(3) != 1:
+        for layer in cache.layers:
+            keys, values = layer.stretched() or layer.update(blank, blank)
+            if not keys.shape == values.shape == shape:
                 raise ValueError(f"keys of {tuple(keys.shape)} where {shape} are wanted")
-            table[number] = (keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3])
-        return table
+            of_keys, of_values = keys.stride(), values.stride()
+            if of_keys[3] != 1 or of_values[3] != 1:
+                raise ValueError("keys or values that do not lie one number after the other")
+            found.append((keys.data_ptr(), values.data_ptr(), *of_keys[:3], *of_values[:3]))
+        return np.array(found, np.int64)
 
 
 class _Room:
@@ -323,21 +354,6 @@ class _Room:
         inputs = normed, attended, normed, outputs[4]  # silu(gate) * up lies where gate was
         self.places = {k.X: x, k.OUT: self.out, **dict(enumerate((*inputs, *outputs), start=k.INPUT))}
         self.x = x
-
-
-def _stand(layers: Sequence[_Layer]) -> bool:
-    """Whether all layers are still what they were, and nobody watches them."""
-    for owner, name, layer, how, weight, bias, bias_at, _ in layers:
-        if owner.get(name) is not layer:
-            return False
-        own = layer.__dict__  # torch finds an attribute slowly, and there are hundreds of layers
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own.get("forward") is not how.forward:
-            return False
-        if own["_parameters"].get("bias") is not bias or how.product.four_bit() is not weight:
-            return False
-        if bias is not None and (bias.data_ptr() != bias_at or not is_vector(bias, len(weight.codes), weight.dtype)):
-            return False
-    return True
 
 
 def _norms(model: Any) -> list[tuple[tuple[int, int], Any]]:
