@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 from llvmlite import binding, ir
@@ -86,6 +86,55 @@ class _Registers:
         upper = b.icmp_unsigned("!=", b.and_(codes, self.every(8)), self.every(0))
         return b.select(upper, high, low)
 
+    def picked(self, one: Any, other: Any, lanes: list[int]) -> Any:
+        """The numbers in these lanes of two registers; those of the other one are counted on."""
+        mask = ir.Constant(ir.VectorType(_I32, len(lanes)), [_I32(lane) for lane in lanes])
+        return self.builder.shuffle_vector(one, other, mask)
+
+    def totals(self, sums: list[Any]) -> list[Any]:
+        """What the numbers of each register add up to, of four or more, V of them in a register.
+
+        Two registers become one, in which half as many numbers belong to each of them, until one does. To add up one
+        register at a time takes a seventh of the time of a tile.
+        """
+        lanes, unit = self.lanes, 1  # lanes of a register, and what was added up in each
+        while unit < self.lanes:
+            low, high = _neighbours(lanes, unit)
+            if len(sums) > 1:
+                pairs = list(zip(sums[::2], sums[1::2], strict=True))
+            else:
+                pairs = [(sums[0], sums[0])]
+                low, high = low[: lanes // 2], high[: lanes // 2]
+                lanes //= 2
+            sums = [self.builder.fadd(self.picked(*pair, low), self.picked(*pair, high)) for pair in pairs]
+            unit *= 2
+        return sums
+
+    def some(self, totals: list[Any], start: int, count: int) -> Any:
+        """So many of the totals, which lie in one register."""
+        one = totals[start // self.lanes]
+        return self.picked(one, one, [start % self.lanes + n for n in range(count)])
+
+
+def _neighbours(lanes: int, unit: int) -> tuple[list[int], list[int]]:
+    """Which lanes of two registers are added to which others, when so many lanes hold what belongs together.
+
+    Each is one instruction: up to two lanes are picked within every four, more of them four by four.
+    """
+    low: list[int] = []
+    high: list[int] = []
+    if unit < 4:
+        for four in range(0, lanes, 4):
+            for found, half in ((low, 0), (high, 2)):
+                for first in range(four + half, four + half + 2, unit):
+                    found += [*range(first, first + unit), *range(lanes + first, lanes + first + unit)]
+        return low, high
+    for start in (0, lanes):
+        for eight in range(start, start + lanes, 8):
+            low += range(eight, eight + 4)
+            high += range(eight + 4, eight + 8)
+    return low, high
+
 
 def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> Any:
     """A function (codes, scales, x, y, blocks, out) over addresses: the sums of so many rows and outputs."""
@@ -138,15 +187,11 @@ def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> An
         one.add_incoming(ended, loop)
     b.cbranch(b.icmp_signed("<", following, blocks), loop, end)
     b.position_at_end(end)
+    apiece = [sums[place : place + halves] for place in range(0, len(sums), halves)]
+    totals = r.totals([reduce(b.fadd, some) for some in apiece])
     for n, row in enumerate(apart(y, of_y, rows)):
-        for j in range(outputs):
-            whole, *others = sums[(n * outputs + j) * halves : (n * outputs + j + 1) * halves]
-            for other in others:
-                whole = b.fadd(whole, other)
-            total = r.call(
-                f"llvm.vector.reduce.fadd.v{lanes}f32", _F32, ir.Constant(_F32, -0.0), whole, fastmath=("reassoc",)
-            )
-            b.store(total, b.inttoptr(b.add(row, _I64(4 * j)), _F32.as_pointer()))
+        found = r.some(totals, n * outputs, outputs)
+        b.store(found, b.inttoptr(row, found.type.as_pointer()), align=4)
     b.ret_void()
     return function
 

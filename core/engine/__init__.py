@@ -25,6 +25,7 @@ The rank axis bank.py           residents, plans over them   plan.py         a p
 On a CPU      decoder.py        a step by the model's blocks kernels.py      what it does between products
               few_rows.py       what adapters add            unchanged.py   whether modules still are what they were
               whole_step.py     a step in one call, over 4 bits whole_kernel.py   what its threads do
+              tiles.py          products with what adapters hold
 On a GPU      steps.py          recorded decoding steps      pool.py         a plan's tensors in fixed places
               fixed_cache.py    keys and values in fixed places
 

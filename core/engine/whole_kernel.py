@@ -25,7 +25,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from lora_rt.core.base.compiled import callback, compiled
-from lora_rt.core.engine import kernels
+from lora_rt.core.engine import kernels, tiles
 from lora_rt.core.engine.kernels import (
     _narrow,
     _rounded,
@@ -37,12 +37,13 @@ from lora_rt.core.engine.kernels import (
     silu_row,
     turn_head,
 )
+from lora_rt.core.engine.tiles import add_some, multiply
 
 # What `whole_step.py` writes: numbers and addresses of a step, int64.
 ROWS, COLUMNS, BLOCKS, HIDDEN, HEADS, KEYS, SIZE, WIDTH, ROPES = range(9)
 BARRIER, NUMBER, TEAM, PART, LAYERS, NUMBERS, CACHE, ADAPTERS = range(9, 17)
-X, COS, SIN, SEEN, RANKS, RANKS_WIDTH, SCORES, CALLS, OUT = range(17, 26)
-INPUT = 26  # of each of the four groups, and the outputs of each of the seven layers
+X, COS, SIN, SEEN, RANKS, RANKS_WIDTH, KEPT, SCORES, CALLS, OUT = range(17, 27)
+INPUT = 27  # of each of the four groups, and the outputs of each of the seven layers
 OUTPUT = INPUT + 4
 STEP = OUTPUT + 7
 FIRST = (0, 3, 4, 6, 7)  # layers of each group: q, k, v; o; gate, up; down
@@ -191,16 +192,10 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
     y = s[RANKS] + 4 * start
     apart = 4 * s[RANKS_WIDTH]  # of two rows of y
     if of_ranks == 1:
-        for r in range(first, last):
-            hidden = _floats(y + r * apart, count)
-            for q in range(count):
-                hidden[q] = np.float32(0)
-        for i in range(0, width, 64):  # so much of A stays in the nearest cache for all rows
-            for r in range(first, last):
-                some = min(width - i, 64)
-                given = _floats(x + 4 * (r * width + i), some)
-                own = a + r * of_rows + 4 * i * of_features
-                _by_features(own, of_features, given, _floats(y + r * apart, count))
+        some = 1 if of_rows else last - first  # rows that have one A
+        for r in range(first, last, some):
+            x_r, y_r, of_x = x + 4 * r * width, y + r * apart, 4 * width
+            multiply(x_r, of_x, a + r * of_rows, 4 * of_features, y_r, apart, some, width, count, 0)
     else:
         for q in range(count):
             for r in range(first, last):
@@ -218,25 +213,6 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
 
 
 @compiled(any_order=True, kept=False)
-def _by_features(a: int, step: int, x: Any, y: Any) -> None:
-    """y += A x of some features, where the ranks of a feature lie together in A; eight features at a time."""
-    count, width = len(y), len(x)
-    for i in range(0, width - 7, 8):
-        at = a + 4 * i * step
-        a0, a1, a2 = _floats(at, count), _floats(at + 4 * step, count), _floats(at + 8 * step, count)
-        a3, a4, a5 = _floats(at + 12 * step, count), _floats(at + 16 * step, count), _floats(at + 20 * step, count)
-        a6, a7 = _floats(at + 24 * step, count), _floats(at + 28 * step, count)
-        x0, x1, x2, x3, x4, x5, x6, x7 = x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7]
-        for q in range(count):
-            low = x0 * a0[q] + x1 * a1[q] + x2 * a2[q] + x3 * a3[q]
-            y[q] += low + (x4 * a4[q] + x5 * a5[q] + x6 * a6[q] + x7 * a7[q])
-    for i in range(width // 8 * 8, width):
-        row = _floats(a + 4 * i * step, count)
-        for q in range(count):
-            y[q] += x[i] * row[q]
-
-
-@compiled(any_order=True, kept=False)
 def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: int) -> None:
     """B (gate * (A x)), added to a thread's outputs."""
     at = SITES + SITE * site
@@ -244,13 +220,20 @@ def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: in
         return
     ranks, of_features, of_ranks = adapted[at + B_RANKS], adapted[at + B_OF_FEATURES], adapted[at + B_OF_RANKS]
     start, stop = _share(features, 16, me, us)
-    for r in range(s[ROWS]):
-        b = adapted[at + B_AT] + 4 * (start * of_features + r * adapted[at + B_OF_ROWS])
-        row = _floats(y + 4 * (r * features + start), stop - start)
-        hidden = _floats(s[RANKS] + 4 * (r * s[RANKS_WIDTH] + adapted[at + B_START]), ranks)
+    of_rows, apart = 4 * adapted[at + B_OF_ROWS], s[RANKS_WIDTH]
+    kept_at = s[KEPT] + 8 * s[RANKS_WIDTH] * me
+    kept = _numbers(kept_at, ranks)
+    several = 1 if of_rows else 8  # rows at a time
+    for r in range(0, s[ROWS], several):
+        b = adapted[at + B_AT] + 4 * start * of_features + r * of_rows
+        y_at, hidden_at = y + 4 * (r * features + start), s[RANKS] + 4 * (r * apart + adapted[at + B_START])
+        some = min(several, s[ROWS] - r)
         if of_features == 1:
-            _by_ranks(row, hidden, b, of_ranks)
-        else:
+            count = _used(_floats(hidden_at, (some - 1) * apart + ranks), apart, some, kept)
+            add_some(hidden_at, 4 * apart, b, 4 * of_ranks, y_at, 4 * features, some, count, stop - start, kept_at)
+            continue
+        for n in range(some):
+            row, hidden = _floats(y_at + 4 * n * features, stop - start), _floats(hidden_at + 4 * n * apart, ranks)
             for o in range(len(row)):
                 of_o, total = _floats(b + 4 * o * of_features, ranks), np.float32(0)
                 for q in range(ranks):
@@ -258,35 +241,17 @@ def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: in
                 row[o] += total
 
 
-@compiled(any_order=True, kept=False)
-def _by_ranks(y: Any, hidden: Any, b: int, step: int) -> None:
-    """y += B hidden, where the outputs of a rank lie together in B."""
-    # Ranks of other rows' adapters are 0; NaN is not. Four of a row's own at a time.
-    count, width = 0, len(y)
-    n0 = n1 = n2 = 0
-    h0 = h1 = h2 = np.float32(0)
-    for q in range(len(hidden)):
-        h3 = hidden[q]
-        if h3 == 0:
-            continue
-        if count == 3:
-            b0, b1 = _floats(b + 4 * n0 * step, width), _floats(b + 4 * n1 * step, width)
-            b2, b3 = _floats(b + 4 * n2 * step, width), _floats(b + 4 * q * step, width)
-            for o in range(width):
-                y[o] += h0 * b0[o] + h1 * b1[o] + h2 * b2[o] + h3 * b3[o]
-            count = 0
-            continue
-        n0, h0, n1, h1, n2, h2 = n1, h1, n2, h2, q, h3
-        count += 1
-    for left in range(count):  # the last ones
-        n, h = n2, h2
-        if left == 1:
-            n, h = n1, h1
-        if left == 2:
-            n, h = n0, h0
-        of_n = _floats(b + 4 * n * step, width)
-        for o in range(width):
-            y[o] += h * of_n[o]
+@compiled(kept=False)
+def _used(hidden: Any, apart: int, rows: int, kept: Any) -> int:
+    """How many ranks do something in one of these rows, and which: those of other rows' adapters are 0. NaN is not."""
+    count = 0
+    for q in range(len(kept)):
+        for r in range(rows):
+            if hidden[r * apart + q] != 0:
+                kept[count] = q
+                count += 1
+                break
+    return count
 
 
 @compiled(any_order=True, kept=False)
@@ -417,13 +382,13 @@ def step_of(dtype: Any) -> int:
     """
     if dtype == np.uint16:
 
-        @callback("void(voidptr)", uses=[kernels.__file__])
+        @callback("void(voidptr)", uses=[kernels.__file__, tiles.__file__])
         def step(arguments: Any) -> None:
             s = carray(arguments, STEP, np.int64)
             _whole(s, carray(arguments, 0, np.uint16))
     else:
 
-        @callback("void(voidptr)", uses=[kernels.__file__])
+        @callback("void(voidptr)", uses=[kernels.__file__, tiles.__file__])
         def step(arguments: Any) -> None:
             s = carray(arguments, STEP, np.int64)
             _whole(s, carray(arguments, 0, np.float32))

@@ -293,9 +293,10 @@ class WholeStep:
         team = openmp.team() if threads > 1 else None
         scores = k.SCORED * k.room_of.py_func(columns)
         scratch = np.empty(threads * scores, np.uint8), np.empty(threads * k.CALL, np.int64)
-        ranks = np.empty(rows * ready.adapters.ranks, np.float32)
+        widest = ready.adapters.ranks
+        ranks, kept = np.empty(rows * widest, np.float32), np.empty(threads * widest, np.int64)
         seen = np.ascontiguousarray(mask.bool().numpy())
-        kept = self._extended(cache, rows, columns)
+        extended = self._extended(cache, rows, columns)
         s = np.zeros(k.STEP, np.int64)
         s[: k.BARRIER] = (
             rows,
@@ -310,12 +311,13 @@ class WholeStep:
         )
         s[k.BARRIER : k.PART] = (0, 0, 0) if team is None else (team.barrier, team.number, team.size)
         s[k.PART] = four_bit.kernel_of(self._dtype)[1]
-        s[k.LAYERS : k.X] = [one.ctypes.data for one in (ready.table, ready.numbers, kept, ready.adapters.table)]
+        s[k.LAYERS : k.X] = [one.ctypes.data for one in (ready.table, ready.numbers, extended, ready.adapters.table)]
         s[[k.COS, k.SIN]] = [one.data_ptr() for one in ropes]
         s[k.SEEN] = seen.ctypes.data
         for place, tensor in room.places.items():
             s[place] = tensor.data_ptr()
-        s[k.RANKS], s[k.RANKS_WIDTH] = ranks.ctypes.data, ready.adapters.ranks
+        s[k.RANKS], s[k.RANKS_WIDTH] = ranks.ctypes.data, widest
+        s[k.KEPT] = kept.ctypes.data
         s[k.SCORES], s[k.CALLS] = scratch[0].ctypes.data, scratch[1].ctypes.data
         openmp.run(team, ready.address, s.ctypes.data, threads)
         logits: Tensor = self._model.lm_head(room.out.clone())  # whoever watches may keep what it is given
