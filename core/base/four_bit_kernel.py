@@ -13,6 +13,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 
+from lora_rt.core.base.registers import F32, I8, I32, I64, Registers
+
 # `four_bit.py` has both as well, which has to do without llvmlite.
 _BLOCK = 64  # numbers with one scale
 _STEP = 4  # outputs, of which every tile holds a part
@@ -28,46 +30,15 @@ _LEVELS = (
 )  # fmt: skip
 """NF4's (QLoRA, arXiv:2305.14314), as bitsandbytes has them."""
 
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-
-class _Registers:
-    """Vectors of V numbers, and how sixteen levels are looked up in them."""
-
-    def __init__(self, builder: Any, lanes: int) -> None:
-        self.builder, self.lanes = builder, lanes
-        self.floats, self.integers = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
-
-    def every(self, number: int) -> Any:
-        """An integer in every lane."""
-        return ir.Constant(self.integers, [_I32(number)] * self.lanes)
-
-    def zeros(self) -> Any:
-        return ir.Constant(self.floats, [_F32(0.0)] * self.lanes)
-
-    def spread(self, number: Any) -> Any:
-        """A float in every lane."""
-        nothing = ir.Constant(self.floats, ir.Undefined)
-        one = self.builder.insert_element(nothing, number, _I32(0))
-        return self.builder.shuffle_vector(one, nothing, self.every(0))
-
-    def call(self, name: str, result: Any, *arguments: Any, **named: Any) -> Any:
-        """One of LLVM's own functions."""
-        module = self.builder.module
-        kinds = [argument.type for argument in arguments]
-        found = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, kinds), name)
-        return self.builder.call(found, arguments, **named)
-
-    def at(self, address: Any, kind: Any) -> Any:
-        """What stands at an address."""
-        align = 1 if getattr(kind, "element", kind) is _I8 else 4
-        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
+class _Levels(Registers):
+    """Registers, and how sixteen levels are looked up in them."""
 
     def levels(self, scale: Any, rounded: bool) -> list[Any]:
         """The sixteen levels times a scale, in one or two registers; rounded to bfloat16, half to even."""
         b, found = self.builder, []
         for first in range(0, len(_LEVELS), self.lanes):
-            some = ir.Constant(self.floats, [_F32(level) for level in _LEVELS[first : first + self.lanes]])
+            some = ir.Constant(self.floats, [F32(level) for level in _LEVELS[first : first + self.lanes]])
             level = b.fmul(some, self.spread(scale))
             if rounded:
                 bits = b.bitcast(level, self.integers)
@@ -86,112 +57,50 @@ class _Registers:
         upper = b.icmp_unsigned("!=", b.and_(codes, self.every(8)), self.every(0))
         return b.select(upper, high, low)
 
-    def picked(self, one: Any, other: Any, lanes: list[int]) -> Any:
-        """The numbers in these lanes of two registers; those of the other one are counted on."""
-        mask = ir.Constant(ir.VectorType(_I32, len(lanes)), [_I32(lane) for lane in lanes])
-        return self.builder.shuffle_vector(one, other, mask)
-
-    def totals(self, sums: list[Any]) -> list[Any]:
-        """What the numbers of each register add up to, of four or more, V of them in a register.
-
-        Two registers become one, in which half as many numbers belong to each of them, until one does. To add up one
-        register at a time takes a seventh of the time of a tile.
-        """
-        lanes, unit = self.lanes, 1  # lanes of a register, and what was added up in each
-        while unit < self.lanes:
-            low, high = _neighbours(lanes, unit)
-            if len(sums) > 1:
-                pairs = list(zip(sums[::2], sums[1::2], strict=True))
-            else:
-                pairs = [(sums[0], sums[0])]
-                low, high = low[: lanes // 2], high[: lanes // 2]
-                lanes //= 2
-            sums = [self.builder.fadd(self.picked(*pair, low), self.picked(*pair, high)) for pair in pairs]
-            unit *= 2
-        return sums
-
-    def some(self, totals: list[Any], start: int, count: int) -> Any:
-        """So many of the totals, which lie in one register."""
-        one = totals[start // self.lanes]
-        return self.picked(one, one, [start % self.lanes + n for n in range(count)])
-
-
-def _neighbours(lanes: int, unit: int) -> tuple[list[int], list[int]]:
-    """Which lanes of two registers are added to which others, when so many lanes hold what belongs together.
-
-    Each is one instruction: up to two lanes are picked within every four, more of them four by four.
-    """
-    low: list[int] = []
-    high: list[int] = []
-    if unit < 4:
-        for four in range(0, lanes, 4):
-            for found, half in ((low, 0), (high, 2)):
-                for first in range(four + half, four + half + 2, unit):
-                    found += [*range(first, first + unit), *range(lanes + first, lanes + first + unit)]
-        return low, high
-    for start in (0, lanes):
-        for eight in range(start, start + lanes, 8):
-            low += range(eight, eight + 4)
-            high += range(eight + 4, eight + 8)
-    return low, high
-
 
 def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> Any:
     """A function (codes, scales, x, y, blocks, out) over addresses: the sums of so many rows and outputs."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 6), f"tile_{rows}_{outputs}")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 6), f"tile_{rows}_{outputs}")
     function.linkage = "internal"
     codes, scales, x, y, blocks, out = function.args
     b = ir.IRBuilder(function.append_basic_block())
-    r = _Registers(b, lanes)
+    r = _Levels(b, lanes)
     halves = max(1, _INDEPENDENT // (rows * outputs))
     # How far apart rows of codes, scales, x and y lie, in bytes.
-    of_codes, of_scales = b.mul(blocks, _I64(_BLOCK // 2)), b.mul(blocks, _I64(4))
-    of_x, of_y = b.mul(blocks, _I64(_BLOCK * 4)), b.mul(out, _I64(4))
+    of_codes, of_scales = b.mul(blocks, I64(_BLOCK // 2)), b.mul(blocks, I64(4))
+    of_x, of_y = b.mul(blocks, I64(_BLOCK * 4)), b.mul(out, I64(4))
 
     def apart(start: Any, step: Any, count: int) -> list[Any]:
-        return [b.add(start, b.mul(step, _I64(number))) for number in range(count)]
+        return [b.add(start, b.mul(step, I64(number))) for number in range(count)]
 
     code_rows, scale_rows = apart(codes, of_codes, outputs), apart(scales, of_scales, outputs)
-    x_rows, ahead = apart(x, of_x, rows), b.mul(of_codes, _I64(_AHEAD * outputs))
-    before, loop, end = b.block, b.append_basic_block(), b.append_basic_block()
-    b.branch(loop)
-    b.position_at_end(loop)
-    block = b.phi(_I64)
-    block.add_incoming(_I64(0), before)
-    begun = [b.phi(r.floats) for _ in range(rows * outputs * halves)]
-    for one in begun:
-        one.add_incoming(r.zeros(), before)
-    sums = list(begun)
-    at = b.mul(block, _I64(_BLOCK // 2))
-    levels = []
-    for row, scale_row in zip(code_rows, scale_rows, strict=True):
-        place = b.inttoptr(b.add(b.add(row, at), ahead), _I8.as_pointer())
-        r.call("llvm.prefetch.p0", ir.VoidType(), place, _I32(0), _I32(3), _I32(1))
-        levels.append(r.levels(r.at(b.add(scale_row, b.mul(block, _I64(4))), _F32), rounded))
-    for part in range(_BLOCK // 2 // lanes):
-        kind = ir.VectorType(_I8, lanes)
-        read = [r.at(b.add(b.add(row, at), _I64(part * lanes)), kind) for row in code_rows]
-        lower = [b.zext(one, r.integers) for one in read]
-        for half, found in enumerate((lower, [b.lshr(one, r.every(4)) for one in lower])):
-            weights = [r.looked_up(some, one) for some, one in zip(levels, found, strict=True)]
-            number = 2 * part + half
-            inner = b.add(b.mul(block, _I64(_BLOCK * 4)), _I64(number * lanes * 4))
-            for n, row in enumerate(x_rows):
-                given = r.at(b.add(row, inner), r.floats)
-                for j, weight in enumerate(weights):
-                    place = (n * outputs + j) * halves + number % halves
-                    sums[place] = r.call(f"llvm.fma.v{lanes}f32", r.floats, given, weight, sums[place])
-    following = b.add(block, _I64(1))
-    block.add_incoming(following, loop)
-    for one, ended in zip(begun, sums, strict=True):
-        one.add_incoming(ended, loop)
-    b.cbranch(b.icmp_signed("<", following, blocks), loop, end)
-    b.position_at_end(end)
+    x_rows, ahead = apart(x, of_x, rows), b.mul(of_codes, I64(_AHEAD * outputs))
+    sums = [r.zeros()] * (rows * outputs * halves)
+    with r.loop(blocks, sums) as (block, now):
+        at = b.mul(block, I64(_BLOCK // 2))
+        levels = []
+        for row, scale_row in zip(code_rows, scale_rows, strict=True):
+            place = b.inttoptr(b.add(b.add(row, at), ahead), I8.as_pointer())
+            r.call("llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(3), I32(1))
+            levels.append(r.levels(r.at(b.add(scale_row, b.mul(block, I64(4))), F32), rounded))
+        for part in range(_BLOCK // 2 // lanes):
+            kind = ir.VectorType(I8, lanes)
+            read = [r.at(b.add(b.add(row, at), I64(part * lanes)), kind) for row in code_rows]
+            lower = [b.zext(one, r.integers) for one in read]
+            for half, found in enumerate((lower, [b.lshr(one, r.every(4)) for one in lower])):
+                weights = [r.looked_up(some, one) for some, one in zip(levels, found, strict=True)]
+                number = 2 * part + half
+                inner = b.add(b.mul(block, I64(_BLOCK * 4)), I64(number * lanes * 4))
+                for n, row in enumerate(x_rows):
+                    given = r.at(b.add(row, inner), r.floats)
+                    for j, weight in enumerate(weights):
+                        place = (n * outputs + j) * halves + number % halves
+                        now[place] = r.times(given, weight, now[place])
     apiece = [sums[place : place + halves] for place in range(0, len(sums), halves)]
     totals = r.totals([reduce(b.fadd, some) for some in apiece])
     for n, row in enumerate(apart(y, of_y, rows)):
-        found = r.some(totals, n * outputs, outputs)
-        b.store(found, b.inttoptr(row, found.type.as_pointer()), align=4)
+        register, lane = divmod(n * outputs, lanes)
+        r.put(r.picked(totals[register], totals[register], range(lane, lane + outputs)), row)
     b.ret_void()
     return function
 
@@ -203,31 +112,31 @@ def _counting(b: Any, start: Any, stop: Any, step: int) -> Iterator[Any]:
     before = b.block
     b.branch(test)
     b.position_at_end(test)
-    number = b.phi(_I64)
+    number = b.phi(I64)
     number.add_incoming(start, before)
     b.cbranch(b.icmp_signed("<", number, stop), inside, after)
     b.position_at_end(inside)
     yield number
-    number.add_incoming(b.add(number, _I64(step)), b.block)
+    number.add_incoming(b.add(number, I64(step)), b.block)
     b.branch(test)
     b.position_at_end(after)
 
 
 def _part(module: Any, lanes: int, rounded: bool) -> Any:
     """`part` of `kernel`: the outputs from `start` to `stop`."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64.as_pointer()]), "part")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "part")
     b = ir.IRBuilder(function.append_basic_block())
-    given = [b.load(b.gep(function.args[0], [_I64(place)])) for place in range(9)]
+    given = [b.load(b.gep(function.args[0], [I64(place)])) for place in range(9)]
     start, stop, rows, width, out, codes, scales, x, y = given
-    blocks = b.sdiv(width, _I64(_BLOCK))
-    first: Any = _I64(0)
+    blocks = b.sdiv(width, I64(_BLOCK))
+    first: Any = I64(0)
     for many, outputs in _TILES:  # as many rows as fit in the largest tile, then the rest in smaller ones
         tile = _tile(module, many, outputs, lanes, rounded)
-        last = b.add(first, b.mul(b.sdiv(b.sub(rows, first), _I64(many)), _I64(many)))
+        last = b.add(first, b.mul(b.sdiv(b.sub(rows, first), I64(many)), I64(many)))
         with _counting(b, first, last, many) as row, _counting(b, start, stop, outputs) as j:
-            of_codes, of_scales = b.mul(j, b.mul(blocks, _I64(_BLOCK // 2))), b.mul(j, b.mul(blocks, _I64(4)))
-            of_x = b.mul(row, b.mul(width, _I64(4)))
-            of_y = b.mul(b.add(b.mul(row, out), j), _I64(4))
+            of_codes, of_scales = b.mul(j, b.mul(blocks, I64(_BLOCK // 2))), b.mul(j, b.mul(blocks, I64(4)))
+            of_x = b.mul(row, b.mul(width, I64(4)))
+            of_y = b.mul(b.add(b.mul(row, out), j), I64(4))
             places = b.add(codes, of_codes), b.add(scales, of_scales), b.add(x, of_x), b.add(y, of_y)
             b.call(tile, [*places, blocks, out])
         first = last
@@ -237,25 +146,25 @@ def _part(module: Any, lanes: int, rounded: bool) -> Any:
 
 def _run(module: Any, part_of: Any) -> None:
     """`run` of `kernel`: each thread takes parts of the outputs until there are none."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64.as_pointer()]), "run")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "run")
     b = ir.IRBuilder(function.append_basic_block())
-    own = b.alloca(_I64, 9)  # the arguments of `part`
+    own = b.alloca(I64, 9)  # the arguments of `part`
     counter = function.args[0]
-    parts, *others = (b.load(b.gep(counter, [_I64(place)])) for place in range(1, 9))
+    parts, *others = (b.load(b.gep(counter, [I64(place)])) for place in range(1, 9))
     for place, other in enumerate(others, start=2):
-        b.store(other, b.gep(own, [_I64(place)]))
-    out, least = others[2], _I64(_STEP)
-    step = b.mul(b.sdiv(b.add(b.sdiv(out, least), b.sub(parts, _I64(1))), parts), least)
+        b.store(other, b.gep(own, [I64(place)]))
+    out, least = others[2], I64(_STEP)
+    step = b.mul(b.sdiv(b.add(b.sdiv(out, least), b.sub(parts, I64(1))), parts), least)
     take, taken, end = (b.append_basic_block() for _ in range(3))
     b.branch(take)
     b.position_at_end(take)
-    part = b.atomic_rmw("add", counter, _I64(1), "monotonic")
+    part = b.atomic_rmw("add", counter, I64(1), "monotonic")
     b.cbranch(b.icmp_signed("<", part, parts), taken, end)
     b.position_at_end(taken)
     start = b.mul(part, step)
     stop = b.add(start, step)
     b.store(start, own)
-    b.store(b.select(b.icmp_signed("<", stop, out), stop, out), b.gep(own, [_I64(1)]))
+    b.store(b.select(b.icmp_signed("<", stop, out), stop, out), b.gep(own, [I64(1)]))
     b.call(part_of, [own])
     b.branch(take)
     b.position_at_end(end)

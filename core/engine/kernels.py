@@ -21,7 +21,10 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from lora_rt.core.base import registers
 from lora_rt.core.base.compiled import compiled
+from lora_rt.core.engine import tiles
+from lora_rt.core.engine.tiles import AT_ONCE, LANES, scores_of, weighed_by_four, weighed_by_one
 
 _BITS = np.uint32(16)
 _HALF, _ONE, _NAN = np.uint32(0x7FFF), np.uint32(1), np.uint16(0x7FC0)
@@ -176,10 +179,16 @@ def rotate(q: Any, cos: Any, sin: Any, out: Any) -> None:
 
 
 @compiled(kept=False)
-def seen_places(seen: Any, places: Any) -> int:
-    """How many columns a row looks at, of `seen` (columns,); which ones these are goes into `places` (columns + 3,).
+def room_of(columns: int) -> int:
+    """For how many scores and places there is room: for as many as are looked at at a time beyond all columns."""
+    return (columns + AT_ONCE) // 2 * 2
 
-    Four are looked at at a time: the last one stands there three times more. A row that sees nothing looks at the last.
+
+@compiled(kept=False)
+def seen_places(seen: Any, places: Any) -> int:
+    """How many columns a row looks at, of `seen` (columns,); which ones these are goes into `places`, with `room_of`.
+
+    As several are looked at at a time, the last one stands there some more times. Who sees nothing looks at the last.
     """
     count, columns = 0, len(seen)
     for t in range(columns):
@@ -188,7 +197,7 @@ def seen_places(seen: Any, places: Any) -> int:
             count += 1
     if count == 0:
         places[0], count = columns - 1, 1
-    for extra in range(3):
+    for extra in range(AT_ONCE - 1):
         places[count + extra] = places[count - 1]
     return count
 
@@ -212,38 +221,61 @@ def attend_head(
     `keys` and `values` are flat, from those of the head's first column on, with columns so far apart. `scores` is room.
     """
     size = len(query)
-    top = np.float32(-np.inf)
-    for n in range(0, count, 4):
-        a, b = keys[places[n] * of_keys :], keys[places[n + 1] * of_keys :]
-        c, d = keys[places[n + 2] * of_keys :], keys[places[n + 3] * of_keys :]
-        of_a = of_b = of_c = of_d = np.float32(0)
-        for i in range(size):
-            of_a += query[i] * _wide(a[i])
-            of_b += query[i] * _wide(b[i])
-            of_c += query[i] * _wide(c[i])
-            of_d += query[i] * _wide(d[i])
-        scores[n], scores[n + 1] = of_a * scaling, of_b * scaling
-        scores[n + 2], scores[n + 3] = of_c * scaling, of_d * scaling
-        top = max(top, max(max(scores[n], scores[n + 1]), max(scores[n + 2], scores[n + 3])))
+    item = like.itemsize
+    at = places.ctypes.data
+    if size % LANES:
+        top = _looked(query, keys, of_keys, places, count, scaling, scores)
+    else:
+        top = np.float32(-np.inf)
+        for n in range(0, count, AT_ONCE):
+            some = scores.ctypes.data + 4 * n
+            looked = query.ctypes.data, keys.ctypes.data, item * of_keys, at + 8 * n
+            top = max(top, scores_of(*looked, scaling, some, size // LANES, like))
     whole = np.float32(0)
     for n in range(count):
         scores[n] = exp(scores[n] - top)
         whole += scores[n]
-    for extra in range(3):  # what was looked at once more counts for nothing
-        scores[count + extra] = np.float32(0)
-    for i in range(size):
-        answer[i] = np.float32(0)
-    for n in range(0, count, 4):
-        a, b = values[places[n] * of_values :], values[places[n + 1] * of_values :]
-        c, d = values[places[n + 2] * of_values :], values[places[n + 3] * of_values :]
-        of_a, of_b, of_c, of_d = scores[n], scores[n + 1], scores[n + 2], scores[n + 3]
-        for i in range(size):
-            answer[i] += of_a * _wide(a[i]) + of_b * _wide(b[i]) + of_c * _wide(c[i]) + of_d * _wide(d[i])
+    if size % LANES:
+        _added_up(scores, values, of_values, places, count, answer)
+    else:
+        i = 0
+        while i < size:
+            given = scores.ctypes.data, values.ctypes.data + item * i, item * of_values, at, answer.ctypes.data + 4 * i
+            if size - i >= 4 * LANES:
+                weighed_by_four(*given, count, like)
+                i += 4 * LANES
+            else:
+                weighed_by_one(*given, count, like)
+                i += LANES
     for i in range(size):
         answer[i] = _rounded(answer[i] / whole, like)
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, kept=False)
+def _looked(query: Any, keys: Any, of_keys: int, places: Any, count: int, scaling: Any, scores: Any) -> Any:
+    """The scores of heads of any size, and the largest."""
+    top = np.float32(-np.inf)
+    for n in range(count):
+        key, total = keys[places[n] * of_keys :], np.float32(0)
+        for i in range(len(query)):
+            total += query[i] * _wide(key[i])
+        scores[n] = total * scaling
+        top = max(top, scores[n])
+    return top
+
+
+@compiled(any_order=True, kept=False)
+def _added_up(scores: Any, values: Any, of_values: int, places: Any, count: int, answer: Any) -> None:
+    """The sum of the columns of heads of any size, each times its score."""
+    for i in range(len(answer)):
+        answer[i] = np.float32(0)
+    for n in range(count):
+        value = values[places[n] * of_values :]
+        for i in range(len(answer)):
+            answer[i] += scores[n] * _wide(value[i])
+
+
+@compiled(any_order=True, uses=[tiles.__file__, registers.__file__])
 def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, out: Any, wide: Any) -> None:
     """Attention of q (n, heads, 1, D) over what each row sees, `seen` (n, columns); out (n, 1, heads * D).
 
@@ -253,7 +285,8 @@ def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, ou
     rows, heads, _, size = q.shape
     columns = seen.shape[1]
     group = heads // steps[0]
-    scores, places = np.empty(columns + 3, np.float32), np.empty(columns + 3, np.int64)
+    room = room_of(columns)
+    scores, places = np.empty(room, np.float32), np.empty(room, np.int64)
     query = np.empty(size, np.float32)
     for r in range(rows):
         count = seen_places(seen[r], places)

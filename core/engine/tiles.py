@@ -1,15 +1,15 @@
-"""Products of a few float32 rows with what adapters hold, in tiles of rows and outputs whose sums stay in registers.
+"""Inner loops whose sums stay in registers: products with what adapters hold, and attention over kept columns.
 
     y (rows, n) = x (rows, k) M        or += , M (k, n) with the outputs of each k together in memory
+    scores (columns,) = query keys     and answer (D,) = scores values
 
-A loop over such a product in Python is compiled to one that reads and writes y for every few k, and M for every row: a
-sixth of the processor's speed. Here numba is given the inner loop in LLVM's terms; around it, everything is Python.
+A loop over such a product in Python is compiled to one that reads and writes y for every few k, and M for every row;
+one over a head's columns adds up registers and checks what may overlap at every few: a tenth of the processor's speed.
+Here numba is given the inner loops in LLVM's terms; around them, everything is Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import binding, ir
@@ -17,11 +17,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from lora_rt.core.base.compiled import compiled
+from lora_rt.core.base.registers import F32, I8, I16, I64, Registers
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 """Numbers in a register."""
-_FLOATS, _LANES = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+AT_ONCE = 8
+"""Columns of keys that are looked at at a time."""
 
 
 def _tile(rows: int, vectors: int, *, some: bool) -> Any:
@@ -34,24 +35,25 @@ def _tile(rows: int, vectors: int, *, some: bool) -> Any:
 
     def generated(_context: Any, b: Any, _signature: Any, given: Any) -> Any:
         x, of_x, m, of_m, y, of_y, count, rest, places = given
-        masks = [None] * (vectors - 1) + [_below(b, rest)]
-        xs = [b.add(x, b.mul(of_x, _I64(row))) for row in range(rows)]
-        sums = [ir.Constant(_FLOATS, [_F32(0.0)] * LANES)] * (rows * vectors)
-        with _loop(b, count, sums) as (k, now):
+        r = Registers(b, LANES)
+        masks = [None] * (vectors - 1) + [r.below(rest)]
+        xs = [b.add(x, b.mul(of_x, I64(row))) for row in range(rows)]
+        sums = [r.zeros()] * (rows * vectors)
+        with r.loop(count, sums) as (k, now):
             if some:
-                k = _read(b, b.add(places, b.mul(k, _I64(8))), _I64)
+                k = r.at(b.add(places, b.mul(k, I64(8))), I64)
             row = b.add(m, b.mul(k, of_m))
-            read = [_read(b, b.add(row, _I64(4 * LANES * v)), _FLOATS, mask) for v, mask in enumerate(masks)]
-            for r, start in enumerate(xs):
-                number = _spread(b, _read(b, b.add(start, b.mul(k, _I64(4))), _F32))
+            read = [r.at(b.add(row, I64(4 * LANES * v)), r.floats, mask) for v, mask in enumerate(masks)]
+            for n, start in enumerate(xs):
+                number = r.spread(r.at(b.add(start, b.mul(k, I64(4))), F32))
                 for v, one in enumerate(read):
-                    place = r * vectors + v
-                    now[place] = _call(b, f"llvm.fma.v{LANES}f32", _FLOATS, number, one, now[place])
+                    place = n * vectors + v
+                    now[place] = r.times(number, one, now[place])
         for place, total in enumerate(sums):
-            r, v = divmod(place, vectors)
-            at = b.add(b.add(y, b.mul(of_y, _I64(r))), _I64(4 * LANES * v))
-            _write(b, b.fadd(total, _read(b, at, _FLOATS, masks[v])) if some else total, at, masks[v])
-        return b.inttoptr(_I64(0), ir.IntType(8).as_pointer())
+            n, v = divmod(place, vectors)
+            at = b.add(b.add(y, b.mul(of_y, I64(n))), I64(4 * LANES * v))
+            r.put(b.fadd(total, r.at(at, r.floats, masks[v])) if some else total, at, masks[v])
+        return b.inttoptr(I64(0), I8.as_pointer())
 
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
     def tile(
@@ -62,64 +64,91 @@ def _tile(rows: int, vectors: int, *, some: bool) -> Any:
     return tile
 
 
-def _call(b: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """One of LLVM's own functions."""
-    kinds = [argument.type for argument in arguments]
-    found = b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, kinds), name)
-    return b.call(found, arguments)
+def _code_of_scores(like: Any) -> Any:
+    """The code of `scores_of` for keys like these."""
+
+    def generated(_context: Any, b: Any, _signature: Any, given: Any) -> Any:
+        query, keys, of_keys, places, scaling, scores, count, _like = given
+        r = Registers(b, LANES)
+        numbers = [r.at(b.add(places, I64(8 * n)), I64) for n in range(AT_ONCE)]
+        columns = [b.add(keys, b.mul(number, of_keys)) for number in numbers]
+        sums = [r.zeros()] * AT_ONCE
+        with r.loop(count, sums) as (part, now):
+            read = r.at(b.add(query, b.mul(part, I64(4 * LANES))), r.floats)
+            for n, column in enumerate(columns):
+                now[n] = r.times(read, _widened(r, column, part, like), now[n])
+        found = r.totals(sums)[0]
+        some = found.type.count
+        scale = r.picked(r.spread(scaling), r.zeros(), range(some))
+        found = b.fmul(found, scale)
+        r.put(found, scores)
+        return r.call(f"llvm.vector.reduce.fmax.v{some}f32", F32, found)
+
+    return generated
 
 
-def _spread(b: Any, number: Any) -> Any:
-    """A float in every lane."""
-    one = b.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, _I32(0))
-    return b.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_LANES, [_I32(0)] * LANES))
+def _code_of_sums(like: Any, vectors: int) -> Any:
+    """The code of `weighed` for values like these, and so many registers of their features."""
+
+    def generated(_context: Any, b: Any, _signature: Any, given: Any) -> Any:
+        scores, values, of_values, places, answer, count, _like = given
+        r = Registers(b, LANES)
+        sums = [r.zeros()] * vectors
+        with r.loop(count, sums) as (n, now):
+            weight = r.spread(r.at(b.add(scores, b.mul(n, I64(4))), F32))
+            column = b.add(values, b.mul(r.at(b.add(places, b.mul(n, I64(8))), I64), of_values))
+            for v in range(vectors):
+                now[v] = r.times(weight, _widened(r, column, I64(v), like), now[v])
+        for v, total in enumerate(sums):
+            r.put(total, b.add(answer, I64(4 * LANES * v)))
+        return b.inttoptr(I64(0), I8.as_pointer())
+
+    return generated
 
 
-def _below(b: Any, count: Any) -> Any:
-    """Which lanes have a number below it."""
-    nothing = ir.Constant(_LANES, ir.Undefined)
-    one = b.insert_element(nothing, b.trunc(count, _I32), _I32(0))
-    every = b.shuffle_vector(one, nothing, ir.Constant(_LANES, [_I32(0)] * LANES))
-    return b.icmp_signed("<", ir.Constant(_LANES, [_I32(lane) for lane in range(LANES)]), every)
+def _widened(r: Registers, start: Any, part: Any, like: Any) -> Any:
+    """The numbers of one register of float32, of an array like this that begins at an address."""
+    b, size = r.builder, like.dtype.bitwidth // 8
+    place = b.add(start, b.mul(part, I64(size * LANES)))
+    if size == 4:
+        return r.at(place, r.floats)
+    bits = r.at(place, ir.VectorType(I16, LANES))  # of bfloat16
+    return b.bitcast(b.shl(b.zext(bits, r.integers), r.every(16)), r.floats)
 
 
-def _read(b: Any, address: Any, kind: Any, mask: Any = None) -> Any:
-    """What stands at an address; 0 in lanes that are masked, which are not read."""
-    pointer = b.inttoptr(address, kind.as_pointer())
-    if mask is None:
-        return b.load(pointer, align=4)
-    zeros = ir.Constant(kind, [_F32(0.0)] * LANES)
-    return _call(b, f"llvm.masked.load.v{LANES}f32.p0", kind, pointer, _I32(4), mask, zeros)
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def scores_of(
+    _context: Any,
+    _query: Any,
+    _keys: Any,
+    _of_keys: Any,
+    _places: Any,
+    _scaling: Any,
+    _scores: Any,
+    _count: Any,
+    like: Any,
+) -> Any:
+    """(query, keys, of_keys, places, scaling, scores, count, like): the largest of eight scores, which are written.
+
+    A score is scaling * query keys, of a query (count * LANES,) and the columns of keys at the first eight of `places`.
+    """
+    kinds = [types.int64] * 4 + [types.float32] + [types.int64] * 2
+    return types.float32(*kinds, like), _code_of_scores(like)
 
 
-def _write(b: Any, value: Any, address: Any, mask: Any = None) -> None:
-    pointer = b.inttoptr(address, value.type.as_pointer())
-    if mask is None:
-        b.store(value, pointer, align=4)
-    else:
-        _call(b, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), value, pointer, _I32(4), mask)
+def _weighed(vectors: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def weighed(
+        _context: Any, _scores: Any, _values: Any, _of: Any, _places: Any, _answer: Any, _count: Any, like: Any
+    ) -> Any:
+        return types.voidptr(*[types.int64] * 6, like), _code_of_sums(like, vectors)
+
+    return weighed
 
 
-@contextmanager
-def _loop(b: Any, count: Any, values: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
-    """A loop around what is built in the block, whose number and values are given; these are what it leaves."""
-    before, test, inside, after = b.block, *(b.append_basic_block() for _ in range(3))
-    b.branch(test)
-    b.position_at_end(test)
-    number, found = b.phi(_I64), [b.phi(value.type) for value in values]
-    number.add_incoming(_I64(0), before)
-    for phi, value in zip(found, values, strict=True):
-        phi.add_incoming(value, before)
-    b.cbranch(b.icmp_signed("<", number, count), inside, after)
-    b.position_at_end(inside)
-    now = list(found)
-    yield number, now
-    number.add_incoming(b.add(number, _I64(1)), b.block)
-    for phi, value in zip(found, now, strict=True):
-        phi.add_incoming(value, b.block)
-    b.branch(test)
-    b.position_at_end(after)
-    values[:] = found
+weighed_by_four, weighed_by_one = _weighed(4), _weighed(1)
+"""(scores, values, of_values, places, answer, count, like): of four registers of features, or one, the sum of the
+columns of values at `places`, each times its score."""
 
 
 def _tiled(*, some: bool) -> Any:

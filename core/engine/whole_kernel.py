@@ -24,6 +24,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from lora_rt.core.base import registers
 from lora_rt.core.base.compiled import callback, compiled
 from lora_rt.core.engine import kernels, tiles
 from lora_rt.core.engine.kernels import (
@@ -33,6 +34,7 @@ from lora_rt.core.engine.kernels import (
     attend_head,
     norm_head,
     norm_row,
+    room_of,
     seen_places,
     silu_row,
     turn_head,
@@ -65,14 +67,10 @@ B_AT, B_RANKS, B_START, B_OF_ROWS, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
 SITES = 4 * GROUP
 ADAPTED = SITES + 7 * SITE
 
+_USED = [kernels.__file__, tiles.__file__, registers.__file__]
+
 CALL = 16  # int64 apart lie the arguments of two threads' calls
 SCORED = 12  # bytes: a score and a place
-
-
-@compiled(kept=False)
-def room_of(columns: int) -> int:
-    """For how many scores and places each thread has room: three more than columns, and an even number."""
-    return (columns + 4) // 2 * 2
 
 
 @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
@@ -382,13 +380,13 @@ def step_of(dtype: Any) -> int:
     """
     if dtype == np.uint16:
 
-        @callback("void(voidptr)", uses=[kernels.__file__, tiles.__file__])
+        @callback("void(voidptr)", uses=_USED)
         def step(arguments: Any) -> None:
             s = carray(arguments, STEP, np.int64)
             _whole(s, carray(arguments, 0, np.uint16))
     else:
 
-        @callback("void(voidptr)", uses=[kernels.__file__, tiles.__file__])
+        @callback("void(voidptr)", uses=_USED)
         def step(arguments: Any) -> None:
             s = carray(arguments, STEP, np.int64)
             _whole(s, carray(arguments, 0, np.float32))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_rt.core.base import four_bit, openmp
 from lora_rt.core.base.multiply import is_vector
+from lora_rt.core.engine import kernels
 from lora_rt.core.engine import whole_kernel as k
 from lora_rt.core.engine.few_rows import Added
 from lora_rt.core.engine.site import Multiplied, multiplied
@@ -291,7 +292,7 @@ class WholeStep:
         room.x.copy_(embedded)
         threads = torch.get_num_threads()
         team = openmp.team() if threads > 1 else None
-        scores = k.SCORED * k.room_of.py_func(columns)
+        scores = k.SCORED * kernels.room_of.py_func(columns)
         scratch = np.empty(threads * scores, np.uint8), np.empty(threads * k.CALL, np.int64)
         widest = ready.adapters.ranks
         ranks, kept = np.empty(rows * widest, np.float32), np.empty(threads * widest, np.int64)

@@ -65,3 +65,50 @@ def test_a_row_has_the_same_bits_whatever_rows_stand_beside_it(run: Any) -> None
         alone = np.zeros((1, 61), np.float32)
         run(x[row : row + 1], m, alone)
         assert np.array_equal(alone[0], together[row])
+
+
+@pytest.fixture(scope="module")
+def attend() -> Any:
+    from lora_rt.core.engine import kernels
+
+    seen_places, attend_head = kernels.seen_places, kernels.attend_head
+
+    @numba.njit(error_model="numpy")
+    def called(query: Any, keys: Any, values: Any, size: int, seen: Any, places: Any, scores: Any, answer: Any) -> None:
+        count = seen_places(seen, places)
+        scaling = np.float32(0.25)
+        attend_head(query, keys, size, values, size, places, count, scaling, scores, answer, keys)
+
+    def answer_of(query: Any, keys: Any, values: Any, seen: Any) -> Any:
+        columns, size = keys.shape
+        room = kernels.room_of.py_func(columns)
+        places, scores, answer = np.empty(room, np.int64), np.empty(room, np.float32), np.empty(size, np.float32)
+        called(query, keys.ravel(), values.ravel(), size, seen.view(np.uint8), places, scores, answer)
+        return answer
+
+    return answer_of
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 64, 80])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 33])
+def test_heads_of_any_size_look_at_what_their_row_sees(attend: Any, size: int, columns: int) -> None:
+    random = np.random.default_rng(3)
+    query = random.standard_normal(size, dtype=np.float32)
+    keys, values = (random.standard_normal((columns, size), dtype=np.float32) for _ in range(2))
+    seen = random.random(columns) < 0.6
+    seen[-1] = True
+    keys[~seen] = values[~seen] = np.nan
+    chances = np.exp(0.25 * keys[seen] @ query)
+    wanted = chances @ values[seen] / chances.sum()
+    assert np.allclose(attend(query, keys, values, seen), wanted, atol=1e-5)
+    narrow = [(one.view(np.uint32) >> 16).astype(np.uint16) for one in (keys, values)]
+    wide = [(one[seen].astype(np.uint32) << 16).view(np.float32) for one in narrow]
+    chances = np.exp(0.25 * wide[0] @ query)
+    found = attend(query, *narrow, seen)
+    assert np.allclose(found, chances @ wide[1] / chances.sum(), rtol=0.005, atol=1e-5)
+
+
+def test_a_head_without_a_number_says_so(attend: Any) -> None:
+    keys = np.ones((20, 32), np.float32)
+    keys[11, 5] = np.nan
+    assert np.isnan(attend(np.ones(32, np.float32), keys, np.ones_like(keys), np.ones(20, bool))).all()
