@@ -7,13 +7,14 @@ import fnmatch
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
+from lora_rt.core.base.default import gguf_file
 from lora_rt.errors import LoraRtError
 
 Kind = Literal["decode", "prefill", "change", "cold", "memory", "training"]
-PROCESSES: tuple[Kind, ...] = ("cold", "memory", "training")
-"""Kinds that need processes of their own."""
+DECODING: tuple[Kind, ...] = ("decode", "prefill")
 
 Mix = tuple[tuple[str, float], ...]
 """One row's composition: resident name and weight of each term; empty is the base alone."""
@@ -117,6 +118,11 @@ def resident_name(index: int) -> str:
     return f"reg{index:02d}"
 
 
+def text_of(mix: Mix) -> str | None:
+    """The text of a composition."""
+    return " ".join(f"{name}:{weight}" for name, weight in mix) or None
+
+
 DEFAULT = (
     Workload("base-only", "decode 1 row, no adapter active", active=0),
     Workload("row1-k2", "decode 1 row, 2 of 4 active", active=2),
@@ -141,26 +147,52 @@ QUICK = (
 )
 
 
+def reason(system: str, workload: Workload, origin: Origin) -> str | None:
+    """Why a system can't do a workload over a base, in a few words; None where it can."""
+    kind, decodes = workload.kind, workload.kind in DECODING
+    if kind in ("cold", "training") and origin.random is not None:
+        return "a random base is not on disk"
+    without_a_mix = kind in ("cold", "training") or not workload.active
+    reasons = {
+        "base": {"has no composition": kind == "change", "trains nothing": kind == "training"},
+        "generate": {"as the base": not decodes},
+        # What is the state of PEFT's model holds for all rows.
+        "peft-set": {"cannot mix weights in a batch": workload.differs, "trains by the Trainer": kind == "training"},
+        "peft-cat": {"one mix for all rows": workload.differs, "as set_adapter": without_a_mix},
+        "peft-mixed": {
+            "an argument, without weights": kind == "change",
+            "as set_adapter": without_a_mix,
+            "one adapter per row, no weights": workload.active > 1 or workload.weighted,
+        },
+        "peft-trainer": {"trains alone": kind != "training"},
+        "llama.cpp": {
+            "xllamacpp is not installed": find_spec("xllamacpp") is None,
+            "no GGUF file of this base here": origin.random is not None or gguf_file(origin.base) is None,
+            "measured greedily alone": workload.sampled,
+            "scales are a part of each request": kind == "change",
+            "not measured": not decodes,
+        },
+    }
+    return next((why for why, holds in reasons.get(system, {}).items() if holds), None)
+
+
 def choose_workloads(wanted: Sequence[str], default: Sequence[Workload] = DEFAULT) -> list[Workload]:
     """The workloads of these names or patterns (`rows16-*`), in their own order; the default set for none.
 
     Raises:
         BenchmarkError: a name or pattern that fits none; all of them are named, with the nearest.
     """
-    if not wanted:
-        return list(default)
     known = {workload.name: workload for workload in (*DEFAULT, *QUICK)}
-    fitting = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
-    refuse_unknown("workload", [p for p in wanted if not fnmatch.filter(known, p)], [w.name for w in DEFAULT + QUICK])
-    return [known[name] for name in fitting]
+    refuse_unknown("workload", [pattern for pattern in wanted if not fnmatch.filter(known, pattern)], list(known))
+    chosen = {name for pattern in wanted for name in fnmatch.filter(known, pattern)}
+    return [known[name] for name in known if name in chosen] or list(default)
 
 
 def refuse_unknown(what: str, unknown: Sequence[str], known: Sequence[str]) -> None:
     """Raises BenchmarkError where `unknown` has names, each with the nearest known one."""
-    if not unknown:
-        return
     problems = []
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         problems.append(f"no {what} is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
-    raise BenchmarkError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")
+    if problems:
+        raise BenchmarkError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")

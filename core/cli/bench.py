@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
-from lora_rt.core.benchmark.results import Measured, rows, settings
+from lora_rt.core.benchmark.results import Measured, rows
 from lora_rt.core.benchmark.table import IDLE, draw, noise, shown
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
@@ -123,7 +124,7 @@ def _run(
 
         from lora_rt.core.benchmark.lab import Lab
         from lora_rt.core.benchmark.machine import Watch, machine, versions
-        from lora_rt.core.benchmark.session import make_systems, measure
+        from lora_rt.core.benchmark.session import measure
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -134,10 +135,9 @@ def _run(
     whole = True
     with tempfile.TemporaryDirectory(prefix="lora-rt-bench-") as folder:
         lab = Lab(origin, Path(folder))
-        systems = make_systems(names, lab)
         with _progress(len(chosen)) as report:
             try:
-                for item in measure(lab, chosen, systems, repeats, report):
+                for item in measure(lab, chosen, names, repeats, report):
                     measured.append(item)
             except KeyboardInterrupt:
                 whole = False
@@ -147,7 +147,7 @@ def _run(
         "base": lab.base.identity.id,
         "precision": lab.base.precision,
         "systems": names,
-        "workloads": settings(measured),
+        "workloads": [asdict(item.workload) for item in measured],
         "rows": rows(measured, names),
     }
     return document, whole
