@@ -57,11 +57,9 @@ class Lab:
 
     def prompts(self, workload: Workload) -> list[list[int]]:
         """Random tokens, (rows, prompt tokens), the same ones for everybody."""
-        size = self.base.facts.vocab_size
-        shape = (workload.rows, workload.prompt_tokens)
-        ids: list[list[int]] = torch.randint(
-            int(size * _ORDINARY), size, shape, generator=torch.Generator().manual_seed(0)
-        ).tolist()
+        size, dice = self.base.facts.vocab_size, torch.Generator().manual_seed(0)
+        shape = workload.rows, workload.prompt_tokens
+        ids: list[list[int]] = torch.randint(int(size * _ORDINARY), size, shape, generator=dice).tolist()
         return ids
 
     def adapters(self, workload: Workload) -> dict[str, Path]:
@@ -83,12 +81,12 @@ class Lab:
         """A so that A x is about as large as x, B small, both different from zero; bfloat16 as in trained adapters."""
         head, rank = self.base.model.get_output_embeddings(), workload.rank
         names = choose_targets(workload.targets, [name for name, module in self.linears.items() if module is not head])
-        generator = torch.Generator().manual_seed(1 + seed)
+        dice = torch.Generator().manual_seed(1 + seed)
         tensors = {}
         for name in names:
             out, inner = features(self.linears[name])
-            a = torch.randn(rank, inner, generator=generator) * inner**-0.5
-            b = torch.randn(out, rank, generator=generator) * _B_SIZE
+            a = torch.randn(rank, inner, generator=dice) * inner**-0.5
+            b = torch.randn(out, rank, generator=dice) * _B_SIZE
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16()
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)

@@ -24,20 +24,6 @@ from lora_rt.core.memory.upstream import quantize_layers
 from lora_rt.registry.card import BaseIdentity
 
 _SCALE = 0.02  # of weights, as transformers initializes these models
-_SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-_SHAPES = {
-    "tiny": (1024, 64, 128, 2, 4, 2, 4096),
-    "7b": (32000, 4096, 14336, 32, 32, 8, 32768),  # mistralai/Mistral-7B-v0.1; no workload reaches its sliding window
-    "13b": (32000, 5120, 13824, 40, 40, 40, 4096),  # meta-llama/Llama-2-13b
-}
 
 
 def random_base(size: str, precision: str = "int4", device: str = "auto") -> LoadedBase:
@@ -70,9 +56,14 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
     )
 
 
-def _config(size: str) -> Any:
-    shape: dict[str, Any] = dict(zip(_SHAPE, _SHAPES[size], strict=True))
-    return MistralConfig(**shape, sliding_window=None) if size == "7b" else LlamaConfig(**shape)
+def _config(size: str) -> LlamaConfig | MistralConfig:
+    if size == "7b":  # mistralai/Mistral-7B-v0.1, as transformers has it; no workload reaches its sliding window
+        return MistralConfig(sliding_window=None)
+    if size == "13b":  # meta-llama/Llama-2-13b
+        large = {"num_hidden_layers": 40, "num_attention_heads": 40, "max_position_embeddings": 4096}
+        return LlamaConfig(hidden_size=5120, intermediate_size=13824, **large)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    return LlamaConfig(vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, **heads)
 
 
 def _materialize(model: Any, device: torch.device, dtype: torch.dtype) -> None:

@@ -43,10 +43,10 @@ def measure(
         BenchmarkError: a system did less, or more, than the workload.
     """
     for done, workload in enumerate(workloads):
-        reasons = {system: reason(system, workload, lab.origin) for system in systems}
-        able = [system for system, why in reasons.items() if why is None]
-        measured = Measured(workload, reasons={system: why for system, why in reasons.items() if why is not None})
+        reasons = {system: why for system in systems if (why := reason(system, workload, lab.origin)) is not None}
+        measured = Measured(workload, reasons=reasons)
         yield measured
+        able = [system for system in systems if system not in reasons]
         with ready(lab, workload, able, loaders) as found:
             _take_turns(measured, found, repeats, partial(report, done))
         del found

@@ -41,6 +41,8 @@ from lora_rt.registry.registry import Registry
 
 _CONTEXT = 1024  # tokens of llama.cpp's
 _MIX = "mix"
+# PEFT warns of a base without a name and of adapters it finds in the model; both are meant here.
+_quiet = partial(warnings.catch_warnings, action="ignore")
 
 
 class Turn(NamedTuple):
@@ -217,14 +219,6 @@ def peft(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
         "peft-cat": System(run, concatenate, partial(prepare, concatenate), changes=1),
         "peft-mixed": System(run_mixed, prepare=partial(prepare, activate)),
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """PEFT warns of a base without a name and of adapters it finds in the model; both are meant here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

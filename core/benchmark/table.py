@@ -60,7 +60,9 @@ def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
         table.add_row(escape(item["title"]) + _UNITS.get(item["kind"], ""), *cells)
 
     below = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
-    below += [*_absent(rows, measured), *_training(document)]
+    for system in dict.fromkeys(row["system"] for row in rows if row["system"] not in (*measured, TRAINER)):
+        below.append(f"{system}: {'; '.join(dict.fromkeys(r['reason'] for r in rows if r['system'] == system))}")
+    below += _training(document)
     tables = [table] if table.row_count else []
     return Group(*map(Text, [*above, ""]), *tables, *map(Text, below))
 
@@ -96,15 +98,6 @@ def _value(row: Row) -> str:
         return f"{row['seconds'] * (1000 if row['kind'] == 'change' else 1):.2f}"
     value = float(row["megabytes"] or row["tokens_per_s"])
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _absent(rows: list[Row], measured: set[str]) -> list[str]:
-    """A line for each system without a column, where all that kept it out is one and the same reason."""
-    why: dict[str, set[str]] = {}
-    for row in rows:
-        if row["system"] not in (*measured, TRAINER):
-            why.setdefault(row["system"], set()).add(row["reason"])
-    return [f"{system}: {reasons.pop()}" for system, reasons in why.items() if len(reasons) == 1]
 
 
 def _training(document: Mapping[str, Any]) -> list[str]:

@@ -95,7 +95,7 @@ class Workload:
         return len(set(self.mixes)) > 1
 
     def mix(self, number: int) -> Mix:
-        """The number-th composition; the weights are around 1/active.
+        """The number-th composition; the weights are around 1/active, in no two rows alike.
 
         The rows of a batch go round the residents. Changes draw theirs, so that hardly any set comes twice: what was
         laid out for a set is kept.
@@ -103,14 +103,9 @@ class Workload:
         chosen = [(number * self.active + term) % self.resident for term in range(self.active)]
         if self.kind == "change" and self.active < self.resident:
             chosen = random.Random(number).sample(range(self.resident), self.active)
-        return tuple(
-            (resident_name(index), self._weight(number, term) if self.weighted else 1.0)
-            for term, index in enumerate(chosen)
-        )
-
-    def _weight(self, number: int, term: int) -> float:
-        share = 0.5 + (0.618 * (number * self.active + term + 1)) % 1.0  # 0.5 to 1.5, no two rows alike
-        return round(share / self.active, 4)
+        shares = [0.5 + (0.618 * (number * self.active + term + 1)) % 1.0 for term in range(self.active)]  # 0.5 to 1.5
+        weights = [round(share / self.active, 4) if self.weighted else 1.0 for share in shares]
+        return tuple(zip(map(resident_name, chosen), weights, strict=True))
 
 
 def resident_name(index: int) -> str:
