@@ -14,7 +14,7 @@ from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.machine import peak_megabytes
 from lora_rt.core.benchmark.processes import call_apart, cold_command, seconds_to_first_byte
 from lora_rt.core.benchmark.results import Measured, Sample
-from lora_rt.core.benchmark.systems import Load, System, loaded
+from lora_rt.core.benchmark.systems import LOADERS, Load, System, loaded
 from lora_rt.core.benchmark.training import train_ours, train_plainly
 from lora_rt.core.benchmark.workloads import BenchmarkError, Origin, Workload, reason
 
@@ -31,7 +31,7 @@ def measure(
     systems: Sequence[str],
     repeats: int,
     report: Callable[[int, str], None],
-    loaders: Mapping[str, Load] | None = None,
+    loaders: Mapping[str, Load] = LOADERS,
 ) -> Iterator[Measured]:
     """Yields each workload's results while they still grow: whoever is interrupted keeps what there is.
 
@@ -69,7 +69,7 @@ def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, r
 
 @contextmanager
 def ready(
-    lab: Lab, workload: Workload, names: Sequence[str], loaders: Mapping[str, Load] | None = None
+    lab: Lab, workload: Workload, names: Sequence[str], loaders: Mapping[str, Load] = LOADERS
 ) -> Iterator[dict[str, Repeat]]:
     """The systems that can do the workload, each as what may be called any number of times."""
     if workload.kind in _MOST:

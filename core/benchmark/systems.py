@@ -71,18 +71,6 @@ Load = Callable[[Lab, Workload], AbstractContextManager[Mapping[str, System]]]
 
 
 @contextmanager
-def loaded(
-    lab: Lab, workload: Workload, names: Iterable[str], loaders: Mapping[str, Load] | None = None
-) -> Iterator[dict[str, System]]:
-    """The systems of these names, by the loaders of theirs."""
-    with ExitStack() as stack:
-        found: dict[str, System] = {}
-        for load in dict.fromkeys((loaders or LOADERS)[name] for name in names):
-            found |= stack.enter_context(load(lab, workload))
-        yield {name: found[name] for name in names}
-
-
-@contextmanager
 def plain(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
     """The base alone, without any adapter: by the plain loop, and by `model.generate`, which is what people run."""
     model = lab.model()
@@ -269,3 +257,15 @@ LOADERS: dict[str, Load] = {
     "llama.cpp": llama_cpp,
 }
 """All but what trains, which is measured in processes alone."""
+
+
+@contextmanager
+def loaded(
+    lab: Lab, workload: Workload, names: Iterable[str], loaders: Mapping[str, Load] = LOADERS
+) -> Iterator[dict[str, System]]:
+    """The systems of these names, by the loaders of theirs."""
+    with ExitStack() as stack:
+        found: dict[str, System] = {}
+        for load in dict.fromkeys(loaders[name] for name in names):
+            found |= stack.enter_context(load(lab, workload))
+        yield {name: found[name] for name in names}
