@@ -33,13 +33,6 @@ _BAR = 0.8
 
 def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
     """Machine and versions, the table, and what its numbers in brackets stand for; lines of at most so many columns."""
-    facts = document["machine"]
-    cores = f"{facts['threads']} threads of {facts['cores']} cores"
-    where = f"{facts.get('gpu', facts['cpu'])}, {cores}, {facts['memory_gib']} GiB, load {facts['load']}"
-    about = f"{document['base']} ({document['precision']}) on {where}"
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    above = [line for text in (about, versions) for line in wrap(text, min(width, WIDTH))]
-
     rows = [row for row in document["rows"] if row["kind"] != "training"]  # it stands below: no system of these trains
     measured = {row["system"] for row in rows if row["reason"] is None}
     systems = [system for system in document["systems"] if system in measured]
@@ -60,11 +53,13 @@ def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
         table.add_row(escape(item["title"]) + _UNITS.get(item["kind"], ""), *cells)
 
     below = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
-    for system in dict.fromkeys(row["system"] for row in rows if row["system"] not in (*measured, TRAINER)):
-        below.append(f"{system}: {'; '.join(dict.fromkeys(r['reason'] for r in rows if r['system'] == system))}")
+    for system in document["systems"]:
+        why = dict.fromkeys(row["reason"] for row in rows if row["system"] == system)
+        if why and system not in (*measured, TRAINER):
+            below.append(f"{system}: {'; '.join(why)}")
     below += _training(document)
-    tables = [table] if table.row_count else []
-    return Group(*map(Text, [*above, ""]), *tables, *map(Text, below))
+    above = [*_about(document, min(width, WIDTH)), ""]
+    return Group(*map(Text, above), *([table] if table.row_count else []), *map(Text, below))
 
 
 def noise(document: Mapping[str, Any]) -> str:
@@ -80,6 +75,14 @@ def noise(document: Mapping[str, Any]) -> str:
         f"({worst['system']} on {worst['workload']}: {worst['spread']:.0%}) and are not to be relied on; "
         + (busy or "the machine may be busy with something else, or short of memory")
     )
+
+
+def _about(document: Mapping[str, Any], width: int) -> list[str]:
+    facts = document["machine"]
+    cores = f"{facts['threads']} threads of {facts['cores']} cores"
+    where = f"{facts.get('gpu', facts['cpu'])}, {cores}, {facts['memory_gib']} GiB, load {facts['load']}"
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return [*wrap(f"{document['base']} ({document['precision']}) on {where}", width), *wrap(versions, width)]
 
 
 def _cell(row: Row, reasons: list[str]) -> str:
