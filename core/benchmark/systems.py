@@ -142,7 +142,7 @@ def run_by_generate(lab: Lab, model: Any, workload: Workload) -> Turn:
 def ours(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
     """lora-rt: one batch, every row under its own composition."""
     with runtime_of(lab, workload) as runtime:
-        yield {"ours": over(runtime, lab, workload)}
+        yield {"ours": system_over(runtime, lab, workload)}
 
 
 def runtime_of(lab: Lab, workload: Workload) -> Runtime:
@@ -153,7 +153,7 @@ def runtime_of(lab: Lab, workload: Workload) -> Runtime:
     return runtime
 
 
-def over(runtime: Runtime, lab: Lab, workload: Workload) -> System:
+def system_over(runtime: Runtime, lab: Lab, workload: Workload) -> System:
     """One request, and changes from the text of a composition to the plan that a forward pass runs under."""
     texts, prompts = [text_of(mix) for mix in workload.mixes], lab.prompts(workload)
     settings: dict[str, Any] = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps}

@@ -172,22 +172,26 @@ def reason(system: str, workload: Workload, origin: Origin) -> str | None:
 
 
 def choose_workloads(wanted: Sequence[str], default: Sequence[Workload] = DEFAULT) -> list[Workload]:
-    """The workloads of these names or patterns (`rows16-*`), in their own order; the default set for none.
+    """The workloads of these names or patterns, in their own order; the default set for none.
 
     Raises:
-        BenchmarkError: a name or pattern that fits none; all of them are named, with the nearest.
+        BenchmarkError: as `fitting`.
     """
     known = {workload.name: workload for workload in (*DEFAULT, *QUICK)}
-    refuse_unknown("workload", [pattern for pattern in wanted if not fnmatch.filter(known, pattern)], list(known))
-    chosen = {name for pattern in wanted for name in fnmatch.filter(known, pattern)}
-    return [known[name] for name in known if name in chosen] or list(default)
+    return [known[name] for name in fitting("workload", wanted, list(known))] or list(default)
 
 
-def refuse_unknown(what: str, unknown: Sequence[str], known: Sequence[str]) -> None:
-    """Raises BenchmarkError where `unknown` has names, each with the nearest known one."""
+def fitting(what: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The known names that fit a wanted one or a pattern (`rows16-*`), in their own order.
+
+    Raises:
+        BenchmarkError: a name or pattern that fits none; all of them are named, each with the nearest.
+    """
     problems = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        problems.append(f"no {what} is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+    for name in wanted:
+        if not fnmatch.filter(known, name):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            problems.append(f"no {what} is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
     if problems:
         raise BenchmarkError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")
+    return [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)]

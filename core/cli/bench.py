@@ -26,7 +26,7 @@ from lora_rt.core.benchmark.workloads import (
     Origin,
     Workload,
     choose_workloads,
-    refuse_unknown,
+    fitting,
 )
 from lora_rt.core.cli import options
 from lora_rt.core.cli.bench_serve import serve
@@ -66,7 +66,7 @@ def bench(
         return
     with options.usage():
         chosen = choose_workloads(_split(workloads), QUICK if quick else DEFAULT)
-        names = _systems(systems)
+        names = fitting("system", _split(systems), list(SYSTEMS)) or list(SYSTEMS)
         origin = _origin(base, precision, device, random_base)
     check_device(device)
     if plot is not None:
@@ -100,18 +100,11 @@ def _split(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
-def _systems(names: str) -> list[str]:
-    """In the order of the table."""
-    wanted = _split(names) or list(SYSTEMS)
-    refuse_unknown("system", [name for name in wanted if name not in SYSTEMS], list(SYSTEMS))
-    return [name for name in SYSTEMS if name in wanted]
-
-
 def _origin(base: str, precision: str, device: str, random_base: str | None) -> Origin:
     if random_base is not None:
         if base != "default":
             raise typer.BadParameter("there can be one base: --base or --random-base")
-        refuse_unknown("random base", [] if random_base in SIZES else [random_base], SIZES)
+        random_base = fitting("random base", [random_base], SIZES)[0]
     return Origin(base, precision, device, random_base)
 
 

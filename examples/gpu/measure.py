@@ -25,7 +25,7 @@ from lora_rt.core.benchmark.machine import machine, versions
 from lora_rt.core.benchmark.random_base import random_base
 from lora_rt.core.benchmark.results import Measured, row
 from lora_rt.core.benchmark.session import measure
-from lora_rt.core.benchmark.systems import LOADERS, System, chooser, over, runtime_of
+from lora_rt.core.benchmark.systems import LOADERS, System, chooser, runtime_of, system_over
 from lora_rt.core.benchmark.workloads import SAMPLED, Origin, Workload
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling
@@ -85,7 +85,7 @@ def unrecorded(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
     """lora-rt without CUDA graphs: every step is a pass launched from Python."""
     with runtime_of(lab, workload) as runtime:
         runtime.parts.lm.steps = None
-        yield {"ours, no graphs": over(runtime, lab, workload)}
+        yield {"ours, no graphs": system_over(runtime, lab, workload)}
 
 
 def decoding(book: Book, size: str) -> None:
