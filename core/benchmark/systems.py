@@ -182,8 +182,9 @@ def peft(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
         weigh(model, dict(mix))
 
     def concatenate(mix: Mix) -> None:
+        names, weights = [name for name, _ in mix], [weight for _, weight in mix]
         with _quiet():
-            model.add_weighted_adapter(*map(list, zip(*mix, strict=True)), _MIX, combination_type="cat")
+            model.add_weighted_adapter(names, weights, _MIX, combination_type="cat")
             model.base_model.set_adapter([_MIX], inference_mode=True)
 
     def prepare(change: Callable[[Mix], None]) -> None:
