@@ -8,6 +8,8 @@ It is what lora-rt's cold start is compared with, and imports nothing of lora-rt
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -20,7 +22,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": device})
     if adapters:
-        model = with_adapters(model, [adapter.split("=", 2) for adapter in adapters])
+        terms = (adapter.split("=", 2) for adapter in adapters)
+        model = with_adapters(model, [(name, float(weight), Path(path)) for name, weight, path in terms])
     model.eval()
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -34,15 +37,16 @@ def main() -> None:
     print(repr(tokenizer.decode(output[0, given["input_ids"].shape[1] :])), flush=True)
 
 
-def with_adapters(model: Any, adapters: list[list[str]]) -> Any:
-    """A PeftModel with all of them active; each is [name, weight, folder]."""
+def with_adapters(model: Any, adapters: Sequence[tuple[str, float, Path]]) -> Any:
+    """A PeftModel with all of them active; each is its name, weight and folder."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(model, adapters[0][2], adapter_name=adapters[0][0])
-    for name, _, path in adapters[1:]:
-        model.load_adapter(path, name)
+    (first, _, folder), *others = adapters
+    model = PeftModel.from_pretrained(model, folder, adapter_name=first)
+    for name, _, folder in others:
+        model.load_adapter(folder, name)
     model.base_model.set_adapter([name for name, _, _ in adapters], inference_mode=True)
-    weigh(model, {name: float(weight) for name, weight, _ in adapters})
+    weigh(model, {name: weight for name, weight, _ in adapters})
     return model
 
 

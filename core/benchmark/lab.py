@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import nn
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.benchmark.random_base import random_base
@@ -34,12 +33,10 @@ class Lab:
             LoraRtError: the base can't be loaded.
         """
         self.origin = origin
-        if origin.random is not None:
-            self.base = random_base(origin.random, origin.precision, origin.device)
-        else:
-            self.base = load_base(origin.base, origin.precision, origin.device)
-        self.device = self.base.device
         self.folder = folder
+        load, name = (load_base, origin.base) if origin.random is None else (random_base, origin.random)
+        self.base = load(name, origin.precision, origin.device)
+        self.device = self.base.device
         self.linears = find_linears(self.base.model)
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         # bitsandbytes repacks at the first forward: once for all trees, and not in inference mode
@@ -51,22 +48,19 @@ class Lab:
         base = self.origin.base if self.origin.random else str(self.base.folder)
         return replace(self.origin, base=base, precision=self.base.precision, device=str(self.device))
 
-    def reason(self, workload: Workload) -> str | None:
-        """Why no system can do this workload here."""
-        if workload.kind in ("cold", "training") and self.origin.random is not None:
-            return "a random base is not on disk"
-        return None
-
     def model(self) -> Any:
-        """A module tree of its own over the very same weights, so that the base alone stays free of anyone's hooks."""
-        return twin(self.base.model)
+        """A copy of the base's modules over the very same parameters, buffers and quantization scales."""
+        model = self.base.model
+        shared: list[Any] = [*model.parameters(), *model.buffers(), model.config, model.generation_config]
+        shared += [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+        return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
 
     def prompts(self, workload: Workload) -> list[list[int]]:
         """Random tokens, (rows, prompt tokens), the same ones for everybody."""
-        size = self.base.facts.vocab_size
-        shape = (workload.rows, workload.prompt_tokens)
-        ids = torch.randint(int(size * _ORDINARY), size, shape, generator=torch.Generator().manual_seed(0))
-        return [[int(i) for i in row] for row in ids]
+        size, dice = self.base.facts.vocab_size, torch.Generator().manual_seed(0)
+        shape = workload.rows, workload.prompt_tokens
+        ids: list[list[int]] = torch.randint(int(size * _ORDINARY), size, shape, generator=dice).tolist()
+        return ids
 
     def adapters(self, workload: Workload) -> dict[str, Path]:
         """Resident name -> PEFT directory, of all residents; written once, so that all systems load the same files."""
@@ -84,34 +78,17 @@ class Lab:
         return time.perf_counter()
 
     def _write_adapter(self, folder: Path, workload: Workload, seed: int) -> None:
-        head = self.base.model.get_output_embeddings()
-        inner = {name: module for name, module in self.linears.items() if module is not head}
-        names = choose_targets(workload.targets, list(inner))
-        chosen = {name: inner[name] for name in names}
-        folder.mkdir(parents=True)
-        config = LoraConfig(r=workload.rank, lora_alpha=workload.rank, target_modules=names, task_type="CAUSAL_LM")
-        config.inference_mode = True
+        """A so that A x is about as large as x, B small, both different from zero; bfloat16 as in trained adapters."""
+        head, rank = self.base.model.get_output_embeddings(), workload.rank
+        names = choose_targets(workload.targets, [name for name, module in self.linears.items() if module is not head])
+        dice = torch.Generator().manual_seed(1 + seed)
+        tensors = {}
+        for name in names:
+            out, inner = features(self.linears[name])
+            a = torch.randn(rank, inner, generator=dice) * inner**-0.5
+            b = torch.randn(out, rank, generator=dice) * _B_SIZE
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16()
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)
         config.save_pretrained(folder)
-        save_file(_random_factors(chosen, workload.rank, seed), folder / WEIGHTS, {"format": "pt"})
-
-
-def twin(model: Any) -> Any:
-    """A copy of a model's modules over the same parameters and buffers, quantization scales included."""
-    shared: list[Any] = [*model.parameters(), *model.buffers(), model.config, model.generation_config]
-    for parameter in model.parameters():
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            shared.append(state)
-    return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
-
-
-def _random_factors(modules: dict[str, nn.Module], rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """A so that A x is about as large as x, B small, both different from zero; bfloat16 as in trained adapters."""
-    generator = torch.Generator().manual_seed(1 + seed)
-    tensors = {}
-    for name, module in modules.items():
-        out, inner = features(module)
-        a = torch.randn(rank, inner, generator=generator) * inner**-0.5
-        b = torch.randn(out, rank, generator=generator) * _B_SIZE
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16()
-    return tensors
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})

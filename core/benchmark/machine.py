@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,31 +44,42 @@ class Watch:
 
     def __init__(self) -> None:
         self.load = round(psutil.getloadavg()[0], 2)
-        self._start = _times()
+        psutil.cpu_percent()  # the next time it tells of what was since
+        self._start = time.monotonic(), _own_seconds()
 
     def others(self) -> float:
         """The share of the processor, 1 for all cores, that was used by neither this process nor its children."""
-        wall, used, own = (now - then for now, then in zip(_times(), self._start, strict=True))
-        return round(min(max((used - own) / (wall * (os.cpu_count() or 1)), 0.0), 1.0), 3)
+        wall, own = time.monotonic() - self._start[0], _own_seconds() - self._start[1]
+        used = float(psutil.cpu_percent()) / 100
+        return round(min(max(used - own / (wall * (os.cpu_count() or 1)), 0.0), 1.0), 3)
+
+
+def _own_seconds() -> float:
+    """Of the processor, by this process and its ended children."""
+    return float(sum(psutil.Process().cpu_times()[:4]))
 
 
 def versions() -> dict[str, str]:
     """Package -> version, of those that are installed."""
     found = {"lora-rt": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def _times() -> tuple[float, float, float]:
-    """Seconds: on the clock, of the processor by anybody, and by this process and its ended children."""
-    all_of_it, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    waiting = all_of_it.idle + getattr(all_of_it, "iowait", 0.0)
-    twice = sum(getattr(all_of_it, name, 0.0) for name in ("guest", "guest_nice"))  # Linux has them within user
-    return time.monotonic(), sum(all_of_it) - waiting - twice, sum(own[:4])
+def peak_megabytes(device: torch.device) -> float:
+    """The most memory so far, in MB: of a GPU what torch has allocated, else the process' resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` tells here may be the peak of the process that started this one
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _driver() -> str:

@@ -1,6 +1,6 @@
 """Bases with random weights in the shape of well-known ones: a GPU is measured without any download.
 
-Built layer by layer: the modules stand on the meta device, and each weight is made and quantized before the next, so
+Built weight by weight: the modules stand on the meta device, and each weight is made and quantized before the next, so
 that the peak is the quantized model and one dense layer.
 """
 
@@ -11,31 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from lora_rt.core.base.byte_tokenizer import byte_tokenizer
 from lora_rt.core.base.load import LoadedBase, base_facts
-from lora_rt.core.base.precision import Precision, check_precision, choose_device, compute_dtype
+from lora_rt.core.base.precision import check_precision, choose_device, compute_dtype, quantization_config
 from lora_rt.core.base.repacking import forbid_uneven_repacking
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.benchmark.workloads import SIZES, refuse_unknown
+from lora_rt.core.benchmark.workloads import SIZES, fitting
+from lora_rt.core.memory.upstream import quantize_layers
 from lora_rt.registry.card import BaseIdentity
 
 _SCALE = 0.02  # of weights, as transformers initializes these models
-_SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-_SHAPES = {
-    "tiny": (1024, 64, 128, 2, 4, 2, 4096),
-    "7b": (32000, 4096, 14336, 32, 32, 8, 32768),  # mistralai/Mistral-7B-v0.1; no workload reaches its sliding window
-    "13b": (32000, 5120, 13824, 40, 40, 40, 4096),  # meta-llama/Llama-2-13b
-}
 
 
 def random_base(size: str, precision: str = "int4", device: str = "auto") -> LoadedBase:
@@ -44,12 +32,16 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
     Raises:
         LoraRtError: there is no such size, precision or device.
     """
-    refuse_unknown("random base", [] if size in SIZES else [size], SIZES)
+    size = fitting("random base", [size], SIZES)[0]
     chosen = check_precision(precision)
-    target = choose_device(device, chosen)
-    dtype = compute_dtype(chosen)
+    target, dtype = choose_device(device, chosen), compute_dtype(chosen)
     with libraries_silenced():
-        model = _materialized(_config(size), chosen, target, dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_config(size), dtype=dtype)
+        if (how := quantization_config(chosen)) is not None:
+            quantize_layers(model, how)
+        _materialize(model, target, dtype)
+    model.requires_grad_(False).eval()
     forbid_uneven_repacking(model)
     identity = BaseIdentity(id=f"random-{size}", revision=None, digest="")
     return LoadedBase(
@@ -64,57 +56,27 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
     )
 
 
-def _config(size: str) -> Any:
-    from transformers import LlamaConfig, MistralConfig
+def _config(size: str) -> LlamaConfig | MistralConfig:
+    if size == "7b":  # mistralai/Mistral-7B-v0.1, as transformers has it; no workload reaches its sliding window
+        return MistralConfig(sliding_window=None)
+    if size == "13b":  # meta-llama/Llama-2-13b
+        large = {"num_hidden_layers": 40, "num_attention_heads": 40, "max_position_embeddings": 4096}
+        return LlamaConfig(hidden_size=5120, intermediate_size=13824, **large)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    return LlamaConfig(vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2, **heads)
 
-    shape = dict(zip(_SHAPE, _SHAPES[size], strict=True))
-    return MistralConfig(**shape, sliding_window=None) if size == "7b" else LlamaConfig(**shape)
 
-
-def _materialized(config: Any, precision: Precision, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+def _materialize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Norms of one, all else random; bitsandbytes quantizes a weight of its own when that is put on its device."""
     generator = torch.Generator(device).manual_seed(0)
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            weight = _random(tuple(module.weight.shape), generator, device, dtype)
-            model.set_submodule(name, _linear(weight, precision, dtype))
-            del weight
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            parent, _, leaf = name.rpartition(".")
-            norm = parameter.dim() == 1
-            made = torch.ones(parameter.shape, device=device, dtype=dtype) if norm else None
-            value = _random(tuple(parameter.shape), generator, device, dtype) if made is None else made
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value: Tensor = torch.ones(parameter.shape, device=device, dtype=dtype)
+            if value.dim() > 1:
+                value.normal_(0, _SCALE, generator=generator)
+            how = vars(parameter)  # of a weight of bitsandbytes, how it is quantized
+            if "SCB" in how:
+                value = value.cpu()  # 8-bit weights are quantized on their way from the CPU
+            setattr(module, name, type(parameter)(value, requires_grad=False, **how).to(device))
     rotary = model.model.rotary_emb  # its frequencies are computed, not loaded
-    model.model.rotary_emb = type(rotary)(config=config).to(device)
-    model.requires_grad_(False)
-    return model.eval()
-
-
-def _random(
-    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    return torch.empty(shape, device=device, dtype=dtype).normal_(0, _SCALE, generator=generator)
-
-
-def _linear(weight: torch.Tensor, precision: Precision, dtype: torch.dtype) -> nn.Module:
-    """A linear layer of that weight (out, in); bitsandbytes quantizes it when it is moved to its device."""
-    import bitsandbytes as bnb
-
-    out, inner = weight.shape
-    if precision == "int4":
-        four = bnb.nn.Linear4bit(inner, out, False, compute_dtype=dtype, quant_type="nf4", device="meta")
-        four.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-        return four.to(weight.device)  # type: ignore[no-any-return]
-    if precision == "int8":
-        eight = bnb.nn.Linear8bitLt(inner, out, False, has_fp16_weights=False, device="meta")
-        eight.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        return eight.to(weight.device)  # type: ignore[no-any-return]
-    plain = nn.Linear(inner, out, False, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    return plain
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_rt.core.benchmark.workloads import Workload
@@ -49,26 +49,14 @@ def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> float | Non
 
     A ratio within one repeat is free of what slows the machine down for some seconds. Less memory is above 1 too.
     """
-    pairs = [
-        other.megabytes / own.megabytes if own.megabytes else own.speed / other.speed
-        for own, other in zip(samples, reference, strict=False)
-    ]
-    return round(statistics.median(pairs), 4) if pairs else None
-
-
-def settings(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """The workloads as data, so that a document says what its rows are."""
-    return [asdict(item.workload) for item in measured]
+    pairs = zip(samples, reference, strict=False)
+    return _median([b.megabytes / a.megabytes if a.megabytes else a.speed / b.speed for a, b in pairs], 4)
 
 
 def rows(measured: Sequence[Measured], systems: Sequence[str]) -> list[dict[str, Any]]:
     """One row per workload and system, in the order of both; what was not reached is left out."""
-    return [
-        row(item, system)
-        for item in measured
-        for system in systems
-        if item.samples.get(system) or system in item.reasons
-    ]
+    pairs = [(item, system) for item in measured for system in systems]
+    return [row(item, system) for item, system in pairs if item.samples.get(system) or system in item.reasons]
 
 
 def row(item: Measured, system: str) -> dict[str, Any]:
@@ -78,21 +66,20 @@ def row(item: Measured, system: str) -> dict[str, Any]:
     `seconds` or `megabytes` is what was measured. `ratio` is that to `reference`: for training, whose base does not
     train, plain PEFT under the Trainer. Ratios are those of speeds: above 1 is faster, or less memory.
     """
-    samples = item.samples.get(system, [])
-    kind = item.workload.kind
+    samples, kind = item.samples.get(system, []), item.workload.kind
     reference = TRAINER if kind == "training" else BASE
     found = ratio(samples, item.samples.get(reference, []))
     return {
         "workload": item.workload.name,
         "system": system,
-        "tokens_per_s": _median([s.speed for s in samples], 2) if samples and samples[0].tokens else None,
+        "tokens_per_s": _median([s.speed for s in samples if s.tokens], 2),
         "ratio_to_base": found if reference == BASE else None,
         "spread": round(spread([s.megabytes or s.speed for s in samples]), 4) if samples else None,
         "kind": kind,
         "ratio": found,
         "reference": reference,
         "seconds": _median([s.seconds for s in samples], 7),
-        "megabytes": _median([s.megabytes for s in samples], 1) if kind == "memory" else None,
+        "megabytes": _median([s.megabytes for s in samples if s.megabytes], 1),
         "repeats": len(samples),
         "reason": item.reasons.get(system),
     }

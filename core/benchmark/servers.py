@@ -14,7 +14,6 @@ import psutil
 
 from lora_rt.core.base.default import gguf_file
 from lora_rt.core.benchmark.workloads import BenchmarkError
-from lora_rt.core.export.run import export
 
 LLAMA = Path(__file__).with_name("llama_server.py")
 _CONTEXT = 512  # tokens of a slot of llama.cpp's
@@ -40,6 +39,8 @@ def llama_cpp(
     Raises:
         BenchmarkError: there is no GGUF file of this base.
     """
+    from lora_rt.core.export.run import export
+
     if (model := gguf_file(base)) is None:
         raise BenchmarkError("there is no GGUF file of this base here", next_step="Leave --llama out, or name one")
     for name in names:

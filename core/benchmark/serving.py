@@ -15,11 +15,12 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 
-from lora_rt.core.runtime import Runtime
+if TYPE_CHECKING:
+    from lora_rt.core.runtime import Runtime
 
 _PROMPTS = ("rain, tin roof, unpaid bill", "frozen rope, harbour", "a spare key under the third stone", "last train")
 _CHAT = "/v1/chat/completions"
@@ -94,16 +95,10 @@ def at_once(url: str, bodies: Sequence[Mapping[str, Any]], many: int) -> tuple[l
     """So many clients, each of which asks again as soon as it is answered; the seconds that all of it took."""
 
     async def run() -> tuple[list[Served], float]:
-        gate = asyncio.Semaphore(many)
-        async with _client(url) as client:
-
-            async def one(body: Mapping[str, Any]) -> Served:
-                async with gate:
-                    return await _ask(client, body)
-
+        async with _client(url, many) as client:
             began = time.perf_counter()
-            found = await asyncio.gather(*(one(body) for body in bodies))
-            return list(found), time.perf_counter() - began
+            found = await asyncio.gather(*(_ask(client, body) for body in bodies))
+            return found, time.perf_counter() - began
 
     return asyncio.run(run())
 
@@ -128,7 +123,7 @@ def arriving(
                 tasks.append(asyncio.ensure_future(_ask(client, bodies[number % len(bodies)], leaves)))
                 number += 1
                 await asyncio.sleep(dice.expovariate(per_second))
-            return list(await asyncio.gather(*tasks))
+            return await asyncio.gather(*tasks)
 
     return asyncio.run(run())
 
@@ -179,9 +174,10 @@ def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
     return {"p50": round(cuts[49] * 1000, 1), "p99": round(cuts[98] * 1000, 1)}
 
 
-def _client(url: str) -> httpx2.AsyncClient:
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx2.AsyncClient(base_url=url, timeout=600, limits=limits)
+def _client(url: str, at_once: int | None = None) -> httpx2.AsyncClient:
+    """So many requests are under way at once, each with a connection; the others wait here, and it does not count."""
+    limits = httpx2.Limits(max_connections=at_once, max_keepalive_connections=64)
+    return httpx2.AsyncClient(base_url=url, timeout=httpx2.Timeout(600, pool=None), limits=limits)
 
 
 async def _ask(client: httpx2.AsyncClient, body: Mapping[str, Any], leaves: bool = False) -> Served:

@@ -2,58 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.processes import in_process
+from lora_rt.core.benchmark.machine import peak_megabytes
+from lora_rt.core.benchmark.processes import call_apart, cold_command, seconds_to_first_byte
 from lora_rt.core.benchmark.results import Measured, Sample
-from lora_rt.core.benchmark.systems import BaseAlone, Generate, LlamaCpp, Ours, System
-from lora_rt.core.benchmark.with_peft import Peft, PeftAdapters, PeftTrainer
-from lora_rt.core.benchmark.workloads import PROCESSES, BenchmarkError, Workload
+from lora_rt.core.benchmark.systems import LOADERS, Load, System, loaded
+from lora_rt.core.benchmark.training import train_ours, train_plainly
+from lora_rt.core.benchmark.workloads import BenchmarkError, Origin, Workload, reason
 
-_MOST_PROCESSES = 3  # each costs seconds of loading, and they differ by little
+_MOST = {"memory": 1, "cold": 3, "training": 3}
+"""Repeats of what needs processes: each costs seconds of loading, they differ by little, and a peak is the same."""
 
-Report = Callable[[int, str], None]
-"""Told of every repeat that is about to be made, with the number of workloads that are done."""
-
-
-def make_systems(names: Sequence[str], lab: Lab) -> list[System]:
-    """The systems of these names, in the order of the table."""
-    peft = PeftAdapters(lab)
-    ways = [Peft(lab, "set", peft), Peft(lab, "cat", peft), Peft(lab, "mixed", peft)]
-    systems = [BaseAlone(lab), Generate(lab), Ours(lab), *ways, PeftTrainer(lab), LlamaCpp(lab)]
-    return [system for system in systems if system.name in names]
+Repeat = Callable[[], Sample]
+"""Runs a workload once and says how long the timed part took."""
 
 
 def measure(
-    lab: Lab, workloads: Sequence[Workload], systems: Sequence[System], repeats: int, report: Report
+    lab: Lab,
+    workloads: Sequence[Workload],
+    systems: Sequence[str],
+    repeats: int,
+    report: Callable[[int, str], None],
+    loaders: Mapping[str, Load] = LOADERS,
 ) -> Iterator[Measured]:
     """Yields each workload's results while they still grow: whoever is interrupted keeps what there is.
+
+    Args:
+        report: told of every repeat that is about to be made, with the number of workloads that are done.
+        loaders: of other systems than ours.
 
     Raises:
         BenchmarkError: a system did less, or more, than the workload.
     """
     for done, workload in enumerate(workloads):
-        measured = Measured(workload)
+        reasons = {system: why for system in systems if (why := reason(system, workload, lab.origin)) is not None}
+        measured = Measured(workload, reasons=reasons)
         yield measured
-        _measure(measured, lab, systems, min(repeats, _most_repeats(workload)), partial(report, done))
+        able = [system for system in systems if system not in reasons]
+        with ready(lab, workload, able, loaders) as found:
+            _take_turns(measured, found, repeats, partial(report, done))
+        del found
+        gc.collect()  # what the systems held refers to itself
 
 
-def repeat_of(lab: Lab, system: System, workload: Workload) -> Callable[[], Sample]:
-    """Runs the workload once and says how long the timed part took; may be called any number of times."""
-    if workload.kind in PROCESSES:
-        return in_process(lab, system.name, workload)
-    if workload.kind == "change":
-        numbers = count()
-        return lambda: _changes(lab, system, workload, numbers)
-    return lambda: _turn(system, workload)
+def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, report: Callable[[str], None]) -> None:
+    kind, title = measured.workload.kind, measured.workload.title
+    measured.samples = {name: [] for name in found}
+    if kind not in ("memory", "training"):
+        for name, repeat in found.items():
+            report(f"{title}: {name} warms up")
+            repeat()  # not counted: kernels are chosen, caches filled, files read
+    most = min(repeats, _MOST.get(kind, repeats))
+    for number in range(most):
+        for name, repeat in found.items():
+            report(f"{title}: {name}, {number + 1} of {most}")
+            measured.samples[name].append(repeat())
+
+
+@contextmanager
+def ready(
+    lab: Lab, workload: Workload, names: Sequence[str], loaders: Mapping[str, Load] = LOADERS
+) -> Iterator[dict[str, Repeat]]:
+    """The systems that can do the workload, each as what may be called any number of times."""
+    if workload.kind in _MOST:
+        yield {name: _apart(lab, name, workload) for name in names}
+        return
+    with loaded(lab, workload, names, loaders) as systems:
+        if workload.kind == "change":
+            yield {name: partial(_changes, lab, system, workload, count()) for name, system in systems.items()}
+        else:
+            yield {name: partial(_turn, name, system, workload) for name, system in systems.items()}
+
+
+def _apart(lab: Lab, system: str, workload: Workload) -> Repeat:
+    """What is measured in new processes."""
+    if workload.kind == "cold":
+        command = cold_command(lab, system, workload)
+        return lambda: Sample(seconds_to_first_byte(command, lab.folder))
+    if workload.kind == "memory":
+        return partial(call_apart, lab.folder, peak_of, system, lab.elsewhere(), workload)
+    train = train_ours if system == "ours" else train_plainly
+    return partial(call_apart, lab.folder, train, lab.elsewhere(), workload)
+
+
+def peak_of(system: str, origin: Origin, workload: Workload, folder: Path) -> Sample:
+    """The most memory that this process took until it had decoded the workload."""
+    lab = Lab(origin, folder)
+    with ready(lab, replace(workload, kind="decode"), [system]) as found:
+        return replace(found[system](), tokens=0, megabytes=round(peak_megabytes(lab.device), 1))
 
 
 def _changes(lab: Lab, system: System, workload: Workload, numbers: Iterator[int]) -> Sample:
     """Seconds per change, each to a composition that was not there before."""
-    system.prepare(workload)
+    system.prepare()
     mixes = [workload.mix(next(numbers)) for _ in range(system.changes)]
     start = lab.now()
     for mix in mixes:
@@ -61,39 +110,12 @@ def _changes(lab: Lab, system: System, workload: Workload, numbers: Iterator[int
     return Sample((lab.now() - start) / len(mixes))
 
 
-def _turn(system: System, workload: Workload) -> Sample:
-    system.prepare(workload)
-    turn = system.run(workload)
+def _turn(name: str, system: System, workload: Workload) -> Sample:
+    system.prepare()
+    turn = system.run()
     if [len(row) for row in turn.tokens] != [workload.steps] * workload.rows:
-        said = f"{system.name} did not say {workload.rows} x {workload.steps} tokens in {workload.name}"
+        said = f"{name} did not say {workload.rows} x {workload.steps} tokens in {workload.name}"
         raise BenchmarkError(said, next_step="Leave that system out, and report this")
     if workload.kind == "prefill":
         return Sample(turn.prefill, workload.rows * workload.prompt_tokens)
     return Sample(turn.decode, workload.rows * workload.new_tokens)
-
-
-def _most_repeats(workload: Workload) -> int:
-    """A bound on the repeats: processes are slow to start, and a peak is always the same."""
-    if workload.kind == "memory":
-        return 1
-    return _MOST_PROCESSES if workload.kind in PROCESSES else 1 << 30
-
-
-def _measure(
-    measured: Measured, lab: Lab, systems: Sequence[System], repeats: int, tell: Callable[[str], None]
-) -> None:
-    workload = measured.workload
-    ready: dict[str, Callable[[], Sample]] = {}
-    for system in systems:
-        if (reason := lab.reason(workload) or system.reason(workload)) is not None:
-            measured.reasons[system.name] = reason
-            continue
-        ready[system.name] = repeat_of(lab, system, workload)
-        if workload.kind not in ("memory", "training"):
-            tell(f"{workload.title}: {system.name} warms up")
-            ready[system.name]()  # not counted: kernels are chosen, caches filled, files read
-    measured.samples = {name: [] for name in ready}
-    for number in range(repeats):
-        for name, repeat in ready.items():
-            tell(f"{workload.title}: {name}, {number + 1} of {repeats}")
-            measured.samples[name].append(repeat())

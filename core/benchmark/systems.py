@@ -1,4 +1,4 @@
-"""The columns of the table that are no PEFT: the base alone, lora-rt itself, and llama.cpp.
+"""The columns of the table: what each system loads for a workload, and how it runs it.
 
 The plain loop is the denominator of every ratio, and PEFT runs in it too: a cache, one forward pass a step, tokens that
 stay on the device until the end. It gives its models the best that a plain loop can give.
@@ -6,19 +6,29 @@ stay on the device until the end. It gives its models the best that a plain loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lora_rt.core.base.default import gguf_file
+from lora_rt.core.benchmark.bare import weigh, with_adapters
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.workloads import SAMPLED, Mix, Workload
+from lora_rt.core.benchmark.workloads import SAMPLED, Mix, Workload, text_of
 from lora_rt.core.engine.topology import features
 from lora_rt.core.export.gguf import write_gguf_adapter
 from lora_rt.core.generation.sampling import Sampling
@@ -30,6 +40,9 @@ from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.registry import Registry
 
 _CONTEXT = 1024  # tokens of llama.cpp's
+_MIX = "mix"
+# PEFT warns of a base without a name and of adapters it finds in the model; both are meant here.
+_quiet = partial(warnings.catch_warnings, action="ignore")
 
 
 class Turn(NamedTuple):
@@ -40,29 +53,29 @@ class Turn(NamedTuple):
     tokens: list[list[int]]  # (rows, steps): the check that the work was done, and that all do the same
 
 
-class System:
-    """Heavy parts are loaded by the first `prepare`."""
+class System(NamedTuple):
+    """A system that has loaded what its workload needs."""
 
-    name = ""
-    changes = 10  # how many changes of composition are timed at once
+    run: Callable[[], Turn]
+    """Decodes every row."""
+    change: Callable[[Mix], object] = lambda _mix: None
+    """The way from the composition before to this one."""
+    prepare: Callable[[], None] = lambda: None
+    """Before every turn, and outside of its time: undoes what another system or a change has left."""
+    changes: int = 10
+    """How many changes of composition are timed at once."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
 
-    def reason(self, workload: Workload) -> str | None:
-        """Why it cannot do this workload, in a few words; None where it can."""
-        return None
+Load = Callable[[Lab, Workload], AbstractContextManager[Mapping[str, System]]]
+"""Loads the systems that share a model, by name; what they hold is given back when the block ends."""
 
-    def prepare(self, workload: Workload) -> None:
-        """Load what the workload needs, from whatever state; before every turn, and outside of its time."""
 
-    def run(self, workload: Workload) -> Turn:
-        """Decode every row."""
-        raise NotImplementedError
-
-    def change(self, mix: Mix) -> None:
-        """The way from the composition before to this one."""
-        raise NotImplementedError
+@contextmanager
+def plain(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
+    """The base alone, without any adapter: by the plain loop, and by `model.generate`, which is what people run."""
+    model = lab.model()
+    run, generate = (partial(way, lab, model, workload) for way in (run_plainly, run_by_generate))
+    yield {"base": System(run), "generate": System(generate)}
 
 
 def timed(lab: Lab, begin: Callable[[], Iterator[Any]]) -> Turn:
@@ -84,38 +97,24 @@ def timed(lab: Lab, begin: Callable[[], Iterator[Any]]) -> Turn:
 
 def run_plainly(lab: Lab, model: Any, workload: Workload, **arguments: Any) -> Turn:
     """The plain loop over a model; `arguments` go with every pass."""
-    prompts = lab.prompts(workload)
-    choose = chooser(workload, lab.device)
-    return timed(lab, lambda: _steps(model, prompts, workload.steps, choose, arguments))
+    prompts, choose = lab.prompts(workload), chooser(workload, lab.device)
 
+    def steps() -> Iterator[Tensor]:
+        ids = torch.tensor(prompts, device=lab.device)
+        said, cache = ids[:, :0], DynamicCache(config=model.config)
+        for _ in range(workload.steps):
+            with torch.inference_mode():
+                last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # a slice is slow on a CPU: `base/shape.py`
+                output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last, **arguments)
+                ids = choose(said, output.logits[:, -1])
+                said = torch.cat([said, ids], dim=1)
+            yield ids[:, 0]
 
-def _steps(
-    model: Any, prompts: Sequence[Sequence[int]], steps: int, choose: Callable[..., Tensor], arguments: dict[str, Any]
-) -> Iterator[Tensor]:
-    """Yields the next token of every row, (rows,), after the prompt and after each further step."""
-    from transformers import DynamicCache
-
-    ids = torch.tensor(prompts, device=model.device)
-    said = ids[:, :0]
-    cache = DynamicCache(config=model.config)
-    for _ in range(steps):
-        with torch.inference_mode():
-            last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # a slice is slow on a CPU: see `base/shape.py`
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last, **arguments)
-            ids = choose(said, output.logits[:, -1])
-            said = torch.cat([said, ids], dim=1)
-        yield ids[:, 0]
+    return timed(lab, steps)
 
 
 def chooser(workload: Workload, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """(tokens said (rows, steps), logits (rows, vocab)) -> tokens (rows, 1), by transformers' own processors."""
-    from transformers import (
-        LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopPLogitsWarper,
-    )
-
     if not workload.sampled:
         return lambda _said, logits: logits.argmax(-1, keepdim=True)
     generator = torch.Generator(device).manual_seed(0)
@@ -125,171 +124,149 @@ def chooser(workload: Workload, device: torch.device) -> Callable[[Tensor, Tenso
     return lambda said, logits: process(said, logits.float()).softmax(-1).multinomial(1, generator=generator)
 
 
-class BaseAlone(System):
-    """The plain loop, without any adapter."""
-
-    name = "base"
-
-    @cached_property
-    def _model(self) -> Any:
-        return self.lab.model()
-
-    def reason(self, workload: Workload) -> str | None:
-        """It has no composition, and nothing to train."""
-        return {"change": "has no composition", "training": "trains nothing"}.get(workload.kind)
-
-    def run(self, workload: Workload) -> Turn:
-        """What the base says."""
-        return run_plainly(self.lab, self._model, workload)
+def run_by_generate(lab: Lab, model: Any, workload: Workload) -> Turn:
+    """`model.generate`; its streamer is given the prompt before anything is computed, and then each step's tokens."""
+    prompts = torch.tensor(lab.prompts(workload), device=lab.device)
+    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if workload.sampled:
+        drawn = {"do_sample": True, "top_k": 0, **SAMPLED}
+    bounds = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps, "pad_token_id": 0}
+    times: list[float] = []
+    watch = SimpleNamespace(put=lambda _tokens: times.append(lab.now()), end=lambda: None)
+    start = lab.now()
+    output = model.generate(prompts, attention_mask=torch.ones_like(prompts), streamer=watch, **bounds, **drawn)
+    return Turn(times[1] - start, times[-1] - times[1], output[:, workload.prompt_tokens :].tolist())
 
 
-class Generate(BaseAlone):
-    """`model.generate`: what people run. Its streamer tells prefill and decoding apart."""
-
-    name = "generate"
-
-    def reason(self, workload: Workload) -> str | None:
-        """The base alone stands for it in what is no decoding."""
-        return None if workload.kind in ("decode", "prefill") else "as the base"
-
-    def run(self, workload: Workload) -> Turn:
-        """Prompt and steps by `generate`."""
-        prompts = torch.tensor(self.lab.prompts(workload), device=self.lab.device)
-        drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if workload.sampled:
-            drawn = {"do_sample": True, "top_k": 0, **SAMPLED}
-        bounds = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps, "pad_token_id": 0}
-        watch = _Watch(self.lab)
-        start = self.lab.now()
-        output = self._model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), streamer=watch, **bounds, **drawn
-        )
-        first, last = watch.times[1], watch.times[-1]  # the streamer is given the prompt before anything is computed
-        return Turn(first - start, last - first, output[:, workload.prompt_tokens :].tolist())
+@contextmanager
+def ours(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
+    """lora-rt: one batch, every row under its own composition."""
+    with runtime_of(lab, workload) as runtime:
+        yield {"ours": system_over(runtime, lab, workload)}
 
 
-class _Watch:
-    """A streamer (transformers' BaseStreamer) that notes when the prompt and each step came."""
-
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
-        self.times: list[float] = []
-
-    def put(self, _tokens: Any) -> None:
-        self.times.append(self._lab.now())
-
-    def end(self) -> None:
-        pass
+def runtime_of(lab: Lab, workload: Workload) -> Runtime:
+    """A runtime in which exactly the workload's adapters are resident."""
+    runtime = Runtime(replace(lab.base, model=lab.model()), load_modes(), Registry(project=lab.folder))
+    for name, path in lab.adapters(workload).items():
+        runtime.load_adapter(path, name)
+    return runtime
 
 
-class Ours(System):
-    """One batch, every row under its own composition."""
-
-    name = "ours"
-
-    def __init__(self, lab: Lab) -> None:
-        super().__init__(lab)
-        self._residents: dict[str, Path] = {}
-
-    @cached_property
-    def runtime(self) -> Runtime:
-        """Over a module tree of its own."""
-        base = replace(self.lab.base, model=self.lab.model())
-        return Runtime(base, load_modes(), Registry(project=self.lab.folder))
-
-    def prepare(self, workload: Workload) -> None:
-        """Makes exactly the workload's adapters resident."""
-        wanted = self.lab.adapters(workload)
-        for name in [name for name, path in self._residents.items() if wanted.get(name) != path]:
-            self.runtime.unload_adapter(name)
-            del self._residents[name]
-        for name, path in wanted.items():
-            if name not in self._residents:
-                self.runtime.load_adapter(str(path), name)
-                self._residents[name] = path
-
-    def run(self, workload: Workload) -> Turn:
-        """One request, timed from the texts of its compositions on."""
-        texts = [text_of(mix) for mix in workload.mixes]
-        prompts, steps = self.lab.prompts(workload), workload.steps
-        settings: dict[str, Any] = {"max_new_tokens": steps, "min_new_tokens": steps}
-        if workload.sampled:
-            settings |= {**SAMPLED, "seed": 0}
-        return timed(self.lab, lambda: self.runtime.decode(prompts, texts, **settings))
-
-    def change(self, mix: Mix) -> None:
-        """From the text of a composition to the plan that a forward pass runs under."""
-        self.runtime.plan([[0]], [text_of(mix)])
+def system_over(runtime: Runtime, lab: Lab, workload: Workload) -> System:
+    """One request, and changes from the text of a composition to the plan that a forward pass runs under."""
+    texts, prompts = [text_of(mix) for mix in workload.mixes], lab.prompts(workload)
+    settings: dict[str, Any] = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps}
+    if workload.sampled:
+        settings |= {**SAMPLED, "seed": 0}
+    decode = partial(runtime.decode, prompts, texts, **settings)
+    return System(partial(timed, lab, decode), lambda mix: runtime.plan([[0]], [text_of(mix)]))
 
 
-def text_of(mix: Mix) -> str | None:
-    """The text of a composition."""
-    return " ".join(f"{name}:{weight}" for name, weight in mix) or None
+@contextmanager
+def peft(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
+    """PEFT in the three ways that its manual has for several adapters over one base.
+
+    They take turns on one PeftModel: what is active is its state, set before each turn.
+
+    - set: `set_adapter([...])` and `set_scale`; every layer loops over the active adapters.
+    - cat: `add_weighted_adapter(cat)`, one adapter in whose ranks all of them stand, made anew for each composition.
+    - mixed: `adapter_names=[...]`; every row has one adapter, and none has a weight.
+    """
+    adapters = lab.adapters(workload)
+    with _quiet():
+        model = with_adapters(lab.model(), [(name, 1.0, path) for name, path in adapters.items()]).eval()
+
+    def activate(mix: Mix) -> None:
+        model.base_model.set_adapter([name for name, _ in mix], inference_mode=True)
+        weigh(model, dict(mix))
+
+    def concatenate(mix: Mix) -> None:
+        names, weights = [name for name, _ in mix], [weight for _, weight in mix]
+        with _quiet():
+            model.add_weighted_adapter(names, weights, _MIX, combination_type="cat")
+            model.base_model.set_adapter([_MIX], inference_mode=True)
+
+    def prepare(change: Callable[[Mix], None]) -> None:
+        weigh(model, dict.fromkeys(adapters, 1.0))  # a scale that stayed would count twice in the other ways
+        if _MIX in model.peft_config:
+            with _quiet():
+                model.delete_adapter(_MIX)
+        if workload.active and workload.kind != "change":
+            change(workload.mix(0))
+
+    def run() -> Turn:
+        with nullcontext() if workload.active else model.disable_adapter():
+            return run_plainly(lab, model, workload)
+
+    def run_mixed() -> Turn:
+        return run_plainly(lab, model, workload, adapter_names=[name for ((name, _),) in workload.mixes])
+
+    yield {
+        "peft-set": System(run, activate, partial(prepare, activate)),
+        # A change takes a part of a second, and leaves an adapter.
+        "peft-cat": System(run, concatenate, partial(prepare, concatenate), changes=1),
+        "peft-mixed": System(run_mixed, prepare=partial(prepare, activate)),
+    }
 
 
-class LlamaCpp(System):
+@contextmanager
+def llama_cpp(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
     """llama.cpp, by the server that `--engine llama.cpp` has: it puts no two scales into one batch, so rows take turns.
 
     Its base is a GGUF file in a quantization of its own (Q4_1 for the default base), so it need not say what the others
     say; its adapters are written by our exporter.
     """
+    files = {name: _gguf(lab, path, name) for name, path in lab.adapters(workload).items()}
+    base, threads = gguf_file(lab.origin.base), torch.get_num_threads()  # as many as everybody has
+    assert base is not None
+    greedy = Sampling.given(temperature=0)
 
-    name = "llama.cpp"
-
-    def __init__(self, lab: Lab) -> None:
-        super().__init__(lab)
-        self._files: dict[str, Path] = {}
-        self._server: LlamaServer | None = None
-
-    def reason(self, workload: Workload) -> str | None:
-        """It needs its package and a GGUF file of the base, and is no part of what processes measure."""
-        if find_spec("xllamacpp") is None:
-            return "xllamacpp is not installed"
-        if self._gguf is None:
-            return "no GGUF file of this base here"
-        if workload.sampled:
-            return "measured greedily alone"
-        if workload.kind == "change":
-            return "scales are a part of each request"
-        return None if workload.kind in ("decode", "prefill") else "not measured"
-
-    def prepare(self, workload: Workload) -> None:
-        """The adapters as GGUF files, all loaded at once."""
-        self._files = {name: self._export(path, name) for name, path in self.lab.adapters(workload).items()}
-        if self._server is None or not set(self._files.values()) <= set(self._server.adapters):
-            if self._server is not None:
-                self._server.close()
-            assert self._gguf is not None
-            threads = torch.get_num_threads()  # as many as everybody has
-            self._server = LlamaServer(self._gguf, list(self._files.values()), _CONTEXT, str(self.lab.device), threads)
-
-    def run(self, workload: Workload) -> Turn:
-        """The rows one by one: their times add up."""
-        turns = [
-            timed(self.lab, partial(self._steps, prompt, mix, workload.steps))
-            for prompt, mix in zip(self.lab.prompts(workload), workload.mixes, strict=True)
-        ]
-        prefill, decode = sum(turn.prefill for turn in turns), sum(turn.decode for turn in turns)
-        return Turn(prefill, decode, [turn.tokens[0] for turn in turns])
-
-    def _steps(self, prompt: Sequence[int], mix: Mix, steps: int) -> Iterator[list[int]]:
-        """The most likely token behind the prompt and behind each further step, as the only row."""
-        assert self._server is not None
-        ids, scales = list(prompt), {self._files[name]: weight for name, weight in mix}
-        greedy = Sampling.given(temperature=0)
-        for said in range(steps):
-            token = self._server.next_token(ids, said, scales, greedy, 0)
+    def steps(prompt: Sequence[int], mix: Mix) -> Iterator[list[int]]:
+        ids, scales = list(prompt), {files[name]: weight for name, weight in mix}
+        for said in range(workload.steps):
+            token = server.next_token(ids, said, scales, greedy, 0)
             ids.append(ids[-1] if token is None else token)  # it would end here, and the others go on
             yield ids[-1:]
 
-    def _export(self, path: Path, name: str) -> Path:
-        file = path / "adapter.gguf"
-        if not file.exists():
-            shapes = {name: features(module) for name, module in self.lab.linears.items()}
-            inspected = inspect_adapter(path, name=name, linears=shapes, base=self.lab.base.identity, load=True)
-            write_gguf_adapter(file, read_adapter(inspected, name).factors, self.lab.base.model.config)
-        return file
+    def run() -> Turn:
+        rows = zip(lab.prompts(workload), workload.mixes, strict=True)
+        turns = [timed(lab, partial(steps, prompt, mix)) for prompt, mix in rows]
+        prefill, decode = sum(turn.prefill for turn in turns), sum(turn.decode for turn in turns)
+        return Turn(prefill, decode, [turn.tokens[0] for turn in turns])
 
-    @property
-    def _gguf(self) -> Path | None:
-        return None if self.lab.origin.random is not None else gguf_file(self.lab.origin.base)
+    with closing(LlamaServer(base, list(files.values()), _CONTEXT, str(lab.device), threads)) as server:
+        yield {"llama.cpp": System(run)}
+
+
+def _gguf(lab: Lab, path: Path, name: str) -> Path:
+    file = path / "adapter.gguf"
+    if not file.exists():
+        shapes = {linear: features(module) for linear, module in lab.linears.items()}
+        inspected = inspect_adapter(path, name=name, linears=shapes, base=lab.base.identity, load=True)
+        write_gguf_adapter(file, read_adapter(inspected, name).factors, lab.base.model.config)
+    return file
+
+
+LOADERS: dict[str, Load] = {
+    "base": plain,
+    "generate": plain,
+    "ours": ours,
+    "peft-set": peft,
+    "peft-cat": peft,
+    "peft-mixed": peft,
+    "llama.cpp": llama_cpp,
+}
+"""All but what trains, which is measured in processes alone."""
+
+
+@contextmanager
+def loaded(
+    lab: Lab, workload: Workload, names: Iterable[str], loaders: Mapping[str, Load] = LOADERS
+) -> Iterator[dict[str, System]]:
+    """The systems of these names, by the loaders of theirs."""
+    with ExitStack() as stack:
+        found: dict[str, System] = {}
+        for load in dict.fromkeys(loaders[name] for name in names):
+            found |= stack.enter_context(load(lab, workload))
+        yield {name: found[name] for name in names}

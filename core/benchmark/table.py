@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from lora_rt.core.base.picture import PlotError, canvas, save
 from lora_rt.core.benchmark.results import TRAINER
-from lora_rt.core.benchmark.workloads import SYSTEMS
+from lora_rt.core.benchmark.workloads import DECODING, SYSTEMS
 
 Row = Mapping[str, Any]
 
@@ -27,34 +27,39 @@ BUSY = 0.25
 IDLE = 0.15
 """The share of the processor that others may use beside a measurement."""
 
-_UNITS = {"change": "ms", "cold": "s", "memory": "MB", "training": "tokens/s"}
-_DECODING = ("decode", "prefill")
+_UNITS = {"change": "\n[dim]ms[/]", "cold": "\n[dim]s[/]", "memory": "\n[dim]MB[/]"}
 _BAR = 0.8
 
 
 def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
     """Machine and versions, the table, and what its numbers in brackets stand for; lines of at most so many columns."""
-    reasons: list[str] = []
-    cells = {(row["workload"], row["system"]): row for row in document["rows"]}
-    systems = _columns(document)
+    rows = [row for row in document["rows"] if row["kind"] != "training"]  # it stands below: no system of these trains
+    measured = {row["system"] for row in rows if row["reason"] is None}
+    systems = [system for system in document["systems"] if system in measured]
     table = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("tokens/s\n[dim]ratio, spread[/]", min_width=18)
     for system in systems:
         table.add_column(SYSTEMS.get(system, escape(system)), justify="right")
+    reasons: list[str] = []
     previous = ""
     for item in document["workloads"]:
-        found = [cells.get((item["name"], system)) for system in systems]
-        if item["kind"] == "training" or not any(found):
+        found = {row["system"]: row for row in rows if row["workload"] == item["name"] and row["system"] in measured}
+        if not found:
             continue
-        if previous in _DECODING and item["kind"] not in _DECODING:
+        if previous in DECODING and item["kind"] not in DECODING:
             table.add_section()
         previous = item["kind"]
-        table.add_row(_title(item), *(_cell(row, reasons) for row in found))
-    lines: list[RenderableType] = [Text(line) for line in _machine(document, min(width, WIDTH))]
-    lines += [table] if table.row_count else []
-    lines += [Text(f"({number}) {reason}") for number, reason in enumerate(reasons, 1)]
-    lines += [Text(line) for line in _absent(document["rows"], systems)]
-    return Group(*lines, *_training(document))
+        cells = [_cell(found[system], reasons) if system in found else "" for system in systems]
+        table.add_row(escape(item["title"]) + _UNITS.get(item["kind"], ""), *cells)
+
+    below = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    for system in document["systems"]:
+        why = dict.fromkeys(row["reason"] for row in rows if row["system"] == system)
+        if why and system not in (*measured, TRAINER):
+            below.append(f"{system}: {'; '.join(why)}")
+    below += _training(document)
+    above = [*_about(document, min(width, WIDTH)), ""]
+    return Group(*map(Text, above), *([table] if table.row_count else []), *map(Text, below))
 
 
 def noise(document: Mapping[str, Any]) -> str:
@@ -72,60 +77,33 @@ def noise(document: Mapping[str, Any]) -> str:
     )
 
 
-def _columns(document: Mapping[str, Any]) -> list[str]:
-    """The systems that have a number in the table; training stands below it."""
-    found = {row["system"] for row in document["rows"] if row["kind"] != "training" and row["reason"] is None}
-    return [system for system in document["systems"] if system in found]
-
-
-def _absent(rows: Sequence[Row], systems: Sequence[str]) -> list[str]:
-    """A line for each system without a column, where all that kept it out is one and the same reason."""
-    why: dict[str, set[str]] = {}
-    for row in rows:
-        if row["system"] not in (*systems, TRAINER) and row["kind"] != "training":
-            why.setdefault(row["system"], set()).add(row["reason"])
-    return [f"{system}: {reasons.pop()}" for system, reasons in why.items() if len(reasons) == 1]
-
-
-def _machine(document: Mapping[str, Any], width: int) -> list[str]:
+def _about(document: Mapping[str, Any], width: int) -> list[str]:
     facts = document["machine"]
-    device = facts.get("gpu", facts["cpu"])
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     cores = f"{facts['threads']} threads of {facts['cores']} cores"
-    where = f"{device}, {cores}, {facts['memory_gib']} GiB, load {facts['load']}"
-    about = f"{document['base']} ({document['precision']}) on {where}", versions
-    return [line for text in about for line in wrap(text, width)] + [""]
+    where = f"{facts.get('gpu', facts['cpu'])}, {cores}, {facts['memory_gib']} GiB, load {facts['load']}"
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return [*wrap(f"{document['base']} ({document['precision']}) on {where}", width), *wrap(versions, width)]
 
 
-def _title(item: Mapping[str, Any]) -> str:
-    unit = _UNITS.get(item["kind"])
-    return escape(item["title"]) + (f"\n[dim]{unit}[/]" if unit else "")
-
-
-def _cell(row: Row | None, reasons: list[str]) -> str:
-    if row is None:
-        return ""
+def _cell(row: Row, reasons: list[str]) -> str:
+    """A figure over its ratio and spread, or the number of a reason; a new one goes to the `reasons`."""
     if row["reason"] is not None:
         if row["reason"] not in reasons:
             reasons.append(row["reason"])
         return f"[dim]({reasons.index(row['reason']) + 1})[/]"
     ratio = "" if row["ratio_to_base"] is None else f"{row['ratio_to_base']:.2f} "
     repeated = f"±{row['spread'] * 100:.0f}%" if row["repeats"] > 1 else ""
-    if row["spread"] > 1:
-        repeated = "noise"
-    return f"{_value(row)}\n[dim]{ratio}{repeated}[/]"
+    return f"{_value(row)}\n[dim]{ratio}{'noise' if row['spread'] > 1 else repeated}[/]"
 
 
 def _value(row: Row) -> str:
-    if row["kind"] == "change":
-        return f"{row['seconds'] * 1000:.2f}"
-    if row["kind"] == "cold":
-        return f"{row['seconds']:.2f}"
+    if row["kind"] in ("change", "cold"):
+        return f"{row['seconds'] * (1000 if row['kind'] == 'change' else 1):.2f}"
     value = float(row["megabytes"] or row["tokens_per_s"])
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _training(document: Mapping[str, Any]) -> list[Text]:
+def _training(document: Mapping[str, Any]) -> list[str]:
     """A line for each training workload: what it is compared with is no column of the table."""
     lines = []
     for item in document["workloads"]:
@@ -134,7 +112,7 @@ def _training(document: Mapping[str, Any]) -> list[Text]:
         told = [f"{_name(system)} {_value(row)} tokens/s" for system, row in speeds.items()]
         if "ours" in speeds and TRAINER in speeds:
             told = [f"{told[0]}, {speeds['ours']['ratio']:.2f} times {_name(TRAINER)} ({_value(speeds[TRAINER])})"]
-        lines += [Text(f"{item['title']}: {text}") for text in told]
+        lines += [f"{item['title']}: {text}" for text in told]
     return lines
 
 
@@ -148,34 +126,27 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         PlotError: there is nothing to draw, or the file can't be written.
     """
-    ratios = {(row["workload"], row["system"]): row["ratio_to_base"] for row in document["rows"]}
-    items = [w for w in document["workloads"] if w["kind"] in ("decode", "prefill") and _any(ratios, w["name"])]
-    if not items:
+    rows = [row for row in document["rows"] if row["kind"] in DECODING and row["ratio_to_base"]]
+    if not rows:
         raise PlotError("there are no ratios to draw", next_step="Measure the base and a decoding workload")
-    spreads = {(row["workload"], row["system"]): row["spread"] or 0.0 for row in document["rows"]}
-    systems = list(dict.fromkeys(system for (_, system), value in ratios.items() if value and system != "base"))
-    figure, axes = canvas().subplots(figsize=(9, 1.4 + 0.16 * len(items) * (len(systems) + 1)), layout="constrained")
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    systems = list(dict.fromkeys(row["system"] for row in rows if row["system"] != "base"))
+    figure, axes = canvas().subplots(figsize=(9, 1.4 + 0.16 * len(names) * (len(systems) + 1)), layout="constrained")
     thickness = _BAR / max(len(systems), 1)
     for number, system in enumerate(systems):
-        # (where it stands, ratio, half of the spread: the whiskers hold the middle half of the repeats)
-        places = [
-            (i + (number + 0.5) * thickness, ratios.get((w["name"], system)), spreads.get((w["name"], system), 0.0) / 2)
-            for i, w in enumerate(items)
-        ]
-        there = [(place, value, value * min(half, 1.0)) for place, value, half in places if value]
-        label = SYSTEMS.get(system, system).replace("\n", " ")
-        at, values, reach = ([item[k] for item in there] for k in range(3))
-        bars = axes.barh(at, values, xerr=reach, ecolor="gray", height=thickness, label=label)
+        own = [row for row in rows if row["system"] == system]
+        at = [names.index(row["workload"]) + (number + 0.5) * thickness for row in own]
+        ratios = [row["ratio_to_base"] for row in own]
+        # The whiskers hold the middle half of the repeats.
+        reach = [row["ratio_to_base"] * min(row["spread"] / 2, 1.0) for row in own]
+        bars = axes.barh(at, ratios, xerr=reach, ecolor="gray", height=thickness, label=_name(system))
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks([i + _BAR / 2 for i in range(len(items))], [w["title"] for w in items])
+    titles = {item["name"]: item["title"] for item in document["workloads"]}
+    axes.set_yticks([i + _BAR / 2 for i in range(len(names))], [titles[name] for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("speed, the base alone = 1")
     title = f"{document['base']} ({document['precision']}); whiskers: the middle half of the repeats"
     axes.set_title("\n".join([title, *wrap(noise(document), 90)]), fontsize=9)
     figure.legend(loc="outside lower center", ncols=3)
     save(figure, path)
-
-
-def _any(ratios: Mapping[tuple[str, str], float | None], workload: str) -> bool:
-    return any(value for (name, _), value in ratios.items() if name == workload)

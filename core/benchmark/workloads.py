@@ -7,13 +7,14 @@ import fnmatch
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
+from lora_rt.core.base.default import gguf_file
 from lora_rt.errors import LoraRtError
 
 Kind = Literal["decode", "prefill", "change", "cold", "memory", "training"]
-PROCESSES: tuple[Kind, ...] = ("cold", "memory", "training")
-"""Kinds that need processes of their own."""
+DECODING: tuple[Kind, ...] = ("decode", "prefill")
 
 Mix = tuple[tuple[str, float], ...]
 """One row's composition: resident name and weight of each term; empty is the base alone."""
@@ -94,7 +95,7 @@ class Workload:
         return len(set(self.mixes)) > 1
 
     def mix(self, number: int) -> Mix:
-        """The number-th composition; the weights are around 1/active.
+        """The number-th composition; the weights are around 1/active, in no two rows alike.
 
         The rows of a batch go round the residents. Changes draw theirs, so that hardly any set comes twice: what was
         laid out for a set is kept.
@@ -102,19 +103,19 @@ class Workload:
         chosen = [(number * self.active + term) % self.resident for term in range(self.active)]
         if self.kind == "change" and self.active < self.resident:
             chosen = random.Random(number).sample(range(self.resident), self.active)
-        return tuple(
-            (resident_name(index), self._weight(number, term) if self.weighted else 1.0)
-            for term, index in enumerate(chosen)
-        )
-
-    def _weight(self, number: int, term: int) -> float:
-        share = 0.5 + (0.618 * (number * self.active + term + 1)) % 1.0  # 0.5 to 1.5, no two rows alike
-        return round(share / self.active, 4)
+        shares = [0.5 + (0.618 * (number * self.active + term + 1)) % 1.0 for term in range(self.active)]  # 0.5 to 1.5
+        weights = [round(share / self.active, 4) if self.weighted else 1.0 for share in shares]
+        return tuple(zip(map(resident_name, chosen), weights, strict=True))
 
 
 def resident_name(index: int) -> str:
     """reg00, reg01, ..."""
     return f"reg{index:02d}"
+
+
+def text_of(mix: Mix) -> str | None:
+    """The text of a composition."""
+    return " ".join(f"{name}:{weight}" for name, weight in mix) or None
 
 
 DEFAULT = (
@@ -141,26 +142,56 @@ QUICK = (
 )
 
 
+def reason(system: str, workload: Workload, origin: Origin) -> str | None:
+    """Why a system can't do a workload over a base, in a few words; None where it can."""
+    kind, decodes = workload.kind, workload.kind in DECODING
+    if kind in ("cold", "training") and origin.random is not None:
+        return "a random base is not on disk"
+    without_a_mix = kind in ("cold", "training") or not workload.active
+    reasons = {
+        "base": {"has no composition": kind == "change", "trains nothing": kind == "training"},
+        "generate": {"as the base": not decodes},
+        # What is the state of PEFT's model holds for all rows.
+        "peft-set": {"cannot mix weights in a batch": workload.differs, "trains by the Trainer": kind == "training"},
+        "peft-cat": {"one mix for all rows": workload.differs, "as set_adapter": without_a_mix},
+        "peft-mixed": {
+            "an argument, without weights": kind == "change",
+            "as set_adapter": without_a_mix,
+            "one adapter per row, no weights": workload.active > 1 or workload.weighted,
+        },
+        "peft-trainer": {"trains alone": kind != "training"},
+        "llama.cpp": {
+            "xllamacpp is not installed": find_spec("xllamacpp") is None,
+            "no GGUF file of this base here": origin.random is not None or gguf_file(origin.base) is None,
+            "measured greedily alone": workload.sampled,
+            "scales are a part of each request": kind == "change",
+            "not measured": not decodes,
+        },
+    }
+    return next((why for why, holds in reasons.get(system, {}).items() if holds), None)
+
+
 def choose_workloads(wanted: Sequence[str], default: Sequence[Workload] = DEFAULT) -> list[Workload]:
-    """The workloads of these names or patterns (`rows16-*`), in their own order; the default set for none.
+    """The workloads of these names or patterns, in their own order; the default set for none.
 
     Raises:
-        BenchmarkError: a name or pattern that fits none; all of them are named, with the nearest.
+        BenchmarkError: as `fitting`.
     """
-    if not wanted:
-        return list(default)
     known = {workload.name: workload for workload in (*DEFAULT, *QUICK)}
-    fitting = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
-    refuse_unknown("workload", [p for p in wanted if not fnmatch.filter(known, p)], [w.name for w in DEFAULT + QUICK])
-    return [known[name] for name in fitting]
+    return [known[name] for name in fitting("workload", wanted, list(known))] or list(default)
 
 
-def refuse_unknown(what: str, unknown: Sequence[str], known: Sequence[str]) -> None:
-    """Raises BenchmarkError where `unknown` has names, each with the nearest known one."""
-    if not unknown:
-        return
+def fitting(what: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The known names that fit a wanted one or a pattern (`rows16-*`), in their own order.
+
+    Raises:
+        BenchmarkError: a name or pattern that fits none; all of them are named, each with the nearest.
+    """
     problems = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        problems.append(f"no {what} is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
-    raise BenchmarkError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")
+    for name in wanted:
+        if not fnmatch.filter(known, name):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            problems.append(f"no {what} is called {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+    if problems:
+        raise BenchmarkError("; ".join(problems), problems=problems, next_step=f"There are: {', '.join(known)}")
+    return [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in wanted)]

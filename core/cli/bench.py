@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
-from lora_rt.core.benchmark.results import Measured, rows, settings
+from lora_rt.core.benchmark.results import Measured, rows
 from lora_rt.core.benchmark.table import IDLE, draw, noise, shown
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
@@ -25,7 +26,7 @@ from lora_rt.core.benchmark.workloads import (
     Origin,
     Workload,
     choose_workloads,
-    refuse_unknown,
+    fitting,
 )
 from lora_rt.core.cli import options
 from lora_rt.core.cli.bench_serve import serve
@@ -65,7 +66,7 @@ def bench(
         return
     with options.usage():
         chosen = choose_workloads(_split(workloads), QUICK if quick else DEFAULT)
-        names = _systems(systems)
+        names = fitting("system", _split(systems), list(SYSTEMS)) or list(SYSTEMS)
         origin = _origin(base, precision, device, random_base)
     check_device(device)
     if plot is not None:
@@ -99,18 +100,11 @@ def _split(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
-def _systems(names: str) -> list[str]:
-    """In the order of the table."""
-    wanted = _split(names) or list(SYSTEMS)
-    refuse_unknown("system", [name for name in wanted if name not in SYSTEMS], list(SYSTEMS))
-    return [name for name in SYSTEMS if name in wanted]
-
-
 def _origin(base: str, precision: str, device: str, random_base: str | None) -> Origin:
     if random_base is not None:
         if base != "default":
             raise typer.BadParameter("there can be one base: --base or --random-base")
-        refuse_unknown("random base", [] if random_base in SIZES else [random_base], SIZES)
+        random_base = fitting("random base", [random_base], SIZES)[0]
     return Origin(base, precision, device, random_base)
 
 
@@ -123,7 +117,7 @@ def _run(
 
         from lora_rt.core.benchmark.lab import Lab
         from lora_rt.core.benchmark.machine import Watch, machine, versions
-        from lora_rt.core.benchmark.session import make_systems, measure
+        from lora_rt.core.benchmark.session import measure
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -134,10 +128,9 @@ def _run(
     whole = True
     with tempfile.TemporaryDirectory(prefix="lora-rt-bench-") as folder:
         lab = Lab(origin, Path(folder))
-        systems = make_systems(names, lab)
         with _progress(len(chosen)) as report:
             try:
-                for item in measure(lab, chosen, systems, repeats, report):
+                for item in measure(lab, chosen, names, repeats, report):
                     measured.append(item)
             except KeyboardInterrupt:
                 whole = False
@@ -147,7 +140,7 @@ def _run(
         "base": lab.base.identity.id,
         "precision": lab.base.precision,
         "systems": names,
-        "workloads": settings(measured),
+        "workloads": [asdict(item.workload) for item in measured],
         "rows": rows(measured, names),
     }
     return document, whole

@@ -7,20 +7,18 @@ import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.table import Table
 
+from lora_rt.core.benchmark import servers, serving
+from lora_rt.core.benchmark.serving import Wish
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.errors import UsageError
-
-if TYPE_CHECKING:
-    import psutil
-
-    from lora_rt.core.benchmark.serving import Wish
 
 _SHARES = (0.5, 0.9)
 _LONG = ("overload", "soak")
@@ -54,7 +52,6 @@ def serve(
     as_json: options.Json = False,
 ) -> None:
     """Measure `lora-rt serve` beside `Runtime.generate` of the same rows: tokens per second, and how long one waits."""
-    from lora_rt.core.benchmark import servers, serving
     from lora_rt.core.benchmark.machine import Watch, versions
 
     names = adapters.replace(",", " ").split()
@@ -90,7 +87,6 @@ def _says(text: str) -> None:
 
 def _beside_generate(url: str, asked: list[Wish], rows: int, base: str, precision: str, device: str) -> dict[str, Any]:
     """Tokens per second of `Runtime.generate`, of the server, of `generate` again, and of the server one by one."""
-    from lora_rt.core.benchmark import serving
     from lora_rt.core.benchmark.machine import machine
 
     tokens, bodies = asked[0].tokens, [wish.body() for wish in asked]
@@ -118,8 +114,6 @@ def _beside_llama(
     python: str, base: str, names: list[str], asked: list[Wish], rows: int, threads: int
 ) -> dict[str, Any]:
     """Tokens per second of llama.cpp's server, for as many clients at once, with the scales of each request."""
-    from lora_rt.core.benchmark import servers, serving
-
     _says("llama.cpp's server")
     tokens, bodies = asked[0].tokens, [wish.body(names) for wish in asked]
     with (
@@ -138,8 +132,6 @@ def _held(url: str, process: psutil.Process, asked: list[Wish], rate: float, len
     Memory (MiB) is the median of the first and of the last fifth of the time: a server frees what ended answers held
     now and then, and a look at two moments tells little.
     """
-    from lora_rt.core.benchmark import serving
-
     sizes, over = [process.memory_info().rss], threading.Event()
 
     def look() -> None:

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.machine import machine, versions
 from lora_rt.core.benchmark.random_base import random_base
 from lora_rt.core.benchmark.results import Measured, row
-from lora_rt.core.benchmark.session import make_systems, measure
-from lora_rt.core.benchmark.systems import Ours, chooser
+from lora_rt.core.benchmark.session import measure
+from lora_rt.core.benchmark.systems import LOADERS, System, chooser, runtime_of, system_over
 from lora_rt.core.benchmark.workloads import SAMPLED, Origin, Workload
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling
@@ -79,15 +80,12 @@ class Book:
         print(json.dumps(figure), flush=True)
 
 
-class Unrecorded(Ours):
-    """lora-rt without CUDA graphs."""
-
-    name = "ours, no graphs"
-
-    def run(self, workload: Workload) -> Any:
-        """Every step is a pass launched from Python."""
-        self.runtime.parts.lm.steps = None
-        return super().run(workload)
+@contextmanager
+def unrecorded(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
+    """lora-rt without CUDA graphs: every step is a pass launched from Python."""
+    with runtime_of(lab, workload) as runtime:
+        runtime.parts.lm.steps = None
+        yield {"ours, no graphs": system_over(runtime, lab, workload)}
 
 
 def decoding(book: Book, size: str) -> None:
@@ -99,8 +97,13 @@ def decoding(book: Book, size: str) -> None:
         book.write(
             {"base": book.name(size), "built in s": round(seconds, 1), "gib": round(allocated(book.device) / 2**30, 2)}
         )
-        systems = [*make_systems(["base", "ours", "peft-set", "peft-mixed"], lab), Unrecorded(lab)]
-        for measured in measure(lab, list(workloads(book.tiny)), systems, 2, lambda _done, what: print("#", what)):
+        loaders = {**LOADERS, "ours, no graphs": unrecorded}
+        systems = ["base", "ours", "peft-set", "peft-mixed", "ours, no graphs"]
+
+        def report(_done: int, what: str) -> None:
+            print("#", what)
+
+        for measured in measure(lab, list(workloads(book.tiny)), systems, 2, report, loaders):
             write_before(book, size, measured)
         write_before(book, size, None)
         if book.device.type == "cuda":

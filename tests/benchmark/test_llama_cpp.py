@@ -15,9 +15,8 @@ import torch
 
 from lora_rt.core.benchmark import systems
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.session import repeat_of
-from lora_rt.core.benchmark.systems import LlamaCpp
-from lora_rt.core.benchmark.workloads import Workload
+from lora_rt.core.benchmark.session import ready
+from lora_rt.core.benchmark.workloads import Workload, reason
 
 MIXES = Workload("w", "w", rows=3, active=2, distinct=True, prompt_tokens=5, new_tokens=2, rank=4)
 
@@ -60,9 +59,12 @@ def servers(monkeypatch: pytest.MonkeyPatch, lab: Lab, tmp_path: Path) -> list[S
 def test_every_row_runs_alone_under_its_own_scales_and_goes_on_where_it_would_end(
     lab: Lab, servers: list[StandIn]
 ) -> None:
-    sample = repeat_of(lab, LlamaCpp(lab), MIXES)()
+    with ready(lab, MIXES, ["llama.cpp"]) as systems:
+        sample = systems["llama.cpp"]()
+        assert not servers[0].closed
     assert sample.tokens == 3 * 2
     (server,) = servers
+    assert server.closed
     assert server.threads == torch.get_num_threads()
     assert [path.parent.name for path in server.adapters] == ["reg00", "reg01", "reg02", "reg03"]
     for row, (mix, prompt) in enumerate(zip(MIXES.mixes, lab.prompts(MIXES), strict=True)):
@@ -71,18 +73,12 @@ def test_every_row_runs_alone_under_its_own_scales_and_goes_on_where_it_would_en
         assert all(scales == dict(mix) for _, scales in passes)
 
 
-def test_its_adapters_are_loaded_once_and_anew_where_others_are_wanted(lab: Lab, servers: list[StandIn]) -> None:
-    system = LlamaCpp(lab)
-    for workload in (MIXES, replace(MIXES, active=1), replace(MIXES, resident=6)):
-        system.prepare(workload)
-    assert [len(server.adapters) for server in servers] == [4, 6]
-    assert [server.closed for server in servers] == [True, False]
-
-
 def test_what_it_is_not_asked_for_it_says(lab: Lab, servers: list[StandIn]) -> None:
-    system = LlamaCpp(lab)
-    assert system.reason(MIXES) is None
-    assert system.reason(replace(MIXES, kind="change")) == "scales are a part of each request"
-    assert system.reason(replace(MIXES, sampled=True)) == "measured greedily alone"
+    def why(workload: Workload) -> str | None:
+        return reason("llama.cpp", workload, lab.origin)
+
+    assert why(MIXES) is None
+    assert why(replace(MIXES, kind="change")) == "scales are a part of each request"
+    assert why(replace(MIXES, sampled=True)) == "measured greedily alone"
     lab.origin = replace(lab.origin, base="some/model")
-    assert system.reason(MIXES) == "no GGUF file of this base here"
+    assert why(MIXES) == "no GGUF file of this base here"

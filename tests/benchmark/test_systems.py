@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.session import make_systems, repeat_of
-from lora_rt.core.benchmark.systems import Ours, System, run_plainly
-from lora_rt.core.benchmark.with_peft import Peft, PeftAdapters
-from lora_rt.core.benchmark.workloads import SYSTEMS, Workload
+from lora_rt.core.benchmark.session import ready
+from lora_rt.core.benchmark.systems import LOADERS, loaded, runtime_of
+from lora_rt.core.benchmark.workloads import SYSTEMS, Workload, reason
 
 pytestmark = pytest.mark.slow
 
@@ -20,63 +19,59 @@ MIXES = replace(ONE_MIX, distinct=True)
 SINGLES = replace(ONE_MIX, distinct=True, active=1, weighted=False)
 
 
-def said(system: System, workload: Workload) -> list[list[int]]:
-    system.prepare(workload)
-    return system.run(workload).tokens
+def said(lab: Lab, workload: Workload, *names: str) -> list[list[list[int]]]:
+    """What each of these systems says in turn."""
+    with loaded(lab, workload, set(names)) as systems:
+        found = []
+        for name in names:
+            systems[name].prepare()
+            found.append(systems[name].run().tokens)
+        return found
 
 
-@pytest.fixture
-def systems(lab: Lab) -> dict[str, System]:
-    return {system.name: system for system in make_systems(list(SYSTEMS), lab)}
+def test_all_columns_but_that_of_training_can_be_loaded() -> None:
+    assert [*LOADERS, "peft-trainer"] == sorted(SYSTEMS, key=lambda name: name == "peft-trainer")
 
 
-def test_the_columns_stand_in_the_order_of_the_table(systems: dict[str, System]) -> None:
-    assert list(systems) == list(SYSTEMS)
-
-
-def test_one_composition_is_the_same_in_ours_and_in_both_ways_of_peft(systems: dict[str, System]) -> None:
-    ours = said(systems["ours"], ONE_MIX)
+def test_one_composition_is_the_same_in_ours_and_in_both_ways_of_peft(lab: Lab) -> None:
+    base, ours, *peft = said(lab, ONE_MIX, "base", "ours", "peft-set", "peft-cat", "peft-set")
     assert len(ours) == 3
     assert {len(row) for row in ours} == {13}
-    assert said(systems["peft-set"], ONE_MIX) == ours
-    assert said(systems["peft-cat"], ONE_MIX) == ours
-    assert said(systems["peft-set"], ONE_MIX) == ours  # no way leaves its scales, or its adapter, to the next
-    assert said(systems["base"], ONE_MIX) != ours
+    assert peft == [ours] * 3  # no way leaves its scales, or its adapter, to the next
+    assert base != ours
 
 
 def test_each_row_of_a_mixed_batch_is_what_peft_says_under_that_rows_composition(lab: Lab) -> None:
-    peft = PeftAdapters(lab)
-    peft.reside(MIXES)
-    for row, tokens in enumerate(said(Ours(lab), MIXES)):
-        peft.activate(MIXES.mix(row))
-        assert run_plainly(lab, peft.model, MIXES).tokens[row] == tokens
+    with loaded(lab, MIXES, ["ours", "peft-set"]) as systems:
+        for row, tokens in enumerate(systems["ours"].run().tokens):
+            systems["peft-set"].change(MIXES.mix(row))
+            assert systems["peft-set"].run().tokens[row] == tokens
 
 
-def test_one_adapter_per_row_is_the_same_in_ours_and_in_pefts_mixed_batch(systems: dict[str, System]) -> None:
-    assert said(systems["peft-set"], ONE_MIX)  # whose weights must not stay
-    assert said(systems["peft-mixed"], SINGLES) == said(systems["ours"], SINGLES)
+def test_one_adapter_per_row_is_the_same_in_ours_and_in_pefts_mixed_batch(lab: Lab) -> None:
+    with loaded(lab, SINGLES, ["peft-set", "peft-mixed", "ours"]) as systems:
+        systems["peft-set"].change(ONE_MIX.mix(0))  # whose weights must not stay
+        systems["peft-mixed"].prepare()
+        assert systems["peft-mixed"].run().tokens == systems["ours"].run().tokens
 
 
-def test_the_base_is_the_same_by_the_plain_loop_by_generate_and_without_an_active_adapter(
-    systems: dict[str, System],
-) -> None:
-    alone = replace(ONE_MIX, active=0)
-    base = said(systems["base"], alone)
-    for name in ("generate", "ours", "peft-set"):
-        assert said(systems[name], alone) == base
+def test_the_base_is_the_same_by_the_plain_loop_by_generate_and_without_an_active_adapter(lab: Lab) -> None:
+    base, *others = said(lab, replace(ONE_MIX, active=0), "base", "generate", "ours", "peft-set")
+    assert others == [base] * 3
 
 
 @pytest.mark.parametrize("name", ["base", "generate", "ours", "peft-set", "peft-cat"])
-def test_sampled_tokens_are_as_many_as_greedy_ones_and_others(systems: dict[str, System], name: str) -> None:
-    greedy, drawn = said(systems[name], ONE_MIX), said(systems[name], replace(ONE_MIX, sampled=True))
+def test_sampled_tokens_are_as_many_as_greedy_ones_and_others(lab: Lab, name: str) -> None:
+    (greedy,), (drawn,) = said(lab, ONE_MIX, name), said(lab, replace(ONE_MIX, sampled=True), name)
     assert [len(row) for row in drawn] == [len(row) for row in greedy]
     assert drawn != greedy
 
 
 def test_systems_share_the_weights_and_not_the_modules(lab: Lab) -> None:
-    said(Ours(lab), ONE_MIX)
-    mine, other = lab.model(), lab.base.model
-    assert not any("forward" in vars(module) for module in [*mine.modules(), *other.modules()])
+    with loaded(lab, ONE_MIX, ["ours"]) as systems:
+        systems["ours"].run()
+        mine, other = lab.model(), lab.base.model
+        assert not any("forward" in vars(module) for module in [*mine.modules(), *other.modules()])
     assert all(a is b for a, b in zip(mine.parameters(), other.parameters(), strict=True))
     assert not set(mine.modules()) & set(other.modules())
 
@@ -90,18 +85,15 @@ def test_a_quantized_base_is_shared_too(lab: Lab, tmp_path: object) -> None:
 
 
 def test_exactly_the_workloads_adapters_are_resident(lab: Lab) -> None:
-    ours, peft = Ours(lab), PeftAdapters(lab)
     for resident in (4, 6, 2):
-        workload = replace(ONE_MIX, resident=resident)
-        ours.prepare(workload)
-        peft.reside(workload)
-        assert len(ours.runtime.adapters) == len(peft.model.peft_config) == resident
-    other = replace(ONE_MIX, targets=("q_proj", "v_proj"))
-    assert said(Peft(lab, "set", peft), other) == said(ours, other)
+        with runtime_of(lab, replace(ONE_MIX, resident=resident)) as runtime:
+            assert len(runtime.adapters) == resident
+    ours, peft = said(lab, replace(ONE_MIX, targets=("q_proj", "v_proj")), "ours", "peft-set")
+    assert peft == ours
 
 
 @pytest.mark.parametrize(
-    ("system", "workload", "reason"),
+    ("system", "workload", "why"),
     [
         ("peft-set", MIXES, "cannot mix weights in a batch"),
         ("peft-cat", MIXES, "one mix for all rows"),
@@ -112,16 +104,12 @@ def test_exactly_the_workloads_adapters_are_resident(lab: Lab) -> None:
         ("ours", MIXES, None),
     ],
 )
-def test_what_a_system_cannot_do_it_says(
-    systems: dict[str, System], system: str, workload: Workload, reason: str | None
-) -> None:
-    assert systems[system].reason(workload) == reason
+def test_what_a_system_cannot_do_it_says(lab: Lab, system: str, workload: Workload, why: str | None) -> None:
+    assert reason(system, workload, lab.origin) == why
 
 
-def test_changes_are_timed_in_ours_and_in_peft(lab: Lab, systems: dict[str, System]) -> None:
+def test_changes_are_timed_in_ours_and_in_peft(lab: Lab) -> None:
     change = replace(ONE_MIX, kind="change")
-    for name in ("ours", "peft-set", "peft-cat"):
-        repeat = repeat_of(lab, systems[name], change)
-        assert repeat().seconds > 0
-        assert repeat().seconds > 0
-    assert said(systems["peft-set"], ONE_MIX) == said(systems["ours"], ONE_MIX)
+    with ready(lab, change, ["ours", "peft-set", "peft-cat"]) as repeats:
+        for repeat in [*repeats.values()] * 2:
+            assert repeat().seconds > 0

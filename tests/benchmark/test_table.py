@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from lora_rt.core.base.progress import PlainConsole
-from lora_rt.core.benchmark.results import Measured, Sample, rows, settings
+from lora_rt.core.benchmark.results import Measured, Sample, rows
 from lora_rt.core.benchmark.table import noise, shown
 from lora_rt.core.benchmark.workloads import Workload
 
@@ -24,7 +25,7 @@ def text_of(*items: Measured, columns: int = 100) -> str:
         "base": "some/base",
         "precision": "int4",
         "systems": SYSTEMS,
-        "workloads": settings(items),
+        "workloads": [asdict(item.workload) for item in items],
         "rows": rows(items, SYSTEMS),
     }
     console = Console(width=columns, file=io.StringIO())

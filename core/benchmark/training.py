@@ -1,0 +1,103 @@
+"""Training on the same data and settings: our own run, and what a user writes by the manuals of PEFT and transformers.
+
+Each repeat is a new process: a base that has made a forward pass for inference does not train (see
+`lora_rt.core.base.repacking`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from lora_rt.core.base.precision import check_precision, compute_dtype
+from lora_rt.core.base.reading import whole_tokenizer
+from lora_rt.core.benchmark.results import Sample
+from lora_rt.core.benchmark.workloads import Origin, Workload
+from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.plugins.contract import IGNORE
+
+_EXAMPLES, _BATCH = 64, 8
+_WORDS = "the old house by river keeps its light on while a slow train goes past and nobody there says what they saw"
+
+
+def train_ours(origin: Origin, workload: Workload, folder: Path, examples: int = _EXAMPLES) -> Sample:
+    """The training loop of `lora-rt train`: one epoch over the pairs; `folder` is an empty one."""
+    from lora_rt.core.step.settings import TrainSettings
+    from lora_rt.core.training.run import train
+    from lora_rt.plugins.manager import load_modes
+
+    data, held_out = folder / "train.jsonl", folder / "held-out.jsonl"
+    lines = [json.dumps(pair) + "\n" for pair in pairs(examples + 1)]
+    data.write_text("".join(lines[:-1]))
+    held_out.write_text(lines[-1])
+    settings = TrainSettings(
+        register="bench",
+        mode="output-only",
+        data=data,
+        held_out=held_out,
+        base=origin.base,
+        precision=origin.precision,
+        device=origin.device,
+        r=workload.rank,
+        target_modules=workload.targets,
+        epochs=1,
+        batch_size=_BATCH,
+    )
+    speed = train(settings, load_modes(), folder / "adapter").tokens_per_second
+    tokens = sum(len(ids) for ids, _ in sequences(origin, examples))
+    return Sample(tokens / speed, tokens)
+
+
+def train_plainly(origin: Origin, workload: Workload, folder: Path, examples: int = _EXAMPLES) -> Sample:
+    """`get_peft_model` and the Trainer: padding to the batch's longest, the default sampler."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    dtype = compute_dtype(check_precision(origin.precision))
+    model = AutoModelForCausalLM.from_pretrained(origin.base, dtype=dtype, device_map={"": origin.device})
+    torch.manual_seed(0)
+    shape = {"r": workload.rank, "lora_alpha": 32, "target_modules": list(workload.targets), "lora_dropout": 0.05}
+    found = sequences(origin, examples)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=_BATCH,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=origin.device == "cpu",
+    )
+    trainer = Trainer(
+        model=get_peft_model(model, LoraConfig(**shape, task_type="CAUSAL_LM")),
+        args=arguments,
+        train_dataset=[{"input_ids": i, "labels": labels, "attention_mask": [1] * len(i)} for i, labels in found],
+        data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(origin.base)),
+    )
+    seconds: float = trainer.train().metrics["train_runtime"]
+    return Sample(seconds, sum(len(ids) for ids, _ in found))
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """So many, always the same ones; their texts have 20 to 80 words."""
+    dice = random.Random(0)
+
+    def text(words: int) -> str:
+        return " ".join(dice.choices(_WORDS.split(), k=words))
+
+    return [{"scene": text(4), "text": text(dice.randint(20, 80))} for _ in range(count)]
+
+
+def sequences(origin: Origin, examples: int = _EXAMPLES) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of every example: the scene through the chat template without loss, the text with it."""
+    tokenizer = whole_tokenizer(origin.base)
+    found = []
+    for pair in pairs(examples):
+        prompt, answer = prompt_ids(tokenizer, pair["scene"]), answer_ids(tokenizer, pair["text"])
+        found.append(([*prompt, *answer], [IGNORE] * len(prompt) + answer))
+    return found
