@@ -23,6 +23,11 @@ from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.results import Sample
 from lora_rt.core.benchmark.workloads import BenchmarkError, Workload
 
+
+class ProcessError(BenchmarkError):
+    """A process that failed; its last problem is the end of what it wrote of that."""
+
+
 BARE = Path(__file__).with_name("bare.py")
 PROMPT = "There is a spare key under the third stone."
 _LAST_LINES = 5
@@ -47,7 +52,7 @@ def seconds_to_first_byte(command: Sequence[str], folder: Path) -> float:
     """From the start of a process to the first byte on its standard output.
 
     Raises:
-        BenchmarkError: it failed, or said nothing.
+        ProcessError: it failed, or said nothing.
     """
     with (folder / "errors.txt").open("w+") as errors:
         start = time.perf_counter()
@@ -66,7 +71,7 @@ def call_apart(folder: Path, function: Callable[..., Sample], *arguments: Any) -
     """What a function of a module returns in a new process; its last argument is a folder that is empty.
 
     Raises:
-        BenchmarkError: it failed; the end of its error output is told.
+        ProcessError: it failed.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         call = pickle.dumps((function, (*arguments, Path(scratch))))
@@ -88,10 +93,10 @@ def _environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **ours}
 
 
-def _failed(what: str, errors: str) -> BenchmarkError:
+def _failed(what: str, errors: str) -> ProcessError:
     lines = [line for line in errors.strip().splitlines() if line][-_LAST_LINES:]
     text = f"a process of the benchmark failed: {what}"
-    return BenchmarkError(text, problems=lines, next_step="Leave that workload out")
+    return ProcessError(text, problems=lines, next_step="Leave that workload out")
 
 
 if __name__ == "__main__":

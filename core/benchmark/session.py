@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.machine import peak_megabytes
-from lora_rt.core.benchmark.processes import call_apart, cold_command, seconds_to_first_byte
+from lora_rt.core.benchmark.processes import ProcessError, call_apart, cold_command, seconds_to_first_byte
 from lora_rt.core.benchmark.results import Measured, Sample
 from lora_rt.core.benchmark.systems import LOADERS, Load, System, loaded
 from lora_rt.core.benchmark.training import train_ours, train_plainly
@@ -63,8 +63,13 @@ def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, r
     most = min(repeats, _MOST.get(kind, repeats))
     for number in range(most):
         for name, repeat in found.items():
+            if name in measured.reasons:
+                continue
             report(f"{title}: {name}, {number + 1} of {most}")
-            measured.samples[name].append(repeat())
+            try:
+                measured.samples[name].append(repeat())
+            except ProcessError as error:  # half an hour of other figures is not lost with it
+                measured.reasons[name] = f"failed: {error.problems[-1] if error.problems else error}"
 
 
 @contextmanager

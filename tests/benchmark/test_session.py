@@ -9,6 +9,7 @@ import pytest
 
 from lora_rt.core.benchmark import session
 from lora_rt.core.benchmark.lab import Lab
+from lora_rt.core.benchmark.processes import ProcessError
 from lora_rt.core.benchmark.results import Sample, rows
 from lora_rt.core.benchmark.session import measure
 from lora_rt.core.benchmark.systems import Load, System, Turn
@@ -79,6 +80,23 @@ def test_what_needs_processes_is_repeated_a_few_times_and_a_peak_once(
     lab.origin = type(lab.origin)()
     (item,) = measure(lab, [Workload("w", "w", kind=kind)], ["ours"], 9, quiet)
     assert len(item.samples["ours"]) == turns
+
+
+def test_a_process_that_fails_is_a_reason_and_the_others_are_measured(
+    lab: Lab, quiet: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart(_lab: Lab, name: str, _workload: Workload) -> Callable[[], Sample]:
+        def run() -> Sample:
+            if name == "base":
+                raise ProcessError("a process failed", problems=["Traceback", "MemoryError: 3 GB"])
+            return Sample(1.0, megabytes=1.0)
+
+        return run
+
+    monkeypatch.setattr(session, "_apart", apart)
+    (item,) = measure(lab, [Workload("w", "w", kind="memory")], ["base", "ours"], 2, quiet)
+    assert item.reasons == {"base": "failed: MemoryError: 3 GB"}
+    assert len(item.samples["ours"]) == 1
 
 
 def test_a_random_base_is_not_on_disk_for_other_processes(lab: Lab, quiet: Tell) -> None:
