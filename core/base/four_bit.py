@@ -128,6 +128,11 @@ def kernel_of(dtype: torch.dtype) -> tuple[int, int]:
     return kernel(_lanes(), dtype == torch.bfloat16)
 
 
+def in_a_register() -> int:
+    """How many float32 a register holds for loops that look nothing up: 16 or 8."""
+    return _lanes() or 8
+
+
 @cache
 def _run(dtype: torch.dtype) -> Callable[[Any, int], None]:
     """Runs the kernel on its arguments by so many threads."""

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from lora_rt.core.base import four_bit
 from lora_rt.core.base.compiled import compiled
 from lora_rt.core.base.registers import F32, I8, I16, I64, Registers
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+LANES = four_bit.in_a_register()
 """Numbers in a register."""
 AT_ONCE = 8
 """Columns of keys that are looked at at a time."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -112,3 +114,21 @@ def test_a_head_without_a_number_says_so(attend: Any) -> None:
     keys = np.ones((20, 32), np.float32)
     keys[11, 5] = np.nan
     assert np.isnan(attend(np.ones(32, np.float32), keys, np.ones_like(keys), np.ones(20, bool))).all()
+
+
+_WITH_EIGHT = """
+import sys, pytest
+from lora_rt.core.base import four_bit
+four_bit._lanes = lambda: 8
+from lora_rt.core.engine import tiles
+assert tiles.LANES == 8
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", "-k", "not processor", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tiles.LANES == 8, reason="this processor has no AVX-512")
+def test_a_processor_without_avx512_does_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", _WITH_EIGHT, __file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "100%" in done.stdout
