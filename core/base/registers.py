@@ -53,8 +53,8 @@ class Registers:
         return self.builder.call(found, arguments)
 
     def times(self, one: Any, other: Any, total: Any) -> Any:
-        """one * other + total, rounded once."""
-        return self.call(f"llvm.fma.v{self.lanes}f32", self.floats, one, other, total)
+        """one * other + total, rounded once where the processor does both at once."""
+        return self.call(f"llvm.fmuladd.v{self.lanes}f32", self.floats, one, other, total)
 
     def at(self, address: Any, kind: Any, mask: Any = None) -> Any:
         """What stands at an address; of floats 0 in lanes that are masked, which are not read."""

@@ -56,20 +56,20 @@ def measure(
 def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, report: Callable[[str], None]) -> None:
     kind, title = measured.workload.kind, measured.workload.title
     measured.samples = {name: [] for name in found}
-    if kind not in ("memory", "training"):
-        for name, repeat in found.items():
-            report(f"{title}: {name} warms up")
-            repeat()  # not counted: kernels are chosen, caches filled, files read
     most = min(repeats, _MOST.get(kind, repeats))
-    for number in range(most):
+    warm_up = -1 if kind not in ("memory", "training") else 0
+    for number in range(warm_up, most):
         for name, repeat in found.items():
             if name in measured.reasons:
                 continue
-            report(f"{title}: {name}, {number + 1} of {most}")
+            report(f"{title}: {name} warms up" if number < 0 else f"{title}: {name}, {number + 1} of {most}")
             try:
-                measured.samples[name].append(repeat())
+                sample = repeat()
             except ProcessError as error:  # half an hour of other figures is not lost with it
                 measured.reasons[name] = f"failed: {error.problems[-1] if error.problems else error}"
+                continue
+            if number >= 0:  # before that kernels are chosen, caches filled, files read
+                measured.samples[name].append(sample)
 
 
 @contextmanager

@@ -157,6 +157,9 @@ class DecoderStep:
         self._keys = attention.k_proj.out_features // self._size
         self._hidden: int = attention.q_proj.in_features
         self._parts, self._places, self._blocks = _parts(model), _places(model), len(model.model.layers)
+        # One more block or norm of heads would be looked at by nobody else.
+        self._owners = [model.model.layers._modules, *(block.self_attn._modules for block in model.model.layers)]
+        self._owned = sum(map(len, self._owners))
         of_heads = {id(norm) for block in model.model.layers for norm in _head_norms(block.self_attn)}
         norms = [part for part in self._parts if hasattr(part, "variance_epsilon")]
         self._norms = [(norm, self._size if id(norm) in of_heads else self._hidden) for norm in norms]
@@ -170,18 +173,19 @@ class DecoderStep:
         current = running_pass()
         if torch.is_grad_enabled() or (current is not None and current.twins):
             return False
-        blocks = self._model.model.layers
-        same = stand(self._places) and len(blocks) == self._blocks and not _are_watched(self._parts)
+        same = stand(self._places) and sum(map(len, self._owners)) == self._owned and not _are_watched(self._parts)
         same = same and all(kind.forward is forward for kind, forward in self._forwards.items())
         return same and self._are_vectors() and self._is_own(cache)
 
     def _are_vectors(self) -> bool:
         """Whether the norms' weights are as long as they have to be; a shorter one would be read beyond its end."""
-        if self._vectors is None or not self._vectors.stand():
-            vectors = Parameters([norm for norm, _ in self._norms], "weight")
-            fit = all(is_vector(norm._parameters.get("weight"), size, self._dtype) for norm, size in self._norms)
-            self._vectors = vectors if fit else None
-        return self._vectors is not None
+        known = self._vectors
+        if known is not None and known.stand():
+            return True
+        vectors = Parameters([norm for norm, _ in self._norms], "weight")
+        fit = all(is_vector(norm._parameters.get("weight"), size, self._dtype) for norm, size in self._norms)
+        self._vectors = vectors if fit else None
+        return fit
 
     def _is_own(self, cache: Any) -> bool:
         """Whether a cache is an empty one, or holds keys and values of this model, of all blocks alike."""

@@ -105,10 +105,13 @@ class GrowingLayer(_WithRoom, DynamicLayer):  # type: ignore[misc]  # transforme
         self.keys, self.values = self._keys.shown(keys, new), self._values.shown(values, new)
         return keys, values
 
-    def stretched(self) -> tuple[Tensor, Tensor] | None:
-        """All keys and values with one more column, which whoever asks for it writes; None where they have no room."""
+    def stretched(self, rows: int) -> tuple[Tensor, Tensor] | None:
+        """All keys and values with one more column, which whoever asks for it writes.
+
+        None where they have no room for it, or are of another number of rows.
+        """
         keys, values = self._keys.stretched(self.keys), self._values.stretched(self.values)
-        if keys is None or values is None or torch.is_grad_enabled():
+        if keys is None or values is None or torch.is_grad_enabled() or not len(keys) == len(values) == rows:
             return None
         self.keys, self.values = self._keys.shown(keys, 1), self._values.shown(values, 1)
         return keys, values

@@ -21,10 +21,13 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from lora_rt.core.base import registers
+from lora_rt.core.base import four_bit, registers
 from lora_rt.core.base.compiled import compiled
 from lora_rt.core.engine import tiles
 from lora_rt.core.engine.tiles import AT_ONCE, LANES, scores_of, weighed_by_four, weighed_by_one
+
+USED = [tiles.__file__, registers.__file__, four_bit.__file__]
+"""Files that decide what is built into these functions; the last one how wide a register is."""
 
 _BITS = np.uint32(16)
 _HALF, _ONE, _NAN = np.uint32(0x7FFF), np.uint32(1), np.uint16(0x7FC0)
@@ -275,7 +278,7 @@ def _added_up(scores: Any, values: Any, of_values: int, places: Any, count: int,
             answer[i] += scores[n] * _wide(value[i])
 
 
-@compiled(any_order=True, uses=[tiles.__file__, registers.__file__])
+@compiled(any_order=True, uses=USED)
 def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, out: Any, wide: Any) -> None:
     """Attention of q (n, heads, 1, D) over what each row sees, `seen` (n, columns); out (n, 1, heads * D).
 

@@ -47,9 +47,12 @@ def _tile(rows: int, vectors: int, *, some: bool) -> Any:
             read = [r.at(b.add(row, I64(4 * LANES * v)), r.floats, mask) for v, mask in enumerate(masks)]
             for n, start in enumerate(xs):
                 number = r.spread(r.at(b.add(start, b.mul(k, I64(4))), F32))
+                acts = b.fcmp_unordered("!=", number, r.zeros())
                 for v, one in enumerate(read):
                     place = n * vectors + v
-                    now[place] = r.times(number, one, now[place])
+                    total = r.times(number, one, now[place])
+                    # What is not a number in one row's adapter is none of the others': 0 times it would be NaN.
+                    now[place] = b.select(acts, total, now[place]) if some else total
         for place, total in enumerate(sums):
             n, v = divmod(place, vectors)
             at = b.add(b.add(y, b.mul(of_y, I64(n))), I64(4 * LANES * v))
@@ -152,41 +155,43 @@ weighed_by_four, weighed_by_one = _weighed(4), _weighed(1)
 columns of values at `places`, each times its score."""
 
 
+def _rows(vectors: int, *, some: bool) -> Any:
+    """A function of any number of rows, and so many registers of outputs."""
+    eight, four, one = (_tile(rows, vectors, some=some) for rows in (8, 4, 1))
+
+    @compiled(kept=False)
+    def all_rows(
+        x: int, of_x: int, m: int, of_m: int, y: int, of_y: int, rows: int, count: int, rest: int, places: int
+    ) -> None:
+        r = 0
+        while r < rows:
+            x_r, y_r = x + r * of_x, y + r * of_y
+            if rows - r >= 8:
+                eight(x_r, of_x, m, of_m, y_r, of_y, count, rest, places)
+                r += 8
+            elif rows - r >= 4:
+                four(x_r, of_x, m, of_m, y_r, of_y, count, rest, places)
+                r += 4
+            else:
+                one(x_r, of_x, m, of_m, y_r, of_y, count, rest, places)
+                r += 1
+
+    return all_rows
+
+
 def _tiled(*, some: bool) -> Any:
-    eight_two, eight_one = _tile(8, 2, some=some), _tile(8, 1, some=some)
-    four_two, four_one = _tile(4, 2, some=some), _tile(4, 1, some=some)
-    one_two, one_one = _tile(1, 2, some=some), _tile(1, 1, some=some)
+    by_two, by_one = (_rows(vectors, some=some) for vectors in (2, 1))
 
     @compiled(kept=False)
     def product(
         x: int, of_x: int, m: int, of_m: int, y: int, of_y: int, rows: int, count: int, outputs: int, places: int
     ) -> None:
         for j in range(0, outputs, 2 * LANES):
-            m_j, rest = m + 4 * j, min(outputs - j, 2 * LANES)
-            both = rest > LANES
-            if both:
-                rest -= LANES
-            r = 0
-            while r < rows:
-                x_r, y_r = x + r * of_x, y + r * of_y + 4 * j
-                if rows - r >= 8:
-                    r += 8
-                    if both:
-                        eight_two(x_r, of_x, m_j, of_m, y_r, of_y, count, rest, places)
-                    else:
-                        eight_one(x_r, of_x, m_j, of_m, y_r, of_y, count, rest, places)
-                elif rows - r >= 4:
-                    r += 4
-                    if both:
-                        four_two(x_r, of_x, m_j, of_m, y_r, of_y, count, rest, places)
-                    else:
-                        four_one(x_r, of_x, m_j, of_m, y_r, of_y, count, rest, places)
-                else:
-                    r += 1
-                    if both:
-                        one_two(x_r, of_x, m_j, of_m, y_r, of_y, count, rest, places)
-                    else:
-                        one_one(x_r, of_x, m_j, of_m, y_r, of_y, count, rest, places)
+            left = outputs - j
+            if left > LANES:
+                by_two(x, of_x, m + 4 * j, of_m, y + 4 * j, of_y, rows, count, left - LANES, places)
+            else:
+                by_one(x, of_x, m + 4 * j, of_m, y + 4 * j, of_y, rows, count, left, places)
 
     return product
 
@@ -195,4 +200,5 @@ multiply = _tiled(some=False)
 """(x, of_x, m, of_m, y, of_y, rows, k, n, 0): y = x M, of float32 at addresses; steps from row to row in bytes."""
 
 add_some = _tiled(some=True)
-"""(x, of_x, m, of_m, y, of_y, rows, count, n, places): y += x M over those k whose numbers, int64, lie at `places`."""
+"""(x, of_x, m, of_m, y, of_y, rows, count, n, places): y += x M over those k whose numbers, int64, lie at `places`; a
+row for which x is 0 at one of them is not touched by it, whatever stands in M."""

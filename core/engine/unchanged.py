@@ -26,16 +26,16 @@ _READ = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, dtype_of
 
 
 class Place(NamedTuple):
-    """Where a model keeps a module: a dictionary, the name there, and what stood there."""
+    """Where a model keeps a module: a dictionary, the name there, and what stood there; None for nothing."""
 
     owner: dict[str, Any]
     name: str
-    module: nn.Module
+    module: Any
 
 
 def place_in(owner: Any, name: str) -> Place:
     """Where the module `owner` keeps its module `name`."""
-    return Place(owner._modules, name, owner._modules[name])
+    return Place(owner._modules, name, owner._modules.get(name))
 
 
 def stand(places: Sequence[Place]) -> bool:

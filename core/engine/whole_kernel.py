@@ -24,9 +24,8 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from lora_rt.core.base import registers
 from lora_rt.core.base.compiled import callback, compiled
-from lora_rt.core.engine import kernels, tiles
+from lora_rt.core.engine import kernels
 from lora_rt.core.engine.kernels import (
     _narrow,
     _rounded,
@@ -67,7 +66,7 @@ B_AT, B_RANKS, B_START, B_OF_ROWS, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
 SITES = 4 * GROUP
 ADAPTED = SITES + 7 * SITE
 
-_USED = [kernels.__file__, tiles.__file__, registers.__file__]
+_USED = [kernels.__file__, *kernels.USED]
 
 CALL = 16  # int64 apart lie the arguments of two threads' calls
 SCORED = 12  # bytes: a score and a place
@@ -191,7 +190,7 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
     apart = 4 * s[RANKS_WIDTH]  # of two rows of y
     if of_ranks == 1:
         some = 1 if of_rows else last - first  # rows that have one A
-        for r in range(first, last, some):
+        for r in range(first, last, max(some, 1)):
             x_r, y_r, of_x = x + 4 * r * width, y + r * apart, 4 * width
             multiply(x_r, of_x, a + r * of_rows, 4 * of_features, y_r, apart, some, width, count, 0)
     else:

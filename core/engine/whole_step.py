@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,6 +37,7 @@ _LINEARS = (
     *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
 )
 _GROUPS = (0, 0, 0, 1, 2, 2, 3)  # of the seven layers: those that read one x
+_eps, _scaling = attrgetter("variance_epsilon"), attrgetter("scaling")
 _ONE_BY_ONE = 2  # rows up to which B of one adapter is read across its memory
 
 
@@ -139,9 +140,15 @@ class WholeStep:
 
     def takes_all(self) -> bool:
         """Whether all layers have weights that it can read."""
-        if not self._found.layers or not self._found.stand():
-            self._found = self._looked_up()
-        return bool(self._found.layers)
+        return bool(self._standing().layers)
+
+    def _standing(self) -> _Found:
+        """All layers as they are now."""
+        found = self._found
+        if not found.layers or not found.stand():
+            self._normed = None  # which keeps copies of the weights before
+            found = self._found = self._looked_up()
+        return found
 
     def ready(self, rows: int, topology: Any, added: Added | None) -> _Ready | None:
         """What a step of so many rows reads, after `DecoderStep.can`; None where it can't be made so.
@@ -149,9 +156,9 @@ class WholeStep:
         Args:
             topology, added: of the plan that is running, None for the base alone.
         """
-        if not self.takes_all():
+        found = self._standing()
+        if not found.layers:
             return None
-        found = self._found
         if rows not in found.near:
             found.near[rows] = all(layer.how.product.is_near(rows) for layer in found.layers)
         if not (self.always or found.near[rows]):
@@ -191,13 +198,17 @@ class WholeStep:
             if number < len(blocks) and self._taken(self._places_of(blocks[number])[site].module, site) is None:
                 return _Found()
         places = [place for block in blocks for place in self._places_of(block)]
-        found = _Found(places)
+        for count, place in enumerate(places):
+            number, site = divmod(count, len(_GROUPS))
+            if self._taken(place.module, site) is None:
+                self._refused = number, site
+                return _Found()
+        found = _Found(places)  # before anything is read of them, and after it is known that they can be asked
         found.table = np.zeros((len(blocks) + 1, k.BLOCK), np.int64)
         for count, place in enumerate(places):
             number, site = divmod(count, len(_GROUPS))
             layer = self._taken(place.module, site)
-            if layer is None:
-                self._refused = number, site
+            if layer is None:  # it was replaced meanwhile
                 return _Found()
             found.layers.append(layer)
             codes, scales, _ = layer.weight
@@ -210,10 +221,10 @@ class WholeStep:
     def _places_of(block: Any) -> list[Place]:
         return [place_in(block._modules[part], name) for part, name in _LINEARS]
 
-    def _taken(self, layer: nn.Module, site: int) -> _Layer | None:
+    def _taken(self, layer: nn.Module | None, site: int) -> _Layer | None:
         """A layer, where the kernel multiplies as it does."""
-        how = multiplied(layer)
-        if how is None or how.product.dtype is not self._dtype:
+        how = None if layer is None else multiplied(layer)
+        if layer is None or how is None or how.product.dtype is not self._dtype:
             return None
         weight, bias = how.product.four_bit(), layer._parameters.get("bias")
         if weight is None or weight.dtype is not self._dtype:
@@ -228,7 +239,7 @@ class WholeStep:
     def _with_norms(self, found: _Found) -> _Normed:
         """The table with the places of the norms' weights, and what they add."""
         norms = [norm for _, norm in self._norms]
-        attributes = [own(norms, "variance_epsilon"), own(self._attentions, "scaling")]
+        attributes = [list(map(_eps, norms)), list(map(_scaling, self._attentions))]
         before = self._normed
         if before is not None and before.of is found and before.attributes == attributes and before.parameters.stand():
             return before
@@ -331,8 +342,10 @@ class WholeStep:
         """The table of a cache whose layers have one more column, in which anything stands."""
         shape, found = (rows, self._keys, columns, self._size), []
         blank = torch.empty(rows, self._keys, 1, self._size, dtype=self._dtype, device="cpu")
+        if len(cache.layers) != len(self._model.model.layers):
+            raise ValueError(f"a cache of {len(cache.layers)} layers for {len(self._model.model.layers)} blocks")
         for layer in cache.layers:
-            keys, values = layer.stretched() or layer.update(blank, blank)
+            keys, values = layer.stretched(rows) or layer.update(blank, blank)
             if not keys.shape == values.shape == shape:
                 raise ValueError(f"keys of {tuple(keys.shape)} where {shape} are wanted")
             of_keys, of_values = keys.stride(), values.stride()

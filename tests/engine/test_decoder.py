@@ -245,6 +245,10 @@ def test_what_is_replaced_after_the_trial_is_not_passed_by(monkeypatch: pytest.M
     lm.model.model.layers[0] = other().model.model.layers[0]
     assert torch.equal(steps(lm, True), steps(lm, False))
     lm = other()
+    attention = lm.model.model.layers[0].self_attn
+    attention.q_norm = torch.nn.Identity()  # which a model of this kind does not have, and its own forward passes by
+    assert not lm.blocks.can(lm.new_cache())  # type: ignore[union-attr]
+    lm = other()
     lm.model.to(torch.bfloat16)
     assert torch.equal(steps(lm, True), steps(lm, False))
     lm = other()

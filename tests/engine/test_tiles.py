@@ -58,6 +58,18 @@ def test_some_of_the_k_are_added(run: Any, rows: int, k: int, n: int) -> None:
     assert np.allclose(y, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [2, 5, 9])
+def test_what_one_row_adds_does_not_touch_the_others_whatever_it_is(run: Any, rows: int) -> None:
+    x, m = np.eye(rows, dtype=np.float32), np.ones((rows, 40), np.float32)
+    m[1], m[0, 3] = np.nan, np.inf
+    y = np.zeros((rows, 40), np.float32)
+    run(x, m, y, range(rows))
+    assert np.isnan(y[1]).all()
+    assert np.isinf(y[0, 3])
+    y[1], y[0, 3] = 1, 1
+    assert (y == 1).all()
+
+
 def test_a_row_has_the_same_bits_whatever_rows_stand_beside_it(run: Any) -> None:
     random = np.random.default_rng(2)
     x, m = (random.standard_normal(shape, dtype=np.float32) for shape in ((15, 70), (70, 61)))

@@ -26,6 +26,7 @@ def test_a_module_that_is_replaced_or_gone_no_longer_stands() -> None:
     assert stand(places)
     del owner["b"]
     assert not stand(places)
+    assert place_in(owner, "b").module is None
 
 
 def test_hooks_of_both_kinds_are_seen_until_they_are_taken_away() -> None:

@@ -420,8 +420,13 @@ def _short_norm(model: Any) -> None:
     model.model.norm.weight = nn.Parameter(torch.tensor([1.5]), requires_grad=False)
 
 
+def _of_inference(model: Any) -> None:
+    with torch.inference_mode():  # torch does not count changes of what is made in it
+        _dense_layer(model)
+
+
 CHANGED = [_short_norm, _hook, _bias, _other_bias, _moved_bias, _norm, _strided_norm, _eps, _scaling, _weight, _forward]
-CHANGED += [_dense_layer, _other_layer, _one_bias, _shorter_bias]
+CHANGED += [_dense_layer, _of_inference, _other_layer, _one_bias, _shorter_bias]
 
 
 @pytest.mark.parametrize("change", CHANGED)
@@ -485,6 +490,20 @@ def test_steps_outside_of_inference_mode_are_the_same(taken: list[int]) -> None:
         assert torch.equal(steps(lm, rows=2), wanted)
     assert torch.equal(steps(lm, rows=2), wanted)
     assert len(taken) >= 3 * 31
+
+
+def test_a_cache_of_fewer_rows_is_refused_and_stays_as_it_was() -> None:
+    lm = CausalLM(model_of("llama"))
+    steps(lm)
+    assert lm.blocks is not None
+    cache = lm.new_cache()
+    with torch.inference_mode():
+        one, two = torch.ones(1, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.long)
+        lm.blocks(one, one, torch.ones(1, 1), cache)
+        with pytest.raises((ValueError, RuntimeError)):
+            lm.blocks(two, two, torch.ones(2, 2), cache)
+        assert cache.get_seq_length() == 1
+        lm.blocks(one, one, torch.ones(1, 2), cache)
 
 
 def test_a_cache_in_another_dtype_is_left_to_others(taken: list[int]) -> None:
