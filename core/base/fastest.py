@@ -27,6 +27,7 @@ _SHARE = 0.5  # of the free memory that dense copies may take
 _GAIN = 0.9  # a way is left for another one only if that takes at most this share of its time
 _GAIN_ALONE = 0.75  # the same for single tokens: a copy of an output head takes as long to make as three hundred steps
 _HARDLY = 1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves what lies between products
+_SAVED = 20.0  # microseconds that a product of its own takes at least before and after it, which such a step has not
 _PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
 _SETS: tuple[tuple[Copy, ...], ...] = (
     (),
@@ -45,7 +46,7 @@ _SETS: tuple[tuple[Copy, ...], ...] = (
 _COPIES: tuple[frozenset[Copy], ...] = tuple(map(frozenset, _SETS))
 """The dense copies that a layer may have; smaller ones come first."""
 
-_TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half", "four-bit")
+_TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half", "four-bit", "tiles")
 _NO_GRADIENT: frozenset[Copy] = frozenset(("half", "blocked", "four-bit"))
 """Copies that a gradient can't be made with."""
 
@@ -53,13 +54,16 @@ _NO_GRADIENT: frozenset[Copy] = frozenset(("half", "blocked", "four-bit"))
 class Products:
     """The products of a model's layers, until they are closed. `nbytes` is the memory of their dense copies."""
 
-    def __init__(self, model: nn.Module, wish: str | None = None, *, for_training: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, wish: str | None = None, *, for_training: bool = False, in_one_call: bool = False
+    ) -> None:
         """Sets the forward of every layer that has a faster way; one whose forward somebody has set keeps it.
 
         To be made before the model's first forward pass, which packs 4-bit weights on some processors.
 
         Args:
             for_training: leave out what makes a pass faster and its gradient slower, and second copies for few tokens.
+            in_one_call: the model's steps can be made in one call, where all 4-bit layers have the kernel's copies.
 
         Raises:
             BaseError, UsageError: there is no such wish, or the dense copies that are wished for do not fit.
@@ -69,7 +73,8 @@ class Products:
         if chosen == "auto" and sum(map(_numbers, layers)) < _TINY:
             layers = []
         sets = [copies for copies in _COPIES if not (for_training and (copies & _NO_GRADIENT or len(copies) > 1))]
-        plan = choose(layers, chosen, int(free_bytes("cpu") * _SHARE), sets) if layers else {}
+        room = int(free_bytes("cpu") * _SHARE)
+        plan = choose(layers, chosen, room, sets, in_one_call=in_one_call) if layers else {}
         self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
         self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
         times = times_of({layer_name(layer): layer for layer in self.layers})
@@ -96,9 +101,17 @@ class Products:
 
 
 def choose(
-    layers: Sequence[nn.Linear], wish: Wish, room: int, sets: Sequence[frozenset[Copy]] = _COPIES
+    layers: Sequence[nn.Linear],
+    wish: Wish,
+    room: int,
+    sets: Sequence[frozenset[Copy]] = _COPIES,
+    *,
+    in_one_call: bool = False,
 ) -> dict[str, Ways]:
     """Layer name -> its ways, with the dense copies that pay off among those sets that fit into `room` bytes.
+
+    Args:
+        in_one_call: see `Products`.
 
     Raises:
         BaseError: those that are wished for do not.
@@ -113,11 +126,20 @@ def choose(
         plan = {name: _ways(layer, times[name], wish, copies) for name, layer in examples.items()}
         if not all(plan.values()):
             continue
+        at_once: list[int] = []
+        if in_one_call and "four-bit" in copies:
+            at_once = _at_once(examples, counts, times, plan)
+            for name, layer in examples.items():
+                if is_4bit(layer):
+                    ways = plan[name]
+                    plan[name] = tuple("four-bit" if n in at_once else way for n, way in enumerate(ways))
         size = sum(counts[name] * _nbytes(layer, plan[name]) for name, layer in examples.items())
         needed.append(size)
         if size > room:
             continue
         took = _took({name: (shares[name], times[name], ways) for name, ways in plan.items()})
+        for number in at_once:
+            took[number] -= math.log(_HARDLY)
         gains = [] if best is None else [new - old for new, old in zip(took, best[0], strict=True)]
         if best is None or (sum(gains) < 0 and min(gains) < math.log(_PAYS)):
             best = took, plan
@@ -127,6 +149,23 @@ def choose(
         )
         raise BaseError(text, next_step="Use --multiply auto or dequantize, or a smaller base")
     return best[1]
+
+
+def _at_once(
+    examples: Mapping[str, nn.Linear], counts: Mapping[str, int], times: Mapping[str, Times], plan: Mapping[str, Ways]
+) -> list[int]:
+    """The classes of few tokens for which a pass by the 4-bit kernel alone is hardly slower than what is planned.
+
+    Of a small layer most of what is measured lies between two products, and is not there in a step in one call: so what
+    counts is what all layers take.
+    """
+    packed = [name for name, layer in examples.items() if is_4bit(layer)]
+
+    def took(number: int, way: Way | None) -> float:
+        return sum(counts[name] * _time(times[name], way or plan[name][number], number) for name in packed)
+
+    saved = _SAVED * sum(counts[name] for name in packed)
+    return [n for n in range(len(SIZES) - 1) if packed and took(n, "four-bit") - saved <= _HARDLY * took(n, None)]
 
 
 def fastest(times: Times, ways: Sequence[Way]) -> Ways:
@@ -168,6 +207,7 @@ def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -
     sensible = {"packed": True, "dense": "narrow" in copies}
     sensible |= {"dense-wide": "wide" in copies, "dense-blocked": "blocked" in copies}
     sensible |= {"dense-half": "half" in copies, "four-bit": "four-bit" in copies}
+    sensible["tiles"] = True
     sensible |= {"dense-widened": "narrow" in copies, "dequantize": lean, "dequantize-wide": lean}
     ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
     if not ways:

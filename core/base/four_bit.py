@@ -5,6 +5,10 @@ rows that is what a product waits for. A block of 64 numbers has one scale. Its 
 as bitsandbytes rounds them, fit into one register (two on processors without AVX-512), and each number is looked up
 there: so what is multiplied are the very numbers of the dense weight, and only the order of the sum is another.
 
+On a processor with AMX numbers that are all bfloat16's are multiplied by its tiles (`amx_kernel.py`), which sum up in
+float32 as well: sixteen rows in hardly more than the time of one, and a row has the same bits whatever stands beside
+it.
+
     codes    (out, in / 2) bytes: of a block, byte by byte, V numbers in the lower halves and the V next in the upper
     scales   (out, in / 64) float32                                  V: numbers in a register, 16 or 8
 """
@@ -27,6 +31,7 @@ _log = logging.getLogger("lora_rt.base")
 
 BLOCK = 64  # numbers with one scale
 TILE = 4  # outputs, of which the kernel makes whole ones
+WIDEST = 1 << 15  # inputs that are multiplied by tiles: a copy of sixteen rows stands on each thread's stack, 1 MiB
 _ALONE = 1 << 16  # numbers times rows up to which one thread is faster than two
 _DTYPES = (torch.bfloat16, torch.float32)
 _Arguments = ctypes.c_int64 * 9
@@ -96,19 +101,57 @@ def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> FourBit:
     return FourBit((halves[:, :, 0] | halves[:, :, 1] << 4).view(out, width // 2), scales, dtype)
 
 
-def product(x: Tensor, weight: FourBit, bias: Tensor | None = None) -> Tensor:
+def could_be_tiles() -> bool:
+    """Whether this processor has tiles and this process may use them; nothing is compiled."""
+    try:
+        from lora_rt.core.base import amx
+    except ImportError:
+        return False
+    return amx.are_there()
+
+
+@cache
+def have_tiles() -> bool:
+    """Whether weights in bfloat16 are multiplied by tiles here, and these give what they should."""
+    if not (could_be_tiles() and are_there()):
+        return False
+    try:
+        x, codes = torch.eye(2 * BLOCK, dtype=torch.float32), torch.arange(BLOCK * 40, dtype=torch.int64)
+        weight = from_codes(
+            (codes % 16).to(torch.uint8).view(20, -1), torch.ones(20, 2, dtype=torch.float32), torch.bfloat16
+        )
+        found = _multiplied(x, weight, _run_tiles)
+    except Exception as error:  # as in `are_there`
+        _log.info("no tiles for 4-bit weights here: %s", error)
+        return False
+    return torch.equal(found, _multiplied(x, weight, _run(torch.bfloat16)))
+
+
+def product(x: Tensor, weight: FourBit, bias: Tensor | None = None, *, narrow: bool = False) -> Tensor:
     """y (..., out) of a float32 x (..., in), a weight and a float32 bias (out,). It knows no gradients.
 
-    The order of the sums hangs on how many rows there are, and on a row's place among them.
+    The order of the sums hangs on how many rows there are, and on a row's place among them; by tiles it does not.
+
+    Args:
+        narrow: the numbers of x are all bfloat16's, so that tiles may be taken where the weight's are, too.
 
     Raises:
         ValueError: x has another dtype, width or device; the kernel would read what is not there.
     """
-    *rows, width = x.shape
-    codes, scales, dtype = weight
-    out, half = codes.shape
+    width, dtype = x.shape[-1], weight.dtype
+    out, half = weight.codes.shape
     if x.dtype is not torch.float32 or width != 2 * half or not x.is_cpu:
         raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a 4-bit weight of {out} x {2 * half}")
+    by_tiles = narrow and dtype is torch.bfloat16 and width <= WIDEST and have_tiles()
+    y = _multiplied(x, weight, _run_tiles if by_tiles else _run(dtype))
+    return y if bias is None else y.add_(bias)
+
+
+def _multiplied(x: Tensor, weight: FourBit, run: Callable[[Any, int], None]) -> Tensor:
+    """The product without a bias, by one of the kernels."""
+    *rows, width = x.shape
+    codes, scales, _ = weight
+    out = len(codes)
     if not x.is_contiguous():
         x = x.contiguous()
     y = x.new_empty(*rows, out)
@@ -116,16 +159,20 @@ def product(x: Tensor, weight: FourBit, bias: Tensor | None = None) -> Tensor:
     threads = torch.get_num_threads() if count * out * width > _ALONE else 1
     parts = 2 * threads if threads > 1 else 1
     places = codes.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr()
-    arguments = _Arguments(0, parts, count, width, out, *places)
-    _run(dtype)(arguments, threads)
-    return y if bias is None else y.add_(bias)
+    run(_Arguments(0, parts, count, width, out, *places), threads)
+    return y
 
 
-def kernel_of(dtype: torch.dtype) -> tuple[int, int]:
-    """Where the two functions of the kernel lie, for weights whose numbers are rounded to this dtype."""
+def kernel_of(dtype: torch.dtype, *, widest: int | None = None) -> tuple[int, ...]:
+    """Where the two functions of the kernel lie, for weights whose numbers are rounded to this dtype.
+
+    Args:
+        widest: the most inputs that these have, where all that they are multiplied with is rounded as well.
+    """
     from lora_rt.core.base.four_bit_kernel import kernel
 
-    return kernel(_lanes(), dtype == torch.bfloat16)
+    rounded = dtype is torch.bfloat16
+    return kernel(_lanes(), rounded, rounded and widest is not None and widest <= WIDEST and have_tiles())
 
 
 def in_a_register() -> int:
@@ -137,6 +184,12 @@ def in_a_register() -> int:
 def _run(dtype: torch.dtype) -> Callable[[Any, int], None]:
     """Runs the kernel on its arguments by so many threads."""
     return partial(openmp.run, _parallel(), kernel_of(dtype)[0])
+
+
+def _run_tiles(arguments: Any, threads: int) -> None:
+    from lora_rt.core.base.four_bit_kernel import kernel
+
+    openmp.run(_parallel(), kernel(16, True, True)[0], arguments, threads)
 
 
 def _parallel() -> openmp.Team | None:

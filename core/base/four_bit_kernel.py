@@ -6,14 +6,15 @@ once. No loop in Python would be compiled to what looks sixteen numbers up at on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache, reduce
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 
-from lora_rt.core.base.registers import F32, I8, I32, I64, Registers
+from lora_rt.core.base import amx_kernel
+from lora_rt.core.base.amx import ROWS
+from lora_rt.core.base.machine_code import addresses_of, counting, shared_by_threads
+from lora_rt.core.base.registers import F32, I8, I64, Registers
 
 # `four_bit.py` has both as well, which has to do without llvmlite.
 _BLOCK = 64  # numbers with one scale
@@ -80,8 +81,7 @@ def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> An
         at = b.mul(block, I64(_BLOCK // 2))
         levels = []
         for row, scale_row in zip(code_rows, scale_rows, strict=True):
-            place = b.inttoptr(b.add(b.add(row, at), ahead), I8.as_pointer())
-            r.call("llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(3), I32(1))
+            r.fetch(b.add(b.add(row, at), ahead))
             levels.append(r.levels(r.at(b.add(scale_row, b.mul(block, I64(4))), F32), rounded))
         for part in range(_BLOCK // 2 // lanes):
             kind = ir.VectorType(I8, lanes)
@@ -105,23 +105,6 @@ def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> An
     return function
 
 
-@contextmanager
-def _counting(b: Any, start: Any, stop: Any, step: int) -> Iterator[Any]:
-    """A loop around what is built in the block, whose number is given; not run at all where start is not below stop."""
-    test, inside, after = (b.append_basic_block() for _ in range(3))
-    before = b.block
-    b.branch(test)
-    b.position_at_end(test)
-    number = b.phi(I64)
-    number.add_incoming(start, before)
-    b.cbranch(b.icmp_signed("<", number, stop), inside, after)
-    b.position_at_end(inside)
-    yield number
-    number.add_incoming(b.add(number, I64(step)), b.block)
-    b.branch(test)
-    b.position_at_end(after)
-
-
 def _part(module: Any, lanes: int, rounded: bool) -> Any:
     """`part` of `kernel`: the outputs from `start` to `stop`."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "part")
@@ -133,7 +116,7 @@ def _part(module: Any, lanes: int, rounded: bool) -> Any:
     for many, outputs in _TILES:  # as many rows as fit in the largest tile, then the rest in smaller ones
         tile = _tile(module, many, outputs, lanes, rounded)
         last = b.add(first, b.mul(b.sdiv(b.sub(rows, first), I64(many)), I64(many)))
-        with _counting(b, first, last, many) as row, _counting(b, start, stop, outputs) as j:
+        with counting(b, first, last, many) as row, counting(b, start, stop, outputs) as j:
             of_codes, of_scales = b.mul(j, b.mul(blocks, I64(_BLOCK // 2))), b.mul(j, b.mul(blocks, I64(4)))
             of_x = b.mul(row, b.mul(width, I64(4)))
             of_y = b.mul(b.add(b.mul(row, out), j), I64(4))
@@ -144,59 +127,18 @@ def _part(module: Any, lanes: int, rounded: bool) -> Any:
     return function
 
 
-def _run(module: Any, part_of: Any) -> None:
-    """`run` of `kernel`: each thread takes parts of the outputs until there are none."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "run")
-    b = ir.IRBuilder(function.append_basic_block())
-    own = b.alloca(I64, 9)  # the arguments of `part`
-    counter = function.args[0]
-    parts, *others = (b.load(b.gep(counter, [I64(place)])) for place in range(1, 9))
-    for place, other in enumerate(others, start=2):
-        b.store(other, b.gep(own, [I64(place)]))
-    out, least = others[2], I64(_STEP)
-    step = b.mul(b.sdiv(b.add(b.sdiv(out, least), b.sub(parts, I64(1))), parts), least)
-    take, taken, end = (b.append_basic_block() for _ in range(3))
-    b.branch(take)
-    b.position_at_end(take)
-    part = b.atomic_rmw("add", counter, I64(1), "monotonic")
-    b.cbranch(b.icmp_signed("<", part, parts), taken, end)
-    b.position_at_end(taken)
-    start = b.mul(part, step)
-    stop = b.add(start, step)
-    b.store(start, own)
-    b.store(b.select(b.icmp_signed("<", stop, out), stop, out), b.gep(own, [I64(1)]))
-    b.call(part_of, [own])
-    b.branch(take)
-    b.position_at_end(end)
-    b.ret_void()
-
-
 @cache
-def kernel(lanes: int, rounded: bool) -> tuple[int, int]:
+def kernel(lanes: int, rounded: bool, tiles: bool = False) -> tuple[int, ...]:
     """The addresses of two functions, each of which takes nine int64.
 
     `run`: 0, parts, rows, in, out, and where codes, scales, x and y lie. Any number of threads may run it on the same
-    ones. `part`: the first output and the one behind the last, and then the same; both are multiples of four.
+    ones. `part`: the first output and the one behind the last, and then the same; both are multiples of four, or
+    whatever they are by tiles.
 
-    What is compiled stays in memory until the process ends.
+    Args:
+        tiles: multiply by AMX, for which the numbers of x have to be bfloat16's.
     """
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
     module = ir.Module("four_bit")
-    module.triple = binding.get_process_triple()
-    _run(module, _part(module, lanes, rounded))
-    features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
-    machine = binding.Target.from_triple(module.triple).create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features, opt=3
-    )
-    built = binding.parse_assembly(str(module))
-    built.verify()
-    passes = binding.create_pass_builder(machine, binding.PipelineTuningOptions(speed_level=3))
-    passes.getModulePassManager().run(built, passes)
-    engine = binding.create_mcjit_compiler(built, machine)
-    engine.finalize_object()
-    _engines.append(engine)
-    return int(engine.get_function_address("run")), int(engine.get_function_address("part"))
-
-
-_engines: list[Any] = []
+    part = amx_kernel.of_four_bits(module, "part", _LEVELS) if tiles else _part(module, lanes, rounded)
+    shared_by_threads(module, part, ROWS if tiles else _STEP)
+    return addresses_of(module, "run", "part")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.base import blocked, four_bit, half
+from lora_rt.core.base import blocked, four_bit, half, tiled
 from lora_rt.core.base.machine import cpu_name
 from lora_rt.core.base.multiply import (
     NARROW,
@@ -45,7 +45,9 @@ Times = Mapping[str, Sequence[float | None]]
 """Way -> microseconds per class of `SIZES`; None where the way had fallen far behind with fewer tokens."""
 
 _BEHIND = 3.0  # times the best: not tried again
-_GROWING = ("packed", "dense")  # ways whose time grows with the tokens at least as fast as that of the others
+_GROWING = ("packed", "dense")  # ways that fall back further where their time grows with the tokens; by AMX not dense
+_GROWS = 1.5  # times what half as many tokens took: units for bfloat16 take their time to lay a weight out
+_MANY = 256  # tokens of the last class: prompts have hundreds, and a way that is fast with 64 may not be with these
 _TURNS, _RUNS = 2, 3
 _POOL = 48 << 20  # bytes
 _COPIES = 256  # at most, of one weight: of a layer of four features (Gemma 3n has some) a million would fit in the pool
@@ -59,7 +61,8 @@ def machine_name() -> str:
     """What decides how fast this process multiplies."""
     packages = ("torch", "bitsandbytes", *(["llvmlite"] if four_bit.could_be() else []))
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
-    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {versions}"
+    units = torch.backends.cpu.get_cpu_capability() + (", AMX" if four_bit.could_be_tiles() else "")
+    return f"{cpu_name()}, {units}, {torch.get_num_threads()} threads, {versions}"
 
 
 def layer_name(layer: nn.Linear) -> str:
@@ -147,28 +150,45 @@ def measure(layers: Mapping[str, nn.Linear], pool: Tensor) -> dict[str, Times]:
         pool: (n,) float32. Dense weights are taken from it in turn: in a pass over a model none is in a cache either.
     """
     dtypes = {name: computes_in(layer) for name, layer in layers.items()}
+    tokens = (*SIZES[:-1], _MANY)
     times: dict[str, dict[Way, list[float | None]]] = {
         name: {way: [] for way in ways_of(layer)} for name, layer in layers.items()
     }
+    growing = _GROWING[:1] if four_bit.could_be_tiles() else _GROWING
     with torch.inference_mode(False), torch.no_grad():
         candidates = {name: _candidates(layer, dtypes[name], pool) for name, layer in layers.items()}  # type: ignore[arg-type]  # known
-        for tokens in SIZES:
+
+        def race(number: int) -> dict[str, dict[Way, float]]:
             tried: dict[Way, dict[str, Callable[[], object]]] = {}
             for name, runs in candidates.items():
-                x = torch.full((1, tokens, layers[name].in_features), 0.5, dtype=dtypes[name])
+                x = torch.full((1, tokens[number], layers[name].in_features), 0.5, dtype=dtypes[name])
                 for way, run in runs.items():
                     if None not in times[name][way]:
                         tried.setdefault(way, {})[name] = partial(run, x)
-            for name, found in _race(tried).items():
+            return _race(tried, turns=1)
+
+        for number in range(len(tokens)):
+            for name, found in race(number).items():
                 limit = _BEHIND * min(found.values())
                 for way, row in times[name].items():
                     spent = found.get(way)
-                    behind = spent is None or (tokens > 1 and way in _GROWING and spent > limit)
-                    row.append(None if spent is None or behind else round(spent, 1))
-    return {name: {str(way): row for way, row in ways.items()} for name, ways in times.items()}
+                    grows = spent is not None and number > 0 and spent > _GROWS * (row[-1] or 0)
+                    behind = spent is None or (grows and way in growing and spent > limit)
+                    row.append(None if behind else spent)
+        # Others may hold the processor for as long as all ways of one class take: each has another turn much later.
+        for number in range(len(tokens)):
+            for name, found in race(number).items():
+                for way, spent in found.items():
+                    times[name][way][number] = min(spent, times[name][way][number] or spent)
+    return {
+        name: {str(way): [None if spent is None else round(spent, 1) for spent in row] for way, row in ways.items()}
+        for name, ways in times.items()
+    }
 
 
-def _race(candidates: Mapping[_Name, Mapping[str, Callable[[], object]]]) -> dict[str, dict[_Name, float]]:
+def _race(
+    candidates: Mapping[_Name, Mapping[str, Callable[[], object]]], turns: int = _TURNS
+) -> dict[str, dict[_Name, float]]:
     """What -> way -> the least microseconds of some runs, in turns, so that what disturbs one disturbs all.
 
     The least, for what disturbs only adds: where others hold the processor, most runs may take a hundred times as long.
@@ -179,7 +199,7 @@ def _race(candidates: Mapping[_Name, Mapping[str, Callable[[], object]]]) -> dic
         candidates: way -> what -> a run of it.
     """
     spent: dict[str, dict[_Name, list[float]]] = {}
-    for turn in range(_TURNS):
+    for turn in range(turns):
         left = {what: _BEHIND * min(map(min, ways.values())) for what, ways in spent.items()}
         for way, runs in candidates.items():
             for number in range(_RUNS):
@@ -219,7 +239,11 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
         if kept == "half":
             return lambda x: half.product(x.float(), pools["half"]()).to(x.dtype)
         if kept == "four-bit":
-            return lambda x: four_bit.product(x.float(), pools["four-bit"]()).to(x.dtype)
+            return lambda x: four_bit.product(x.float(), pools["four-bit"](), narrow=dtype is torch.bfloat16).to(
+                x.dtype
+            )
+        if way == "tiles":
+            return lambda x: tiled.product(x, pools["narrow"]()).to(x.dtype)
         weight = made if kept is None else pools[kept]
         return lambda x: widened_product(x.to(product), weight()).to(x.dtype)
 

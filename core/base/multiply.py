@@ -9,6 +9,7 @@
     dense-blocked      the same, in the layout that a processor multiplies a few rows by fastest
     dense-half         a dense copy in float16 that is kept, multiplied in float32
     four-bit           a 4-bit copy that is kept, for a kernel of our own that multiplies in float32
+    tiles              a dense weight where it lies, for a kernel of our own that multiplies by AMX
 
 A dense weight has exactly the numbers that bitsandbytes' own dequantizing gives in the layer's compute dtype, so all
 ways multiply the same numbers and differ in rounding alone: `dense` and `dequantize` have the bits of bitsandbytes' own
@@ -27,13 +28,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.base import blocked, four_bit, half
+from lora_rt.core.base import blocked, four_bit, half, tiled
 from lora_rt.core.base.cpu_4bit import Forward, direct_forward, place_of
 from lora_rt.core.base.repacking import forbid_repacking
 
@@ -47,6 +49,7 @@ Way = Literal[
     "dense-blocked",
     "dense-half",
     "four-bit",
+    "tiles",
 ]
 WAYS: tuple[Way, ...] = get_args(Way)
 
@@ -60,6 +63,7 @@ _CLASSES = (0, 0, 1, 2, 3, 4, 4, 5)  # by the bits of the number of tokens
 _MANY = len(_CLASSES) - 1
 _PACKERS = 4  # threads that make copies at once, each of which holds its weight in float32 meanwhile
 NARROW = ("dense", "dequantize")
+_GIVEN = (*NARROW, "tiles")  # ways that take x as it is
 _KEEPS: dict[Way, Copy] = {
     "dense": "narrow",
     "dense-widened": "narrow",
@@ -110,11 +114,21 @@ def ways_of(module: nn.Module) -> tuple[Way, ...]:
     """All ways that a layer can be multiplied in."""
     ways: tuple[Way, ...] = WAYS
     if not is_4bit(module):  # its weight is dense as it is
-        ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked", "dense-half")
+        ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked", "dense-half", "tiles")
     elif computes_in(module) == torch.float32:
         ways = ("packed", "dequantize", "dense", "dense-blocked", "four-bit")
-    there = {"dense-blocked": blocked.are_there(), "dense-half": half.are_there(), "four-bit": four_bit.fits(module)}
-    return tuple(way for way in ways if there.get(way, True))
+    there: dict[Way, Callable[[], bool]] = {
+        "dense-blocked": blocked.are_there,
+        "dense-half": half.are_there,
+        "four-bit": partial(four_bit.fits, module),
+        "tiles": partial(_fits_tiles, module),
+    }
+    return tuple(way for way in ways if way not in there or there[way]())
+
+
+def _fits_tiles(module: nn.Module) -> bool:
+    weight: Any = module.weight
+    return not is_4bit(module) and tiled.fits(weight) and tiled.are_there()
 
 
 def slice_of(width: int) -> int:
@@ -238,7 +252,7 @@ class Product:
         way = self.way(x)
         if way == "packed":
             return self.own(x)
-        return self._made(x if way in NARROW else widened(x, _FLOAT32), way)
+        return self._made(x if way in _GIVEN else widened(x, _FLOAT32), way)
 
     def _made(self, given: Tensor, way: Way) -> Tensor:
         """The product with an x in the dtype of the product."""
@@ -260,7 +274,9 @@ class Product:
                 self._all_in_half(given.numel() // self.width)
             return half.product(given, self._copy("half"), bias)
         if way == "four-bit":
-            return four_bit.product(given, self._copy("four-bit"), bias)
+            return four_bit.product(given, self._copy("four-bit"), bias, narrow=self.dtype is torch.bfloat16)
+        if way == "tiles":
+            return tiled.product(given, self._parameters["weight"], bias)  # type: ignore[arg-type]  # a tensor
         if way in _READ:
             return linear(given, self._copy(_KEEPS[way]), bias)
         return widened_product(given, self._narrow(), bias)
@@ -272,6 +288,8 @@ class Product:
         if _LOOKING.get() and _KEEPS.get(way) not in (None, *self._kept):
             return "packed"
         if way == "packed" or x.dtype is not self.dtype or x.shape[-1] != self.width or not x.is_cpu or not count:
+            return "packed"
+        if way == "tiles" and x.requires_grad and torch.is_grad_enabled():
             return "packed"
         return "packed" if self._changed() and not self._renewed() else way
 
@@ -348,6 +366,8 @@ class Product:
         if computes_in(self.module) is not self.dtype:
             return False
         if "four-bit" in self._by_bits and not four_bit.fits(self.module):
+            return False
+        if "tiles" in self._by_bits and not tiled.fits(self.module.weight):
             return False
         self._kept = {}
         self._look()

@@ -11,7 +11,19 @@ from typing import Any
 
 from llvmlite import ir
 
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types, and no bfloat16
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+I8, I16, I32, I64, F32, BF16 = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType(), _BFloat()
 
 _BYTES = {I8: 1, I16: 2}
 
@@ -63,6 +75,11 @@ class Registers:
             name = f"llvm.masked.load.v{self.lanes}f32.p0"
             return self.call(name, kind, pointer, I32(4), mask, self.zeros())
         return self.builder.load(pointer, align=_BYTES.get(getattr(kind, "element", kind), 4))
+
+    def fetch(self, address: Any) -> None:
+        """Let the processor read what stands at an address into its caches; of one that is nobody's nothing comes."""
+        pointer = self.builder.inttoptr(address, I8.as_pointer())
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
 
     def put(self, value: Any, address: Any, mask: Any = None) -> None:
         """Write floats; those in lanes that are masked are not."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_rt.core.base import compiled
 from lora_rt.core.base.multiply import is_vector
 from lora_rt.core.engine.growing_cache import GrowingLayer
 from lora_rt.core.engine.lanes import LanePass
@@ -127,6 +128,11 @@ def _sizes(block: Any) -> tuple[int, ...]:
     norms = [block.input_layernorm, block.post_attention_layernorm, *_head_norms(attention)]
     features = [size for layer in layers for size in (layer.in_features, layer.out_features)]
     return attention.head_dim, *features, *(len(norm.weight) for norm in norms)
+
+
+def can_be_one_call(model: Any) -> bool:
+    """Whether its steps are made in one call, where all its layers are multiplied by the 4-bit kernel."""
+    return compiled.is_there() and is_known(model)
 
 
 class DecoderStep:

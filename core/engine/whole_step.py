@@ -322,7 +322,7 @@ class WholeStep:
             len(ropes[0]),
         )
         s[k.BARRIER : k.PART] = (0, 0, 0) if team is None else (team.barrier, team.number, team.size)
-        s[k.PART] = four_bit.kernel_of(self._dtype)[1]
+        s[k.PART] = four_bit.kernel_of(self._dtype, widest=max(width for width, _ in self._shapes))[1]
         s[k.LAYERS : k.X] = [one.ctypes.data for one in (ready.table, ready.numbers, extended, ready.adapters.table)]
         s[[k.COS, k.SIN]] = [one.data_ptr() for one in ropes]
         s[k.SEEN] = seen.ctypes.data

@@ -13,6 +13,7 @@ from lora_rt.core.base.fastest import Products
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.core.engine.decoder import can_be_one_call
 from lora_rt.core.engine.hidden_states import EarlyHidden
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.row import PassInfo
@@ -48,7 +49,7 @@ class AdaptedBase:
         self.registry = registry
         with ExitStack() as undo:  # where this fails half-way, too
             undo.callback(base.give_back)
-            self.products = Products(base.model, multiply)
+            self.products = Products(base.model, multiply, in_one_call=can_be_one_call(base.model))
             undo.callback(self.products.close)
             self.lm = CausalLM(base.model, base.tried)
             self.bank = AdapterBank(base.model, base.dtype)

@@ -96,6 +96,82 @@ def test_what_is_no_number_stays_in_its_row_and_its_output() -> None:
     assert four_bit.product(torch.randn(5, IN), weight).isnan().any(0).nonzero().flatten().tolist() == [3]
 
 
+@pytest.fixture
+def tiles() -> None:
+    """As on a processor with AMX."""
+    if not four_bit.have_tiles():
+        pytest.skip("this processor has no tiles")
+
+
+def test_by_tiles_a_row_has_the_same_bits_whatever_stands_beside_it(tiles: None) -> None:
+    for out, width in ((12, 64), (OUT, IN), (148, 64), (256, 512)):
+        codes = torch.randint(0, 16, (out, width), dtype=torch.uint8)
+        weight = four_bit.from_codes(codes, torch.rand(out, width // 64) + 0.01, torch.bfloat16)
+        dense = four_bit.product(torch.eye(width), weight).T.double()
+        x = torch.randn(35, width).bfloat16().float()
+        found = four_bit.product(x, weight, narrow=True)
+        assert (found - x.double() @ dense.T).abs().max() < 2e-5 * found.abs().max()
+        for rows in (1, 2, 15, 16, 17):
+            for first in (0, 35 - rows):
+                some = slice(first, first + rows)
+                assert torch.equal(four_bit.product(x[some], weight, narrow=True), found[some])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_change_no_bit_of_tiles_and_leave_those_of_torch_as_they_were(tiles: None, threads: int) -> None:
+    weight = four_bit.from_codes(
+        torch.randint(0, 16, (1032, 512), dtype=torch.uint8), torch.rand(1032, 8), torch.bfloat16
+    )
+    xs = [torch.randn(rows, 512).bfloat16() for rows in (1, 5, 16)]
+    other = torch.randn(256, 512).bfloat16()
+    beside = torch.nn.functional.linear(other, other)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        wanted = [four_bit.product(x.float(), weight, narrow=True) for x in xs]
+        torch.set_num_threads(threads)
+
+        def one(number: int) -> bool:
+            found = four_bit.product(xs[number % 3].float(), weight, narrow=True)
+            near = torch.allclose(torch.nn.functional.linear(other, other), beside, rtol=0.01, atol=0.01)
+            return torch.equal(found, wanted[number % 3]) and near
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(one, range(60)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_by_tiles_what_is_no_number_stays_in_its_row_and_its_output(tiles: None) -> None:
+    weight = four_bit.laid_out(layer())
+    x = torch.randn(5, IN).bfloat16().float()
+    clean = four_bit.product(x, weight, narrow=True)
+    x[2, 7] = float("nan")
+    found = four_bit.product(x, weight, narrow=True)
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+    weight.scales[3, 1] = float("nan")
+    assert four_bit.product(x[:2], weight, narrow=True).isnan().any(0).nonzero().flatten().tolist() == [3]
+
+
+def test_tiles_take_neither_numbers_that_are_no_bfloat16_nor_weights_in_float32(tiles: None) -> None:
+    module = layer()
+    weight, x = four_bit.laid_out(module), torch.randn(4, IN)
+    assert (four_bit.product(x, weight) - x.double() @ dense_weight(module).double().T).abs().max() < 1e-5
+    whole = layer(dtype=torch.float32)
+    exact = x.double() @ dense_weight(whole).double().T
+    assert (four_bit.product(x, four_bit.laid_out(whole), narrow=True) - exact).abs().max() < 1e-5
+
+
+def test_weights_of_too_many_inputs_for_tiles_are_multiplied_without(
+    tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = four_bit.laid_out(layer()), torch.randn(4, IN).bfloat16().float()
+    monkeypatch.setattr(four_bit, "WIDEST", IN - 64)
+    assert torch.equal(four_bit.product(x, weight, narrow=True), four_bit.product(x, weight))
+    assert four_bit.kernel_of(torch.bfloat16, widest=IN) == four_bit.kernel_of(torch.bfloat16)
+
+
 @pytest.mark.parametrize("other", [{"quant_type": "fp4"}, {"out": 90}, {"dtype": torch.float16}])
 def test_what_lies_otherwise_is_not_multiplied_so(other: dict[str, object]) -> None:
     module = layer(**other)  # type: ignore[arg-type]
