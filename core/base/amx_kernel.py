@@ -15,9 +15,13 @@ from typing import Any
 
 from llvmlite import ir
 
+from lora_rt.core.base import amx, registers
 from lora_rt.core.base.amx import LINE, NBYTES, ROWS, Tiles
 from lora_rt.core.base.machine_code import addresses_of, counting, shared_by_threads
 from lora_rt.core.base.registers import F32, I8, I16, I32, I64
+
+USED = [__file__, amx.__file__, registers.__file__]
+"""Files that decide what is built."""
 
 _BLOCK = 64  # inputs with one scale
 _INPUTS = 32  # of a tile
@@ -204,9 +208,13 @@ def dense_kernel() -> int:
 
     It takes nine int64: 0, parts, rows, in, out, weight, 0, x, y; see `of_bfloat16`.
     """
-    module = ir.Module("tiled")
-    shared_by_threads(module, of_bfloat16(module, "part"), ROWS)
-    return addresses_of(module, "run")[0]
+
+    def build() -> Any:
+        module = ir.Module("tiled")
+        shared_by_threads(module, of_bfloat16(module, "part"), ROWS)
+        return module
+
+    return addresses_of(build, "run", uses=USED, told="dense")[0]
 
 
 def _part(

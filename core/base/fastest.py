@@ -174,7 +174,7 @@ def fastest(times: Times, ways: Sequence[Way]) -> Ways:
     def pick(number: int) -> Way:
         best = min(ways, key=lambda way: _time(times, way, number))
         near = "four-bit" in ways and _time(times, best, number) > _GAIN * _time(times, "four-bit", number)
-        if near and _is_dense(best):
+        if near and _is_dense(best) and number < len(SIZES) - 1:  # of many tokens some have many more
             best = "four-bit"
         gain = _GAIN_ALONE if _is_dense(best) and number == 0 else _GAIN
         near = "packed" in ways and _time(times, best, number) > gain * _time(times, "packed", number)

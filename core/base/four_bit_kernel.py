@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from lora_rt.core.base import amx_kernel
+from lora_rt.core.base import amx_kernel, registers
 from lora_rt.core.base.amx import ROWS
 from lora_rt.core.base.machine_code import addresses_of, counting, shared_by_threads
 from lora_rt.core.base.registers import F32, I8, I64, Registers
@@ -138,7 +138,12 @@ def kernel(lanes: int, rounded: bool, tiles: bool = False) -> tuple[int, ...]:
     Args:
         tiles: multiply by AMX, for which the numbers of x have to be bfloat16's.
     """
-    module = ir.Module("four_bit")
-    part = amx_kernel.of_four_bits(module, "part", _LEVELS) if tiles else _part(module, lanes, rounded)
-    shared_by_threads(module, part, ROWS if tiles else _STEP)
-    return addresses_of(module, "run", "part")
+
+    def build() -> Any:
+        module = ir.Module("four_bit")
+        part = amx_kernel.of_four_bits(module, "part", _LEVELS) if tiles else _part(module, lanes, rounded)
+        shared_by_threads(module, part, ROWS if tiles else _STEP)
+        return module
+
+    uses = (__file__, registers.__file__, *(amx_kernel.USED if tiles else ()))
+    return addresses_of(build, "run", "part", uses=uses, told=(lanes, rounded, tiles))

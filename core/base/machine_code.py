@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from llvmlite import binding, ir
 
 from lora_rt.core.base.registers import I64
+from lora_rt.errors import LoraRtError
+from lora_rt.registry import durable, home
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 @contextmanager
@@ -63,26 +69,54 @@ def shared_by_threads(module: Any, part_of: Any, unit: int) -> None:
     b.ret_void()
 
 
-def addresses_of(module: Any, *names: str) -> tuple[int, ...]:
-    """Where functions of a module lie, which is compiled for this processor and stays until the process ends.
+def addresses_of(build: Callable[[], Any], *names: str, uses: Sequence[str], told: object) -> tuple[int, ...]:
+    """Where functions of a module lie, compiled for this processor; they stay until the process ends.
 
-    To compile one takes some tenths of a second.
+    To compile one takes up to a second, so it is kept in the home for every later process.
+
+    Args:
+        build: makes the module.
+        uses: the files that decide what it makes.
+        told: what else does.
     """
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    module.triple = binding.get_process_triple()
-    features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
-    machine = binding.Target.from_triple(module.triple).create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features, opt=3
-    )
+    cpu, features = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
+    sources = [Path(__file__), *map(Path, uses)]
+    facts = f"{cpu} {features} {binding.llvm_version_info} {told}".encode()
+    name = hashlib.sha256(b"".join([facts, *(path.read_bytes() for path in sources)])).hexdigest()
+    place = home.home() / "kernels" / f"{name[:24]}.o"
+    code = _kept(place)
+    if code is None:
+        code = _compiled(build(), machine)
+        with suppress(LoraRtError, OSError):  # a home that can't be written costs time alone
+            place.parent.mkdir(parents=True, exist_ok=True)
+            durable.write_bytes(place, hashlib.sha256(code).digest() + code)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return tuple(int(engine.get_function_address(name)) for name in names)
+
+
+def _kept(place: Path) -> bytes | None:
+    """The code in a file, where it is whole: what is damaged would be run as it is."""
+    try:
+        digest, code = (found := place.read_bytes())[:_DIGEST], found[_DIGEST:]
+    except OSError:
+        return None
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _compiled(module: Any, machine: Any) -> bytes:
+    module.triple = machine.triple
     built = binding.parse_assembly(str(module))
     built.verify()
     passes = binding.create_pass_builder(machine, binding.PipelineTuningOptions(speed_level=3))
     passes.getModulePassManager().run(built, passes)
-    engine = binding.create_mcjit_compiler(built, machine)
-    engine.finalize_object()
-    _engines.append(engine)
-    return tuple(int(engine.get_function_address(name)) for name in names)
+    code: bytes = machine.emit_object(built)
+    return code
 
 
 _engines: list[Any] = []
