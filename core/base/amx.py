@@ -49,6 +49,16 @@ def are_there() -> bool:
     return not refused
 
 
+def check() -> None:
+    """To be called before what is built here is run: without the leave of the system its first tile ends the process.
+
+    Raises:
+        RuntimeError: there are no tiles.
+    """
+    if not are_there():
+        raise RuntimeError("this processor has no AMX tiles, or this process may not use them")
+
+
 class Tiles(Registers):
     """Tiles by their numbers 0 to 7, beside registers of sixteen float32."""
 

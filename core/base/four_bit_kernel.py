@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from lora_rt.core.base import amx_kernel, registers
+from lora_rt.core.base import amx, amx_kernel, registers
 from lora_rt.core.base.amx import ROWS
 from lora_rt.core.base.machine_code import addresses_of, counting, shared_by_threads
 from lora_rt.core.base.registers import F32, I8, I64, Registers
@@ -145,5 +145,7 @@ def kernel(lanes: int, rounded: bool, tiles: bool = False) -> tuple[int, ...]:
         shared_by_threads(module, part, ROWS if tiles else _STEP)
         return module
 
+    if tiles:
+        amx.check()
     uses = (__file__, registers.__file__, *(amx_kernel.USED if tiles else ()))
     return addresses_of(build, "run", "part", uses=uses, told=(lanes, rounded, tiles))

@@ -3,6 +3,9 @@
 torch's own lays a weight out anew for the tiles whenever it is used, which takes longer than to multiply a few rows, or
 multiplies a single row without them. Sums are made in float32, one row's by themselves: a row has the same bits
 whatever stands beside it. Sixteen rows cost hardly more than one.
+
+What reads a weight tile by tile reads as well what many tokens are, as a weight: so are a few factors of adapters
+multiplied with thousands of tokens (`lora_rt.core.engine.parts`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from lora_rt.core.base import four_bit, openmp
 _log = logging.getLogger("lora_rt.base")
 
 _OUTPUTS, _INPUTS = 16, 32  # of a tile
+_WIDEST = 1 << 13  # inputs: a copy of 48 rows stands on each thread's stack, 768 KiB
 _LEAST = 1 << 16  # numbers of a weight, below which the way to the kernel takes longer than the product
 _PARTS = 4  # for each thread
 _Arguments = ctypes.c_int64 * 9
@@ -44,7 +48,7 @@ def fits(weight: Tensor) -> bool:
     if weight.dtype is not torch.bfloat16 or not weight.is_cpu or not weight.is_contiguous():
         return False
     out, width = weight.shape
-    return not out % _OUTPUTS and not width % _INPUTS and width <= four_bit.WIDEST and out * width >= _LEAST
+    return out >= _OUTPUTS and not width % _INPUTS and width <= _WIDEST and out * width >= _LEAST
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

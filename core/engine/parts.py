@@ -1,7 +1,8 @@
 """Factors in float32 on units that multiply bfloat16: every number is the sum of two bfloat16 parts.
 
-    hidden    x A^T = p + q     p = x (A1 | A2)^T, rounded to bfloat16     q = x (A1 | A2)^T - p, what that has lost
-    y        += h1 B1 + h2 B1 + h1 B2, one product: (h1 | h2 | h1) (B1 | B1 | B2)
+    hidden    x A1^T + x A2^T, summed in float32 by AMX; elsewhere
+              p + q     p = x (A1 | A2)^T, rounded to bfloat16     q = x (A1 | A2)^T - p, what that has lost
+    y        += h1 B1 + h2 B1 + h1 B2, one product: of each rank (h1 | h2 | h1) (B1 | B1 | B2)
 
 x and y are bfloat16 as they are. What is left out, h2 B2, is 2^-16 of the sum, so y is what a float32 sum gives,
 rounded once, and weights that cancel do so. Whether it pays off is measured, as the ways to multiply a weight are.
@@ -9,12 +10,14 @@ rounded once, and weights that cancel do so. Whether it pays off is measured, as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lora_rt.core.base import tiled
 from lora_rt.core.base.measured import quickest
 
 MANY = 256
@@ -32,19 +35,48 @@ def pay_off() -> bool:
     return _quickest() == "bfloat16"
 
 
-def hidden_of(x: Tensor, a: Tensor) -> Tensor:
-    """x A^T in float32, (..., R), of a bfloat16 x (..., in) and a float32 a (R, in)."""
-    flat, both = x.reshape(-1, x.shape[-1]), torch.cat(_halves(a))
-    rounded = linear(flat, both)
-    lost = torch.addmm(rounded, flat, both.t(), beta=-1)  # summed in float32, and rounded after the subtraction
-    parts = rounded.float().add_(lost.float())
-    return parts.view(len(flat), 2, len(a)).sum(1).view(*x.shape[:-1], len(a))
+class Kept:
+    """Parts of factors, made when they are first asked for; anew where a factor was changed in place since."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def of(self, factor: Tensor, made: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `made` makes of a factor; of one it is always asked for the same."""
+        version = 0 if factor.is_inference() else factor._version
+        found = self._made.get(id(factor))
+        if found is None or found[0] is not factor or found[1] != version:
+            found = self._made[id(factor)] = factor, version, made(factor)
+        return found[2]
 
 
-def add_to(y: Tensor, hidden: Tensor, b: Tensor) -> None:
-    """Add hidden B^T to a bfloat16 y (tokens, out), in place, of float32 hidden (tokens, ranks) and b (out, ranks)."""
-    (first, second), (one, other) = _halves(hidden), _halves(b.t())
-    y.addmm_(torch.cat([first, second, first], dim=1), torch.cat([one, one, other]))
+def parts_of_a(a: Tensor) -> Tensor:
+    """(A1 | A2), (2R, in), of a float32 a (R, in)."""
+    return torch.cat(_halves(a))
+
+
+def parts_of_b(b: Tensor) -> Tensor:
+    """Of each rank B1, B1 and B2, (3 ranks, out), of a float32 b (out, ranks)."""
+    one, other = _halves(b.t())
+    return torch.stack([one, one, other], dim=1).flatten(0, 1)
+
+
+def parts_of_hidden(hidden: Tensor) -> Tensor:
+    """Of each rank h1, h2 and h1, (tokens, 3R), of a float32 hidden (..., R)."""
+    first, second = _halves(hidden.reshape(-1, hidden.shape[-1]))
+    return torch.stack([first, second, first], dim=2).flatten(1)
+
+
+def hidden_of(x: Tensor, parts: Tensor) -> Tensor:
+    """x A^T in float32, (..., R), of a bfloat16 x (..., in) and the parts of A."""
+    flat, ranks = x.reshape(-1, x.shape[-1]), len(parts) // 2
+    if tiled.fits(flat) and tiled.are_there():
+        made = tiled.product(parts, flat)  # (2R, tokens): of few ranks many tokens are the weight
+        return (made[:ranks] + made[ranks:]).t().view(*x.shape[:-1], ranks)
+    rounded = linear(flat, parts)
+    lost = torch.addmm(rounded, flat, parts.t(), beta=-1)  # summed in float32, and rounded after the subtraction
+    found = rounded.float().add_(lost.float())
+    return found.view(len(flat), 2, ranks).sum(1).view(*x.shape[:-1], ranks)
 
 
 def _halves(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,5 +94,10 @@ def _quickest() -> str:
         for start in range(0, len(y), AT_ONCE):
             y[start : start + AT_ONCE].add_(linear(hidden[start : start + AT_ONCE], b))
 
+    parts, other = parts_of_a(a), parts_of_b(b)
+
+    def in_parts() -> None:
+        y.addmm_(parts_of_hidden(hidden_of(x, parts)), other)
+
     with torch.no_grad():
-        return quickest("adapters", {"float32": in_float32, "bfloat16": lambda: add_to(y, hidden_of(x, a), b)})
+        return quickest("adapters", {"float32": in_float32, "bfloat16": in_parts})

@@ -18,7 +18,15 @@ from lora_rt.core.engine.few_rows import FewRows
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.layout import Layout, spread
-from lora_rt.core.engine.parts import AT_ONCE, MANY, add_to, hidden_of, pay_off
+from lora_rt.core.engine.parts import (
+    AT_ONCE,
+    MANY,
+    hidden_of,
+    parts_of_a,
+    parts_of_b,
+    parts_of_hidden,
+    pay_off,
+)
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import Topology
@@ -89,6 +97,7 @@ class SharedPass(Pass):
         self._group = -1
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
+        self._columns: Tensor | None = None  # its parts, where it is multiplied in such
 
     def acts(self, index: int) -> bool:
         """Whether an adapter acts at this site."""
@@ -137,7 +146,8 @@ class SharedPass(Pass):
             into.addmm_(flat, site.b.t())
             return y
         if self._in_parts(x) and y.dtype == torch.bfloat16:
-            add_to(into, flat, site.b)
+            columns = self._in_columns()[:, 3 * site.start : 3 * site.stop]
+            into.addmm_(columns, self._plan.stack.kept.of(site.b, parts_of_b))
             return y
         step = AT_ONCE if y.is_cpu else max(1, len(into))
         for start in range(0, len(into), step):
@@ -162,13 +172,20 @@ class SharedPass(Pass):
         """The gated hidden of the site's group, made by the first of its sites."""
         if self._hidden is None or self._input is not x or self._group != site.group:
             self._hidden = self._gated(site.group, self._groups[site.group], x)
-            self._input, self._group = x, site.group
+            self._input, self._group, self._columns = x, site.group, None
         return self._hidden
+
+    def _in_columns(self) -> Tensor:
+        """The parts of the hidden that was made last."""
+        if self._columns is None:
+            assert self._hidden is not None
+            self._columns = parts_of_hidden(self._hidden)
+        return self._columns
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
         if self._in_parts(x):
-            hidden = hidden_of(x, group.a)
+            hidden = hidden_of(x, self._plan.stack.kept.of(group.a, parts_of_a))
             hidden = hidden if group.offset is None else hidden + group.offset
         elif x.is_floating_point():
             hidden = linear(self.widened(x, group.a), group.a, group.offset)  # (batch, tokens, R); offset: 1 for biases

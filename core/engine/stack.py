@@ -17,12 +17,13 @@ logic r = 4 on q alone:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lora_rt.core.engine.layout import Layout
+from lora_rt.core.engine.parts import Kept
 from lora_rt.core.engine.topology import Topology
 
 _CONSTANT = -1
@@ -91,13 +92,15 @@ class Pattern:
 class Stack:
     """Everything that a plan over these adapters needs. `sites[i]` is None where none of them acts.
 
-    `patterns` are the few different ones among the groups; `widest` is the largest rank of an adapter at a site.
+    `patterns` are the few different ones among the groups; `widest` is the largest rank of an adapter at a site; `kept`
+    is what many tokens are multiplied with in parts.
     """
 
     sites: list[StackedSite | None]
     groups: dict[int, StackedGroup]
     patterns: list[Pattern]
     widest: int
+    kept: Kept = field(default_factory=Kept)
 
     def tensors(self) -> list[Tensor]:
         """A of every group and B of every site."""

@@ -48,7 +48,9 @@ def test_it_is_compiled_once_for_what_is_told_and_its_sources(home: Path, monkey
     assert built == [42, 7, 42]
 
 
-@pytest.mark.parametrize("damage", [lambda code: code[:-9], lambda code: b"", lambda code: code[:40] + b"x" + code[41:]])
+@pytest.mark.parametrize(
+    "damage", [lambda code: code[:-9], lambda code: b"", lambda code: code[:40] + b"x" + code[41:]]
+)
 def test_what_is_damaged_is_compiled_again_and_not_run(home: Path, damage: Callable[[bytes], bytes]) -> None:
     built: list[int] = []
     answer(42, built)

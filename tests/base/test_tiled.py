@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,13 @@ def test_sums_are_float32s_and_a_row_has_the_same_bits_whatever_stands_beside_it
         for some in (slice(rows), slice(35 - rows, 35)):
             assert torch.equal(tiled.product(x[some], weight, bias), found[some])
     assert tiled.product(x[:6].view(3, 2, IN), weight).shape == (3, 2, OUT)
+    for out in (OUT + 4, OUT - 1):  # the last tile reaches back
+        other = given(out, IN)
+        assert (tiled.product(x, other) - x.double() @ other.double().T).abs().max() < 1e-4
+    many = given(1030, IN)  # so many that threads take several times sixteen rows at once
+    found = tiled.product(many, weight)
+    assert torch.equal(found[-7:], tiled.product(many[-7:], weight))
+    assert (found - many.double() @ weight.double().T).abs().max() < 1e-4
     apart = given(IN, 3).T  # not one after the other
     assert torch.equal(tiled.product(apart, weight), tiled.product(apart.contiguous(), weight))
 
@@ -60,7 +70,8 @@ def test_what_is_no_number_stays_in_its_row() -> None:
 @pytest.mark.parametrize(
     "weight",
     [
-        given(OUT + 4, IN),
+        given(8, 64 * IN),
+        given(OUT, 1 << 14),
         given(OUT, IN + 16),
         given(OUT, IN).float(),
         given(IN, OUT).T,
@@ -80,6 +91,13 @@ def test_what_lies_otherwise_is_not_multiplied_so(weight: Tensor) -> None:
 def test_what_the_kernel_would_misread_is_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match=str(IN)):
         tiled.product(x, given(OUT, IN))
+
+
+def test_a_process_that_has_asked_for_nothing_may_multiply() -> None:
+    code = "import torch; from lora_rt.core.base import tiled; x = torch.ones(4, 64).bfloat16()\n"
+    code += "print(tiled.product(x, torch.ones(32, 64).bfloat16()).sum().item())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "8192.0"), done.stderr
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -102,7 +120,7 @@ def test_a_weight_that_is_put_in_its_place_is_the_one_that_counts() -> None:
     module, x = layer(), given(1, 2, IN)
     product = Product(module, ("tiles",) * len(SIZES))
     product(x)
-    for other in (given(OUT, IN), given(IN, OUT).T, given(OUT + 4, IN)):
+    for other in (given(OUT, IN), given(IN, OUT).T, given(OUT + 4, IN), given(8, IN)):
         module.weight = nn.Parameter(other, requires_grad=False)
         exact = x.double() @ other.double().T
         assert (product(x).double() - exact).abs().max() <= 0.01 * exact.abs().max()

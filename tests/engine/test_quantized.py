@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from lora_rt.core.base import tiled
 from lora_rt.core.engine import shared
-from lora_rt.core.engine.parts import MANY
+from lora_rt.core.engine.parts import MANY, Kept, hidden_of, parts_of_a, parts_of_b, parts_of_hidden
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.registry import Registry
@@ -109,6 +110,38 @@ def test_many_tokens_in_bfloat16_parts_get_what_a_float32_sum_gives(
     wanted = (base.double() + sum(weights) * (x.double() @ change.double().T)).to(base.dtype)
     assert not torch.equal(base, wanted)
     assert max(float((one != wanted).float().mean()) for one in found) < 0.03  # of one part, a tenth or more
+
+
+@pytest.mark.parametrize("by_tiles", [True, False])
+def test_many_tokens_times_a_factor_in_parts_are_nearly_float32s(
+    by_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_tiles:
+        monkeypatch.setattr(tiled, "are_there", lambda: False)
+    elif not tiled.are_there():
+        pytest.skip("this processor has no tiles")
+    x, a = torch.randn(3, 171, 192).bfloat16(), torch.randn(20, 192)
+    exact = x.double() @ a.double().T
+    assert (hidden_of(x, parts_of_a(a)) - exact).abs().max() < 2**-15 * exact.abs().max()
+
+
+def test_what_is_added_in_parts_is_nearly_float32s_for_any_ranks_of_a_group() -> None:
+    hidden, b = torch.randn(2, 9, 12), torch.randn(40, 5)
+    y = torch.zeros(18, 40, dtype=torch.bfloat16)
+    y.addmm_(parts_of_hidden(hidden)[:, 3 * 4 : 3 * 9], parts_of_b(b))
+    exact = hidden.view(18, 12)[:, 4:9].double() @ b.double().T
+    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-3).all()
+
+
+def test_parts_of_a_factor_are_made_once_and_anew_where_it_has_changed() -> None:
+    kept, a = Kept(), torch.randn(3, 8)
+    first = kept.of(a, parts_of_a)
+    assert kept.of(a, parts_of_a) is first
+    assert not torch.equal(kept.of(torch.randn(3, 8), parts_of_a), first)
+    a.mul_(2)
+    assert torch.equal(kept.of(a, parts_of_a), parts_of_a(a))
+    with torch.inference_mode():
+        assert kept.of(other := torch.randn(3, 8), parts_of_a) is kept.of(other, parts_of_a)
 
 
 def test_load_generate_and_unload_leave_every_byte_of_the_base(runtime: Runtime, zoo: Zoo) -> None:
