@@ -162,7 +162,7 @@ def _all(steps: list[Callable[[], None]]) -> None:
 def _as_it_lies(module: Any, groups: int) -> Any:
     """A function (weight, 0, xt, y, width, rows, of_y, room, 16): one tile of outputs, of so many times sixteen rows.
 
-    Of these the last may be fewer; their tiles of xT lie one after the other.
+    The tiles of xT of each sixteen lie one after the other. Only where they are sixteen may rows be fewer.
     """
     function, b, r = _function(module, f"as_it_lies_{groups}", 9)
     weight, _, xt, y, width, rows, of_y, room, count = function.args

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from lora_rt.core.base import four_bit
 from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.base.measured import Times, layer_name, times_of
 from lora_rt.core.base.multiply import SIZES, Copy, Product, Way, computes_in, is_4bit, keeps, nbytes_of, packs, ways_of
@@ -126,12 +127,11 @@ def choose(
         plan = {name: _ways(layer, times[name], wish, copies) for name, layer in examples.items()}
         if not all(plan.values()):
             continue
-        at_once: list[int] = []
-        if in_one_call and "four-bit" in copies:
-            at_once = _at_once(examples, counts, times, plan)
+        at_once = _at_once(examples, counts, times, plan) if in_one_call and "four-bit" in copies else []
+        if at_once:
             for name, layer in examples.items():
                 if is_4bit(layer):
-                    ways = plan[name]
+                    ways = _ways(layer, times[name], wish, copies, pack=False)
                     plan[name] = tuple("four-bit" if n in at_once else way for n, way in enumerate(ways))
         size = sum(counts[name] * _nbytes(layer, plan[name]) for name, layer in examples.items())
         needed.append(size)
@@ -174,7 +174,7 @@ def fastest(times: Times, ways: Sequence[Way]) -> Ways:
     def pick(number: int) -> Way:
         best = min(ways, key=lambda way: _time(times, way, number))
         near = "four-bit" in ways and _time(times, best, number) > _GAIN * _time(times, "four-bit", number)
-        if near and _is_dense(best) and number < len(SIZES) - 1:  # of many tokens some have many more
+        if near and _is_dense(best):
             best = "four-bit"
         gain = _GAIN_ALONE if _is_dense(best) and number == 0 else _GAIN
         near = "packed" in ways and _time(times, best, number) > gain * _time(times, "packed", number)
@@ -199,8 +199,19 @@ def told(name: str, times: Times) -> str:
     return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that{small}"
 
 
-def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -> Ways:
-    """The fastest ways of a layer among those that are wished for and that these copies allow; empty for none."""
+def is_left_unpacked(model: nn.Module, in_one_call: bool) -> bool:
+    """Whether bitsandbytes is not to pack the 4-bit layers of a model on a CPU: its steps are made in one call."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and is_4bit(layer)]
+    fit = all(four_bit.could_fit(layer) for layer in layers)
+    return in_one_call and fit and four_bit.could_be() and sum(map(_numbers, layers)) >= _TINY
+
+
+def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy], *, pack: bool = True) -> Ways:
+    """The fastest ways of a layer among those that are wished for and that these copies allow; empty for none.
+
+    Args:
+        pack: whether a weight may be packed, which takes a little more memory, and can't be dequantized then.
+    """
     if not is_4bit(layer):
         copies -= {"narrow", "four-bit"}  # it is the former itself
     lean = not copies - {"four-bit"}  # nothing dense is kept
@@ -212,6 +223,8 @@ def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy]) -
     ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
     if not ways:
         return ()
+    if packs(layer) and not pack:
+        ways = [way for way in ways if way != "packed"]
     found = fastest(times, ways)
     if packs(layer) and "packed" in found:  # what was packed can't be dequantized any more
         found = fastest(times, [way for way in ways if not way.startswith("dequantize")])

@@ -75,8 +75,13 @@ def fits(module: Any) -> bool:
     state = getattr(module.weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False) or not are_there():
         return False
-    plain = state.quant_type == "nf4" and state.blocksize == BLOCK and module.compute_dtype in _DTYPES
-    return plain and not module.in_features % BLOCK and not module.out_features % TILE
+    return state.quant_type == "nf4" and state.blocksize == BLOCK and could_fit(module)
+
+
+def could_fit(module: Any) -> bool:
+    """The same of a layer of bitsandbytes' usual blocks that has no weight yet."""
+    whole = not module.in_features % BLOCK and not module.out_features % TILE
+    return module.compute_dtype in _DTYPES and whole
 
 
 def laid_out(module: Any) -> FourBit:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.fastest import is_left_unpacked
 from lora_rt.core.base.fused import pack_experts
 from lora_rt.core.base.precision import Precision, compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
 from lora_rt.core.base.shape import ForwardPass, layers_of
 from lora_rt.core.engine.bank import AdapterBank
 from lora_rt.core.engine.causal_lm import CACHES
+from lora_rt.core.engine.decoder import can_be_one_call
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
@@ -73,6 +75,9 @@ def plan_inference(
 ) -> InferenceMemory:
     """The memory of a prefill of (rows, tokens) under `adapters` adapters of these settings, all of them in use."""
 
+    whole = skeleton(config, precision)
+    unpacked = is_left_unpacked(whole, can_be_one_call(whole))
+
     def measure(model: Any, blocks: nn.ModuleList) -> tuple[int, ...]:
         if precision == "int4":
             pack_experts(model)
@@ -86,7 +91,8 @@ def plan_inference(
             forbid_repacking(model)  # packed layers go straight to a kernel, which wants real memory
             plan = _plan(model, precision, device, factors, adapters, settings.r)
             per_token, states, activations = _prefill(model, plan, rows, tokens, len(blocks))
-            _repack(packable, compute_dtype(precision))
+            if not unpacked:
+                _repack(packable, compute_dtype(precision))
             return (
                 bytes_of(model),
                 sum(prod(shape[:-2]) * sum(shape[-2:]) for shape in factors.values()),
@@ -95,7 +101,6 @@ def plan_inference(
                 activations,
             )
 
-    whole = skeleton(config, precision)
     weights, features_of_all, per_token, states, activations = over_blocks(config, precision, measure)
     item = (torch.float32 if device == "cpu" else compute_dtype(precision)).itemsize
     resident_bytes = adapters * settings.r * features_of_all * item
