@@ -127,7 +127,9 @@ def choose(
         plan = {name: _ways(layer, times[name], wish, copies) for name, layer in examples.items()}
         if not all(plan.values()):
             continue
-        at_once = _at_once(examples, counts, times, plan) if in_one_call and "four-bit" in copies else []
+        at_once: list[int] = []
+        if in_one_call and wish == "auto" and "four-bit" in copies:
+            at_once = _at_once(examples, counts, times, plan)
         if at_once:
             for name, layer in examples.items():
                 if is_4bit(layer):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_rt.core.base import measured, multiply
-from lora_rt.core.base.fastest import Products, Ways, choose, fastest, told
+from lora_rt.core.base.fastest import Products, Ways, choose, fastest, is_left_unpacked, told
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.measured import layer_name, measure, quickest, remembered, times_of
 from lora_rt.core.base.multiply import SIZES, Product, Way, dense_weight, ways_of, widened_product
@@ -273,6 +273,63 @@ def test_a_copy_in_float16_is_taken_where_it_is_as_fast_as_two_others(
     assert kept([15.0] * 6) == {"dense-half"}
     assert kept([30.0, 14.0, 14.0, 14.0, 14.0, 16.0]) == {"dense-half"}
     assert kept([90.0, 60.0, 60.0, 60.0, 60.0, 60.0]) == {"dense", "dense-blocked"}
+
+
+@pytest.mark.skipif("four-bit" not in ways_of(layer()), reason="no kernel for 4-bit weights here")
+def test_steps_in_one_call_are_counted_as_a_whole_and_nothing_is_packed_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = layer(), layer(out=4 * OUT)
+    for module in (small, large):
+        module.support_avx512bf16_for_cpu = True  # as on a processor for which bitsandbytes has a kernel
+    ways = [way for way in ways_of(small) if way not in ("packed", "four-bit", "dense")]
+    slow: dict[str, list[float | None]] = {way: [900.0] * 6 for way in ways}
+
+    def found(wish: str, of_large: float, *, in_one_call: bool = True) -> list[Ways]:
+        times = {
+            layer_name(small): {**slow, "packed": [10.0] * 6, "dense": [50.0] * 6, "four-bit": [24.0] * 6},
+            layer_name(large): {**slow, "packed": [50.0] * 6, "dense": [60.0] * 6, "four-bit": [of_large] * 6},
+        }
+        monkeypatch.setattr("lora_rt.core.base.fastest.times_of", lambda layers: {name: times[name] for name in layers})
+        chosen = choose([small, large], check_wish(wish), 1 << 30, in_one_call=in_one_call)
+        return [chosen[layer_name(module)] for module in (small, large)]
+
+    one, other = found("auto", 45.0)
+    assert one[:5] == other[:5] == ("four-bit",) * 5
+    assert "packed" not in {*one, *other}
+    assert {*found("auto", 45.0, in_one_call=False)[0]} == {"packed"}
+    assert {*found("auto", 150.0)[0]} == {"packed"}  # three times as long as all that is planned
+    assert {*found("dense", 45.0)[0]} == {"dense"}
+
+
+def test_a_base_is_left_unpacked_where_its_steps_are_made_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_rt.core.base.four_bit.could_be", lambda: True)
+    model = nn.Sequential(layer(), layer())
+    assert not is_left_unpacked(model, in_one_call=True)  # it is tiny
+    monkeypatch.setattr("lora_rt.core.base.fastest._TINY", 1)
+    assert is_left_unpacked(model, in_one_call=True)
+    assert not is_left_unpacked(model, in_one_call=False)
+    model.append(layer(out=OUT + 2))
+    assert not is_left_unpacked(model, in_one_call=True)
+
+
+@pytest.mark.parametrize(("tiles", "growing", "kept"), [(False, 1, True), (False, 2, False), (True, 2, True)])
+def test_a_way_that_falls_behind_is_tried_on_where_it_may_catch_up(
+    tiles: bool, growing: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units for bfloat16 take their time to lay a weight out, and are the fastest with many tokens."""
+    turn = iter(range(12))
+
+    def race(tried: dict[str, dict[str, object]], turns: int) -> dict[str, dict[str, float]]:
+        number = next(turn) % 6
+        return {
+            name: {way: 100.0 * growing**number if way == "dense" else 10.0 for way in tried if name in tried[way]}
+            for name in {name for runs in tried.values() for name in runs}
+        }
+
+    monkeypatch.setattr(measured, "_race", race)
+    monkeypatch.setattr("lora_rt.core.base.four_bit.could_be_tiles", lambda: tiles)
+    module = layer()
+    times = measure({layer_name(module): module}, torch.full((OUT * IN * 3,), 0.5))[layer_name(module)]
+    assert (None not in times["dense"]) is kept
 
 
 def test_where_gradients_are_to_flow_no_copy_is_kept_that_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
