@@ -13,6 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lora_rt.core.base.load import load_base
+from lora_rt.core.base.multiply import packs
 from lora_rt.core.benchmark.random_base import random_base
 from lora_rt.core.benchmark.workloads import Origin, Workload, resident_name
 from lora_rt.core.engine.topology import features, find_linears
@@ -21,6 +22,10 @@ from lora_rt.registry.files import WEIGHTS
 
 _ORDINARY = 0.1  # of the vocabulary: what comes before may be special tokens
 _B_SIZE = 0.01  # small beside a base's own outputs: the text stays finite under any weights
+
+
+def _is_packed_here(layer: Any) -> bool:
+    return packs(layer) and bool(layer.weight.device.type == "cpu")
 
 
 class Lab:
@@ -38,10 +43,6 @@ class Lab:
         self.base = load(name, origin.precision, origin.device)
         self.device = self.base.device
         self.linears = find_linears(self.base.model)
-        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-        # bitsandbytes repacks at the first forward: once for all trees, and not in inference mode
-        with torch.no_grad():
-            self.base.model(input_ids=ids, use_cache=False)
 
     def elsewhere(self) -> Origin:
         """The same base for another process, which need not find the home where it is prepared."""
@@ -49,11 +50,20 @@ class Lab:
         return replace(self.origin, base=base, precision=self.base.precision, device=str(self.device))
 
     def model(self) -> Any:
-        """A copy of the base's modules over the very same parameters, buffers and quantization scales."""
+        """A copy of the base's modules over the very same parameters, buffers and quantization scales.
+
+        Weights that bitsandbytes packs on a CPU in a model's first pass are each model's own: whoever came later would
+        find them packed, and could multiply them in no other way.
+        """
         model = self.base.model
-        shared: list[Any] = [*model.parameters(), *model.buffers(), model.config, model.generation_config]
-        shared += [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
-        return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
+        own = {id(layer.weight) for layer in model.modules() if _is_packed_here(layer)}
+        parameters = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        shared: list[Any] = [*parameters, *model.buffers(), model.config, model.generation_config]
+        shared += [p.quant_state for p in parameters if getattr(p, "quant_state", None) is not None]
+        made = copy.deepcopy(model, memo={id(thing): thing for thing in shared})
+        for layer in filter(_is_packed_here, made.modules()):  # bitsandbytes copies the scales of a layer twice
+            layer.quant_state = layer.weight.quant_state
+        return made
 
     def prompts(self, workload: Workload) -> list[list[int]]:
         """Random tokens, (rows, prompt tokens), the same ones for everybody."""
