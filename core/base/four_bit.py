@@ -117,8 +117,11 @@ def could_be_tiles() -> bool:
 
 @cache
 def have_tiles() -> bool:
-    """Whether weights in bfloat16 are multiplied by tiles here, and these give what they should."""
-    if not (could_be_tiles() and are_there()):
+    """Whether weights in bfloat16 are multiplied by tiles here, and these give what they should.
+
+    Tiles read codes as they lie for registers of sixteen numbers.
+    """
+    if not (could_be_tiles() and _lanes() == 16 and are_there()):
         return False
     try:
         x, codes = torch.eye(2 * BLOCK, dtype=torch.float32), torch.arange(BLOCK * 40, dtype=torch.int64)
