@@ -75,8 +75,9 @@ class Tiles(Registers):
         """Read sixteen rows that lie so many bytes apart, `LINE` where nothing is said."""
         self.call("llvm.x86.tileloadd64", ir.VoidType(), I8(tile), self._at(address), apart or I64(LINE))
 
-    def store(self, tile: int, address: Any) -> None:
-        self.call("llvm.x86.tilestored64", ir.VoidType(), I8(tile), self._at(address), I64(LINE))
+    def store(self, tile: int, address: Any, apart: Any = None) -> None:
+        """Write sixteen rows, as `load` reads them."""
+        self.call("llvm.x86.tilestored64", ir.VoidType(), I8(tile), self._at(address), apart or I64(LINE))
 
     def dot(self, total: int, one: int, other: int) -> None:
         """C += A . B, of the tiles' numbers."""

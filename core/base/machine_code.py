@@ -34,8 +34,8 @@ def counting(b: Any, start: Any, stop: Any, step: int) -> Iterator[Any]:
     b.position_at_end(after)
 
 
-def shared_by_threads(module: Any, part_of: Any, unit: int) -> None:
-    """Add a function `run` to a module: each thread that runs it takes parts of the outputs until there are none.
+def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run") -> None:
+    """Add a function to a module: each thread that runs it takes parts of the outputs until there are none.
 
     It takes nine int64: 0, how many parts, three numbers of which the last one is that of outputs, and four addresses.
 
@@ -43,7 +43,7 @@ def shared_by_threads(module: Any, part_of: Any, unit: int) -> None:
         part_of: makes a part: the first output and the one behind the last, and then the same numbers and addresses.
         unit: so many outputs belong together, but for those behind the last whole ones.
     """
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "run")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
     b = ir.IRBuilder(function.append_basic_block())
     own = b.alloca(I64, 9)  # what a part is given
     counter = function.args[0]

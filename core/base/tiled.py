@@ -3,9 +3,6 @@
 torch's own lays a weight out anew for the tiles whenever it is used, which takes longer than to multiply a few rows, or
 multiplies a single row without them. Sums are made in float32, one row's by themselves: a row has the same bits
 whatever stands beside it. Sixteen rows cost hardly more than one.
-
-What reads a weight tile by tile reads as well what many tokens are, as a weight: so are a few factors of adapters
-multiplied with thousands of tokens (`lora_rt.core.engine.parts`).
 """
 
 from __future__ import annotations

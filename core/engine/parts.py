@@ -1,24 +1,26 @@
 """Factors in float32 on units that multiply bfloat16: every number is the sum of two bfloat16 parts.
 
-    hidden    x A1^T + x A2^T, summed in float32 by AMX; elsewhere
-              p + q     p = x (A1 | A2)^T, rounded to bfloat16     q = x (A1 | A2)^T - p, what that has lost
+    hidden    p + q     p = x (A1 | A2)^T, rounded to bfloat16     q = x (A1 | A2)^T - p, what that has lost
     y        += h1 B1 + h2 B1 + h1 B2, one product: of each rank (h1 | h2 | h1) (B1 | B1 | B2)
 
 x and y are bfloat16 as they are. What is left out, h2 B2, is 2^-16 of the sum, so y is what a float32 sum gives,
 rounded once, and weights that cancel do so. Whether it pays off is measured, as the ways to multiply a weight are.
+
+On a processor with AMX its tiles do so with less to write in between (`tiled_factors.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_rt.core.base import tiled
 from lora_rt.core.base.measured import quickest
+from lora_rt.core.engine import tiled_factors
 
 MANY = 256
 """Tokens from which on it may pay off: below, float32 is faster on every processor that was measured."""
@@ -26,6 +28,7 @@ MANY = 256
 AT_ONCE = 128
 """Tokens whose float32 deltas are added to a bfloat16 y: such a sum copies both, which so stay in the cache."""
 
+T = TypeVar("T")
 _SIZE, _RANKS = 576, 16  # of the layer that is measured
 
 
@@ -39,15 +42,15 @@ class Kept:
     """Parts of factors, made when they are first asked for; anew where a factor was changed in place since."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._made: dict[int, tuple[Tensor, int, Any]] = {}
 
-    def of(self, factor: Tensor, made: Callable[[Tensor], Tensor]) -> Tensor:
+    def of(self, factor: Tensor, made: Callable[[Tensor], T]) -> T:
         """What `made` makes of a factor; of one it is always asked for the same."""
         version = 0 if factor.is_inference() else factor._version
         found = self._made.get(id(factor))
         if found is None or found[0] is not factor or found[1] != version:
             found = self._made[id(factor)] = factor, version, made(factor)
-        return found[2]
+        return found[2]  # type: ignore[no-any-return]
 
 
 def parts_of_a(a: Tensor) -> Tensor:
@@ -70,9 +73,6 @@ def parts_of_hidden(hidden: Tensor) -> Tensor:
 def hidden_of(x: Tensor, parts: Tensor) -> Tensor:
     """x A^T in float32, (..., R), of a bfloat16 x (..., in) and the parts of A."""
     flat, ranks = x.reshape(-1, x.shape[-1]), len(parts) // 2
-    if tiled.fits(flat) and tiled.are_there():
-        made = tiled.product(parts, flat)  # (2R, tokens): of few ranks many tokens are the weight
-        return (made[:ranks] + made[ranks:]).t().view(*x.shape[:-1], ranks)
     rounded = linear(flat, parts)
     lost = torch.addmm(rounded, flat, parts.t(), beta=-1)  # summed in float32, and rounded after the subtraction
     found = rounded.float().add_(lost.float())
@@ -95,9 +95,14 @@ def _quickest() -> str:
             y[start : start + AT_ONCE].add_(linear(hidden[start : start + AT_ONCE], b))
 
     parts, other = parts_of_a(a), parts_of_b(b)
+    by_tiles = tiled_factors.are_there()
+    tiles = [tiled_factors.laid_out(factor) for factor in (a, b)] if by_tiles else []
 
     def in_parts() -> None:
-        y.addmm_(parts_of_hidden(hidden_of(x, parts)), other)
+        if by_tiles:
+            tiled_factors.add(y, tiled_factors.hidden_of(x, tiles[0]), tiles[1])
+        else:
+            y.addmm_(parts_of_hidden(hidden_of(x, parts)), other)
 
     with torch.no_grad():
         return quickest("adapters", {"float32": in_float32, "bfloat16": in_parts})

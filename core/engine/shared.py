@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from lora_rt.core.base.fused import Pairs
+from lora_rt.core.engine import tiled_factors
 from lora_rt.core.engine.few_rows import FewRows
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.heads import HeadAxis
@@ -137,6 +138,8 @@ class SharedPass(Pass):
         if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]  # (batch, tokens, ranks of this site)
+        if self._by_tiles(x) and tiled_factors.takes(y, site.b):
+            return tiled_factors.add(y, hidden, self._plan.stack.kept.of(site.b, tiled_factors.laid_out))
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
         few = y.dtype != site.b.dtype and y.numel() <= AT_ONCE * y.shape[-1]
         if few or not y.is_contiguous() or y.requires_grad:
@@ -184,8 +187,12 @@ class SharedPass(Pass):
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
-        if self._in_parts(x):
-            hidden = hidden_of(x, self._plan.stack.kept.of(group.a, parts_of_a))
+        kept = self._plan.stack.kept
+        if self._by_tiles(x) and tiled_factors.fits(group.a):
+            hidden = tiled_factors.hidden_of(x, kept.of(group.a, tiled_factors.laid_out))
+            hidden = hidden if group.offset is None else hidden + group.offset
+        elif self._in_parts(x):
+            hidden = hidden_of(x, kept.of(group.a, parts_of_a))
             hidden = hidden if group.offset is None else hidden + group.offset
         elif x.is_floating_point():
             hidden = linear(self.widened(x, group.a), group.a, group.offset)  # (batch, tokens, R); offset: 1 for biases
@@ -193,11 +200,13 @@ class SharedPass(Pass):
             hidden = embedding(x.to(group.a.device), group.a.T)
         return hidden * self._like(self._gates[number], group.layout, hidden)
 
+    def _by_tiles(self, x: Tensor) -> bool:
+        """Whether an x is multiplied by AMX."""
+        return _is_narrow(x, tiled_factors.LEAST) and tiled_factors.are_there() and pay_off()
+
     def _in_parts(self, x: Tensor) -> bool:
         """Whether an x is multiplied in bfloat16 parts: it is not at hand in float32, and there is much of it."""
-        if x.dtype != torch.bfloat16 or x.numel() < MANY * x.shape[-1]:
-            return False
-        return x.is_cpu and self._given is not x and not torch.is_grad_enabled() and pay_off()
+        return _is_narrow(x, MANY) and self._given is not x and pay_off()
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
         return spread(gate, layout, x, self._rows, self._tokens, self._kept)
@@ -232,3 +241,8 @@ class SharedPass(Pass):
         if heads.shape[-1] == 1:
             return self._like(heads, group.layout, x)
         return self._like(axis.spread(heads), group.layout, x)
+
+
+def _is_narrow(x: Tensor, tokens: int) -> bool:
+    """Whether an x is bfloat16 on a CPU, of so many tokens or more, and no gradient is wanted."""
+    return x.dtype is torch.bfloat16 and x.numel() >= tokens * x.shape[-1] and x.is_cpu and not torch.is_grad_enabled()

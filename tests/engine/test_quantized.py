@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lora_rt.core.base import tiled
 from lora_rt.core.engine import shared
 from lora_rt.core.engine.parts import MANY, Kept, hidden_of, parts_of_a, parts_of_b, parts_of_hidden
 from lora_rt.core.runtime import Runtime
@@ -112,14 +111,7 @@ def test_many_tokens_in_bfloat16_parts_get_what_a_float32_sum_gives(
     assert max(float((one != wanted).float().mean()) for one in found) < 0.03  # of one part, a tenth or more
 
 
-@pytest.mark.parametrize("by_tiles", [True, False])
-def test_many_tokens_times_a_factor_in_parts_are_nearly_float32s(
-    by_tiles: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not by_tiles:
-        monkeypatch.setattr(tiled, "are_there", lambda: False)
-    elif not tiled.are_there():
-        pytest.skip("this processor has no tiles")
+def test_many_tokens_times_a_factor_in_parts_are_nearly_float32s() -> None:
     x, a = torch.randn(3, 171, 192).bfloat16(), torch.randn(20, 192)
     exact = x.double() @ a.double().T
     assert (hidden_of(x, parts_of_a(a)) - exact).abs().max() < 2**-15 * exact.abs().max()

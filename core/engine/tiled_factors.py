@@ -1,0 +1,127 @@
+"""What adapters add to many tokens, by AMX: the tiles read tokens where they lie, and sums stay in float32.
+
+    hidden    x A1^T + x A2^T               a float32 A is the sum of two bfloat16 parts; of one that is a bfloat16
+    y        += h1 B1 + h2 B1 + h1 B2       number there is one, and what is multiplied with the other is left out
+
+x is bfloat16 as it is, and y that or float32. What is left out, h2 B2, is 2^-16 of the sum, so y is what a float32 sum
+gives, rounded once, and weights that cancel do so. Each token's numbers are made by themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.base import four_bit, openmp
+
+_log = logging.getLogger("lora_rt.engine")
+
+LEAST = 32
+"""Tokens that are multiplied at a time; fewer are not."""
+
+_ROWS, _INPUTS = 16, 32  # of a tile
+_WIDEST = 1 << 13  # inputs of A
+_RANKS = 1 << 10  # of B: both parts of 32 tokens' hidden stand on each thread's stack, 256 KiB
+_PARTS = 4  # for each thread
+_WHICH = {torch.bfloat16: 1, torch.float32: 2}  # of the kernels, by the dtype of y
+_Arguments = ctypes.c_int64 * 9
+
+
+class Tiled(NamedTuple):
+    """A factor (n, k): `tiles` (n / 16, parts, k / 32, 16 pairs of k, 16 n, 2), what lacks is 0."""
+
+    tiles: Tensor
+    n: int
+    k: int
+
+
+@cache
+def are_there() -> bool:
+    """Whether this processor has AMX, and its tiles give what they should."""
+    if not four_bit.could_be_tiles():
+        return False
+    try:
+        x, factor = torch.eye(64)[:40].bfloat16(), torch.arange(48 * 64).view(48, 64) / 1024
+        tiled = laid_out(factor)
+        hidden, y = hidden_of(x, tiled), torch.ones(40, 48, dtype=torch.bfloat16)
+        other, wide = laid_out(torch.eye(48)), y.float()
+        add(y, hidden, other)
+        add(wide, hidden, other)
+        return torch.equal(hidden, factor.T[:40]) and torch.equal(wide, 1 + hidden) and torch.equal(y, wide.bfloat16())
+    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
+        _log.info("no tiles for adapters here: %s", error)
+        return False
+
+
+def fits(a: Tensor) -> bool:
+    """Whether a factor A (R, in) is read by tiles."""
+    return not a.shape[1] % _INPUTS and a.shape[1] <= _WIDEST
+
+
+def takes(y: Tensor, b: Tensor) -> bool:
+    """Whether what a factor B (out, ranks) makes is added to a y (..., out) by tiles."""
+    return y.dtype in _WHICH and y.is_contiguous() and not b.shape[0] % _ROWS and b.shape[1] <= _RANKS
+
+
+def laid_out(factor: Tensor) -> Tiled:
+    """A float32 factor (n, k) as tiles are read."""
+    n, k = factor.shape
+    tiles_n, tiles_k = -(-n // _ROWS), -(-k // _INPUTS)
+    whole = factor.new_zeros(tiles_n * _ROWS, tiles_k * _INPUTS)
+    whole[:n, :k] = factor
+    one = whole.bfloat16()
+    other = (whole - one.float()).bfloat16()
+    parts = torch.stack([one, other] if other.any() else [one])
+    tiles = parts.view(len(parts), tiles_n, _ROWS, tiles_k, _INPUTS // 2, 2).permute(1, 0, 3, 4, 2, 5)
+    return Tiled(tiles.contiguous(), n, k)
+
+
+def hidden_of(x: Tensor, a: Tiled) -> Tensor:
+    """x A^T, (..., R), float32, of a bfloat16 x (..., in) of 32 tokens or more.
+
+    Raises:
+        ValueError: x has another dtype, width or device, or fewer tokens; the kernel would read what is not there.
+    """
+    *rows, width = x.shape
+    tokens = x.numel() // max(width, 1)
+    if x.dtype is not torch.bfloat16 or not x.is_cpu or width != a.k or width % _INPUTS or tokens < LEAST:
+        raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a factor of {a.n} x {a.k}")
+    x = x.contiguous()
+    found = x.new_empty(*rows, len(a.tiles) * _ROWS, dtype=torch.float32)
+    sizes = len(a.tiles), width // _INPUTS, tokens
+    _run(a, 0, sizes, (a.tiles.data_ptr(), 2 * width, x.data_ptr(), found.data_ptr()))
+    return found[..., : a.n]
+
+
+def add(y: Tensor, hidden: Tensor, b: Tiled) -> Tensor:
+    """y + hidden B^T in the memory of y (..., out), of bfloat16 rounded once, or of float32; hidden (..., ranks) is that.
+
+    Raises:
+        ValueError: they have other dtypes, shapes or layouts.
+    """
+    flat = hidden.flatten(0, -2)
+    ranks, apart = flat.shape[1], flat.stride(0)
+    fit = y.dtype in _WHICH and flat.dtype is torch.float32 and y.is_cpu and flat.is_cpu and y.is_contiguous()
+    if not fit or y.shape != (*hidden.shape[:-1], b.n) or ranks != b.k or flat.stride(1) != 1 or b.n % _ROWS:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and a factor of {b.n} x {b.k} for {y.dtype} {tuple(y.shape)}")
+    sizes = len(b.tiles), ranks, len(flat)
+    _run(b, _WHICH[y.dtype], sizes, (b.tiles.data_ptr(), 4 * apart, flat.data_ptr(), y.data_ptr()))
+    return y
+
+
+def _run(factor: Tiled, which: int, sizes: tuple[int, ...], places: tuple[int, ...]) -> None:
+    threads = torch.get_num_threads()
+    parts = _PARTS * threads if threads > 1 else 1
+    openmp.run(openmp.team(), _kernels(factor.tiles.shape[1])[which], _Arguments(0, parts, *sizes, *places), threads)
+
+
+@cache
+def _kernels(parts: int) -> tuple[int, int, int]:
+    from lora_rt.core.engine.tiled_kernel import kernels
+
+    return kernels(parts)
