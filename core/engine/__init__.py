@@ -21,7 +21,8 @@ The rank axis bank.py           residents, plans over them   plan.py         a p
               stack.py          active A and B, stacked      shared.py       the plan whose rows share a stack
               lanes.py          a lane of factors per row    gates.py        what multiplies the ranks
               site.py           the hook-up of a layer       lru.py          what was laid out, kept (LRU, by bytes)
-              parts.py          float32 as two bfloat16
+Many tokens   parts.py          float32 as two bfloat16      tiled_factors.py  what adapters add, by AMX
+              tiled_kernel.py   its loops
 On a CPU      decoder.py        a step by the model's blocks kernels.py      what it does between products
               few_rows.py       what adapters add            unchanged.py   whether modules still are what they were
               whole_step.py     a step in one call, over 4 bits whole_kernel.py   what its threads do

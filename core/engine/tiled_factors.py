@@ -99,7 +99,10 @@ def hidden_of(x: Tensor, a: Tiled) -> Tensor:
 
 
 def add(y: Tensor, hidden: Tensor, b: Tiled) -> Tensor:
-    """y + hidden B^T in the memory of y (..., out), of bfloat16 rounded once, or of float32; hidden (..., ranks) is that.
+    """y + hidden B^T in the memory of y (..., out), of bfloat16 rounded once, or of float32.
+
+    Args:
+        hidden: (..., ranks), float32.
 
     Raises:
         ValueError: they have other dtypes, shapes or layouts.

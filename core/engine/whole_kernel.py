@@ -20,11 +20,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 
+from lora_rt.core.base import in_c
 from lora_rt.core.base.compiled import callback, compiled
+from lora_rt.core.base.in_c import ask, floats_at, integers_at, numbers_at, pointer, run_with, wait
 from lora_rt.core.engine import kernels
 from lora_rt.core.engine.kernels import (
     _narrow,
@@ -66,72 +66,16 @@ B_AT, B_RANKS, B_START, B_OF_ROWS, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
 SITES = 4 * GROUP
 ADAPTED = SITES + 7 * SITE
 
-_USED = [kernels.__file__, *kernels.USED]
+_USED = [kernels.__file__, *kernels.USED, in_c.__file__]
 
 CALL = 16  # int64 apart lie the arguments of two threads' calls
 SCORED = 12  # bytes: a score and a place
 
 
-@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _pointer(_context: Any, _address: Any) -> Any:
-    """An address as a pointer."""
-
-    def generated(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generated
-
-
-def _called(result: Any, kinds: Any) -> Any:
-    """Calls the C function at an address, which is the first argument."""
-
-    def generated(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.FunctionType(result, kinds).as_pointer())
-        given = [builder.inttoptr(one, kind) for one, kind in zip(arguments[1:], kinds, strict=True)]
-        called = builder.call(pointer, given)
-        return called if isinstance(result, ir.IntType) else ir.Constant(ir.IntType(8).as_pointer(), None)
-
-    return generated
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _asked(_context: Any, _address: Any) -> Any:
-    """int f(void)"""
-    return types.int32(types.int64), _called(ir.IntType(32), [])
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _barrier(_context: Any, _address: Any) -> Any:
-    """void f(void)"""
-    return types.voidptr(types.int64), _called(ir.VoidType(), [])
-
-
-@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
-def _multiply(_context: Any, _address: Any, _arguments: Any) -> Any:
-    """void f(void *)"""
-    return types.voidptr(types.int64, types.int64), _called(ir.VoidType(), [ir.IntType(8).as_pointer()])
-
-
-@compiled(kept=False)
-def _floats(address: int, count: int) -> Any:
-    return carray(_pointer(address), count, np.float32)
-
-
-@compiled(kept=False)
-def _numbers(address: int, count: int) -> Any:
-    return carray(_pointer(address), count, np.int64)
-
-
-@compiled(kept=False)
-def _like(address: int, count: int, like: Any) -> Any:
-    """Numbers of the model."""
-    return carray(_pointer(address), count, like.dtype)
-
-
 @compiled(kept=False)
 def _meet(s: Any) -> None:
     if s[BARRIER]:
-        _barrier(s[BARRIER])
+        wait(s[BARRIER])
 
 
 @compiled(kept=False)
@@ -146,11 +90,11 @@ def _norms(s: Any, weight: int, eps: Any, added: int, me: int, us: int, like: An
     """The rows of a thread: x += added, where something is, then its RMSNorm."""
     width = s[HIDDEN]
     for r in range(me, s[ROWS], us):
-        x, out = _floats(s[X] + 4 * r * width, width), _floats(s[INPUT] + 4 * r * width, width)
-        extra = _floats(added + 4 * r * width, width if added else 0)
+        x, out = floats_at(s[X] + 4 * r * width, width), floats_at(s[INPUT] + 4 * r * width, width)
+        extra = floats_at(added + 4 * r * width, width if added else 0)
         for i in range(len(extra)):
             x[i] = _rounded(x[i] + _rounded(extra[i], like), like)
-        norm_row(x, _like(weight, width, like), eps, out, like)
+        norm_row(x, numbers_at(weight, width, like), eps, out, like)
 
 
 @compiled(any_order=True, kept=False)
@@ -161,14 +105,14 @@ def _layer(s: Any, block: Any, site: int, x: int, y: int, me: int, us: int, like
     start, stop = _share(features, 16, me, us)
     if start == stop:
         return
-    call = _numbers(s[CALLS] + 8 * CALL * me, 9)
+    call = integers_at(s[CALLS] + 8 * CALL * me, 9)
     call[0], call[1], call[2], call[3], call[4] = start, stop, s[ROWS], block[at + IN], features
     call[5], call[6], call[7], call[8] = block[at + CODES], block[at + SCALES], x, y
-    _multiply(s[PART], s[CALLS] + 8 * CALL * me)
+    run_with(s[PART], s[CALLS] + 8 * CALL * me)
     if block[at + BIAS]:
-        bias = _like(block[at + BIAS] + like.itemsize * start, stop - start, like)
+        bias = numbers_at(block[at + BIAS] + like.itemsize * start, stop - start, like)
         for r in range(s[ROWS]):
-            row = _floats(y + 4 * (r * features + start), stop - start)
+            row = floats_at(y + 4 * (r * features + start), stop - start)
             for o in range(stop - start):
                 row[o] += _wide(bias[o])
 
@@ -196,15 +140,15 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
     else:
         for q in range(count):
             for r in range(first, last):
-                row = _floats(a + r * of_rows + 4 * q * of_ranks, width)
-                given = _floats(x + 4 * r * width, width)
+                row = floats_at(a + r * of_rows + 4 * q * of_ranks, width)
+                given = floats_at(x + 4 * r * width, width)
                 total = np.float32(0)
                 for i in range(width):
                     total += row[i] * given[i]
-                _floats(y + r * apart, count)[q] = total
+                floats_at(y + r * apart, count)[q] = total
     for r in range(first, last):
-        gate = _floats(adapted[at + GATE_AT] + 4 * (ranks * min(r, adapted[at + GATE_ROWS] - 1) + start), count)
-        hidden = _floats(y + r * apart, count)
+        gate = floats_at(adapted[at + GATE_AT] + 4 * (ranks * min(r, adapted[at + GATE_ROWS] - 1) + start), count)
+        hidden = floats_at(y + r * apart, count)
         for q in range(count):
             hidden[q] *= gate[q]
 
@@ -219,20 +163,20 @@ def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: in
     start, stop = _share(features, 16, me, us)
     of_rows, apart = 4 * adapted[at + B_OF_ROWS], s[RANKS_WIDTH]
     kept_at = s[KEPT] + 8 * s[RANKS_WIDTH] * me
-    kept = _numbers(kept_at, ranks)
+    kept = integers_at(kept_at, ranks)
     several = 1 if of_rows else 8  # rows at a time
     for r in range(0, s[ROWS], several):
         b = adapted[at + B_AT] + 4 * start * of_features + r * of_rows
         y_at, hidden_at = y + 4 * (r * features + start), s[RANKS] + 4 * (r * apart + adapted[at + B_START])
         some = min(several, s[ROWS] - r)
         if of_features == 1:
-            count = _used(_floats(hidden_at, (some - 1) * apart + ranks), apart, some, kept)
+            count = _used(floats_at(hidden_at, (some - 1) * apart + ranks), apart, some, kept)
             add_some(hidden_at, 4 * apart, b, 4 * of_ranks, y_at, 4 * features, some, count, stop - start, kept_at)
             continue
         for n in range(some):
-            row, hidden = _floats(y_at + 4 * n * features, stop - start), _floats(hidden_at + 4 * n * apart, ranks)
+            row, hidden = floats_at(y_at + 4 * n * features, stop - start), floats_at(hidden_at + 4 * n * apart, ranks)
             for o in range(len(row)):
-                of_o, total = _floats(b + 4 * o * of_features, ranks), np.float32(0)
+                of_o, total = floats_at(b + 4 * o * of_features, ranks), np.float32(0)
                 for q in range(ranks):
                     total += of_o[q] * hidden[q]
                 row[o] += total
@@ -258,14 +202,14 @@ def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: 
     of_item = like.itemsize
     for unit in range(me, s[ROWS] * heads, us):
         r, head = unit // heads, unit % heads
-        key, value = _floats(s[OUTPUT + 1] + 4 * unit * size, size), _floats(s[OUTPUT + 2] + 4 * unit * size, size)
+        key, value = floats_at(s[OUTPUT + 1] + 4 * unit * size, size), floats_at(s[OUTPUT + 2] + 4 * unit * size, size)
         if block[NORM_K]:
-            norm_head(key, _like(block[NORM_K], size, like), numbers[EPS_K], like)
+            norm_head(key, numbers_at(block[NORM_K], size, like), numbers[EPS_K], like)
         turn = min(r, s[ROPES] - 1) * size * 4
-        turn_head(key, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
+        turn_head(key, floats_at(s[COS] + turn, size), floats_at(s[SIN] + turn, size), like)
         for at, first, new in ((cache[KEYS_AT], OF_KEYS, key), (cache[VALUES_AT], OF_VALUES, value)):
             place = at + of_item * (r * cache[first] + head * cache[first + 1] + last * cache[first + 2])
-            kept = _like(place, size, like)
+            kept = numbers_at(place, size, like)
             for i in range(size):
                 kept[i] = _narrow(new[i], like)
 
@@ -277,34 +221,34 @@ def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like
     group = heads // s[KEYS]
     of_item = like.itemsize
     room = room_of(columns)
-    scores = _floats(s[SCORES] + SCORED * room * me, room)
-    places = _numbers(s[SCORES] + SCORED * room * me + 4 * room, room)
+    scores = floats_at(s[SCORES] + SCORED * room * me, room)
+    places = integers_at(s[SCORES] + SCORED * room * me + 4 * room, room)
     row_before, count = -1, 0
     start, stop = _share(s[ROWS] * heads, 1, me, us)
     for unit in range(start, stop):
         r, head = unit // heads, unit % heads
-        query = _floats(s[OUTPUT] + 4 * unit * size, size)
+        query = floats_at(s[OUTPUT] + 4 * unit * size, size)
         if block[NORM_Q]:
-            norm_head(query, _like(block[NORM_Q], size, like), numbers[EPS_Q], like)
+            norm_head(query, numbers_at(block[NORM_Q], size, like), numbers[EPS_Q], like)
         turn = min(r, s[ROPES] - 1) * size * 4
-        turn_head(query, _floats(s[COS] + turn, size), _floats(s[SIN] + turn, size), like)
+        turn_head(query, floats_at(s[COS] + turn, size), floats_at(s[SIN] + turn, size), like)
         if r != row_before:
             row_before = r
-            count = seen_places(carray(_pointer(s[SEEN] + r * columns), columns, np.uint8), places)
+            count = seen_places(carray(pointer(s[SEEN] + r * columns), columns, np.uint8), places)
         keys = cache[KEYS_AT] + of_item * (r * cache[OF_KEYS] + head // group * cache[OF_KEYS + 1])
         values = cache[VALUES_AT] + of_item * (r * cache[OF_VALUES] + head // group * cache[OF_VALUES + 1])
         of_keys, of_values = cache[OF_KEYS + 2], cache[OF_VALUES + 2]
         attend_head(
             query,
-            _like(keys, (columns - 1) * of_keys + size, like),
+            numbers_at(keys, (columns - 1) * of_keys + size, like),
             of_keys,
-            _like(values, (columns - 1) * of_values + size, like),
+            numbers_at(values, (columns - 1) * of_values + size, like),
             of_values,
             places,
             count,
             np.float32(numbers[SCALING]),
             scores,
-            _floats(s[INPUT + 1] + 4 * unit * size, size),
+            floats_at(s[INPUT + 1] + 4 * unit * size, size),
             like,
         )
 
@@ -316,7 +260,7 @@ def _gated(s: Any, me: int, us: int, like: Any) -> None:
     start, stop = _share(width, 16, me, us)
     for r in range(s[ROWS]):
         at = 4 * (r * width + start)
-        gate, up = _floats(s[OUTPUT + 4] + at, stop - start), _floats(s[OUTPUT + 5] + at, stop - start)
+        gate, up = floats_at(s[OUTPUT + 4] + at, stop - start), floats_at(s[OUTPUT + 5] + at, stop - start)
         silu_row(gate, up, like)
 
 
@@ -339,14 +283,14 @@ def _group(s: Any, block: Any, adapted: Any, group: int, me: int, us: int, like:
 def _whole(s: Any, like: Any) -> None:
     """A thread's part of a step: x (rows, H) is read, `OUT` (rows, H) is written."""
     alone = s[BARRIER] == 0
-    me = np.int64(0) if alone else np.int64(_asked(s[NUMBER]))
-    us = np.int64(1) if alone else np.int64(_asked(s[TEAM]))
+    me = np.int64(0) if alone else np.int64(ask(s[NUMBER]))
+    us = np.int64(1) if alone else np.int64(ask(s[TEAM]))
     added: Any = 0  # where what the layers before have made lies, which x still lacks
     for number in range(s[BLOCKS] + 1):
-        block = _numbers(s[LAYERS] + 8 * BLOCK * number, BLOCK)
-        numbers = carray(_pointer(s[NUMBERS] + 8 * FLOATS * number), FLOATS, np.float64)
-        cache = _numbers(s[CACHE] + 8 * PLACES * number, PLACES)
-        adapted = _numbers(s[ADAPTERS] + 8 * ADAPTED * number, ADAPTED)
+        block = integers_at(s[LAYERS] + 8 * BLOCK * number, BLOCK)
+        numbers = carray(pointer(s[NUMBERS] + 8 * FLOATS * number), FLOATS, np.float64)
+        cache = integers_at(s[CACHE] + 8 * PLACES * number, PLACES)
+        adapted = integers_at(s[ADAPTERS] + 8 * ADAPTED * number, ADAPTED)
         for group in range(4):  # one loop, so that each function is built into this one once
             if group % 2 == 0:
                 which = group // 2
@@ -365,8 +309,8 @@ def _whole(s: Any, like: Any) -> None:
             _meet(s)
             added = s[OUTPUT + FIRST[group + 1] - 1]
     for r in range(me, s[ROWS], us):
-        given = _floats(s[INPUT] + 4 * r * s[HIDDEN], s[HIDDEN])
-        out = _like(s[OUT] + r * s[HIDDEN] * like.itemsize, s[HIDDEN], like)
+        given = floats_at(s[INPUT] + 4 * r * s[HIDDEN], s[HIDDEN])
+        out = numbers_at(s[OUT] + r * s[HIDDEN] * like.itemsize, s[HIDDEN], like)
         for i in range(s[HIDDEN]):
             out[i] = _narrow(given[i], like)
 

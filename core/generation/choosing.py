@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, partial
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -154,50 +154,22 @@ def _by_kernel(
     kernel: Any, scores: Tensor, bests: Tensor, settings: Sequence[Draw], again: Callable[[int], float]
 ) -> list[int]:
     """The same, compiled; `again` is one more random number of a row, by its place."""
-    numbers, found = np.zeros((len(settings), kernel.NUMBERS)), np.empty(len(settings), np.int64)
+    numbers = np.zeros((len(settings), kernel.NUMBERS))
     numbers[:, : len(Draw._fields)] = settings
     numbers[:, kernel.BEST] = bests.amax(-1)
-    kernel.draw(scores.numpy(), bests.numpy(), numbers, found)
-    tokens: list[int] = found.tolist()
-    unsure = [number for number, token in enumerate(tokens) if token == kernel.UNSURE]
-    tried = [number for number in unsure if settings[number].top_k == torch.inf]
-    if tried:
-        wide = _Wide(kernel, bests.shape[1])
-        for number in tried:
-            drawn_again = partial(again, number)
-            tokens[number] = wide.drawn(scores[number].numpy(), bests[number].numpy(), numbers[number], drawn_again)
-    if rest := [number for number in unsure if tokens[number] == kernel.UNSURE]:
-        # A number that fell outside of the nucleus is not to fall again.
-        numbers_now = [settings[n]._replace(uniform=again(n)) if n in tried else settings[n] for n in rest]
+    tokens = np.empty(len(settings), np.int64)
+    wanted = np.arange(len(settings))
+    for _ in range(1 + _TRIES):
+        tokens[wanted] = kernel.draw(scores.numpy(), bests.numpy(), numbers, wanted)
+        wanted = wanted[tokens[wanted] == kernel.MISSED]
+        if not len(wanted):
+            break
+        for number in wanted:
+            numbers[number, kernel.UNIFORM] = again(number)
+    found: list[int] = tokens.tolist()
+    if rest := [number for number, token in enumerate(found) if token < 0]:
+        numbers_now = [settings[n]._replace(uniform=float(numbers[n, kernel.UNIFORM])) for n in rest]
         drawing = Drawing(scores[rest], bests[rest], numbers_now)
         for number, token in zip(rest, drawing.exactly(list(range(len(rest)))), strict=True):
-            tokens[number] = token
-    return tokens
-
-
-class _Wide:
-    """Draws among many tokens until one lies in the nucleus; that is to draw from the nucleus.
-
-    It holds room for what a row looks at: new memory costs more than what is written to it.
-    """
-
-    def __init__(self, kernel: Any, blocks: int) -> None:
-        self._kernel = kernel
-        self._blocks, self._sums = np.empty(blocks, np.int64), np.empty(blocks)
-        self._chances = np.empty((blocks, BLOCK), np.float32)
-
-    def drawn(self, scores: Any, bests: Any, numbers: Any, again: Callable[[], float]) -> int:
-        """The token of a row, or `UNSURE` after so many tries: scores (vocabulary,), bests (blocks,) of a row."""
-        kernel = self._kernel
-        count, total, rest = kernel.look(scores, bests, numbers, self._blocks, self._chances, self._sums)
-        if not 0 < total < float("inf"):
-            return int(kernel.UNSURE)
-        seen = self._blocks[:count], self._chances[:count], self._sums[:count]
-        uniform, outside = float(numbers[kernel.UNIFORM]), 0.0  # the largest chance found to lie outside
-        for _ in range(_TRIES):
-            token, inside, chance = kernel.attempt(scores, numbers, *seen, total, rest, uniform, outside)
-            if inside:
-                return int(token)
-            outside = max(outside, chance)
-            uniform = again()
-        return int(kernel.UNSURE)
+            found[number] = token
+    return found

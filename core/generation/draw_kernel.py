@@ -3,17 +3,22 @@
     scores    (rows, vocabulary)    float32, none of them NaN
     bests     (rows, blocks)        the largest of each 32
 
-All is done row by row, in single precision where only bounds are needed. What is equally likely has the order of its
-tokens' numbers, wherever it stands.
+All is done row by row, by a team of threads, in single precision where only bounds are needed. What is equally likely
+has the order of its tokens' numbers, wherever it stands.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
+from numba import carray
 
-from lora_rt.core.base.compiled import compiled
+from lora_rt.core.base import in_c, openmp
+from lora_rt.core.base.compiled import callback, compiled
+from lora_rt.core.base.in_c import ask, doubles_at, floats_at, integers_at
 from lora_rt.core.engine import kernels
 from lora_rt.core.engine.kernels import exp
 from lora_rt.core.generation import drawing
@@ -21,11 +26,13 @@ from lora_rt.core.generation.drawing import BLOCK, FEW, ROUNDING
 
 CLOSE = 2e-5  # more than what chances in single precision lose
 UNSEEN = 0.1  # the most share of all chances that blocks which are not looked at may have
-_USES = kernels.__file__, drawing.__file__
-UNSURE = -1  # in place of a token
-_NONE = 1 << 60  # in place of a block or token: it is the first to make room
-# Numbers of a row, float64: those of `drawing.Draw`, its best score, and the least that all chances have together.
-HEAT, TOP_P, TOP_K, UNIFORM, BEST, LEAST, NUMBERS = range(7)
+_USES = kernels.__file__, drawing.__file__, in_c.__file__
+UNSURE, MISSED = -1, -2  # in place of a token
+# Numbers of a row, float64: those of `drawing.Draw`, its best score, the least that all chances have together, whether
+# it is known that its nucleus is wide, and the largest chance that was found outside of that.
+HEAT, TOP_P, TOP_K, UNIFORM, BEST, LEAST, TRIED, OUTSIDE, NUMBERS = range(9)
+# What the function is given, int64: how many rows, of what, and where all of it lies.
+ROWS, VOCABULARY, BLOCKS, SCORES, BESTS, NUMBERS_AT, WANTED, FOUND, NUMBER, TEAM, GIVEN = range(11)
 _NOTHING = np.float32(-87.0)  # e to the power of less is not looked at
 
 
@@ -42,40 +49,32 @@ def _chances(values: Any, best: Any, heat: Any, out: Any) -> Any:
 
 
 @compiled(kept=False)
-def _kept(value: Any, number: int, values: Any, numbers: Any, lowest: int) -> int:
-    """Puts a value in the place of the lowest one; gives where the lowest one is now: of equals, the last number's."""
-    values[lowest], numbers[lowest] = value, number
-    lowest = 0
-    for n in range(1, FEW):
-        if values[n] < values[lowest] or (values[n] == values[lowest] and numbers[n] > numbers[lowest]):
-            lowest = n
-    return lowest
+def _kept(value: Any, number: int, values: Any, numbers: Any, count: int) -> int:
+    """Puts a value behind all that are as large, of which there are `count`, at most 48; how many there are now."""
+    place = min(count, FEW - 1)
+    if count == FEW and value <= values[place]:
+        return count
+    while place and values[place - 1] < value:
+        values[place], numbers[place] = values[place - 1], numbers[place - 1]
+        place -= 1
+    values[place], numbers[place] = value, number
+    return min(count + 1, FEW)
 
 
 @compiled(kept=False)
 def _likeliest(scores: Any, bests: Any, blocks: Any, values: Any, tokens: Any) -> None:
     """The 48 blocks with the largest bests, in rising order, and the 48 best tokens, in falling order."""
-    lowest = 0
-    for n in range(FEW):
-        values[n], blocks[n] = -np.inf, _NONE
+    count = 0
     for n in range(len(bests)):
-        if bests[n] > values[lowest] or blocks[lowest] == _NONE:
-            lowest = _kept(bests[n], n, values, blocks, lowest)
+        if count < FEW or bests[n] > values[FEW - 1]:
+            count = _kept(bests[n], n, values, blocks, count)
     blocks.sort()
-    lowest = 0
-    for n in range(FEW):
-        values[n], tokens[n] = -np.inf, _NONE
+    count = 0
     for block in blocks:
         start = block * BLOCK
         for token in range(start, min(start + BLOCK, len(scores))):
-            if scores[token] > values[lowest] or tokens[lowest] == _NONE:
-                lowest = _kept(scores[token], token, values, tokens, lowest)
-    for n in range(1, FEW):  # sorted by insertion: fewer than fifty
-        value, token, place = values[n], tokens[n], n
-        while place and (values[place - 1] < value or (values[place - 1] == value and tokens[place - 1] > token)):
-            values[place], tokens[place] = values[place - 1], tokens[place - 1]
-            place -= 1
-        values[place], tokens[place] = value, token
+            if count < FEW or scores[token] > values[FEW - 1]:
+                count = _kept(scores[token], token, values, tokens, count)
 
 
 @compiled(kept=False)
@@ -110,53 +109,46 @@ def _fallen(chances: Any, tokens: Any, count: int, uniform: Any) -> int:
     return int(tokens[last])
 
 
-@compiled(any_order=True, uses=_USES)
-def draw(scores: Any, bests: Any, numbers: Any, found: Any) -> None:
-    """A token of every row, where its nucleus is among its 48 likeliest tokens, into `found` (rows,); else `UNSURE`.
-
-    `numbers` (rows, 6) is written to: `LEAST`.
-    """
-    blocks, tokens = np.empty(FEW, np.int64), np.empty(FEW, np.int64)
-    values, chances = np.empty(FEW, np.float32), np.empty(FEW, np.float64)
-    rough, near = np.empty(bests.shape[1], np.float32), np.empty(BLOCK, np.float32)
-    for r in range(len(scores)):
-        row = numbers[r]
-        best, heat, top_p, top_k = row[BEST], row[HEAT], row[TOP_P], row[TOP_K]
-        _likeliest(scores[r], bests[r], blocks, values, tokens)
-        _chances(bests[r], np.float32(best), np.float32(heat), rough)
-        known = others = 0.0
-        for block in blocks:
-            start = block * BLOCK
-            rough[block] = np.float32(0)
-            known += _chances(scores[r, start : start + BLOCK], np.float32(best), np.float32(heat), near)
-        for n in range(len(rough)):
-            others += rough[n]
-        # Of the other blocks at least the best token counts, and at most all 32 are as good as it.
-        row[LEAST] = (known + others) * (1 - ROUNDING)
-        most = (known + others * BLOCK) * (1 + ROUNDING)
-        for n in range(FEW):
-            chances[n] = np.exp((np.float64(values[n]) - best) / heat)
-        if top_k <= FEW:  # what lies beyond has no chance
-            count = int(top_k)
-            if top_p < 1:
-                total = 0.0
-                for n in range(count):
-                    total += chances[n]
-                count = _nucleus(chances, count, top_p * total)
-        else:
-            # A larger sum of all makes a larger nucleus. Where both ends give the same one, so does the sum itself.
-            count = _nucleus(chances, FEW, top_p * row[LEAST])
-            if top_p >= 1 or top_k != np.inf or count == FEW or count != _nucleus(chances, FEW, top_p * most):
-                found[r] = UNSURE
-                continue
-        found[r] = _fallen(chances, tokens, count, row[UNIFORM])
+@compiled(any_order=True, kept=False)
+def _among_few(
+    row: Any, scores: Any, bests: Any, blocks: Any, tokens: Any, values: Any, chances: Any, rough: Any, near: Any
+) -> int:
+    """The token of a row whose nucleus is among its 48 likeliest tokens; else `UNSURE`. Writes `LEAST`."""
+    best, heat, top_p, top_k = row[BEST], row[HEAT], row[TOP_P], row[TOP_K]
+    _likeliest(scores, bests, blocks, values, tokens)
+    _chances(bests, np.float32(best), np.float32(heat), rough)
+    known = others = 0.0
+    for block in blocks:
+        start = block * BLOCK
+        rough[block] = np.float32(0)
+        known += _chances(scores[start : start + BLOCK], np.float32(best), np.float32(heat), near)
+    for n in range(len(rough)):
+        others += rough[n]
+    # Of the other blocks at least the best token counts, and at most all 32 are as good as it.
+    row[LEAST] = (known + others) * (1 - ROUNDING)
+    most = (known + others * BLOCK) * (1 + ROUNDING)
+    for n in range(FEW):
+        chances[n] = np.exp((np.float64(values[n]) - best) / heat)
+    if top_k <= FEW:  # what lies beyond has no chance
+        count = int(top_k)
+        if top_p < 1:
+            total = 0.0
+            for n in range(count):
+                total += chances[n]
+            count = _nucleus(chances, count, top_p * total)
+    else:
+        # A larger sum of all makes a larger nucleus. Where both ends give the same one, so does the sum itself.
+        count = _nucleus(chances, FEW, top_p * row[LEAST])
+        if top_p >= 1 or top_k != np.inf or count == FEW or count != _nucleus(chances, FEW, top_p * most):
+            return UNSURE
+    return _fallen(chances, tokens, count, row[UNIFORM])
 
 
-@compiled(any_order=True, uses=_USES)
-def look(scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any) -> tuple[int, float, float]:
+@compiled(any_order=True, kept=False)
+def _look(scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any) -> tuple[int, float, float]:
     """What a wide nucleus can be in: how many blocks, the sum of their chances, and the most that all others have.
 
-    scores (vocabulary,), bests (blocks,) and `row` (6,) are of one row. Into `blocks`, `chances` (blocks, 32) and
+    scores (vocabulary,), bests (blocks,) and `row` are of one row. Into `blocks`, `chances` (blocks, 32) and
     `sums` (blocks,), which run on, goes what these are.
     """
     # What is less likely than `floor` has less than the share `UNSEEN` of all, and less than lies outside of the
@@ -179,11 +171,11 @@ def look(scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any
     return count, total, rest * BLOCK * (1 + CLOSE)
 
 
-@compiled(any_order=True, uses=_USES)
-def attempt(
+@compiled(any_order=True, kept=False)
+def _attempt(
     scores: Any, row: Any, blocks: Any, chances: Any, sums: Any, total: Any, rest: Any, uniform: Any, outside: Any
 ) -> tuple[int, bool, float]:
-    """The token on which a random number falls among `look`'s, whether it is in the nucleus, and its chance.
+    """The token on which a random number falls among `_look`'s, whether it is in the nucleus, and its chance.
 
     A token that is less likely than `outside` is not in it.
     """
@@ -226,11 +218,82 @@ def attempt(
     return token, above < top_p * all_of_them, chance
 
 
+@compiled(any_order=True, kept=False)
+def _among_many(row: Any, scores: Any, bests: Any, blocks: Any, chances: Any, sums: Any) -> int:
+    """The token of a row whose nucleus is wide; `MISSED` where its number falls outside of that. Writes `OUTSIDE`."""
+    count, total, rest = _look(scores, bests, row, blocks, chances, sums)
+    if not 0 < total < np.inf:
+        return UNSURE
+    seen = blocks[:count], chances[:count], sums[:count]
+    token, inside, chance = _attempt(scores, row, *seen, total, rest, row[UNIFORM], row[OUTSIDE])
+    if inside:
+        return int(token)
+    row[OUTSIDE] = max(row[OUTSIDE], chance)
+    return MISSED
+
+
+@compiled(any_order=True, kept=False)
+def _all(d: Any) -> None:
+    """A thread's rows."""
+    vocabulary, blocks = d[VOCABULARY], d[BLOCKS]
+    me, us = (ask(d[NUMBER]), ask(d[TEAM])) if d[TEAM] else (0, 1)
+    few, tokens, seen = np.empty(FEW, np.int64), np.empty(FEW, np.int64), np.empty(blocks, np.int64)
+    values, chances = np.empty(FEW, np.float32), np.empty(FEW, np.float64)
+    rough, near, sums = np.empty(blocks, np.float32), np.empty(BLOCK, np.float32), np.empty(blocks, np.float64)
+    of_seen = np.empty((blocks, BLOCK), np.float32)
+    wanted, found = integers_at(d[WANTED], d[ROWS]), integers_at(d[FOUND], d[ROWS])
+    for n in range(me, d[ROWS], us):
+        r = wanted[n]
+        row = doubles_at(d[NUMBERS_AT] + 8 * NUMBERS * r, NUMBERS)
+        scores, bests = (
+            floats_at(d[SCORES] + 4 * vocabulary * r, vocabulary),
+            floats_at(d[BESTS] + 4 * blocks * r, blocks),
+        )
+        token = UNSURE
+        if row[TRIED] == 0:
+            token = _among_few(row, scores, bests, few, tokens, values, chances, rough, near)
+        if token == UNSURE and row[TOP_K] == np.inf:
+            row[TRIED] = 1
+            token = _among_many(row, scores, bests, seen, of_seen, sums)
+        found[n] = token
+
+
+def draw(scores: Any, bests: Any, numbers: Any, wanted: Any) -> Any:
+    """The tokens of some rows; `UNSURE` where a row has a wide nucleus beside a `top_k`, or no chances.
+
+    A row has `MISSED` where its number falls on what is not in its nucleus: give it another one, and draw again.
+
+    Args:
+        scores, bests: float32, rows one after the other.
+        numbers: (rows, `NUMBERS`) float64, which is written to.
+        wanted: (n,) int64: numbers of rows.
+
+    Returns:
+        (n,) int64
+    """
+    found = np.empty(len(wanted), np.int64)
+    team = openmp.team()
+    threads = min(torch.get_num_threads(), len(wanted)) if team else 1
+    shared = (0, 0) if team is None or threads == 1 else (team.number, team.size)
+    arrays = (array.ctypes.data for array in (scores, bests, numbers, wanted, found))
+    d = np.array([len(wanted), scores.shape[1], bests.shape[1], *arrays, *shared], np.int64)
+    openmp.run(team, _address(), d.ctypes.data, threads)
+    return found
+
+
+@cache
+def _address() -> int:
+    @callback("void(voidptr)", uses=_USES)
+    def drawn(arguments: Any) -> None:
+        _all(carray(arguments, GIVEN, np.int64))
+
+    _made.append(drawn)
+    return int(drawn.address)
+
+
+_made: list[Any] = []  # stays in memory until the process ends
+
+
 def prepare() -> None:
-    """Compile all of it now, or load it: what draws from wide nuclei would take seconds later, in any answer."""
-    scores, numbers = np.zeros((1, 2 * FEW * BLOCK), np.float32), np.ones((1, NUMBERS))
-    bests, blocks, sums = np.zeros((1, 2 * FEW), np.float32), np.empty(2 * FEW, np.int64), np.empty(2 * FEW)
-    chances = np.empty((2 * FEW, BLOCK), np.float32)
-    draw(scores, bests, numbers, np.empty(1, np.int64))
-    count, total, rest = look(scores[0], bests[0], numbers[0], blocks, chances, sums)
-    attempt(scores[0], numbers[0], blocks[:count], chances[:count], sums[:count], total, rest, 0.5, 0.0)
+    """Compile it now, or load it."""
+    _address()
