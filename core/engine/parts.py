@@ -50,7 +50,7 @@ class Kept:
         found = self._made.get(id(factor))
         if found is None or found[0] is not factor or found[1] != version:
             found = self._made[id(factor)] = factor, version, made(factor)
-        return found[2]  # type: ignore[no-any-return]
+        return found[2]
 
 
 def parts_of_a(a: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _among_few(
         count = _nucleus(chances, FEW, top_p * row[LEAST])
         if top_p >= 1 or top_k != np.inf or count == FEW or count != _nucleus(chances, FEW, top_p * most):
             return UNSURE
-    return _fallen(chances, tokens, count, row[UNIFORM])
+    return int(_fallen(chances, tokens, count, row[UNIFORM]))
 
 
 @compiled(any_order=True, kept=False)
