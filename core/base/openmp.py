@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +29,11 @@ class Team(NamedTuple):
 @cache
 def team() -> Team | None:
     """The functions of torch's own library; None where it uses another one than GNU's."""
-    folder = Path(torch.__file__).parent
-    brought = sorted([*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")])
+    library = _library()
     try:
-        library = ctypes.CDLL(str(brought[0]), os.RTLD_NOLOAD | os.RTLD_NOW)
         run = library.GOMP_parallel
         inside = library.GOMP_barrier, library.omp_get_thread_num, library.omp_get_num_threads
-    except (AttributeError, IndexError, OSError):
+    except AttributeError:
         return None
     run.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     run.restype = None
@@ -54,4 +54,37 @@ def run(together: Team | None, address: int, arguments: Any, threads: int) -> No
         _function(address)(arguments)
 
 
+@contextmanager
+def visiting() -> Iterator[None]:
+    """Around work of a thread that will not go on with it: in the end its team is dismissed.
+
+    Every thread that begins such work gets a team of its own, which stays until that thread ends. Of more threads than
+    processors none waits for the others at a barrier, but falls asleep: a step of sixteen rows met three hundred
+    barriers, and took a third longer in a thread beside another one that had only loaded the model.
+    """
+    try:
+        yield
+    finally:
+        dismiss()
+
+
+def dismiss() -> None:
+    """End the team of the calling thread, which gets another one when it needs one (0.1 ms); not inside of its work."""
+    pause = getattr(_library(), "omp_pause_resource_all", None)
+    if pause is not None:
+        pause(_SOFT)
+
+
+@cache
+def _library() -> Any:
+    """Torch's own library; None where it uses another one than GNU's."""
+    folder = Path(torch.__file__).parent
+    brought = sorted([*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*")])
+    try:
+        return ctypes.CDLL(str(brought[0]), os.RTLD_NOLOAD | os.RTLD_NOW)
+    except (IndexError, OSError):
+        return None
+
+
+_SOFT = 1  # of OpenMP's omp_pause_resource_t: what threads keep for themselves stays
 _function = cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))

@@ -64,8 +64,10 @@ def _started(command: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
                 raise BenchmarkError("the server did not start", problems=text.strip().splitlines()[-5:])
             text += line
         with subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL):
-            yield found[0], psutil.Process(process.pid)
-            process.kill()
+            try:
+                yield found[0], psutil.Process(process.pid)
+            finally:
+                process.kill()  # or what it writes would go on being read, and waited for
     finally:
         process.kill()
         process.wait()

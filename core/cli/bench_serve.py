@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from lora_rt.core.cli.session import session
 from lora_rt.errors import UsageError
 
 _SHARES = (0.5, 0.9)
+_TURNS = 3
 _LONG = ("overload", "soak")
 _LOOK = 1.0  # seconds between two looks at a server's memory
 _SETTLING = 10.0  # seconds after which a row of a client that has gone counts as left behind
@@ -86,7 +88,10 @@ def _says(text: str) -> None:
 
 
 def _beside_generate(url: str, asked: list[Wish], rows: int, base: str, precision: str, device: str) -> dict[str, Any]:
-    """Tokens per second of `Runtime.generate`, of the server, of `generate` again, and of the server one by one."""
+    """Tokens per second of `Runtime.generate` and of the server in turns, and of the server one by one.
+
+    Of the server it is the median, and of its ratio to `generate` right before and after it.
+    """
     from lora_rt.core.benchmark.machine import machine
 
     tokens, bodies = asked[0].tokens, [wish.body() for wish in asked]
@@ -94,17 +99,19 @@ def _beside_generate(url: str, asked: list[Wish], rows: int, base: str, precisio
         serving.generated(runtime, asked[:rows], rows)
         serving.at_once(url, bodies[:rows], rows)
         _says(f"generating {len(asked)} answers in batches of {rows}, then by the server")
-        beside = [serving.generated(runtime, asked, rows)]
-        found, seconds = serving.at_once(url, bodies, rows)
-        beside.append(serving.generated(runtime, asked, rows))
+        beside, speeds = [serving.generated(runtime, asked, rows)], []
+        for _ in range(_TURNS):
+            found, seconds = serving.at_once(url, bodies, rows)
+            speeds.append(len(asked) * tokens / seconds)
+            beside.append(serving.generated(runtime, asked, rows))
         facts = machine(runtime.parts.base.device)
-    carried = len(asked) * tokens / seconds
+    ratios = [2 * speed / sum(pair) for speed, pair in zip(speeds, pairwise(beside), strict=True)]
     alone, seconds_alone = serving.at_once(url, bodies[: max(2, len(asked) // 8)], 1)
     return {
         "machine": facts,
         "generate_tokens_per_s": [round(value, 1) for value in beside],
-        "served_tokens_per_s": round(carried, 1),
-        "ratio_to_generate": round(carried / (sum(beside) / len(beside)), 3),
+        "served_tokens_per_s": round(statistics.median(speeds), 1),
+        "ratio_to_generate": round(statistics.median(ratios), 3),
         "one_at_a_time_tokens_per_s": round(len(alone) * tokens / seconds_alone, 1),
         "at_once": serving.summary(found, tokens),
     }
@@ -157,7 +164,7 @@ def _held(url: str, process: psutil.Process, asked: list[Wish], rate: float, len
 def _print(document: dict[str, Any]) -> None:
     machine, rows = document["machine"], document["rows"]
     out.print(f"{machine['cpu']}, {machine['threads']} threads; {document['requests']} x {document['tokens']} tokens")
-    low, high = sorted(document["generate_tokens_per_s"])
+    low, *_, high = sorted(document["generate_tokens_per_s"])
     ratio = document["ratio_to_generate"]
     speeds = {
         f"Runtime.generate, {rows} rows in a batch": f"{low:g}-{high:g}",

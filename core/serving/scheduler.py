@@ -37,6 +37,7 @@ from lora_rt.errors import LoraRtError
 _log = logging.getLogger("lora_rt.serving")
 _SHORT = 64  # tokens; prompts up to there may be read together whatever the padding
 _PATIENCE = 0.2  # seconds at most that rows wait for others that are about to join
+_SILENCE = 0.02  # seconds in which clients ask one after the other, once their answers have ended together
 _TIDY, _TIDY_IDLE = 15.0, 10.0  # seconds between two times that freed memory is given back, served or not
 T = TypeVar("T")
 
@@ -92,6 +93,7 @@ class Scheduler:
         self.coming: Callable[[], int] = lambda: 0
         """How many rows are being prepared."""
         self._patient = True
+        self._gone, self._heard = 0, 0.0  # rows that have ended and were followed by no other; when one came or ended
         self._lasted = 0.0  # seconds that the last step took
         self._tidied = time.monotonic()
         self.broken = False
@@ -129,7 +131,8 @@ class Scheduler:
             if not self._stopping and not self.broken:
                 for ticket in tickets:
                     insort(self._waiting, ticket, key=lambda one: one.number)
-                self._patient = True
+                self._patient, self._heard = True, time.monotonic()
+                self._gone = max(0, self._gone - len(tickets))
                 self._changed.notify()
                 return
         self.deliver([(ticket, self._over(ticket, None, _stopped())) for ticket in tickets])
@@ -213,18 +216,24 @@ class Scheduler:
             self._tidied = time.monotonic()
 
     def _gather(self) -> None:
-        """Wait for rows that are being prepared, and that there is room for: they are read together then.
+        """Wait for rows that are about to join, and that there is room for: they are read together then.
 
-        Beside a step, which takes turns of milliseconds with them, what takes ten milliseconds takes a hundred, and the
-        step is late as well. Nobody waits longer than a step takes; and where nothing came of it, not again until
-        something does: it is an adapter that is being loaded.
+        They are being prepared: beside a step, which takes turns of milliseconds with them, what takes ten milliseconds
+        takes a hundred, and the step is late as well. Or as many have just ended, and their clients ask one after the
+        other for more: who is first would be read alone while all others wait. Nobody waits longer than a step takes;
+        and where nothing came of it, not again until something does: it is an adapter that is being loaded.
         """
         end = time.monotonic() + min(_PATIENCE, self._lasted if self._running else _PATIENCE)
         with self._changed:
             before = len(self._waiting)
-            while self._patient and self.coming() and len(self._running) + len(self._waiting) < self._most:
-                if self._stopping or not self._changed.wait(end - time.monotonic()):
-                    self._patient = len(self._waiting) > before
+            while len(self._running) + len(self._waiting) < self._most and not self._stopping:
+                prepared = self._patient and self.coming() > 0
+                if not prepared and not (self._waiting and self._gone > 0):
+                    break
+                until = end if prepared else min(end, self._heard + _SILENCE)
+                if not self._changed.wait(until - time.monotonic()):
+                    self._gone = 0
+                    self._patient = not prepared or len(self._waiting) > before
                     break
 
     def _dismiss(self) -> None:
@@ -325,6 +334,9 @@ class Scheduler:
 
     def _end(self, ticket: Ticket, ending: Ending | None, error: LoraRtError | None) -> None:
         self._running.pop(id(ticket.row), None)
+        if ending is not None:
+            with self._changed:
+                self._gone, self._heard = self._gone + 1, time.monotonic()
         self._events.append((ticket, self._over(ticket, ending, error)))
 
     def _over(self, ticket: Ticket, ending: Ending | None, error: LoraRtError | None) -> Over:

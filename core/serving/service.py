@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from lora_rt.core.base import openmp
 from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
@@ -104,6 +105,7 @@ class Service:
         for name in self.settings.pin:
             self.shelf.load(name, pin=True)
         _ = self.runtime.parts.lm.blocks  # what steps need is compiled or loaded before somebody waits for it
+        openmp.dismiss()  # this thread has loaded the model, and the scheduler's goes on with it
         self.scheduler.start()
 
     def close(self) -> None:
@@ -176,7 +178,7 @@ class Service:
                 self.scheduler.submit(tickets)  # none where that failed: nobody is to wait for them any more
             return prepared
 
-        return self._worker.submit(work)
+        return self.beside(work)
 
     def turn(self, name: str, model: str, composition: Mapping[str, float] | str | None) -> Future[Mapping[str, Any]]:
         """Put the rows of a request under another composition, from each one's next token on."""
@@ -200,11 +202,11 @@ class Service:
 
             return self.scheduler.between(act).result()
 
-        return self._worker.submit(work)
+        return self.beside(work)
 
     def beside(self, action: Any) -> Future[Any]:
         """Run something in the thread that prepares: what loads or unloads adapters."""
-        return self._worker.submit(action)
+        return self._worker.submit(openmp.visiting()(action))
 
     def forget(self, name: str) -> None:
         """A request is over, or nobody wants it any more: what is still running of it is cancelled."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from lora_rt.core.benchmark import servers
 from lora_rt.core.benchmark.serving import Served, Wish, fill, summary, wishes
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.settings import Limits, ServeSettings
@@ -37,6 +39,13 @@ def test_an_answer_that_is_cut_short_counts_as_failed() -> None:
     told = summary([whole, whole, short, refused, refused, left, broken], 8)
     assert [told[key] for key in ("served", "refused", "left", "failed")] == [2, 2, 1, 2]
     assert told["refused_ms"] == {"p50": 3.0, "p99": 3.0}
+
+
+def test_what_fails_beside_a_server_ends_it() -> None:
+    command = [sys.executable, "-c", "import time; print('http://127.0.0.1:1', flush=True); time.sleep(600)"]
+    with pytest.raises(ConnectionError), servers._started(command) as (_, process):
+        raise ConnectionError
+    assert not process.is_running()
 
 
 def test_before_memory_is_watched_as_many_prompts_are_kept_as_may_be(runtime: Runtime) -> None:

@@ -98,6 +98,42 @@ def test_rows_that_are_being_prepared_at_once_are_read_together(
         bad.result()
 
 
+def test_clients_whose_answers_ended_together_and_that_ask_one_after_the_other_are_read_together(
+    started: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_SILENCE", 60.0)
+    monkeypatch.setattr(scheduler, "_PATIENCE", 60.0)
+    joined: list[int] = []
+    batch = started.scheduler._batch
+    monkeypatch.setattr(batch, "add", lambda rows: joined.append(len(rows)) or type(batch).add(batch, rows))
+
+    def four() -> None:
+        for number in range(4):
+            started.submit(ask(), str(number), Heard().listener(str(number))).result()  # each is ready before the next
+
+    four()
+    started.start()
+    settled(started)
+    four()
+    settled(started)
+    assert joined == [4, 4]
+
+
+def test_nobody_waits_for_clients_that_do_not_come_back(started: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "_SILENCE", 60.0)
+    started.start()
+    for _ in range(2):  # an answer after the other: there is nobody else to wait for
+        started.submit(ask(), "a", Heard().listener("a")).result()
+        settled(started)
+    monkeypatch.setattr(scheduler, "_SILENCE", 0.01)
+    for number in range(3):
+        started.submit(ask(), str(number), Heard().listener(str(number))).result()
+    settled(started)
+    started.submit(ask(), "alone", Heard().listener("alone")).result()
+    settled(started)
+    assert started.scheduler._gone == 1  # its own: the others are forgotten
+
+
 @pytest.mark.parametrize("started", [Limits(reading=200)], indirect=True)
 def test_twice_as_many_newcomers_are_read_at_once_while_nobody_speaks(
     started: Service, monkeypatch: pytest.MonkeyPatch
