@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from torch import Tensor, ones_like, tensor
 
+from lora_rt.core.base import openmp
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.precision import check_wish
@@ -55,6 +56,7 @@ class Runtime:
         self._adapted: AdaptedBase | None = AdaptedBase(base, modes, registry, self.text, multiply)
 
     @classmethod
+    @openmp.visiting()
     def load(
         cls,
         base: str | PathLike[str] = "default",
@@ -206,6 +208,7 @@ class Runtime:
             raise RequestError(f"no adapter {name!r} is resident", next_step="Load it first")
         return self.parts.bank.residents[name]
 
+    @openmp.visiting()
     def load_adapter(
         self,
         reference: Reference | str | PathLike[str],
@@ -517,11 +520,12 @@ class Runtime:
         """Each step's token per row, None where it has ended."""
         batch = self.batch(deterministic=deterministic)
         batch.add(rows)
-        while batch.rows:
-            got = {id(row) for row in batch.step()}
-            check_numbers(rows)
-            if got:
-                yield [row.answer[-1] if id(row) in got else None for row in rows]
+        with openmp.visiting():  # the next answer may be another thread's
+            while batch.rows:
+                got = {id(row) for row in batch.step()}
+                check_numbers(rows)
+                if got:
+                    yield [row.answer[-1] if id(row) in got else None for row in rows]
 
 
 def _opened(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_rt.core.base import openmp
+from support.tiny import Zoo
 
 pytestmark = pytest.mark.skipif(openmp.team() is None, reason="torch has another OpenMP library here")
 
@@ -57,3 +58,17 @@ def test_a_thread_that_only_visits_leaves_no_team_behind() -> None:
 def test_without_that_library_nothing_is_dismissed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openmp, "_library", lambda: None)
     openmp.dismiss()
+
+
+@pytest.mark.slow
+def test_an_answer_leaves_the_processors_to_the_next_one_s_thread(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = zoo.runtime("llama", fresh=True)
+    left: list[int] = []
+    monkeypatch.setattr(openmp, "dismiss", lambda: left.append(threading.get_ident()))
+    runtime.generate("a", max_new_tokens=2)
+    assert left == [threading.get_ident()]
+    stream = runtime.stream("a", max_new_tokens=2)
+    next(iter(stream))
+    assert len(left) == 1  # it goes on
+    list(stream)
+    assert len(left) == 2
