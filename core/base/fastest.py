@@ -197,7 +197,10 @@ def told(name: str, times: Times) -> str:
     out, _, width = sizes[:3]
     found = fastest(times, [way for way in _TOLD if way in times])
     words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
-    small = ", in 4 bits 0.3 of it" if "four-bit" in times else ""
+    small = ""
+    if "four-bit" in times:
+        words += ", four-bit in a step in one call"
+        small = ", in 4 bits 0.3 of it"
     return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that{small}"
 
 

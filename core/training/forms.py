@@ -28,6 +28,8 @@ def in_our_form(line: dict[str, Any], *, chats: bool) -> dict[str, Any] | list[s
         line: one JSON object. Its other keys are kept.
         chats: whether "scene" may be a list of messages, for chats of more than one question; else that is wrong.
     """
+    if "scene" in line and (chats_too := [key for key in _CHATS if line.get(key)]):
+        return [f'both "scene" and "{chats_too[0]}" say what is asked; leave one out']
     if "scene" in line or ("text" in line and not _in_another_form(line)):
         return line
     for key, names in _CHATS.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from lora_rt.errors import LoraRtError
 Record = tuple[str, bytes | Any]
 """The place of a record, and its line as bytes or its value."""
 
+_LOGGER = logging.getLogger("lora_rt.training")
 _HUB = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?:/(?P<configuration>[\w.-]+))?(?:@(?P<revision>[^:]+))?(?::(?P<split>.+))?"
 )
@@ -71,6 +73,8 @@ def records(path: Path) -> Iterator[Record]:
     check_source(path)
     try:
         if path.is_dir():
+            if others := _passed_over(path):
+                _LOGGER.warning("of %s these are not read: %s", path, ", ".join(others))
             for file in _files(path):
                 yield from ((f"{file.name} {place}", value) for place, value in records(file))
         elif not path.exists():
@@ -103,6 +107,19 @@ def _files(folder: Path) -> list[Path]:
         step = f"Give one of its folders: {', '.join(folders[:5])}" if folders else FORMS
         raise DataError(f"{folder} has no .jsonl, .json or .parquet file", next_step=step)
     return files
+
+
+def _passed_over(folder: Path) -> list[str]:
+    """What a folder holds besides that looks like data, and is not read."""
+    inside = [item for item in sorted(folder.iterdir()) if item.name[0] != "."]
+    files = [f"{item.name} ({_OTHERS[item.suffix.lower()]})" for item in inside if item.suffix.lower() in _OTHERS]
+    known = {*_READ, *_OTHERS}
+    folders = [
+        f"{item.name}/ (a folder)"
+        for item in inside
+        if item.is_dir() and any(one.suffix.lower() in known for one in item.iterdir())
+    ]
+    return files + folders
 
 
 def _content(path: Path) -> bytes:

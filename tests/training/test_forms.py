@@ -75,11 +75,14 @@ def test_what_is_wrong_is_said_by_line_with_the_forms_that_are_taken(tmp_path: P
         {"messages": "no list"},
         {"messages": [ASK, SAY]},
         {"messages": [{"role": "user", "content": "\ud83c"}, SAY]},
+        {"scene": "a", "text": "b", "messages": [ASK, SAY]},
+        {"scene": "a", "text": "b", "messages": []},
     )
     with pytest.raises(DataError) as caught:
         read_pairs(path, FIELDS, chats=True)
     lines = [problem.split(":")[0] for problem in caught.value.problems]
-    assert lines == ["line 1", "line 1", "line 3", "line 4", "line 5", "line 6", "line 7", "line 9"]
+    assert lines == ["line 1", "line 1", "line 3", "line 4", "line 5", "line 6", "line 7", "line 9", "line 10"]
+    assert caught.value.problems[-1] == 'line 10: both "scene" and "messages" say what is asked; leave one out'
     for form in ('"messages"', '"conversations"', '"instruction"', '"prompt"', '"scene"'):
         assert form in caught.value.next_step
 

@@ -168,3 +168,23 @@ def test_the_whole_as_one_text_beside_a_known_form_is_left_out(tmp_path: Path, r
 def test_the_ending_of_a_file_may_be_written_in_capitals(tmp_path: Path) -> None:
     as_lines(tmp_path / "A.JSONL", ROWS)
     assert read_pairs(tmp_path, FIELDS) == READ
+
+
+def test_what_a_folder_holds_besides_is_named_where_it_looks_like_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    as_lines(tmp_path / "a.jsonl", ROWS[:1])
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "more.csv").write_text("a,b")
+    (tmp_path / "old").mkdir()
+    as_lines(tmp_path / "old" / "b.jsonl", ROWS[1:])
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "c.png").write_bytes(b"")
+    assert len(list(records(tmp_path))) == 1
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f"of {tmp_path} these are not read: more.csv (CSV), old/ (a folder)"
+    (tmp_path / "more.csv").unlink()
+    (tmp_path / "old" / "b.jsonl").unlink()
+    caplog.clear()
+    list(records(tmp_path))
+    assert not caplog.records
