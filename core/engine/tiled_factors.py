@@ -26,7 +26,7 @@ LEAST = 32
 
 _ROWS, _INPUTS = 16, 32  # of a tile
 _WIDEST = 1 << 13  # inputs of A
-_RANKS = 1 << 10  # of B: both parts of 32 tokens' hidden stand on each thread's stack, 256 KiB
+_RANKS = 1 << 10  # of B: both parts of 32 tokens' hidden stand on each thread's stack, 128 KiB
 _PARTS = 4  # for each thread
 _WHICH = {torch.bfloat16: 1, torch.float32: 2}  # of the kernels, by the dtype of y
 _Arguments = ctypes.c_int64 * 9

@@ -131,8 +131,9 @@ class Scheduler:
             if not self._stopping and not self.broken:
                 for ticket in tickets:
                     insort(self._waiting, ticket, key=lambda one: one.number)
-                self._patient, self._heard = True, time.monotonic()
-                self._gone = max(0, self._gone - len(tickets))
+                now = time.monotonic()
+                gone = self._gone if now - self._heard < _PATIENCE else 0
+                self._patient, self._heard, self._gone = True, now, max(0, gone - len(tickets))
                 self._changed.notify()
                 return
         self.deliver([(ticket, self._over(ticket, None, _stopped())) for ticket in tickets])
