@@ -244,5 +244,10 @@ class SharedPass(Pass):
 
 
 def _is_narrow(x: Tensor, tokens: int) -> bool:
-    """Whether an x is bfloat16 on a CPU, of so many tokens or more, and no gradient is wanted."""
-    return x.dtype is torch.bfloat16 and x.numel() >= tokens * x.shape[-1] and x.is_cpu and not torch.is_grad_enabled()
+    """Whether an x is bfloat16 on a CPU, of so many tokens or more, and no gradient is wanted.
+
+    A fake one has no memory to be read; what it takes is estimated by torch's own operations.
+    """
+    if type(x) is not Tensor or x.dtype is not torch.bfloat16 or not x.is_cpu:
+        return False
+    return x.numel() >= tokens * x.shape[-1] and not torch.is_grad_enabled()
