@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def records(path: Path) -> Iterator[Record]:
     try:
         if path.is_dir():
             if others := _passed_over(path):
-                _LOGGER.warning("of %s these are not read: %s", path, ", ".join(others))
+                _warn_once(f"of {path} these are not read: {', '.join(others)}")
             for file in _files(path):
                 yield from ((f"{file.name} {place}", value) for place, value in records(file))
         elif not path.exists():
@@ -107,6 +108,12 @@ def _files(folder: Path) -> list[Path]:
         step = f"Give one of its folders: {', '.join(folders[:5])}" if folders else FORMS
         raise DataError(f"{folder} has no .jsonl, .json or .parquet file", next_step=step)
     return files
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Data is read several times in a run."""
+    _LOGGER.warning(text)
 
 
 def _passed_over(folder: Path) -> list[str]:

@@ -180,7 +180,8 @@ def test_what_a_folder_holds_besides_is_named_where_it_looks_like_data(
     as_lines(tmp_path / "old" / "b.jsonl", ROWS[1:])
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "c.png").write_bytes(b"")
-    assert len(list(records(tmp_path))) == 1
+    for _ in range(2):  # as often as a run reads it, it is said once
+        assert len(list(records(tmp_path))) == 1
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == f"of {tmp_path} these are not read: more.csv (CSV), old/ (a folder)"
     (tmp_path / "more.csv").unlink()
