@@ -48,9 +48,7 @@ fallen far behind with fewer tokens."""
 _BEHIND = 3.0  # times the best: not tried again
 _GROWING = ("packed", "dense")  # ways that fall back further where their time grows with the tokens; by AMX not dense
 _GROWS = 1.5  # times what half as many tokens took: units for bfloat16 take their time to lay a weight out
-_MANY = (
-    128  # tokens for the last class: prompts have some hundred, and a way that is fast with 64 may not be with these
-)
+_MANY = 128  # tokens for the last class: prompts have hundreds, and a way that is fast with 64 may not be with these
 _TURNS, _RUNS = 2, 3
 _POOL = 48 << 20  # bytes
 _COPIES = 256  # at most, of one weight: of a layer of four features (Gemma 3n has some) a million would fit in the pool

@@ -59,8 +59,8 @@ def visiting() -> Iterator[None]:
     """Around work of a thread that will not go on with it: in the end its team is dismissed.
 
     Every thread that begins such work gets a team of its own, which stays until that thread ends. Of more threads than
-    processors none waits for the others at a barrier, but falls asleep: a step of sixteen rows met three hundred
-    barriers, and took a third longer in a thread beside another one that had only loaded the model.
+    processors none waits for the others at a barrier, but falls asleep: a step meets some three hundred barriers, and
+    one of a single row took a third longer beside a thread that had only loaded the model.
     """
     try:
         yield

@@ -42,14 +42,14 @@ class Kept:
     """Parts of factors, made when they are first asked for; anew where a factor was changed in place since."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, int, Any]] = {}
+        self._made: dict[tuple[int, Any], tuple[Tensor, int, Any]] = {}
 
     def of(self, factor: Tensor, made: Callable[[Tensor], T]) -> T:
-        """What `made` makes of a factor; of one it is always asked for the same."""
-        version = 0 if factor.is_inference() else factor._version
-        found = self._made.get(id(factor))
+        """What `made`, a function of a module, makes of a factor."""
+        version, key = 0 if factor.is_inference() else factor._version, (id(factor), made)
+        found = self._made.get(key)
         if found is None or found[0] is not factor or found[1] != version:
-            found = self._made[id(factor)] = factor, version, made(factor)
+            found = self._made[key] = factor, version, made(factor)
         return found[2]
 
 

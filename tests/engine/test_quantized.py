@@ -128,6 +128,7 @@ def test_what_is_added_in_parts_is_nearly_float32s_for_any_ranks_of_a_group() ->
 def test_parts_of_a_factor_are_made_once_and_anew_where_it_has_changed() -> None:
     kept, a = Kept(), torch.randn(3, 8)
     first = kept.of(a, parts_of_a)
+    assert torch.equal(kept.of(a, parts_of_b), parts_of_b(a))  # another thing that is made of it
     assert kept.of(a, parts_of_a) is first
     assert not torch.equal(kept.of(torch.randn(3, 8), parts_of_a), first)
     a.mul_(2)

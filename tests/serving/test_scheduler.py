@@ -121,6 +121,7 @@ def test_clients_whose_answers_ended_together_and_that_ask_one_after_the_other_a
 
 def test_nobody_waits_for_clients_that_do_not_come_back(started: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "_SILENCE", 60.0)
+    monkeypatch.setattr(scheduler, "_PATIENCE", 60.0)
     started.start()
     for _ in range(2):  # an answer after the other: there is nobody else to wait for
         started.submit(ask(), "a", Heard().listener("a")).result()
