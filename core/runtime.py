@@ -9,7 +9,6 @@ from typing import Any, overload
 
 from torch import Tensor, ones_like, tensor
 
-from lora_rt.core.base import openmp
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.precision import check_wish
@@ -22,6 +21,7 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.row import PassInfo, check_numbers
 from lora_rt.core.generation.sampling import Sampling, Seeds, seeds_per_row
 from lora_rt.core.generation.scoring import answer_nll, choices_nll, given_batch, whole_logits
+from lora_rt.core.native import openmp
 from lora_rt.core.requests.adapted import AdaptedBase
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
 from lora_rt.core.requests.explaining import Explanation, explain

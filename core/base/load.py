@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repackin
 from lora_rt.core.base.shape import blocks_of, heads_of, vocabulary_of, width_of
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, first_line, parse_base
-from lora_rt.core.base.tried import Tried
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
@@ -47,7 +46,8 @@ class LoadedBase:
     """The model in memory (eval mode, frozen), its tokenizer, and what it is.
 
     `precision` is one of ours, or in words what others have quantized it to. `give_back` undoes what was done to a
-    model that is a caller's. `tried` remembers what trying it has shown.
+    model that is a caller's. What trying it has
+    shown is remembered under the name `remembered_as`, where it has one.
     """
 
     model: Any
@@ -59,7 +59,7 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     give_back: Callable[[], None] = _nothing
-    tried: Tried = field(default_factory=Tried)
+    remembered_as: str | None = None
 
     def digest(self) -> str:
         """The sha256 of every parameter, buffer and quantization scale as it lies in memory.
@@ -147,7 +147,7 @@ def load_base(
         precision=kept,
         device=target,
         dtype=dtype or compute_dtype_of(model),
-        tried=Tried(f"{prepared.identity.digest} {kept} {target}"),
+        remembered_as=f"{prepared.identity.digest} {kept} {target}",
     )
 
 

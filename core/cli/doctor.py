@@ -73,8 +73,8 @@ def _devices() -> list[Check]:
 
 def _products() -> list[Check]:
     """How the layers of the bases that were used here are multiplied on the CPU, and what a dense copy of one takes."""
-    from lora_rt.core.base.fastest import told
-    from lora_rt.core.base.measured import machine_name, remembered
+    from lora_rt.core.multiply.fastest import told
+    from lora_rt.core.multiply.measured import machine_name, remembered
 
     known = remembered().get(machine_name(), {})
     if not known:

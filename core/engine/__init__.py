@@ -11,24 +11,17 @@
 row of `g` each, and a context gate varies it by layer and token. The result equals the dense
 W + sum_k w_k s_k B_k A_k; the base's weights are never touched.
 
-The model     causal_lm.py      passes over rows             rope.py         factors that depend on the length
-              topology.py       where adapters can act       heads.py        where its attention heads lie
+The model     topology.py       where adapters can act       heads.py        where its attention heads lie
               layout.py         where rows and tokens lie    wrappers.py     the base within what PEFT wraps around it
-              hidden_states.py  its early hidden state       growing_cache.py  keys and values with room for more
 An adapter    resident.py       in memory                    fitting.py      checked against the layers that it names
               special.py        what it holds besides A, B   experts.py      on parameters: fused experts, routers
 The rank axis bank.py           residents, plans over them   plan.py         a plan, and the pass that runs under it
               stack.py          active A and B, stacked      shared.py       the plan whose rows share a stack
               lanes.py          a lane of factors per row    gates.py        what multiplies the ranks
               site.py           the hook-up of a layer       lru.py          what was laid out, kept (LRU, by bytes)
+Few tokens    few_rows.py       what a stack adds in a step on a CPU
 Many tokens   parts.py          float32 as two bfloat16      tiled_factors.py  what adapters add, by AMX
               tiled_kernel.py   its loops
-On a CPU      decoder.py        a step by the model's blocks kernels.py      what it does between products
-              few_rows.py       what adapters add            unchanged.py   whether modules still are what they were
-              whole_step.py     a step in one call, over 4 bits whole_kernel.py   what its threads do
-              tiles.py          products with what adapters hold
-On a GPU      steps.py          recorded decoding steps      pool.py         a plan's tensors in fixed places
-              fixed_cache.py    keys and values in fixed places
 
 The engine knows tensors and layers; it knows no files, prompts or modes.
 """

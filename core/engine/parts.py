@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_rt.core.base.measured import quickest
 from lora_rt.core.engine import tiled_factors
+from lora_rt.core.multiply.measured import quickest
 
 MANY = 256
 """Tokens from which on it may pay off: below, float32 is faster on every processor that was measured."""

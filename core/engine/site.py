@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_rt.core.base.cpu_4bit import direct_forward
 from lora_rt.core.base.fused import Pairs, are_experts, given_to_experts, run_experts
-from lora_rt.core.base.multiply import Product
 from lora_rt.core.engine.experts import ProductsOfParameters
 from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
 from lora_rt.core.engine.wrappers import inner_of, is_compiled
+from lora_rt.core.multiply.cpu_4bit import direct_forward
+from lora_rt.core.multiply.ways import Product
 
 
 class _Hooked:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_rt.core.base import four_bit, openmp
+from lora_rt.core.multiply import four_bit
+from lora_rt.core.native import openmp
 
 _log = logging.getLogger("lora_rt.engine")
 

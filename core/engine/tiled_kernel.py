@@ -13,10 +13,10 @@ from typing import Any
 
 from llvmlite import ir
 
-from lora_rt.core.base import amx, registers
-from lora_rt.core.base.amx import LINE, NBYTES, ROWS, Tiles
-from lora_rt.core.base.machine_code import addresses_of, counting, shared_by_threads
-from lora_rt.core.base.registers import I8, I16, I64
+from lora_rt.core.native import amx, registers
+from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
+from lora_rt.core.native.machine_code import addresses_of, counting, shared_by_threads
+from lora_rt.core.native.registers import I8, I16, I64
 
 TOKENS = 2 * ROWS
 """Tokens of a part: fewer are read for so many."""

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.fused import PackedMatrices
-from lora_rt.core.base.multiply import looking
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
 from lora_rt.core.base.shape import ForwardPass, blocks_of, device_of, vocabulary_of
 from lora_rt.core.base.silence import libraries_silenced
@@ -29,6 +28,7 @@ from lora_rt.core.engine.experts import find_parameters, watched_experts, watche
 from lora_rt.core.engine.heads import HeadAxis, find_heads
 from lora_rt.core.engine.layout import PROBES, Layout, layout_of
 from lora_rt.core.engine.wrappers import bare_modules, inner_of
+from lora_rt.core.multiply.ways import looking
 
 
 @dataclass(frozen=True, slots=True)

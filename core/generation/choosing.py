@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_rt.core.base import compiled
 from lora_rt.core.generation.drawing import BLOCK, SMALL, Draw, Drawing, tokens_at, values_of
 from lora_rt.core.generation.sampling import Sampling
+from lora_rt.core.native import compiled
 
 _log = logging.getLogger("lora_rt.generation")
 

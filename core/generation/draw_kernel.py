@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numba import carray
 
-from lora_rt.core.base import in_c, openmp
-from lora_rt.core.base.compiled import callback, compiled
-from lora_rt.core.base.in_c import ask, doubles_at, floats_at, integers_at
-from lora_rt.core.engine import kernels
-from lora_rt.core.engine.kernels import exp
+from lora_rt.core.forward import kernels
+from lora_rt.core.forward.kernels import exp
 from lora_rt.core.generation import drawing
 from lora_rt.core.generation.drawing import BLOCK, FEW, ROUNDING
+from lora_rt.core.native import in_c, openmp
+from lora_rt.core.native.compiled import callback, compiled
+from lora_rt.core.native.in_c import ask, doubles_at, floats_at, integers_at
 
 CLOSE = 2e-5  # more than what chances in single precision lose
 UNSEEN = 0.1  # the most share of all chances that blocks which are not looked at may have

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_rt.core.base.shape import pad_right
-from lora_rt.core.engine.causal_lm import CausalLM
+from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.generation.row import DecodingRow, PassInfo, Planner, check_lengths
 from lora_rt.errors import LoraRtError
 

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.base.fastest import is_left_unpacked
 from lora_rt.core.base.fused import pack_experts
 from lora_rt.core.base.precision import Precision, compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
 from lora_rt.core.base.shape import ForwardPass, layers_of
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.causal_lm import CACHES
-from lora_rt.core.engine.decoder import can_be_one_call
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import features, shapes_of
+from lora_rt.core.forward.causal_lm import CACHES
+from lora_rt.core.forward.decoder import can_be_one_call
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import (
     bytes_of,
@@ -35,6 +34,7 @@ from lora_rt.core.memory.skeleton import (
 )
 from lora_rt.core.memory.upstream import FakeTensorMode, FirstExpert, storage_key
 from lora_rt.core.memory.workload import Device
+from lora_rt.core.multiply.fastest import is_left_unpacked
 from lora_rt.core.step.adapter import adaptable, targets
 from lora_rt.core.step.settings import TrainSettings
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.fused import run_without_values
 from lora_rt.core.base.load import scales
-from lora_rt.core.base.multiply import is_4bit
 from lora_rt.core.base.packed import fit_to_model
 from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
 from lora_rt.core.base.reading import auto_class
@@ -27,6 +26,7 @@ from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
 from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, own_tensors, quantize_layers, storage_key
 from lora_rt.core.memory.workload import Device, PlanError
+from lora_rt.core.multiply.ways import is_4bit
 
 TRACED = (2, 3)
 """A model whose blocks are alike is run with so many of them: the first, the last, and one in between."""

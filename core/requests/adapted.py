@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from lora_rt.core.base.fastest import Products
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.causal_lm import CausalLM
-from lora_rt.core.engine.decoder import can_be_one_call
-from lora_rt.core.engine.hidden_states import EarlyHidden
+from lora_rt.core.forward.causal_lm import CausalLM
+from lora_rt.core.forward.decoder import can_be_one_call
+from lora_rt.core.forward.hidden_states import EarlyHidden
+from lora_rt.core.forward.tried import Tried
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.row import PassInfo
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
+from lora_rt.core.multiply.fastest import Products
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.planner import RowPlanner
 from lora_rt.core.requests.residents import Residents
@@ -51,7 +52,7 @@ class AdaptedBase:
             undo.callback(base.give_back)
             self.products = Products(base.model, multiply, in_one_call=can_be_one_call(base.model))
             undo.callback(self.products.close)
-            self.lm = CausalLM(base.model, base.tried)
+            self.lm = CausalLM(base.model, Tried(base.remembered_as))
             self.bank = AdapterBank(base.model, base.dtype)
             undo.callback(self.bank.close)
             self.early = EarlyHidden(self.lm, base.facts.layers)

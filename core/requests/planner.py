@@ -22,9 +22,9 @@ import torch
 
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
+from lora_rt.core.forward.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.core.generation.row import PassInfo
 from lora_rt.core.requests.merging import merged
 from lora_rt.core.requests.mixes import Mix

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.shape import pad_right, positions_of
-from lora_rt.core.engine.causal_lm import CausalLM
-from lora_rt.core.engine.hidden_states import EarlyHidden
 from lora_rt.core.engine.resident import ResidentAdapter
+from lora_rt.core.forward.causal_lm import CausalLM
+from lora_rt.core.forward.hidden_states import EarlyHidden
 from lora_rt.core.requests.mixes import Mix
 from lora_rt.core.requests.rows import Turns
 from lora_rt.plugins.contract import BaseFacts, SceneContext, ScenePrediction

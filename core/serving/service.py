@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from lora_rt.core.base import openmp
 from lora_rt.core.base.machine import free_bytes
+from lora_rt.core.native import openmp
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.metrics import Meter

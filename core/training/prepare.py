@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_rt.core.base.fastest import Products
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.reading import UNREADABLE, config_alone
 from lora_rt.core.base.shape import context_of
@@ -18,6 +17,7 @@ from lora_rt.core.base.source import parse_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import Portions, pick_portions
 from lora_rt.core.memory.skeleton import skeleton
+from lora_rt.core.multiply.fastest import Products
 from lora_rt.core.step.adapter import checkpointed, fresh_adapter, targets
 from lora_rt.core.step.attention import attend_by_rows, attend_in_float32
 from lora_rt.core.step.fused import fuse

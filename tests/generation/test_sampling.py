@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from lora_rt.core.base import compiled
 from lora_rt.core.generation import choosing
 from lora_rt.core.generation.choosing import RowSampler, choose
 from lora_rt.core.generation.sampling import Sampling, SamplingError, seeds_per_row
+from lora_rt.core.native import compiled
 
 END = 3
 SCORES = torch.tensor([[2.0, 1.0, 0.5, 3.0]])

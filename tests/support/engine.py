@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.engine.bank import AdapterBank
-from lora_rt.core.engine.causal_lm import CausalLM
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter
+from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.requests.reading import read_adapter
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.inspection import inspect_adapter

@@ -1,0 +1,390 @@
+"""A causal language model of transformers, as passes over rows need it.
+
+Which arguments its forward takes, how long a row may be, which rows may share a pass, and where keys and values are
+kept. Found out here once, so that nothing above depends on an architecture.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context
+from functools import cached_property, partial
+from importlib import metadata
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DummyLayer
+
+from lora_rt.core.base.shape import ForwardPass, context_of, device_of, heads_of, positions_of, vocabulary_of
+from lora_rt.core.base.upstream import keeps_a_state
+from lora_rt.core.engine.plan import Plan, base_alone
+from lora_rt.core.forward.decoder import DecoderStep, is_known, is_watched
+from lora_rt.core.forward.growing_cache import GrowingLayer, GrowingWindow, let_grow
+from lora_rt.core.forward.rope import Rope, forget_growth
+from lora_rt.core.forward.steps import Steps, on_cuda
+from lora_rt.core.forward.tried import Tried
+from lora_rt.core.native import compiled
+from lora_rt.errors import LoraRtError
+
+Keeping = Literal["shared", "apart", "none"]
+"""Rows may share a cache; each row needs one of its own; or there is none, and every pass reads all tokens again."""
+
+_log = logging.getLogger("lora_rt.engine")
+
+_VARIABLE = "LORA_RT_CUDA_GRAPHS"
+_BLOCKS = "LORA_RT_BLOCKS"
+_LARGE = 4_000_000  # numbers
+CACHES = ("past_key_values", "cache_params")
+"""What a model calls its cache, in what it takes and gives."""
+_PROBE = 7  # tokens of the texts by which a model is tried
+_PADDING = 3
+
+
+class CausalLM:
+    """One model. Passes of several threads may run at once, but for models whose rope depends on length."""
+
+    def __init__(self, model: Any, tried: Tried | None = None) -> None:
+        """With `tried`, what is found out about the model is remembered."""
+        self.model = model
+        self._tried = tried or Tried()
+        self.device = device_of(model)
+        self.capacity = context_of(model.config)
+        self.rope = Rope(model.config)
+        self._pass = ForwardPass.of(model)
+        self._takes = signature(model.forward).parameters
+        self._cache_name = next((name for name in CACHES if name in self._takes), None)
+        self._one_at_a_time: AbstractContextManager[Any] = threading.RLock() if self.rope.varies else nullcontext()
+        self._probing = threading.RLock()  # one trial may need the answer of another
+        self._closed = False
+
+    def close(self) -> None:
+        """End: a pass that begins from now on, or has not ended yet, is refused. Adapters may leave the model then."""
+        self._closed = True
+
+    def check_open(self) -> None:
+        """Raises LoraRtError once this was closed: what would come is the base's, whatever was asked for."""
+        if self._closed:
+            raise LoraRtError("this runtime was closed", next_step="Load a new one with lora_rt.Runtime.load()")
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        plan: Plan | None = None,
+        cache: Any = None,
+        keep: int | Tensor | None = None,
+        padded: bool | None = None,
+        by_blocks: bool = True,
+    ) -> Tensor:
+        """The logits of one pass, (rows, tokens or kept, vocab).
+
+        Args:
+            ids, positions: (rows, tokens) of this pass.
+            mask: (rows, all tokens so far), 0 on padding.
+            plan: under which it runs; None is the base alone.
+            cache: of the tokens before, which the pass extends.
+            keep: the last n tokens, or their indices in this pass, where not the logits of all are wanted.
+            padded: whether the mask hides anything; looked up where it is not said, for which a GPU is waited for.
+            by_blocks: whether a step may be `blocks`'; hooks on the model's own blocks need not be called then.
+
+        Raises:
+            LoraRtError: it was closed.
+        """
+        self.check_open()
+        rows, tokens = ids.shape
+        kept = keep if self._pass.takes_columns else None
+        blocks = self.blocks if by_blocks and tokens == 1 and cache is not None else None
+        with self._one_at_a_time, plan.running(rows, tokens, kept) if plan is not None else base_alone():
+            if blocks is not None and blocks.can(cache):
+                logits = blocks(ids, positions, mask, cache)
+            else:
+                logits = self._logits(ids, mask, positions, cache, keep, padded)
+        self.check_open()  # adapters may have left in the middle
+        return logits.to(self.device)
+
+    def _logits(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int | Tensor | None, padded: bool | None
+    ) -> Tensor:
+        """The logits of a pass by the model's own forward, under whatever plan is running."""
+        given = self._pass.arguments(ids, self._mask_of(ids, mask, padded, cache), keep) | self._cached(cache)
+        if self._pass.takes_positions:
+            given["position_ids"] = positions + self._pass.first_position
+        if self.rope.varies:
+            forget_growth(self.model)
+        return self._pass.kept(self.model(**given).logits, keep)
+
+    def _mask_of(self, ids: Tensor, mask: Tensor, padded: bool | None, cache: Any) -> Tensor | None:
+        """The mask as a pass is given it; None where it is left out."""
+        if cache is not None and ids.shape[1] == 1 and self.groups_heads:
+            return _of_columns(mask)
+        # The mask is left out where nothing is padded: the kernel without one is faster.
+        masked = not self._pass.takes_positions or (not bool(mask.all()) if padded is None else padded)
+        return mask if masked else None
+
+    def at_columns(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """The last logits (rows, 1, vocab) of a pass over a cache in fixed places, under whatever plan is running.
+
+        Args:
+            ids, positions: (rows, 1).
+            mask: (rows, 1, 1, columns), true where a row looks at a column.
+            cache: of `lora_rt.core.forward.fixed_cache`.
+        """
+        given = self._pass.arguments(ids, None, 1) | self._cached(cache)
+        places = positions + self._pass.first_position
+        logits: Tensor = self.model(**given, attention_mask=mask, position_ids=places).logits
+        return logits[:, -1:]
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether a pass is told where its tokens stand; else the model counts by mask or cache."""
+        return self._pass.takes_positions
+
+    @cached_property
+    def steps(self) -> Steps | None:
+        """Decoding steps that are recorded, where the device has that and the model's passes are all alike.
+
+        `$LORA_RT_CUDA_GRAPHS` of 0 says that nothing is to be recorded.
+        """
+        wanted = self.device.type == "cuda" and os.environ.get(_VARIABLE, "") != "0"
+        return Steps(self, on_cuda()) if wanted and self.records else None
+
+    @property
+    def blocks(self) -> DecoderStep | None:
+        """The step of this model by its blocks on a CPU, where numba is there and a trial of it went well.
+
+        `$LORA_RT_BLOCKS` of 0 says that there is to be none, of 1 that even a base is stepped so which is so small that
+        to load what was compiled takes longer than all that it will save.
+        """
+        tried = "_blocks" in vars(self)
+        if not self._has_blocks or (not tried and is_watched(self.model)):  # the latter may be over with the next step
+            return None
+        return self._blocks
+
+    @cached_property
+    def _has_blocks(self) -> bool:
+        wanted = os.environ.get(_BLOCKS, "")
+        large = sum(parameter.numel() for parameter in self.model.parameters()) >= _LARGE or wanted == "1"
+        there = self.device.type == "cpu" and wanted != "0" and large and compiled.is_there()
+        return there and is_known(self.model) and self.records
+
+    @cached_property
+    def _blocks(self) -> DecoderStep | None:
+        try:
+            found = DecoderStep(self.model)
+            versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite", "numpy"))
+            if found.whole is not None and found.whole.takes_all():
+                # What it passes by is what a step by blocks passes by, which need not be compiled for a trial then.
+                if self._tried.answer(f"steps in one call, {versions}", partial(self._same_in_one_call, found)):
+                    return found
+                found.whole = None
+            return (
+                found if self._tried.answer(f"steps by its blocks, {versions}", partial(self._same_by, found)) else None
+            )
+        except Exception as error:  # another release of numba or numpy may refuse it in any way
+            text = "steps are made by the base's own forward, which is slower: %s (%s=0 leaves this out)"
+            _log.warning(text, error, _BLOCKS)
+            return None
+
+    def _same_in_one_call(self, blocks: DecoderStep) -> bool:
+        """The same where every step is one call, whatever is faster; it is none that was not made so."""
+        whole = blocks.whole
+        whole.always = True
+        try:
+            with torch.inference_mode():
+                return whole.ready(2, None, None) is not None and self._same_by(blocks)
+        finally:
+            whole.always = False
+
+    def _same_by(self, blocks: DecoderStep) -> bool:
+        """Whether two steps of two rows, one of them padded, are those of the model's own forward."""
+        rows = torch.stack([self._text(0), self._text(1)])
+        mask = torch.ones_like(rows)
+        mask[0, :_PADDING] = 0
+        positions = positions_of(mask)
+
+        def alone() -> bool:
+            with base_alone(), torch.inference_mode():
+                caches = self.new_cache(), self.new_cache()
+                for cache in caches:
+                    self._logits(rows[:, :-2], mask[:, :-2], positions[:, :-2], cache, 1, True)
+                for end in (_PROBE - 1, _PROBE):
+                    now = rows[:, end - 1 : end], positions[:, end - 1 : end]
+                    usual = self._logits(now[0], mask[:, :end], now[1], caches[0], 1, True)
+                    found = blocks(*now, mask[:, :end], caches[1])
+                    if not _near(found, usual, 1e-3 if _exact(usual) else 0.5):
+                        return False
+            return True
+
+        with self._probing:
+            return Context().run(alone)
+
+    @property
+    def records(self) -> bool:
+        """Whether a decoding step is the same work every time, and takes a mask as `at_columns` gives it."""
+        plain = self.keeping == "shared" and {type(layer) for layer in self.new_cache().layers} == {GrowingLayer}
+        attends = getattr(self.model.config, "_attn_implementation", "") == "sdpa"
+        whole = {parameter.device for parameter in self.model.parameters()} == {self.device}
+        return plain and attends and whole and self._pass.takes_positions and not self.rope.varies
+
+    @cached_property
+    def groups_heads(self) -> bool:
+        """Whether a step on a CPU is told which columns each row sees, though it sees all of them.
+
+        Without a mask transformers hands torch the heads of queries that share keys and values one by one, with it all
+        of a group at once: in bfloat16 that is nine times as fast (16 rows of 90 tokens, 9 heads over 3: 3.8 ms a layer
+        and 0.43). It is tried, as whether a model takes such a mask is nowhere said.
+        """
+        heads = heads_of(self.model.config)
+        if self.device.type != "cpu" or heads.keys == heads.queries or not self.records:
+            return False
+        return self._tried.answer("takes masks of columns", self._takes_columns)
+
+    def _takes_columns(self) -> bool:
+        """Whether a step says the same under a mask of columns, and what it hides changes nothing.
+
+        A model that adds the mask to its scores would take it as well, and hide next to nothing. One that takes no
+        mask in a step at all (a mixture that weighs its experts' loss by it) is given none where no row is padded.
+        """
+        try:
+            return self._hides_columns()
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return False
+
+    def _hides_columns(self) -> bool:
+        rows = torch.stack([self._text(0), self._text(1)])
+        mask = torch.ones_like(rows)
+        if self.ignores_padding:
+            mask[0, :_PADDING] = 0
+        positions = positions_of(mask)
+
+        def step(ids: Tensor, last: Tensor) -> Tensor:
+            cache = self.new_cache()
+            self._raw(ids[:, :-1], mask[:, :-1], cache)
+            return self._raw(ids[:, -1:], last, cache, positions[:, -1:])
+
+        other = rows.where(mask.bool(), rows.flip(1) + 1)  # under the padding
+        with self._probing, torch.inference_mode():
+            usual = step(rows, mask)
+            found, changed = (step(ids, _of_columns(mask)) for ids in (rows, other))
+        exact = _exact(usual)
+        return _near(found, usual, 0.01 if exact else 0.5) and _near(changed, found, 1e-3 if exact else 0.05)
+
+    def _cached(self, cache: Any) -> dict[str, Any]:
+        """The arguments that say where keys and values are kept."""
+        kept = {} if cache is None or self._cache_name is None else {self._cache_name: cache}
+        return kept | ({"use_cache": cache is not None} if "use_cache" in self._takes else {})
+
+    @cached_property
+    def keeping(self) -> Keeping:
+        """How keys and values are kept; a cache is tried before it is trusted."""
+        if self._cache_name is None or "use_cache" not in self._takes:
+            return "none"
+        usual = self._cache_name == CACHES[0] and not keeps_a_state(self.model)
+        try:
+            kinds = {type(layer) for layer in self.new_cache().layers}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return "none"
+        if not self._tried.answer("keeps rows apart", self._keeps_rows_apart):
+            return "none"
+        return "shared" if usual and kinds <= {GrowingLayer, GrowingWindow, DummyLayer} else "apart"
+
+    def new_cache(self) -> Any:
+        """An empty cache of the kinds of layers that this model has."""
+        return let_grow(DynamicCache(config=self.model.config))
+
+    @cached_property
+    def ignores_padding(self) -> bool:
+        """Whether a row padded on the left gets what it gets alone; where not, only rows of one length share a pass.
+
+        Tried on the model: other tokens under the padding may change nothing, and the shift hardly anything (in few
+        bits, a batch of another shape is rounded otherwise).
+        """
+        return self._tried.answer("ignores padding", self._ignores_padding)
+
+    def _ignores_padding(self) -> bool:
+        with self._probing, torch.inference_mode():
+            rows = torch.stack([self._text(0), self._text(1)])
+            mask = torch.ones_like(rows)
+            mask[0, :_PADDING] = 0
+            one = self._raw(rows, mask)
+            rows[0, :_PADDING] = rows[0, :_PADDING].flip(0) + 1
+            other = self._raw(rows, mask)
+            alone = self._raw(rows[:1, _PADDING:], mask[:1, _PADDING:])
+        # Exact would be 0; in a mixture of experts other padding makes other products, rounded otherwise.
+        strict = 1e-3 if one.dtype == torch.float32 else 0.05
+        return _near(one[0], other[0], strict) and _near(one[0], alone[0], max(strict, 0.01) if _exact(one) else 0.5)
+
+    def share(self, length: int) -> Hashable:
+        """Equal for rows that may stand in one pass: of one set of rope factors, and unpadded where that matters."""
+        return self.rope.factors(length), None if self.ignores_padding else length
+
+    def parts(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The numbers of rows that may share a pass when they are padded on the right, which no token looks at."""
+        found: dict[Hashable, list[int]] = {}
+        for number, length in enumerate(lengths):
+            found.setdefault(self.rope.factors(length), []).append(number)
+        return list(found.values())
+
+    def _text(self, number: int) -> Tensor:
+        """Some tokens, (tokens,)."""
+        vocabulary = vocabulary_of(self.model.config)
+        return (torch.arange(_PROBE, device=self.device) * 37 + 11 * number + 5) % max(vocabulary - 8, 1)
+
+    def _raw(self, ids: Tensor, mask: Tensor, cache: Any = None, positions: Tensor | None = None) -> Tensor:
+        """The last logits of the base alone, (rows, vocab); hooks that someone has put on the model are not called."""
+        given = self._pass.arguments(ids, mask) | self._cached(cache)
+        if positions is not None:
+            given["position_ids"] = positions + self._pass.first_position
+
+        def alone() -> Tensor:
+            with base_alone():
+                logits: Tensor = self.model.forward(**given).logits
+            return logits[:, -1].to(self.device)
+
+        with self._one_at_a_time:
+            return Context().run(alone)  # a trial may stand within a pass that is stopped half-way: that is none of it
+
+    def _keeps_rows_apart(self) -> bool:
+        """Whether two rows that are read in turn, with a cache each, get what reading all tokens at once gives."""
+        texts = [self._text(number)[None] for number in range(2)]
+        mask = torch.ones_like(texts[0])
+        with self._probing, torch.inference_mode():
+            whole = [self._raw(text, mask) for text in texts]
+            try:
+                caches = [self.new_cache() for _ in texts]
+                for text, cache in zip(texts, caches, strict=True):
+                    self._raw(text[:, :-2], mask[:, :-2], cache)
+                stepped = whole
+                for end in (_PROBE - 1, _PROBE):
+                    stepped = [
+                        self._raw(text[:, end - 1 : end], mask[:, :end], cache)
+                        for text, cache in zip(texts, caches, strict=True)
+                    ]
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                return False
+        near = 0.01 if _exact(whole[0]) else 0.5
+        return all(_near(a, b, near) for a, b in zip(whole, stepped, strict=True))
+
+
+def _of_columns(mask: Tensor) -> Tensor:
+    """(rows, 1, 1, columns) of a mask (rows, columns) of the one token that each row reads."""
+    return mask.bool()[:, None, None]
+
+
+def _exact(logits: Tensor) -> bool:
+    return logits.dtype == torch.float32
+
+
+def _near(one: Tensor, other: Tensor, share: float) -> bool:
+    """Whether two sets of logits differ by less than a share of their spread."""
+    one, other = one.float(), other.float()
+    return bool((one - other).abs().max() <= share * one.std().clamp(min=1e-6))

@@ -1,0 +1,341 @@
+"""A decoding step of a Llama-like decoder over 4-bit weights in one call, by a team of threads: see `whole_step.py`.
+
+Every thread runs `_whole`. Between two barriers it makes a part of what is to be made, which no other one reads before
+the second of them:
+
+    norm            rows                            x += what the layers before have made, then RMSNorm
+    q, k, v         outputs, and ranks of A x       then B (A x) is added to the thread's own outputs
+    keys, values    rows and heads                  into the cache
+    attention       rows and heads
+    o               outputs, ranks; norm as above
+    gate, up        outputs, ranks                  then silu(gate) * up of the thread's own outputs
+    down            outputs, ranks
+
+All numbers between products are float32; where the model would round them to bfloat16, they are rounded.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from lora_rt.core.forward import kernels
+from lora_rt.core.forward.kernels import (
+    _narrow,
+    _rounded,
+    _wide,
+    attend_head,
+    norm_head,
+    norm_row,
+    room_of,
+    seen_places,
+    silu_row,
+    turn_head,
+)
+from lora_rt.core.forward.tiles import add_some, multiply
+from lora_rt.core.native import in_c
+from lora_rt.core.native.compiled import callback, compiled
+from lora_rt.core.native.in_c import ask, floats_at, integers_at, numbers_at, pointer, run_with, wait
+
+# What `whole_step.py` writes: numbers and addresses of a step, int64.
+ROWS, COLUMNS, BLOCKS, HIDDEN, HEADS, KEYS, SIZE, WIDTH, ROPES = range(9)
+BARRIER, NUMBER, TEAM, PART, LAYERS, NUMBERS, CACHE, ADAPTERS = range(9, 17)
+X, COS, SIN, SEEN, RANKS, RANKS_WIDTH, KEPT, SCORES, CALLS, OUT = range(17, 27)
+INPUT = 27  # of each of the four groups, and the outputs of each of the seven layers
+OUTPUT = INPUT + 4
+STEP = OUTPUT + 7
+FIRST = (0, 3, 4, 6, 7)  # layers of each group: q, k, v; o; gate, up; down
+
+# ... of each block: the weights of its norms, then of each layer codes, scales, bias and the numbers of its features.
+NORM_1, NORM_2, NORM_Q, NORM_K = range(4)
+LAYER = 4  # the first layer: q, k, v, o, gate, up, down
+CODES, SCALES, BIAS, IN, FEATURES, FACTS = range(6)
+BLOCK = LAYER + 7 * FACTS
+# ... float64: what norms add to a mean square, at the places of their weights, and what scores are multiplied by
+EPS_1, EPS_2, EPS_Q, EPS_K, SCALING, FLOATS = range(6)
+# ... of the cache: keys and values, and how far apart rows, heads and columns lie in each
+KEYS_AT, VALUES_AT, OF_KEYS, OF_VALUES, PLACES = 0, 1, 2, 5, 8
+# ... of adapters: of the four groups A, its ranks, how far apart the A of two rows (0 where all have one), ranks and
+# features lie, its gate and that one's rows; of the seven sites B, its ranks, the first of these in the group, how far
+# apart the B of two rows, features and ranks lie.
+A_AT, A_RANKS, A_OF_ROWS, A_OF_RANKS, A_OF_FEATURES, GATE_AT, GATE_ROWS, GROUP = range(8)
+B_AT, B_RANKS, B_START, B_OF_ROWS, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
+SITES = 4 * GROUP
+ADAPTED = SITES + 7 * SITE
+
+_USED = [kernels.__file__, *kernels.USED, in_c.__file__]
+
+CALL = 16  # int64 apart lie the arguments of two threads' calls
+SCORED = 12  # bytes: a score and a place
+
+
+@compiled(kept=False)
+def _meet(s: Any) -> None:
+    if s[BARRIER]:
+        wait(s[BARRIER])
+
+
+@compiled(kept=False)
+def _share(count: int, unit: int, me: int, all_of_us: int) -> tuple[int, int]:
+    """From where to where a thread's part of so many things goes, whole units."""
+    units = (count + unit - 1) // unit
+    return min(units * me // all_of_us * unit, count), min(units * (me + 1) // all_of_us * unit, count)
+
+
+@compiled(any_order=True, kept=False)
+def _norms(s: Any, weight: int, eps: Any, added: int, me: int, us: int, like: Any) -> None:
+    """The rows of a thread: x += added, where something is, then its RMSNorm."""
+    width = s[HIDDEN]
+    for r in range(me, s[ROWS], us):
+        x, out = floats_at(s[X] + 4 * r * width, width), floats_at(s[INPUT] + 4 * r * width, width)
+        extra = floats_at(added + 4 * r * width, width if added else 0)
+        for i in range(len(extra)):
+            x[i] = _rounded(x[i] + _rounded(extra[i], like), like)
+        norm_row(x, numbers_at(weight, width, like), eps, out, like)
+
+
+@compiled(any_order=True, kept=False)
+def _layer(s: Any, block: Any, site: int, x: int, y: int, me: int, us: int, like: Any) -> None:
+    """A thread's outputs of a layer: W x + bias."""
+    at = LAYER + FACTS * site
+    features = block[at + FEATURES]
+    start, stop = _share(features, 16, me, us)
+    if start == stop:
+        return
+    call = integers_at(s[CALLS] + 8 * CALL * me, 9)
+    call[0], call[1], call[2], call[3], call[4] = start, stop, s[ROWS], block[at + IN], features
+    call[5], call[6], call[7], call[8] = block[at + CODES], block[at + SCALES], x, y
+    run_with(s[PART], s[CALLS] + 8 * CALL * me)
+    if block[at + BIAS]:
+        bias = numbers_at(block[at + BIAS] + like.itemsize * start, stop - start, like)
+        for r in range(s[ROWS]):
+            row = floats_at(y + 4 * (r * features + start), stop - start)
+            for o in range(stop - start):
+                row[o] += _wide(bias[o])
+
+
+@compiled(any_order=True, kept=False)
+def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: int) -> None:
+    """A thread's rows of gate * (A x), or of fewer rows than threads its ranks."""
+    at = GROUP * group
+    ranks, rows = adapted[at + A_RANKS], s[ROWS]
+    of_ranks, of_features = adapted[at + A_OF_RANKS], adapted[at + A_OF_FEATURES]
+    first, last, start, stop = 0, rows, 0, ranks
+    if rows >= us:
+        first, last = _share(rows, 1, me, us)
+    else:
+        start, stop = _share(ranks, 8, me, us)
+    count = stop - start
+    a, of_rows = adapted[at + A_AT] + 4 * start * of_ranks, 4 * adapted[at + A_OF_ROWS]
+    y = s[RANKS] + 4 * start
+    apart = 4 * s[RANKS_WIDTH]  # of two rows of y
+    if of_ranks == 1:
+        some = 1 if of_rows else last - first  # rows that have one A
+        for r in range(first, last, max(some, 1)):
+            x_r, y_r, of_x = x + 4 * r * width, y + r * apart, 4 * width
+            multiply(x_r, of_x, a + r * of_rows, 4 * of_features, y_r, apart, some, width, count, 0)
+    else:
+        for q in range(count):
+            for r in range(first, last):
+                row = floats_at(a + r * of_rows + 4 * q * of_ranks, width)
+                given = floats_at(x + 4 * r * width, width)
+                total = np.float32(0)
+                for i in range(width):
+                    total += row[i] * given[i]
+                floats_at(y + r * apart, count)[q] = total
+    for r in range(first, last):
+        gate = floats_at(adapted[at + GATE_AT] + 4 * (ranks * min(r, adapted[at + GATE_ROWS] - 1) + start), count)
+        hidden = floats_at(y + r * apart, count)
+        for q in range(count):
+            hidden[q] *= gate[q]
+
+
+@compiled(any_order=True, kept=False)
+def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: int) -> None:
+    """B (gate * (A x)), added to a thread's outputs."""
+    at = SITES + SITE * site
+    if not adapted[at + B_AT]:
+        return
+    ranks, of_features, of_ranks = adapted[at + B_RANKS], adapted[at + B_OF_FEATURES], adapted[at + B_OF_RANKS]
+    start, stop = _share(features, 16, me, us)
+    of_rows, apart = 4 * adapted[at + B_OF_ROWS], s[RANKS_WIDTH]
+    kept_at = s[KEPT] + 8 * s[RANKS_WIDTH] * me
+    kept = integers_at(kept_at, ranks)
+    several = 1 if of_rows else 8  # rows at a time
+    for r in range(0, s[ROWS], several):
+        b = adapted[at + B_AT] + 4 * start * of_features + r * of_rows
+        y_at, hidden_at = y + 4 * (r * features + start), s[RANKS] + 4 * (r * apart + adapted[at + B_START])
+        some = min(several, s[ROWS] - r)
+        if of_features == 1:
+            count = _used(floats_at(hidden_at, (some - 1) * apart + ranks), apart, some, kept)
+            add_some(hidden_at, 4 * apart, b, 4 * of_ranks, y_at, 4 * features, some, count, stop - start, kept_at)
+            continue
+        for n in range(some):
+            row, hidden = floats_at(y_at + 4 * n * features, stop - start), floats_at(hidden_at + 4 * n * apart, ranks)
+            for o in range(len(row)):
+                of_o, total = floats_at(b + 4 * o * of_features, ranks), np.float32(0)
+                for q in range(ranks):
+                    total += of_o[q] * hidden[q]
+                row[o] += total
+
+
+@compiled(kept=False)
+def _used(hidden: Any, apart: int, rows: int, kept: Any) -> int:
+    """How many ranks do something in one of these rows, and which: those of other rows' adapters are 0. NaN is not."""
+    count = 0
+    for q in range(len(kept)):
+        for r in range(rows):
+            if hidden[r * apart + q] != 0:
+                kept[count] = q
+                count += 1
+                break
+    return count
+
+
+@compiled(any_order=True, kept=False)
+def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: Any) -> None:
+    """A thread's rows and heads of keys and values, into the last column of the cache."""
+    size, heads, last = s[SIZE], s[KEYS], s[COLUMNS] - 1
+    of_item = like.itemsize
+    for unit in range(me, s[ROWS] * heads, us):
+        r, head = unit // heads, unit % heads
+        key, value = floats_at(s[OUTPUT + 1] + 4 * unit * size, size), floats_at(s[OUTPUT + 2] + 4 * unit * size, size)
+        if block[NORM_K]:
+            norm_head(key, numbers_at(block[NORM_K], size, like), numbers[EPS_K], like)
+        turn = min(r, s[ROPES] - 1) * size * 4
+        turn_head(key, floats_at(s[COS] + turn, size), floats_at(s[SIN] + turn, size), like)
+        for at, first, new in ((cache[KEYS_AT], OF_KEYS, key), (cache[VALUES_AT], OF_VALUES, value)):
+            place = at + of_item * (r * cache[first] + head * cache[first + 1] + last * cache[first + 2])
+            kept = numbers_at(place, size, like)
+            for i in range(size):
+                kept[i] = _narrow(new[i], like)
+
+
+@compiled(any_order=True, kept=False)
+def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: Any) -> None:
+    """A thread's rows and heads of the attention."""
+    size, heads, columns = s[SIZE], s[HEADS], s[COLUMNS]
+    group = heads // s[KEYS]
+    of_item = like.itemsize
+    room = room_of(columns)
+    scores = floats_at(s[SCORES] + SCORED * room * me, room)
+    places = integers_at(s[SCORES] + SCORED * room * me + 4 * room, room)
+    row_before, count = -1, 0
+    start, stop = _share(s[ROWS] * heads, 1, me, us)
+    for unit in range(start, stop):
+        r, head = unit // heads, unit % heads
+        query = floats_at(s[OUTPUT] + 4 * unit * size, size)
+        if block[NORM_Q]:
+            norm_head(query, numbers_at(block[NORM_Q], size, like), numbers[EPS_Q], like)
+        turn = min(r, s[ROPES] - 1) * size * 4
+        turn_head(query, floats_at(s[COS] + turn, size), floats_at(s[SIN] + turn, size), like)
+        if r != row_before:
+            row_before = r
+            count = seen_places(carray(pointer(s[SEEN] + r * columns), columns, np.uint8), places)
+        keys = cache[KEYS_AT] + of_item * (r * cache[OF_KEYS] + head // group * cache[OF_KEYS + 1])
+        values = cache[VALUES_AT] + of_item * (r * cache[OF_VALUES] + head // group * cache[OF_VALUES + 1])
+        of_keys, of_values = cache[OF_KEYS + 2], cache[OF_VALUES + 2]
+        attend_head(
+            query,
+            numbers_at(keys, (columns - 1) * of_keys + size, like),
+            of_keys,
+            numbers_at(values, (columns - 1) * of_values + size, like),
+            of_values,
+            places,
+            count,
+            np.float32(numbers[SCALING]),
+            scores,
+            floats_at(s[INPUT + 1] + 4 * unit * size, size),
+            like,
+        )
+
+
+@compiled(any_order=True, kept=False)
+def _gated(s: Any, me: int, us: int, like: Any) -> None:
+    """silu(gate) * up of a thread's outputs, in the place of gate."""
+    width = s[WIDTH]
+    start, stop = _share(width, 16, me, us)
+    for r in range(s[ROWS]):
+        at = 4 * (r * width + start)
+        gate, up = floats_at(s[OUTPUT + 4] + at, stop - start), floats_at(s[OUTPUT + 5] + at, stop - start)
+        silu_row(gate, up, like)
+
+
+@compiled(kept=False)
+def _group(s: Any, block: Any, adapted: Any, group: int, me: int, us: int, like: Any) -> None:
+    """A thread's outputs of the layers that read one x, with all that adapters add."""
+    first, last = FIRST[group], FIRST[group + 1]
+    x, width = s[INPUT + group], block[LAYER + FACTS * first + IN]
+    for site in range(first, last):
+        _layer(s, block, site, x, s[OUTPUT + site], me, us, like)
+    if not adapted[GROUP * group + A_AT]:
+        return
+    _ranks(s, adapted, group, x, width, me, us)
+    _meet(s)
+    for site in range(first, last):
+        _add(s, adapted, site, s[OUTPUT + site], block[LAYER + FACTS * site + FEATURES], me, us)
+
+
+@compiled(kept=False)
+def _whole(s: Any, like: Any) -> None:
+    """A thread's part of a step: x (rows, H) is read, `OUT` (rows, H) is written."""
+    alone = s[BARRIER] == 0
+    me = np.int64(0) if alone else np.int64(ask(s[NUMBER]))
+    us = np.int64(1) if alone else np.int64(ask(s[TEAM]))
+    added: Any = 0  # where what the layers before have made lies, which x still lacks
+    for number in range(s[BLOCKS] + 1):
+        block = integers_at(s[LAYERS] + 8 * BLOCK * number, BLOCK)
+        numbers = carray(pointer(s[NUMBERS] + 8 * FLOATS * number), FLOATS, np.float64)
+        cache = integers_at(s[CACHE] + 8 * PLACES * number, PLACES)
+        adapted = integers_at(s[ADAPTERS] + 8 * ADAPTED * number, ADAPTED)
+        for group in range(4):  # one loop, so that each function is built into this one once
+            if group % 2 == 0:
+                which = group // 2
+                _norms(s, block[NORM_1 + which], numbers[EPS_1 + which], added, me, us, like)
+                _meet(s)
+            if number == s[BLOCKS]:
+                break  # behind the blocks there is one more norm
+            if group == 1:
+                _keep(s, block, numbers, cache, me, us, like)
+                _meet(s)
+                _attend(s, block, numbers, cache, me, us, like)
+                _meet(s)
+            _group(s, block, adapted, group, me, us, like)
+            if group == 2:
+                _gated(s, me, us, like)
+            _meet(s)
+            added = s[OUTPUT + FIRST[group + 1] - 1]
+    for r in range(me, s[ROWS], us):
+        given = floats_at(s[INPUT] + 4 * r * s[HIDDEN], s[HIDDEN])
+        out = numbers_at(s[OUT] + r * s[HIDDEN] * like.itemsize, s[HIDDEN], like)
+        for i in range(s[HIDDEN]):
+            out[i] = _narrow(given[i], like)
+
+
+@cache
+def step_of(dtype: Any) -> int:
+    """The address of a function that takes the step's int64, for a model in bfloat16 (numpy's uint16) or float32.
+
+    It stays in memory until the process ends.
+    """
+    if dtype == np.uint16:
+
+        @callback("void(voidptr)", uses=_USED)
+        def step(arguments: Any) -> None:
+            s = carray(arguments, STEP, np.int64)
+            _whole(s, carray(arguments, 0, np.uint16))
+    else:
+
+        @callback("void(voidptr)", uses=_USED)
+        def step(arguments: Any) -> None:
+            s = carray(arguments, STEP, np.int64)
+            _whole(s, carray(arguments, 0, np.float32))
+
+    _made.append(step)
+    return int(step.address)
+
+
+_made: list[Any] = []

@@ -1,0 +1,13 @@
+"""The product W x of one linear layer on a CPU: a weight that is kept in 4 bits need not be multiplied in 4 bits.
+
+The ways          ways.py       what they are, and the layer's forward that takes one
+                  fastest.py    which one a layer of a base takes, and the copies that fit
+                  measured.py   how fast each is here: raced once for a machine and a shape
+As bitsandbytes   cpu_4bit.py   its own kernel, without the Python around it
+In 4 bits         four_bit.py   codes and scales, and the product of a few rows
+                  four_bit_kernel.py  its loops
+By AMX            tiled.py      a few rows and a bfloat16 weight
+                  amx_kernel.py  the loops of both
+A dense copy      blocked.py    float32 in oneDNN's blocks
+                  half.py       float16, by FBGEMM
+"""

@@ -1,0 +1,291 @@
+"""The products of a base's layers, each in the way that is fastest here, with the dense copies that pay off and fit.
+
+Decided when a base is put to use, for each shape of layers and each class of tokens: one process always multiplies the
+same layer by the same number of tokens in the same way, but for decoding steps in one call, which read 4 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lora_rt.core.base.machine import free_bytes
+from lora_rt.core.base.precision import Wish, check_wish
+from lora_rt.core.base.source import BaseError
+from lora_rt.core.multiply import four_bit
+from lora_rt.core.multiply.measured import Times, layer_name, times_of
+from lora_rt.core.multiply.ways import SIZES, Copy, Product, Way, computes_in, is_4bit, keeps, nbytes_of, packs, ways_of
+
+Ways = tuple[Way, ...]
+"""One for each class of `SIZES`."""
+
+_TINY = 4_000_000  # numbers in all layers of a base, below which there is nothing to gain
+_SHARE = 0.5  # of the free memory that dense copies may take
+_GAIN = 0.9  # a way is left for another one only if that takes at most this share of its time
+_GAIN_ALONE = 0.75  # the same for single tokens: a copy of an output head takes as long to make as three hundred steps
+_HARDLY = 1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves what lies between products
+_SAVED = 20.0  # microseconds that a product of its own takes at least before and after it, which such a step has not
+_PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
+_SETS: tuple[tuple[Copy, ...], ...] = (
+    (),
+    ("narrow",),
+    ("half",),
+    ("wide",),
+    ("blocked",),
+    ("four-bit",),
+    ("narrow", "four-bit"),
+    ("half", "four-bit"),
+    ("wide", "four-bit"),
+    ("narrow", "half"),
+    ("narrow", "wide"),
+    ("narrow", "blocked"),
+)
+_COPIES: tuple[frozenset[Copy], ...] = tuple(map(frozenset, _SETS))
+"""The dense copies that a layer may have; smaller ones come first."""
+
+_TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half", "four-bit", "tiles")
+_NO_GRADIENT: frozenset[Copy] = frozenset(("half", "blocked", "four-bit"))
+"""Copies that a gradient can't be made with."""
+
+
+class Products:
+    """The products of a model's layers, until they are closed. `nbytes` is the memory of their dense copies."""
+
+    def __init__(
+        self, model: nn.Module, wish: str | None = None, *, for_training: bool = False, in_one_call: bool = False
+    ) -> None:
+        """Sets the forward of every layer that has a faster way; one whose forward somebody has set keeps it.
+
+        To be made before the model's first forward pass, which packs 4-bit weights on some processors.
+
+        Args:
+            for_training: leave out what makes a pass faster and its gradient slower, and second copies for few tokens.
+            in_one_call: the model's steps can be made in one call, where all 4-bit layers have the kernel's copies.
+
+        Raises:
+            BaseError, UsageError: there is no such wish, or the dense copies that are wished for do not fit.
+        """
+        chosen = check_wish(wish)
+        layers = [] if chosen == "packed" else _layers(model)
+        if chosen == "auto" and sum(map(_numbers, layers)) < _TINY:
+            layers = []
+        sets = [copies for copies in _COPIES if not (for_training and (copies & _NO_GRADIENT or len(copies) > 1))]
+        room = int(free_bytes("cpu") * _SHARE)
+        plan = choose(layers, chosen, room, sets, in_one_call=in_one_call) if layers else {}
+        self.layers = [layer for layer in layers if set(plan[layer_name(layer)]) != {"packed"}]
+        self.nbytes = sum(_nbytes(layer, plan[layer_name(layer)]) for layer in self.layers)
+        times = times_of({layer_name(layer): layer for layer in self.layers})
+        for layer in self.layers:
+            ways = plan[layer_name(layer)]
+            made = Product(layer, ways, _near(times[layer_name(layer)], ways))
+            layer.forward = made  # type: ignore[method-assign,assignment]  # of this one alone
+        for stack in _stacks(model, self.layers):
+            for made in stack:
+                made.beside = stack
+
+    def keep(self) -> None:
+        """Make all dense copies now instead of when they are first needed: what is free then is free."""
+        for layer in self.layers:
+            layer.forward.keep()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Give the layers their own forwards back, and the memory of the copies."""
+        for layer in self.layers:
+            if isinstance(made := vars(layer).get("forward"), Product):
+                made.beside = ()  # in a circle their copies would stay until it is looked for
+                del layer.forward
+        self.layers = []
+
+
+def choose(
+    layers: Sequence[nn.Linear],
+    wish: Wish,
+    room: int,
+    sets: Sequence[frozenset[Copy]] = _COPIES,
+    *,
+    in_one_call: bool = False,
+) -> dict[str, Ways]:
+    """Layer name -> its ways, with the dense copies that pay off among those sets that fit into `room` bytes.
+
+    Args:
+        in_one_call: see `Products`.
+
+    Raises:
+        BaseError: those that are wished for do not.
+    """
+    counts = Counter(map(layer_name, layers))
+    examples = {layer_name(layer): layer for layer in layers}
+    times = times_of(examples)
+    shares = {name: counts[name] * _numbers(layer) for name, layer in examples.items()}
+    best: tuple[list[float], dict[str, Ways]] | None = None
+    needed = []
+    for copies in sets:
+        plan = {name: _ways(layer, times[name], wish, copies) for name, layer in examples.items()}
+        if not all(plan.values()):
+            continue
+        at_once: list[int] = []
+        if in_one_call and wish == "auto" and "four-bit" in copies:
+            at_once = _at_once(examples, counts, times, plan)
+        if at_once:
+            for name, layer in examples.items():
+                if is_4bit(layer):
+                    ways = _ways(layer, times[name], wish, copies, pack=False)
+                    plan[name] = tuple("four-bit" if n in at_once else way for n, way in enumerate(ways))
+        size = sum(counts[name] * _nbytes(layer, plan[name]) for name, layer in examples.items())
+        needed.append(size)
+        if size > room:
+            continue
+        took = _took({name: (shares[name], times[name], ways) for name, ways in plan.items()})
+        for number in at_once:
+            took[number] -= math.log(_HARDLY)
+        gains = [] if best is None else [new - old for new, old in zip(took, best[0], strict=True)]
+        if best is None or (sum(gains) < 0 and min(gains) < math.log(_PAYS)):
+            best = took, plan
+    if best is None:
+        text = (
+            f"dense copies of its weights take {min(needed) / 2**30:.1f} GiB, and {room / 2**30:.1f} are there for them"
+        )
+        raise BaseError(text, next_step="Use --multiply auto or dequantize, or a smaller base")
+    return best[1]
+
+
+def _at_once(
+    examples: Mapping[str, nn.Linear], counts: Mapping[str, int], times: Mapping[str, Times], plan: Mapping[str, Ways]
+) -> list[int]:
+    """The classes of few tokens for which a pass by the 4-bit kernel alone is hardly slower than what is planned.
+
+    Of a small layer most of what is measured lies between two products, and is not there in a step in one call: so what
+    counts is what all layers take.
+    """
+    packed = [name for name, layer in examples.items() if is_4bit(layer)]
+
+    def took(number: int, way: Way | None) -> float:
+        return sum(counts[name] * _time(times[name], way or plan[name][number], number) for name in packed)
+
+    saved = _SAVED * sum(counts[name] for name in packed)
+    return [n for n in range(len(SIZES) - 1) if packed and took(n, "four-bit") - saved <= _HARDLY * took(n, None)]
+
+
+def fastest(times: Times, ways: Sequence[Way]) -> Ways:
+    """The fastest for each class of tokens; one that needs no dense copy, where it is hardly slower."""
+
+    def pick(number: int) -> Way:
+        best = min(ways, key=lambda way: _time(times, way, number))
+        near = "four-bit" in ways and _time(times, best, number) > _GAIN * _time(times, "four-bit", number)
+        if near and _is_dense(best):
+            best = "four-bit"
+        gain = _GAIN_ALONE if _is_dense(best) and number == 0 else _GAIN
+        near = "packed" in ways and _time(times, best, number) > gain * _time(times, "packed", number)
+        return "packed" if near else best
+
+    return tuple(map(pick, range(len(SIZES))))
+
+
+def _is_dense(way: Way) -> bool:
+    """Whether a dense copy is kept for it, which takes long to make; codes for the 4-bit kernel are there at once."""
+    return keeps(way) not in (None, "four-bit")
+
+
+def told(name: str, times: Times) -> str:
+    """How a layer of that name (`layer_name`) is multiplied where its copies fit, and the memory of one copy."""
+    if len(sizes := name.split()) < 3:  # no layer: what adapters add to many tokens
+        return f"many tokens {min(times, key=lambda way: _time(times, way, 0))}"
+    out, _, width = sizes[:3]
+    found = fastest(times, [way for way in _TOLD if way in times])
+    words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
+    small = ""
+    if "four-bit" in times:
+        words += ", four-bit in a step in one call"
+        small = ", in 4 bits 0.3 of it"
+    return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that{small}"
+
+
+def is_left_unpacked(model: nn.Module, in_one_call: bool) -> bool:
+    """Whether bitsandbytes is not to pack the 4-bit layers of a model on a CPU: its steps are made in one call."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and is_4bit(layer)]
+    fit = all(four_bit.could_fit(layer) for layer in layers)
+    return in_one_call and fit and four_bit.could_be() and sum(map(_numbers, layers)) >= _TINY
+
+
+def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy], *, pack: bool = True) -> Ways:
+    """The fastest ways of a layer among those that are wished for and that these copies allow; empty for none.
+
+    Args:
+        pack: whether a weight may be packed, which takes a little more memory, and can't be dequantized then.
+    """
+    if not is_4bit(layer):
+        copies -= {"narrow", "four-bit"}  # it is the former itself
+    lean = not copies - {"four-bit"}  # nothing dense is kept
+    sensible = {"packed": True, "dense": "narrow" in copies}
+    sensible |= {"dense-wide": "wide" in copies, "dense-blocked": "blocked" in copies}
+    sensible |= {"dense-half": "half" in copies, "four-bit": "four-bit" in copies}
+    sensible["tiles"] = True
+    sensible |= {"dense-widened": "narrow" in copies, "dequantize": lean, "dequantize-wide": lean}
+    ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
+    if not ways:
+        return ()
+    if packs(layer) and not pack:
+        ways = [way for way in ways if way != "packed"]
+    found = fastest(times, ways)
+    if packs(layer) and "packed" in found:  # what was packed can't be dequantized any more
+        found = fastest(times, [way for way in ways if not way.startswith("dequantize")])
+    return found
+
+
+def _near(times: Times, ways: Ways) -> list[int]:
+    """The classes of tokens for which the 4-bit kernel is hardly slower than the way that is taken."""
+    numbers = range(len(SIZES))
+    return [n for n in numbers if _time(times, "four-bit", n) <= _HARDLY * _time(times, ways[n], n)]
+
+
+def _stacks(model: nn.Module, layers: Sequence[nn.Linear]) -> list[list[Product]]:
+    """The products of all blocks that stand under one name with a number; those of experts go their own ways."""
+    found: dict[str, list[Product]] = {}
+    wanted = set(map(id, layers))
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if id(module) in wanted and len(numbers) == 1 and isinstance(module.forward, Product):
+            found.setdefault(".".join(parts[: numbers[0]]), []).append(module.forward)
+    return list(found.values())
+
+
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    """All layers whose product can be made in other ways."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in linears if "forward" not in vars(layer) and computes_in(layer) is not None]
+
+
+def _numbers(layer: nn.Linear) -> int:
+    return layer.in_features * layer.out_features
+
+
+def _nbytes(layer: nn.Linear, ways: Iterable[Way]) -> int:
+    """The memory of the copies that a layer needs for these ways."""
+    kept = {copy for way in ways if (copy := keeps(way))}
+    return sum(nbytes_of(copy, layer, _dtype(layer)) for copy in kept)
+
+
+def _dtype(layer: nn.Linear) -> torch.dtype:
+    found = computes_in(layer)
+    assert found is not None
+    return found
+
+
+def _time(times: Times, way: str, number: int) -> float:
+    """Microseconds; infinite for a way that was not tried."""
+    found = times[way][number] if way in times else None
+    return math.inf if found is None else found
+
+
+def _took(plan: Mapping[str, tuple[int, Times, Ways]]) -> list[float]:
+    """For each class of tokens the mean logarithm of the times, by the numbers that layers of a shape have."""
+    whole = sum(share for share, _, _ in plan.values())
+    return [
+        sum(share * math.log(_time(times, ways[number], number)) for share, times, ways in plan.values()) / whole
+        for number in range(len(SIZES))
+    ]

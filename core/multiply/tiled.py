@@ -1,0 +1,76 @@
+"""A product of a few bfloat16 rows and a dense bfloat16 weight by AMX, which reads the weight where it lies.
+
+torch's own lays a weight out anew for the tiles whenever it is used, which takes longer than to multiply a few rows, or
+multiplies a single row without them. Sums are made in float32, one row's by themselves: a row has the same bits
+whatever stands beside it. Sixteen rows cost hardly more than one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.multiply import four_bit
+from lora_rt.core.native import openmp
+
+_log = logging.getLogger("lora_rt.base")
+
+_OUTPUTS, _INPUTS = 16, 32  # of a tile
+_WIDEST = 1 << 13  # inputs: a copy of 48 rows stands on each thread's stack, 768 KiB
+_LEAST = 1 << 16  # numbers of a weight, below which the way to the kernel takes longer than the product
+_PARTS = 4  # for each thread
+_Arguments = ctypes.c_int64 * 9
+
+
+@cache
+def are_there() -> bool:
+    """Whether this processor has AMX, and its tiles give what they should."""
+    if not four_bit.could_be_tiles():
+        return False
+    try:
+        x = torch.eye(2 * _INPUTS, dtype=torch.float32).bfloat16()
+        weight = torch.arange(80 * 64, dtype=torch.float32).view(80, 64).bfloat16()
+        return torch.equal(product(x, weight), weight.T.float())
+    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
+        _log.info("no tiles for bfloat16 weights here: %s", error)
+        return False
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether a weight (out, in) lies as tiles are read."""
+    if weight.dtype is not torch.bfloat16 or not weight.is_cpu or not weight.is_contiguous():
+        return False
+    out, width = weight.shape
+    return out >= _OUTPUTS and not width % _INPUTS and width <= _WIDEST and out * width >= _LEAST
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y (..., out), float32, of a bfloat16 x (..., in), a weight that `fits` and a bias (out,). It knows no gradients.
+
+    Raises:
+        ValueError: x has another dtype, width or device; the kernel would read what is not there.
+    """
+    *rows, width = x.shape
+    if x.dtype is not torch.bfloat16 or width != weight.shape[1] or not x.is_cpu:
+        raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a weight of {tuple(weight.shape)}")
+    out = len(weight)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    y = x.new_empty(*rows, out, dtype=torch.float32)
+    threads = torch.get_num_threads() if out * width > _LEAST else 1
+    parts = _PARTS * threads if threads > 1 else 1
+    places = weight.data_ptr(), 0, x.data_ptr(), y.data_ptr()
+    openmp.run(openmp.team(), _kernel(), _Arguments(0, parts, x.numel() // width, width, out, *places), threads)
+    return y if bias is None else y.add_(bias)
+
+
+@cache
+def _kernel() -> Any:
+    from lora_rt.core.multiply.amx_kernel import dense_kernel
+
+    return dense_kernel()
