@@ -11,8 +11,8 @@ Into memory       load.py           weights, tokenizer, facts    reading.py     
                   repacking.py      what it would pack           fused.py        fused experts, also in 4 bits
 What it is        shape.py          blocks, heads, context       roles.py        what its layers are for
                   upstream.py       what of transformers' private parts is used
-Besides           machine.py        processor and free memory    picture.py      whether plots can be drawn
-                  byte_tokenizer.py for bases of random weights
+Besides           machine.py        processor, memory, versions  picture.py      whether plots can be drawn
+                  random_base.py    of random weights            byte_tokenizer.py  for these
 
 Knows transformers and bitsandbytes; knows nothing of adapters.
 """

@@ -12,6 +12,9 @@ from typing import Literal
 from lora_rt.errors import LoraRtError, UsageError
 
 DEFAULT = "default"
+RANDOM = ("tiny", "7b", "13b")
+"""The sizes of bases with random weights, which a GPU is measured with: see `random_base`."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lora_rt.core.base.load import load_base
-from lora_rt.core.benchmark.random_base import random_base
+from lora_rt.core.base.random_base import random_base
 from lora_rt.core.benchmark.workloads import Origin, Workload, resident_name
 from lora_rt.core.engine.topology import features, find_linears
 from lora_rt.core.multiply.ways import packs

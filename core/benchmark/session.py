@@ -10,8 +10,8 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+from lora_rt.core.base.machine import peak_megabytes
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.machine import peak_megabytes
 from lora_rt.core.benchmark.processes import ProcessError, call_apart, cold_command, seconds_to_first_byte
 from lora_rt.core.benchmark.results import Measured, Sample
 from lora_rt.core.benchmark.systems import LOADERS, Load, System, loaded

@@ -20,7 +20,6 @@ Mix = tuple[tuple[str, float], ...]
 """One row's composition: resident name and weight of each term; empty is the base alone."""
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
-SIZES = ("tiny", "7b", "13b")
 SYSTEMS = {
     "base": "base",
     "generate": "base\ngenerate",

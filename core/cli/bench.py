@@ -15,13 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.precision import check_device
-from lora_rt.core.base.source import parse_base
+from lora_rt.core.base.source import RANDOM, parse_base
 from lora_rt.core.benchmark.results import Measured, rows
 from lora_rt.core.benchmark.table import IDLE, draw, noise, shown
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
     QUICK,
-    SIZES,
     SYSTEMS,
     Origin,
     Workload,
@@ -104,7 +103,7 @@ def _origin(base: str, precision: str, device: str, random_base: str | None) -> 
     if random_base is not None:
         if base != "default":
             raise typer.BadParameter("there can be one base: --base or --random-base")
-        random_base = fitting("random base", [random_base], SIZES)[0]
+        random_base = fitting("random base", [random_base], RANDOM)[0]
     return Origin(base, precision, device, random_base)
 
 
@@ -115,8 +114,8 @@ def _run(
     with starting():
         import torch
 
+        from lora_rt.core.base.machine import Watch, machine, versions
         from lora_rt.core.benchmark.lab import Lab
-        from lora_rt.core.benchmark.machine import Watch, machine, versions
         from lora_rt.core.benchmark.session import measure
 
     if threads is not None:

@@ -54,7 +54,7 @@ def serve(
     as_json: options.Json = False,
 ) -> None:
     """Measure `lora-rt serve` beside `Runtime.generate` of the same rows: tokens per second, and how long one waits."""
-    from lora_rt.core.benchmark.machine import Watch, versions
+    from lora_rt.core.base.machine import Watch, versions
 
     names = adapters.replace(",", " ").split()
     if len(names) < 2:
@@ -92,7 +92,7 @@ def _beside_generate(url: str, asked: list[Wish], rows: int, base: str, precisio
 
     Of the server it is the median, and of its ratio to `generate` right before and after it.
     """
-    from lora_rt.core.benchmark.machine import machine
+    from lora_rt.core.base.machine import machine
 
     tokens, bodies = asked[0].tokens, [wish.body() for wish in asked]
     with session().runtime(base, precision, device) as runtime:

@@ -4,7 +4,6 @@ FakeTensorMode      tensors without memory that say which device they are on (wh
 FirstExpert         answers for them where a model asks its data: as if every token went to the first expert
 TorchDispatchMode   told of every operation and its results
 storage_key         the same number for all tensors over one storage, for as long as it lives
-quantize_layers     transformers' own replacement of layers, without weights
 own_tensors         the dictionaries in which a torch module keeps its parameters and buffers
 empty_4bit          bitsandbytes' QuantState beside a 4-bit weight: which tensors it has, and of what sizes
 empty_8bit_state    where an 8-bit layer of bitsandbytes has its weight and scales between two forward passes
@@ -27,7 +26,6 @@ __all__ = [
     "empty_4bit",
     "empty_8bit_state",
     "own_tensors",
-    "quantize_layers",
     "storage_key",
     "tree_iter",
 ]
@@ -72,15 +70,6 @@ _OF_OTHERS = (
 def storage_key(tensor: Tensor) -> int:
     """What tells the storage of a tensor from all others that are alive."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def quantize_layers(model: Any, how: Any) -> None:
-    """Replace the layers of a model on the meta device by those of a transformers quantization configuration."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    quantizer = AutoHfQuantizer.from_config(how, pre_quantized=True)
-    quantizer.preprocess_model(model, device_map=None)
-    quantizer.postprocess_model(model)
 
 
 def own_tensors(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_rt.core.base.machine import machine, versions
+from lora_rt.core.base.random_base import random_base
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.machine import machine, versions
-from lora_rt.core.benchmark.random_base import random_base
 from lora_rt.core.benchmark.results import Measured, row
 from lora_rt.core.benchmark.session import measure
 from lora_rt.core.benchmark.systems import LOADERS, System, chooser, runtime_of, system_over

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_rt.core.base.machine import peak_megabytes
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.machine import peak_megabytes
 from lora_rt.core.benchmark.processes import BARE, call_apart, seconds_to_first_byte
 from lora_rt.core.benchmark.session import ready
 from lora_rt.core.benchmark.training import sequences, train_ours, train_plainly

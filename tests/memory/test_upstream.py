@@ -8,17 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from lora_rt.core.base.precision import quantization_config
 from lora_rt.core.memory.upstream import (
     FakeTensorMode,
     TorchDispatchMode,
     empty_4bit,
     empty_8bit_state,
     own_tensors,
-    quantize_layers,
     storage_key,
 )
-from support.tiny import config_of
 
 
 def test_fake_tensors_say_that_they_are_on_the_cpu_and_keep_shapes() -> None:
@@ -59,16 +56,6 @@ def test_one_python_object_stands_for_a_storage_until_its_last_tensor_is_gone() 
     del view
     gc.collect()
     assert ended
-
-
-def test_layers_are_replaced_without_weights() -> None:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of("llama"))
-    quantize_layers(model, quantization_config("int4"))
-    kinds = {type(m).__module__.split(".")[0] for m in model.model.modules() if isinstance(m, nn.Linear)}
-    assert kinds == {"bitsandbytes"}
 
 
 def test_what_is_put_among_a_modules_own_tensors_is_the_modules() -> None:

@@ -19,8 +19,8 @@ from lora_rt.core.base.load import LoadedBase, base_facts
 from lora_rt.core.base.precision import check_precision, choose_device, compute_dtype, quantization_config
 from lora_rt.core.base.repacking import forbid_uneven_repacking
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.benchmark.workloads import SIZES, fitting
-from lora_rt.core.memory.upstream import quantize_layers
+from lora_rt.core.base.source import RANDOM, BaseError
+from lora_rt.core.base.upstream import quantize_layers
 from lora_rt.registry.card import BaseIdentity
 
 _SCALE = 0.02  # of weights, as transformers initializes these models
@@ -32,7 +32,8 @@ def random_base(size: str, precision: str = "int4", device: str = "auto") -> Loa
     Raises:
         LoraRtError: there is no such size, precision or device.
     """
-    size = fitting("random base", [size], SIZES)[0]
+    if size not in RANDOM:
+        raise BaseError(f"no random base is called {size!r}", next_step=f"There are: {', '.join(RANDOM)}")
     chosen = check_precision(precision)
     target, dtype = choose_device(device, chosen), compute_dtype(chosen)
     with libraries_silenced():

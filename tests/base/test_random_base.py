@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_rt.core.base.precision import PRECISIONS
-from lora_rt.core.benchmark.random_base import _config, random_base
+from lora_rt.core.base.random_base import _config, random_base
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

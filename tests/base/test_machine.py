@@ -7,7 +7,7 @@ import os
 import psutil
 import pytest
 
-from lora_rt.core.benchmark import machine
+from lora_rt.core.base import machine
 
 
 def test_the_share_of_others_is_of_all_cores_and_without_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
