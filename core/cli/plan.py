@@ -154,7 +154,7 @@ def _inference_rows(made: MemoryPlan) -> list[dict[str, str]]:
     def row(memory: InferenceMemory) -> dict[str, int]:
         return {
             "weights": memory.weights,
-            "adapters": memory.adapters + memory.stacked,
+            "adapters": memory.adapters + memory.stacked + memory.narrow,
             "KV cache": memory.kv_cache,
             "activ.": memory.activations + memory.workspace,
             **({"process": made.process} if made.process else {}),

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lora_rt.core.base.shape import device_of
 from lora_rt.core.engine.fitting import fitted
 from lora_rt.core.engine.lanes import LanePlan, Lanes, Membership, Spare, gather, pay_off
 from lora_rt.core.engine.lru import LRUCache
+from lora_rt.core.engine.pieces import OwnFactors
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.resident import BankError, ResidentAdapter, check_gates, check_heads, twins_of
 from lora_rt.core.engine.shared import SharedPlan
@@ -50,6 +52,7 @@ class AdapterBank:
         self.residents: Mapping[str, ResidentAdapter] = {}
         self._laid_out = LRUCache()
         self._spare = Spare()
+        self._own = OwnFactors(self.topology)
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -120,8 +123,9 @@ class AdapterBank:
         ranks = [adapter.rank for adapter in active]
         plain = not twins and all(adapter.plain and not adapter.fused for adapter in active)
         if plain and all(gate is None for gate in chosen) and pay_off(ranks, members, self.device.type):
-            return LanePlan(self.topology, self._lanes(active, members), weights)
-        return SharedPlan(self.topology, self._stack(active), weights, chosen, twins)
+            return LanePlan(self.topology, active, weights, self._own, partial(self._lanes, active, members))
+        own = partial(self._own.pieces, active) if self.device.type == "cpu" else None
+        return SharedPlan(self.topology, self._stack(active), weights, chosen, twins, own)
 
     def _weights(self, names: Sequence[str], rows: Sequence[Mapping[str, float]]) -> Tensor:
         """(rows, K), or (1, K) where all rows are alike."""

@@ -6,16 +6,21 @@ adapters, these products were a quarter of a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_rt.core.engine.layout import is_usual
+from lora_rt.core.engine.pieces import Pieces
 from lora_rt.core.engine.stack import Stack
 from lora_rt.core.engine.topology import Topology
 
+_ANY = 4  # rows for which pieces are as fast as a stack, however many adapters each uses
+_SHARE = 0.5  # of a stack's adapters that rows may use in the mean, where more of them are still as fast
 _FEW = 2  # rows for which a loop is faster than torch's product with A, and than any that reads B across its memory
 
 
@@ -40,8 +45,7 @@ class _Site(NamedTuple):
 class SiteFactors(NamedTuple):
     """What is added at a plain site, as arrays of float32.
 
-    `a` (rows|1, R, in) and `gate` (rows|1, 1, R) of its group, and `b` (rows|1, out, ranks) of the group's ranks from
-    `start` on.
+    `a` (R, in) and `gate` (rows|1, 1, R) of its group, and `b` (out, ranks) of the group's ranks from `start` on.
     """
 
     group: int
@@ -57,6 +61,9 @@ class Added(Protocol):
     def is_nothing(self, index: int) -> bool:
         """Whether nothing acts at a site."""
 
+    def pieces(self, indices: Sequence[int], rows: int) -> Pieces | None:
+        """What is added to so many rows at these sites; None where it is in no pieces, or better laid out."""
+
     def factors(self, index: int) -> SiteFactors | None:
         """What is added at a site; None where that is more than a product with A, a gate and one with B."""
 
@@ -64,8 +71,24 @@ class Added(Protocol):
 class FewRows:
     """The plain sites of a plan: no scale, bias or gate that differs from head to head or token to token."""
 
-    def __init__(self, kernels: Any, topology: Topology, stack: Stack, gates: dict[int, Tensor], headed: bool) -> None:
+    def __init__(
+        self,
+        kernels: Any,
+        topology: Topology,
+        stack: Stack,
+        gates: dict[int, Tensor],
+        headed: bool,
+        own: Callable[..., Pieces | None] | None,
+        weights: Tensor,
+    ) -> None:
+        """
+        Args:
+            gates: of each group. headed: whether some differ from head to head.
+            own: what gives the active adapters' pieces, of `OwnFactors`. weights: (rows|1, K).
+        """
         self.kernels = kernels
+        self._own, self._weights = own, weights
+        self._spans = [() if site is None else site.spans for site in stack.sites]
         self._groups: dict[int, _Group] = {}
         for number, group in stack.groups.items():
             gate = gates[number]
@@ -85,13 +108,40 @@ class FewRows:
         """As of `Added`."""
         return self._nothing[index]
 
+    def pieces(self, indices: Sequence[int], rows: int) -> Pieces | None:
+        """As of `Added`."""
+        sites = [self._sites[index] for index in indices]
+        if self._own is None or len(self._weights) not in (1, rows) or not all(sites):
+            return None
+        acting = [(row, k) for row in range(rows) for k in self._acting(row)]
+        if rows > _ANY and len(acting) > _SHARE * rows * self._weights.shape[1]:
+            return None
+        own_row, numbers = np.array(acting, np.int64).reshape(-1, 2).T
+        places = np.empty((len(acting), len(sites)), np.int64)
+        gates = []
+        for column, (index, site) in enumerate(zip(indices, sites, strict=True)):
+            assert site is not None
+            gate = self._groups[site.group].gate_array
+            if len(gate) not in (1, rows):
+                return None
+            first = np.array([start for start, _ in self._spans[index]], np.int64)
+            apart = 0 if len(gate) == 1 else gate.shape[2]
+            places[:, column] = gate.ctypes.data + gate.itemsize * (site.start + first[numbers] + apart * own_row)
+            gates.append(gate)
+        return self._own(acting, indices, (places, gates))
+
+    def _acting(self, row: int) -> list[int]:
+        """The numbers of a row's own adapters; what is not a number in another one's is none of it."""
+        own = self._weights[min(row, len(self._weights) - 1)]
+        return [k for k, weight in enumerate(own.tolist()) if weight != 0]
+
     def factors(self, index: int) -> SiteFactors | None:
         """As of `Added`."""
         site = self._sites[index]
         if site is None:
             return None
         group = self._groups[site.group]
-        return SiteFactors(site.group, site.start, group.a_array[None], group.gate_array, site.b[None])
+        return SiteFactors(site.group, site.start, group.a_array, group.gate_array, site.b)
 
     def hidden(self, index: int, wide: Tensor) -> tuple[int, Any] | None:
         """The group of a site and its gated hidden of x (rows, 1, in), float32; None where the site is not plain."""

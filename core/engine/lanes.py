@@ -16,18 +16,22 @@ Where a lane has nothing, a and b are zeros and the owner is number K, whose wei
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import finalize
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_rt.core.engine.few_rows import SiteFactors
 from lora_rt.core.engine.layout import Layout, as_before, is_usual, rows_first
+from lora_rt.core.engine.pieces import OwnFactors, Pieces
 from lora_rt.core.engine.plan import Pass, Plan
+from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import Topology
 
@@ -227,47 +231,75 @@ def _ranks(factors: Factors) -> int:
 
 
 class LaneFactors:
-    """What lanes add to a step of one token a row, for `whole_step.py`."""
+    """What lanes add to a step of one token a row on a CPU: each row's adapters where they lie, nothing is gathered."""
 
-    def __init__(self, lanes: Lanes, gates: Mapping[int, Tensor]) -> None:
-        self._lanes, self._gates = lanes, gates
+    def __init__(self, topology: Topology, active: Sequence[ResidentAdapter], own: OwnFactors, weights: Tensor) -> None:
+        self._active, self._own, self._weights = active, own, weights
+        acting = {topology.by_name[name] for adapter in active for name in adapter.factors}
+        self._nothing = [index not in acting for index in range(len(topology.sites))]
 
     def is_nothing(self, index: int) -> bool:
-        """Whether nothing acts at a site."""
-        return self._lanes.sites[index] is None
+        """As of `few_rows.Added`."""
+        return self._nothing[index]
 
-    def factors(self, index: int) -> SiteFactors | None:
-        """What is added at a site; None where a bias is, or where rows lie otherwise than in most layers."""
-        site = self._lanes.sites[index]
-        if site is None:
+    def pieces(self, indices: Sequence[int], rows: int) -> Pieces | None:
+        """As of `few_rows.Added`."""
+        if rows != len(self._weights):
             return None
-        group, gate = self._lanes.groups[site.group], self._gates[site.group]
-        float32 = group.a.dtype is site.b.dtype is gate.dtype is torch.float32
-        if group.offset is not None or not float32 or not group.a.is_cpu or not is_usual(group.layout, gate):
-            return None
-        b = site.b.transpose(1, 2)  # (rows, out, ranks)
-        return SiteFactors(
-            site.group, site.start, group.a.numpy(), gate.transpose(1, 2).contiguous().numpy(), b.numpy()
+        members: list[tuple[int, int]] = self._weights.nonzero().tolist()
+        widest = max(adapter.rank for adapter in self._active)
+        gates = self._weights[self._weights != 0].float()[:, None].expand(-1, widest).contiguous()
+        places = gates.data_ptr() + gates.itemsize * widest * np.arange(len(members), dtype=np.int64)
+        return self._own.pieces(
+            self._active, members, indices, (np.repeat(places[:, None], len(indices), axis=1), gates)
         )
+
+    def factors(self, _index: int) -> SiteFactors | None:
+        """As of `few_rows.Added`: there are none that rows share."""
+        return None
 
 
 class LanePlan(Plan):
-    """The weights (rows, K) of a batch over its lanes."""
+    """The weights (rows, K) of a batch whose rows have a lane each."""
 
     _few: LaneFactors | None = None
 
-    def __init__(self, topology: Topology, lanes: Lanes, weights: Tensor) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        active: Sequence[ResidentAdapter],
+        weights: Tensor,
+        own: OwnFactors,
+        gathered: Callable[[], Lanes],
+    ) -> None:
+        """
+        Args:
+            active: the adapters. own: where steps find their factors.
+            gathered: gives the lanes, which passes of several tokens a row are made with.
+        """
         self.topology = topology
-        self.lanes = lanes
+        self._active, self._weights, self._own = active, weights, own
+        self._gathered = gathered
+
+    @cached_property
+    def lanes(self) -> Lanes:
+        """Gathered when they are first asked for."""
+        return self._gathered()
+
+    @cached_property
+    def gates(self) -> Mapping[int, Tensor]:
+        """Group -> the weight of each rank, (rows, R, 1)."""
+        weights = self._weights
         padded = torch.cat([weights, weights.new_zeros(len(weights), 1)], dim=1)
-        self.gates = {
-            number: padded.to(group.a).gather(1, group.owners)[:, :, None] for number, group in lanes.groups.items()
+        return {
+            number: padded.to(group.a).gather(1, group.owners)[:, :, None]
+            for number, group in self.lanes.groups.items()
         }
 
     def few_rows(self) -> LaneFactors:
         """What it adds to the products of a step on a CPU."""
         if self._few is None:
-            self._few = LaneFactors(self.lanes, self.gates)
+            self._few = LaneFactors(self.topology, self._active, self._own, self._weights)
         return self._few
 
     def begin(self, rows: int, tokens: int, kept: int | Tensor | None) -> Pass:
@@ -285,8 +317,6 @@ class LanePass(Pass):
     def __init__(self, plan: LanePlan, rows: int, tokens: int) -> None:
         self.topology = plan.topology
         self._plan = plan
-        self._lanes = plan.lanes
-        self._gates = plan.gates
         self._rows = rows
         self._tokens = tokens
         self._group = -1
@@ -299,27 +329,27 @@ class LanePass(Pass):
 
     def acts(self, index: int) -> bool:
         """Whether a row has an adapter at this site."""
-        return self._lanes.sites[index] is not None
+        return not self._plan.few_rows().is_nothing(index)
 
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the contribution of each row's adapters to x."""
-        site = self._lanes.sites[index]
+        site = self._plan.lanes.sites[index]
         if site is None:
             return y
         if self._hidden is None or self._input is not x or self._group != site.group:
             self._hidden = self._gated(site.group, x)
             self._input, self._group = x, site.group
         hidden = self._hidden[:, site.start : site.stop].transpose(1, 2)
-        layout = self._lanes.groups[site.group].layout
+        layout = self._plan.lanes.groups[site.group].layout
         if y.dtype == site.b.dtype and is_usual(layout, x) and not y.requires_grad:
             return y.baddbmm_(hidden, site.b)
         return y.add_(as_before(torch.bmm(hidden, site.b), layout, x, self._rows, self._tokens))
 
     def _gated(self, number: int, x: Tensor) -> Tensor:
         """g * (A x^T), (rows, R, tokens)."""
-        group = self._lanes.groups[number]
+        group = self._plan.lanes.groups[number]
         by_row = rows_first(self.widened(x, group.a), group.layout, self._rows, self._tokens)
         hidden = torch.bmm(group.a, by_row.transpose(1, 2))
         if group.offset is not None:
             hidden += group.offset
-        return hidden * self._gates[number]
+        return hidden * self._plan.gates[number]

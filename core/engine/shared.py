@@ -6,7 +6,7 @@ y     += B hidden         B: (out, R)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from lora_rt.core.engine.parts import (
     parts_of_hidden,
     pay_off,
 )
+from lora_rt.core.engine.pieces import Pieces
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import Topology
@@ -45,6 +46,7 @@ class SharedPlan(Plan):
         weights: (rows, K), or (1, K) where all rows are alike: the user's, 0 where a row does not use an adapter.
         gates: one per adapter, None for "always 1".
         twins: modules that stand in for the model's own of these names.
+        own: gives the active adapters' pieces, where steps may read these.
     """
 
     _few: FewRows | None = None
@@ -56,17 +58,21 @@ class SharedPlan(Plan):
         weights: Tensor,
         gates: Sequence[Gate | None],
         twins: Mapping[str, nn.Module] | None = None,
+        own: Callable[..., Pieces | None] | None = None,
     ) -> None:
         self.topology = topology
         self.twins = twins or {}
         self.stack = stack
+        self._weights, self._own = weights, own
         self.group_gates = rank_gates(stack, weights, gates)
         self.head_gates = head_gates(weights, gates)
 
     def few_rows(self, kernels: Any) -> FewRows:
         """What it adds to the products of a few rows on a CPU."""
         if self._few is None:
-            self._few = FewRows(kernels, self.topology, self.stack, self.group_gates, bool(self.head_gates))
+            headed = bool(self.head_gates)
+            given = self.topology, self.stack, self.group_gates, headed, self._own, self._weights
+            self._few = FewRows(kernels, *given)
         return self._few
 
     def begin(self, rows: int, tokens: int, kept: int | Tensor | None) -> Pass:

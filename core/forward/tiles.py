@@ -1,6 +1,7 @@
 """Inner loops whose sums stay in registers: products with what adapters hold, and attention over kept columns.
 
-    y (rows, n) = x (rows, k) M        or += , M (k, n) with the outputs of each k together in memory
+    y (rows, n) = x (rows, k) M        or += , M (k, n) with the outputs of each k together in memory; of one row, M may
+                                       be in bfloat16
     scores (columns,) = query keys     and answer (D,) = scores values
 
 A loop over such a product in Python is compiled to one that reads and writes y for every few k, and M for every row;
@@ -24,15 +25,20 @@ LANES = four_bit.in_a_register()
 """Numbers in a register."""
 AT_ONCE = 8
 """Columns of keys that are looked at at a time."""
+DOTS = 4
+"""Sums over a row's numbers that are made at a time."""
+_LINE = 64  # bytes that come from memory together
+_AHEAD = {"dots": 8, "row": 16}  # rows of M: they come in time, where a processor does not see by itself what is next
 
 
-def _tile(rows: int, vectors: int, *, some: bool) -> Any:
+def _tile(rows: int, vectors: int, *, some: bool = False, added: bool = False, narrow: bool = False) -> Any:
     """A function of a tile of so many rows, and registers of outputs.
 
     It takes addresses and steps in bytes: x, from row to row; M, from k to k; y, from row to row; how many k, and how
-    many outputs there are in the last register. `some`: those k are taken whose numbers lie at a last address, and y is
-    added to. A sum goes over its k in turn, so it has the same bits in every tile.
+    many outputs there are in the last register. `some`: those k are taken whose numbers lie at a last address. `added`:
+    y is added to. `narrow`: M is in bfloat16. A sum goes over its k in turn, so it has the same bits in every tile.
     """
+    size = 2 if narrow else 4
 
     def generated(_context: Any, b: Any, _signature: Any, given: Any) -> Any:
         x, of_x, m, of_m, y, of_y, count, rest, places = given
@@ -44,7 +50,9 @@ def _tile(rows: int, vectors: int, *, some: bool) -> Any:
             if some:
                 k = r.at(b.add(places, b.mul(k, I64(8))), I64)
             row = b.add(m, b.mul(k, of_m))
-            read = [r.at(b.add(row, I64(4 * LANES * v)), r.floats, mask) for v, mask in enumerate(masks)]
+            for line in range(0, size * LANES * vectors if added and not some else 0, _LINE):
+                r.fetch(b.add(row, b.add(I64(line), b.mul(of_m, I64(_AHEAD["row"])))))
+            read = [_floats(r, b.add(row, I64(size * LANES * v)), mask, narrow) for v, mask in enumerate(masks)]
             for n, start in enumerate(xs):
                 number = r.spread(r.at(b.add(start, b.mul(k, I64(4))), F32))
                 acts = b.fcmp_unordered("!=", number, r.zeros())
@@ -56,7 +64,7 @@ def _tile(rows: int, vectors: int, *, some: bool) -> Any:
         for place, total in enumerate(sums):
             n, v = divmod(place, vectors)
             at = b.add(b.add(y, b.mul(of_y, I64(n))), I64(4 * LANES * v))
-            r.put(b.fadd(total, r.at(at, r.floats, masks[v])) if some else total, at, masks[v])
+            r.put(b.fadd(total, r.at(at, r.floats, masks[v])) if added else total, at, masks[v])
         return b.inttoptr(I64(0), I8.as_pointer())
 
     @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
@@ -113,10 +121,14 @@ def _code_of_sums(like: Any, vectors: int) -> Any:
 def _widened(r: Registers, start: Any, part: Any, like: Any) -> Any:
     """The numbers of one register of float32, of an array like this that begins at an address."""
     b, size = r.builder, like.dtype.bitwidth // 8
-    place = b.add(start, b.mul(part, I64(size * LANES)))
-    if size == 4:
-        return r.at(place, r.floats)
-    bits = r.at(place, ir.VectorType(I16, LANES))  # of bfloat16
+    return _floats(r, b.add(start, b.mul(part, I64(size * LANES))), None, size == 2)
+
+
+def _floats(r: Registers, place: Any, mask: Any, narrow: bool) -> Any:
+    """The numbers of one register of float32, which lie at an address so or in bfloat16."""
+    if not narrow:
+        return r.at(place, r.floats, mask)
+    b, bits = r.builder, r.at(place, ir.VectorType(I16, LANES), mask)
     return b.bitcast(b.shl(b.zext(bits, r.integers), r.every(16)), r.floats)
 
 
@@ -157,7 +169,7 @@ columns of values at `places`, each times its score."""
 
 def _rows(vectors: int, *, some: bool) -> Any:
     """A function of any number of rows, and so many registers of outputs."""
-    eight, four, one = (_tile(rows, vectors, some=some) for rows in (8, 4, 1))
+    eight, four, one = (_tile(rows, vectors, some=some, added=some) for rows in (8, 4, 1))
 
     @compiled(kept=False)
     def all_rows(
@@ -202,3 +214,65 @@ multiply = _tiled(some=False)
 add_some = _tiled(some=True)
 """(x, of_x, m, of_m, y, of_y, rows, count, n, places): y += x M over those k whose numbers, int64, lie at `places`; a
 row for which x is 0 at one of them is not touched by it, whatever stands in M."""
+
+
+def _of_one_row(*, narrow: bool) -> Any:
+    by_four, by_one = (_tile(1, vectors, added=True, narrow=narrow) for vectors in (4, 1))
+    size = 2 if narrow else 4
+
+    @compiled(kept=False)
+    def product(x: int, m: int, of_m: int, y: int, count: int, outputs: int) -> None:
+        j = 0
+        while j < outputs:
+            left = outputs - j
+            if left > 3 * LANES:
+                by_four(x, 0, m + size * j, of_m, y + 4 * j, 0, count, left - 3 * LANES, 0)
+                j += 4 * LANES
+            else:
+                by_one(x, 0, m + size * j, of_m, y + 4 * j, 0, count, left, 0)
+                j += LANES
+
+    return product
+
+
+def _dots(*, narrow: bool) -> Any:
+    """A function of four rows of M, or of some that are named more than once."""
+    size = 2 if narrow else 4
+
+    def generated(_context: Any, b: Any, _signature: Any, given: Any) -> Any:
+        x, m, of_m, last, count, rest, sums_at = given
+        r = Registers(b, LANES)
+        rows = []
+        for n in range(DOTS):
+            near = b.select(b.icmp_signed("<", last, I64(n)), last, I64(n))
+            rows.append(b.add(m, b.mul(near, of_m)))
+        sums = [r.zeros()] * DOTS
+
+        def read(part: Any, now: list[Any], mask: Any) -> None:
+            one = r.at(b.add(x, b.mul(part, I64(4 * LANES))), r.floats, mask)
+            for n, row in enumerate(rows):
+                place = b.add(row, b.mul(part, I64(size * LANES)))
+                if mask is None:
+                    r.fetch(b.add(place, b.mul(of_m, I64(_AHEAD["dots"]))))
+                now[n] = r.times(one, _floats(r, place, mask, narrow), now[n])
+
+        with r.loop(count, sums) as (part, now):
+            read(part, now, None)
+        read(count, sums, r.below(rest))
+        found = r.totals(sums)[0]
+        r.put(r.picked(found, found, range(DOTS)), sums_at)
+        return b.inttoptr(I64(0), I8.as_pointer())
+
+    @intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+    def dots(_context: Any, _x: Any, _m: Any, _of_m: Any, _last: Any, _count: Any, _rest: Any, _sums: Any) -> Any:
+        return types.voidptr(*[types.int64] * 7), generated
+
+    return dots
+
+
+dots, narrow_dots = _dots(narrow=False), _dots(narrow=True)
+"""(x, m, of_m, last, parts, rest, sums): four sums x m, float32, of the rows of M from the first to the `last`, which
+stands for those behind it; of so many whole registers and a rest of numbers."""
+
+add_row, add_narrow_row = _of_one_row(narrow=False), _of_one_row(narrow=True)
+"""(x, m, of_m, y, k, n): y += x M of one row, M in float32 or in bfloat16; the step from k to k in bytes."""

@@ -35,7 +35,7 @@ from lora_rt.core.forward.kernels import (
     silu_row,
     turn_head,
 )
-from lora_rt.core.forward.tiles import add_some, multiply
+from lora_rt.core.forward.tiles import DOTS, LANES, add_narrow_row, add_row, add_some, dots, multiply, narrow_dots
 from lora_rt.core.native import in_c
 from lora_rt.core.native.compiled import callback, compiled
 from lora_rt.core.native.in_c import ask, floats_at, integers_at, numbers_at, pointer, run_with, wait
@@ -58,18 +58,22 @@ BLOCK = LAYER + 7 * FACTS
 EPS_1, EPS_2, EPS_Q, EPS_K, SCALING, FLOATS = range(6)
 # ... of the cache: keys and values, and how far apart rows, heads and columns lie in each
 KEYS_AT, VALUES_AT, OF_KEYS, OF_VALUES, PLACES = 0, 1, 2, 5, 8
-# ... of adapters: of the four groups A, its ranks, how far apart the A of two rows (0 where all have one), ranks and
-# features lie, its gate and that one's rows; of the seven sites B, its ranks, the first of these in the group, how far
-# apart the B of two rows, features and ranks lie.
-A_AT, A_RANKS, A_OF_ROWS, A_OF_RANKS, A_OF_FEATURES, GATE_AT, GATE_ROWS, GROUP = range(8)
-B_AT, B_RANKS, B_START, B_OF_ROWS, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
+# ... of adapters: of the four groups A, its ranks, how far apart ranks and features lie, its gate and that one's rows;
+# of the seven sites B, its ranks, the first of these in the group, how far apart features and ranks lie. Or, where
+# there are pieces, what is `AT` lies so many times, one behind the other: those of a site, or of all sites of a group.
+A_AT, A_PIECES, A_RANKS, A_OF_RANKS, A_OF_FEATURES, GATE_AT, GATE_ROWS, GROUP = range(8)
+B_AT, B_PIECES, B_RANKS, B_START, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
 SITES = 4 * GROUP
 ADAPTED = SITES + 7 * SITE
+# ... of a piece (see `pieces.py`): its row, A and B row after row, its ranks, where these begin in the row's hidden,
+# their gates, and whether A and B are in bfloat16
+P_ROW, P_A, P_B, P_RANKS, P_START, P_GATE, P_NARROW, PIECE = range(8)
 
 _USED = [kernels.__file__, *kernels.USED, in_c.__file__]
 
 CALL = 16  # int64 apart lie the arguments of two threads' calls
 SCORED = 12  # bytes: a score and a place
+TOGETHER = 8  # rows to which one B is added
 
 
 @compiled(kept=False)
@@ -121,6 +125,9 @@ def _layer(s: Any, block: Any, site: int, x: int, y: int, me: int, us: int, like
 def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: int) -> None:
     """A thread's rows of gate * (A x), or of fewer rows than threads its ranks."""
     at = GROUP * group
+    if adapted[at + A_PIECES]:
+        _ranks_of_pieces(s, adapted[at + A_AT], adapted[at + A_PIECES], x, width, me, us)
+        return
     ranks, rows = adapted[at + A_RANKS], s[ROWS]
     of_ranks, of_features = adapted[at + A_OF_RANKS], adapted[at + A_OF_FEATURES]
     first, last, start, stop = 0, rows, 0, ranks
@@ -129,23 +136,17 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
     else:
         start, stop = _share(ranks, 8, me, us)
     count = stop - start
-    a, of_rows = adapted[at + A_AT] + 4 * start * of_ranks, 4 * adapted[at + A_OF_ROWS]
+    a = adapted[at + A_AT] + 4 * start * of_ranks
     y = s[RANKS] + 4 * start
     apart = 4 * s[RANKS_WIDTH]  # of two rows of y
     if of_ranks == 1:
-        some = 1 if of_rows else last - first  # rows that have one A
-        for r in range(first, last, max(some, 1)):
-            x_r, y_r, of_x = x + 4 * r * width, y + r * apart, 4 * width
-            multiply(x_r, of_x, a + r * of_rows, 4 * of_features, y_r, apart, some, width, count, 0)
+        given, into, of_x = x + 4 * first * width, y + first * apart, 4 * width
+        multiply(given, of_x, a, 4 * of_features, into, apart, last - first, width, count, 0)
     else:
         for q in range(count):
             for r in range(first, last):
-                row = floats_at(a + r * of_rows + 4 * q * of_ranks, width)
-                given = floats_at(x + 4 * r * width, width)
-                total = np.float32(0)
-                for i in range(width):
-                    total += row[i] * given[i]
-                floats_at(y + r * apart, count)[q] = total
+                row = floats_at(a + 4 * q * of_ranks, width)
+                floats_at(y + r * apart, count)[q] = _dot(row, floats_at(x + 4 * r * width, width))
     for r in range(first, last):
         gate = floats_at(adapted[at + GATE_AT] + 4 * (ranks * min(r, adapted[at + GATE_ROWS] - 1) + start), count)
         hidden = floats_at(y + r * apart, count)
@@ -154,21 +155,70 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
 
 
 @compiled(any_order=True, kept=False)
+def _dot(row: Any, given: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(given)):
+        total += _wide(row[i]) * given[i]
+    return total
+
+
+@compiled(kept=False)
+def _ranks_of_pieces(s: Any, pieces: int, count: int, x: int, width: int, me: int, us: int) -> None:
+    """A thread's ranks of gate * (A x), of all rows' pieces."""
+    ranks, before = 0, 0
+    for p in range(count):
+        ranks += integers_at(pieces + 8 * PIECE * p, PIECE)[P_RANKS]
+    start, stop = _share(ranks, DOTS, me, us)
+    parts, rest = width // LANES, width % LANES
+    sums_at = s[KEPT] + 8 * s[RANKS_WIDTH] * me
+    sums = floats_at(sums_at, DOTS)
+    for p in range(count):
+        piece = integers_at(pieces + 8 * PIECE * p, PIECE)
+        first, last = max(start - before, 0), min(stop - before, piece[P_RANKS])
+        before += piece[P_RANKS]
+        given = x + 4 * piece[P_ROW] * width
+        hidden = floats_at(s[RANKS] + 4 * (piece[P_ROW] * s[RANKS_WIDTH] + piece[P_START]), piece[P_RANKS])
+        gate = floats_at(piece[P_GATE], piece[P_RANKS])
+        for q in range(first, last, DOTS):
+            if piece[P_NARROW]:
+                narrow_dots(given, piece[P_A] + 2 * q * width, 2 * width, last - q - 1, parts, rest, sums_at)
+            else:
+                dots(given, piece[P_A] + 4 * q * width, 4 * width, last - q - 1, parts, rest, sums_at)
+            for n in range(min(last - q, DOTS)):
+                hidden[q + n] = gate[q + n] * sums[n]
+
+
+@compiled(kept=False)
+def _add_pieces(s: Any, pieces: int, count: int, y: int, features: int, me: int, us: int) -> None:
+    """B (gate * (A x)) of all rows' pieces, added to a thread's outputs."""
+    start, stop = _share(features, 16, me, us)
+    for p in range(count):
+        piece = integers_at(pieces + 8 * PIECE * p, PIECE)
+        row, ranks = piece[P_ROW], piece[P_RANKS]
+        hidden, y_at = s[RANKS] + 4 * (row * s[RANKS_WIDTH] + piece[P_START]), y + 4 * (row * features + start)
+        if piece[P_NARROW]:
+            add_narrow_row(hidden, piece[P_B] + 2 * start, 2 * features, y_at, ranks, stop - start)
+        else:
+            add_row(hidden, piece[P_B] + 4 * start, 4 * features, y_at, ranks, stop - start)
+
+
+@compiled(any_order=True, kept=False)
 def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: int) -> None:
     """B (gate * (A x)), added to a thread's outputs."""
     at = SITES + SITE * site
     if not adapted[at + B_AT]:
         return
+    if adapted[at + B_PIECES]:
+        _add_pieces(s, adapted[at + B_AT], adapted[at + B_PIECES], y, features, me, us)
+        return
     ranks, of_features, of_ranks = adapted[at + B_RANKS], adapted[at + B_OF_FEATURES], adapted[at + B_OF_RANKS]
     start, stop = _share(features, 16, me, us)
-    of_rows, apart = 4 * adapted[at + B_OF_ROWS], s[RANKS_WIDTH]
+    apart, b = s[RANKS_WIDTH], adapted[at + B_AT] + 4 * start * of_features
     kept_at = s[KEPT] + 8 * s[RANKS_WIDTH] * me
     kept = integers_at(kept_at, ranks)
-    several = 1 if of_rows else 8  # rows at a time
-    for r in range(0, s[ROWS], several):
-        b = adapted[at + B_AT] + 4 * start * of_features + r * of_rows
+    for r in range(0, s[ROWS], TOGETHER):
         y_at, hidden_at = y + 4 * (r * features + start), s[RANKS] + 4 * (r * apart + adapted[at + B_START])
-        some = min(several, s[ROWS] - r)
+        some = min(TOGETHER, s[ROWS] - r)
         if of_features == 1:
             count = _used(floats_at(hidden_at, (some - 1) * apart + ranks), apart, some, kept)
             add_some(hidden_at, 4 * apart, b, 4 * of_ranks, y_at, 4 * features, some, count, stop - start, kept_at)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.engine.few_rows import Added
+from lora_rt.core.engine.pieces import FACTS, IN, OUT, RANKS, A, B, Pieces
 from lora_rt.core.engine.site import Multiplied, multiplied
 from lora_rt.core.forward import kernels
 from lora_rt.core.forward import whole_kernel as k
+from lora_rt.core.forward.tiles import DOTS
 from lora_rt.core.forward.unchanged import Parameters, Place, have_hooks, own, place_in, stand
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.ways import is_vector
@@ -68,14 +71,14 @@ class _Found:
     """The layers of a model (none where one can't be taken), their table, and what plans add to them.
 
     `near` is whether the 4-bit kernel is fast enough for so many rows, of those that were asked for. Of a plan it is
-    also known which numbers its layers had: when a bank is closed, they have none.
+    also known for how many rows, and which numbers its layers had: when a bank is closed, they have none.
     """
 
     def __init__(self, places: Sequence[Place] = ()) -> None:
         self.layers: list[_Layer] = []
         self.table: Any = None
         self.near: dict[int, bool] = {}
-        self.plans: WeakKeyDictionary[Added, tuple[list[int | None], _Adapters | None]] = WeakKeyDictionary()
+        self.plans: WeakKeyDictionary[Added, tuple[Any, _Adapters | None]] = WeakKeyDictionary()
         self._places = places
         self._modules = [place.module for place in places]
         self._parameters = [Parameters(self._modules, "weight", copied=True), Parameters(self._modules, "bias")]
@@ -167,9 +170,10 @@ class WholeStep:
         adapters: _Adapters | None = self._none
         if added is not None:
             numbers = found.numbers(topology)
+            known = rows, numbers
             before = found.plans.get(added)
-            if before is None or before[0] != numbers:
-                before = found.plans[added] = numbers, self._laid_out(found.layers, numbers, added)
+            if before is None or before[0] != known:
+                before = found.plans[added] = known, self._laid_out(found.layers, numbers, added, rows)
             adapters = before[1]
         if adapters is None or adapters.rows not in (1, rows) or not (adapters.together or rows <= _ONE_BY_ONE):
             return None
@@ -254,8 +258,50 @@ class WholeStep:
         self._normed = _Normed(found, table, numbers, read, parameters, attributes)
         return self._normed
 
-    def _laid_out(self, layers: Sequence[_Layer], numbers: list[int | None], added: Added) -> _Adapters | None:
+    def _laid_out(
+        self, layers: Sequence[_Layer], numbers: list[int | None], added: Added, rows: int
+    ) -> _Adapters | None:
         """The table of what a plan adds; None where it has more than the kernel knows."""
+        acting = {place: n for place, n in enumerate(numbers) if n is not None and not added.is_nothing(n)}
+        pieces = added.pieces(list(acting.values()), rows)
+        return self._stacked(layers, numbers, added) if pieces is None else self._in_pieces(list(acting), pieces, rows)
+
+    def _in_pieces(self, places: Sequence[int], pieces: Pieces, rows: int) -> _Adapters | None:
+        """The table of the pieces that act at some layers."""
+        count, sites = len(self._model.model.layers), len(_GROUPS)
+        facts = np.zeros((len(pieces.rows), count, sites, FACTS), np.int64)
+        gates = np.zeros(facts.shape[:3], np.int64)
+        at = np.divmod(places, sites)
+        facts[:, *at], gates[:, *at] = pieces.facts, pieces.gates
+        ranks = facts[..., RANKS]
+        if ((facts[..., [IN, OUT]] != self._shapes) & (ranks > 0)[..., None]).any():
+            return None
+        starts, widest = np.zeros_like(ranks), 1
+        for first, last in pairwise(k.FIRST):
+            used = np.zeros((rows, count), np.int64)
+            for site in range(first, last):
+                for piece, row in enumerate(pieces.rows):
+                    starts[piece, :, site] = used[row]
+                    used[row] += ranks[piece, :, site]
+            widest = max(widest, int(used.max()), DOTS)
+        made = np.zeros((count, sites, len(pieces.rows), k.PIECE), np.int64)
+        made[..., k.P_ROW], made[..., k.P_NARROW] = pieces.rows, pieces.narrow
+        made[..., [k.P_A, k.P_B, k.P_RANKS]] = facts[..., [A, B, RANKS]].transpose(1, 2, 0, 3)
+        made[..., k.P_START], made[..., k.P_GATE] = starts.transpose(1, 2, 0), gates.transpose(1, 2, 0)
+        table = np.zeros((count, k.ADAPTED), np.int64)
+        for number in range(count):
+            acting = np.any(ranks[:, number] > 0, axis=0)
+            for group, (first, last) in enumerate(pairwise(k.FIRST)):
+                if acting[first:last].any():
+                    own, field = made[number, first:last], k.GROUP * group
+                    table[number, [field + k.A_AT, field + k.A_PIECES]] = own.ctypes.data, own.size // k.PIECE
+            for site in np.flatnonzero(acting).tolist():
+                own, field = made[number, site], k.SITES + k.SITE * site
+                table[number, [field + k.B_AT, field + k.B_PIECES]] = own.ctypes.data, len(own)
+        return _Adapters(table, (pieces, made), widest, True, rows)
+
+    def _stacked(self, layers: Sequence[_Layer], numbers: list[int | None], added: Added) -> _Adapters | None:
+        """The table of factors that all rows share; None where there is more."""
         count = len(self._model.model.layers)
         table = np.zeros((count, k.ADAPTED), np.int64)
         made_of: list[Any] = []
@@ -273,18 +319,18 @@ class WholeStep:
             if groups.setdefault((number, group), factors.group) != factors.group:
                 return None
             a, gate, b = factors.a, factors.gate, factors.b
-            ranks = a.shape[1]
-            if (a.shape[2], b.shape[1]) != self._shapes[site] or factors.start + b.shape[2] > ranks:
+            ranks = len(a)
+            if (a.shape[1], len(b)) != self._shapes[site] or factors.start + b.shape[1] > ranks:
                 return None
             if not (_is_flat(a) and _is_flat(b) and gate.flags.c_contiguous and gate.shape[2] == ranks):
                 return None
             at = k.GROUP * group
-            table[number, at : at + k.GROUP] = a.ctypes.data, ranks, *_steps(a), gate.ctypes.data, len(gate)
+            table[number, at : at + k.GROUP] = a.ctypes.data, 0, ranks, *_steps(a), gate.ctypes.data, len(gate)
             at = k.SITES + k.SITE * site
-            table[number, at : at + k.SITE] = b.ctypes.data, b.shape[2], factors.start, *_steps(b)
+            table[number, at : at + k.SITE] = b.ctypes.data, 0, b.shape[1], factors.start, *_steps(b)
             made_of += [a, gate, b]
-            widest, together = max(widest, ranks), together and b.strides[1] == b.itemsize
-            several = {1, rows, *map(len, (a, gate, b))} - {1}
+            widest, together = max(widest, ranks), together and b.strides[0] == b.itemsize
+            several = {1, rows, len(gate)} - {1}
             if len(several) > 1:
                 return None
             rows = max(several, default=1)
@@ -385,11 +431,10 @@ def _norms(model: Any) -> list[tuple[tuple[int, int], Any]]:
 
 
 def _is_flat(array: Any) -> bool:
-    """Whether matrices (rows|1, m, n) of float32 lie in memory row by row or column by column each."""
-    return array.dtype == np.float32 and array.itemsize in array.strides[1:] and min(array.strides[1:]) > 0
+    """Whether a matrix of float32 lies in memory row by row or column by column."""
+    return array.dtype == np.float32 and array.itemsize in array.strides and min(array.strides) > 0
 
 
 def _steps(array: Any) -> tuple[int, ...]:
-    """How many numbers lie between two matrices (none, where there is one), two rows and two columns."""
-    first, *others = (step // array.itemsize for step in array.strides)
-    return 0 if len(array) == 1 else first, *others
+    """How many numbers lie between two rows and two columns."""
+    return tuple(step // array.itemsize for step in array.strides)

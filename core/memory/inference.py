@@ -41,7 +41,8 @@ from lora_rt.core.step.settings import TrainSettings
 
 @dataclass(frozen=True, slots=True)
 class InferenceMemory:
-    """Bytes. `stacked` is the copy of several adapters side by side that a plan over them works with.
+    """Bytes. `stacked` is the copy of several adapters side by side that a plan over them works with, `narrow` the one
+    in bfloat16 that a decoding step in one call reads.
 
     `copies` is the most that dense copies of the weights take on a CPU. It is not in the total: what does not fit into
     half of the free memory is not kept.
@@ -54,6 +55,7 @@ class InferenceMemory:
     activations: int
     workspace: int
     copies: int = 0
+    narrow: int = 0
 
     @property
     def total(self) -> int:
@@ -62,7 +64,7 @@ class InferenceMemory:
     @property
     def fixed(self) -> int:
         """What does not grow with the batch."""
-        return self.weights + self.adapters + self.stacked + self.workspace
+        return self.weights + self.adapters + self.stacked + self.narrow + self.workspace
 
     @property
     def per_batch(self) -> int:
@@ -112,6 +114,7 @@ def plan_inference(
         activations=activations,
         workspace=largest_dequantized(whole, precision),
         copies=most_copies(whole, precision, device),
+        narrow=resident_bytes // 2 if device == "cpu" and unpacked else 0,
     )
 
 

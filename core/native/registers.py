@@ -69,11 +69,13 @@ class Registers:
         return self.call(f"llvm.fmuladd.v{self.lanes}f32", self.floats, one, other, total)
 
     def at(self, address: Any, kind: Any, mask: Any = None) -> Any:
-        """What stands at an address; of floats 0 in lanes that are masked, which are not read."""
+        """What stands at an address; 0 in lanes that are masked, which are not read."""
         pointer = self.builder.inttoptr(address, kind.as_pointer())
         if mask is not None:
-            name = f"llvm.masked.load.v{self.lanes}f32.p0"
-            return self.call(name, kind, pointer, I32(4), mask, self.zeros())
+            of = "f32" if kind.element is F32 else f"i{kind.element.width}"
+            nothing = ir.Constant(kind, [kind.element(0)] * self.lanes)
+            size = I32(_BYTES.get(kind.element, 4))
+            return self.call(f"llvm.masked.load.v{self.lanes}{of}.p0", kind, pointer, size, mask, nothing)
         return self.builder.load(pointer, align=_BYTES.get(getattr(kind, "element", kind), 4))
 
     def fetch(self, address: Any) -> None:

@@ -112,7 +112,10 @@ def test_where_gradients_may_flow_the_memory_of_lanes_is_used_once(engine: Engin
         engine.bank._spare = Spare()
         engine.bank._laid_out = LRUCache()
         with torch.inference_mode(not grads):
-            assert isinstance(engine.plan(rows(zoo)), LanePlan)
+            plan = engine.plan(rows(zoo))
+            assert isinstance(plan, LanePlan)
+            assert plan.lanes.groups
+        del plan
         engine.bank._laid_out = LRUCache()
         assert bool(engine.bank._spare._pieces) is not grads
 

@@ -81,6 +81,88 @@ def test_a_row_has_the_same_bits_whatever_rows_stand_beside_it(run: Any) -> None
         assert np.array_equal(alone[0], together[row])
 
 
+def halved(m: Any) -> tuple[Any, Any]:
+    """The bits of a matrix in bfloat16, and what they mean."""
+    bits = (m.view(np.uint32) >> 16).astype(np.uint16)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.fixture(scope="module")
+def of_one_row() -> Any:
+    """x, m, y, narrow -> y += x M; and m, x, sums, narrow -> the first sums of x and the rows of m."""
+    row, narrow_row, dots, narrow_dots = tiles.add_row, tiles.add_narrow_row, tiles.dots, tiles.narrow_dots
+
+    @numba.njit(error_model="numpy")
+    def added(x: int, m: int, step: int, y: int, k: int, n: int, narrow: bool) -> None:
+        if narrow:
+            narrow_row(x, m, step, y, k, n)
+        else:
+            row(x, m, step, y, k, n)
+
+    @numba.njit(error_model="numpy")
+    def dotted(x: int, m: int, step: int, last: int, parts: int, rest: int, sums: int, narrow: bool) -> None:
+        if narrow:
+            narrow_dots(x, m, step, last, parts, rest, sums)
+        else:
+            dots(x, m, step, last, parts, rest, sums)
+
+    def add(x: Any, m: Any, y: Any) -> None:
+        narrow = m.dtype == np.uint16
+        added(x.ctypes.data, m.ctypes.data, m.strides[0], y.ctypes.data, *m.shape, narrow)
+
+    def dot(m: Any, x: Any, sums: Any) -> None:
+        parts, rest = divmod(len(x), tiles.LANES)
+        given = x.ctypes.data, m.ctypes.data, m.strides[0], len(m) - 1, parts, rest, sums.ctypes.data
+        dotted(*given, m.dtype == np.uint16)
+
+    return add, dot
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("k", "n"), [(1, 16), (3, 64), (8, 100), (2, 5), (5, 192)])
+def test_a_row_is_added_to_by_a_matrix_in_either_width(of_one_row: Any, k: int, n: int, narrow: bool) -> None:
+    random = np.random.default_rng(4)
+    x, m = (random.standard_normal(shape, dtype=np.float32) for shape in (k, (k, n)))
+    given, meant = halved(m) if narrow else (m, m)
+    around = np.full(n + 32, 7, np.float32)
+    of_one_row[0](x, given, around[:n])
+    assert np.allclose(around[:n], 7 + x @ meant, atol=1e-5)
+    assert (around[n:] == 7).all()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("width", [16, 64, 70, 5])
+def test_sums_of_a_row_are_made_four_at_a_time(of_one_row: Any, rows: int, width: int, narrow: bool) -> None:
+    random = np.random.default_rng(5)
+    m, x = (random.standard_normal(shape, dtype=np.float32) for shape in ((rows, width), width))
+    given, meant = halved(m) if narrow else (m, m)
+    sums = np.full(6, 7, np.float32)
+    of_one_row[1](given, x, sums)
+    assert np.allclose(sums[:rows], meant @ x, atol=1e-5)
+    assert (sums[4:] == 7).all()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_what_threads_share_has_the_same_bits_however_it_is_shared(of_one_row: Any, narrow: bool) -> None:
+    """Ranks four by four, and outputs in parts of sixteen."""
+    add, dot = of_one_row
+    random = np.random.default_rng(6)
+    m, x = random.standard_normal((8, 176), dtype=np.float32), random.standard_normal(176, dtype=np.float32)
+    given = halved(m)[0] if narrow else m
+    whole, alone = np.empty((2, 4), np.float32), np.empty((8, 4), np.float32)
+    for first in (0, 4):
+        dot(given[first:], x, whole[first // 4])
+    for row in range(8):
+        dot(given[row : row + 1], x, alone[row])
+    assert np.array_equal(whole.ravel(), alone[:, 0])
+    together, apart = np.ones(176, np.float32), np.ones(176, np.float32)
+    add(x, given, together)
+    for first, last in ((0, 16), (16, 112), (112, 176)):
+        add(x, given[:, first:last], apart[first:last])
+    assert np.array_equal(together, apart)
+
+
 @pytest.fixture(scope="module")
 def attend() -> Any:
     from lora_rt.core.forward import kernels

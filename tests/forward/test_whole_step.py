@@ -6,7 +6,7 @@ import ctypes
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.engine.lanes import LanePlan
+from lora_rt.core.engine.lru import LRUCache
+from lora_rt.core.engine.pieces import OwnFactors
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.ways import SIZES, Product, dense_weight
@@ -212,6 +215,23 @@ def adapter(folder: Path, kind: str, **options: Any) -> Path:
         return save_adapter(folder, config_of(kind, **SIZED, **CHANGES.get(kind, {})), **options)
 
 
+def round_weights(path: Path) -> None:
+    """Let an adapter have numbers that bfloat16 holds."""
+    file = path / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+
+
+def added_by(runtime: Runtime, mixes: Sequence[dict[str, float]]) -> Tensor:
+    """The logits of one step of rows under these mixes, behind the same tokens of the base."""
+    lm, plan = runtime.parts.lm, runtime.parts.bank.plan(mixes)
+    ids, mask, positions = (one[1:2, :9] for one in text())
+    cache = lm.new_cache()
+    lm.forward(ids[:, :8], mask[:, :8], positions[:, :8], cache=cache, keep=1)
+    cache.batch_repeat_interleave(len(mixes))
+    last = [one.expand(len(mixes), -1) for one in (ids[:, 8:], mask, positions[:, 8:])]
+    return lm.forward(*last, plan=plan, cache=cache, keep=1)
+
+
 def runtime_of(zoo: Zoo, kind: str) -> Runtime:
     with torch.inference_mode(False):
         base = load_base(str(zoo.base(kind, **SIZED, **CHANGES.get(kind, {}))), "float32", "cpu")
@@ -299,12 +319,15 @@ def test_a_bank_that_is_closed_adds_nothing_though_another_one_is_over_the_model
             close(steps(lm, plan=other), steps(lm, False, plan=other))
 
 
-def test_rows_on_lanes_of_their_own_are_taken(zoo: Zoo, tmp_path: Path, taken: list[int]) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_rows_on_lanes_of_their_own_are_taken(zoo: Zoo, tmp_path: Path, taken: list[int], narrow: bool) -> None:
     targets = [*TARGETS["llama"], *MLP["llama"]]
     with runtime_of(zoo, "llama") as runtime:
         for number in range(12):
             part = targets[: 1 + number % len(targets)]
             path = adapter(tmp_path / f"a{number}", "llama", seed=number, targets=part, r=2 + number % 3)
+            if narrow:
+                round_weights(path)
             runtime.load_adapter(str(path), f"a{number}")
         runtime.load_adapter(str(adapter(tmp_path / "b", "llama", seed=77, targets=targets, lora_bias=True)), "b")
         lm, bank = runtime.parts.lm, runtime.parts.bank
@@ -320,6 +343,26 @@ def test_rows_on_lanes_of_their_own_are_taken(zoo: Zoo, tmp_path: Path, taken: l
                     patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
                     close(steps(lm, rows=rows, plan=plan), usual)
                 assert bool(taken) == wanted
+        narrows = {one.narrow for one in bank._own._known.values()}
+        assert narrows == {narrow, False}  # the one with biases is in float32
+
+
+def test_what_is_no_number_in_a_row_s_adapter_is_none_of_the_others(zoo: Zoo, tmp_path: Path, taken: list[int]) -> None:
+    targets = [*TARGETS["llama"], *MLP["llama"]]
+    with runtime_of(zoo, "llama") as runtime:
+        for number in range(3):
+            path = adapter(tmp_path / f"a{number}", "llama", seed=number, targets=targets, r=5)
+            runtime.load_adapter(str(path), f"a{number}")
+        bank = runtime.parts.bank
+        rows: list[dict[str, float]] = [{"a0": 0.7}, {"a1": 0.5}, {"a2": 0.4}]
+        usual = added_by(runtime, rows)
+        for factors in bank.residents["a1"].factors.values():
+            factors.b[:] = torch.nan
+        bank._laid_out, bank._own = LRUCache(), OwnFactors(bank.topology)
+        found = added_by(runtime, rows)
+        assert taken
+        assert torch.equal(found[[0, 2]], usual[[0, 2]])
+        assert found[1].isnan().all()
 
 
 def test_gates_of_ranks_are_taken_and_what_is_not_known_is_stepped_by_blocks(
