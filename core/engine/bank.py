@@ -141,7 +141,7 @@ class AdapterBank:
 
         def build() -> tuple[Stack, int]:
             built = stack(self.topology, [adapter.factors for adapter in active])
-            return built, sum(tensor.nbytes for tensor in built.tensors())
+            return built, built.nbytes
 
         return self._laid_out.get(active, frozenset(active), build, self._room(), lambda: self._here(active))
 

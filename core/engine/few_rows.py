@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from lora_rt.core.engine.layout import is_usual
 from lora_rt.core.engine.pieces import Pieces
-from lora_rt.core.engine.stack import Stack
+from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.topology import Topology
 
 _ANY = 4  # rows for which pieces are as fast as a stack, however many adapters each uses
@@ -25,21 +25,19 @@ _FEW = 2  # rows for which a loop is faster than torch's product with A, and tha
 
 
 class _Group(NamedTuple):
-    """A (R, in) and the gates (rows|1, 1, R) of a group of sites, as tensors and as arrays."""
+    """A group of sites, and its gates (rows|1, 1, R) as a tensor and as an array."""
 
-    a: Tensor
+    of: StackedGroup
     gate: Tensor
-    a_array: Any
     gate_array: Any
 
 
 class _Site(NamedTuple):
-    """A site's ranks of its group's hidden, from `start` on; b (out, ranks), and whether a rank lies together in it."""
+    """A site, and its ranks of its group's hidden, from `start` on."""
 
     group: int
     start: int
-    b: Any
-    together: bool
+    of: StackedSite
 
 
 class SiteFactors(NamedTuple):
@@ -92,17 +90,17 @@ class FewRows:
         self._groups: dict[int, _Group] = {}
         for number, group in stack.groups.items():
             gate = gates[number]
-            plain = group.offset is None and gate.shape[1] == 1 and group.a.dtype == torch.float32 == gate.dtype
+            plain = group.offset is None and gate.shape[1] == 1 and group.like.dtype == torch.float32 == gate.dtype
             if plain and is_usual(group.layout, gate):
                 gate = gate.contiguous()
-                self._groups[number] = _Group(group.a, gate, group.a.numpy(), gate.numpy())
+                self._groups[number] = _Group(group, gate, gate.numpy())
         self._nothing = [site is None for site in stack.sites]
         self._sites: list[_Site | None] = [None] * len(stack.sites)
         for index, site in enumerate(stack.sites):
             if site is None or site.group not in self._groups or site.scales is not None:
                 continue
             if not (headed and index in topology.heads):
-                self._sites[index] = _Site(site.group, site.start, site.b.numpy(), site.b.T.is_contiguous())
+                self._sites[index] = _Site(site.group, site.start, site)
 
     def is_nothing(self, index: int) -> bool:
         """As of `Added`."""
@@ -141,18 +139,19 @@ class FewRows:
         if site is None:
             return None
         group = self._groups[site.group]
-        return SiteFactors(site.group, site.start, group.a_array, group.gate_array, site.b)
+        return SiteFactors(site.group, site.start, group.of.a.numpy(), group.gate_array, site.of.b.numpy())
 
     def hidden(self, index: int, wide: Tensor) -> tuple[int, Any] | None:
         """The group of a site and its gated hidden of x (rows, 1, in), float32; None where the site is not plain."""
         site = self._sites[index]
-        if site is None or not (site.together or len(wide) <= _FEW):
+        if site is None or not (len(wide) <= _FEW or site.of.b.T.is_contiguous()):
             return None
         group = self._groups[site.group]
+        a = group.of.a
         if len(wide) > _FEW:
-            return site.group, linear(wide, group.a).mul_(group.gate).numpy()
-        hidden = torch.empty(len(wide), 1, len(group.a), dtype=torch.float32).numpy()
-        self.kernels.gated_ranks(wide.numpy(), group.a_array, group.gate_array, hidden)
+            return site.group, linear(wide, a).mul_(group.gate).numpy()
+        hidden = torch.empty(len(wide), 1, len(a), dtype=torch.float32).numpy()
+        self.kernels.gated_ranks(wide.numpy(), a.numpy(), group.gate_array, hidden)
         return site.group, hidden
 
     def group_of(self, index: int) -> int | None:
@@ -164,4 +163,4 @@ class FewRows:
         """Add to a site's float32 y (rows, 1, out) what it makes of its group's hidden."""
         site = self._sites[index]
         assert site is not None
-        self.kernels.add_ranks(y.numpy(), hidden, site.start, site.b)
+        self.kernels.add_ranks(y.numpy(), hidden, site.start, site.of.b.numpy())

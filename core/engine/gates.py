@@ -32,7 +32,7 @@ def rank_gates(stack: Stack, weights: Tensor, gates: Sequence[Gate | None]) -> d
     ranked = {k: four(g.ranks, weights) for k, g in enumerate(gates) if g is not None and g.ranks is not None}
     if not ranked:
         static = [weights[:, None, pattern.owners.to(weights.device)] for pattern in stack.patterns]
-        return {number: static[group.pattern].to(group.a) for number, group in stack.groups.items()}
+        return {number: static[group.pattern].to(group.like) for number, group in stack.groups.items()}
     columns = [_column(weights[None, :, k, None, None], ranked.get(k), stack.widest) for k in range(weights.shape[1])]
     # (layers|1, batch|1, tokens|1, K, 1 or widest + 1): adapter by adapter what each of its ranks is multiplied with
     combined = torch.stack(torch.broadcast_tensors(*columns), dim=3)  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ def rank_gates(stack: Stack, weights: Tensor, gates: Sequence[Gate | None]) -> d
         slots = slots.remainder(combined.shape[-1])  # a bias's slot, -1, is the last one
         gathered.append(combined[..., owners, slots])  # (layers|1, batch|1, tokens|1, R)
     return {
-        number: layer_of(gathered[group.pattern], group.layer).to(group.a) for number, group in stack.groups.items()
+        number: layer_of(gathered[group.pattern], group.layer).to(group.like) for number, group in stack.groups.items()
     }
 
 

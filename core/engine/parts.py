@@ -29,6 +29,7 @@ AT_ONCE = 128
 """Tokens whose float32 deltas are added to a bfloat16 y: such a sum copies both, which so stay in the cache."""
 
 T = TypeVar("T")
+F = TypeVar("F", Tensor, tuple[Tensor, ...])
 _SIZE, _RANKS = 576, 16  # of the layer that is measured
 
 
@@ -42,11 +43,13 @@ class Kept:
     """Parts of factors, made when they are first asked for; anew where a factor was changed in place since."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, Any], tuple[Tensor, int, Any]] = {}
+        self._made: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
 
-    def of(self, factor: Tensor, made: Callable[[Tensor], T]) -> T:
-        """What `made`, a function of a module, makes of a factor."""
-        version, key = 0 if factor.is_inference() else factor._version, (id(factor), made)
+    def of(self, factor: F, made: Callable[[F], T]) -> T:
+        """What `made`, a function of a module, makes of a factor, or of the tensors that it consists of."""
+        tensors: tuple[Tensor, ...] = factor if isinstance(factor, tuple) else (factor,)
+        version = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        key = id(factor), made
         found = self._made.get(key)
         if found is None or found[0] is not factor or found[1] != version:
             found = self._made[key] = factor, version, made(factor)

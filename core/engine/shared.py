@@ -31,6 +31,7 @@ from lora_rt.core.engine.parts import (
 from lora_rt.core.engine.pieces import Pieces
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
+from lora_rt.core.engine.tiled_layout import columns_as_tiles, rows_as_tiles
 from lora_rt.core.engine.topology import Topology
 from lora_rt.plugins.contract import Gate
 
@@ -144,14 +145,14 @@ class SharedPass(Pass):
         if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]  # (batch, tokens, ranks of this site)
-        if self._by_tiles(x) and tiled_factors.takes(y, site.b):
-            return tiled_factors.add(y, hidden, self._plan.stack.kept.of(site.b, tiled_factors.laid_out))
+        if self._by_tiles(x) and tiled_factors.takes(y, site.shape):
+            return tiled_factors.add(y, hidden, self._plan.stack.kept.of(site.columns, columns_as_tiles))
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        few = y.dtype != site.b.dtype and y.numel() <= AT_ONCE * y.shape[-1]
+        few = y.dtype != site.dtype and y.numel() <= AT_ONCE * y.shape[-1]
         if few or not y.is_contiguous() or y.requires_grad:
             return y.add_(linear(hidden, site.b))
         into, flat = y.view(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-        if y.dtype == site.b.dtype:  # one kernel, not two
+        if y.dtype == site.dtype:  # one kernel, not two
             into.addmm_(flat, site.b.t())
             return y
         if self._in_parts(x) and y.dtype == torch.bfloat16:
@@ -194,8 +195,8 @@ class SharedPass(Pass):
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
         kept = self._plan.stack.kept
-        if self._by_tiles(x) and tiled_factors.fits(group.a):
-            hidden = tiled_factors.hidden_of(x, kept.of(group.a, tiled_factors.laid_out))
+        if self._by_tiles(x) and tiled_factors.fits(group.shape):
+            hidden = tiled_factors.hidden_of(x, kept.of(group.rows, rows_as_tiles))
             hidden = hidden if group.offset is None else hidden + group.offset
         elif self._in_parts(x):
             hidden = hidden_of(x, kept.of(group.a, parts_of_a))

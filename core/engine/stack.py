@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,34 +51,66 @@ class Factors:
         return self.a.shape[-2]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class StackedSite:
     """One site: its ranks `start:stop` in its group's hidden, b (out, ranks), `spans[k]` of adapter k within them.
 
-    `scales` (out, ranks) is b for what multiplies the layer's own output, None where nothing does.
+    `columns` is what b is made of: (out, r) each, of experts (experts, out, r). `scales` (out, ranks) is b for what
+    multiplies the layer's own output, None where nothing does.
     """
 
     group: int
     start: int
     stop: int
-    b: Tensor
+    columns: tuple[Tensor, ...]
     spans: tuple[tuple[int, int], ...]
     scales: Tensor | None = None
 
+    @cached_property
+    def b(self) -> Tensor:
+        """(out, ranks), laid out when it is first asked for; of one adapter its own memory."""
+        return self.columns[0] if len(self.columns) == 1 else _beside(self.columns)
 
-@dataclass(frozen=True, slots=True, eq=False)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of b."""
+        return (*self.columns[0].shape[:-1], self.stop - self.start)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of b."""
+        return self.columns[0].dtype
+
+
+@dataclass(frozen=True, eq=False)
 class StackedGroup:
     """Sites with one input share one product with a (R, in). `pattern` is the number of its `Pattern`.
 
-    `offset` (R,) is None but where an adapter has a bias or a scale: each is one more rank whose hidden value is 1.
-    `layout` is the input's.
+    `rows` is what a is made of: (r, in) each, of experts (experts, r, in). `offset` (R,) is None but where an adapter
+    has a bias or a scale: each is one more rank whose hidden value is 1. `layout` is the input's.
     """
 
-    a: Tensor
+    rows: tuple[Tensor, ...]
     pattern: int
     layer: int | None
     offset: Tensor | None
     layout: Layout | None
+
+    @cached_property
+    def a(self) -> Tensor:
+        """(R, in), laid out when it is first asked for; of one adapter its own memory."""
+        return self.rows[0] if len(self.rows) == 1 else _below(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of a."""
+        first = self.rows[0].shape
+        return (*first[:-2], sum(row.shape[-2] for row in self.rows), first[-1])
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype, and on the device, of a."""
+        return self.rows[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +140,13 @@ class Stack:
         found = [tensor for site in self.sites if site is not None for tensor in (site.b, site.scales)]
         return [*(group.a for group in self.groups.values()), *(tensor for tensor in found if tensor is not None)]
 
+    @property
+    def nbytes(self) -> int:
+        """What all of these take, once they are laid out."""
+        sites = [site for site in self.sites if site is not None]
+        parts = [*(row for group in self.groups.values() for row in group.rows), *(c for s in sites for c in s.columns)]
+        return sum(part.nbytes for part in [*parts, *(s.scales for s in sites if s.scales is not None)])
+
 
 def _beside(columns: Sequence[Tensor]) -> Tensor:
     """(out, ranks), rank after rank in memory as in the columns; of experts (experts, out, ranks), as ever."""
@@ -124,11 +164,12 @@ def _below(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat([row.T for row in rows], dim=1).T
 
 
-def _placed(scales: Mapping[int, Tensor], b: Tensor) -> Tensor | None:
+def _placed(scales: Mapping[int, Tensor], ranks: int) -> Tensor | None:
     """(out, ranks) with each scale on its own rank."""
     if not scales:
         return None
-    placed = torch.zeros_like(b)
+    first = next(iter(scales.values()))
+    placed = first.new_zeros(len(first), ranks)
     for rank, scale in scales.items():
         placed[:, rank] = scale
     return placed
@@ -173,15 +214,15 @@ def _stack_group(
                     scales[len(ranks) - start] = factors.scale
                     ranks.append((k, _CONSTANT))
             spans.append((first, len(ranks) - start))
-        b = columns[0] if len(columns) == 1 else _beside(columns)  # (out, ranks); of one adapter its own memory
-        built.sites[index] = StackedSite(group, start, len(ranks), b, tuple(spans), _placed(scales, b))
-    a = rows[0] if len(rows) == 1 else _below(rows)  # (R, in)
+        placed = _placed(scales, len(ranks) - start)
+        built.sites[index] = StackedSite(group, start, len(ranks), tuple(columns), tuple(spans), placed)
+    like = rows[0]
     # The blocks of a model are alike: their groups share one pattern, and gates are gathered once for all of them.
     pattern = known.setdefault(tuple(ranks), len(known))
     if pattern == len(built.patterns):
-        owners, slots = torch.tensor(ranks, device=a.device).unbind(1)
+        owners, slots = torch.tensor(ranks, device=like.device).unbind(1)
         built.patterns.append(Pattern(owners, slots))
     fixed = [slot == _CONSTANT for _, slot in ranks]
-    offset = torch.tensor(fixed, device=a.device).to(a.dtype) if any(fixed) else None
+    offset = torch.tensor(fixed, device=like.device).to(like.dtype) if any(fixed) else None
     site = topology.sites[indices[0]]
-    built.groups[group] = StackedGroup(a, pattern, site.layer, offset, site.layout)
+    built.groups[group] = StackedGroup(tuple(rows), pattern, site.layer, offset, site.layout)

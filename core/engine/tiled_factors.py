@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ _log = logging.getLogger("lora_rt.engine")
 LEAST = 32
 """Tokens that are multiplied at a time; fewer are not."""
 
-_ROWS, _INPUTS = 16, 32  # of a tile
+ROWS, INPUTS = 16, 32  # of a tile
 _WIDEST = 1 << 13  # inputs of A
 _RANKS = 1 << 10  # of B: both parts of 32 tokens' hidden stand on each thread's stack, 128 KiB
 _PARTS = 4  # for each thread
@@ -59,26 +60,26 @@ def are_there() -> bool:
         return False
 
 
-def fits(a: Tensor) -> bool:
-    """Whether a factor A (R, in) is read by tiles."""
-    return not a.shape[1] % _INPUTS and a.shape[1] <= _WIDEST
+def fits(a: Sequence[int]) -> bool:
+    """Whether a factor A of a shape (R, in) is read by tiles."""
+    return len(a) == 2 and not a[1] % INPUTS and a[1] <= _WIDEST
 
 
-def takes(y: Tensor, b: Tensor) -> bool:
-    """Whether what a factor B (out, ranks) makes is added to a y (..., out) by tiles."""
-    return y.dtype in _WHICH and y.is_contiguous() and not b.shape[0] % _ROWS and b.shape[1] <= _RANKS
+def takes(y: Tensor, b: Sequence[int]) -> bool:
+    """Whether what a factor B of a shape (out, ranks) makes is added to a y (..., out) by tiles."""
+    return len(b) == 2 and y.dtype in _WHICH and y.is_contiguous() and not b[0] % ROWS and b[1] <= _RANKS
 
 
 def laid_out(factor: Tensor) -> Tiled:
     """A float32 factor (n, k) as tiles are read."""
     n, k = factor.shape
-    tiles_n, tiles_k = -(-n // _ROWS), -(-k // _INPUTS)
-    whole = factor.new_zeros(tiles_n * _ROWS, tiles_k * _INPUTS)
+    tiles_n, tiles_k = -(-n // ROWS), -(-k // INPUTS)
+    whole = factor.new_zeros(tiles_n * ROWS, tiles_k * INPUTS)
     whole[:n, :k] = factor
     one = whole.bfloat16()
     other = (whole - one.float()).bfloat16()
     parts = torch.stack([one, other] if other.any() else [one])
-    tiles = parts.view(len(parts), tiles_n, _ROWS, tiles_k, _INPUTS // 2, 2).permute(1, 0, 3, 4, 2, 5)
+    tiles = parts.view(len(parts), tiles_n, ROWS, tiles_k, INPUTS // 2, 2).permute(1, 0, 3, 4, 2, 5)
     return Tiled(tiles.contiguous(), n, k)
 
 
@@ -90,11 +91,11 @@ def hidden_of(x: Tensor, a: Tiled) -> Tensor:
     """
     *rows, width = x.shape
     tokens = x.numel() // max(width, 1)
-    if x.dtype is not torch.bfloat16 or not x.is_cpu or width != a.k or width % _INPUTS or tokens < LEAST:
+    if x.dtype is not torch.bfloat16 or not x.is_cpu or width != a.k or width % INPUTS or tokens < LEAST:
         raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a factor of {a.n} x {a.k}")
     x = x.contiguous()
-    found = x.new_empty(*rows, len(a.tiles) * _ROWS, dtype=torch.float32)
-    sizes = len(a.tiles), width // _INPUTS, tokens
+    found = x.new_empty(*rows, len(a.tiles) * ROWS, dtype=torch.float32)
+    sizes = len(a.tiles), width // INPUTS, tokens
     _run(a, 0, sizes, (a.tiles.data_ptr(), 2 * width, x.data_ptr(), found.data_ptr()))
     return found[..., : a.n]
 
@@ -111,7 +112,7 @@ def add(y: Tensor, hidden: Tensor, b: Tiled) -> Tensor:
     flat = hidden.flatten(0, -2)
     ranks, apart = flat.shape[1], flat.stride(0)
     fit = y.dtype in _WHICH and flat.dtype is torch.float32 and y.is_cpu and flat.is_cpu and y.is_contiguous()
-    if not fit or y.shape != (*hidden.shape[:-1], b.n) or ranks != b.k or flat.stride(1) != 1 or b.n % _ROWS:
+    if not fit or y.shape != (*hidden.shape[:-1], b.n) or ranks != b.k or flat.stride(1) != 1 or b.n % ROWS:
         raise ValueError(f"hidden {tuple(hidden.shape)} and a factor of {b.n} x {b.k} for {y.dtype} {tuple(y.shape)}")
     sizes = len(b.tiles), ranks, len(flat)
     _run(b, _WHICH[y.dtype], sizes, (b.tiles.data_ptr(), 4 * apart, flat.data_ptr(), y.data_ptr()))

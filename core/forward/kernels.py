@@ -18,60 +18,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from lora_rt.core.forward import tiles
 from lora_rt.core.forward.tiles import AT_ONCE, LANES, scores_of, weighed_by_four, weighed_by_one
 from lora_rt.core.multiply import four_bit
-from lora_rt.core.native import registers
+from lora_rt.core.native import bfloat16, registers
+from lora_rt.core.native.bfloat16 import narrowed, rounded, widened
 from lora_rt.core.native.compiled import compiled
 
-USED = [tiles.__file__, registers.__file__, four_bit.__file__]
+USED = [tiles.__file__, registers.__file__, bfloat16.__file__, four_bit.__file__]
 """Files that decide what is built into these functions; the last one how wide a register is."""
-
-_BITS = np.uint32(16)
-_HALF, _ONE, _NAN = np.uint32(0x7FFF), np.uint32(1), np.uint16(0x7FC0)
-
-
-def _wide(number: Any) -> Any:
-    """A number of the model as float32."""
-
-
-def _narrow(number: Any, like: Any) -> Any:
-    """A float32 as a number of the model, of which an array is given."""
-
-
-def _rounded(number: Any, like: Any) -> Any:
-    """A float32 with the bits that it keeps in the model's dtype."""
-
-
-@overload(_wide, strict=False)  # type: ignore[untyped-decorator]  # numba has no types
-def _wide_of(number: Any) -> Any:
-    if number == types.uint16:
-        return lambda number: np.uint32(np.uint32(number) << _BITS).view(np.float32)
-    return lambda number: number
-
-
-@overload(_narrow, strict=False)  # type: ignore[untyped-decorator]  # numba has no types
-def _narrow_of(number: Any, like: Any) -> Any:
-    if like.dtype == types.uint16:
-
-        def narrow(number: Any, like: Any) -> Any:
-            bits = np.float32(number).view(np.uint32)
-            near = np.uint16((bits + _HALF + ((bits >> _BITS) & _ONE)) >> _BITS)
-            return near if number == number else _NAN
-
-        return narrow
-    return lambda number, like: number
-
-
-@overload(_rounded, strict=False)  # type: ignore[untyped-decorator]  # numba has no types
-def _rounded_of(number: Any, like: Any) -> Any:
-    if like.dtype == types.uint16:
-        return lambda number, like: _wide(_narrow(number, like))
-    return lambda number, like: number
-
 
 _LOW, _HIGH = np.float32(-87.0), np.float32(88.0)
 _LOG2E, _LN2_A, _LN2_B = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -100,10 +56,10 @@ def norm_row(x: Any, weight: Any, eps: Any, out: Any, like: Any) -> None:
     """RMSNorm of x (H,), rounded to the model's dtype."""
     squares = np.float32(0)
     for i in range(len(x)):
-        squares += _wide(x[i]) * _wide(x[i])
+        squares += widened(x[i]) * widened(x[i])
     scale = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + np.float32(eps))
     for i in range(len(x)):
-        out[i] = _narrow(_rounded(_rounded(_wide(x[i]) * scale, like) * _wide(weight[i]), like), out)
+        out[i] = narrowed(rounded(rounded(widened(x[i]) * scale, like) * widened(weight[i]), like), out)
 
 
 @compiled(any_order=True, kept=False)
@@ -111,11 +67,11 @@ def norm_head(x: Any, weight: Any, eps: Any, like: Any) -> None:
     """RMSNorm of one head (D,), in place, its numbers rounded first."""
     squares = np.float32(0)
     for i in range(len(x)):
-        x[i] = _narrow(_rounded(_wide(x[i]), like), x)
-        squares += _wide(x[i]) * _wide(x[i])
+        x[i] = narrowed(rounded(widened(x[i]), like), x)
+        squares += widened(x[i]) * widened(x[i])
     scale = np.float32(1) / np.sqrt(squares / np.float32(len(x)) + np.float32(eps))
     for i in range(len(x)):
-        x[i] = _narrow(_rounded(_rounded(_wide(x[i]) * scale, like) * _wide(weight[i]), like), x)
+        x[i] = narrowed(rounded(rounded(widened(x[i]) * scale, like) * widened(weight[i]), like), x)
 
 
 @compiled(any_order=True, kept=False)
@@ -123,18 +79,18 @@ def turn_head(x: Any, cos: Any, sin: Any, like: Any) -> None:
     """The rope of one head (D,), in place, rounded to the model's dtype."""
     half = len(x) // 2
     for i in range(half):
-        a, b = _rounded(_wide(x[i]), like), _rounded(_wide(x[half + i]), like)
-        first = _rounded(a * _wide(cos[i]), like) + _rounded(-b * _wide(sin[i]), like)
-        second = _rounded(b * _wide(cos[half + i]), like) + _rounded(a * _wide(sin[half + i]), like)
-        x[i], x[half + i] = _narrow(_rounded(first, like), x), _narrow(_rounded(second, like), x)
+        a, b = rounded(widened(x[i]), like), rounded(widened(x[half + i]), like)
+        first = rounded(a * widened(cos[i]), like) + rounded(-b * widened(sin[i]), like)
+        second = rounded(b * widened(cos[half + i]), like) + rounded(a * widened(sin[half + i]), like)
+        x[i], x[half + i] = narrowed(rounded(first, like), x), narrowed(rounded(second, like), x)
 
 
 @compiled(any_order=True, kept=False)
 def silu_row(gate: Any, up: Any, like: Any) -> None:
     """gate = silu(gate) * up, (F,), rounded to the model's dtype; `gate` is float32."""
     for i in range(len(gate)):
-        a, b = _rounded(gate[i], like), _rounded(_wide(up[i]), like)
-        gate[i] = _rounded(_rounded(a / (np.float32(1) + exp(-a)), like) * b, like)
+        a, b = rounded(gate[i], like), rounded(widened(up[i]), like)
+        gate[i] = rounded(rounded(a / (np.float32(1) + exp(-a)), like) * b, like)
 
 
 @compiled(any_order=True)
@@ -149,7 +105,7 @@ def add_norm(x: Any, y: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None
     """x += y, (n, 1, H), then the RMSNorm of x."""
     for r in range(len(x)):
         for i in range(x.shape[2]):
-            x[r, 0, i] = _narrow(_wide(x[r, 0, i]) + _rounded(_wide(y[r, 0, i]), x), x)
+            x[r, 0, i] = narrowed(widened(x[r, 0, i]) + rounded(widened(y[r, 0, i]), x), x)
         _norm_of(x[r, 0], weight, eps, out[r, 0], wide[r, 0])
 
 
@@ -157,7 +113,7 @@ def add_norm(x: Any, y: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None
 def _norm_of(x: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
     norm_row(x, weight, eps, wide, x)
     for i in range(len(x)):
-        out[i] = _narrow(wide[i], x)
+        out[i] = narrowed(wide[i], x)
 
 
 @compiled(any_order=True)
@@ -178,7 +134,7 @@ def rotate(q: Any, cos: Any, sin: Any, out: Any) -> None:
         for head in range(heads):
             turned = out[r, head, 0]
             for i in range(size):
-                turned[i] = _narrow(_wide(q[r, 0, head * size + i]), out)
+                turned[i] = narrowed(widened(q[r, 0, head * size + i]), out)
             turn_head(turned, c, s, out)
 
 
@@ -252,7 +208,7 @@ def attend_head(
                 weighed_by_one(*given, count, like)
                 i += LANES
     for i in range(size):
-        answer[i] = _rounded(answer[i] / whole, like)
+        answer[i] = rounded(answer[i] / whole, like)
 
 
 @compiled(any_order=True, kept=False)
@@ -262,7 +218,7 @@ def _looked(query: Any, keys: Any, of_keys: int, places: Any, count: int, scalin
     for n in range(count):
         key, total = keys[places[n] * of_keys :], np.float32(0)
         for i in range(len(query)):
-            total += query[i] * _wide(key[i])
+            total += query[i] * widened(key[i])
         scores[n] = total * scaling
         top = max(top, scores[n])
     return top
@@ -276,7 +232,7 @@ def _added_up(scores: Any, values: Any, of_values: int, places: Any, count: int,
     for n in range(count):
         value = values[places[n] * of_values :]
         for i in range(len(answer)):
-            answer[i] += scores[n] * _wide(value[i])
+            answer[i] += scores[n] * widened(value[i])
 
 
 @compiled(any_order=True, uses=USED)
@@ -296,7 +252,7 @@ def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, ou
         count = seen_places(seen[r], places)
         for head in range(heads):
             for i in range(size):
-                query[i] = _wide(q[r, head, 0, i])
+                query[i] = widened(q[r, head, 0, i])
             own_keys = keys[r * steps[1] + head // group * steps[2] :]
             own_values = values[r * steps[4] + head // group * steps[5] :]
             answer = wide[r, 0, head * size : (head + 1) * size]
@@ -314,7 +270,7 @@ def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, ou
                 out,
             )
             for i in range(size):
-                out[r, 0, head * size + i] = _narrow(answer[i], out)
+                out[r, 0, head * size + i] = narrowed(answer[i], out)
 
 
 @compiled(any_order=True)
@@ -322,10 +278,10 @@ def silu_gated(gate: Any, up: Any, out: Any, wide: Any) -> None:
     """silu(gate) * up, (n, 1, F)."""
     for r in range(len(gate)):
         for i in range(gate.shape[2]):
-            wide[r, 0, i] = _wide(gate[r, 0, i])
+            wide[r, 0, i] = widened(gate[r, 0, i])
         silu_row(wide[r, 0], up[r, 0], out)
         for i in range(gate.shape[2]):
-            out[r, 0, i] = _narrow(wide[r, 0, i], out)
+            out[r, 0, i] = narrowed(wide[r, 0, i], out)
 
 
 @compiled(any_order=True)

@@ -63,10 +63,12 @@ class PooledPlan(SharedPlan):
             width = 0
             for index, site in _sites_of(like.stack, number):
                 stop = width + rounded(site.stop - site.start)
-                sites[index] = StackedSite(number, width, stop, site.b.new_zeros(len(site.b), stop - width), ())
+                sites[index] = StackedSite(number, width, stop, (site.b.new_zeros(len(site.b), stop - width),), ())
                 width = stop
             offset = None if group.offset is None else group.offset.new_zeros(width)
-            groups[number] = replace(group, a=group.a.new_zeros(width, group.a.shape[1]), pattern=0, offset=offset)
+            groups[number] = replace(
+                group, rows=(group.a.new_zeros(width, group.a.shape[1]),), pattern=0, offset=offset
+            )
             self.group_gates[number] = group.a.new_zeros(rows, 1, width)
         self.stack = Stack(sites, groups, [], like.stack.widest)
         self._filled: SharedPlan | None = None

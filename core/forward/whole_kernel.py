@@ -24,9 +24,6 @@ from numba import carray
 
 from lora_rt.core.forward import kernels
 from lora_rt.core.forward.kernels import (
-    _narrow,
-    _rounded,
-    _wide,
     attend_head,
     norm_head,
     norm_row,
@@ -37,6 +34,7 @@ from lora_rt.core.forward.kernels import (
 )
 from lora_rt.core.forward.tiles import DOTS, LANES, add_narrow_row, add_row, add_some, dots, multiply, narrow_dots
 from lora_rt.core.native import in_c
+from lora_rt.core.native.bfloat16 import narrowed, rounded, widened
 from lora_rt.core.native.compiled import callback, compiled
 from lora_rt.core.native.in_c import ask, floats_at, integers_at, numbers_at, pointer, run_with, wait
 
@@ -97,7 +95,7 @@ def _norms(s: Any, weight: int, eps: Any, added: int, me: int, us: int, like: An
         x, out = floats_at(s[X] + 4 * r * width, width), floats_at(s[INPUT] + 4 * r * width, width)
         extra = floats_at(added + 4 * r * width, width if added else 0)
         for i in range(len(extra)):
-            x[i] = _rounded(x[i] + _rounded(extra[i], like), like)
+            x[i] = rounded(x[i] + rounded(extra[i], like), like)
         norm_row(x, numbers_at(weight, width, like), eps, out, like)
 
 
@@ -118,7 +116,7 @@ def _layer(s: Any, block: Any, site: int, x: int, y: int, me: int, us: int, like
         for r in range(s[ROWS]):
             row = floats_at(y + 4 * (r * features + start), stop - start)
             for o in range(stop - start):
-                row[o] += _wide(bias[o])
+                row[o] += widened(bias[o])
 
 
 @compiled(any_order=True, kept=False)
@@ -158,7 +156,7 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
 def _dot(row: Any, given: Any) -> Any:
     total = np.float32(0)
     for i in range(len(given)):
-        total += _wide(row[i]) * given[i]
+        total += widened(row[i]) * given[i]
     return total
 
 
@@ -261,7 +259,7 @@ def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: 
             place = at + of_item * (r * cache[first] + head * cache[first + 1] + last * cache[first + 2])
             kept = numbers_at(place, size, like)
             for i in range(size):
-                kept[i] = _narrow(new[i], like)
+                kept[i] = narrowed(new[i], like)
 
 
 @compiled(any_order=True, kept=False)
@@ -362,7 +360,7 @@ def _whole(s: Any, like: Any) -> None:
         given = floats_at(s[INPUT] + 4 * r * s[HIDDEN], s[HIDDEN])
         out = numbers_at(s[OUT] + r * s[HIDDEN] * like.itemsize, s[HIDDEN], like)
         for i in range(s[HIDDEN]):
-            out[i] = _narrow(given[i], like)
+            out[i] = narrowed(given[i], like)
 
 
 @cache

@@ -5,6 +5,7 @@
     registers.py       vector registers, for the inner loops of such functions
     amx.py             AMX's tiles: registers of sixteen rows of 64 bytes, and products of two
     in_c.py            what compiled loops read and call by addresses
+    bfloat16.py        numbers in 16 bits, read and rounded
     openmp.py          torch's own threads, which run what is compiled here
 
 Knows instructions, addresses and threads; knows no weight and no model.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
 
 from lora_rt.core.engine import tiled_factors
 from lora_rt.core.engine.tiled_factors import LEAST, Tiled, add, fits, hidden_of, laid_out, takes
+from lora_rt.core.engine.tiled_layout import columns_as_tiles, rows_as_tiles
+from lora_rt.core.native import compiled
 
 pytestmark = pytest.mark.skipif(not tiled_factors.are_there(), reason="this processor has no tiles")
 
@@ -92,10 +96,10 @@ def test_weights_that_cancel_do_so() -> None:
 
 def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     a, b, hidden = laid_out(given(24, IN)), laid_out(given(OUT, 24)), given(64, 24)
-    assert not fits(given(4, 40))
-    assert not takes(torch.zeros(64, 24), given(24, 4))
-    assert not takes(torch.zeros(OUT, 64).T, given(OUT, 4))
-    assert not takes(torch.zeros(64, OUT).half(), given(OUT, 4))
+    assert not fits((4, 40))
+    assert not takes(torch.zeros(64, 24), (24, 4))
+    assert not takes(torch.zeros(OUT, 64).T, (OUT, 4))
+    assert not takes(torch.zeros(64, OUT).half(), (OUT, 4))
     for x in (some(LEAST - 1), some(64).float(), some(64)[:, :64], some(64).to("meta")):
         with pytest.raises(ValueError, match="for a factor of 24 x 96"):
             hidden_of(x, a)
@@ -111,3 +115,25 @@ def test_what_does_not_fit_is_refused_before_it_is_read() -> None:
     for y, given_hidden, factor in wrong:
         with pytest.raises(ValueError, match="hidden"):
             add(y, given_hidden, factor)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("ranks", [(8,), (1, 3), (16, 16, 5), (7, 20, 9)])
+def test_a_set_is_laid_out_from_where_its_parts_lie(
+    ranks: tuple[int, ...], narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(given(r, IN, narrow=narrow) for r in ranks)
+    columns = tuple(given(r, OUT, narrow=narrow).T for r in ranks)
+    wanted = laid_out(torch.cat(rows)), laid_out(torch.cat(columns, dim=1))
+    for there in (True, False):
+        monkeypatch.setattr(compiled, "is_there", lambda there=there: there and find_spec("numba") is not None)
+        for made, one in zip((rows_as_tiles(rows), columns_as_tiles(columns)), wanted, strict=True):
+            assert (made.n, made.k) == (one.n, one.k)
+            assert torch.equal(made.tiles, one.tiles)
+
+
+def test_one_number_that_is_no_bfloat16_brings_a_second_part() -> None:
+    rows = given(4, IN, narrow=True), given(2, IN, narrow=True)
+    rows[1][1, 95] += 2**-12
+    assert rows_as_tiles(rows).tiles.shape[1] == 2
+    assert columns_as_tiles((rows[0][:, :80].T, rows[1][:, :80].T)).tiles.shape[1] == 1
