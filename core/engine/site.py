@@ -14,7 +14,7 @@ from lora_rt.core.engine.plan import in_a_pass, running_pass
 from lora_rt.core.engine.topology import Topology
 from lora_rt.core.engine.wrappers import inner_of, is_compiled
 from lora_rt.core.multiply.cpu_4bit import direct_forward
-from lora_rt.core.multiply.ways import Product
+from lora_rt.core.multiply.product import Product
 
 
 class _Hooked:

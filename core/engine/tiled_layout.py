@@ -30,7 +30,7 @@ def columns_as_tiles(parts: tuple[Tensor, ...]) -> Tiled:
 
 
 def _as_tiles(parts: Sequence[Tensor], n: int, k: int, *, by_rows: bool) -> Tiled:
-    if not compiled.is_there():
+    if not compiled.is_loaded():  # by torch's operations it takes some milliseconds longer
         whole = torch.cat(list(parts))
         return laid_out(whole if by_rows else whole.T)
     parts = [part.contiguous() for part in parts]

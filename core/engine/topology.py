@@ -28,7 +28,7 @@ from lora_rt.core.engine.experts import find_parameters, watched_experts, watche
 from lora_rt.core.engine.heads import HeadAxis, find_heads
 from lora_rt.core.engine.layout import PROBES, Layout, layout_of
 from lora_rt.core.engine.wrappers import bare_modules, inner_of
-from lora_rt.core.multiply.ways import looking
+from lora_rt.core.multiply.product import looking
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ A step on a CPU   decoder.py        by the blocks of a Llama-like decoder
                   tiles.py          products with what adapters hold, and attention
                   growing_cache.py  keys and values with room for more
 In one call       whole_step.py     over 4-bit weights, from embedding to output head
+                  step_adapters.py  what adapters add to it
                   whole_kernel.py   what its threads do
 On a GPU          steps.py          steps that are recorded once and run again
                   pool.py           a plan's tensors in fixed places

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.engine.few_rows import Added
-from lora_rt.core.engine.pieces import FACTS, IN, OUT, RANKS, A, B, Pieces
 from lora_rt.core.engine.site import Multiplied, multiplied
 from lora_rt.core.forward import kernels
 from lora_rt.core.forward import whole_kernel as k
-from lora_rt.core.forward.tiles import DOTS
+from lora_rt.core.forward.step_adapters import GROUPS, Adapters, adapters_of
 from lora_rt.core.forward.unchanged import Parameters, Place, have_hooks, own, place_in, stand
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.ways import is_vector
@@ -40,7 +38,6 @@ _LINEARS = (
     *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
 )
-_GROUPS = (0, 0, 0, 1, 2, 2, 3)  # of the seven layers: those that read one x
 _eps, _scaling = attrgetter("variance_epsilon"), attrgetter("scaling")
 _ONE_BY_ONE = 2  # rows up to which B of one adapter is read across its memory
 
@@ -51,20 +48,6 @@ class _Layer(NamedTuple):
     how: Multiplied
     weight: four_bit.FourBit
     bias: Tensor | None  # its memory, while it is read
-
-
-class _Adapters(NamedTuple):
-    """What a plan adds: the table and the arrays that it points to.
-
-    `ranks` of its widest group; `together` is whether the outputs of each rank lie together in B; `rows` of gates or
-    factors that are a row's own, 1 for none.
-    """
-
-    table: Any
-    made_of: Any
-    ranks: int
-    together: bool
-    rows: int
 
 
 class _Found:
@@ -78,7 +61,7 @@ class _Found:
         self.layers: list[_Layer] = []
         self.table: Any = None
         self.near: dict[int, bool] = {}
-        self.plans: WeakKeyDictionary[Added, tuple[Any, _Adapters | None]] = WeakKeyDictionary()
+        self.plans: WeakKeyDictionary[Added, tuple[Any, Adapters | None]] = WeakKeyDictionary()
         self._places = places
         self._modules = [place.module for place in places]
         self._parameters = [Parameters(self._modules, "weight", copied=True), Parameters(self._modules, "bias")]
@@ -113,7 +96,7 @@ class _Ready(NamedTuple):
     table: Any
     numbers: Any
     norms: list[Tensor]
-    adapters: _Adapters
+    adapters: Adapters
     added: Added | None
     address: int
 
@@ -138,7 +121,7 @@ class WholeStep:
         self._attentions = [block.self_attn for block in model.model.layers]
         self._found = _Found()
         self._refused: tuple[int, int] | None = None  # block and place of a layer that can't be taken
-        self._none = _Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), (), 1, True, 1)
+        self._none = Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), (), 1, True, 1)
         self._rooms: dict[int, _Room] = {}  # by the number of rows; who uses one takes it out
         self.always = False  # whatever is faster: in a trial
 
@@ -167,13 +150,13 @@ class WholeStep:
             found.near[rows] = all(layer.how.product.is_near(rows) for layer in found.layers)
         if not (self.always or found.near[rows]):
             return None
-        adapters: _Adapters | None = self._none
+        adapters: Adapters | None = self._none
         if added is not None:
             numbers = found.numbers(topology)
             known = rows, numbers
             before = found.plans.get(added)
             if before is None or before[0] != known:
-                before = found.plans[added] = known, self._laid_out(found.layers, numbers, added, rows)
+                before = found.plans[added] = known, adapters_of(self._shapes, numbers, added, rows)
             adapters = before[1]
         if adapters is None or adapters.rows not in (1, rows) or not (adapters.together or rows <= _ONE_BY_ONE):
             return None
@@ -204,14 +187,14 @@ class WholeStep:
                 return _Found()
         places = [place for block in blocks for place in self._places_of(block)]
         for count, place in enumerate(places):
-            number, site = divmod(count, len(_GROUPS))
+            number, site = divmod(count, len(GROUPS))
             if self._taken(place.module, site) is None:
                 self._refused = number, site
                 return _Found()
         found = _Found(places)  # before anything is read of them, and after it is known that they can be asked
         found.table = np.zeros((len(blocks) + 1, k.BLOCK), np.int64)
         for count, place in enumerate(places):
-            number, site = divmod(count, len(_GROUPS))
+            number, site = divmod(count, len(GROUPS))
             layer = self._taken(place.module, site)
             if layer is None:  # it was replaced meanwhile
                 return _Found()
@@ -257,84 +240,6 @@ class WholeStep:
         numbers[:-1, k.SCALING] = attributes[1]
         self._normed = _Normed(found, table, numbers, read, parameters, attributes)
         return self._normed
-
-    def _laid_out(
-        self, layers: Sequence[_Layer], numbers: list[int | None], added: Added, rows: int
-    ) -> _Adapters | None:
-        """The table of what a plan adds; None where it has more than the kernel knows."""
-        acting = {place: n for place, n in enumerate(numbers) if n is not None and not added.is_nothing(n)}
-        pieces = added.pieces(list(acting.values()), rows)
-        return self._stacked(layers, numbers, added) if pieces is None else self._in_pieces(list(acting), pieces, rows)
-
-    def _in_pieces(self, places: Sequence[int], pieces: Pieces, rows: int) -> _Adapters | None:
-        """The table of the pieces that act at some layers."""
-        count, sites = len(self._model.model.layers), len(_GROUPS)
-        facts = np.zeros((len(pieces.rows), count, sites, FACTS), np.int64)
-        gates = np.zeros(facts.shape[:3], np.int64)
-        at = np.divmod(places, sites)
-        facts[:, *at], gates[:, *at] = pieces.facts, pieces.gates
-        ranks = facts[..., RANKS]
-        if ((facts[..., [IN, OUT]] != self._shapes) & (ranks > 0)[..., None]).any():
-            return None
-        starts, widest = np.zeros_like(ranks), 1
-        for first, last in pairwise(k.FIRST):
-            used = np.zeros((rows, count), np.int64)
-            for site in range(first, last):
-                for piece, row in enumerate(pieces.rows):
-                    starts[piece, :, site] = used[row]
-                    used[row] += ranks[piece, :, site]
-            widest = max(widest, int(used.max()), DOTS)
-        made = np.zeros((count, sites, len(pieces.rows), k.PIECE), np.int64)
-        made[..., k.P_ROW], made[..., k.P_NARROW] = pieces.rows, pieces.narrow
-        made[..., [k.P_A, k.P_B, k.P_RANKS]] = facts[..., [A, B, RANKS]].transpose(1, 2, 0, 3)
-        made[..., k.P_START], made[..., k.P_GATE] = starts.transpose(1, 2, 0), gates.transpose(1, 2, 0)
-        table = np.zeros((count, k.ADAPTED), np.int64)
-        for number in range(count):
-            acting = np.any(ranks[:, number] > 0, axis=0)
-            for group, (first, last) in enumerate(pairwise(k.FIRST)):
-                if acting[first:last].any():
-                    own, field = made[number, first:last], k.GROUP * group
-                    table[number, [field + k.A_AT, field + k.A_PIECES]] = own.ctypes.data, own.size // k.PIECE
-            for site in np.flatnonzero(acting).tolist():
-                own, field = made[number, site], k.SITES + k.SITE * site
-                table[number, [field + k.B_AT, field + k.B_PIECES]] = own.ctypes.data, len(own)
-        return _Adapters(table, (pieces, made), widest, True, rows)
-
-    def _stacked(self, layers: Sequence[_Layer], numbers: list[int | None], added: Added) -> _Adapters | None:
-        """The table of factors that all rows share; None where there is more."""
-        count = len(self._model.model.layers)
-        table = np.zeros((count, k.ADAPTED), np.int64)
-        made_of: list[Any] = []
-        widest, rows, together = 1, 1, True
-        groups: dict[tuple[int, int], int] = {}
-        for place in range(len(layers)):
-            number, site = divmod(place, len(_GROUPS))
-            index = numbers[place]
-            if index is None or added.is_nothing(index):
-                continue
-            factors = added.factors(index)
-            if factors is None:
-                return None
-            group = _GROUPS[site]
-            if groups.setdefault((number, group), factors.group) != factors.group:
-                return None
-            a, gate, b = factors.a, factors.gate, factors.b
-            ranks = len(a)
-            if (a.shape[1], len(b)) != self._shapes[site] or factors.start + b.shape[1] > ranks:
-                return None
-            if not (_is_flat(a) and _is_flat(b) and gate.flags.c_contiguous and gate.shape[2] == ranks):
-                return None
-            at = k.GROUP * group
-            table[number, at : at + k.GROUP] = a.ctypes.data, 0, ranks, *_steps(a), gate.ctypes.data, len(gate)
-            at = k.SITES + k.SITE * site
-            table[number, at : at + k.SITE] = b.ctypes.data, 0, b.shape[1], factors.start, *_steps(b)
-            made_of += [a, gate, b]
-            widest, together = max(widest, ranks), together and b.strides[0] == b.itemsize
-            several = {1, rows, len(gate)} - {1}
-            if len(several) > 1:
-                return None
-            rows = max(several, default=1)
-        return _Adapters(table, made_of, widest, together, rows)
 
     def __call__(self, embedded: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Any, ready: _Ready) -> Tensor:
         """The logits (rows, 1, vocab), as of `DecoderStep`.
@@ -428,13 +333,3 @@ def _norms(model: Any) -> list[tuple[tuple[int, int], Any]]:
         own |= {k.NORM_Q: getattr(attention, "q_norm", None), k.NORM_K: getattr(attention, "k_norm", None)}
         found += [((number, place), norm) for place, norm in own.items() if norm is not None]
     return [*found, ((len(model.model.layers), k.NORM_1), model.model.norm)]
-
-
-def _is_flat(array: Any) -> bool:
-    """Whether a matrix of float32 lies in memory row by row or column by column."""
-    return array.dtype == np.float32 and array.itemsize in array.strides and min(array.strides) > 0
-
-
-def _steps(array: Any) -> tuple[int, ...]:
-    """How many numbers lie between two rows and two columns."""
-    return tuple(step // array.itemsize for step in array.strides)

@@ -1,6 +1,7 @@
 """The product W x of one linear layer on a CPU: a weight that is kept in 4 bits need not be multiplied in 4 bits.
 
-The ways          ways.py       what they are, and the layer's forward that takes one
+The ways          ways.py       what they are, and what each reads
+                  product.py    the layer's forward that takes one, and the copies it keeps
                   fastest.py    which one a layer of a base takes, and the copies that fit
                   measured.py   how fast each is here: raced once for a machine and a shape
 As bitsandbytes   cpu_4bit.py   its own kernel, without the Python around it

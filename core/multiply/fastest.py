@@ -18,7 +18,8 @@ from lora_rt.core.base.precision import Wish, check_wish
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.measured import Times, layer_name, times_of
-from lora_rt.core.multiply.ways import SIZES, Copy, Product, Way, computes_in, is_4bit, keeps, nbytes_of, packs, ways_of
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import SIZES, Copy, Way, computes_in, is_4bit, keeps, nbytes_of, packs, ways_of
 
 Ways = tuple[Way, ...]
 """One for each class of `SIZES`."""

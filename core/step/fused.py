@@ -22,7 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.multiply.ways import Product, computes_in, dense_weight, is_4bit
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import computes_in, dense_weight, is_4bit
 
 Weight = Callable[[], Tensor]
 """Gives a layer's weight (out, in) for one product, in the dtype that the product is made in."""

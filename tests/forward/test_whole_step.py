@@ -23,7 +23,8 @@ from lora_rt.core.engine.lru import LRUCache
 from lora_rt.core.engine.pieces import OwnFactors
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.multiply import four_bit
-from lora_rt.core.multiply.ways import SIZES, Product, dense_weight
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import SIZES, dense_weight
 from lora_rt.core.native import compiled, openmp
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.multiply import four_bit
-from lora_rt.core.multiply.ways import SIZES, Product, dense_weight, ways_of
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import SIZES, dense_weight, ways_of
 
 pytestmark = pytest.mark.skipif(not four_bit.are_there(), reason="no llvmlite here, or a processor without AVX2")
 

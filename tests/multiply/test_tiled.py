@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_rt.core.multiply import tiled
-from lora_rt.core.multiply.ways import SIZES, Product, ways_of
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import SIZES, ways_of
 
 pytestmark = pytest.mark.skipif(not tiled.are_there(), reason="this processor has no tiles")
 

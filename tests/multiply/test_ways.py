@@ -24,7 +24,8 @@ from lora_rt.core.multiply import measured
 from lora_rt.core.multiply import ways as multiply
 from lora_rt.core.multiply.fastest import Products, Ways, choose, fastest, is_left_unpacked, told
 from lora_rt.core.multiply.measured import layer_name, measure, quickest, remembered, times_of
-from lora_rt.core.multiply.ways import SIZES, Product, Way, dense_weight, ways_of, widened_product
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import SIZES, Way, dense_weight, ways_of, widened_product
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import UsageError
 from support.cli import Cli, command_line

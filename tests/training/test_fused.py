@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_rt.core.multiply.ways import SIZES, Product, Way
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import SIZES, Way
 from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.norms import lean_norms
 
