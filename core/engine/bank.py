@@ -123,7 +123,9 @@ class AdapterBank:
         ranks = [adapter.rank for adapter in active]
         plain = not twins and all(adapter.plain and not adapter.fused for adapter in active)
         if plain and all(gate is None for gate in chosen) and pay_off(ranks, members, self.device.type):
-            return LanePlan(self.topology, active, weights, self._own, partial(self._lanes, active, members))
+            # Where gradients may flow, a graph may hold what the lanes had after they are gone.
+            lanes = partial(self._lanes, active, members, again=torch.is_inference_mode_enabled())
+            return LanePlan(self.topology, active, weights, self._own, lanes)
         own = partial(self._own.pieces, active) if self.device.type == "cpu" else None
         return SharedPlan(self.topology, self._stack(active), weights, chosen, twins, own)
 
@@ -145,16 +147,15 @@ class AdapterBank:
 
         return self._laid_out.get(active, frozenset(active), build, self._room(), lambda: self._here(active))
 
-    def _lanes(self, active: tuple[ResidentAdapter, ...], members: Membership) -> Lanes:
-        """The factors of a set as the rows of a batch use them."""
+    def _lanes(self, active: tuple[ResidentAdapter, ...], members: Membership, *, again: bool) -> Lanes:
+        """The factors of a set as the rows of a batch use them, in memory that may be used again after them."""
 
         def build() -> tuple[Lanes, int]:
-            # Where gradients may flow, a graph may hold what the lanes had after they are gone.
-            spare = self._spare if torch.is_inference_mode_enabled() else None
+            spare = self._spare if again else None
             built = gather(self.topology, [adapter.factors for adapter in active], members, spare)
             return built, sum(tensor.nbytes for tensor in built.tensors())
 
-        key = (active, members)
+        key = (active, members, again)
         return self._laid_out.get(key, frozenset(active), build, self._room(), lambda: self._here(active))
 
     def _here(self, active: tuple[ResidentAdapter, ...]) -> bool:

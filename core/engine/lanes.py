@@ -263,6 +263,7 @@ class LanePlan(Plan):
     """The weights (rows, K) of a batch whose rows have a lane each."""
 
     _few: LaneFactors | None = None
+    _lanes: Lanes | None = None
 
     def __init__(
         self,
@@ -281,20 +282,20 @@ class LanePlan(Plan):
         self._active, self._weights, self._own = active, weights, own
         self._gathered = gathered
 
-    @cached_property
+    @property
     def lanes(self) -> Lanes:
         """Gathered when they are first asked for."""
-        return self._gathered()
+        if self._lanes is None:
+            self._lanes = self._gathered()
+        return self._lanes
 
     @cached_property
     def gates(self) -> Mapping[int, Tensor]:
         """Group -> the weight of each rank, (rows, R, 1)."""
-        weights = self._weights
-        padded = torch.cat([weights, weights.new_zeros(len(weights), 1)], dim=1)
-        return {
-            number: padded.to(group.a).gather(1, group.owners)[:, :, None]
-            for number, group in self.lanes.groups.items()
-        }
+        weights, groups = self._weights, self.lanes.groups
+        with torch.inference_mode(False):  # a pass with gradients may be next
+            padded = torch.cat([weights, weights.new_zeros(len(weights), 1)], dim=1)
+            return {number: padded.to(group.a).gather(1, group.owners)[:, :, None] for number, group in groups.items()}
 
     def few_rows(self) -> LaneFactors:
         """What it adds to the products of a step on a CPU."""

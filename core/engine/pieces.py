@@ -6,7 +6,8 @@ A piece is what one adapter adds to one row at one site. Of a row under emotion 
     piece 1   A (4, 576)   B (4, out)                 8 .. 11
 
 A step reads every factor once a row, and waits for little else. Where all numbers of an adapter are bfloat16's, as most
-adapters are saved, a copy in bfloat16 is kept beside it, which is the same numbers in half the memory.
+adapters are saved, a copy in bfloat16 is kept beside it, which is the same numbers in half the memory. Nobody changes a
+resident's factors in place: another adapter takes its place.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class StackedSite:
     @cached_property
     def b(self) -> Tensor:
         """(out, ranks), laid out when it is first asked for; of one adapter its own memory."""
-        return self.columns[0] if len(self.columns) == 1 else _beside(self.columns)
+        with torch.inference_mode(False):  # a pass with gradients may be next
+            return self.columns[0] if len(self.columns) == 1 else _beside(self.columns)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,7 +100,8 @@ class StackedGroup:
     @cached_property
     def a(self) -> Tensor:
         """(R, in), laid out when it is first asked for; of one adapter its own memory."""
-        return self.rows[0] if len(self.rows) == 1 else _below(self.rows)
+        with torch.inference_mode(False):  # a pass with gradients may be next
+            return self.rows[0] if len(self.rows) == 1 else _below(self.rows)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ To stack the factors first and to lay out the stack by a dozen of torch's operat
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from lora_rt.core.engine.tiled_factors import INPUTS, ROWS, Tiled, laid_out
 from lora_rt.core.native import compiled
+
+_log = logging.getLogger("lora_rt.engine")
 
 
 def rows_as_tiles(parts: tuple[Tensor, ...]) -> Tiled:
@@ -30,21 +33,32 @@ def columns_as_tiles(parts: tuple[Tensor, ...]) -> Tiled:
 
 
 def _as_tiles(parts: Sequence[Tensor], n: int, k: int, *, by_rows: bool) -> Tiled:
-    if not compiled.is_loaded():  # by torch's operations it takes some milliseconds longer
+    loops = _loops() if compiled.is_loaded() else None
+    if loops is None:  # by torch's operations it takes some milliseconds longer
         whole = torch.cat(list(parts))
         return laid_out(whole if by_rows else whole.T)
     parts = [part.contiguous() for part in parts]
-    starts, counts = np.array([(part.data_ptr(), part.shape[0]) for part in parts], np.int64).T
+    starts = np.array([part.data_ptr() for part in parts], np.int64)
+    counts = np.array([part.shape[0] for part in parts], np.int64)
     for several in (1, 2):
-        tiles = torch.zeros(-(-n // ROWS), several, -(-k // INPUTS), INPUTS // 2, ROWS, dtype=torch.int32)
-        if not _loops()[by_rows](starts, counts, k if by_rows else n, tiles.numpy().view(np.uint32)):
+        tiles = torch.zeros(-(-n // ROWS), several, -(-k // INPUTS), INPUTS // 2, ROWS, dtype=torch.int32, device="cpu")
+        if not loops[by_rows](starts, counts, k if by_rows else n, tiles.numpy().view(np.uint32)):
             break
     return Tiled(tiles.view(torch.bfloat16).view(*tiles.shape, 2), n, k)
 
 
 @cache
-def _loops() -> tuple[Callable[..., bool], Callable[..., bool]]:
-    """By columns and by rows."""
-    from lora_rt.core.engine.tiled_loops import columns_into, rows_into
+def _loops() -> tuple[Callable[..., bool], Callable[..., bool]] | None:
+    """By columns and by rows, compiled and tried; None where they can't be."""
+    try:
+        from lora_rt.core.engine.tiled_loops import columns_into, rows_into
 
+        factor, tiles = np.ones((ROWS, INPUTS), np.float32), np.zeros((1, 1, 1, INPUTS // 2, ROWS), np.uint32)
+        start, count = np.array([factor.ctypes.data]), np.array([ROWS])
+        if rows_into(start, count, INPUTS, tiles) or not (tiles == 0x3F803F80).all():
+            return None
+        columns_into(start, count, INPUTS, np.zeros((2, 1, 1, INPUTS // 2, ROWS), np.uint32))
+    except Exception as error:  # another release of numba may refuse it in any way
+        _log.info("no loops for tiles here: %s", error)
+        return None
     return columns_into, rows_into

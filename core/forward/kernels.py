@@ -93,14 +93,14 @@ def silu_row(gate: Any, up: Any, like: Any) -> None:
         gate[i] = rounded(rounded(a / (np.float32(1) + exp(-a)), like) * b, like)
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=USED)
 def rms_norm(x: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
     """RMSNorm of x (n, 1, H): `out` in the model's dtype, `wide` the same numbers in float32."""
     for r in range(len(x)):
         _norm_of(x[r, 0], weight, eps, out[r, 0], wide[r, 0])
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=USED)
 def add_norm(x: Any, y: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
     """x += y, (n, 1, H), then the RMSNorm of x."""
     for r in range(len(x)):
@@ -116,7 +116,7 @@ def _norm_of(x: Any, weight: Any, eps: Any, out: Any, wide: Any) -> None:
         out[i] = narrowed(wide[i], x)
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=USED)
 def head_norm(q: Any, weight: Any, eps: Any, like: Any) -> None:
     """RMSNorm of every head of q (n, 1, heads * D), in place; `like` has the model's dtype."""
     size = len(weight)
@@ -125,7 +125,7 @@ def head_norm(q: Any, weight: Any, eps: Any, like: Any) -> None:
             norm_head(q[r, 0, start : start + size], weight, eps, like)
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=USED)
 def rotate(q: Any, cos: Any, sin: Any, out: Any) -> None:
     """The rope of q (n, 1, heads * D) by factors (n or 1, 1, D): `out` (n, heads, 1, D) in the model's dtype."""
     rows, heads, _, size = out.shape
@@ -273,7 +273,7 @@ def attend(q: Any, keys: Any, values: Any, steps: Any, seen: Any, scale: Any, ou
                 out[r, 0, head * size + i] = narrowed(answer[i], out)
 
 
-@compiled(any_order=True)
+@compiled(any_order=True, uses=USED)
 def silu_gated(gate: Any, up: Any, out: Any, wide: Any) -> None:
     """silu(gate) * up, (n, 1, F)."""
     for r in range(len(gate)):

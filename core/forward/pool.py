@@ -56,6 +56,7 @@ class PooledPlan(SharedPlan):
     def __init__(self, like: SharedPlan, rows: int) -> None:
         self.topology = like.topology
         self.twins, self.head_gates = {}, {}
+        self._weights, self._own = like._weights, None
         sites: list[StackedSite | None] = [None] * len(like.stack.sites)
         groups: dict[int, StackedGroup] = {}
         self.group_gates = {}

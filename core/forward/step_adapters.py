@@ -11,8 +11,8 @@ import numpy as np
 from lora_rt.core.engine.few_rows import Added
 from lora_rt.core.engine.pieces import FACTS, IN, OUT, RANKS, A, B, Pieces
 from lora_rt.core.forward import whole_kernel as k
-from lora_rt.core.forward.tiles import DOTS
 
+_LINE = 8  # ranks: threads keep their sums in as many int64, which lie in no line of the caches together
 GROUPS = (0, 0, 0, 1, 2, 2, 3)  # of the seven layers: those that read one x
 
 
@@ -40,6 +40,8 @@ def adapters_of(
         numbers: of each layer, block by block, that in the plan's topology.
     """
     acting = {place: n for place, n in enumerate(numbers) if n is not None and not added.is_nothing(n)}
+    if not acting:  # it acts elsewhere, as on the output head, or its bank was closed
+        return Adapters(np.zeros((len(numbers) // len(shapes), k.ADAPTED), np.int64), (), 1, True, 1)
     pieces = added.pieces(list(acting.values()), rows)
     if pieces is None:
         return _stacked(shapes, numbers, added)
@@ -66,7 +68,7 @@ def _in_pieces(
             for piece, row in enumerate(pieces.rows):
                 starts[piece, :, site] = used[row]
                 used[row] += ranks[piece, :, site]
-        widest = max(widest, int(used.max()), DOTS)
+        widest = max(widest, int(used.max()), _LINE)
     made = np.zeros((count, sites, len(pieces.rows), k.PIECE), np.int64)
     made[..., k.P_ROW], made[..., k.P_NARROW] = pieces.rows, pieces.narrow
     made[..., [k.P_A, k.P_B, k.P_RANKS]] = facts[..., [A, B, RANKS]].transpose(1, 2, 0, 3)

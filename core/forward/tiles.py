@@ -60,7 +60,7 @@ def _tile(rows: int, vectors: int, *, some: bool = False, added: bool = False, n
                     place = n * vectors + v
                     total = r.times(number, one, now[place])
                     # What is not a number in one row's adapter is none of the others': 0 times it would be NaN.
-                    now[place] = b.select(acts, total, now[place]) if some else total
+                    now[place] = b.select(acts, total, now[place]) if added else total
         for place, total in enumerate(sums):
             n, v = divmod(place, vectors)
             at = b.add(b.add(y, b.mul(of_y, I64(n))), I64(4 * LANES * v))

@@ -193,6 +193,8 @@ def _add_pieces(s: Any, pieces: int, count: int, y: int, features: int, me: int,
     for p in range(count):
         piece = integers_at(pieces + 8 * PIECE * p, PIECE)
         row, ranks = piece[P_ROW], piece[P_RANKS]
+        if ranks == 0:
+            continue
         hidden, y_at = s[RANKS] + 4 * (row * s[RANKS_WIDTH] + piece[P_START]), y + 4 * (row * features + start)
         if piece[P_NARROW]:
             add_narrow_row(hidden, piece[P_B] + 2 * start, 2 * features, y_at, ranks, stop - start)

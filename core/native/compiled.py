@@ -32,7 +32,7 @@ def is_there() -> bool:
 
 def is_loaded() -> bool:
     """Whether numba is imported already. To import it takes half a second, for which no first token has to wait."""
-    return "numba" in sys.modules
+    return sys.modules.get("numba") is not None
 
 
 def compiled(

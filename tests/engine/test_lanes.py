@@ -155,3 +155,17 @@ def test_lanes_are_for_rows_that_use_less_than_a_quarter_of_the_ranks(
     used = sorted({k for row in rows for k in row})
     numbered = tuple(tuple(used.index(k) for k in row) for row in rows)
     assert pay_off([8] * len(used), numbered) is wanted
+
+
+@pytest.mark.parametrize("chosen", ["lanes", "stack"])
+def test_what_a_pass_without_gradients_has_laid_out_serves_one_with_gradients(zoo: Zoo, chosen: str) -> None:
+    engine = Engine(zoo.base("llama"))
+    engine.add(*adapters(zoo))
+    plan = engine.plan(rows(zoo) if chosen == "lanes" else [{path.name: 0.3 for path in adapters(zoo)[1:4]}])
+    assert isinstance(plan, LanePlan) == (chosen == "lanes")
+    engine.logits(IDS, plan)
+    embedded = engine.model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with plan.running(*IDS.shape):
+        engine.model(inputs_embeds=embedded).logits.square().sum().backward()
+    assert embedded.grad is not None
+    assert embedded.grad.abs().max() > 0

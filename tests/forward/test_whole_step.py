@@ -315,7 +315,9 @@ def test_a_bank_that_is_closed_adds_nothing_though_another_one_is_over_the_model
             other = second.parts.bank.plan([{"all": -0.5}] * 5)
             for one in (plan, other, None, plan):
                 close(steps(lm, plan=one), steps(lm, False, plan=one))
+            alone = first.parts.bank.plan([{"all": 0.9}])
             first.parts.bank.close()
+            close(steps(lm, rows=1, plan=alone), steps(lm, rows=1))
             close(steps(lm, plan=plan), steps(lm))
             close(steps(lm, plan=other), steps(lm, False, plan=other))
 
@@ -364,6 +366,23 @@ def test_what_is_no_number_in_a_row_s_adapter_is_none_of_the_others(zoo: Zoo, tm
         assert taken
         assert torch.equal(found[[0, 2]], usual[[0, 2]])
         assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_that_act_on_none_of_the_layers_are_taken(
+    zoo: Zoo, tmp_path: Path, taken: list[int], target: str
+) -> None:
+    with runtime_of(zoo, "llama") as runtime:
+        for number in range(8):
+            path = adapter(tmp_path / f"a{number}", "llama", seed=number, targets=[target], r=2)
+            runtime.load_adapter(str(path), f"a{number}")
+        lm, bank = runtime.parts.lm, runtime.parts.bank
+        for weights in ([{"a0": 0.7}], [{"a0": 0.7}, {"a1": 0.2}], [{f"a{n}": 0.5} for n in range(8)]):
+            plan, rows = bank.plan(weights), len(weights)
+            assert isinstance(plan, LanePlan) == (rows == 8 and target == "lm_head")
+            taken.clear()
+            close(steps(lm, rows=rows, plan=plan), steps(lm, False, rows=rows, plan=plan))
+            assert taken
 
 
 def test_gates_of_ranks_are_taken_and_what_is_not_known_is_stepped_by_blocks(

@@ -24,7 +24,7 @@ from lora_rt.core.multiply import measured
 from lora_rt.core.multiply import ways as multiply
 from lora_rt.core.multiply.fastest import Products, Ways, choose, fastest, is_left_unpacked, told
 from lora_rt.core.multiply.measured import layer_name, measure, quickest, remembered, times_of
-from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.product import Product, looking
 from lora_rt.core.multiply.ways import SIZES, Way, dense_weight, ways_of, widened_product
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import UsageError
@@ -567,11 +567,11 @@ def test_a_step_in_one_call_reads_four_bits_where_they_are_hardly_slower(monkeyp
 
 def test_who_only_looks_at_shapes_makes_no_copies() -> None:
     product = Product(layer(), always("dense-wide"))
-    with multiply.looking():
+    with looking():
         found = product(given(3))
     assert not product._kept
     assert torch.equal(found, product.own(given(3)))
     made = product(given(3))
     assert product._kept
-    with multiply.looking():
+    with looking():
         assert torch.equal(product(given(3)), made)
