@@ -156,7 +156,7 @@ def _ranks(s: Any, adapted: Any, group: int, x: int, width: int, me: int, us: in
 def _dot(row: Any, given: Any) -> Any:
     total = np.float32(0)
     for i in range(len(given)):
-        total += widened(row[i]) * given[i]
+        total += row[i] * given[i]
     return total
 
 

@@ -108,6 +108,10 @@ def test_the_default_base_is_planned_without_a_file_and_rightly(
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     on_disk = file.stat().st_size - header
     assert before.adapters / 2 == pytest.approx(on_disk, rel=CLOSE)  # bfloat16 on disk, float32 in memory on a CPU
+    runtime.generate(["a"], "logic", max_new_tokens=3)
+    read_by_steps = [tensor for own in runtime.parts.bank._own._known.values() for tensor in own.tensors]
+    if read_by_steps:  # steps are made in one call here
+        assert before.narrow == pytest.approx(sum(tensor.nbytes for tensor in read_by_steps), rel=CLOSE)
 
 
 def bytes_of_residents(runtime: Runtime) -> int:
@@ -128,6 +132,7 @@ def test_planned_adapters_are_the_residents_and_their_stack(zoo: Zoo, count: int
     stacked = [group.a for group in running.stack.groups.values()] + [s.b for s in running.stack.sites if s]
     copies = sum(tensor.nbytes for tensor in stacked) if count > 1 else 0
     assert plan.stacked == copies
+    assert plan.narrow == 0  # no step of a base in float32 is made in one call
 
 
 @pytest.mark.parametrize("window", [None, 8])
