@@ -5,7 +5,11 @@ Passes            causal_lm.py      a causal language model, as passes over rows
                   rope.py           rotary factors that depend on the length of the text
                   tried.py          what trying a model has shown, remembered
                   unchanged.py      whether its modules are what they were
-A step on a CPU   decoder.py        by the blocks of a Llama-like decoder
+On a CPU          decoder.py        Llama-like decoders, whose blocks we go through ourselves
+                  decoder_trial.py  held against the model's own passes
+Many tokens       decoder_prompt.py a pass over a prompt
+                  prompt_kernels.py what it does between its products
+A step            decoder_step.py   of one token a row
                   kernels.py        what it does between its products
                   tiles.py          products with what adapters hold, and attention
                   growing_cache.py  keys and values with room for more

@@ -12,8 +12,7 @@ import threading
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context
-from functools import cached_property, partial
-from importlib import metadata
+from functools import cached_property
 from inspect import signature
 from typing import Any, Literal
 
@@ -25,12 +24,15 @@ from transformers.cache_utils import DummyLayer
 from lora_rt.core.base.shape import ForwardPass, context_of, device_of, heads_of, positions_of, vocabulary_of
 from lora_rt.core.base.upstream import keeps_a_state
 from lora_rt.core.engine.plan import Plan, base_alone
-from lora_rt.core.forward.decoder import DecoderStep, is_known, is_watched
+from lora_rt.core.forward import decoder_trial
+from lora_rt.core.forward.decoder import is_watched
+from lora_rt.core.forward.decoder_prompt import DecoderPrompt
+from lora_rt.core.forward.decoder_step import DecoderStep
+from lora_rt.core.forward.decoder_trial import PADDING, PROBE, are_near, is_exact
 from lora_rt.core.forward.growing_cache import GrowingLayer, GrowingWindow, let_grow
 from lora_rt.core.forward.rope import Rope, forget_growth
 from lora_rt.core.forward.steps import Steps, on_cuda
 from lora_rt.core.forward.tried import Tried
-from lora_rt.core.native import compiled
 from lora_rt.errors import LoraRtError
 
 Keeping = Literal["shared", "apart", "none"]
@@ -39,12 +41,8 @@ Keeping = Literal["shared", "apart", "none"]
 _log = logging.getLogger("lora_rt.engine")
 
 _VARIABLE = "LORA_RT_CUDA_GRAPHS"
-_BLOCKS = "LORA_RT_BLOCKS"
-_LARGE = 4_000_000  # numbers
 CACHES = ("past_key_values", "cache_params")
 """What a model calls its cache, in what it takes and gives."""
-_PROBE = 7  # tokens of the texts by which a model is tried
-_PADDING = 3
 
 
 class CausalLM:
@@ -53,7 +51,7 @@ class CausalLM:
     def __init__(self, model: Any, tried: Tried | None = None) -> None:
         """With `tried`, what is found out about the model is remembered."""
         self.model = model
-        self._tried = tried or Tried()
+        self.tried = tried or Tried()
         self.device = device_of(model)
         self.capacity = context_of(model.config)
         self.rope = Rope(model.config)
@@ -61,7 +59,7 @@ class CausalLM:
         self._takes = signature(model.forward).parameters
         self._cache_name = next((name for name in CACHES if name in self._takes), None)
         self._one_at_a_time: AbstractContextManager[Any] = threading.RLock() if self.rope.varies else nullcontext()
-        self._probing = threading.RLock()  # one trial may need the answer of another
+        self.probing = threading.RLock()  # one trial may need the answer of another
         self._closed = False
 
     def close(self) -> None:
@@ -103,15 +101,19 @@ class CausalLM:
         rows, tokens = ids.shape
         kept = keep if self._pass.takes_columns else None
         blocks = self.blocks if by_blocks and tokens == 1 and cache is not None else None
+        prompts = self.prompts if by_blocks and tokens > 1 and not torch.is_grad_enabled() else None
         with self._one_at_a_time, plan.running(rows, tokens, kept) if plan is not None else base_alone():
             if blocks is not None and blocks.can(cache):
                 logits = blocks(ids, positions, mask, cache)
+            elif prompts is not None and prompts.can(cache):
+                seen = mask if self._hides(mask, padded) else None
+                logits = self._pass.kept(prompts(ids, positions, seen, cache, kept), keep)
             else:
-                logits = self._logits(ids, mask, positions, cache, keep, padded)
+                logits = self.by_its_own(ids, mask, positions, cache, keep, padded)
         self.check_open()  # adapters may have left in the middle
         return logits.to(self.device)
 
-    def _logits(
+    def by_its_own(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int | Tensor | None, padded: bool | None
     ) -> Tensor:
         """The logits of a pass by the model's own forward, under whatever plan is running."""
@@ -127,8 +129,11 @@ class CausalLM:
         if cache is not None and ids.shape[1] == 1 and self.groups_heads:
             return _of_columns(mask)
         # The mask is left out where nothing is padded: the kernel without one is faster.
-        masked = not self._pass.takes_positions or (not bool(mask.all()) if padded is None else padded)
-        return mask if masked else None
+        return mask if not self._pass.takes_positions or self._hides(mask, padded) else None
+
+    @staticmethod
+    def _hides(mask: Tensor, padded: bool | None) -> bool:
+        return not bool(mask.all()) if padded is None else padded
 
     def at_columns(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """The last logits (rows, 1, vocab) of a pass over a cache in fixed places, under whatever plan is running.
@@ -169,63 +174,27 @@ class CausalLM:
             return None
         return self._blocks
 
+    @property
+    def prompts(self) -> DecoderPrompt | None:
+        """Its pass over many tokens, where llvmlite is there and a trial of it went well; see `blocks`."""
+        tried = "_prompts" in vars(self)
+        return None if not self._has_prompts or (not tried and is_watched(self.model)) else self._prompts
+
     @cached_property
     def _has_blocks(self) -> bool:
-        wanted = os.environ.get(_BLOCKS, "")
-        large = sum(parameter.numel() for parameter in self.model.parameters()) >= _LARGE or wanted == "1"
-        there = self.device.type == "cpu" and wanted != "0" and large and compiled.is_there()
-        return there and is_known(self.model) and self.records
+        return decoder_trial.has_steps(self)
+
+    @cached_property
+    def _has_prompts(self) -> bool:
+        return decoder_trial.has_prompts(self)
 
     @cached_property
     def _blocks(self) -> DecoderStep | None:
-        try:
-            found = DecoderStep(self.model)
-            versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("numba", "llvmlite", "numpy"))
-            if found.whole is not None and found.whole.takes_all():
-                # What it passes by is what a step by blocks passes by, which need not be compiled for a trial then.
-                if self._tried.answer(f"steps in one call, {versions}", partial(self._same_in_one_call, found)):
-                    return found
-                found.whole = None
-            return (
-                found if self._tried.answer(f"steps by its blocks, {versions}", partial(self._same_by, found)) else None
-            )
-        except Exception as error:  # another release of numba or numpy may refuse it in any way
-            text = "steps are made by the base's own forward, which is slower: %s (%s=0 leaves this out)"
-            _log.warning(text, error, _BLOCKS)
-            return None
+        return decoder_trial.steps_of(self)
 
-    def _same_in_one_call(self, blocks: DecoderStep) -> bool:
-        """The same where every step is one call, whatever is faster; it is none that was not made so."""
-        whole = blocks.whole
-        whole.always = True
-        try:
-            with torch.inference_mode():
-                return whole.ready(2, None, None) is not None and self._same_by(blocks)
-        finally:
-            whole.always = False
-
-    def _same_by(self, blocks: DecoderStep) -> bool:
-        """Whether two steps of two rows, one of them padded, are those of the model's own forward."""
-        rows = torch.stack([self._text(0), self._text(1)])
-        mask = torch.ones_like(rows)
-        mask[0, :_PADDING] = 0
-        positions = positions_of(mask)
-
-        def alone() -> bool:
-            with base_alone(), torch.inference_mode():
-                caches = self.new_cache(), self.new_cache()
-                for cache in caches:
-                    self._logits(rows[:, :-2], mask[:, :-2], positions[:, :-2], cache, 1, True)
-                for end in (_PROBE - 1, _PROBE):
-                    now = rows[:, end - 1 : end], positions[:, end - 1 : end]
-                    usual = self._logits(now[0], mask[:, :end], now[1], caches[0], 1, True)
-                    found = blocks(*now, mask[:, :end], caches[1])
-                    if not _near(found, usual, 1e-3 if _exact(usual) else 0.5):
-                        return False
-            return True
-
-        with self._probing:
-            return Context().run(alone)
+    @cached_property
+    def _prompts(self) -> DecoderPrompt | None:
+        return decoder_trial.prompts_of(self)
 
     @property
     def records(self) -> bool:
@@ -246,7 +215,7 @@ class CausalLM:
         heads = heads_of(self.model.config)
         if self.device.type != "cpu" or heads.keys == heads.queries or not self.records:
             return False
-        return self._tried.answer("takes masks of columns", self._takes_columns)
+        return self.tried.answer("takes masks of columns", self._takes_columns)
 
     def _takes_columns(self) -> bool:
         """Whether a step says the same under a mask of columns, and what it hides changes nothing.
@@ -260,10 +229,9 @@ class CausalLM:
             return False
 
     def _hides_columns(self) -> bool:
-        rows = torch.stack([self._text(0), self._text(1)])
-        mask = torch.ones_like(rows)
-        if self.ignores_padding:
-            mask[0, :_PADDING] = 0
+        rows, mask = self.rows_to_try()
+        if not self.ignores_padding:
+            mask = torch.ones_like(rows)
         positions = positions_of(mask)
 
         def step(ids: Tensor, last: Tensor) -> Tensor:
@@ -272,11 +240,11 @@ class CausalLM:
             return self._raw(ids[:, -1:], last, cache, positions[:, -1:])
 
         other = rows.where(mask.bool(), rows.flip(1) + 1)  # under the padding
-        with self._probing, torch.inference_mode():
+        with self.probing, torch.inference_mode():
             usual = step(rows, mask)
             found, changed = (step(ids, _of_columns(mask)) for ids in (rows, other))
-        exact = _exact(usual)
-        return _near(found, usual, 0.01 if exact else 0.5) and _near(changed, found, 1e-3 if exact else 0.05)
+        exact = is_exact(usual)
+        return are_near(found, usual, 0.01 if exact else 0.5) and are_near(changed, found, 1e-3 if exact else 0.05)
 
     def _cached(self, cache: Any) -> dict[str, Any]:
         """The arguments that say where keys and values are kept."""
@@ -293,7 +261,7 @@ class CausalLM:
             kinds = {type(layer) for layer in self.new_cache().layers}
         except (AttributeError, KeyError, TypeError, ValueError):
             return "none"
-        if not self._tried.answer("keeps rows apart", self._keeps_rows_apart):
+        if not self.tried.answer("keeps rows apart", self._keeps_rows_apart):
             return "none"
         return "shared" if usual and kinds <= {GrowingLayer, GrowingWindow, DummyLayer} else "apart"
 
@@ -308,20 +276,20 @@ class CausalLM:
         Tried on the model: other tokens under the padding may change nothing, and the shift hardly anything (in few
         bits, a batch of another shape is rounded otherwise).
         """
-        return self._tried.answer("ignores padding", self._ignores_padding)
+        return self.tried.answer("ignores padding", self._ignores_padding)
 
     def _ignores_padding(self) -> bool:
-        with self._probing, torch.inference_mode():
-            rows = torch.stack([self._text(0), self._text(1)])
-            mask = torch.ones_like(rows)
-            mask[0, :_PADDING] = 0
+        with self.probing, torch.inference_mode():
+            rows, mask = self.rows_to_try()
             one = self._raw(rows, mask)
-            rows[0, :_PADDING] = rows[0, :_PADDING].flip(0) + 1
+            rows[0, :PADDING] = rows[0, :PADDING].flip(0) + 1
             other = self._raw(rows, mask)
-            alone = self._raw(rows[:1, _PADDING:], mask[:1, _PADDING:])
+            alone = self._raw(rows[:1, PADDING:], mask[:1, PADDING:])
         # Exact would be 0; in a mixture of experts other padding makes other products, rounded otherwise.
         strict = 1e-3 if one.dtype == torch.float32 else 0.05
-        return _near(one[0], other[0], strict) and _near(one[0], alone[0], max(strict, 0.01) if _exact(one) else 0.5)
+        return are_near(one[0], other[0], strict) and are_near(
+            one[0], alone[0], max(strict, 0.01) if is_exact(one) else 0.5
+        )
 
     def share(self, length: int) -> Hashable:
         """Equal for rows that may stand in one pass: of one set of rope factors, and unpadded where that matters."""
@@ -334,10 +302,17 @@ class CausalLM:
             found.setdefault(self.rope.factors(length), []).append(number)
         return list(found.values())
 
+    def rows_to_try(self) -> tuple[Tensor, Tensor]:
+        """Two texts by which a model is tried, (2, tokens), and their mask: the first one is padded."""
+        rows = torch.stack([self._text(0), self._text(1)])
+        mask = torch.ones_like(rows)
+        mask[0, :PADDING] = 0
+        return rows, mask
+
     def _text(self, number: int) -> Tensor:
         """Some tokens, (tokens,)."""
         vocabulary = vocabulary_of(self.model.config)
-        return (torch.arange(_PROBE, device=self.device) * 37 + 11 * number + 5) % max(vocabulary - 8, 1)
+        return (torch.arange(PROBE, device=self.device) * 37 + 11 * number + 5) % max(vocabulary - 8, 1)
 
     def _raw(self, ids: Tensor, mask: Tensor, cache: Any = None, positions: Tensor | None = None) -> Tensor:
         """The last logits of the base alone, (rows, vocab); hooks that someone has put on the model are not called."""
@@ -357,34 +332,24 @@ class CausalLM:
         """Whether two rows that are read in turn, with a cache each, get what reading all tokens at once gives."""
         texts = [self._text(number)[None] for number in range(2)]
         mask = torch.ones_like(texts[0])
-        with self._probing, torch.inference_mode():
+        with self.probing, torch.inference_mode():
             whole = [self._raw(text, mask) for text in texts]
             try:
                 caches = [self.new_cache() for _ in texts]
                 for text, cache in zip(texts, caches, strict=True):
                     self._raw(text[:, :-2], mask[:, :-2], cache)
                 stepped = whole
-                for end in (_PROBE - 1, _PROBE):
+                for end in (PROBE - 1, PROBE):
                     stepped = [
                         self._raw(text[:, end - 1 : end], mask[:, :end], cache)
                         for text, cache in zip(texts, caches, strict=True)
                     ]
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 return False
-        near = 0.01 if _exact(whole[0]) else 0.5
-        return all(_near(a, b, near) for a, b in zip(whole, stepped, strict=True))
+        near = 0.01 if is_exact(whole[0]) else 0.5
+        return all(are_near(a, b, near) for a, b in zip(whole, stepped, strict=True))
 
 
 def _of_columns(mask: Tensor) -> Tensor:
     """(rows, 1, 1, columns) of a mask (rows, columns) of the one token that each row reads."""
     return mask.bool()[:, None, None]
-
-
-def _exact(logits: Tensor) -> bool:
-    return logits.dtype == torch.float32
-
-
-def _near(one: Tensor, other: Tensor, share: float) -> bool:
-    """Whether two sets of logits differ by less than a share of their spread."""
-    one, other = one.float(), other.float()
-    return bool((one - other).abs().max() <= share * one.std().clamp(min=1e-6))

@@ -29,10 +29,9 @@ from lora_rt.core.native.compiled import compiled
 USED = [tiles.__file__, registers.__file__, bfloat16.__file__, four_bit.__file__]
 """Files that decide what is built into these functions; the last one how wide a register is."""
 
-_LOW, _HIGH = np.float32(-87.0), np.float32(88.0)
-_LOG2E, _LN2_A, _LN2_B = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_LOW, _HIGH, _LOG2E = map(np.float32, (registers.EXP_LOW, registers.EXP_HIGH, registers.LOG2E))
+_LN2_A, _LN2_B = map(np.float32, registers.LN2)
+_C0, _C1, _C2, _C3, _C4, _C5 = map(np.float32, registers.EXP_SERIES)
 
 
 @compiled(kept=False)

@@ -25,7 +25,20 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types, and no b
 
 I8, I16, I32, I64, F32, BF16 = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType(), _BFloat()
 
-_BYTES = {I8: 1, I16: 2}
+_BYTES = {I8: 1, I16: 2, BF16: 2}
+
+# Cephes' polynomial for e^x, with which 2^count times e^rest is multiplied.
+EXP_LOW, EXP_HIGH = -87.0, 88.0  # below and above e^x is what it is there
+LOG2E = 1.44269504
+LN2 = 0.693359375, -2.12194440e-4  # in two parts
+EXP_SERIES = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 
 
 class Registers:
@@ -67,6 +80,34 @@ class Registers:
     def times(self, one: Any, other: Any, total: Any) -> Any:
         """one * other + total, rounded once where the processor does both at once."""
         return self.call(f"llvm.fmuladd.v{self.lanes}f32", self.floats, one, other, total)
+
+    def total(self, numbers: Any) -> Any:
+        """What the numbers of one register add up to, in an order of the processor's own."""
+        name, kinds = f"llvm.vector.reduce.fadd.v{self.lanes}f32", [F32, self.floats]
+        module = self.builder.module
+        found = module.globals.get(name) or ir.Function(module, ir.FunctionType(F32, kinds), name)
+        return self.builder.call(found, [F32(0.0), numbers], fastmath=("reassoc",))
+
+    def exp(self, numbers: Any) -> Any:
+        """e^x of each to 5e-7 of it, between e^-87 and e^88; NaN stays NaN."""
+        b = self.builder
+
+        def every(number: float) -> Any:
+            return self.spread(F32(number))
+
+        low = b.select(b.fcmp_ordered(">", numbers, every(EXP_LOW)), numbers, every(EXP_LOW))
+        inside = b.select(b.fcmp_ordered("<", low, every(EXP_HIGH)), low, every(EXP_HIGH))
+        half = self.times(inside, every(LOG2E), every(0.5))
+        count = self.call(f"llvm.floor.v{self.lanes}f32", self.floats, half)
+        rest = self.times(count, every(-LN2[0]), inside)
+        rest = self.times(count, every(-LN2[1]), rest)
+        series = every(EXP_SERIES[0])
+        for factor in EXP_SERIES[1:]:
+            series = self.times(series, rest, every(factor))
+        power = b.add(b.fptosi(count, self.integers), self.every(127))
+        power = b.bitcast(b.shl(power, self.every(23)), self.floats)
+        whole = b.fmul(self.times(b.fmul(series, rest), rest, b.fadd(rest, every(1.0))), power)
+        return b.select(b.fcmp_ordered("ord", numbers, numbers), whole, numbers)
 
     def at(self, address: Any, kind: Any, mask: Any = None) -> Any:
         """What stands at an address; 0 in lanes that are masked, which are not read."""
