@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.fused import Pairs
 from lora_rt.core.engine.topology import Topology
+from lora_rt.core.multiply.many import Added
 
 _running: ContextVar[Pass | Literal["base"] | None] = ContextVar("lora_rt_pass", default=None)
 
@@ -67,6 +68,10 @@ class Pass(ABC):
 
         y is the layer's fresh output, and may be changed in place.
         """
+
+    def added(self, index: int, x: Tensor) -> Added | None:
+        """What the product of a site's layer may add by itself; None where `add` is to be called."""
+        return None
 
     @abstractmethod
     def acts(self, index: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding, linear, pad
 
 from lora_rt.core.base.fused import Pairs
 from lora_rt.core.engine import tiled_factors
@@ -33,6 +33,7 @@ from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
 from lora_rt.core.engine.tiled_layout import columns_as_tiles, rows_as_tiles
 from lora_rt.core.engine.topology import Topology
+from lora_rt.core.multiply.many import Added
 from lora_rt.plugins.contract import Gate
 
 _FLOAT32 = torch.empty(0, dtype=torch.float32)
@@ -106,6 +107,8 @@ class SharedPass(Pass):
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
         self._columns: Tensor | None = None  # its parts, where it is multiplied in such
+        self._halves: tuple[Tensor, int, Tensor] | None = None  # x, the group, and its hidden as a product adds it
+        self._spread_gates: dict[tuple[int, Layout | None], Tensor] = {}
 
     def acts(self, index: int) -> bool:
         """Whether an adapter acts at this site."""
@@ -163,6 +166,36 @@ class SharedPass(Pass):
         for start in range(0, len(into), step):
             into[start : start + step].add_(linear(flat[start : start + step], site.b))
         return y
+
+    def added(self, index: int, x: Tensor) -> Added | None:
+        """What a layer's own product is to add to what it makes of many tokens, where it may; then `add` is not called.
+
+        Not where a site is more than factors: under DoRA, biases and gates of heads.
+        """
+        site = self._sites[index]
+        if site is None or site.scales is not None or not self._by_tiles(x):
+            return None
+        group = self._groups[site.group]
+        plain = group.offset is None and not (self._heads and index in self.topology.heads)
+        if not plain or not tiled_factors.fits(group.shape) or not tiled_factors.are_outputs(site.shape):
+            return None
+        kept = self._plan.stack.kept
+        if self._halves is None or self._halves[0] is not x or self._halves[1] != site.group:
+            a = kept.of(group.rows, rows_as_tiles)
+            self._halves = x, site.group, tiled_factors.halves_of(x, a, self._gate_of_tokens(site.group, group, x))
+        return Added(self._halves[2], site.start, kept.of(site.columns, columns_as_tiles).tiles)
+
+    def _gate_of_tokens(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
+        """(1 or tokens, R) of a group, whole tiles wide."""
+        gate, layout = self._gates[number], group.layout
+        key = id(gate), layout
+        if key not in self._spread_gates:
+            some = self._like(gate, layout, x)
+            whole = pad(some, (0, tiled_factors.whole_ranks(some.shape[-1]) - some.shape[-1]))
+            if whole.numel() > whole.shape[-1]:
+                whole = whole.expand(*x.shape[:-1], -1).contiguous()
+            self._spread_gates[key] = whole.view(-1, whole.shape[-1]).float().contiguous()
+        return self._spread_gates[key]
 
     def _added_to_few(self, few: FewRows, index: int, x: Tensor, y: Tensor) -> bool:
         """Whether a plain site's contribution has been added to y by loops."""

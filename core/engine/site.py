@@ -59,6 +59,8 @@ class _Adapted(_Hooked):
         if current is None or (index := self.users.get(current.topology)) is None:
             return self.own(x, *rest, **named)
         if isinstance(self.own, Product):
+            if self.own.can_add(x) and (added := current.added(index, x)) is not None:
+                return self.own.with_added(x, added)
             # A sum that is made in float32 is rounded once, with what the adapters add to it.
             return current.add(index, x, self.own.unrounded(x, current.widened)).to(x.dtype)
         return current.add(index, x, self.own(x, *rest, **named))
@@ -70,6 +72,8 @@ class _Adapted(_Hooked):
             return _product(self.own, x, wide)
         current.knows(x, wide)
         own = self.own
+        if isinstance(own, Product) and own.can_add(x) and (added := current.added(index, x)) is not None:
+            return own.with_added(x, added)
         return current.add(index, x, own.unrounded(x, current.widened) if isinstance(own, Product) else own(x))
 
 

@@ -3,6 +3,8 @@
     hidden    x A1^T + x A2^T               a float32 A is the sum of two bfloat16 parts; of one that is a bfloat16
     y        += h1 B1 + h2 B1 + h1 B2       number there is one, and what is multiplied with the other is left out
 
+Where a layer's own product is made by tiles (`multiply/many.py`), that takes h1 and h2, and adds to y what they make.
+
 x is bfloat16 as it is, and y that or float32. What is left out, h2 B2, is 2^-16 of the sum, so y is what a float32 sum
 gives, rounded once, and weights that cancel do so. Each token's numbers are made by themselves.
 """
@@ -31,7 +33,6 @@ _WIDEST = 1 << 13  # inputs of A
 _RANKS = 1 << 10  # of B: both parts of 32 tokens' hidden stand on each thread's stack, 128 KiB
 _PARTS = 4  # for each thread
 _WHICH = {torch.bfloat16: 1, torch.float32: 2}  # of the kernels, by the dtype of y
-_Arguments = ctypes.c_int64 * 9
 
 
 class Tiled(NamedTuple):
@@ -67,7 +68,12 @@ def fits(a: Sequence[int]) -> bool:
 
 def takes(y: Tensor, b: Sequence[int]) -> bool:
     """Whether what a factor B of a shape (out, ranks) makes is added to a y (..., out) by tiles."""
-    return len(b) == 2 and y.dtype in _WHICH and y.is_contiguous() and not b[0] % ROWS and b[1] <= _RANKS
+    return y.dtype in _WHICH and y.is_contiguous() and are_outputs(b)
+
+
+def are_outputs(b: Sequence[int]) -> bool:
+    """Whether a factor B of a shape (out, ranks) is read by tiles."""
+    return len(b) == 2 and not b[0] % ROWS and b[1] <= _RANKS
 
 
 def laid_out(factor: Tensor) -> Tiled:
@@ -91,13 +97,46 @@ def hidden_of(x: Tensor, a: Tiled) -> Tensor:
     """
     *rows, width = x.shape
     tokens = x.numel() // max(width, 1)
-    if x.dtype is not torch.bfloat16 or not x.is_cpu or width != a.k or width % INPUTS or tokens < LEAST:
+    if not _can_read(x, a):
         raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a factor of {a.n} x {a.k}")
     x = x.contiguous()
     found = x.new_empty(*rows, len(a.tiles) * ROWS, dtype=torch.float32)
     sizes = len(a.tiles), width // INPUTS, tokens
     _run(a, 0, sizes, (a.tiles.data_ptr(), 2 * width, x.data_ptr(), found.data_ptr()))
     return found[..., : a.n]
+
+
+def halves_of(x: Tensor, a: Tiled, gate: Tensor) -> Tensor:
+    """gate * (x A^T) in two bfloat16 parts (tokens, 2, R), R whole 32, of an x as `hidden_of` takes it.
+
+    Numbers that lack are 0, and 32 of them lie behind the last ones.
+
+    Args:
+        gate: (1, R) or (tokens, R), float32, as wide and 0 where ranks lack.
+
+    Raises:
+        ValueError: as `hidden_of`, or the gate has another shape.
+    """
+    tokens, width = x.numel() // max(x.shape[-1], 1), whole_ranks(a.n)
+    fit = gate.shape in ((1, width), (tokens, width)) and gate.is_contiguous() and gate.dtype is torch.float32
+    if not _can_read(x, a) or not fit or not gate.is_cpu:
+        raise ValueError(f"{tuple(x.shape)} in {x.dtype}, a gate {tuple(gate.shape)} for a factor of {a.n} x {a.k}")
+    x = x.contiguous()
+    room = x.new_empty(2 * tokens * width + INPUTS)
+    found = room[: 2 * tokens * width].view(tokens, 2, width)
+    room[2 * tokens * width :] = 0
+    if (tiles := len(a.tiles)) * ROWS < width:
+        found[:, :, tiles * ROWS :] = 0
+    of_gate = 0 if len(gate) == 1 else 4 * width
+    sizes = tiles, a.k // INPUTS, tokens
+    places = a.tiles.data_ptr(), 2 * a.k, x.data_ptr(), found.data_ptr(), gate.data_ptr(), of_gate, 4 * width
+    _run(a, 3, sizes, places)
+    return found
+
+
+def whole_ranks(ranks: int) -> int:
+    """So many, rounded up to whole tiles of inputs."""
+    return -(-ranks // INPUTS) * INPUTS
 
 
 def add(y: Tensor, hidden: Tensor, b: Tiled) -> Tensor:
@@ -119,16 +158,23 @@ def add(y: Tensor, hidden: Tensor, b: Tiled) -> Tensor:
     return y
 
 
+def _can_read(x: Tensor, a: Tiled) -> bool:
+    width = x.shape[-1]
+    fit = x.dtype is torch.bfloat16 and x.is_cpu and width == a.k and not width % INPUTS
+    return fit and x.numel() >= LEAST * width
+
+
 def _run(factor: Tiled, which: int, sizes: tuple[int, ...], places: tuple[int, ...]) -> None:
-    if not all(places):  # a fake tensor says that it lies at 0
+    if not all(places[:4]):  # a fake tensor says that it lies at 0
         raise ValueError("there is no memory to be read, or written to")
     threads = torch.get_num_threads()
     parts = _PARTS * threads if threads > 1 else 1
-    openmp.run(openmp.team(), _kernels(factor.tiles.shape[1])[which], _Arguments(0, parts, *sizes, *places), threads)
+    given = 0, parts, *sizes, *places
+    openmp.run(openmp.team(), _kernels(factor.tiles.shape[1])[which], (ctypes.c_int64 * len(given))(*given), threads)
 
 
 @cache
-def _kernels(parts: int) -> tuple[int, int, int]:
+def _kernels(parts: int) -> tuple[int, int, int, int]:
     from lora_rt.core.engine.tiled_kernel import kernels
 
     return kernels(parts)

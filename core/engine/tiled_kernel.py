@@ -1,6 +1,7 @@
 """The loops of `tiled_factors.py`, written in LLVM's terms for AMX: many tokens are a product's rows as they lie.
 
     hidden    C (16 tokens, 16 ranks) = x A1 + x A2, tiles of x read where it lies; C is written where hidden lies
+    halves    the same times a gate, as two bfloat16 numbers
     y         C (16 tokens, 16 outputs) = h1 B1 + h2 B1 + h1 B2, then y + C, of a bfloat16 y rounded once
 
 Two tiles of tokens meet two tiles of a factor at a time: four sums, and four tiles that are read for them.
@@ -20,17 +21,21 @@ from lora_rt.core.native.registers import I8, I16, I64
 
 TOKENS = 2 * ROWS
 """Tokens of a part: fewer are read for so many."""
+OF_HALVES = 12
+"""Arguments of `halves`."""
 
 _USED = [__file__, amx.__file__, registers.__file__]
 _SUMS, _GIVEN, _FACTOR = (0, 1, 2, 3), (4, 5), (6, 7)  # tiles
 _INPUTS = 32  # of a tile
 
 
-def kernels(parts: int) -> tuple[int, int, int]:
-    """Where three functions lie, for factors in so many parts; any number of threads may run each.
+def kernels(parts: int) -> tuple[int, int, int, int]:
+    """Where four functions lie, for factors in so many parts; any number of threads may run each.
 
     They take nine int64: 0, how many parts of tokens threads take, and
         hidden: tiles of ranks, tiles of inputs, tokens; the factor's tiles, bytes between two tokens of x, x, hidden.
+        halves, which takes three more: the same; the gate of whole tiles of ranks, bytes between two tokens of it and
+        between those of hidden, of which each has all ranks rounded and behind these, in the middle, what they lack.
         y, of bfloat16 and of float32: tiles of outputs, ranks, tokens; the factor's tiles, bytes between two tokens of
         hidden, hidden, y.
     x and hidden have at least `TOKENS` tokens; hidden has tiles of ranks, whole ones, where it is written.
@@ -39,20 +44,21 @@ def kernels(parts: int) -> tuple[int, int, int]:
     def build() -> Any:
         module = ir.Module("tiled_factors")
         shared_by_threads(module, _hidden(module, parts), TOKENS, names[0])
-        for name, wide in zip(names[1:], (False, True), strict=True):
+        for name, wide in zip(names[1:3], (False, True), strict=True):
             shared_by_threads(module, _added(module, parts, wide), TOKENS, name)
+        shared_by_threads(module, _hidden(module, parts, halved=True), TOKENS, names[3], arguments=OF_HALVES)
         return module
 
     amx.check()
-    names = "hidden", "added", "added_wide"
-    hidden, added, wide = addresses_of(build, *names, uses=_USED, told=f"factors {parts}")
-    return hidden, added, wide
+    names = "hidden", "added", "added_wide", "halves"
+    hidden, added, wide, halves = addresses_of(build, *names, uses=_USED, told=f"factors {parts}")
+    return hidden, added, wide, halves
 
 
-def _begun(module: Any, name: str) -> tuple[Any, Any, list[Any]]:
+def _begun(module: Any, name: str, arguments: int = 9) -> tuple[Any, Any, list[Any]]:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
     b = ir.IRBuilder(function.append_basic_block())
-    return function, b, [b.load(b.gep(function.args[0], [I64(place)])) for place in range(9)]
+    return function, b, [b.load(b.gep(function.args[0], [I64(place)])) for place in range(arguments)]
 
 
 def _by_two(b: Any, count: Any) -> list[tuple[int, Any, Any]]:
@@ -61,13 +67,14 @@ def _by_two(b: Any, count: Any) -> list[tuple[int, Any, Any]]:
     return [(2, I64(0), even), (1, even, count)]
 
 
-def _hidden(module: Any, parts: int) -> Any:
-    function, b, given = _begun(module, "part_of_hidden")
-    start, stop, ranks, inputs, tokens, factor, of_x, x, y = given
+def _hidden(module: Any, parts: int, *, halved: bool = False) -> Any:
+    function, b, given = _begun(module, f"part_of_hidden_{halved:d}", OF_HALVES if halved else 9)
+    start, stop, ranks, inputs, tokens, factor, of_x, x, y, *gate = given
     r = Tiles(b)
+    room = _room(b, 4 * NBYTES) if halved else None
     of_part = b.mul(inputs, I64(NBYTES))
     of_tile = b.mul(of_part, I64(parts))  # of sixteen ranks
-    of_y = b.mul(ranks, I64(LINE))
+    of_y = gate[2] if halved else b.mul(ranks, I64(LINE))
     with r.configured(), counting(b, start, stop, TOKENS) as number:
         token = _least(b, number, b.sub(tokens, I64(TOKENS)))  # the last ones are made twice, with the same bits
         x_at, y_at = b.add(x, b.mul(token, of_x)), b.add(y, b.mul(token, of_y))
@@ -81,6 +88,9 @@ def _hidden(module: Any, parts: int) -> Any:
                         at = b.add(b.add(factor, b.mul(rank, of_tile)), b.mul(of_part, I64(part)))
                         _read(b, r, b.add(at, b.mul(k, I64(NBYTES))), of_tile, many)
                         _multiply(r, many)
+                if halved:
+                    _gated_halves(b, r, many, token, rank, y_at, room, gate)
+                    continue
                 for block in range(2):
                     for place in range(many):
                         to = b.add(
@@ -89,6 +99,34 @@ def _hidden(module: Any, parts: int) -> Any:
                         r.store(_SUMS[2 * block + place], to, of_y)
     b.ret_void()
     return function
+
+
+def _room(b: Any, size: int) -> Any:
+    """So many bytes of the stack, from the beginning of a line on."""
+    at = b.ptrtoint(b.alloca(I8, I64(size + LINE)), I64)
+    return b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
+
+
+def _gated_halves(b: Any, r: Tiles, many: int, token: Any, rank: Any, y: Any, room: Any, gate: Sequence[Any]) -> None:
+    """One or two tiles of ranks of thirty-two tokens, times their gates, to where their halves lie."""
+    gates, of_gate, of_y = gate
+    for tile in range(4):
+        if tile % 2 < many:
+            r.store(_SUMS[tile], b.add(room, I64(NBYTES * tile)))
+    half = b.lshr(of_y, I64(1))
+    for block in range(2):
+        with counting(b, I64(0), I64(ROWS), 1) as row:
+            own = b.add(row, I64(ROWS * block))
+            at = b.add(room, b.add(I64(2 * NBYTES * block), b.mul(row, I64(LINE))))
+            gate_at = b.add(b.add(gates, b.mul(of_gate, b.add(token, own))), b.mul(rank, I64(LINE)))
+            found = [
+                b.fmul(r.at(b.add(at, I64(NBYTES * n)), r.floats), r.at(b.add(gate_at, I64(LINE * n)), r.floats))
+                for n in range(many)
+            ]
+            one, other = _halves(b, r, found[0], found[-1])
+            to = b.add(b.add(y, b.mul(of_y, own)), b.mul(rank, I64(LINE // 2)))
+            for bits, place in ((one, to), (other, b.add(to, half))):
+                r.put(bits if many == 2 else r.picked(bits, bits, range(ROWS)), place)
 
 
 def _added(module: Any, parts: int, wide: bool) -> Any:

@@ -8,7 +8,9 @@ As bitsandbytes   cpu_4bit.py   its own kernel, without the Python around it
 In 4 bits         four_bit.py   codes and scales, and the product of a few rows
                   four_bit_kernel.py  its loops
 By AMX            tiled.py      a few rows and a bfloat16 weight
-                  amx_kernel.py  the loops of both
+                  amx_kernel.py  its loops, and those of a few rows in 4 bits
+                  many.py       many rows, with what adapters add
+                  amx_many_kernel.py  its loops
 A dense copy      blocked.py    float32 in oneDNN's blocks
                   half.py       float16, by FBGEMM
 """

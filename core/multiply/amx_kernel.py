@@ -89,6 +89,18 @@ def _written(b: Any, r: Tiles, y: Any, rows: Any, of_y: Any, room: Any, tiles: S
             r.put(found, b.add(b.add(y, I64(LINE * place)), b.mul(row, of_y)), mask)
 
 
+def looked_up_row(r: Tiles, levels: Sequence[float], codes: Any, scale: Any) -> list[Any]:
+    """The bits of a block of one output in bfloat16: its inputs 0 to 15 and 32 to 47, and then the others."""
+    b = r.builder
+    plain, four = ir.Constant(r.floats, [F32(level) for level in levels]), ir.Constant(r.narrow, [I16(4)] * 32)
+    scaled = b.fmul(plain, r.spread(r.at(scale, F32)))
+    table = r.narrowed(scaled, scaled)  # twice: of a place the lowest five bits count, of a code four
+    places = b.zext(r.at(codes, ir.VectorType(I8, 32)), r.narrow)
+    return [
+        r.call("llvm.x86.avx512.permvar.hi.512", r.narrow, table, place) for place in (places, b.lshr(places, four))
+    ]
+
+
 def _looked_up(module: Any, levels: Sequence[float], tiles: int) -> Any:
     """A function (codes, scales, xt, y, width, rows, of_y, room, count): the products of so many tiles of outputs.
 
@@ -98,7 +110,6 @@ def _looked_up(module: Any, levels: Sequence[float], tiles: int) -> Any:
     codes, scales, xt, y, width, rows, of_y, room, count = function.args
     blocks = b.sdiv(width, I64(_BLOCK))
     of_codes, of_scales = b.mul(blocks, I64(_BLOCK // 2)), b.mul(blocks, I64(4))
-    plain, four = ir.Constant(r.floats, [F32(level) for level in levels]), ir.Constant(r.narrow, [I16(4)] * 32)
     empty = ir.Constant(r.pairs, [I32(0)] * ROWS)
 
     def multiplied(tile: int) -> list[Callable[[], None]]:
@@ -115,11 +126,7 @@ def _looked_up(module: Any, levels: Sequence[float], tiles: int) -> Any:
     def look_up(row: Any, scale: Any, at: Any) -> None:
         """A row of a block: its numbers go to two tiles."""
         r.fetch(b.add(row, b.mul(of_codes, I64(ROWS * tiles))))  # of the outputs behind these
-        scaled = b.fmul(plain, r.spread(r.at(scale, F32)))
-        table = r.narrowed(scaled, scaled)  # twice: of a place the lowest five bits count, of a code four
-        places = b.zext(r.at(row, ir.VectorType(I8, 32)), r.narrow)
-        for half, place in enumerate((places, b.lshr(places, four))):
-            found = r.call("llvm.x86.avx512.permvar.hi.512", r.narrow, table, place)
+        for half, found in enumerate(looked_up_row(r, levels, row, scale)):
             r.put(found, b.add(at, I64(NBYTES * half)))
 
     outputs = [I64(output) for output in range(ROWS * tiles)]

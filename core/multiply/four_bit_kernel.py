@@ -25,7 +25,7 @@ _INDEPENDENT = 8  # sums at least, so that each need not wait for the one before
 _TILES = (8, 2), (4, 4), (2, 4), (1, 4)
 """Rows and outputs, the largest first."""
 
-_LEVELS = (
+LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
@@ -39,8 +39,8 @@ class _Levels(Registers):
     def levels(self, scale: Any, rounded: bool) -> list[Any]:
         """The sixteen levels times a scale, in one or two registers; rounded to bfloat16, half to even."""
         b, found = self.builder, []
-        for first in range(0, len(_LEVELS), self.lanes):
-            some = ir.Constant(self.floats, [F32(level) for level in _LEVELS[first : first + self.lanes]])
+        for first in range(0, len(LEVELS), self.lanes):
+            some = ir.Constant(self.floats, [F32(level) for level in LEVELS[first : first + self.lanes]])
             level = b.fmul(some, self.spread(scale))
             if rounded:
                 bits = b.bitcast(level, self.integers)
@@ -142,7 +142,7 @@ def kernel(lanes: int, rounded: bool, tiles: bool = False) -> tuple[int, ...]:
 
     def build() -> Any:
         module = ir.Module("four_bit")
-        part = amx_kernel.of_four_bits(module, "part", _LEVELS) if tiles else _part(module, lanes, rounded)
+        part = amx_kernel.of_four_bits(module, "part", LEVELS) if tiles else _part(module, lanes, rounded)
         shared_by_threads(module, part, ROWS if tiles else _STEP)
         return module
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_rt.core.base.machine import cpu_name
-from lora_rt.core.multiply import blocked, four_bit, half, tiled
+from lora_rt.core.multiply import blocked, four_bit, half, many, tiled
 from lora_rt.core.multiply.ways import (
     NARROW,
     SIZES,
@@ -62,7 +62,7 @@ def machine_name() -> str:
     """What decides how fast this process multiplies."""
     packages = ("torch", "bitsandbytes", *(["llvmlite"] if four_bit.could_be() else []))
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
-    units = torch.backends.cpu.get_cpu_capability() + (", AMX" if four_bit.could_be_tiles() else "")
+    units = torch.backends.cpu.get_cpu_capability() + (", AMX tiles" if four_bit.could_be_tiles() else "")
     return f"{cpu_name()}, {units}, {torch.get_num_threads()} threads, {versions}"
 
 
@@ -240,15 +240,19 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
         if kept == "half":
             return lambda x: half.product(x.float(), pools["half"]()).to(x.dtype)
         if kept == "four-bit":
-            return lambda x: four_bit.product(x.float(), pools["four-bit"](), narrow=dtype is torch.bfloat16).to(
-                x.dtype
-            )
+            return partial(_in_four_bits, pools["four-bit"], rows)
         if way == "tiles":
-            return lambda x: tiled.product(x, pools["narrow"]()).to(x.dtype)
+            return lambda x: (many if many.takes(x, rows) else tiled).product(x, pools["narrow"]()).to(x.dtype)
         weight = made if kept is None else pools[kept]
         return lambda x: widened_product(x.to(product), weight()).to(x.dtype)
 
     return {way: own if way == "packed" else run(way) for way in ways_of(layer)}
+
+
+def _in_four_bits(weight: Callable[[], Any], out: int, x: Tensor) -> Tensor:
+    if many.takes(x, out):
+        return many.product(x, weight())
+    return four_bit.product(x.float(), weight(), narrow=x.dtype is torch.bfloat16).to(x.dtype)
 
 
 class _Pool:

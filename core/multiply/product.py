@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_rt.core.base.repacking import forbid_repacking
-from lora_rt.core.multiply import blocked, four_bit, half, tiled
+from lora_rt.core.multiply import blocked, four_bit, half, many, tiled
 from lora_rt.core.multiply.cpu_4bit import Forward, place_of
 from lora_rt.core.multiply.ways import (
     NARROW,
@@ -32,6 +32,8 @@ _CLASSES = (0, 0, 1, 2, 3, 4, 4, 5)  # of `SIZES`, by the bits of the number of 
 _MANY = len(_CLASSES) - 1
 _PACKERS = 4  # threads that make copies at once, each of which holds its weight in float32 meanwhile
 _GIVEN = (*NARROW, "tiles")  # ways that take x as it is
+_BY_MANY = "four-bit", "tiles"
+"""Ways that read a weight in 4 bits or in bfloat16 where it lies, of many rows by another kernel."""
 _READ: dict[Way, Copy] = {"dense": "narrow", "dense-wide": "wide"}
 """Ways whose copy any product can read."""
 _ANY = (-1, -1)
@@ -64,6 +66,7 @@ class Product:
         "_by_bits",
         "_four_bit",
         "_kept",
+        "_out",
         "_parameters",
         "_place",
         "_weight",
@@ -88,6 +91,7 @@ class Product:
         self.module = module
         self.dtype: torch.dtype = dtype
         self.width = module.in_features
+        self._out = module.out_features
         self._parameters = module._parameters
         self._by_bits = tuple(ways[number] for number in _CLASSES)
         self._four_bit = tuple(ways[number] == "four-bit" or number in near for number in _CLASSES)
@@ -116,17 +120,34 @@ class Product:
         way = self.way(x)
         if way == "packed":
             return self.own(x)
-        return self._made(x if way in _GIVEN else widened(x, _FLOAT32), way)
+        narrow = way in _GIVEN or self._is_by_many(x, way)
+        return self._made(x if narrow else widened(x, _FLOAT32), way)
+
+    def can_add(self, x: Tensor) -> bool:
+        """Whether the product with x may be one `with_added`."""
+        wanted = x.requires_grad and torch.is_grad_enabled()
+        return not wanted and self._is_by_many(x, self.way(x))
+
+    def with_added(self, x: Tensor, added: many.Added) -> Tensor:
+        """y, and what adapters add to it, rounded once to the dtype of x, where it `can_add`."""
+        return many.product(x, self._for_many(self.way(x)), self._parameters.get("bias"), added)
+
+    def _is_by_many(self, x: Tensor, way: Way) -> bool:
+        """Whether AMX takes all rows of x as they are."""
+        return way in _BY_MANY and many.takes(x, self._out)
+
+    def _for_many(self, way: Way) -> four_bit.FourBit | Tensor:
+        return self._copy("four-bit") if way == "four-bit" else self._parameters["weight"]  # type: ignore[return-value]
 
     def _made(self, given: Tensor, way: Way) -> Tensor:
         """The product with an x in the dtype of the product."""
         product = given.dtype
         bias: Tensor | None = self._parameters.get("bias")
-        if bias is not None:
+        if bias is not None and not self._is_by_many(given, way):  # that takes it as it is
             bias = bias.to(product)
         if given.requires_grad and torch.is_grad_enabled() and way not in _READ:
             y: Tensor = _Remade.apply(given, self, way)  # type: ignore[no-untyped-call]
-            return y if bias is None else y + bias
+            return y if bias is None else y + bias.to(product)
         return self.times(given, way, bias)
 
     def times(self, given: Tensor, way: Way, bias: Tensor | None = None) -> Tensor:
@@ -137,6 +158,8 @@ class Product:
             if "half" not in self._kept:
                 self._all_in_half(given.numel() // self.width)
             return half.product(given, self._copy("half"), bias)
+        if self._is_by_many(given, way):
+            return many.product(given, self._for_many(way), bias)
         if way == "four-bit":
             return four_bit.product(given, self._copy("four-bit"), bias, narrow=self.dtype is torch.bfloat16)
         if way == "tiles":

@@ -34,10 +34,10 @@ def counting(b: Any, start: Any, stop: Any, step: int) -> Iterator[Any]:
     b.position_at_end(after)
 
 
-def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run") -> None:
+def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run", *, arguments: int = 9) -> None:
     """Add a function to a module: each thread that runs it takes parts of the outputs until there are none.
 
-    It takes nine int64: 0, how many parts, three numbers of which the last one is that of outputs, and four addresses.
+    It takes so many int64: 0, how many parts, three numbers of which the last one is that of outputs, and addresses.
 
     Args:
         part_of: makes a part: the first output and the one behind the last, and then the same numbers and addresses.
@@ -45,9 +45,9 @@ def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run") -
     """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
     b = ir.IRBuilder(function.append_basic_block())
-    own = b.alloca(I64, 9)  # what a part is given
+    own = b.alloca(I64, arguments)  # what a part is given
     counter = function.args[0]
-    parts, *others = (b.load(b.gep(counter, [I64(place)])) for place in range(1, 9))
+    parts, *others = (b.load(b.gep(counter, [I64(place)])) for place in range(1, arguments))
     for place, other in enumerate(others, start=2):
         b.store(other, b.gep(own, [I64(place)]))
     out, least = others[2], I64(unit)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lora_rt.core.engine import shared
 from lora_rt.core.engine.parts import MANY, Kept, hidden_of, parts_of_a, parts_of_b, parts_of_hidden
+from lora_rt.core.multiply import fastest, many
+from lora_rt.core.multiply.measured import layer_name
+from lora_rt.core.multiply.product import Product
+from lora_rt.core.multiply.ways import SIZES, ways_of
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.registry import Registry
@@ -221,3 +225,52 @@ def test_no_library_speaks_to_the_user(zoo: Zoo) -> None:
         [*command, str(zoo.base("llama")), str(zoo.adapter("llama", seed=1))], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def in_four_bits(layers: Sequence[nn.Linear], *_given: object, **_named: object) -> dict[str, fastest.Ways]:
+    """Every layer that can be is multiplied so."""
+    ways = {layer_name(layer): "four-bit" if "four-bit" in ways_of(layer) else "packed" for layer in layers}
+    return {name: (way,) * len(SIZES) for name, way in ways.items()}  # type: ignore[misc]  # of `Way`
+
+
+@pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles")
+@pytest.mark.parametrize("kind", ["one for all", "one each", "gated"])
+def test_what_adapters_add_to_many_tokens_is_summed_up_with_the_product(
+    zoo: Zoo, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a base in 4 bits, with one rounding; DoRA, gates of heads and the layers of few tokens go the usual way."""
+    monkeypatch.setattr(shared, "pay_off", lambda: True)
+    monkeypatch.setattr(fastest, "_TINY", 0)
+    monkeypatch.setattr(fastest, "choose", in_four_bits)
+    taken: list[int] = []
+    own = Product.with_added
+    monkeypatch.setattr(Product, "with_added", lambda *given: taken.append(1) or own(*given))
+    rows, tokens, layer = 2, 40, "model.layers.0.self_attn.q_proj"
+    with Runtime.load(str(zoo.base("llama")), precision="int4", device="cpu") as runtime:
+        names = [runtime.load_adapter(str(adapter)) for adapter, _ in terms(zoo)]
+        weights = [{names[0]: 0.7, names[1]: -0.4}, {names[0]: 0.7, names[1]: -0.4}]
+        gates: dict[str, Gate] = {}
+        factor = torch.ones(2, rows, tokens)  # of each adapter
+        if kind == "one each":
+            weights[1] = {names[1]: 1.5}
+        if kind == "gated":
+            factor[0] = torch.rand(rows, tokens)
+            gates = {names[0]: Gate(ranks=factor[0][None, :, :, None])}
+        plan = runtime.parts.bank.plan(weights if kind == "one each" else weights[:1], gates)
+        module = runtime.model.get_submodule(layer)
+        x = torch.randn(rows, tokens, module.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        assert plan is not None
+        with plan.running(rows, tokens), torch.inference_mode():
+            found = module(x)
+        with torch.inference_mode():
+            few = module(x[:, :3])
+        numbers = vars(module)["forward"].own.made(torch.bfloat16).double()
+        changes = [deltas(zoo.base("llama"), adapter)[layer][0].double() for adapter, _ in terms(zoo)]
+    assert taken == [1]
+    assert few.shape == (rows, 3, module.out_features)
+    wanted = x.double() @ numbers.T
+    for row in range(rows):
+        for adapter, name in enumerate(names):
+            weight = weights[row].get(name, 0.0) * factor[adapter, row][:, None]
+            wanted[row] += weight * (x[row].double() @ changes[adapter].T)
+    assert (found != wanted.to(found.dtype)).float().mean() < 0.005  # rounded twice, a tenth of them is another number

@@ -1,0 +1,143 @@
+"""A product of many bfloat16 rows by AMX with a weight that is kept in 4 bits, or lies there in bfloat16.
+
+torch's own needs a dense weight, which it lays out anew for the tiles whenever it is used: with some hundred rows that
+takes as long as to multiply. Here each thread lays out a part of the weight in its own caches. Sums are made in
+float32, a row's by themselves, and rounded once with a bias and what adapters add to them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_rt.core.multiply import four_bit
+from lora_rt.core.multiply.four_bit import FourBit
+from lora_rt.core.native import openmp
+
+_log = logging.getLogger("lora_rt.base")
+
+LEAST = 64
+"""Rows from which on it is taken."""
+_OUTPUTS, _RANKS = 32, 32  # that are multiplied at a time
+_WIDEST = 1 << 14  # inputs: 32 outputs of so many are a mebibyte of a thread's stack
+_ROOM = 1 << 19  # bytes of it that a part takes, where its outputs are not as wide as that
+_ARGUMENTS = ctypes.c_int64 * 16  # those of the kernel
+
+
+class Added(NamedTuple):
+    """What adapters add to a product: hidden B^T.
+
+    hidden    (tokens, 2, R)   float32 in two bfloat16 parts: a number, rounded, and what it has lost; R is whole 32,
+                               and behind it lie 32 numbers more that may be read
+    start     the first of B's ranks among these
+    factor    B (out, ranks) as tiles (out / 16, parts, ranks / 32, 16 pairs of ranks, 16 outputs, 2)
+    """
+
+    hidden: Tensor
+    start: int
+    factor: Tensor
+
+
+@cache
+def are_there() -> bool:
+    """Whether this processor has AMX, and its tiles give what they should."""
+    if not four_bit.have_tiles():
+        return False
+    try:
+        x = torch.eye(128, dtype=torch.float32)[:100].bfloat16()
+        codes = (torch.arange(80 * 128) % 16).to(torch.uint8).view(80, 128)
+        weight = four_bit.from_codes(codes, torch.ones(80, 2, dtype=torch.float32), torch.bfloat16)
+        wanted = four_bit.product(x.float(), weight).bfloat16()
+        dense = torch.arange(80 * 128, dtype=torch.float32).view(80, 128).bfloat16()
+        return torch.equal(product(x, weight), wanted) and torch.equal(product(x, dense), dense[:, :100].T)
+    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
+        _log.info("no tiles for many rows here: %s", error)
+        return False
+
+
+def could_take(out: int, width: int) -> bool:
+    """Whether weights of this shape are multiplied so; of 4 bits their inputs are whole blocks."""
+    return out >= _OUTPUTS and not width % _OUTPUTS and width <= _WIDEST
+
+
+def takes(x: Tensor, out: int) -> bool:
+    """Whether a product of these rows is made so, with a weight that lies as kernels read it."""
+    width = x.shape[-1]
+    many = x.dtype is torch.bfloat16 and x.is_cpu and x.numel() >= LEAST * width
+    return many and could_take(out, width) and are_there()
+
+
+def product(x: Tensor, weight: FourBit | Tensor, bias: Tensor | None = None, added: Added | None = None) -> Tensor:
+    """y (..., out), bfloat16, of a bfloat16 x (..., in) of 32 rows or more. It knows no gradients.
+
+    Args:
+        weight: in 4 bits, rounded to bfloat16, or of that dtype and contiguous, (out, in).
+        bias: (out,).
+
+    Raises:
+        ValueError: x has another dtype, width or device, or fewer rows, or what is added has others; the kernel would
+            read what is not there.
+    """
+    *rows, width = x.shape
+    count = x.numel() // max(width, 1)
+    out, places, known = _read(weight)
+    if (
+        x.dtype is not torch.bfloat16
+        or not x.is_cpu
+        or width != known
+        or count < _OUTPUTS
+        or not could_take(out, width)
+    ):
+        raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a weight of {out} x {known}")
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"a bias of {tuple(bias.shape)} for {out} outputs")
+    x = x.contiguous()
+    wide = None if bias is None else bias.float().contiguous()
+    y = x.new_empty(*rows, out)
+    threads = torch.get_num_threads()
+    share = max(_OUTPUTS, _ROOM // (2 * width) // _OUTPUTS * _OUTPUTS)  # outputs of a part
+    parts = math.ceil(math.ceil(out / share) / threads) * threads
+    all_places = *places, x.data_ptr(), y.data_ptr(), 0 if wide is None else wide.data_ptr()
+    arguments = _ARGUMENTS(0, parts, count, width, out, *all_places, *_read_added(added, count, out))
+    openmp.run(openmp.team(), _kernel(isinstance(weight, FourBit)), arguments, threads)
+    return y
+
+
+def _read(weight: FourBit | Tensor) -> tuple[int, tuple[int, int], int]:
+    """Outputs, addresses and inputs of a weight."""
+    if isinstance(weight, FourBit):
+        out, half = weight.codes.shape
+        return out, (weight.codes.data_ptr(), weight.scales.data_ptr()), 2 * half
+    if weight.dtype is not torch.bfloat16 or not weight.is_contiguous() or not weight.is_cpu:
+        raise ValueError(f"a weight in {weight.dtype} on {weight.device}, strides {weight.stride()}")
+    return *weight.shape[:1], (weight.data_ptr(), 0), weight.shape[1]
+
+
+def _read_added(added: Added | None, count: int, out: int) -> tuple[int, ...]:
+    if added is None:
+        return (0,) * 6
+    hidden, (tiles, parts, ranks, *_) = added.hidden, added.factor.shape
+    tokens, two, width = hidden.shape
+    inside = added.start + _RANKS * (ranks - 1) < width  # the numbers behind the last ones may be read
+    narrow = hidden.dtype is added.factor.dtype is torch.bfloat16 and added.factor.is_contiguous()
+    if (tokens, two, 16 * tiles) != (count, 2, out) or hidden.stride(-1) != 1 or not (inside and narrow):
+        raise ValueError(
+            f"{tuple(hidden.shape)} from {added.start} on and {tuple(added.factor.shape)} for {out} outputs"
+        )
+    size = hidden.element_size()
+    at = hidden.data_ptr() + size * added.start
+    return ranks, at, size * hidden.stride(0), size * hidden.stride(1), added.factor.data_ptr(), parts
+
+
+@cache
+def _kernel(in_four_bits: bool) -> int:
+    from lora_rt.core.multiply.amx_many_kernel import many_kernel
+    from lora_rt.core.multiply.four_bit_kernel import LEVELS
+
+    return many_kernel(LEVELS if in_four_bits else None)
