@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_rt.core.forward import prompt_kernels
 from lora_rt.core.forward.decoder import Decoder, head_norms
@@ -29,7 +28,10 @@ class DecoderPrompt:
 
     def __init__(self, decoder: Decoder) -> None:
         """To be made of a decoder that `fits`."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # which comes with a model anyway, and late
+
         self._decoder = decoder
+        self._attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         self._normed, self._turned, self._gated = prompt_kernels.kernels(decoder.dtype is torch.bfloat16)
 
     def can(self, cache: Any) -> bool:
@@ -57,9 +59,7 @@ class DecoderPrompt:
             query, key, value = self._heads(attention, given, ropes)
             if cache is not None:
                 key, value = cache.layers[number].update(key, value)
-            answer, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-                attention, query, key, value, seen, dropout=0.0, scaling=attention.scaling
-            )
+            answer, _ = self._attend(attention, query, key, value, seen, dropout=0.0, scaling=attention.scaling)
             answer = self._of_layer(attention.o_proj, answer.reshape(rows, tokens, -1))
             given = self._norm(block.post_attention_layernorm, x, answer)
             gate, up = self._own(mlp.gate_proj, given), self._of_layer(mlp.up_proj, given)
