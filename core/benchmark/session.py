@@ -57,7 +57,7 @@ def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, r
     kind, title = measured.workload.kind, measured.workload.title
     measured.samples = {name: [] for name in found}
     most = min(repeats, _MOST.get(kind, repeats))
-    warm_up = -1 if kind not in ("memory", "training") else 0
+    warm_up = -1 if kind != "training" else 0
     for number in range(warm_up, most):
         for name, repeat in found.items():
             if name in measured.reasons:
@@ -68,7 +68,7 @@ def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, r
             except ProcessError as error:  # half an hour of other figures is not lost with it
                 measured.reasons[name] = f"failed: {error.problems[-1] if error.problems else error}"
                 continue
-            if number >= 0:  # before that kernels are chosen, caches filled, files read
+            if number >= 0:  # before that kernels are compiled, measured and chosen, caches filled, files read
                 measured.samples[name].append(sample)
 
 

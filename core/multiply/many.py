@@ -22,8 +22,8 @@ from lora_rt.core.native import openmp
 
 _log = logging.getLogger("lora_rt.base")
 
-LEAST = 64
-"""Rows from which on it is taken."""
+LEAST = 32
+"""Rows that are multiplied at a time; fewer are not."""
 _OUTPUTS, _RANKS = 32, 32  # that are multiplied at a time
 _WIDEST = 1 << 14  # inputs: 32 outputs of so many are a mebibyte of a thread's stack
 _ROOM = 1 << 19  # bytes of it that a part takes, where its outputs are not as wide as that
@@ -74,7 +74,7 @@ def takes(x: Tensor, out: int) -> bool:
 
 
 def product(x: Tensor, weight: FourBit | Tensor, bias: Tensor | None = None, added: Added | None = None) -> Tensor:
-    """y (..., out), bfloat16, of a bfloat16 x (..., in) of 32 rows or more. It knows no gradients.
+    """y (..., out), bfloat16, of a bfloat16 x (..., in) of `LEAST` rows or more. It knows no gradients.
 
     Args:
         weight: in 4 bits, rounded to bfloat16, or of that dtype and contiguous, (out, in).
@@ -87,13 +87,7 @@ def product(x: Tensor, weight: FourBit | Tensor, bias: Tensor | None = None, add
     *rows, width = x.shape
     count = x.numel() // max(width, 1)
     out, places, known = _read(weight)
-    if (
-        x.dtype is not torch.bfloat16
-        or not x.is_cpu
-        or width != known
-        or count < _OUTPUTS
-        or not could_take(out, width)
-    ):
+    if x.dtype is not torch.bfloat16 or not x.is_cpu or width != known or count < LEAST or not could_take(out, width):
         raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a weight of {out} x {known}")
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"a bias of {tuple(bias.shape)} for {out} outputs")
