@@ -92,6 +92,10 @@ class AdapterBank:
             self.residents = {key: value for key, value in self.residents.items() if key != name}
         self._laid_out.drop(removed)
 
+    def nbytes_of(self, resident: ResidentAdapter) -> int:
+        """The memory of an adapter: its factors, and the copy that steps read once they have."""
+        return resident.nbytes + self._own.nbytes_of(resident)
+
     def plan(
         self,
         rows: Sequence[Mapping[str, float]],

@@ -80,6 +80,11 @@ class OwnFactors:
             return None
         return Pieces(facts, rows, np.array([one.narrow for one in own])[numbers], gates[0], (own, gates[1]))
 
+    def nbytes_of(self, resident: ResidentAdapter) -> int:
+        """The memory of a copy that was made of a resident's factors; 0 while nobody has read them so."""
+        found = self._known.get(resident)
+        return 0 if found is None or not found.narrow else sum(tensor.nbytes for tensor in found.tensors)
+
     def _of(self, resident: ResidentAdapter) -> _Own:
         found = self._known.get(resident)
         if found is None:

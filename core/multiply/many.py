@@ -45,17 +45,18 @@ class Added(NamedTuple):
 
 
 @cache
-def are_there() -> bool:
-    """Whether this processor has AMX, and its tiles give what they should."""
+def are_there(*, dense: bool = False) -> bool:
+    """Whether this processor has AMX, and its tiles give what they should: of a weight in 4 bits, or of a dense one."""
     if not four_bit.have_tiles():
         return False
     try:
         x = torch.eye(128, dtype=torch.float32)[:100].bfloat16()
+        if dense:
+            numbers = torch.arange(80 * 128, dtype=torch.float32).view(80, 128).bfloat16()
+            return torch.equal(product(x, numbers), numbers[:, :100].T)
         codes = (torch.arange(80 * 128) % 16).to(torch.uint8).view(80, 128)
         weight = four_bit.from_codes(codes, torch.ones(80, 2, dtype=torch.float32), torch.bfloat16)
-        wanted = four_bit.product(x.float(), weight).bfloat16()
-        dense = torch.arange(80 * 128, dtype=torch.float32).view(80, 128).bfloat16()
-        return torch.equal(product(x, weight), wanted) and torch.equal(product(x, dense), dense[:, :100].T)
+        return torch.equal(product(x, weight), four_bit.product(x.float(), weight).bfloat16())
     except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
         _log.info("no tiles for many rows here: %s", error)
         return False
@@ -66,11 +67,11 @@ def could_take(out: int, width: int) -> bool:
     return out >= _OUTPUTS and not width % _OUTPUTS and width <= _WIDEST
 
 
-def takes(x: Tensor, out: int) -> bool:
-    """Whether a product of these rows is made so, with a weight that lies as kernels read it."""
+def takes(x: Tensor, out: int, *, dense: bool = False) -> bool:
+    """Whether a product of these rows is made so, with a weight in 4 bits or a dense one, which lies as it is read."""
     width = x.shape[-1]
     many = x.dtype is torch.bfloat16 and x.is_cpu and x.numel() >= LEAST * width
-    return many and could_take(out, width) and are_there()
+    return many and could_take(out, width) and are_there(dense=dense)
 
 
 def product(x: Tensor, weight: FourBit | Tensor, bias: Tensor | None = None, added: Added | None = None) -> Tensor:

@@ -242,7 +242,9 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
         if kept == "four-bit":
             return partial(_in_four_bits, pools["four-bit"], rows)
         if way == "tiles":
-            return lambda x: (many if many.takes(x, rows) else tiled).product(x, pools["narrow"]()).to(x.dtype)
+            return lambda x: (
+                (many if many.takes(x, rows, dense=True) else tiled).product(x, pools["narrow"]()).to(x.dtype)
+            )
         weight = made if kept is None else pools[kept]
         return lambda x: widened_product(x.to(product), weight()).to(x.dtype)
 

@@ -134,7 +134,7 @@ class Product:
 
     def _is_by_many(self, x: Tensor, way: Way) -> bool:
         """Whether AMX takes all rows of x as they are."""
-        return way in _BY_MANY and many.takes(x, self._out)
+        return way in _BY_MANY and many.takes(x, self._out, dense=way == "tiles")
 
     def _for_many(self, way: Way) -> four_bit.FourBit | Tensor:
         return self._copy("four-bit") if way == "four-bit" else self._parameters["weight"]  # type: ignore[return-value]

@@ -63,8 +63,9 @@ class Shelf:
     def trim(self) -> None:
         """Put away what was not used for longest, until the rest fits."""
         with self._lock:
-            residents = self._runtime.parts.bank.residents
-            idle = {n: r.nbytes for n, r in residents.items() if n not in self._pinned and not self._users[r]}
+            bank = self._runtime.parts.bank
+            free = {n: r for n, r in bank.residents.items() if n not in self._pinned and not self._users[r]}
+            idle = {name: bank.nbytes_of(resident) for name, resident in free.items()}
             self._users = +self._users
             oldest = sorted(idle, key=lambda name: list(self._latest).index(name) if name in self._latest else -1)
             total = sum(idle.values())
@@ -75,8 +76,7 @@ class Shelf:
                 self._latest.pop(name, None)
                 with suppress(LoraRtError):  # somebody else has unloaded it
                     self._runtime.unload_adapter(name)
-            kept = sum(resident.nbytes for resident in self._runtime.parts.bank.residents.values())
-            self._meter.memory(adapters=kept)
+            self._meter.memory(adapters=sum(map(bank.nbytes_of, bank.residents.values())))
 
     def load(self, name: str, *, pin: bool = False) -> str:
         """Make an adapter resident, or all of a named composition; with `pin` it stays. Returns the first one's name.
@@ -127,10 +127,10 @@ class Shelf:
 
     def items(self) -> list[Shelved]:
         """What is resident, by name."""
-        residents, infos = self._runtime.parts.bank.residents, self._runtime.adapters
+        bank, infos = self._runtime.parts.bank, self._runtime.adapters
         with self._lock:
             return [
-                Shelved(infos[name], residents[name].nbytes, self._users.get(residents[name], 0), name in self._pinned)
-                for name in sorted(residents)
+                Shelved(infos[name], bank.nbytes_of(resident), self._users.get(resident, 0), name in self._pinned)
+                for name, resident in sorted(bank.residents.items())
                 if name in infos
             ]

@@ -46,9 +46,11 @@ def test_a_piece_is_an_adapters_own_numbers_where_they_lie(zoo: Zoo, tmp_path: P
     resident, sites = bank.residents[path.name], bank.topology.sites
     own = OwnFactors(bank.topology)
     gates = np.zeros((1, len(sites)), np.int64)
+    assert own.nbytes_of(resident) == 0
     found = own.pieces([resident], [(0, 0)], range(len(sites)), (gates, None))
     assert found is not None
     assert found.narrow.tolist() == [narrow]
+    assert own.nbytes_of(resident) == (resident.nbytes // 2 if narrow else 0)  # of numbers that lie there nothing
     for site, facts in zip(sites, found.facts[0], strict=True):
         factors = resident.factors.get(site.name)
         if factors is None:

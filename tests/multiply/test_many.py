@@ -228,6 +228,7 @@ def test_a_layer_takes_it_for_many_tokens_and_has_its_gradient(bias: bool) -> No
 def test_tokens_whose_products_are_made_so_are_as_many_as_kernels_of_few_rows_leave() -> None:
     """A way has two kernels."""
     assert many.takes(some(LEAST), OUT)
+    assert many.takes(some(LEAST), OUT, dense=True)
     assert not many.takes(some(LEAST - 1), OUT)
     assert not many.takes(some(LEAST).float(), OUT)
     assert not many.takes(some(LEAST), 31)
