@@ -108,7 +108,7 @@ class SharedPass(Pass):
         self._hidden: Tensor | None = None
         self._columns: Tensor | None = None  # its parts, where it is multiplied in such
         self._halves: tuple[Tensor, int, Tensor] | None = None  # x, the group, and its hidden as a product adds it
-        self._spread_gates: dict[tuple[int, Layout | None], Tensor] = {}
+        self._spread_gates: dict[tuple[Any, ...], Tensor] = {}
 
     def acts(self, index: int) -> bool:
         """Whether an adapter acts at this site."""
@@ -188,7 +188,7 @@ class SharedPass(Pass):
     def _gate_of_tokens(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """(1 or tokens, R) of a group, whole tiles wide."""
         gate, layout = self._gates[number], group.layout
-        key = id(gate), layout
+        key = id(gate), layout, x.shape[:-1]  # an output head may be given fewer tokens
         if key not in self._spread_gates:
             some = self._like(gate, layout, x)
             whole = pad(some, (0, tiled_factors.whole_ranks(some.shape[-1]) - some.shape[-1]))

@@ -59,6 +59,8 @@ class _Adapted(_Hooked):
         if current is None or (index := self.users.get(current.topology)) is None:
             return self.own(x, *rest, **named)
         if isinstance(self.own, Product):
+            if not current.acts(index):
+                return self.own(x)
             if self.own.can_add(x) and (added := current.added(index, x)) is not None:
                 return self.own.with_added(x, added)
             # A sum that is made in float32 is rounded once, with what the adapters add to it.

@@ -107,9 +107,9 @@ def hidden_of(x: Tensor, a: Tiled) -> Tensor:
 
 
 def halves_of(x: Tensor, a: Tiled, gate: Tensor) -> Tensor:
-    """gate * (x A^T) in two bfloat16 parts (tokens, 2, R), R whole 32, of an x as `hidden_of` takes it.
+    """gate * (x A^T) in two bfloat16 parts (tokens, 2, R + 32), R whole 32, of an x as `hidden_of` takes it.
 
-    Numbers that lack are 0, and 32 of them lie behind the last ones.
+    Numbers that lack are 0, and 32 of them lie behind each part: a product that begins within it reads no other's.
 
     Args:
         gate: (1, R) or (tokens, R), float32, as wide and 0 where ranks lack.
@@ -122,14 +122,11 @@ def halves_of(x: Tensor, a: Tiled, gate: Tensor) -> Tensor:
     if not _can_read(x, a) or not fit or not gate.is_cpu:
         raise ValueError(f"{tuple(x.shape)} in {x.dtype}, a gate {tuple(gate.shape)} for a factor of {a.n} x {a.k}")
     x = x.contiguous()
-    room = x.new_empty(2 * tokens * width + INPUTS)
-    found = room[: 2 * tokens * width].view(tokens, 2, width)
-    room[2 * tokens * width :] = 0
-    if (tiles := len(a.tiles)) * ROWS < width:
-        found[:, :, tiles * ROWS :] = 0
+    found, tiles = x.new_empty(tokens, 2, width + INPUTS), len(a.tiles)
+    found[:, :, tiles * ROWS :] = 0
     of_gate = 0 if len(gate) == 1 else 4 * width
     sizes = tiles, a.k // INPUTS, tokens
-    places = a.tiles.data_ptr(), 2 * a.k, x.data_ptr(), found.data_ptr(), gate.data_ptr(), of_gate, 4 * width
+    places = a.tiles.data_ptr(), 2 * a.k, x.data_ptr(), found.data_ptr(), gate.data_ptr(), of_gate, 4 * (width + INPUTS)
     _run(a, 3, sizes, places)
     return found
 

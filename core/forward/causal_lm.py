@@ -101,7 +101,8 @@ class CausalLM:
         rows, tokens = ids.shape
         kept = keep if self._pass.takes_columns else None
         blocks = self.blocks if by_blocks and tokens == 1 and cache is not None else None
-        prompts = self.prompts if by_blocks and tokens > 1 and not torch.is_grad_enabled() else None
+        many = by_blocks and tokens > 1 and rows > 0 and not torch.is_grad_enabled()
+        prompts = self.prompts if many else None
         with self._one_at_a_time, plan.running(rows, tokens, kept) if plan is not None else base_alone():
             if blocks is not None and blocks.can(cache):
                 logits = blocks(ids, positions, mask, cache)

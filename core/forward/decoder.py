@@ -119,6 +119,7 @@ class Decoder:
         self.dtype: torch.dtype = model.model.norm.weight.dtype
         attention = model.model.layers[0].self_attn
         self.size: int = attention.head_dim
+        self.heads: int = attention.q_proj.out_features // self.size
         self.keys: int = attention.k_proj.out_features // self.size  # heads of keys and values
         self.hidden: int = attention.q_proj.in_features
         self._parts, self._places, self._blocks = _parts(model), _places(model), len(model.model.layers)

@@ -9,16 +9,17 @@ lies in between (`prompt_kernels.py`).
 from __future__ import annotations
 
 import ctypes
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.forward import prompt_kernels
 from lora_rt.core.forward.decoder import Decoder, head_norms
-from lora_rt.core.forward.prompt_kernels import LANES, bits_of
 from lora_rt.core.native import openmp
 
+_LANES = 16  # numbers that loops make at a time
 _PARTS = 8  # for each thread
 _Arguments = ctypes.c_int64 * 9
 
@@ -30,13 +31,18 @@ class DecoderPrompt:
         """To be made of a decoder that `fits`."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # which comes with a model anyway, and late
 
+        from lora_rt.core.forward import prompt_kernels
+
         self._decoder = decoder
-        self._attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        self._attentions, self._attend = ALL_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS["sdpa"]
+        self._width: int = decoder.model.model.layers[0].mlp.gate_proj.out_features
         self._normed, self._turned, self._gated = prompt_kernels.kernels(decoder.dtype is torch.bfloat16)
 
     def can(self, cache: Any) -> bool:
-        """Whether the next pass may be this one; see `Decoder.can`."""
-        return self._decoder.can(cache)
+        """Whether the next pass may be this one; see `Decoder.can`. In training some would be dropped out."""
+        model = self._decoder.model
+        usual = model.config._attn_implementation == "sdpa" and self._attentions["sdpa"] is self._attend
+        return usual and not model.training and self._decoder.can(cache)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any, keep: Any) -> Tensor:
         """The logits (rows, tokens or kept, vocab).
@@ -50,7 +56,7 @@ class DecoderPrompt:
         model = self._decoder.model.model
         rows, tokens = ids.shape
         x = self._fitting(model.embed_tokens(ids), (rows, tokens, self._decoder.hidden)).clone()
-        ropes = [part.expand(rows, tokens, -1).contiguous() for part in model.rotary_emb(x, positions)]
+        ropes = self._ropes(model.rotary_emb(x, positions), rows, tokens)
         seen = _seen(mask, rows, tokens, 0 if cache is None else cache.get_seq_length())
         added: Tensor | None = None  # what the layers before have made, which x still lacks
         for number, block in enumerate(model.layers):
@@ -60,11 +66,12 @@ class DecoderPrompt:
             if cache is not None:
                 key, value = cache.layers[number].update(key, value)
             answer, _ = self._attend(attention, query, key, value, seen, dropout=0.0, scaling=attention.scaling)
-            answer = self._of_layer(attention.o_proj, answer.reshape(rows, tokens, -1))
+            answer = self._of_layer(attention.o_proj, answer.reshape(rows, tokens, -1), self._decoder.hidden)
             given = self._norm(block.post_attention_layernorm, x, answer)
-            gate, up = self._own(mlp.gate_proj, given), self._of_layer(mlp.up_proj, given)
+            gate = self._own(mlp.gate_proj, given, self._width)
+            up = self._of_layer(mlp.up_proj, given, self._width)
             _run(self._gated, gate.shape[-1], 0, rows * tokens, gate, up)
-            added = self._of_layer(mlp.down_proj, gate)
+            added = self._of_layer(mlp.down_proj, gate, self._decoder.hidden)
         if keep is not None and added is not None:
             wanted = slice(-keep, None) if isinstance(keep, int) else keep
             x, added = x[:, wanted].contiguous(), added[:, wanted].contiguous()
@@ -74,8 +81,8 @@ class DecoderPrompt:
     def _heads(self, attention: nn.Module, given: Tensor, ropes: list[Tensor]) -> list[Tensor]:
         """Queries, keys and values, (rows, heads, tokens, D), the first two by their places."""
         size, (rows, tokens, _) = self._decoder.size, given.shape
-        layers = attention.q_proj, attention.k_proj, attention.v_proj
-        found = [self._own(layer, given) for layer in layers]
+        widths = {"q_proj": self._decoder.heads, "k_proj": self._decoder.keys, "v_proj": self._decoder.keys}
+        found = [self._own(getattr(attention, name), given, size * count) for name, count in widths.items()]
         for norm, of in zip(head_norms(attention), found, strict=False):
             _run(self._normed, size, bits_of(norm.variance_epsilon), of.numel() // size, of, None, norm.weight, of)
         for of in found[:2]:
@@ -89,13 +96,21 @@ class DecoderPrompt:
         _run(self._normed, width, bits_of(norm.variance_epsilon), x.numel() // width, x, added, norm.weight, found)
         return found
 
-    def _of_layer(self, layer: Any, given: Tensor) -> Tensor:
-        """What a layer makes of its input."""
-        return self._fitting(layer(given), (*given.shape[:-1], layer.out_features))
+    def _ropes(self, parts: Sequence[Tensor], rows: int, tokens: int) -> list[Tensor]:
+        """Cosines and sines of each token, (rows, tokens, D)."""
+        size = self._decoder.size
+        for part in parts:
+            if part.shape not in ((rows, tokens, size), (1, tokens, size)):
+                raise ValueError(f"rope factors of {tuple(part.shape)} for {rows} x {tokens} tokens")
+        return [part.to(self._decoder.dtype).expand(rows, tokens, size).contiguous() for part in parts]
 
-    def _own(self, layer: Any, given: Tensor) -> Tensor:
+    def _of_layer(self, layer: Any, given: Tensor, width: int) -> Tensor:
+        """What a layer makes of its input, as wide as loops read it."""
+        return self._fitting(layer(given), (*given.shape[:-1], width))
+
+    def _own(self, layer: Any, given: Tensor, width: int) -> Tensor:
         """The same, to be changed in place: whoever watches the layer may keep what it gives."""
-        found = self._of_layer(layer, given)
+        found = self._of_layer(layer, given, width)
         return found.clone() if layer._forward_hooks or found.data_ptr() == given.data_ptr() else found
 
     def _fitting(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -110,7 +125,7 @@ def fits(model: Any) -> bool:
     block = model.model.layers[0]
     heads, mlp = block.self_attn, block.mlp
     widths = heads.q_proj.in_features, mlp.gate_proj.out_features, heads.head_dim // 2
-    return not any(width % LANES for width in widths) and not heads.head_dim % 2
+    return not any(width % _LANES for width in widths) and not heads.head_dim % 2
 
 
 def _seen(mask: Tensor | None, rows: int, tokens: int, before: int) -> Tensor | None:
@@ -127,8 +142,16 @@ def _seen(mask: Tensor | None, rows: int, tokens: int, before: int) -> Tensor | 
     return seen.expand(rows, tokens, columns)[:, None]
 
 
+def bits_of(eps: float) -> int:
+    """The bits of a number in float32."""
+    found: int = struct.unpack("<i", struct.pack("<f", eps))[0]
+    return found
+
+
 def _run(address: int, one: int, other: int, tokens: int, *arrays: Tensor | None) -> None:
     """Let a function go through so many tokens, or through as many heads."""
+    if tokens == 0:
+        return
     threads = torch.get_num_threads()
     parts = min(_PARTS * threads, tokens)
     places = [0 if array is None else array.data_ptr() for array in arrays]

@@ -11,16 +11,15 @@ float32, and are rounded where transformers rounds them; each token's are made b
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 
 from lora_rt.core.native import registers
 from lora_rt.core.native.machine_code import addresses_of, counting, shared_by_threads
-from lora_rt.core.native.registers import BF16, F32, I64, Registers
+from lora_rt.core.native.registers import BF16, F32, I16, I64, Registers
 
 LANES = 16
 """Numbers that are made at a time: widths are multiples of it."""
@@ -44,8 +43,13 @@ def kernels(narrow: bool) -> tuple[int, int, int]:
             shared_by_threads(module, _part(module, name, narrow, made), 1, name)
         return module
 
-    normed, turned, gated = addresses_of(build, *_NAMES, uses=_USED, told=f"prompt {narrow}")
+    normed, turned, gated = addresses_of(build, *_NAMES, uses=_USED, told=f"prompt {narrow} {rounds()}")
     return normed, turned, gated
+
+
+def rounds() -> bool:
+    """Whether the processor rounds to bfloat16 itself; to one that does not LLVM gives a call of what nobody has."""
+    return bool(binding.get_host_cpu_features().get("avx512bf16"))
 
 
 class _Numbers(Registers):
@@ -54,20 +58,32 @@ class _Numbers(Registers):
     def __init__(self, builder: Any, narrow: bool) -> None:
         super().__init__(builder, LANES)
         self.size = 2 if narrow else 4
-        self._bits = ir.VectorType(BF16, LANES) if narrow else None
+        self._narrow = narrow
+        self._bits, self._rounds = ir.VectorType(I16, LANES), rounds()
 
     def read(self, address: Any) -> Any:
-        if self._bits is None:
-            return self.at(address, self.floats)
-        return self.builder.fpext(self.at(address, self._bits), self.floats)
+        return self._widened(self.at(address, self._bits)) if self._narrow else self.at(address, self.floats)
 
     def rounded(self, value: Any) -> Any:
-        if self._bits is None:
-            return value
-        return self.builder.fpext(self.builder.fptrunc(value, self._bits), self.floats)
+        return self._widened(self._narrowed(value)) if self._narrow else value
 
     def write(self, value: Any, address: Any) -> None:
-        self.put(value if self._bits is None else self.builder.fptrunc(value, self._bits), address)
+        self.put(self._narrowed(value) if self._narrow else value, address)
+
+    def _widened(self, bits: Any) -> Any:
+        b = self.builder
+        return b.bitcast(b.shl(b.zext(bits, self.integers), self.every(16)), self.floats)
+
+    def _narrowed(self, value: Any) -> Any:
+        """The bits of bfloat16, half to even; what is no number stays none."""
+        b = self.builder
+        if self._rounds:
+            return b.bitcast(b.fptrunc(value, ir.VectorType(BF16, LANES)), self._bits)
+        bits = b.bitcast(value, self.integers)
+        odd = b.and_(b.lshr(bits, self.every(16)), self.every(1))
+        nearest = b.lshr(b.add(b.add(bits, self.every(0x7FFF)), odd), self.every(16))
+        nothing = b.or_(b.lshr(bits, self.every(16)), self.every(0x40))
+        return b.trunc(b.select(b.fcmp_ordered("ord", value, value), nearest, nothing), self._bits)
 
     @contextmanager
     def each(self, width: Any, *addresses: Any) -> Iterator[list[Any]]:
@@ -135,9 +151,3 @@ def _gated(r: _Numbers, token: Any, width: Any, _: Any, _tokens: Any, gate: Any,
         a = r.read(gate_at)
         share = b.fdiv(a, b.fadd(r.spread(F32(1.0)), r.exp(b.fneg(a))))
         r.write(b.fmul(r.rounded(share), r.read(up_at)), gate_at)
-
-
-def bits_of(eps: float) -> int:
-    """The bits of a number in float32."""
-    found: int = struct.unpack("<i", struct.pack("<f", eps))[0]
-    return found

@@ -34,7 +34,7 @@ _SUMS, _X, _W = (0, 1, 2, 3), (4, 5), (6, 7)  # tiles
 _USED = [*amx_kernel.USED, __file__]
 
 
-def many_kernel(levels: Sequence[float] | None) -> int:
+def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
     """Where a function lies that makes products of a bfloat16 x; any number of threads may run it.
 
     It takes `ARGUMENTS` int64:
@@ -44,24 +44,25 @@ def many_kernel(levels: Sequence[float] | None) -> int:
         of what adapters add, 0 for nothing: tiles of 32 ranks, hidden (rows, 2, ranks) in bfloat16, bytes between two
         rows of it and between its two parts, B as tiles (out / 16, parts, ranks / 32, 16, 16, 2), parts of B
 
-    y is rounded once to bfloat16. Inputs are whole 32, of 4 bits whole blocks of 64; rows are `LEAST` or more and
-    outputs `OUTPUTS`, whole 16 where adapters add to them. The last ones of either may be made twice, with the same
-    bits. Each output of a part takes two bytes of a thread's stack for each input.
+    y is rounded once to bfloat16, or float32. Inputs are whole 32, of 4 bits whole blocks of 64; rows are `LEAST` or
+    more and outputs `OUTPUTS`, whole 16 where adapters add to them. The last ones of either may be made twice, with the
+    same bits. Each output of a part takes two bytes of a thread's stack for each input.
 
     Args:
         levels: sixteen, of a weight in 4 bits; None for one in bfloat16.
+        wide: y is float32.
     """
 
     def build() -> Any:
         module = ir.Module("many")
-        shared_by_threads(module, _part(module, levels), OUTPUTS, arguments=ARGUMENTS)
+        shared_by_threads(module, _part(module, levels, wide), OUTPUTS, arguments=ARGUMENTS)
         return module
 
     amx.check()
-    return addresses_of(build, "run", uses=_USED, told=f"many {levels}")[0]
+    return addresses_of(build, "run", uses=_USED, told=f"many {levels} {wide}")[0]
 
 
-def _part(module: Any, levels: Sequence[float] | None) -> Any:
+def _part(module: Any, levels: Sequence[float] | None, wide: bool) -> Any:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "part")
     b = ir.IRBuilder(function.append_basic_block())
     r = Tiles(b)
@@ -73,7 +74,8 @@ def _part(module: Any, levels: Sequence[float] | None) -> Any:
     at = b.ptrtoint(b.alloca(I8, b.add(b.mul(of_panel, panels), I64(4 * NBYTES + LINE))), I64)
     room = b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
     laid_out = b.add(room, I64(4 * NBYTES))
-    of_x, of_y = b.mul(width, I64(2)), b.mul(out, I64(2))
+    item = 4 if wide else 2  # bytes of a number of y
+    of_x, of_y = b.mul(width, I64(2)), b.mul(out, I64(item))
 
     def begins(panel: Any) -> tuple[Any, Any]:
         """The first output of a panel, and where it is laid out."""
@@ -103,7 +105,7 @@ def _part(module: Any, levels: Sequence[float] | None) -> Any:
                     I64(NBYTES),
                 )
             _added(b, r, row, output, *added)
-            _written(b, r, b.add(b.add(y, b.mul(output, I64(2))), b.mul(row, of_y)), of_y, room)
+            _written(b, r, b.add(b.add(y, b.mul(output, I64(item))), b.mul(row, of_y)), of_y, room, wide)
     b.ret_void()
     return function
 
@@ -179,15 +181,20 @@ def _dots(b: Any, r: Tiles, x: Any, of_x: Any, weight: Any, of_weight: Any) -> N
     r.dot(_SUMS[3], _X[1], _W[1])
 
 
-def _written(b: Any, r: Tiles, y: Any, of_y: Any, room: Any) -> None:
-    """The sums, rounded, to where they lie in y."""
+def _written(b: Any, r: Tiles, y: Any, of_y: Any, room: Any, wide: bool) -> None:
+    """The sums, rounded or as they are, to where they lie in y."""
     for tile in _SUMS:
         r.store(tile, b.add(room, I64(NBYTES * tile)))
     for block in range(2):
         with counting(b, I64(0), I64(ROWS), 1) as row:
             at = b.add(room, b.add(I64(NBYTES * 2 * block), b.mul(row, I64(LINE))))
-            found = r.narrowed(r.at(at, r.floats), r.at(b.add(at, I64(NBYTES)), r.floats))
-            r.put(found, b.add(y, b.mul(of_y, b.add(row, I64(ROWS * block)))))
+            one, other = r.at(at, r.floats), r.at(b.add(at, I64(NBYTES)), r.floats)
+            to = b.add(y, b.mul(of_y, b.add(row, I64(ROWS * block))))
+            if wide:
+                r.put(one, to)
+                r.put(other, b.add(to, I64(LINE)))
+            else:
+                r.put(r.narrowed(one, other), to)
 
 
 def _least(b: Any, one: Any, other: Any) -> Any:

@@ -33,8 +33,7 @@ _ARGUMENTS = ctypes.c_int64 * 16  # those of the kernel
 class Added(NamedTuple):
     """What adapters add to a product: hidden B^T.
 
-    hidden    (tokens, 2, R)   float32 in two bfloat16 parts: a number, rounded, and what it has lost; R is whole 32,
-                               and behind it lie 32 numbers more that may be read
+    hidden    (tokens, 2, R)   float32 in two bfloat16 parts: a number, rounded, and what it has lost
     start     the first of B's ranks among these
     factor    B (out, ranks) as tiles (out / 16, parts, ranks / 32, 16 pairs of ranks, 16 outputs, 2)
     """
@@ -74,8 +73,17 @@ def takes(x: Tensor, out: int, *, dense: bool = False) -> bool:
     return many and could_take(out, width) and are_there(dense=dense)
 
 
-def product(x: Tensor, weight: FourBit | Tensor, bias: Tensor | None = None, added: Added | None = None) -> Tensor:
-    """y (..., out), bfloat16, of a bfloat16 x (..., in) of `LEAST` rows or more. It knows no gradients.
+def product(
+    x: Tensor,
+    weight: FourBit | Tensor,
+    bias: Tensor | None = None,
+    added: Added | None = None,
+    *,
+    wide: bool = False,
+) -> Tensor:
+    """y (..., out), rounded once to bfloat16 or, if `wide`, float32 as it was summed up.
+
+    x (..., in) is bfloat16, of `LEAST` rows or more. It knows no gradients.
 
     Args:
         weight: in 4 bits, rounded to bfloat16, or of that dtype and contiguous, (out, in).
@@ -93,14 +101,14 @@ def product(x: Tensor, weight: FourBit | Tensor, bias: Tensor | None = None, add
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"a bias of {tuple(bias.shape)} for {out} outputs")
     x = x.contiguous()
-    wide = None if bias is None else bias.float().contiguous()
-    y = x.new_empty(*rows, out)
+    begun = None if bias is None else bias.detach().float().contiguous()
+    y = x.new_empty(*rows, out, dtype=torch.float32 if wide else torch.bfloat16)
     threads = torch.get_num_threads()
     share = max(_OUTPUTS, _ROOM // (2 * width) // _OUTPUTS * _OUTPUTS)  # outputs of a part
     parts = math.ceil(math.ceil(out / share) / threads) * threads
-    all_places = *places, x.data_ptr(), y.data_ptr(), 0 if wide is None else wide.data_ptr()
+    all_places = *places, x.data_ptr(), y.data_ptr(), 0 if begun is None else begun.data_ptr()
     arguments = _ARGUMENTS(0, parts, count, width, out, *all_places, *_read_added(added, count, out))
-    openmp.run(openmp.team(), _kernel(isinstance(weight, FourBit)), arguments, threads)
+    openmp.run(openmp.team(), _kernel(isinstance(weight, FourBit), wide), arguments, threads)
     return y
 
 
@@ -119,7 +127,7 @@ def _read_added(added: Added | None, count: int, out: int) -> tuple[int, ...]:
         return (0,) * 6
     hidden, (tiles, parts, ranks, *_) = added.hidden, added.factor.shape
     tokens, two, width = hidden.shape
-    inside = added.start + _RANKS * (ranks - 1) < width  # the numbers behind the last ones may be read
+    inside = added.start + _RANKS * ranks <= width  # what is read beyond a site's ranks is multiplied with 0
     narrow = hidden.dtype is added.factor.dtype is torch.bfloat16 and added.factor.is_contiguous()
     if (tokens, two, 16 * tiles) != (count, 2, out) or hidden.stride(-1) != 1 or not (inside and narrow):
         raise ValueError(
@@ -131,8 +139,8 @@ def _read_added(added: Added | None, count: int, out: int) -> tuple[int, ...]:
 
 
 @cache
-def _kernel(in_four_bits: bool) -> int:
+def _kernel(in_four_bits: bool, wide: bool) -> int:
     from lora_rt.core.multiply.amx_many_kernel import many_kernel
     from lora_rt.core.multiply.four_bit_kernel import LEVELS
 
-    return many_kernel(LEVELS if in_four_bits else None)
+    return many_kernel(LEVELS if in_four_bits else None, wide)

@@ -109,6 +109,8 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y (..., out) of x (..., in)."""
+        if self._is_by_many(x, way := self.way(x)):
+            return many.product(x, self._for_many(way), self._parameters.get("bias"))
         return self.unrounded(x, Tensor.to).to(x.dtype)
 
     def unrounded(self, x: Tensor, widened: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -120,20 +122,24 @@ class Product:
         way = self.way(x)
         if way == "packed":
             return self.own(x)
-        narrow = way in _GIVEN or self._is_by_many(x, way)
-        return self._made(x if narrow else widened(x, _FLOAT32), way)
+        if self._is_by_many(x, way):
+            return many.product(x, self._for_many(way), self._parameters.get("bias"), wide=True)
+        return self._made(x if way in _GIVEN else widened(x, _FLOAT32), way)
 
     def can_add(self, x: Tensor) -> bool:
         """Whether the product with x may be one `with_added`."""
-        wanted = x.requires_grad and torch.is_grad_enabled()
-        return not wanted and self._is_by_many(x, self.way(x))
+        return self._is_by_many(x, self.way(x))
 
     def with_added(self, x: Tensor, added: many.Added) -> Tensor:
         """y, and what adapters add to it, rounded once to the dtype of x, where it `can_add`."""
         return many.product(x, self._for_many(self.way(x)), self._parameters.get("bias"), added)
 
     def _is_by_many(self, x: Tensor, way: Way) -> bool:
-        """Whether AMX takes all rows of x as they are."""
+        """Whether AMX takes all rows of x as they are, and nobody wants a gradient."""
+        if torch.is_grad_enabled() and (
+            x.requires_grad or getattr(self._parameters.get("bias"), "requires_grad", False)
+        ):
+            return False
         return way in _BY_MANY and many.takes(x, self._out, dense=way == "tiles")
 
     def _for_many(self, way: Way) -> four_bit.FourBit | Tensor:
@@ -143,11 +149,11 @@ class Product:
         """The product with an x in the dtype of the product."""
         product = given.dtype
         bias: Tensor | None = self._parameters.get("bias")
-        if bias is not None and not self._is_by_many(given, way):  # that takes it as it is
+        if bias is not None:
             bias = bias.to(product)
         if given.requires_grad and torch.is_grad_enabled() and way not in _READ:
             y: Tensor = _Remade.apply(given, self, way)  # type: ignore[no-untyped-call]
-            return y if bias is None else y + bias.to(product)
+            return y if bias is None else y + bias
         return self.times(given, way, bias)
 
     def times(self, given: Tensor, way: Way, bias: Tensor | None = None) -> Tensor:
@@ -158,8 +164,6 @@ class Product:
             if "half" not in self._kept:
                 self._all_in_half(given.numel() // self.width)
             return half.product(given, self._copy("half"), bias)
-        if self._is_by_many(given, way):
-            return many.product(given, self._for_many(way), bias)
         if way == "four-bit":
             return four_bit.product(given, self._copy("four-bit"), bias, narrow=self.dtype is torch.bfloat16)
         if way == "tiles":

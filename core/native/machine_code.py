@@ -57,9 +57,11 @@ def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run", *
     b.branch(take)
     b.position_at_end(take)
     part = b.atomic_rmw("add", counter, I64(1), "monotonic")
-    b.cbranch(b.icmp_signed("<", part, parts), taken, end)
-    b.position_at_end(taken)
     start = b.mul(part, step)
+    # Behind the last output there may be parts as well, of fewer than none.
+    some = b.and_(b.icmp_signed("<", part, parts), b.icmp_signed("<", start, out))
+    b.cbranch(some, taken, end)
+    b.position_at_end(taken)
     stop = b.add(start, step)
     b.store(start, own)
     b.store(b.select(b.icmp_signed("<", stop, out), stop, out), b.gep(own, [I64(1)]))

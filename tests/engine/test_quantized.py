@@ -15,10 +15,10 @@ from torch.testing import assert_close
 
 from lora_rt.core.engine import shared
 from lora_rt.core.engine.parts import MANY, Kept, hidden_of, parts_of_a, parts_of_b, parts_of_hidden
-from lora_rt.core.multiply import fastest, many
+from lora_rt.core.multiply import fastest, many, tiled
 from lora_rt.core.multiply.measured import layer_name
 from lora_rt.core.multiply.product import Product
-from lora_rt.core.multiply.ways import SIZES, ways_of
+from lora_rt.core.multiply.ways import SIZES, Way, ways_of
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.registry import Registry
@@ -229,8 +229,11 @@ def test_no_library_speaks_to_the_user(zoo: Zoo) -> None:
 
 def in_four_bits(layers: Sequence[nn.Linear], *_given: object, **_named: object) -> dict[str, fastest.Ways]:
     """Every layer that can be is multiplied so."""
-    ways = {layer_name(layer): "four-bit" if "four-bit" in ways_of(layer) else "packed" for layer in layers}
-    return {name: (way,) * len(SIZES) for name, way in ways.items()}  # type: ignore[misc]  # of `Way`
+    best: dict[str, Way] = {}
+    for layer in layers:
+        there = ways_of(layer)
+        best[layer_name(layer)] = "four-bit" if "four-bit" in there else "tiles" if "tiles" in there else "packed"
+    return {name: (way,) * len(SIZES) for name, way in best.items()}
 
 
 @pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles")
@@ -274,3 +277,26 @@ def test_what_adapters_add_to_many_tokens_is_summed_up_with_the_product(
             weight = weights[row].get(name, 0.0) * factor[adapter, row][:, None]
             wanted[row] += weight * (x[row].double() @ changes[adapter].T)
     assert (found != wanted.to(found.dtype)).float().mean() < 0.005  # rounded twice, a tenth of them is another number
+
+
+@pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles")
+def test_an_output_head_that_is_given_fewer_tokens_has_gates_of_its_own(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All groups of one rank share what multiplies it, and a head that is asked for some tokens has those alone."""
+    monkeypatch.setattr(shared, "pay_off", lambda: True)
+    monkeypatch.setattr(fastest, "_TINY", 0)
+    monkeypatch.setattr(fastest, "choose", in_four_bits)
+    monkeypatch.setattr(tiled, "_LEAST", 1)
+    targets, sizes = ["o_proj", "lm_head"], {"vocab_size": 272}  # whole tiles
+    ids = some_ids(rows=5, tokens=20)
+    mask, positions = torch.ones_like(ids), torch.arange(20).expand(5, -1)
+    adapters = [zoo.adapter("llama", seed=seed, targets=targets, changes=sizes) for seed in (1, 2)]
+    with Runtime.load(str(zoo.base("llama", **sizes)), precision="int4", device="cpu") as runtime:
+        names = [runtime.load_adapter(str(adapter)) for adapter in adapters]
+        plan = runtime.parts.bank.plan([{names[n % 2]: 0.5 + n, names[1 - n % 2]: -0.3} for n in range(5)])
+        lm = runtime.parts.lm
+        with torch.inference_mode():
+            whole, some, few = (lm.forward(ids, mask, positions, plan=plan, keep=keep) for keep in (None, 8, 1))
+    assert_close(some, whole[:, -8:], atol=0.1, rtol=0.05)
+    assert_close(few, whole[:, -1:], atol=0.1, rtol=0.05)

@@ -111,9 +111,16 @@ def test_a_pass_in_bfloat16_differs_from_the_model_s_own_by_rounding_alone(kind:
     assert mine <= 1.1 * own
 
 
+@pytest.mark.parametrize("rounds", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_lies_between_products_is_what_transformers_makes(dtype: torch.dtype) -> None:
-    """In bfloat16 the very same numbers, but for one in a thousand that lies between two."""
+def test_what_lies_between_products_is_what_transformers_makes(
+    dtype: torch.dtype, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the very same numbers, but for one in a thousand that lies between two; most processors do not round
+    to it themselves, and what LLVM would call there nobody has.
+    """
+    itself = prompt_kernels.rounds() and rounds
+    monkeypatch.setattr(prompt_kernels, "rounds", lambda: itself)
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
     dice = torch.Generator().manual_seed(5)
@@ -128,10 +135,10 @@ def test_what_lies_between_products_is_what_transformers_makes(dtype: torch.dtyp
     norm = LlamaRMSNorm(wide, eps=1e-3)
     norm.weight.data = weight
     total, found = x + y, torch.empty_like(x)
-    run(normed, wide, prompt_kernels.bits_of(1e-3), tokens, x, y, weight, found)
+    run(normed, wide, decoder_prompt.bits_of(1e-3), tokens, x, y, weight, found)
     assert torch.equal(x, total)
     check_close(found, norm(total))
-    run(normed, wide, prompt_kernels.bits_of(1e-3), tokens, x, None, weight, found)
+    run(normed, wide, decoder_prompt.bits_of(1e-3), tokens, x, None, weight, found)
     assert torch.equal(x, total)
     check_close(found, norm(total))
 
@@ -194,7 +201,7 @@ def test_small_bases_are_not_and_nobody_is_who_does_not_want_it_or_lacks_llvmlit
         monkeypatch.setenv("LORA_RT_BLOCKS", value)
         assert CausalLM(model).prompts is None
     monkeypatch.setenv("LORA_RT_BLOCKS", "1")
-    monkeypatch.setattr(decoder_prompt.prompt_kernels, "kernels", refusing)  # another release of llvmlite, say
+    monkeypatch.setattr(prompt_kernels, "kernels", refusing)  # another release of llvmlite, say
     lm = CausalLM(model)
     assert lm.prompts is None
     assert "LORA_RT_BLOCKS=0" in caplog.text  # slower, and said
@@ -257,6 +264,46 @@ def test_a_layer_that_gives_something_else_is_refused_before_memory_is_torn() ->
     lm.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _module, _given, output: output[:, :1])
     with pytest.raises(ValueError, match="a layer gives"):
         read(lm, True)
+
+
+def test_nothing_to_read_or_to_say_is_what_the_model_makes_of_it() -> None:
+    lm = CausalLM(model_of("llama"))
+    assert lm.prompts is not None
+    ids, mask, positions = text()
+    nothing = torch.empty(0, dtype=torch.long)
+    found, wanted = (lm.forward(ids, mask, positions, keep=nothing, by_blocks=one) for one in (True, False))
+    assert found.shape == wanted.shape == (5, 0, wanted.shape[-1])
+    with pytest.raises(RuntimeError):
+        lm.forward(ids[:0], mask[:0], positions[:0])
+
+
+@pytest.mark.parametrize(("name", "out"), [("mlp.up_proj", 16), ("mlp.gate_proj", 90), ("self_attn.o_proj", 1)])
+def test_a_layer_of_another_width_is_refused_before_memory_is_torn(name: str, out: int) -> None:
+    lm = CausalLM(model_of("llama"))
+    assert lm.prompts is not None
+    block = lm.model.model.layers[0]
+    block.set_submodule(name, torch.nn.Linear(block.get_submodule(name).in_features, out))
+    with pytest.raises((ValueError, RuntimeError), match=r"a layer gives|size of tensor"):
+        read(lm, True)
+
+
+def test_rope_factors_of_another_width_are_refused() -> None:
+    lm = CausalLM(model_of("llama"))
+    assert lm.prompts is not None
+    lm.model.model.rotary_emb.register_forward_hook(lambda _m, _given, out: tuple(part[..., :1] for part in out))
+    with pytest.raises(ValueError, match="rope factors"):
+        read(lm, True)
+
+
+def test_an_attention_that_is_chosen_later_and_training_are_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(model_of("llama", attention_dropout=0.5))
+    assert lm.prompts is not None
+    assert lm.prompts.can(None)
+    monkeypatch.setattr(lm.model.config, "_attn_implementation", "eager")
+    assert not lm.prompts.can(None)
+    monkeypatch.undo()
+    lm.model.train()
+    assert not lm.prompts.can(None)
 
 
 def test_gradients_are_made_by_the_model_s_own_forward() -> None:

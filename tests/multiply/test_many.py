@@ -106,6 +106,48 @@ def test_nothing_is_written_beyond_the_end(monkeypatch: pytest.MonkeyPatch) -> N
     assert (room[[0, 66]] == 7).all()
 
 
+def test_what_is_no_number_in_a_hidden_stays_in_its_token_whatever_ranks_are_read() -> None:
+    """Sixteen ranks from the eighth on reach beyond what is there: zeros, and not the next token's."""
+    weight, x, a, b = weight_of(), some(80), given(16, IN), given(OUT, 8)
+    factor, gate = laid_out(b).tiles, torch.nn.functional.pad(torch.ones(1, 16), (0, 16))
+    clean = product(x, weight, None, Added(halves_of(x, laid_out(a), gate), 8, factor))
+    x[40, 3] = float("nan")
+    x[60] *= 1e38
+    found = product(x, weight, None, Added(halves_of(x, laid_out(a), gate), 8, factor))
+    others = [row for row in range(80) if row not in (40, 60)]
+    assert torch.equal(found[others], clean[others])
+    assert found[40].isnan().all()
+
+
+def test_y_may_be_had_before_it_is_rounded() -> None:
+    weight, x = weight_of(), some(70)
+    wide = product(x, weight, wide=True)
+    assert wide.dtype is torch.float32
+    assert torch.equal(wide.bfloat16(), product(x, weight))
+    exact = x.double() @ dense(weight).double().T
+    assert (wide - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_parts_behind_the_last_output_are_left_alone() -> None:
+    """Of less than no outputs a part's room on the stack would be less than nothing, and a signal would find it."""
+    code = (
+        "import signal, time, torch\n"
+        "from lora_rt.core.multiply import many\n"
+        "torch.set_num_threads(8)\n"
+        "x, weight = torch.ones(32, 1024).bfloat16(), torch.ones(128, 1024).bfloat16()\n"
+        "many.product(x, weight)\n"
+        "signal.signal(signal.SIGALRM, lambda *_: None)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.00005, 0.00005)\n"
+        "end, found = time.monotonic() + 2, 0\n"
+        "while time.monotonic() < end:\n"
+        "    found = many.product(x, weight)[0, 0].item()\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "print(found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "1024.0"), done.stderr[-500:]
+
+
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("ranks", [1, 16, 24, 33, 100])
 @pytest.mark.parametrize("rows", [LEAST, 100])
@@ -134,7 +176,7 @@ def test_some_ranks_of_a_hidden_are_read_where_they_lie_and_the_others_are_nothi
     assert torch.equal(
         product(x, weight, None, Added(halves, 10, factor)), product(x, weight, None, Added(alone, 0, factor))
     )
-    last = laid_out(a[36:60])  # up to the end, behind which 32 numbers may be read
+    last = laid_out(a[36:60])  # up to the end, behind which there is room
     y = product(x, weight, None, Added(halves, 36, laid_out(b[:, :24]).tiles))
     other = halves_of(x, last, torch.nn.functional.pad(torch.ones(1, 24), (0, 8)))
     assert torch.equal(y, product(x, weight, None, Added(other, 0, laid_out(b[:, :24]).tiles)))
@@ -174,6 +216,7 @@ def test_what_does_not_belong_to_it_is_not_added() -> None:
     hidden, factor = torch.zeros(64, 2, 32).bfloat16(), laid_out(given(OUT, 20)).tiles
     wrong = (
         Added(hidden[:63], 0, factor),
+        Added(hidden, 1, factor),
         Added(hidden, 0, laid_out(given(OUT + 16, 20)).tiles),
         Added(hidden, 40, factor),
         Added(hidden.float(), 0, factor),
@@ -212,14 +255,16 @@ def test_a_layer_takes_it_for_many_tokens_and_has_its_gradient(bias: bool) -> No
     made = Product(layer, ("four-bit",) * 6)
     numbers, x = made.made(torch.bfloat16).double(), some(128).view(2, 64, IN)
     exact = x.double() @ numbers.T + (layer.bias.double() if bias else 0)
-    found = made.unrounded(x, Tensor.to)
-    assert found.dtype is torch.bfloat16
-    assert rounded_once(found, exact)
-    assert made.unrounded(x[:1, :20], Tensor.to).dtype is torch.float32  # of a few tokens it is made otherwise
+    assert rounded_once(made(x), exact)
+    assert made.unrounded(x, Tensor.to).dtype is torch.float32  # something may be added
     assert made.can_add(x)
     assert not made.can_add(x[:1, :20])
     flowing = x.clone().requires_grad_()
     assert not made.can_add(flowing)
+    if bias:
+        layer.bias.requires_grad_()
+        assert made(x).requires_grad
+        layer.bias.requires_grad_(False)
     made(flowing).float().sum().backward()
     assert flowing.grad is not None
     torch.testing.assert_close(flowing.grad.double(), numbers.sum(0).expand_as(x), rtol=2e-2, atol=0.5)
