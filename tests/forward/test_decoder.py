@@ -15,14 +15,13 @@ from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.native import compiled
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
-from support.tiny import MLP, TARGETS, Zoo, config_of, random_model
+from support.decoders import CHANGES, KINDS, SCALINGS, model_of, rope_of, rows_of_text
+from support.tiny import MLP, TARGETS, Zoo
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not compiled.is_there(), reason="numba is not installed"),
 ]
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
-CHANGES: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
 
 
 @pytest.fixture(autouse=True)
@@ -33,18 +32,9 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def text(rows: int = 5, tokens: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and positions (rows, tokens); two rows are padded."""
-    ids = torch.randint(8, 260, (rows, tokens), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    mask[0, :7] = 0
-    mask[-1, :2] = 0
-    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def steps(lm: CausalLM, by_blocks: bool, first: int = 9) -> Tensor:
     """The logits of all steps behind the first tokens, (rows, steps, vocab)."""
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text()
     cache = lm.new_cache()
     lm.forward(ids[:, :first], mask[:, :first], positions[:, :first], cache=cache, keep=1)
     found = [
@@ -52,15 +42,6 @@ def steps(lm: CausalLM, by_blocks: bool, first: int = 9) -> Tensor:
         for n in range(first + 1, ids.shape[1] + 1)
     ]
     return torch.cat(found, dim=1)
-
-
-def model_of(kind: str, **changes: Any) -> Any:
-    with torch.inference_mode(False):
-        model = random_model(config_of(kind, **{**CHANGES.get(kind, {}), **changes}))
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.data += torch.randn_like(parameter) * 0.1
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,14 +66,9 @@ def test_a_step_in_bfloat16_differs_from_the_model_s_own_by_rounding_alone(kind:
     assert mine <= 1.1 * own
 
 
-@pytest.mark.parametrize("scaling", ["llama3", "linear", "yarn"])
+@pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_scaled_rope_is_scaled(scaling: str) -> None:
-    rope: dict[str, Any] = {"rope_type": scaling, "rope_theta": 10000.0, "factor": 4.0}
-    if scaling == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    if scaling == "yarn":
-        rope |= {"original_max_position_embeddings": 32}
-    lm = CausalLM(model_of("llama", rope_parameters=rope))
+    lm = CausalLM(model_of("llama", rope_parameters=rope_of(scaling)))
     assert lm.blocks is not None
     torch.testing.assert_close(steps(lm, True), steps(lm, False), atol=2e-5, rtol=1e-4)
 
@@ -183,7 +159,7 @@ def test_it_may_be_asked_for_where_gradients_are_made_and_does_not_make_any() ->
 def test_a_row_without_a_number_does_not_touch_the_others() -> None:
     lm = CausalLM(model_of("llama"))
     assert lm.blocks is not None
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text()
     caches = [lm.new_cache() for _ in range(2)]
     for cache in caches:
         lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
@@ -197,7 +173,7 @@ def test_a_row_without_a_number_does_not_touch_the_others() -> None:
 def test_a_mask_of_another_width_than_the_cache_is_refused() -> None:
     lm = CausalLM(model_of("llama"))
     assert lm.blocks is not None
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text()
     cache = lm.new_cache()
     lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
     with pytest.raises(ValueError, match="5, 11"):
@@ -357,7 +333,7 @@ def test_gates_of_ranks_and_heads_act_in_a_step(zoo: Zoo, monkeypatch: pytest.Mo
                 lm, bank = runtime.parts.lm, runtime.parts.bank
                 assert (lm.blocks is not None) == (value == "1")
                 plan = bank.plan([{"one": 0.9}], {"one": gate})
-                ids, mask, positions = text(3, 20)
+                ids, mask, positions = rows_of_text(3, 20)
                 cache = lm.new_cache()
                 with torch.inference_mode():
                     lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], plan=plan, cache=cache, keep=1)

@@ -13,11 +13,11 @@ from torch import Tensor
 from lora_rt.core.forward import decoder_prompt, prompt_kernels
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.runtime import Runtime
+from support import decoders
+from support.decoders import KINDS, SCALINGS, rope_of, rows_of_text
 from support.tiny import MLP, TARGETS, Zoo, config_of, random_model
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
 WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-CHANGES: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 64}}
 NEAR = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -30,26 +30,13 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def model_of(kind: str, **changes: Any) -> Any:
-    with torch.inference_mode(False):
-        model = random_model(config_of(kind, **{**WIDE, **CHANGES.get(kind, {}), **changes}))
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.data += torch.randn_like(parameter) * 0.1
-    return model
-
-
-def text(rows: int = 5, tokens: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and positions (rows, tokens); two rows are padded."""
-    ids = torch.randint(8, 260, (rows, tokens), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    mask[0, :7] = 0
-    mask[-1, :2] = 0
-    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+    """Heads wide enough for registers of sixteen numbers."""
+    return decoders.model_of(kind, **{**WIDE, **({"head_dim": 64} if kind == "qwen3" else {}), **changes})
 
 
 def read(lm: CausalLM, by_blocks: bool, ends: tuple[int, ...] = (60,), keep: Any = None) -> tuple[Tensor, Tensor]:
     """The logits of passes up to these tokens, one behind the other, where a row is not padded; and all keys."""
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text()
     cache, found, start = lm.new_cache(), [], 0
     for end in ends:
         now = slice(start, end)
@@ -84,7 +71,7 @@ def test_a_pass_in_float32_is_the_model_s_own(kind: str, changes: dict[str, Any]
 def test_rows_that_are_not_padded_and_passes_without_a_cache_are_the_same() -> None:
     lm = CausalLM(model_of("llama"))
     assert lm.prompts is not None
-    ids = text()[0]
+    ids = rows_of_text()[0]
     mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1]).expand(len(ids), -1)
     for padded in (False, None, True):
         found, wanted = (lm.forward(ids, mask, positions, padded=padded, by_blocks=one) for one in (True, False))
@@ -93,7 +80,7 @@ def test_rows_that_are_not_padded_and_passes_without_a_cache_are_the_same() -> N
 
 def test_a_row_is_read_the_same_alone_and_beside_others() -> None:
     lm = CausalLM(model_of("llama"))
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text()
     whole = lm.forward(ids, mask, positions)
     for row in range(len(ids)):
         some = slice(int((mask[row] == 0).sum()), None)
@@ -165,14 +152,9 @@ def check_close(found: Tensor, wanted: Tensor) -> None:
     )
 
 
-@pytest.mark.parametrize("scaling", ["llama3", "linear", "yarn"])
+@pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_scaled_rope_is_scaled(scaling: str) -> None:
-    rope: dict[str, Any] = {"rope_type": scaling, "rope_theta": 10000.0, "factor": 4.0}
-    if scaling == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    if scaling == "yarn":
-        rope |= {"original_max_position_embeddings": 32}
-    check_same(CausalLM(model_of("llama", rope_parameters=rope)))
+    check_same(CausalLM(model_of("llama", rope_parameters=rope_of(scaling))))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +251,7 @@ def test_a_layer_that_gives_something_else_is_refused_before_memory_is_torn() ->
 def test_nothing_to_read_or_to_say_is_what_the_model_makes_of_it() -> None:
     lm = CausalLM(model_of("llama"))
     assert lm.prompts is not None
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text()
     nothing = torch.empty(0, dtype=torch.long)
     found, wanted = (lm.forward(ids, mask, positions, keep=nothing, by_blocks=one) for one in (True, False))
     assert found.shape == wanted.shape == (5, 0, wanted.shape[-1])
@@ -309,7 +291,7 @@ def test_an_attention_that_is_chosen_later_and_training_are_the_model_s_own(monk
 def test_gradients_are_made_by_the_model_s_own_forward() -> None:
     with torch.inference_mode(False), torch.enable_grad():
         lm = CausalLM(model_of("llama"))
-        ids, mask, positions = text()
+        ids, mask, positions = rows_of_text()
         assert lm.forward(ids, mask, positions).requires_grad
     assert "_prompts" not in vars(lm)  # nor is it tried then
 
@@ -323,7 +305,7 @@ def test_adapters_add_what_they_add_to_the_model_s_own_pass(zoo: Zoo, compositio
         for seed, name in enumerate(("one", "two")):
             adapter = zoo.adapter("llama", seed=seed, targets=(*TARGETS["llama"], *MLP["llama"]), changes=WIDE)
             runtime.load_adapter(adapter, name)
-        lm, (ids, mask, positions) = runtime.parts.lm, text()
+        lm, (ids, mask, positions) = runtime.parts.lm, rows_of_text()
         plan = runtime.plan([[8]] * 5, compositions * (5 if len(compositions) == 1 else 1))
         assert lm.prompts is not None
         found, wanted, bare = (

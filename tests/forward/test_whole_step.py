@@ -30,6 +30,7 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.plugins.manager import load_modes
 from lora_rt.registry.registry import Registry
+from support.decoders import rows_of_text
 from support.tiny import MLP, TARGETS, Zoo, config_of, random_model, save_adapter
 
 if not (compiled.is_there() and four_bit.are_there()):
@@ -88,19 +89,9 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
     return in_4_bits(model.to(dtype), dtype)
 
 
-def text(rows: int = 5, tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and positions (rows, tokens); two rows are padded."""
-    ids = torch.randint(8, 260, (rows, tokens), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        mask[0, :7] = 0
-        mask[-1, :2] = 0
-    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def steps(lm: CausalLM, by_blocks: bool = True, rows: int = 5, plan: Any = None, first: int = 9) -> Tensor:
     """The logits of all steps behind the first tokens, (rows, steps, vocab)."""
-    ids, mask, positions = text(rows)
+    ids, mask, positions = rows_of_text(rows, 40)
     cache = lm.new_cache()
     lm.forward(ids[:, :first], mask[:, :first], positions[:, :first], plan=plan, cache=cache, keep=1)
     found = []
@@ -225,7 +216,7 @@ def round_weights(path: Path) -> None:
 def added_by(runtime: Runtime, mixes: Sequence[dict[str, float]]) -> Tensor:
     """The logits of one step of rows under these mixes, behind the same tokens of the base."""
     lm, plan = runtime.parts.lm, runtime.parts.bank.plan(mixes)
-    ids, mask, positions = (one[1:2, :9] for one in text())
+    ids, mask, positions = (one[1:2, :9] for one in rows_of_text(tokens=40))
     cache = lm.new_cache()
     lm.forward(ids[:, :8], mask[:, :8], positions[:, :8], cache=cache, keep=1)
     cache.batch_repeat_interleave(len(mixes))
@@ -572,7 +563,7 @@ def test_a_cache_of_fewer_rows_is_refused_and_stays_as_it_was() -> None:
 
 def test_a_cache_in_another_dtype_is_left_to_others(taken: list[int]) -> None:
     lm = CausalLM(model_of("llama"))
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text(tokens=40)
     cache = lm.new_cache()
     lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
     for layer in cache.layers:
@@ -606,7 +597,7 @@ def test_long_texts_and_scaled_ropes(taken: list[int]) -> None:
 
 def test_a_row_without_a_number_does_not_touch_the_others() -> None:
     lm = CausalLM(model_of("llama"))
-    ids, mask, positions = text()
+    ids, mask, positions = rows_of_text(tokens=40)
     caches = [lm.new_cache() for _ in range(2)]
     for cache in caches:
         lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
@@ -620,7 +611,7 @@ def test_a_row_without_a_number_does_not_touch_the_others() -> None:
 def test_what_a_cache_lends_is_never_written(taken: list[int]) -> None:
     """Prompts that are kept share memory with those who go on from them."""
     lm = CausalLM(model_of("llama"))
-    ids, mask, positions = text(1)
+    ids, mask, positions = rows_of_text(1, 40)
     cache = lm.new_cache()
     lm.forward(ids[:, :9], mask[:, :9], positions[:, :9], cache=cache, keep=1)
     lm.forward(ids[:, 9:10], mask[:, :10], positions[:, 9:10], cache=cache, keep=1)
