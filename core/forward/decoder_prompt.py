@@ -133,7 +133,7 @@ def _seen(mask: Tensor | None, rows: int, tokens: int, before: int) -> Tensor | 
     columns = before + tokens
     if mask is None and not before:
         return None
-    places = torch.arange(columns)
+    places = torch.arange(columns, device="cpu")  # whatever others have made the default
     seen = places <= places[before:, None]
     if mask is not None:
         if mask.shape != (rows, columns):

@@ -62,6 +62,7 @@ def machine_name() -> str:
     """What decides how fast this process multiplies."""
     packages = ("torch", "bitsandbytes", *(["llvmlite"] if four_bit.could_be() else []))
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    # "AMX" alone were figures from before many rows had a kernel of their own.
     units = torch.backends.cpu.get_cpu_capability() + (", AMX tiles" if four_bit.could_be_tiles() else "")
     return f"{cpu_name()}, {units}, {torch.get_num_threads()} threads, {versions}"
 
