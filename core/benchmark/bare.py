@@ -25,13 +25,10 @@ def main() -> None:
         terms = (adapter.split("=", 2) for adapter in adapters)
         model = with_adapters(model, [(name, float(weight), Path(path)) for name, weight, path in terms])
     model.eval()
-    if tokenizer.chat_template:
+    if templated := bool(tokenizer.chat_template):
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated)
     given = {key: inputs[key].to(device) for key in ("input_ids", "attention_mask")}
     output = model.generate(**given, max_new_tokens=1, do_sample=False)
     print(repr(tokenizer.decode(output[0, given["input_ids"].shape[1] :])), flush=True)

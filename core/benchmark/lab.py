@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.random_base import random_base
-from lora_rt.core.benchmark.workloads import Origin, Workload, resident_name
+from lora_rt.core.benchmark.workloads import Origin, Workload
 from lora_rt.core.engine.topology import features, find_linears
 from lora_rt.core.multiply.ways import packs
 from lora_rt.core.step.settings import choose_targets
@@ -75,7 +75,7 @@ class Lab:
     def adapters(self, workload: Workload) -> dict[str, Path]:
         """Resident name -> PEFT directory, of all residents; written once, so that all systems load the same files."""
         shelf = self.folder / "adapters" / f"{'-'.join(workload.targets)}-r{workload.rank}"
-        found = {resident_name(index): shelf / resident_name(index) for index in range(workload.resident)}
+        found = {name: shelf / name for name in workload.residents}
         for index, folder in enumerate(found.values()):
             if not folder.exists():
                 self._write_adapter(folder, workload, index)

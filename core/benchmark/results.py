@@ -1,16 +1,31 @@
-"""From timed repeats to the rows that `bench --json` prints: medians, spreads and ratios."""
+"""From timed repeats to the rows that `bench --json` prints, and these as a table of 100 columns and as a picture."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from lora_rt.core.benchmark.workloads import Workload
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from lora_rt.core.base.picture import PlotError, canvas, save
+from lora_rt.core.benchmark.workloads import DECODING, SYSTEMS, Workload
 
 BASE = "base"
 TRAINER = "peft-trainer"
+Row = Mapping[str, Any]
+WIDTH = 100
+BUSY = 0.25  # a spread (half of the middle of the repeats, relative to their median) beyond which a row is noise
+IDLE = 0.15  # the share of the processor that others may use beside a measurement
+_UNITS = {"change": "\n[dim]ms[/]", "cold": "\n[dim]s[/]", "memory": "\n[dim]MB[/]"}
+_BAR = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +102,119 @@ def row(item: Measured, system: str) -> dict[str, Any]:
 
 def _median(values: Sequence[float], digits: int) -> float | None:
     return round(statistics.median(values), digits) if values else None
+
+
+def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
+    """Machine and versions, the table, and what its numbers in brackets stand for; lines of at most so many columns."""
+    facts, widest = document["machine"], min(width, WIDTH)
+    where = f"{facts['threads']} threads of {facts['cores']} cores, {facts['memory_gib']} GiB, load {facts['load']}"
+    about = f"{document['base']} ({document['precision']}) on {facts.get('gpu', facts['cpu'])}, {where}"
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    rows = [row for row in document["rows"] if row["kind"] != "training"]  # it stands below: no system of these trains
+    measured = {row["system"] for row in rows if row["reason"] is None}
+    systems = [system for system in document["systems"] if system in measured]
+    table = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1))
+    table.add_column("tokens/s\n[dim]ratio, spread[/]", min_width=18)
+    for system in systems:
+        table.add_column(SYSTEMS.get(system, escape(system)), justify="right")
+    reasons: list[str] = []
+    previous = ""
+    for item in document["workloads"]:
+        found = {row["system"]: row for row in rows if row["workload"] == item["name"] and row["system"] in measured}
+        if not found:
+            continue
+        if previous in DECODING and item["kind"] not in DECODING:
+            table.add_section()
+        previous = item["kind"]
+        cells = [_cell(found[system], reasons) if system in found else "" for system in systems]
+        table.add_row(escape(item["title"]) + _UNITS.get(item["kind"], ""), *cells)
+
+    below = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    for system in document["systems"]:
+        why = dict.fromkeys(row["reason"] for row in rows if row["system"] == system)
+        if why and system not in (*measured, TRAINER):
+            below.append(f"{system}: {'; '.join(why)}")
+    below += _training(document)
+    above = [*wrap(about, widest), *wrap(versions, widest), ""]
+    return Group(*map(Text, above), *([table] if table.row_count else []), *map(Text, below))
+
+
+def noise(document: Mapping[str, Any]) -> str:
+    """A warning where the figures differ too much between repeats to be figures; empty where they do not."""
+    wide = [row for row in document["rows"] if row["spread"] is not None and row["spread"] > BUSY]
+    others = document["machine"].get("others", 0.0)
+    busy = f"others used {others:.0%} of the processor meanwhile" if others > IDLE else ""
+    if not wide:
+        return busy
+    worst = max(wide, key=lambda row: float(row["spread"]))
+    return (
+        f"{len(wide)} of {len(document['rows'])} figures spread by more than {BUSY:.0%} between their repeats "
+        f"({worst['system']} on {worst['workload']}: {worst['spread']:.0%}) and are not to be relied on; "
+        + (busy or "the machine may be busy with something else, or short of memory")
+    )
+
+
+def _cell(row: Row, reasons: list[str]) -> str:
+    """A figure over its ratio and spread, or the number of a reason; a new one goes to the `reasons`."""
+    if row["reason"] is not None:
+        if row["reason"] not in reasons:
+            reasons.append(row["reason"])
+        return f"[dim]({reasons.index(row['reason']) + 1})[/]"
+    ratio = "" if row["ratio_to_base"] is None else f"{row['ratio_to_base']:.2f} "
+    repeated = f"±{row['spread'] * 100:.0f}%" if row["repeats"] > 1 else ""
+    return f"{_value(row)}\n[dim]{ratio}{'noise' if row['spread'] > 1 else repeated}[/]"
+
+
+def _value(row: Row) -> str:
+    if row["kind"] in ("change", "cold"):
+        return f"{row['seconds'] * (1000 if row['kind'] == 'change' else 1):.2f}"
+    value = float(row["megabytes"] or row["tokens_per_s"])
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _training(document: Mapping[str, Any]) -> list[str]:
+    """A line for each training workload: what it is compared with is no column of the table."""
+    lines, trained = [], [row for row in document["rows"] if row["kind"] == "training" and row["tokens_per_s"]]
+    for item in document["workloads"]:
+        speeds = {row["system"]: row for row in trained if row["workload"] == item["name"]}
+        told = [f"{_name(system)} {_value(row)} tokens/s" for system, row in speeds.items()]
+        if "ours" in speeds and TRAINER in speeds:
+            told = [f"{told[0]}, {speeds['ours']['ratio']:.2f} times {_name(TRAINER)} ({_value(speeds[TRAINER])})"]
+        lines += [f"{item['title']}: {text}" for text in told]
+    return lines
+
+
+def _name(system: str) -> str:
+    return SYSTEMS.get(system, system).replace("\n", " ")
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """The ratios as bars, a group for each workload, the base alone at 1: a PNG, or whatever the suffix says.
+
+    Raises:
+        PlotError: there is nothing to draw, or the file can't be written.
+    """
+    rows = [row for row in document["rows"] if row["kind"] in DECODING and row["ratio_to_base"]]
+    if not rows:
+        raise PlotError("there are no ratios to draw", next_step="Measure the base and a decoding workload")
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    systems = list(dict.fromkeys(row["system"] for row in rows if row["system"] != "base"))
+    figure, axes = canvas().subplots(figsize=(9, 1.4 + 0.16 * len(names) * (len(systems) + 1)), layout="constrained")
+    thickness = _BAR / max(len(systems), 1)
+    for number, system in enumerate(systems):
+        own = [row for row in rows if row["system"] == system]
+        at = [names.index(row["workload"]) + (number + 0.5) * thickness for row in own]
+        ratios = [row["ratio_to_base"] for row in own]
+        # The whiskers hold the middle half of the repeats.
+        reach = [row["ratio_to_base"] * min(row["spread"] / 2, 1.0) for row in own]
+        bars = axes.barh(at, ratios, xerr=reach, ecolor="gray", height=thickness, label=_name(system))
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    titles = {item["name"]: item["title"] for item in document["workloads"]}
+    axes.set_yticks([i + _BAR / 2 for i in range(len(names))], [titles[name] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("speed, the base alone = 1")
+    title = f"{document['base']} ({document['precision']}); whiskers: the middle half of the repeats"
+    axes.set_title("\n".join([title, *wrap(noise(document), 90)]), fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3)
+    save(figure, path)

@@ -1,23 +1,38 @@
-"""One run: every workload, its systems interleaved, repeat by repeat."""
+"""One run: every workload, its systems interleaved, repeat by repeat; some in processes of their own.
+
+As a program it calls the function that it finds pickled on its standard input, in a process that holds nothing else.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lora_rt.core.base.machine import peak_megabytes
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.processes import ProcessError, call_apart, cold_command, seconds_to_first_byte
 from lora_rt.core.benchmark.results import Measured, Sample
 from lora_rt.core.benchmark.systems import LOADERS, Load, System, loaded
 from lora_rt.core.benchmark.training import train_ours, train_plainly
 from lora_rt.core.benchmark.workloads import BenchmarkError, Origin, Workload, reason
 
+BARE = Path(__file__).with_name("bare.py")
+PROMPT = "There is a spare key under the third stone."
+_LAST_LINES = 5
 _MOST = {"memory": 1, "cold": 3, "training": 3}
 """Repeats of what needs processes: each costs seconds of loading, they differ by little, and a peak is the same."""
 
@@ -57,14 +72,11 @@ def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, r
     kind, title = measured.workload.kind, measured.workload.title
     measured.samples = {name: [] for name in found}
     most = min(repeats, _MOST.get(kind, repeats))
-    warm_up = -1 if kind != "training" else 0
-    for number in range(warm_up, most):
-        for name, repeat in found.items():
-            if name in measured.reasons:
-                continue
+    for number in range(0 if kind == "training" else -1, most):
+        for name in [name for name in found if name not in measured.reasons]:
             report(f"{title}: {name} warms up" if number < 0 else f"{title}: {name}, {number + 1} of {most}")
             try:
-                sample = repeat()
+                sample = found[name]()
             except ProcessError as error:  # half an hour of other figures is not lost with it
                 measured.reasons[name] = f"failed: {error.problems[-1] if error.problems else error}"
                 continue
@@ -90,8 +102,7 @@ def ready(
 def _apart(lab: Lab, system: str, workload: Workload) -> Repeat:
     """What is measured in new processes."""
     if workload.kind == "cold":
-        command = cold_command(lab, system, workload)
-        return lambda: Sample(seconds_to_first_byte(command, lab.folder))
+        return partial(first_byte, lab.folder, cold_command(lab, system, workload))
     if workload.kind == "memory":
         return partial(call_apart, lab.folder, peak_of, system, lab.elsewhere(), workload)
     train = train_ours if system == "ours" else train_plainly
@@ -124,3 +135,71 @@ def _turn(name: str, system: System, workload: Workload) -> Sample:
     if workload.kind == "prefill":
         return Sample(turn.prefill, workload.rows * workload.prompt_tokens)
     return Sample(turn.decode, workload.rows * workload.new_tokens)
+
+
+def cold_command(lab: Lab, system: str, workload: Workload) -> list[str]:
+    """From the start to the first token: `lora-rt compose` as a user types it, or what a user of transformers writes.
+
+    The bare script loads the folder that lora-rt loads; with adapters by PEFT.
+    """
+    paths, base, device = lab.adapters(workload), str(lab.base.folder), str(lab.device)
+    if system == "ours":
+        terms = [f"{paths[name]}:{weight}" for name, weight in workload.mix(0)]
+        command = [sys.executable, "-m", "lora_rt", "compose", *terms, "-p", PROMPT, "--max-new-tokens", "1"]
+        return [*command, "--base", base, "--precision", lab.base.precision, "--device", device, "--temperature", "0"]
+    adapters = [f"{name}={weight}={paths[name]}" for name, weight in workload.mix(0)] if system == "peft-set" else []
+    dtype = str(lab.base.dtype).removeprefix("torch.")
+    return [sys.executable, "-P", str(BARE), base, dtype, device, PROMPT, *adapters]
+
+
+class ProcessError(BenchmarkError):
+    """A process that failed; its last problem is the end of what it wrote of that."""
+
+
+def first_byte(folder: Path, command: Sequence[str]) -> Sample:
+    """From the start of a process to the first byte on its standard output.
+
+    Raises:
+        ProcessError: it failed, or said nothing.
+    """
+    return Sample(_run(folder, command, " ".join(command[1:4]))[0])
+
+
+def call_apart(folder: Path, function: Callable[..., Sample], *arguments: Any) -> Sample:
+    """What a function of a module returns in a new process; its last argument is a folder that is empty.
+
+    Raises:
+        ProcessError: it failed.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        call = pickle.dumps((function, (*arguments, Path(scratch))))
+        _, said = _run(folder, [sys.executable, "-m", __name__], function.__name__, call)
+    return Sample(**json.loads(said.splitlines()[-1]))
+
+
+def _run(folder: Path, command: Sequence[str], what: str, given: bytes = b"") -> tuple[float, bytes]:
+    """The seconds to the first byte that a process says, and all of it; in a home that is not the user's."""
+    ours = {"LORA_RT_HOME": str(folder / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, **ours, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile("w+", dir=folder, errors="replace") as errors:
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=environment) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(given)
+            first = process.stdout.read(1)
+            seconds = time.perf_counter() - start
+            said = first + process.stdout.read()
+        if process.returncode != 0 or not said:
+            errors.seek(0)
+            lines = [line for line in errors.read().splitlines() if line][-_LAST_LINES:]
+            text = f"a process of the benchmark failed: {what}"
+            raise ProcessError(text, problems=lines, next_step="Leave that workload out")
+    return seconds, said
+
+
+if __name__ == "__main__":
+    called, given = pickle.load(sys.stdin.buffer)
+    print(json.dumps(asdict(called(*given))))

@@ -17,13 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, generation
 
 from lora_rt.core.base.default import gguf_file
 from lora_rt.core.benchmark.bare import weigh, with_adapters
@@ -56,14 +50,11 @@ class Turn(NamedTuple):
 class System(NamedTuple):
     """A system that has loaded what its workload needs."""
 
-    run: Callable[[], Turn]
-    """Decodes every row."""
-    change: Callable[[Mix], object] = lambda _mix: None
-    """The way from the composition before to this one."""
+    run: Callable[[], Turn]  # decodes every row
+    change: Callable[[Mix], object] = lambda _mix: None  # the way from the composition before to this one
+    # Before every turn, and outside of its time: undoes what another system or a change has left.
     prepare: Callable[[], None] = lambda: None
-    """Before every turn, and outside of its time: undoes what another system or a change has left."""
-    changes: int = 10
-    """How many changes of composition are timed at once."""
+    changes: int = 10  # how many are timed at once
 
 
 Load = Callable[[Lab, Workload], AbstractContextManager[Mapping[str, System]]]
@@ -79,12 +70,7 @@ def plain(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
 
 
 def timed(lab: Lab, begin: Callable[[], Iterator[Any]]) -> Turn:
-    """Times the beginning and the first step of a loop as prefill, and all other steps as decoding.
-
-    Args:
-        lab: whose clock it is.
-        begin: starts the loop; each step yields a token per row, (rows,).
-    """
+    """Times the beginning of a loop, whose steps yield a token per row (rows,), and the first one as prefill."""
     start = lab.now()
     steps = begin()
     said = [next(steps)]
@@ -118,9 +104,9 @@ def chooser(workload: Workload, device: torch.device) -> Callable[[Tensor, Tenso
     if not workload.sampled:
         return lambda _said, logits: logits.argmax(-1, keepdim=True)
     generator = torch.Generator(device).manual_seed(0)
-    penalty = RepetitionPenaltyLogitsProcessor(SAMPLED["repetition_penalty"])
-    warpers = TemperatureLogitsWarper(SAMPLED["temperature"]), TopPLogitsWarper(SAMPLED["top_p"])
-    process = LogitsProcessorList([penalty, *warpers])
+    penalty = generation.RepetitionPenaltyLogitsProcessor(SAMPLED["repetition_penalty"])
+    heat = generation.TemperatureLogitsWarper(SAMPLED["temperature"])
+    process = generation.LogitsProcessorList([penalty, heat, generation.TopPLogitsWarper(SAMPLED["top_p"])])
     return lambda said, logits: process(said, logits.float()).softmax(-1).multinomial(1, generator=generator)
 
 
@@ -156,10 +142,9 @@ def runtime_of(lab: Lab, workload: Workload) -> Runtime:
 def system_over(runtime: Runtime, lab: Lab, workload: Workload) -> System:
     """One request, and changes from the text of a composition to the plan that a forward pass runs under."""
     texts, prompts = [text_of(mix) for mix in workload.mixes], lab.prompts(workload)
-    settings: dict[str, Any] = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps}
-    if workload.sampled:
-        settings |= {**SAMPLED, "seed": 0}
-    decode = partial(runtime.decode, prompts, texts, **settings)
+    drawn: dict[str, Any] = {**SAMPLED, "seed": 0} if workload.sampled else {}
+    steps: dict[str, Any] = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps}
+    decode = partial(runtime.decode, prompts, texts, **steps, **drawn)
     return System(partial(timed, lab, decode), lambda mix: runtime.plan([[0]], [text_of(mix)]))
 
 
@@ -248,15 +233,8 @@ def _gguf(lab: Lab, path: Path, name: str) -> Path:
     return file
 
 
-LOADERS: dict[str, Load] = {
-    "base": plain,
-    "generate": plain,
-    "ours": ours,
-    "peft-set": peft,
-    "peft-cat": peft,
-    "peft-mixed": peft,
-    "llama.cpp": llama_cpp,
-}
+_PEFT = dict.fromkeys(("peft-set", "peft-cat", "peft-mixed"), peft)
+LOADERS: dict[str, Load] = {"base": plain, "generate": plain, "ours": ours, **_PEFT, "llama.cpp": llama_cpp}
 """All but what trains, which is measured in processes alone."""
 
 

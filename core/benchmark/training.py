@@ -16,7 +16,7 @@ from lora_rt.core.base.precision import check_precision, compute_dtype
 from lora_rt.core.base.reading import whole_tokenizer
 from lora_rt.core.benchmark.results import Sample
 from lora_rt.core.benchmark.workloads import Origin, Workload
-from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.plugins.contract import IGNORE
 
 _EXAMPLES, _BATCH = 64, 8
@@ -56,11 +56,10 @@ def train_plainly(origin: Origin, workload: Workload, folder: Path, examples: in
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    dtype = compute_dtype(check_precision(origin.precision))
+    dtype, found = compute_dtype(check_precision(origin.precision)), sequences(origin, examples)
     model = AutoModelForCausalLM.from_pretrained(origin.base, dtype=dtype, device_map={"": origin.device})
     torch.manual_seed(0)
     shape = {"r": workload.rank, "lora_alpha": 32, "target_modules": list(workload.targets), "lora_dropout": 0.05}
-    found = sequences(origin, examples)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=_BATCH,
@@ -95,9 +94,6 @@ def pairs(count: int) -> list[dict[str, str]]:
 
 def sequences(origin: Origin, examples: int = _EXAMPLES) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of every example: the scene through the chat template without loss, the text with it."""
-    tokenizer = whole_tokenizer(origin.base)
-    found = []
-    for pair in pairs(examples):
-        prompt, answer = prompt_ids(tokenizer, pair["scene"]), answer_ids(tokenizer, pair["text"])
-        found.append(([*prompt, *answer], [IGNORE] * len(prompt) + answer))
-    return found
+    text = TextFormat(whole_tokenizer(origin.base))
+    read = [(text.prompt_ids(pair["scene"]), text.answer_ids(pair["text"])) for pair in pairs(examples)]
+    return [([*prompt, *answer], [IGNORE] * len(prompt) + answer) for prompt, answer in read]

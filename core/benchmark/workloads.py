@@ -51,32 +51,29 @@ class Origin:
 class Workload:
     """One row of the table.
 
-    Args:
-        name, title: for options, and for people.
-        kind: what is timed. "decode": the steps behind the prompt. "prefill": the prompt and the first token. "change":
-            the way from one composition to the next. "cold": a process from its start to its first token. "memory": no
-            time, but the peak of a process that decodes. "training": a short run.
-        rows, prompt_tokens, new_tokens: the batch; every prompt has the same length.
-        resident, active: adapters in memory, and how many of them each row uses.
-        distinct: every row has a composition of its own.
-        weighted: terms have weights; otherwise all are 1.
-        sampled: tokens are drawn, as SAMPLED says; otherwise the most likely one is taken.
-        targets, rank: of every adapter.
+    `kind` is what is timed. "decode": the steps behind the prompt. "prefill": the prompt and the first token. "change":
+    the way from one composition to the next. "cold": a process from its start to its first token. "memory": no time,
+    but the peak of a process that decodes. "training": a short run.
     """
 
-    name: str
-    title: str
+    name: str  # for options
+    title: str  # for people
     kind: Kind = "decode"
     rows: int = 1
-    resident: int = 4
-    active: int = 4
-    distinct: bool = False
-    weighted: bool = True
-    sampled: bool = False
+    resident: int = 4  # adapters in memory
+    active: int = 4  # of them in each row
+    distinct: bool = False  # every row has a composition of its own
+    weighted: bool = True  # terms have weights; otherwise all are 1
+    sampled: bool = False  # tokens are drawn, as SAMPLED says; otherwise the most likely one is taken
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     rank: int = 16
-    prompt_tokens: int = 32
+    prompt_tokens: int = 32  # of every row
     new_tokens: int = 32
+
+    @property
+    def residents(self) -> list[str]:
+        """The names of the adapters in memory: reg00, reg01, ..."""
+        return [f"reg{index:02d}" for index in range(self.resident)]
 
     @property
     def mixes(self) -> list[Mix]:
@@ -88,28 +85,18 @@ class Workload:
         """Forward passes: the first token comes out of the prompt, and only what follows is decoding."""
         return 1 if self.kind == "prefill" else self.new_tokens + 1
 
-    @property
-    def differs(self) -> bool:
-        """Whether two rows have different compositions."""
-        return len(set(self.mixes)) > 1
-
     def mix(self, number: int) -> Mix:
         """The number-th composition; the weights are around 1/active, in no two rows alike.
 
         The rows of a batch go round the residents. Changes draw theirs, so that hardly any set comes twice: what was
         laid out for a set is kept.
         """
-        chosen = [(number * self.active + term) % self.resident for term in range(self.active)]
+        chosen = [self.residents[(number * self.active + term) % self.resident] for term in range(self.active)]
         if self.kind == "change" and self.active < self.resident:
-            chosen = random.Random(number).sample(range(self.resident), self.active)
+            chosen = random.Random(number).sample(self.residents, self.active)
         shares = [0.5 + (0.618 * (number * self.active + term + 1)) % 1.0 for term in range(self.active)]  # 0.5 to 1.5
         weights = [round(share / self.active, 4) if self.weighted else 1.0 for share in shares]
-        return tuple(zip(map(resident_name, chosen), weights, strict=True))
-
-
-def resident_name(index: int) -> str:
-    """reg00, reg01, ..."""
-    return f"reg{index:02d}"
+        return tuple(zip(chosen, weights, strict=True))
 
 
 def text_of(mix: Mix) -> str | None:
@@ -143,7 +130,7 @@ QUICK = (
 
 def reason(system: str, workload: Workload, origin: Origin) -> str | None:
     """Why a system can't do a workload over a base, in a few words; None where it can."""
-    kind, decodes = workload.kind, workload.kind in DECODING
+    kind, decodes, differs = workload.kind, workload.kind in DECODING, len(set(workload.mixes)) > 1
     if kind in ("cold", "training") and origin.random is not None:
         return "a random base is not on disk"
     without_a_mix = kind in ("cold", "training") or not workload.active
@@ -151,8 +138,8 @@ def reason(system: str, workload: Workload, origin: Origin) -> str | None:
         "base": {"has no composition": kind == "change", "trains nothing": kind == "training"},
         "generate": {"as the base": not decodes},
         # What is the state of PEFT's model holds for all rows.
-        "peft-set": {"cannot mix weights in a batch": workload.differs, "trains by the Trainer": kind == "training"},
-        "peft-cat": {"one mix for all rows": workload.differs, "as set_adapter": without_a_mix},
+        "peft-set": {"cannot mix weights in a batch": differs, "trains by the Trainer": kind == "training"},
+        "peft-cat": {"one mix for all rows": differs, "as set_adapter": without_a_mix},
         "peft-mixed": {
             "an argument, without weights": kind == "change",
             "as set_adapter": without_a_mix,

@@ -16,8 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import RANDOM, parse_base
-from lora_rt.core.benchmark.results import Measured, rows
-from lora_rt.core.benchmark.table import IDLE, draw, noise, shown
+from lora_rt.core.benchmark.results import IDLE, Measured, draw, noise, rows, shown
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
     QUICK,

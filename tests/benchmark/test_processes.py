@@ -12,8 +12,7 @@ import pytest
 
 from lora_rt.core.base.machine import peak_megabytes
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.processes import BARE, call_apart, seconds_to_first_byte
-from lora_rt.core.benchmark.session import ready
+from lora_rt.core.benchmark.session import BARE, call_apart, first_byte, ready
 from lora_rt.core.benchmark.training import sequences, train_ours, train_plainly
 from lora_rt.core.benchmark.workloads import BenchmarkError, Workload
 
@@ -63,4 +62,4 @@ def test_a_process_that_fails_is_told_of_with_the_end_of_its_errors(tmp_path: Pa
         call_apart(tmp_path, os.cpu_count)  # type: ignore[arg-type]  # which takes no folder
     assert "TypeError" in caught.value.problems[-1]
     with pytest.raises(BenchmarkError):
-        seconds_to_first_byte([sys.executable, "-c", "pass"], tmp_path)
+        first_byte(tmp_path, [sys.executable, "-c", "pass"])

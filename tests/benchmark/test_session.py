@@ -9,9 +9,8 @@ import pytest
 
 from lora_rt.core.benchmark import session
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.processes import ProcessError
 from lora_rt.core.benchmark.results import Sample, rows
-from lora_rt.core.benchmark.session import measure
+from lora_rt.core.benchmark.session import ProcessError, measure
 from lora_rt.core.benchmark.systems import Load, System, Turn
 from lora_rt.core.benchmark.workloads import BenchmarkError, Kind, Workload
 

@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 
 from lora_rt.core.base.progress import PlainConsole
-from lora_rt.core.benchmark.results import Measured, Sample, rows
-from lora_rt.core.benchmark.table import noise, shown
+from lora_rt.core.benchmark.results import Measured, Sample, noise, rows, shown
 from lora_rt.core.benchmark.workloads import Workload
 
 SYSTEMS = ("base", "ours", "peft-set", "peft-trainer", "llama.cpp")

@@ -10,7 +10,6 @@ from lora_rt.core.benchmark.workloads import (
     BenchmarkError,
     Workload,
     choose_workloads,
-    resident_name,
 )
 
 BY_NAME = {workload.name: workload for workload in (*DEFAULT, *QUICK)}
@@ -22,7 +21,7 @@ def test_no_two_workloads_share_a_name() -> None:
 
 @pytest.mark.parametrize("workload", BY_NAME.values(), ids=lambda workload: workload.name)
 def test_every_row_uses_as_many_residents_as_it_says(workload: Workload) -> None:
-    residents = {resident_name(index) for index in range(workload.resident)}
+    residents = set(workload.residents)
     for mix in workload.mixes:
         assert len({name for name, _ in mix}) == workload.active
         assert {name for name, _ in mix} <= residents
