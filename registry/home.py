@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from lora_rt.registry import durable
 
 
 def home() -> Path:
@@ -34,3 +40,27 @@ def checkpoints(root: Path | None = None) -> Path:
 def logs(root: Path | None = None) -> Path:
     """What training runs wrote for TensorBoard, a folder each."""
     return (root or home()) / "logs"
+
+
+def kernels() -> Path:
+    """What was compiled for this processor."""
+    return home() / "kernels"
+
+
+def remembered(file: str) -> dict[str, Any]:
+    """The JSON object that `remember` wrote into a file of the home; empty where there is none that can be read."""
+    try:
+        found = json.loads((home() / file).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember(file: str, document: Mapping[str, Any]) -> None:
+    """Keep what later processes need not find again. Two at once may lose what the other one found.
+
+    A home that can't be written costs time alone.
+    """
+    with suppress(OSError):
+        home().mkdir(parents=True, exist_ok=True)
+        durable.write_text(home() / file, json.dumps(document, indent=1))

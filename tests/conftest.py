@@ -105,6 +105,16 @@ def own_process() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def one_place_for_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled is found again by other processes and later runs; it takes up to half a minute each."""
+    cache = getattr(request.config, "cache", None)
+    if cache is not None and "native" not in request.path.parts:
+        from lora_rt.registry import home
+
+        monkeypatch.setattr(home, "kernels", lambda: cache.mkdir("lora-rt-kernels"))
+
+
+@pytest.fixture(autouse=True)
 def own_home(own_process: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees what another one left in the home: `home` in its `tmp_path`, where it has one.
 

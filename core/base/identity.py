@@ -11,7 +11,6 @@ import json
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,7 +19,7 @@ from lora_rt.core.base import default
 from lora_rt.core.base.configuration import weight_files
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.source import BaseSource, parse_base, sha256_file
-from lora_rt.registry import durable, home
+from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
 from lora_rt.registry.inspection.safetensors_header import read_header
 
@@ -31,7 +30,7 @@ MANIFEST = "lora-rt-base.json"
 _QUICK_BYTES = 256 << 20
 _ANNOUNCED_BYTES = 1 << 30
 _UNSETTLED_NS = 50_000_000  # a file that changed so lately may change again within one tick of the file system's clock
-_REMEMBERED = 2000
+_FILE, _REMEMBERED = "digests.json", 2000
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots/([0-9a-f]{40})")
 
 
@@ -176,26 +175,11 @@ def _key(path: Path) -> str:
     return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
-def _file() -> Path:
-    return home.home() / "digests.json"
-
-
 def recall(key: str) -> str | None:
     """What was remembered under a key."""
-    return _remembered().get(key)
-
-
-def _remembered() -> dict[str, str]:
-    try:
-        found = json.loads(_file().read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return home.remembered(_FILE).get(key)
 
 
 def remember(key: str, digest: str) -> None:
-    """Keep it for later starts. Two processes at once may lose a line of each other's; it is found again next time."""
-    kept = dict([*_remembered().items(), (key, digest)][-_REMEMBERED:])
-    with suppress(OSError):  # a home that can't be written costs time alone
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(_file(), json.dumps(kept, indent=0))
+    """Keep it for later starts."""
+    home.remember(_FILE, dict([*home.remembered(_FILE).items(), (key, digest)][-_REMEMBERED:]))

@@ -20,9 +20,8 @@ The rank axis bank.py           residents, plans over them   plan.py         a p
               lanes.py          a lane of factors per row    gates.py        what multiplies the ranks
               site.py           the hook-up of a layer       lru.py          what was laid out, kept (LRU, by bytes)
 Few tokens    few_rows.py       what a stack adds on a CPU   pieces.py       the same, read where adapters lie
-Many tokens   parts.py          float32 as two bfloat16      tiled_factors.py  what adapters add, by AMX
-              tiled_kernel.py   its loops                  tiled_layout.py how factors lie for it
-              tiled_loops.py    how these are laid out
+Many tokens   tiled_factors.py  what adapters add, by AMX  tiled_kernel.py its loops
+              tiled_layout.py   how factors lie for it     tiled_loops.py  how these are laid out
 
 The engine knows tensors and layers; it knows no files, prompts or modes.
 """

@@ -16,28 +16,12 @@ from torch.nn.functional import linear
 
 from lora_rt.core.engine.layout import is_usual
 from lora_rt.core.engine.pieces import Pieces
-from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
+from lora_rt.core.engine.stack import Stack
 from lora_rt.core.engine.topology import Topology
 
 _ANY = 4  # rows for which pieces are as fast as a stack, however many adapters each uses
 _SHARE = 0.5  # of a stack's adapters that rows may use in the mean, where more of them are still as fast
-_FEW = 2  # rows for which a loop is faster than torch's product with A, and than any that reads B across its memory
-
-
-class _Group(NamedTuple):
-    """A group of sites, and its gates (rows|1, 1, R) as a tensor and as an array."""
-
-    of: StackedGroup
-    gate: Tensor
-    gate_array: Any
-
-
-class _Site(NamedTuple):
-    """A site, and its ranks of its group's hidden, from `start` on."""
-
-    group: int
-    start: int
-    of: StackedSite
+_FEW = 2  # rows for which a loop is faster than torch's product with A
 
 
 class SiteFactors(NamedTuple):
@@ -86,29 +70,27 @@ class FewRows:
         """
         self.kernels = kernels
         self._own, self._weights = own, weights
-        self._spans = [() if site is None else site.spans for site in stack.sites]
-        self._groups: dict[int, _Group] = {}
+        self._stack = stack
+        self._gates: dict[int, tuple[Tensor, Any]] = {}  # (rows|1, 1, R) of plain groups, as a tensor and as an array
         for number, group in stack.groups.items():
             gate = gates[number]
             plain = group.offset is None and gate.shape[1] == 1 and group.like.dtype == torch.float32 == gate.dtype
             if plain and is_usual(group.layout, gate):
                 gate = gate.contiguous()
-                self._groups[number] = _Group(group, gate, gate.numpy())
-        self._nothing = [site is None for site in stack.sites]
-        self._sites: list[_Site | None] = [None] * len(stack.sites)
-        for index, site in enumerate(stack.sites):
-            if site is None or site.group not in self._groups or site.scales is not None:
-                continue
-            if not (headed and index in topology.heads):
-                self._sites[index] = _Site(site.group, site.start, site)
+                self._gates[number] = gate, gate.numpy()
+        heads = topology.heads if headed else {}
+        self._plain = [
+            site if site and site.group in self._gates and site.scales is None and index not in heads else None
+            for index, site in enumerate(stack.sites)
+        ]
 
     def is_nothing(self, index: int) -> bool:
         """As of `Added`."""
-        return self._nothing[index]
+        return self._stack.sites[index] is None
 
     def pieces(self, indices: Sequence[int], rows: int) -> Pieces | None:
         """As of `Added`."""
-        sites = [self._sites[index] for index in indices]
+        sites = [self._plain[index] for index in indices]
         if self._own is None or len(self._weights) not in (1, rows) or not all(sites):
             return None
         acting = [(row, k) for row in range(rows) for k in self._acting(row)]
@@ -117,12 +99,12 @@ class FewRows:
         own_row, numbers = np.array(acting, np.int64).reshape(-1, 2).T
         places = np.empty((len(acting), len(sites)), np.int64)
         gates = []
-        for column, (index, site) in enumerate(zip(indices, sites, strict=True)):
+        for column, site in enumerate(sites):
             assert site is not None
-            gate = self._groups[site.group].gate_array
+            gate = self._gates[site.group][1]
             if len(gate) not in (1, rows):
                 return None
-            first = np.array([start for start, _ in self._spans[index]], np.int64)
+            first = np.array([start for start, _ in site.spans], np.int64)
             apart = 0 if len(gate) == 1 else gate.shape[2]
             places[:, column] = gate.ctypes.data + gate.itemsize * (site.start + first[numbers] + apart * own_row)
             gates.append(gate)
@@ -135,32 +117,28 @@ class FewRows:
 
     def factors(self, index: int) -> SiteFactors | None:
         """As of `Added`."""
-        site = self._sites[index]
+        site = self._plain[index]
         if site is None:
             return None
-        group = self._groups[site.group]
-        return SiteFactors(site.group, site.start, group.of.a.numpy(), group.gate_array, site.of.b.numpy())
-
-    def hidden(self, index: int, wide: Tensor) -> tuple[int, Any] | None:
-        """The group of a site and its gated hidden of x (rows, 1, in), float32; None where the site is not plain."""
-        site = self._sites[index]
-        if site is None or not (len(wide) <= _FEW or site.of.b.T.is_contiguous()):
-            return None
-        group = self._groups[site.group]
-        a = group.of.a
-        if len(wide) > _FEW:
-            return site.group, linear(wide, a).mul_(group.gate).numpy()
-        hidden = torch.empty(len(wide), 1, len(a), dtype=torch.float32).numpy()
-        self.kernels.gated_ranks(wide.numpy(), a.numpy(), group.gate_array, hidden)
-        return site.group, hidden
+        a, (_, gate) = self._stack.groups[site.group].a, self._gates[site.group]
+        return SiteFactors(site.group, site.start, a.numpy(), gate, site.b.numpy())
 
     def group_of(self, index: int) -> int | None:
         """The group of a plain site."""
-        site = self._sites[index]
+        site = self._plain[index]
         return None if site is None else site.group
 
+    def hidden(self, group: int, wide: Tensor) -> Any:
+        """The gated hidden of a plain site's group, of x (rows, 1, in), float32."""
+        a, (gate, gate_array) = self._stack.groups[group].a, self._gates[group]
+        if len(wide) > _FEW:
+            return linear(wide, a).mul_(gate).numpy()
+        hidden = torch.empty(len(wide), 1, len(a), dtype=torch.float32).numpy()
+        self.kernels.gated_ranks(wide.numpy(), a.numpy(), gate_array, hidden)
+        return hidden
+
     def add(self, index: int, hidden: Any, y: Tensor) -> None:
-        """Add to a site's float32 y (rows, 1, out) what it makes of its group's hidden."""
-        site = self._sites[index]
+        """Add to a plain site's float32 y (rows, 1, out) what it makes of its group's hidden."""
+        site = self._plain[index]
         assert site is not None
-        self.kernels.add_ranks(y.numpy(), hidden, site.start, site.of.b.numpy())
+        self.kernels.add_ranks(y.numpy(), hidden, site.start, site.b.numpy())

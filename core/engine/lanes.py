@@ -262,9 +262,6 @@ class LaneFactors:
 class LanePlan(Plan):
     """The weights (rows, K) of a batch whose rows have a lane each."""
 
-    _few: LaneFactors | None = None
-    _lanes: Lanes | None = None
-
     def __init__(
         self,
         topology: Topology,
@@ -282,12 +279,10 @@ class LanePlan(Plan):
         self._active, self._weights, self._own = active, weights, own
         self._gathered = gathered
 
-    @property
+    @cached_property
     def lanes(self) -> Lanes:
         """Gathered when they are first asked for."""
-        if self._lanes is None:
-            self._lanes = self._gathered()
-        return self._lanes
+        return self._gathered()
 
     @cached_property
     def gates(self) -> Mapping[int, Tensor]:
@@ -297,11 +292,10 @@ class LanePlan(Plan):
             padded = torch.cat([weights, weights.new_zeros(len(weights), 1)], dim=1)
             return {number: padded.to(group.a).gather(1, group.owners)[:, :, None] for number, group in groups.items()}
 
+    @cached_property
     def few_rows(self) -> LaneFactors:
         """What it adds to the products of a step on a CPU."""
-        if self._few is None:
-            self._few = LaneFactors(self.topology, self._active, self._own, self._weights)
-        return self._few
+        return LaneFactors(self.topology, self._active, self._own, self._weights)
 
     def begin(self, rows: int, tokens: int, kept: int | Tensor | None) -> Pass:
         """A pass of a batch (rows, tokens)."""
@@ -326,11 +320,11 @@ class LanePass(Pass):
 
     def few(self, _kernels: Any) -> LaneFactors:
         """What is added to the products of a step on a CPU."""
-        return self._plan.few_rows()
+        return self._plan.few_rows
 
     def acts(self, index: int) -> bool:
         """Whether a row has an adapter at this site."""
-        return not self._plan.few_rows().is_nothing(index)
+        return not self._plan.few_rows.is_nothing(index)
 
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the contribution of each row's adapters to x."""

@@ -19,15 +19,6 @@ from lora_rt.core.engine.few_rows import FewRows
 from lora_rt.core.engine.gates import head_gates, layer_of, rank_gates
 from lora_rt.core.engine.heads import HeadAxis
 from lora_rt.core.engine.layout import Layout, spread
-from lora_rt.core.engine.parts import (
-    AT_ONCE,
-    MANY,
-    hidden_of,
-    parts_of_a,
-    parts_of_b,
-    parts_of_hidden,
-    pay_off,
-)
 from lora_rt.core.engine.pieces import Pieces
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
@@ -37,6 +28,8 @@ from lora_rt.core.multiply.many import Added
 from lora_rt.plugins.contract import Gate
 
 _FLOAT32 = torch.empty(0, dtype=torch.float32)
+_AT_ONCE = 128
+"""Tokens whose float32 deltas are added to a bfloat16 y: such a sum copies both, which so stay in the cache."""
 
 
 class SharedPlan(Plan):
@@ -106,7 +99,6 @@ class SharedPass(Pass):
         self._group = -1
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._columns: Tensor | None = None  # its parts, where it is multiplied in such
         self._halves: tuple[Tensor, int, Tensor] | None = None  # x, the group, and its hidden as a product adds it
         self._spread_gates: dict[tuple[Any, ...], Tensor] = {}
 
@@ -151,18 +143,14 @@ class SharedPass(Pass):
         if self._by_tiles(x) and tiled_factors.takes(y, site.shape):
             return tiled_factors.add(y, hidden, self._plan.stack.kept.of(site.columns, columns_as_tiles))
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
-        few = y.dtype != site.dtype and y.numel() <= AT_ONCE * y.shape[-1]
+        few = y.dtype != site.dtype and y.numel() <= _AT_ONCE * y.shape[-1]
         if few or not y.is_contiguous() or y.requires_grad:
             return y.add_(linear(hidden, site.b))
         into, flat = y.view(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         if y.dtype == site.dtype:  # one kernel, not two
             into.addmm_(flat, site.b.t())
             return y
-        if self._in_parts(x) and y.dtype == torch.bfloat16:
-            columns = self._in_columns()[:, 3 * site.start : 3 * site.stop]
-            into.addmm_(columns, self._plan.stack.kept.of(site.b, parts_of_b))
-            return y
-        step = AT_ONCE if y.is_cpu else max(1, len(into))
+        step = _AT_ONCE if y.is_cpu else max(1, len(into))
         for start in range(0, len(into), step):
             into[start : start + step].add_(linear(flat[start : start + step], site.b))
         return y
@@ -204,10 +192,7 @@ class SharedPass(Pass):
             return False
         made = self._few_hidden
         if made is None or made[0] is not x or made[1] != group:
-            hidden = few.hidden(index, self.widened(x, _FLOAT32))
-            if hidden is None:
-                return False
-            made = self._few_hidden = x, *hidden
+            made = self._few_hidden = x, group, few.hidden(group, self.widened(x, _FLOAT32))
         few.add(index, made[2], y)
         return True
 
@@ -215,24 +200,13 @@ class SharedPass(Pass):
         """The gated hidden of the site's group, made by the first of its sites."""
         if self._hidden is None or self._input is not x or self._group != site.group:
             self._hidden = self._gated(site.group, self._groups[site.group], x)
-            self._input, self._group, self._columns = x, site.group, None
+            self._input, self._group = x, site.group
         return self._hidden
-
-    def _in_columns(self) -> Tensor:
-        """The parts of the hidden that was made last."""
-        if self._columns is None:
-            assert self._hidden is not None
-            self._columns = parts_of_hidden(self._hidden)
-        return self._columns
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
-        kept = self._plan.stack.kept
         if self._by_tiles(x) and tiled_factors.fits(group.shape):
-            hidden = tiled_factors.hidden_of(x, kept.of(group.rows, rows_as_tiles))
-            hidden = hidden if group.offset is None else hidden + group.offset
-        elif self._in_parts(x):
-            hidden = hidden_of(x, kept.of(group.a, parts_of_a))
+            hidden = tiled_factors.hidden_of(x, self._plan.stack.kept.of(group.rows, rows_as_tiles))
             hidden = hidden if group.offset is None else hidden + group.offset
         elif x.is_floating_point():
             hidden = linear(self.widened(x, group.a), group.a, group.offset)  # (batch, tokens, R); offset: 1 for biases
@@ -241,12 +215,13 @@ class SharedPass(Pass):
         return hidden * self._like(self._gates[number], group.layout, hidden)
 
     def _by_tiles(self, x: Tensor) -> bool:
-        """Whether an x is multiplied by AMX."""
-        return _is_narrow(x, tiled_factors.LEAST) and tiled_factors.are_there() and pay_off()
+        """Whether an x is multiplied by AMX: of many tokens, in bfloat16 on a CPU, where no gradient is wanted.
 
-    def _in_parts(self, x: Tensor) -> bool:
-        """Whether an x is multiplied in bfloat16 parts: it is not at hand in float32, and there is much of it."""
-        return _is_narrow(x, MANY) and self._given is not x and pay_off()
+        A fake one has no memory to be read; what it takes is estimated by torch's own operations.
+        """
+        if type(x) is not Tensor or x.dtype is not torch.bfloat16 or not x.is_cpu or torch.is_grad_enabled():
+            return False
+        return x.numel() >= tiled_factors.LEAST * x.shape[-1] and tiled_factors.are_there()
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
         return spread(gate, layout, x, self._rows, self._tokens, self._kept)
@@ -281,13 +256,3 @@ class SharedPass(Pass):
         if heads.shape[-1] == 1:
             return self._like(heads, group.layout, x)
         return self._like(axis.spread(heads), group.layout, x)
-
-
-def _is_narrow(x: Tensor, tokens: int) -> bool:
-    """Whether an x is bfloat16 on a CPU, of so many tokens or more, and no gradient is wanted.
-
-    A fake one has no memory to be read; what it takes is estimated by torch's own operations.
-    """
-    if type(x) is not Tensor or x.dtype is not torch.bfloat16 or not x.is_cpu:
-        return False
-    return x.numel() >= tokens * x.shape[-1] and not torch.is_grad_enabled()

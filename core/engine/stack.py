@@ -16,18 +16,38 @@ logic r = 4 on q alone:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_rt.core.engine.layout import Layout
-from lora_rt.core.engine.parts import Kept
 from lora_rt.core.engine.topology import Topology
 
 _CONSTANT = -1
+
+T = TypeVar("T")
+F = TypeVar("F", Tensor, tuple[Tensor, ...])
+
+
+class Kept:
+    """What factors are laid out as, made when it is first asked for; anew where a factor was changed in place since."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
+
+    def of(self, factor: F, made: Callable[[F], T]) -> T:
+        """What `made`, a function of a module, makes of a factor, or of the tensors that it consists of."""
+        tensors: tuple[Tensor, ...] = factor if isinstance(factor, tuple) else (factor,)
+        version = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        key = id(factor), made
+        found = self._made.get(key)
+        if found is None or found[0] is not factor or found[1] != version:
+            found = self._made[key] = factor, version, made(factor)
+        return found[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ LEAST = 32
 """Tokens that are multiplied at a time; fewer are not."""
 
 ROWS, INPUTS = 16, 32  # of a tile
-_WIDEST = 1 << 13  # inputs of A
 _RANKS = 1 << 10  # of B: both parts of 32 tokens' hidden stand on each thread's stack, 128 KiB
 _PARTS = 4  # for each thread
 _WHICH = {torch.bfloat16: 1, torch.float32: 2}  # of the kernels, by the dtype of y
@@ -63,7 +62,7 @@ def are_there() -> bool:
 
 def fits(a: Sequence[int]) -> bool:
     """Whether a factor A of a shape (R, in) is read by tiles."""
-    return len(a) == 2 and not a[1] % INPUTS and a[1] <= _WIDEST
+    return len(a) == 2 and not a[1] % INPUTS
 
 
 def takes(y: Tensor, b: Sequence[int]) -> bool:

@@ -16,8 +16,8 @@ from llvmlite import ir
 
 from lora_rt.core.native import amx, registers
 from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
-from lora_rt.core.native.machine_code import addresses_of, counting, shared_by_threads
-from lora_rt.core.native.registers import I8, I16, I64
+from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.registers import I8, I16, I64, counting, least
 
 TOKENS = 2 * ROWS
 """Tokens of a part: fewer are read for so many."""
@@ -55,12 +55,6 @@ def kernels(parts: int) -> tuple[int, int, int, int]:
     return hidden, added, wide, halves
 
 
-def _begun(module: Any, name: str, arguments: int = 9) -> tuple[Any, Any, list[Any]]:
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
-    b = ir.IRBuilder(function.append_basic_block())
-    return function, b, [b.load(b.gep(function.args[0], [I64(place)])) for place in range(arguments)]
-
-
 def _by_two(b: Any, count: Any) -> list[tuple[int, Any, Any]]:
     """Loops over so many tiles: of two at a time, from where to where, and of the one that may be left."""
     even = b.and_(count, I64(-2))
@@ -68,7 +62,7 @@ def _by_two(b: Any, count: Any) -> list[tuple[int, Any, Any]]:
 
 
 def _hidden(module: Any, parts: int, *, halved: bool = False) -> Any:
-    function, b, given = _begun(module, f"part_of_hidden_{halved:d}", OF_HALVES if halved else 9)
+    function, b, given = taking(module, f"part_of_hidden_{halved:d}", OF_HALVES if halved else 9)
     start, stop, ranks, inputs, tokens, factor, of_x, x, y, *gate = given
     r = Tiles(b)
     room = _room(b, 4 * NBYTES) if halved else None
@@ -76,7 +70,7 @@ def _hidden(module: Any, parts: int, *, halved: bool = False) -> Any:
     of_tile = b.mul(of_part, I64(parts))  # of sixteen ranks
     of_y = gate[2] if halved else b.mul(ranks, I64(LINE))
     with r.configured(), counting(b, start, stop, TOKENS) as number:
-        token = _least(b, number, b.sub(tokens, I64(TOKENS)))  # the last ones are made twice, with the same bits
+        token = least(b, number, b.sub(tokens, I64(TOKENS)))  # the last ones are made twice, with the same bits
         x_at, y_at = b.add(x, b.mul(token, of_x)), b.add(y, b.mul(token, of_y))
         for many, first, last in _by_two(b, ranks):
             with counting(b, first, last, many) as rank:
@@ -130,7 +124,7 @@ def _gated_halves(b: Any, r: Tiles, many: int, token: Any, rank: Any, y: Any, ro
 
 
 def _added(module: Any, parts: int, wide: bool) -> Any:
-    function, b, given = _begun(module, f"part_of_added_{wide:d}")
+    function, b, given = taking(module, f"part_of_added_{wide:d}")
     start, stop, outputs, ranks, tokens, factor, of_h, h, y = given
     r = Tiles(b)
     chunks = b.sdiv(b.add(ranks, I64(_INPUTS - 1)), I64(_INPUTS))
@@ -146,7 +140,7 @@ def _added(module: Any, parts: int, wide: bool) -> Any:
     with r.configured(), counting(b, start, stop, TOKENS) as token:
         for block in range(2):
             with counting(b, I64(0), chunks, 1) as chunk, counting(b, I64(0), I64(ROWS), 1) as row:
-                own = _least(b, b.add(token, b.add(row, I64(ROWS * block))), b.sub(tokens, I64(1)))
+                own = least(b, b.add(token, b.add(row, I64(ROWS * block))), b.sub(tokens, I64(1)))
                 given_at = b.add(b.add(h, b.mul(own, of_h)), b.mul(chunk, I64(4 * _INPUTS)))
                 left = b.sub(ranks, b.mul(chunk, I64(_INPUTS)))
                 one, other = _halves(
@@ -177,7 +171,7 @@ def _added(module: Any, parts: int, wide: bool) -> Any:
                     for place in range(many):
                         r.store(_SUMS[2 * block + place], b.add(sums, I64(NBYTES * place)))
                     first_row = b.add(token, I64(ROWS * block))
-                    rows = _least(b, I64(ROWS), b.sub(tokens, first_row))
+                    rows = least(b, I64(ROWS), b.sub(tokens, first_row))
                     y_at = b.add(b.add(y, b.mul(first_row, of_y)), b.mul(output, I64(of_output)))
                     with counting(b, I64(0), rows, 1) as row:
                         found = [
@@ -234,7 +228,3 @@ def _add_to(b: Any, r: Tiles, y: Any, found: Sequence[Any]) -> None:
     for place, one in enumerate(found):
         at = b.add(y, I64(LINE * place))
         r.put(b.fadd(one, r.at(at, r.floats)), at)
-
-
-def _least(b: Any, one: Any, other: Any) -> Any:
-    return b.select(b.icmp_signed("<", one, other), one, other)

@@ -9,10 +9,10 @@ lies in between (`prompt_kernels.py`).
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -144,8 +144,7 @@ def _seen(mask: Tensor | None, rows: int, tokens: int, before: int) -> Tensor | 
 
 def bits_of(eps: float) -> int:
     """The bits of a number in float32."""
-    found: int = struct.unpack("<i", struct.pack("<f", eps))[0]
-    return found
+    return int(np.float32(eps).view(np.int32))
 
 
 def _run(address: int, one: int, other: int, tokens: int, *arrays: Tensor | None) -> None:

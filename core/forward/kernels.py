@@ -329,9 +329,9 @@ def add_ranks(y: Any, hidden: Any, start: int, b: Any) -> None:
 
 
 def prepare() -> None:
-    """Compile now what adapters need in a step, or load it: factors lie rank by rank or feature by feature."""
+    """Compile now what adapters need in a step, or load it: A lies rank by rank or feature by feature."""
     x, hidden, gate = np.ones((1, 1, 2), np.float32), np.zeros((1, 1, 2), np.float32), np.ones((1, 1, 2), np.float32)
     for order in ("C", "F"):
         factor = np.ones((2, 2), np.float32, order=order)
         gated_ranks(x, factor, gate, hidden)
-        add_ranks(x, hidden, 0, factor)
+    add_ranks(x, hidden, 0, factor)

@@ -18,8 +18,8 @@ from typing import Any
 from llvmlite import binding, ir
 
 from lora_rt.core.native import registers
-from lora_rt.core.native.machine_code import addresses_of, counting, shared_by_threads
-from lora_rt.core.native.registers import BF16, F32, I16, I64, Registers
+from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.registers import BF16, F32, I16, I64, Registers, counting
 
 LANES = 16
 """Numbers that are made at a time: widths are multiples of it."""
@@ -96,9 +96,7 @@ class _Numbers(Registers):
 
 def _part(module: Any, name: str, narrow: bool, made: Callable[..., None]) -> Any:
     """A function that does something with each of a part of the tokens."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), f"part_of_{name}")
-    b = ir.IRBuilder(function.append_basic_block())
-    start, stop, *given = (b.load(b.gep(function.args[0], [I64(place)])) for place in range(9))
+    function, b, (start, stop, *given) = taking(module, f"part_of_{name}")
     with counting(b, start, stop, 1) as token:
         made(_Numbers(b, narrow), token, *given)
     b.ret_void()
@@ -112,9 +110,9 @@ def _normed(r: _Numbers, token: Any, width: Any, eps: Any, _tokens: Any, x: Any,
     with b.if_then(b.icmp_signed("!=", y, I64(0))), r.each(width, x, b.add(y, offset)) as (x_at, y_at):
         r.write(b.fadd(r.read(x_at), r.read(y_at)), x_at)
     sums = [r.zeros()]
-    with r.loop(b.sdiv(width, I64(LANES)), sums) as (number, now):
+    with counting(b, I64(0), b.sdiv(width, I64(LANES)), 1, sums) as number:
         found = r.read(b.add(x, b.mul(number, I64(LANES * r.size))))
-        now[0] = r.times(found, found, now[0])
+        sums[0] = r.times(found, found, sums[0])
     mean = b.fdiv(r.total(sums[0]), b.sitofp(width, F32))
     root = r.call("llvm.sqrt.f32", F32, b.fadd(mean, b.bitcast(b.trunc(eps, ir.IntType(32)), F32)))
     scale = r.spread(b.fdiv(F32(1.0), root))

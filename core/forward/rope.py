@@ -48,30 +48,17 @@ class Rope:
         return any(not s.each and before <= s.length < now for s in self._switches)
 
 
-def _scalings(config: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Every (configuration, rope parameters) of a model; some have one set per type of layer, some per sub-model."""
+def _switches(config: Any) -> Iterator[_Switch]:
+    """Of every set of rope parameters of a model; some have one per type of layer, some per sub-model."""
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     for found in [parameters, *parameters.values()]:
-        if isinstance(found, Mapping) and isinstance(found.get("rope_type", found.get("type")), str):
-            yield text, found
-
-
-def _kind(parameters: Mapping[str, Any]) -> str:
-    return str(parameters.get("rope_type", parameters.get("type")))
-
-
-def _original(config: Any, parameters: Mapping[str, Any]) -> int | None:
-    """The context before scaling."""
-    own = parameters.get("original_max_position_embeddings")
-    return own or getattr(config, "original_max_position_embeddings", None)
-
-
-def _switches(config: Any) -> Iterator[_Switch]:
-    for text, parameters in _scalings(config):
-        kind = _kind(parameters)
-        if kind == "longrope" and (original := _original(text, parameters)):
-            yield _Switch(int(original), each=False)
+        kind = found.get("rope_type", found.get("type")) if isinstance(found, Mapping) else None
+        if not isinstance(kind, str):
+            continue
+        original = "original_max_position_embeddings"  # the context before scaling
+        if kind == "longrope" and (before := found.get(original) or getattr(text, original, None)):
+            yield _Switch(int(before), each=False)
         elif "dynamic" in kind and (limit := getattr(text, "max_position_embeddings", None)):
             yield _Switch(int(limit), each=True)
 

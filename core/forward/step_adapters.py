@@ -19,14 +19,12 @@ GROUPS = (0, 0, 0, 1, 2, 2, 3)  # of the seven layers: those that read one x
 class Adapters(NamedTuple):
     """What a plan adds: the table and the arrays that it points to.
 
-    `ranks` of its widest group; `together` is whether the outputs of each rank lie together in B; `rows` of gates or
-    factors that are a row's own, 1 for none.
+    `ranks` of its widest group; `rows` of gates or factors that are a row's own, 1 for none.
     """
 
     table: Any
     made_of: Any
     ranks: int
-    together: bool
     rows: int
 
 
@@ -41,7 +39,7 @@ def adapters_of(
     """
     acting = {place: n for place, n in enumerate(numbers) if n is not None and not added.is_nothing(n)}
     if not acting:  # it acts elsewhere, as on the output head, or its bank was closed
-        return Adapters(np.zeros((len(numbers) // len(shapes), k.ADAPTED), np.int64), (), 1, True, 1)
+        return Adapters(np.zeros((len(numbers) // len(shapes), k.ADAPTED), np.int64), (), 1, 1)
     pieces = added.pieces(list(acting.values()), rows)
     if pieces is None:
         return _stacked(shapes, numbers, added)
@@ -83,7 +81,7 @@ def _in_pieces(
         for site in np.flatnonzero(acting).tolist():
             own, field = made[number, site], k.SITES + k.SITE * site
             table[number, [field + k.B_AT, field + k.B_PIECES]] = own.ctypes.data, len(own)
-    return Adapters(table, (pieces, made), widest, True, rows)
+    return Adapters(table, (pieces, made), widest, rows)
 
 
 def _stacked(shapes: Sequence[tuple[int, int]], numbers: Sequence[int | None], added: Added) -> Adapters | None:
@@ -91,7 +89,7 @@ def _stacked(shapes: Sequence[tuple[int, int]], numbers: Sequence[int | None], a
     count = len(numbers) // len(shapes)
     table = np.zeros((count, k.ADAPTED), np.int64)
     made_of: list[Any] = []
-    widest, rows, together = 1, 1, True
+    widest, rows = 1, 1
     groups: dict[tuple[int, int], int] = {}
     for place, index in enumerate(numbers):
         number, site = divmod(place, len(shapes))
@@ -107,26 +105,22 @@ def _stacked(shapes: Sequence[tuple[int, int]], numbers: Sequence[int | None], a
         ranks = len(a)
         if (a.shape[1], len(b)) != shapes[site] or factors.start + b.shape[1] > ranks:
             return None
-        if not (_is_flat(a) and _is_flat(b) and gate.flags.c_contiguous and gate.shape[2] == ranks):
+        together = b.dtype == np.float32 and b.strides[0] == b.itemsize  # the outputs of each rank
+        if not (_is_flat(a) and together and gate.flags.c_contiguous and gate.shape[2] == ranks):
             return None
-        at = k.GROUP * group
-        table[number, at : at + k.GROUP] = a.ctypes.data, 0, ranks, *_steps(a), gate.ctypes.data, len(gate)
+        at, of_a = k.GROUP * group, [step // a.itemsize for step in a.strides]
+        table[number, at : at + k.GROUP] = a.ctypes.data, 0, ranks, *of_a, gate.ctypes.data, len(gate)
         at = k.SITES + k.SITE * site
-        table[number, at : at + k.SITE] = b.ctypes.data, 0, b.shape[1], factors.start, *_steps(b)
+        table[number, at : at + k.SITE] = b.ctypes.data, 0, b.shape[1], factors.start, b.strides[1] // b.itemsize
         made_of += [a, gate, b]
-        widest, together = max(widest, ranks), together and b.strides[0] == b.itemsize
+        widest = max(widest, ranks)
         several = {1, rows, len(gate)} - {1}
         if len(several) > 1:
             return None
         rows = max(several, default=1)
-    return Adapters(table, made_of, widest, together, rows)
+    return Adapters(table, made_of, widest, rows)
 
 
 def _is_flat(array: Any) -> bool:
     """Whether a matrix of float32 lies in memory row by row or column by column."""
     return array.dtype == np.float32 and array.itemsize in array.strides and min(array.strides) > 0
-
-
-def _steps(array: Any) -> tuple[int, ...]:
-    """How many numbers lie between two rows and two columns."""
-    return tuple(step // array.itemsize for step in array.strides)

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.native.compiled import compiled
-from lora_rt.core.native.registers import F32, I8, I16, I64, Registers
+from lora_rt.core.native.registers import F32, I8, I16, I64, Registers, counting
 
 LANES = four_bit.in_a_register()
 """Numbers in a register."""
@@ -46,7 +46,7 @@ def _tile(rows: int, vectors: int, *, some: bool = False, added: bool = False, n
         masks = [None] * (vectors - 1) + [r.below(rest)]
         xs = [b.add(x, b.mul(of_x, I64(row))) for row in range(rows)]
         sums = [r.zeros()] * (rows * vectors)
-        with r.loop(count, sums) as (k, now):
+        with counting(b, I64(0), count, 1, sums) as k:
             if some:
                 k = r.at(b.add(places, b.mul(k, I64(8))), I64)
             row = b.add(m, b.mul(k, of_m))
@@ -58,9 +58,9 @@ def _tile(rows: int, vectors: int, *, some: bool = False, added: bool = False, n
                 acts = b.fcmp_unordered("!=", number, r.zeros())
                 for v, one in enumerate(read):
                     place = n * vectors + v
-                    total = r.times(number, one, now[place])
+                    total = r.times(number, one, sums[place])
                     # What is not a number in one row's adapter is none of the others': 0 times it would be NaN.
-                    now[place] = b.select(acts, total, now[place]) if added else total
+                    sums[place] = b.select(acts, total, sums[place]) if added else total
         for place, total in enumerate(sums):
             n, v = divmod(place, vectors)
             at = b.add(b.add(y, b.mul(of_y, I64(n))), I64(4 * LANES * v))
@@ -85,10 +85,10 @@ def _code_of_scores(like: Any) -> Any:
         numbers = [r.at(b.add(places, I64(8 * n)), I64) for n in range(AT_ONCE)]
         columns = [b.add(keys, b.mul(number, of_keys)) for number in numbers]
         sums = [r.zeros()] * AT_ONCE
-        with r.loop(count, sums) as (part, now):
+        with counting(b, I64(0), count, 1, sums) as part:
             read = r.at(b.add(query, b.mul(part, I64(4 * LANES))), r.floats)
             for n, column in enumerate(columns):
-                now[n] = r.times(read, _widened(r, column, part, like), now[n])
+                sums[n] = r.times(read, _widened(r, column, part, like), sums[n])
         found = r.totals(sums)[0]
         some = found.type.count
         scale = r.picked(r.spread(scaling), r.zeros(), range(some))
@@ -106,11 +106,11 @@ def _code_of_sums(like: Any, vectors: int) -> Any:
         scores, values, of_values, places, answer, count, _like = given
         r = Registers(b, LANES)
         sums = [r.zeros()] * vectors
-        with r.loop(count, sums) as (n, now):
+        with counting(b, I64(0), count, 1, sums) as n:
             weight = r.spread(r.at(b.add(scores, b.mul(n, I64(4))), F32))
             column = b.add(values, b.mul(r.at(b.add(places, b.mul(n, I64(8))), I64), of_values))
             for v in range(vectors):
-                now[v] = r.times(weight, _widened(r, column, I64(v), like), now[v])
+                sums[v] = r.times(weight, _widened(r, column, I64(v), like), sums[v])
         for v, total in enumerate(sums):
             r.put(total, b.add(answer, I64(4 * LANES * v)))
         return b.inttoptr(I64(0), I8.as_pointer())
@@ -248,17 +248,17 @@ def _dots(*, narrow: bool) -> Any:
             rows.append(b.add(m, b.mul(near, of_m)))
         sums = [r.zeros()] * DOTS
 
-        def read(part: Any, now: list[Any], mask: Any) -> None:
+        def read(part: Any, mask: Any) -> None:
             one = r.at(b.add(x, b.mul(part, I64(4 * LANES))), r.floats, mask)
             for n, row in enumerate(rows):
                 place = b.add(row, b.mul(part, I64(size * LANES)))
                 if mask is None:
                     r.fetch(b.add(place, b.mul(of_m, I64(_AHEAD["dots"]))))
-                now[n] = r.times(one, _floats(r, place, mask, narrow), now[n])
+                sums[n] = r.times(one, _floats(r, place, mask, narrow), sums[n])
 
-        with r.loop(count, sums) as (part, now):
-            read(part, now, None)
-        read(count, sums, r.below(rest))
+        with counting(b, I64(0), count, 1, sums) as part:
+            read(part, None)
+        read(count, r.below(rest))
         found = r.totals(sums)[0]
         r.put(r.picked(found, found, range(DOTS)), sums_at)
         return b.inttoptr(I64(0), I8.as_pointer())

@@ -6,16 +6,14 @@ release of a library or another processor is tried anew, and so is a file that c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 
 from lora_rt.core.multiply.measured import machine_name
-from lora_rt.registry import durable, home
+from lora_rt.registry import home
 from lora_rt.version import __version__
 
+_FILE = "tried.json"
 _BASES = 64  # that are remembered, the latest
 
 
@@ -31,33 +29,12 @@ class Tried:
         if self._base is None:
             return found()
         key = f"{self._base}, {machine_name()}, transformers {metadata.version('transformers')}, lora-rt {__version__}"
-        known = _remembered().get(key, {}).get(question)
-        if known is None:
+        document = home.remembered(_FILE)
+        answers = document.pop(key, None)
+        answers = answers if isinstance(answers, dict) else {}
+        known = answers.get(question)
+        if not isinstance(known, bool):
             known = found()
-            _remember(key, question, known)
+            latest = list(document.items())[-(_BASES - 1) :]
+            home.remember(_FILE, dict([*latest, (key, {**answers, question: known})]))
         return known
-
-
-def _remembered() -> dict[str, dict[str, bool]]:
-    try:
-        document = json.loads(_file().read_text())
-        return {
-            key: {question: answer for question, answer in answers.items() if isinstance(answer, bool)}
-            for key, answers in document.items()
-        }
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
-
-
-def _remember(key: str, question: str, answer: bool) -> None:
-    """Two processes at once may lose what the other one found; it is tried again next time."""
-    document = _remembered()
-    answers = document.pop(key, {}) | {question: answer}
-    latest = list(document.items())[-(_BASES - 1) :]
-    with suppress(OSError):  # a home that can't be written costs time alone
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(_file(), json.dumps(dict([*latest, (key, answers)]), indent=1))
-
-
-def _file() -> Path:
-    return home.home() / "tried.json"

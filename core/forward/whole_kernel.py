@@ -52,15 +52,15 @@ NORM_1, NORM_2, NORM_Q, NORM_K = range(4)
 LAYER = 4  # the first layer: q, k, v, o, gate, up, down
 CODES, SCALES, BIAS, IN, FEATURES, FACTS = range(6)
 BLOCK = LAYER + 7 * FACTS
-# ... float64: what norms add to a mean square, at the places of their weights, and what scores are multiplied by
-EPS_1, EPS_2, EPS_Q, EPS_K, SCALING, FLOATS = range(6)
+# ... float64: what norms add to a mean square, at the places of their weights; what scores are multiplied by
+SCALING, FLOATS = 4, 5
 # ... of the cache: keys and values, and how far apart rows, heads and columns lie in each
 KEYS_AT, VALUES_AT, OF_KEYS, OF_VALUES, PLACES = 0, 1, 2, 5, 8
 # ... of adapters: of the four groups A, its ranks, how far apart ranks and features lie, its gate and that one's rows;
-# of the seven sites B, its ranks, the first of these in the group, how far apart features and ranks lie. Or, where
-# there are pieces, what is `AT` lies so many times, one behind the other: those of a site, or of all sites of a group.
+# of the seven sites B, its ranks, the first of these in the group, how far apart they lie. Or, where there are pieces,
+# what is `AT` lies so many times, one behind the other: those of a site, or of all sites of a group.
 A_AT, A_PIECES, A_RANKS, A_OF_RANKS, A_OF_FEATURES, GATE_AT, GATE_ROWS, GROUP = range(8)
-B_AT, B_PIECES, B_RANKS, B_START, B_OF_FEATURES, B_OF_RANKS, SITE = range(7)
+B_AT, B_PIECES, B_RANKS, B_START, B_OF_RANKS, SITE = range(6)
 SITES = 4 * GROUP
 ADAPTED = SITES + 7 * SITE
 # ... of a piece (see `pieces.py`): its row, A and B row after row, its ranks, where these begin in the row's hidden,
@@ -211,25 +211,16 @@ def _add(s: Any, adapted: Any, site: int, y: int, features: int, me: int, us: in
     if adapted[at + B_PIECES]:
         _add_pieces(s, adapted[at + B_AT], adapted[at + B_PIECES], y, features, me, us)
         return
-    ranks, of_features, of_ranks = adapted[at + B_RANKS], adapted[at + B_OF_FEATURES], adapted[at + B_OF_RANKS]
+    ranks, of_ranks = adapted[at + B_RANKS], adapted[at + B_OF_RANKS]
     start, stop = _share(features, 16, me, us)
-    apart, b = s[RANKS_WIDTH], adapted[at + B_AT] + 4 * start * of_features
+    apart, b = s[RANKS_WIDTH], adapted[at + B_AT] + 4 * start
     kept_at = s[KEPT] + 8 * s[RANKS_WIDTH] * me
     kept = integers_at(kept_at, ranks)
     for r in range(0, s[ROWS], TOGETHER):
         y_at, hidden_at = y + 4 * (r * features + start), s[RANKS] + 4 * (r * apart + adapted[at + B_START])
         some = min(TOGETHER, s[ROWS] - r)
-        if of_features == 1:
-            count = _used(floats_at(hidden_at, (some - 1) * apart + ranks), apart, some, kept)
-            add_some(hidden_at, 4 * apart, b, 4 * of_ranks, y_at, 4 * features, some, count, stop - start, kept_at)
-            continue
-        for n in range(some):
-            row, hidden = floats_at(y_at + 4 * n * features, stop - start), floats_at(hidden_at + 4 * n * apart, ranks)
-            for o in range(len(row)):
-                of_o, total = floats_at(b + 4 * o * of_features, ranks), np.float32(0)
-                for q in range(ranks):
-                    total += of_o[q] * hidden[q]
-                row[o] += total
+        count = _used(floats_at(hidden_at, (some - 1) * apart + ranks), apart, some, kept)
+        add_some(hidden_at, 4 * apart, b, 4 * of_ranks, y_at, 4 * features, some, count, stop - start, kept_at)
 
 
 @compiled(kept=False)
@@ -254,7 +245,7 @@ def _keep(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like: 
         r, head = unit // heads, unit % heads
         key, value = floats_at(s[OUTPUT + 1] + 4 * unit * size, size), floats_at(s[OUTPUT + 2] + 4 * unit * size, size)
         if block[NORM_K]:
-            norm_head(key, numbers_at(block[NORM_K], size, like), numbers[EPS_K], like)
+            norm_head(key, numbers_at(block[NORM_K], size, like), numbers[NORM_K], like)
         turn = min(r, s[ROPES] - 1) * size * 4
         turn_head(key, floats_at(s[COS] + turn, size), floats_at(s[SIN] + turn, size), like)
         for at, first, new in ((cache[KEYS_AT], OF_KEYS, key), (cache[VALUES_AT], OF_VALUES, value)):
@@ -279,7 +270,7 @@ def _attend(s: Any, block: Any, numbers: Any, cache: Any, me: int, us: int, like
         r, head = unit // heads, unit % heads
         query = floats_at(s[OUTPUT] + 4 * unit * size, size)
         if block[NORM_Q]:
-            norm_head(query, numbers_at(block[NORM_Q], size, like), numbers[EPS_Q], like)
+            norm_head(query, numbers_at(block[NORM_Q], size, like), numbers[NORM_Q], like)
         turn = min(r, s[ROPES] - 1) * size * 4
         turn_head(query, floats_at(s[COS] + turn, size), floats_at(s[SIN] + turn, size), like)
         if r != row_before:
@@ -344,7 +335,7 @@ def _whole(s: Any, like: Any) -> None:
         for group in range(4):  # one loop, so that each function is built into this one once
             if group % 2 == 0:
                 which = group // 2
-                _norms(s, block[NORM_1 + which], numbers[EPS_1 + which], added, me, us, like)
+                _norms(s, block[NORM_1 + which], numbers[NORM_1 + which], added, me, us, like)
                 _meet(s)
             if number == s[BLOCKS]:
                 break  # behind the blocks there is one more norm

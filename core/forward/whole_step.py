@@ -39,7 +39,6 @@ _LINEARS = (
     *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
 )
 _eps, _scaling = attrgetter("variance_epsilon"), attrgetter("scaling")
-_ONE_BY_ONE = 2  # rows up to which B of one adapter is read across its memory
 
 
 class _Layer(NamedTuple):
@@ -121,7 +120,7 @@ class WholeStep:
         self._attentions = [block.self_attn for block in model.model.layers]
         self._found = _Found()
         self._refused: tuple[int, int] | None = None  # block and place of a layer that can't be taken
-        self._none = Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), (), 1, True, 1)
+        self._none = Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), (), 1, 1)
         self._rooms: dict[int, _Room] = {}  # by the number of rows; who uses one takes it out
         self.always = False  # whatever is faster: in a trial
 
@@ -158,7 +157,7 @@ class WholeStep:
             if before is None or before[0] != known:
                 before = found.plans[added] = known, adapters_of(self._shapes, numbers, added, rows)
             adapters = before[1]
-        if adapters is None or adapters.rows not in (1, rows) or not (adapters.together or rows <= _ONE_BY_ONE):
+        if adapters is None or adapters.rows not in (1, rows):
             return None
         address = self._compiled()
         if not address:
@@ -235,7 +234,7 @@ class WholeStep:
         table, numbers = found.table.copy(), np.zeros((len(found.table), k.FLOATS), np.float64)
         for ((number, at), norm), eps in zip(self._norms, attributes[0], strict=True):
             weight = norm._parameters["weight"].detach()
-            table[number, at], numbers[number, at] = weight.data_ptr(), eps  # EPS_... are NORM_...
+            table[number, at], numbers[number, at] = weight.data_ptr(), eps
             read.append(weight)
         numbers[:-1, k.SCALING] = attributes[1]
         self._normed = _Normed(found, table, numbers, read, parameters, attributes)

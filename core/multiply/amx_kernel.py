@@ -17,8 +17,8 @@ from llvmlite import ir
 
 from lora_rt.core.native import amx, registers
 from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
-from lora_rt.core.native.machine_code import addresses_of, counting, shared_by_threads
-from lora_rt.core.native.registers import F32, I8, I16, I32, I64
+from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.registers import F32, I8, I16, I32, I64, counting, least
 
 USED = [__file__, amx.__file__, registers.__file__]
 """Files that decide what is built."""
@@ -26,7 +26,6 @@ USED = [__file__, amx.__file__, registers.__file__]
 _BLOCK = 64  # inputs with one scale
 _INPUTS = 32  # of a tile
 _AT_ONCE = 4, 1  # tiles of outputs that share what is read of x, where a weight is looked up
-_GROUPS = 3, 1  # times sixteen rows that share what is read of a weight where it lies
 _STEP = 4  # rows that are looked up between two instructions for tiles
 _LEFT, _RIGHT = (4, 5), (6, 7)  # tiles of the weight and of x
 _ROOM = 4 * 2 * NBYTES  # bytes: what is looked up of a block for four tiles of outputs
@@ -166,28 +165,20 @@ def _all(steps: list[Callable[[], None]]) -> None:
         steps.pop(0)()
 
 
-def _as_it_lies(module: Any, groups: int) -> Any:
-    """A function (weight, 0, xt, y, width, rows, of_y, room, 16): one tile of outputs, of so many times sixteen rows.
-
-    The tiles of xT of each sixteen lie one after the other. Only where they are sixteen may rows be fewer.
-    """
-    function, b, r = _function(module, f"as_it_lies_{groups}", 9)
+def _as_it_lies(module: Any) -> Any:
+    """A function (weight, 0, xt, y, width, rows, of_y, room, 16): one tile of outputs."""
+    function, b, r = _function(module, "as_it_lies", 9)
     weight, _, xt, y, width, rows, of_y, room, count = function.args
-    of_row, tiles = b.mul(width, I64(2)), b.sdiv(width, I64(_INPUTS))
-    for group in range(groups):
-        r.zero(group)
-    with counting(b, I64(0), tiles, 1) as number:
-        at = b.add(weight, b.mul(number, I64(LINE)))
+    of_row = b.mul(width, I64(2))
+    r.zero(0)
+    with counting(b, I64(0), b.sdiv(width, I64(_INPUTS)), 1) as tile:
+        at = b.add(weight, b.mul(tile, I64(LINE)))
         for row in range(ROWS):
             r.fetch(b.add(at, b.mul(of_row, I64(ROWS + row))))  # of the outputs behind these
-        r.load(groups, at, of_row)
-        for group in range(groups):
-            tile = b.add(number, b.mul(tiles, I64(group)))
-            r.load(groups + 1 + group, b.add(xt, b.mul(tile, I64(NBYTES))))
-            r.dot(group, groups, groups + 1 + group)
-    for group in range(groups):
-        to = b.add(y, b.mul(of_y, I64(ROWS * group)))
-        _written(b, r, to, rows if groups == 1 else I64(ROWS), of_y, room, [group], count)
+        r.load(1, at, of_row)
+        r.load(2, b.add(xt, b.mul(tile, I64(NBYTES))))
+        r.dot(0, 1, 2)
+    _written(b, r, y, rows, of_y, room, [0], count)
     b.ret_void()
     return function
 
@@ -206,21 +197,20 @@ def of_four_bits(module: Any, name: str, levels: Sequence[float]) -> Any:
     def of_output(b: Any, width: Any) -> tuple[Any, Any]:
         return b.sdiv(width, I64(2)), b.mul(b.sdiv(width, I64(_BLOCK)), I64(4))
 
-    return _part(module, name, _laid_out(module, _of_blocks), {1: products}, of_output, 4)
+    return _part(module, name, _laid_out(module, _of_blocks), products, of_output, 4)
 
 
 def of_bfloat16(module: Any, name: str) -> Any:
     """A function of nine int64: the first output and the one behind the last, rows, in, out, weight, 0, x, y.
 
     x is bfloat16, y float32. Outputs are sixteen or more; the last ones may be made twice, by two threads, with the
-    same bits. Inputs are whole 32; each takes 96 bytes of a thread's stack.
+    same bits. Inputs are whole 32; each takes 32 bytes of a thread's stack.
     """
-    products = {groups: {1: _as_it_lies(module, groups)} for groups in _GROUPS}
 
     def of_output(b: Any, width: Any) -> tuple[Any, Any]:
         return b.mul(width, I64(2)), I64(0)
 
-    return _part(module, name, _laid_out(module, _as_they_lie), products, of_output, 2, whole=True)
+    return _part(module, name, _laid_out(module, _as_they_lie), {1: _as_it_lies(module)}, of_output, 2, whole=True)
 
 
 def dense_kernel() -> int:
@@ -242,7 +232,7 @@ def _part(
     module: Any,
     name: str,
     lay_out: Any,
-    products: Mapping[int, Mapping[int, Any]],
+    products: Mapping[int, Any],
     of_output: Callable[[Any, Any], tuple[Any, Any]],
     item: int,
     *,
@@ -252,49 +242,32 @@ def _part(
 
     Args:
         lay_out: makes xT.
-        products: functions by how many times sixteen rows and tiles of outputs they make; large numbers first.
+        products: functions by how many tiles of outputs they make of sixteen rows; large numbers first.
         of_output: the builder, inputs -> bytes of an output at each of the weight's addresses.
         item: bytes of a number of x.
         whole: tiles of outputs can't be read in part, so the last one reaches back.
     """
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
-    b = ir.IRBuilder(function.append_basic_block())
-    r = Tiles(b)
-    given = [b.load(b.gep(function.args[0], [I64(place)])) for place in range(9)]
+    function, b, given = taking(module, name)
     start, stop, rows, width, out, first, second, x, y = given
-
-    def least(number: Any, other: Any) -> Any:
-        return b.select(b.icmp_signed("<", number, other), number, other)
-
-    def steps(begin: Any, end: Any, step: int, last: bool) -> Any:
-        """Where a loop of such steps ends."""
-        return end if last else b.add(begin, b.mul(b.sdiv(b.sub(end, begin), I64(step)), I64(step)))
-
+    r = Tiles(b)
     tiles = b.sdiv(width, I64(_INPUTS))
-    of_group = b.mul(tiles, I64(NBYTES))  # bytes of xT for sixteen rows
-    at = b.ptrtoint(b.alloca(I8, b.add(b.mul(of_group, I64(max(products))), I64(_ROOM + LINE))), I64)
+    at = b.ptrtoint(b.alloca(I8, b.add(b.mul(tiles, I64(NBYTES)), I64(_ROOM + LINE))), I64)
     room = b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
     xt = b.add(room, I64(_ROOM))
     of_x, of_y, of_weight = b.mul(width, I64(item)), b.mul(out, I64(4)), of_output(b, width)
-    with r.configured():
-        row_before: Any = I64(0)
-        for groups, by_tiles in products.items():
-            row_after = steps(row_before, rows, ROWS * groups, groups == 1)
-            with counting(b, row_before, row_after, ROWS * groups) as row:
-                some = least(b.sub(rows, row), I64(ROWS))
-                for group in range(groups):
-                    begins = b.add(x, b.mul(b.add(row, I64(ROWS * group)), of_x))
-                    b.call(lay_out, [begins, of_x, some, tiles, b.add(xt, b.mul(of_group, I64(group))), room])
-                before = start
-                for many, product in by_tiles.items():
-                    after = steps(before, stop, ROWS * many, many == 1)
-                    with counting(b, before, after, ROWS * many) as output:
-                        j = least(output, b.sub(out, I64(ROWS))) if whole else output
-                        places = [b.add(one, b.mul(j, of)) for one, of in zip((first, second), of_weight, strict=True)]
-                        to = b.add(b.add(y, b.mul(row, of_y)), b.mul(j, I64(4)))
-                        count = I64(ROWS) if whole else least(b.sub(stop, j), I64(ROWS))
-                        b.call(product, [*places, xt, to, width, some, of_y, room, count])
-                    before = after
-            row_before = row_after
+    with r.configured(), counting(b, I64(0), rows, ROWS) as row:
+        some = least(b, b.sub(rows, row), I64(ROWS))
+        b.call(lay_out, [b.add(x, b.mul(row, of_x)), of_x, some, tiles, xt, room])
+        before = start
+        for many, product in products.items():
+            step = I64(ROWS * many)
+            after = stop if many == 1 else b.add(before, b.mul(b.sdiv(b.sub(stop, before), step), step))
+            with counting(b, before, after, ROWS * many) as output:
+                j = least(b, output, b.sub(out, I64(ROWS))) if whole else output
+                places = [b.add(one, b.mul(j, of)) for one, of in zip((first, second), of_weight, strict=True)]
+                to = b.add(b.add(y, b.mul(row, of_y)), b.mul(j, I64(4)))
+                count = I64(ROWS) if whole else least(b, b.sub(stop, j), I64(ROWS))
+                b.call(product, [*places, xt, to, width, some, of_y, room, count])
+            before = after
     b.ret_void()
     return function

@@ -19,8 +19,8 @@ from lora_rt.core.multiply import amx_kernel
 from lora_rt.core.multiply.amx_kernel import looked_up_row
 from lora_rt.core.native import amx
 from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
-from lora_rt.core.native.machine_code import addresses_of, counting, shared_by_threads
-from lora_rt.core.native.registers import I8, I64
+from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.registers import I8, I64, counting, least
 
 OUTPUTS = 2 * ROWS
 """Outputs that are laid out at a time; fewer are not."""
@@ -63,10 +63,8 @@ def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
 
 
 def _part(module: Any, levels: Sequence[float] | None, wide: bool) -> Any:
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "part")
-    b = ir.IRBuilder(function.append_basic_block())
+    function, b, given = taking(module, "part", ARGUMENTS)
     r = Tiles(b)
-    given = [b.load(b.gep(function.args[0], [I64(place)])) for place in range(ARGUMENTS)]
     start, stop, rows, width, out, weight, scales, x, y, bias, *added = given
     tiles = b.sdiv(width, I64(_INPUTS))
     of_panel = b.mul(tiles, I64(2 * NBYTES))
@@ -79,7 +77,7 @@ def _part(module: Any, levels: Sequence[float] | None, wide: bool) -> Any:
 
     def begins(panel: Any) -> tuple[Any, Any]:
         """The first output of a panel, and where it is laid out."""
-        output = _least(b, b.add(start, b.mul(panel, I64(OUTPUTS))), b.sub(out, I64(OUTPUTS)))
+        output = least(b, b.add(start, b.mul(panel, I64(OUTPUTS))), b.sub(out, I64(OUTPUTS)))
         return output, b.add(laid_out, b.mul(panel, of_panel))
 
     with r.configured():
@@ -92,7 +90,7 @@ def _part(module: Any, levels: Sequence[float] | None, wide: bool) -> Any:
                 else:
                     _looked_up(b, r, levels, weight, scales, first, width, at, room)
         with counting(b, I64(0), rows, LEAST) as number, counting(b, I64(0), panels, 1) as panel:
-            row = _least(b, number, b.sub(rows, I64(LEAST)))
+            row = least(b, number, b.sub(rows, I64(LEAST)))
             output, panel_at = begins(panel)
             _begun(b, r, bias, output)
             with counting(b, I64(0), tiles, 1) as k:
@@ -195,7 +193,3 @@ def _written(b: Any, r: Tiles, y: Any, of_y: Any, room: Any, wide: bool) -> None
                 r.put(other, b.add(to, I64(LINE)))
             else:
                 r.put(r.narrowed(one, other), to)
-
-
-def _least(b: Any, one: Any, other: Any) -> Any:
-    return b.select(b.icmp_signed("<", one, other), one, other)

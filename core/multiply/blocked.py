@@ -1,7 +1,7 @@
 """oneDNN's product of a float32 weight that lies in blocks: what torch's own compiler uses where a weight is constant.
 
 A plain product lays the weight out anew each time it is used with a few rows, which then costs more than to multiply;
-`tests/base/test_blocked.py` holds the facts about torch.
+`tests/multiply/test_blocked.py` holds the facts about torch.
 """
 
 from __future__ import annotations

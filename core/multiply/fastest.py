@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from lora_rt.core.base.machine import free_bytes
@@ -31,23 +30,23 @@ _GAIN_ALONE = 0.75  # the same for single tokens: a copy of an output head takes
 _HARDLY = 1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves what lies between products
 _SAVED = 20.0  # microseconds that a product of its own takes at least before and after it, which such a step has not
 _PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
-_SETS: tuple[tuple[Copy, ...], ...] = (
-    (),
-    ("narrow",),
-    ("half",),
-    ("wide",),
-    ("blocked",),
-    ("four-bit",),
-    ("narrow", "four-bit"),
-    ("half", "four-bit"),
-    ("wide", "four-bit"),
-    ("narrow", "half"),
-    ("narrow", "wide"),
-    ("narrow", "blocked"),
+_COPIES: tuple[frozenset[Copy], ...] = (
+    frozenset(),
+    frozenset(("narrow",)),
+    frozenset(("half",)),
+    frozenset(("wide",)),
+    frozenset(("blocked",)),
+    frozenset(("four-bit",)),
+    frozenset(("narrow", "four-bit")),
+    frozenset(("half", "four-bit")),
+    frozenset(("wide", "four-bit")),
+    frozenset(("narrow", "half")),
+    frozenset(("narrow", "wide")),
+    frozenset(("narrow", "blocked")),
 )
-_COPIES: tuple[frozenset[Copy], ...] = tuple(map(frozenset, _SETS))
 """The dense copies that a layer may have; smaller ones come first."""
 
+_NEVER = 1e12  # microseconds, for a way that was not tried: two of infinity could not be told apart
 _TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half", "four-bit", "tiles")
 _NO_GRADIENT: frozenset[Copy] = frozenset(("half", "blocked", "four-bit"))
 """Copies that a gradient can't be made with."""
@@ -193,9 +192,7 @@ def _is_dense(way: Way) -> bool:
 
 def told(name: str, times: Times) -> str:
     """How a layer of that name (`layer_name`) is multiplied where its copies fit, and the memory of one copy."""
-    if len(sizes := name.split()) < 3:  # no layer: what adapters add to many tokens
-        return f"many tokens {min(times, key=lambda way: _time(times, way, 0))}"
-    out, _, width = sizes[:3]
+    out, _, width = name.split()[:3]
     found = fastest(times, [way for way in _TOLD if way in times])
     words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
     small = ""
@@ -221,12 +218,11 @@ def _ways(layer: nn.Linear, times: Times, wish: Wish, copies: frozenset[Copy], *
     if not is_4bit(layer):
         copies -= {"narrow", "four-bit"}  # it is the former itself
     lean = not copies - {"four-bit"}  # nothing dense is kept
-    sensible = {"packed": True, "dense": "narrow" in copies}
-    sensible |= {"dense-wide": "wide" in copies, "dense-blocked": "blocked" in copies}
-    sensible |= {"dense-half": "half" in copies, "four-bit": "four-bit" in copies}
-    sensible["tiles"] = True
-    sensible |= {"dense-widened": "narrow" in copies, "dequantize": lean, "dequantize-wide": lean}
-    ways = [way for way in ways_of(layer) if sensible[way] and (wish == "auto" or way.startswith(wish))]
+
+    def allowed(way: Way) -> bool:
+        return copy in copies if (copy := keeps(way)) else lean or not way.startswith("dequantize")
+
+    ways = [way for way in ways_of(layer) if allowed(way) and (wish == "auto" or way.startswith(wish))]
     if not ways:
         return ()
     if packs(layer) and not pack:
@@ -268,13 +264,7 @@ def _numbers(layer: nn.Linear) -> int:
 def _nbytes(layer: nn.Linear, ways: Iterable[Way]) -> int:
     """The memory of the copies that a layer needs for these ways."""
     kept = {copy for way in ways if (copy := keeps(way))}
-    return sum(nbytes_of(copy, layer, _dtype(layer)) for copy in kept)
-
-
-def _dtype(layer: nn.Linear) -> torch.dtype:
-    found = computes_in(layer)
-    assert found is not None
-    return found
+    return sum(nbytes_of(copy, layer) for copy in kept)
 
 
 def _time(times: Times, way: str, number: int) -> float:
@@ -287,6 +277,6 @@ def _took(plan: Mapping[str, tuple[int, Times, Ways]]) -> list[float]:
     """For each class of tokens the mean logarithm of the times, by the numbers that layers of a shape have."""
     whole = sum(share for share, _, _ in plan.values())
     return [
-        sum(share * math.log(_time(times, ways[number], number)) for share, times, ways in plan.values()) / whole
-        for number in range(len(SIZES))
+        sum(share * math.log(min(_time(times, ways[n], n), _NEVER)) for share, times, ways in plan.values()) / whole
+        for n in range(len(SIZES))
     ]

@@ -14,8 +14,8 @@ from llvmlite import ir
 from lora_rt.core.multiply import amx_kernel
 from lora_rt.core.native import amx, registers
 from lora_rt.core.native.amx import ROWS
-from lora_rt.core.native.machine_code import addresses_of, counting, shared_by_threads
-from lora_rt.core.native.registers import F32, I8, I64, Registers
+from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.registers import F32, I8, I64, Registers, counting
 
 # `four_bit.py` has both as well, which has to do without llvmlite.
 _BLOCK = 64  # numbers with one scale
@@ -78,7 +78,7 @@ def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> An
     code_rows, scale_rows = apart(codes, of_codes, outputs), apart(scales, of_scales, outputs)
     x_rows, ahead = apart(x, of_x, rows), b.mul(of_codes, I64(_AHEAD * outputs))
     sums = [r.zeros()] * (rows * outputs * halves)
-    with r.loop(blocks, sums) as (block, now):
+    with counting(b, I64(0), blocks, 1, sums) as block:
         at = b.mul(block, I64(_BLOCK // 2))
         levels = []
         for row, scale_row in zip(code_rows, scale_rows, strict=True):
@@ -96,7 +96,7 @@ def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> An
                     given = r.at(b.add(row, inner), r.floats)
                     for j, weight in enumerate(weights):
                         place = (n * outputs + j) * halves + number % halves
-                        now[place] = r.times(given, weight, now[place])
+                        sums[place] = r.times(given, weight, sums[place])
     apiece = [sums[place : place + halves] for place in range(0, len(sums), halves)]
     totals = r.totals([reduce(b.fadd, some) for some in apiece])
     for n, row in enumerate(apart(y, of_y, rows)):
@@ -108,9 +108,7 @@ def _tile(module: Any, rows: int, outputs: int, lanes: int, rounded: bool) -> An
 
 def _part(module: Any, lanes: int, rounded: bool) -> Any:
     """`part` of `kernel`: the outputs from `start` to `stop`."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), "part")
-    b = ir.IRBuilder(function.append_basic_block())
-    given = [b.load(b.gep(function.args[0], [I64(place)])) for place in range(9)]
+    function, b, given = taking(module, "part")
     start, stop, rows, width, out, codes, scales, x, y = given
     blocks = b.sdiv(width, I64(_BLOCK))
     first: Any = I64(0)

@@ -2,7 +2,7 @@
 
 A few rows of tokens are multiplied as fast as the weight is read, on processors without units for bfloat16 above all.
 The weight is widened on the way into the registers and the sum is made in float32, so nothing is rounded twice:
-`tests/base/test_half.py` holds the facts about torch.
+`tests/multiply/test_half.py` holds the facts about torch.
 
 Numbers of 8 or 11 bits (bfloat16, float16) stand in float16 exactly, but for those whose size it does not reach: then
 the whole weight is brought near its upper end by a power of two, and what is smaller than 2^-32 of its largest number

@@ -25,7 +25,7 @@ _log = logging.getLogger("lora_rt.base")
 LEAST = 32
 """Rows that are multiplied at a time; fewer are not."""
 _OUTPUTS, _RANKS = 32, 32  # that are multiplied at a time
-_WIDEST = 1 << 14  # inputs: 32 outputs of so many are a mebibyte of a thread's stack
+_WIDEST = 3 << 13  # inputs: 32 outputs of so many are 1.5 MiB of a thread's stack
 _ROOM = 1 << 19  # bytes of it that a part takes, where its outputs are not as wide as that
 _ARGUMENTS = ctypes.c_int64 * 16  # those of the kernel
 

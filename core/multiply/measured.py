@@ -6,15 +6,13 @@ What is remembered lies in the home, in `multiply.json`: machine -> layer -> way
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from importlib import metadata
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,21 +37,20 @@ from lora_rt.core.multiply.ways import (
     ways_of,
     widened_product,
 )
-from lora_rt.registry import durable, home
+from lora_rt.registry import home
 
 Times = Mapping[str, Sequence[float | None]]
 """Way -> microseconds per class of `SIZES`, for its least tokens, and for 128 in the last one; None where the way had
 fallen far behind with fewer tokens."""
 
 _BEHIND = 3.0  # times the best: not tried again
-_GROWING = ("packed", "dense")  # ways that fall back further where their time grows with the tokens; by AMX not dense
 _GROWS = 1.5  # times what half as many tokens took: units for bfloat16 take their time to lay a weight out
 _MANY = 128  # tokens for the last class: prompts have hundreds, and a way that is fast with 64 may not be with these
-_TURNS, _RUNS = 2, 3
+_RUNS = 3
 _POOL = 48 << 20  # bytes
+_FILE = "multiply.json"
+_LAYER = re.compile(r"\d+ x \d+ ")  # what `layer_name` begins with
 _COPIES = 256  # at most, of one weight: of a layer of four features (Gemma 3n has some) a million would fit in the pool
-
-_Name = TypeVar("_Name", bound=str)
 
 _known: dict[tuple[str, str], Times] = {}  # so that a process goes one way, whatever becomes of the file
 
@@ -91,34 +88,18 @@ def times_of(layers: Mapping[str, nn.Linear]) -> dict[str, Times]:
     if unknown:
         new = measure(unknown, torch.full((_POOL // 4,), 0.5, dtype=torch.float32))
         _known.update({(here, name): times for name, times in new.items()})
-        _remember(here, new)
+        document = remembered()
+        home.remember(_FILE, {**document, here: {**document.get(here, {}), **new}})
     return {name: _known[here, name] for name in layers}
 
 
-def quickest(name: str, candidates: Mapping[str, Callable[[], object]]) -> str:
-    """The fastest of some ways to do something that is no layer's product, measured once a machine as well."""
-    here = machine_name()
-    if (here, name) not in _known:
-        found = remembered().get(here, {}).get(name)
-        if found is None or set(found) != set(candidates):
-            spent = _race({way: {name: run} for way, run in candidates.items()})[name]
-            found = {way: [round(time, 1), *[None] * (len(SIZES) - 1)] for way, time in spent.items()}
-            _remember(here, {name: found})
-        _known[here, name] = found
-    times = _known[here, name]
-    return min(times, key=lambda way: times[way][0] or math.inf)
-
-
 def remembered() -> dict[str, dict[str, Times]]:
-    """Machine -> layer -> times, as far as the file can be read."""
-    try:
-        document = json.loads(_file().read_text())
-        return {
-            machine: {name: times for name, times in layers.items() if _sound(times)}
-            for machine, layers in document.items()
-        }
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return {}
+    """Machine -> layer -> times, as far as they are such."""
+    return {
+        machine: {name: times for name, times in layers.items() if _LAYER.match(name) and _sound(times)}
+        for machine, layers in home.remembered(_FILE).items()
+        if isinstance(layers, dict)
+    }
 
 
 def _sound(times: Any) -> bool:
@@ -132,19 +113,6 @@ def _sound(times: Any) -> bool:
     )
 
 
-def _remember(here: str, new: Mapping[str, Times]) -> None:
-    """Two processes at once may lose what the other one measured; it is measured again next time."""
-    document = remembered()
-    document[here] = {**document.get(here, {}), **new}
-    with suppress(OSError):  # a home that can't be written costs time alone
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(_file(), json.dumps(document, indent=1))
-
-
-def _file() -> Path:
-    return home.home() / "multiply.json"
-
-
 def measure(layers: Mapping[str, nn.Linear], pool: Tensor) -> dict[str, Times]:
     """Layer name -> the times of all ways of it, as they are beside the other layers of a pass.
 
@@ -156,7 +124,7 @@ def measure(layers: Mapping[str, nn.Linear], pool: Tensor) -> dict[str, Times]:
     times: dict[str, dict[Way, list[float | None]]] = {
         name: {way: [] for way in ways_of(layer)} for name, layer in layers.items()
     }
-    growing = _GROWING[:1] if four_bit.could_be_tiles() else _GROWING
+    dense_grows = not four_bit.could_be_tiles()
     with torch.inference_mode(False), torch.no_grad():
         candidates = {name: _candidates(layer, dtypes[name], pool) for name, layer in layers.items()}  # type: ignore[arg-type]  # known
 
@@ -167,16 +135,17 @@ def measure(layers: Mapping[str, nn.Linear], pool: Tensor) -> dict[str, Times]:
                 for way, run in runs.items():
                     if None not in times[name][way]:
                         tried.setdefault(way, {})[name] = partial(run, x)
-            return _race(tried, turns=1)
+            return _race(tried)
 
         for number in range(len(tokens)):
             for name, found in race(number).items():
                 limit = _BEHIND * min(found.values())
                 for way, row in times[name].items():
                     spent = found.get(way)
+                    # These fall back further where their time grows with the tokens; dense not by AMX and in float32.
+                    growing = way == "packed" or (way == "dense" and dense_grows and dtypes[name] != torch.float32)
                     grows = spent is not None and number > 0 and spent > _GROWS * (row[-1] or 0)
-                    behind = spent is None or (grows and way in growing and spent > limit)
-                    row.append(None if behind else spent)
+                    row.append(None if spent is None or (grows and growing and spent > limit) else spent)
         # Others may hold the processor for as long as all ways of one class take: each has another turn much later.
         for number in range(len(tokens)):
             for name, found in race(number).items():
@@ -188,33 +157,26 @@ def measure(layers: Mapping[str, nn.Linear], pool: Tensor) -> dict[str, Times]:
     }
 
 
-def _race(
-    candidates: Mapping[_Name, Mapping[str, Callable[[], object]]], turns: int = _TURNS
-) -> dict[str, dict[_Name, float]]:
-    """What -> way -> the least microseconds of some runs, in turns, so that what disturbs one disturbs all.
+def _race(candidates: Mapping[Way, Mapping[str, Callable[[], object]]]) -> dict[str, dict[Way, float]]:
+    """What -> way -> the least microseconds of some runs.
 
     The least, for what disturbs only adds: where others hold the processor, most runs may take a hundred times as long.
-    In a turn all that goes one way does so several times, one after another, as in a pass over a model: what ran before
-    leaves the caches, the memory and the threads in a state that another way would not leave.
+    All that goes one way does so several times, one after another, as in a pass over a model: what ran before leaves
+    the caches, the memory and the threads in a state that another way would not leave.
 
     Args:
         candidates: way -> what -> a run of it.
     """
-    spent: dict[str, dict[_Name, list[float]]] = {}
-    for turn in range(turns):
-        left = {what: _BEHIND * min(map(min, ways.values())) for what, ways in spent.items()}
-        for way, runs in candidates.items():
-            for number in range(_RUNS):
-                for what, run in runs.items():
-                    times = spent.setdefault(what, {}).setdefault(way, [])
-                    if turn and min(times) > left[what]:
-                        continue
-                    wall, used = time.perf_counter(), time.process_time()
-                    run()
-                    # Where others hold the processor, the clock on the wall says much more than what one thread used.
-                    took = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
-                    if turn or number:  # the first run warms up
-                        times.append(took)
+    spent: dict[str, dict[Way, list[float]]] = {}
+    for way, runs in candidates.items():
+        for number in range(_RUNS):
+            for what, run in runs.items():
+                wall, used = time.perf_counter(), time.process_time()
+                run()
+                # Where others hold the processor, the clock on the wall says much more than what one thread used.
+                took = min(time.perf_counter() - wall, time.process_time() - used) * 1e6
+                if number:  # the first run warms up
+                    spent.setdefault(what, {}).setdefault(way, []).append(took)
     return {what: {way: min(times) for way, times in ways.items()} for what, ways in spent.items()}
 
 

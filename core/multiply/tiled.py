@@ -21,7 +21,7 @@ from lora_rt.core.native import openmp
 _log = logging.getLogger("lora_rt.base")
 
 _OUTPUTS, _INPUTS = 16, 32  # of a tile
-_WIDEST = 1 << 13  # inputs: a copy of 48 rows stands on each thread's stack, 768 KiB
+_WIDEST = 3 << 13  # inputs: a copy of 16 rows stands on each thread's stack, 768 KiB
 _LEAST = 1 << 16  # numbers of a weight, below which the way to the kernel takes longer than the product
 _PARTS = 4  # for each thread
 _Arguments = ctypes.c_int64 * 9

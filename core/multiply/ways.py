@@ -77,10 +77,12 @@ def kept_in(copy: Copy, dtype: torch.dtype) -> torch.dtype:
     return {"narrow": dtype, "half": torch.float16}.get(copy, torch.float32)
 
 
-def nbytes_of(copy: Copy, layer: nn.Linear, computed: torch.dtype) -> int:
-    """The memory that a copy of a layer takes which computes in `computed`."""
+def nbytes_of(copy: Copy, layer: nn.Linear) -> int:
+    """The memory that a copy takes of a layer whose product can be made in other ways."""
     if copy == "four-bit":
         return four_bit.nbytes_of(layer.out_features, layer.in_features)
+    computed = computes_in(layer)
+    assert computed is not None
     return layer.out_features * layer.in_features * kept_in(copy, computed).itemsize
 
 

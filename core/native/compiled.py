@@ -110,7 +110,7 @@ def _remembered(function: Any, options: dict[str, Any], uses: Sequence[str]) -> 
 def _folder(*files: Path) -> Path:
     """Where what is compiled of files is kept: numba sees neither options nor a change that keeps size and date."""
     sources = b"".join(path.read_bytes() for path in (Path(__file__), *files))
-    return home.home() / "kernels" / f"{__version__}-{hashlib.sha256(sources).hexdigest()[:8]}"
+    return home.kernels() / f"{__version__}-{hashlib.sha256(sources).hexdigest()[:8]}"
 
 
 def _sturdy(dispatcher: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Functions in LLVM's terms: loops around what is built, outputs that threads share, and how a module is compiled."""
+"""Functions in LLVM's terms: what they are given, outputs that threads share, and how a module is compiled."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,11 @@ from lora_rt.registry import durable, home
 _DIGEST = hashlib.sha256().digest_size
 
 
-@contextmanager
-def counting(b: Any, start: Any, stop: Any, step: int) -> Iterator[Any]:
-    """A loop around what is built in the block, whose number is given; not run at all where start is not below stop."""
-    test, inside, after = (b.append_basic_block() for _ in range(3))
-    before = b.block
-    b.branch(test)
-    b.position_at_end(test)
-    number = b.phi(I64)
-    number.add_incoming(start, before)
-    b.cbranch(b.icmp_signed("<", number, stop), inside, after)
-    b.position_at_end(inside)
-    yield number
-    number.add_incoming(b.add(number, I64(step)), b.block)
-    b.branch(test)
-    b.position_at_end(after)
+def taking(module: Any, name: str, arguments: int = 9) -> tuple[Any, Any, list[Any]]:
+    """A function that is given the address of so many int64: itself, its builder, and what stands there."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
+    b = ir.IRBuilder(function.append_basic_block())
+    return function, b, [b.load(b.gep(function.args[0], [I64(place)])) for place in range(arguments)]
 
 
 def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run", *, arguments: int = 9) -> None:
@@ -88,7 +78,7 @@ def addresses_of(build: Callable[[], Any], *names: str, uses: Sequence[str], tol
     sources = [Path(__file__), *map(Path, uses)]
     facts = f"{cpu} {features} {binding.llvm_version_info} {told}".encode()
     name = hashlib.sha256(b"".join([facts, *(path.read_bytes() for path in sources)])).hexdigest()
-    place = home.home() / "kernels" / f"{name[:24]}.o"
+    place = home.kernels() / f"{name[:24]}.o"
     code = _kept(place)
     if code is None:
         code = _compiled(build(), machine)

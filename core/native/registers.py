@@ -41,6 +41,38 @@ EXP_SERIES = (
 )
 
 
+@contextmanager
+def counting(b: Any, start: Any, stop: Any, step: int, values: list[Any] | None = None) -> Iterator[Any]:
+    """A loop around what is built in the block, whose number is given; not run at all where start is not below stop.
+
+    Args:
+        values: what each round makes of those of the round before: the block changes the list; behind it they stand.
+    """
+    kept = [] if values is None else values
+    before, test, inside, after = b.block, *(b.append_basic_block() for _ in range(3))
+    b.branch(test)
+    b.position_at_end(test)
+    number, found = b.phi(I64), [b.phi(value.type) for value in kept]
+    number.add_incoming(start, before)
+    for phi, value in zip(found, kept, strict=True):
+        phi.add_incoming(value, before)
+    b.cbranch(b.icmp_signed("<", number, stop), inside, after)
+    b.position_at_end(inside)
+    kept[:] = found
+    yield number
+    number.add_incoming(b.add(number, I64(step)), b.block)
+    for phi, value in zip(found, kept, strict=True):
+        phi.add_incoming(value, b.block)
+    b.branch(test)
+    b.position_at_end(after)
+    kept[:] = found
+
+
+def least(b: Any, one: Any, other: Any) -> Any:
+    """The smaller one of two int64."""
+    return b.select(b.icmp_signed("<", one, other), one, other)
+
+
 class Registers:
     """Vectors of V numbers, and what a function that is being built does with them."""
 
@@ -155,31 +187,6 @@ class Registers:
             sums = [self.builder.fadd(self.picked(*pair, low), self.picked(*pair, high)) for pair in pairs]
             unit *= 2
         return list(sums)
-
-    @contextmanager
-    def loop(self, count: Any, values: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
-        """A loop around what is built in the block, from 0 to `count`.
-
-        It gives its number and a list of its values, in which they are changed; behind it they stand in `values`.
-        """
-        b = self.builder
-        before, test, inside, after = b.block, *(b.append_basic_block() for _ in range(3))
-        b.branch(test)
-        b.position_at_end(test)
-        number, found = b.phi(I64), [b.phi(value.type) for value in values]
-        number.add_incoming(I64(0), before)
-        for phi, value in zip(found, values, strict=True):
-            phi.add_incoming(value, before)
-        b.cbranch(b.icmp_signed("<", number, count), inside, after)
-        b.position_at_end(inside)
-        now = list(found)
-        yield number, now
-        number.add_incoming(b.add(number, I64(1)), b.block)
-        for phi, value in zip(found, now, strict=True):
-            phi.add_incoming(value, b.block)
-        b.branch(test)
-        b.position_at_end(after)
-        values[:] = found
 
 
 def _neighbours(lanes: int, unit: int) -> tuple[list[int], list[int]]:

@@ -26,7 +26,6 @@ from lora_rt.registry.files import STATE, WEIGHTS
 
 _LOGGER = logging.getLogger("lora_rt.training")
 _MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # as PEFT lists them
-SAVED_DTYPE = torch.bfloat16
 
 
 def fresh_adapter(base: LoadedBase, settings: TrainSettings) -> Any:
@@ -131,7 +130,7 @@ def write_adapter(model: Any, base: BaseIdentity, state: nn.Module | None, folde
     config.save_pretrained(folder)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file(
-        {k: v.to(SAVED_DTYPE).contiguous() for k, v in tensors.items()},
+        {k: v.bfloat16().contiguous() for k, v in tensors.items()},
         folder / WEIGHTS,
         {"format": "pt"},
     )

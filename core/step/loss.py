@@ -26,17 +26,14 @@ def batch_loss(model: nn.Module, inputs: Mapping[str, Any], objective: Objective
         return total.sum() / count.sum().clamp(min=1)
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     loss = objective.loss(logits, labels, inputs.get("extra", {}))
-    return plain_loss(logits, labels) if loss is None else loss
+    if loss is not None:
+        return loss
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 def is_plain(objective: Objective) -> bool:
     """Whether the loss is the runtime's own, and not the mode's."""
     return type(objective).loss is Objective.loss
-
-
-def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy per labelled token; logits (batch, tokens, vocab), labels (batch, tokens) unshifted."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 def label_nll(model: nn.Module, inputs: Mapping[str, Any], *, packed: bool = False) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def test_what_is_no_number_stays_in_its_row() -> None:
     "weight",
     [
         given(8, 64 * IN),
-        given(OUT, 1 << 14),
+        given(OUT, 1 << 15),
         given(OUT, IN + 16),
         given(OUT, IN).float(),
         given(IN, OUT).T,

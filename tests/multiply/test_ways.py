@@ -17,17 +17,17 @@ from torch.nn.functional import linear
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.precision import check_wish
 from lora_rt.core.base.source import BaseError
-from lora_rt.core.memory.config import read_config
-from lora_rt.core.memory.estimate import plan_memory
+from lora_rt.core.memory.estimate import plan_memory, read_config
 from lora_rt.core.memory.workload import Workload
 from lora_rt.core.multiply import measured
 from lora_rt.core.multiply import ways as multiply
-from lora_rt.core.multiply.fastest import Products, Ways, choose, fastest, is_left_unpacked, told
-from lora_rt.core.multiply.measured import layer_name, measure, quickest, remembered, times_of
+from lora_rt.core.multiply.fastest import Products, Ways, choose, fastest, is_left_unpacked
+from lora_rt.core.multiply.measured import layer_name, measure, remembered, times_of
 from lora_rt.core.multiply.product import Product, looking
 from lora_rt.core.multiply.ways import SIZES, Way, dense_weight, ways_of, widened_product
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import UsageError
+from lora_rt.registry import home
 from support.cli import Cli, command_line
 from support.tiny import Zoo
 
@@ -322,7 +322,7 @@ def test_a_way_that_falls_behind_is_tried_on_where_it_may_catch_up(
     """Units for bfloat16 take their time to lay a weight out, and are the fastest with many tokens."""
     turn = iter(range(12))
 
-    def race(tried: dict[str, dict[str, object]], turns: int) -> dict[str, dict[str, float]]:
+    def race(tried: dict[str, dict[str, object]]) -> dict[str, dict[str, float]]:
         number = next(turn) % 6
         return {
             name: {way: 100.0 * growing**number if way == "dense" else 10.0 for way in tried if name in tried[way]}
@@ -417,17 +417,15 @@ def test_one_process_stays_with_what_it_measured_whatever_becomes_of_the_file(
     assert times_of({layer_name(module): module}) == first
 
 
-def test_what_adapters_add_is_measured_once_a_machine_and_told_by_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "_known", {})
-    ran: list[str] = []
-    ways = {name: lambda name=name: ran.append(name) for name in ("float32", "bfloat16")}
-    first = quickest("adapters", ways)
-    assert set(ran) == {"float32", "bfloat16"}
-    monkeypatch.setattr(measured, "_known", {})
-    ran.clear()
-    assert quickest("adapters", ways) == first
-    assert not ran
-    assert told("adapters", remembered()[measured.machine_name()]["adapters"]) == f"many tokens {first}"
+def test_what_is_remembered_of_no_layer_is_not_told() -> None:
+    """Another version kept such figures, and a file may be damaged."""
+    module = layer()
+    times_of({layer_name(module): module})
+    file = home.home() / "multiply.json"
+    document = json.loads(file.read_text())
+    document[measured.machine_name()] |= {name: {"packed": [1.0] * len(SIZES)} for name in ("adapters", "a b c d")}
+    file.write_text(json.dumps(document))
+    assert set(remembered()[measured.machine_name()]) == {layer_name(module)}
 
 
 def test_measuring_gives_every_way_of_every_kind_of_layer_a_time() -> None:
