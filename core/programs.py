@@ -132,9 +132,12 @@ def evaluate(
     from lora_rt.core.evaluation.matrix import evaluate as measure
     from lora_rt.core.runtime import Runtime
 
-    loaded = runtime or Runtime.load(base, precision=precision, device=device)
-    columns = {one if isinstance(one, str) else str(Composition.of(one)): one for one in wanted}
-    return measure(loaded, sets, {name: Composition.of(one) for name, one in columns.items() if one is not None})
+    named = {one if isinstance(one, str) else str(Composition.of(one)): one for one in wanted}
+    columns = {name: Composition.of(one) for name, one in named.items() if one is not None}
+    if runtime is not None:
+        return measure(runtime, sets, columns)
+    with Runtime.load(base, precision=precision, device=device) as loaded:
+        return measure(loaded, sets, columns)
 
 
 def prepare(base: str | PathLike[str] = "default", *, precision: str = "bfloat16") -> Path:

@@ -81,8 +81,7 @@ def plan(
         workload.check()
     check_targets(workload.target_modules, parse_base(chosen_base))
     with starting():
-        from lora_rt.core.memory.config import read_config
-        from lora_rt.core.memory.estimate import plan_memory
+        from lora_rt.core.memory.estimate import plan_memory, read_config
         from lora_rt.core.memory.fit import document
 
         workload = workload if kind else replace(workload, device=_here())

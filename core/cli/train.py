@@ -19,7 +19,7 @@ from lora_rt.core.cli.console import out as console
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.step.runfile import read_run, written
 from lora_rt.core.step.settings import TrainSettings, check_targets
-from lora_rt.core.training.data import read_lines
+from lora_rt.core.training.data import read_pairs
 from lora_rt.core.training.destination import Destination
 from lora_rt.core.training.processes import speaking_once
 from lora_rt.core.training.run import train as run
@@ -264,7 +264,7 @@ def _check(given: Mapping[str, Any], out: Path | None, attempt: Attempt) -> None
     ours = any(record.name == settings.mode and record.package == OURS for record in modes.records)
     for path in (given["data"], settings.held_out):
         if path is not None:
-            attempt(lambda path=path: read_lines(path, ("scene", "text") if ours else (), chats=True))  # type: ignore[misc]
+            attempt(lambda path=path: read_pairs(path, ("scene", "text") if ours else (), chats=True))  # type: ignore[misc]
 
 
 def _missing(spelled: str) -> None:

@@ -2,8 +2,7 @@
 
 run.py            one export from text to folder
 outline.py        what there is to know of the base without its weights
-terms.py          which adapters, with which weight in which block
-static.py         whether what a mode does at inference can be written down as weights
+terms.py          which adapters, with which weight in which block, and whether that can be written down
 combine.py        one pair of factors per layer
 peft.py           ... as a PEFT directory
 gguf.py           ... as a GGUF file for llama.cpp and Ollama

@@ -24,6 +24,7 @@ from typing import Any
 
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.export import ExportError
+from lora_rt.core.generation.numbers import real
 from lora_rt.registry.durable import check_new_folder
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, STATE, WEIGHTS, UnusableFileError, open_plain
 from lora_rt.registry.inspection.keys import plain_key
@@ -94,7 +95,24 @@ def _config(source: Path) -> dict[str, Any]:
         raise ExportError(text, next_step="Give the folder of an adapter") from error
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
         raise ExportError(f"{source} is not a LoRA of PEFT", next_step="Give the folder of one")
+    found = {"r": 8, "lora_alpha": 8, **found}  # PEFT's own, where a configuration says none
+    if odd := [f"{key} is {found[key]!r:.40}" for key in ("r", "lora_alpha") if real(found[key]) is None]:
+        raise ExportError(f"{source}/{CONFIG} can't be read", problems=odd, next_step="Give the folder of an adapter")
     return found
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ExportError: the file is not there, or is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{file} can't be read: {error}", next_step="Fetch the adapter again") from error
 
 
 def _weights(source: Path, work: Path) -> list[str]:
@@ -104,9 +122,9 @@ def _weights(source: Path, work: Path) -> list[str]:
         return []
     parts = sorted(source.glob("adapter_model-*.safetensors"))
     if parts:
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
 
-        save_file({k: v for part in parts for k, v in load_file(part).items()}, work / WEIGHTS, {"format": "pt"})
+        save_file({k: v for part in parts for k, v in _tensors(part).items()}, work / WEIGHTS, {"format": "pt"})
         return ["its parts are one file"]
     if not (source / _PICKLE).is_file():
         raise ExportError(f"{source} holds neither {WEIGHTS} nor {_PICKLE}", next_step="Fetch the adapter again")
@@ -125,7 +143,7 @@ def _weights(source: Path, work: Path) -> list[str]:
 
 def _plain(work: Path, config: Mapping[str, Any], start: str, base: str | None, initial: Path | None) -> dict[str, Any]:
     """Take off what the adapter began with; the configuration of what is left."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     if start.startswith("loftq"):
         text = "LoftQ quantizes its base anew, which no LoRA of low rank undoes"
@@ -136,7 +154,7 @@ def _plain(work: Path, config: Mapping[str, Any], start: str, base: str | None, 
         text = f"it is {start} with DoRA, whose change is not the difference of two LoRAs"
         raise ExportError(text, next_step="Merge it into its base with PEFT (merge_and_unload)")
     if initial is not None:
-        before = load_file(initial / WEIGHTS)
+        before = _tensors(initial / WEIGHTS)
     elif start in _FROM_BASE and base is not None:
         before = _first_factors(config, base)
     elif start in _FROM_BASE:
@@ -146,7 +164,7 @@ def _plain(work: Path, config: Mapping[str, Any], start: str, base: str | None, 
         text = f"what {start} begins with can't be computed anew from the base alone"
         raise ExportError(text, next_step="Give --initial, the folder of the adapter saved before training")
     before = {plain_key(key): tensor for key, tensor in before.items()}
-    after = {plain_key(key): tensor for key, tensor in load_file(work / WEIGHTS).items()}
+    after = {plain_key(key): tensor for key, tensor in _tensors(work / WEIGHTS).items()}
     if problems := [key for key in after if ".lora_" in key and key not in before]:
         text = "the factors before training are not of the same layers"
         raise ExportError(text, problems=problems[:10], next_step="Give the base or --initial of this very adapter")

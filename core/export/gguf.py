@@ -22,7 +22,7 @@ from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export import ExportError
 from lora_rt.core.export.architectures import places
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_gguf_adapter(
@@ -99,9 +99,5 @@ def _describe(writer: Any, name: str, base: str, licence: str) -> None:
 def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     import gguf
 
-    values = tensor.detach().cpu().to(dtype).contiguous()
-    if dtype is torch.bfloat16:  # numpy has no such type
-        kind = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(name, values.view(torch.uint8).numpy(), raw_dtype=kind)
-    else:
-        writer.add_tensor(name, values.numpy())
+    kind = gguf.GGMLQuantizationType[_KINDS[dtype]]
+    writer.add_tensor(name, gguf.quantize(tensor.detach().float().cpu().numpy(), kind), raw_dtype=kind)

@@ -12,16 +12,16 @@ import torch
 
 from lora_rt.core.base.source import text_of
 from lora_rt.core.engine.stack import Factors
-from lora_rt.core.export import about
+from lora_rt.core.export import ExportError, about
 from lora_rt.core.export.architectures import architecture_of
 from lora_rt.core.export.combine import acting_at, combine, rounded
 from lora_rt.core.export.gguf import write_gguf_adapter
 from lora_rt.core.export.merged import write_merged
 from lora_rt.core.export.outline import Outline, outline
 from lora_rt.core.export.peft import write_peft_adapter
-from lora_rt.core.export.static import check_static
-from lora_rt.core.export.terms import ExportTerm, find_terms, key_of, raise_all, read_terms
+from lora_rt.core.export.terms import ExportTerm, check_static, find_terms, key_of, read_terms
 from lora_rt.core.requests.composition import Composition, CompositionLike
+from lora_rt.core.requests.named import raise_all
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import durable, files
@@ -145,7 +145,7 @@ class Gathered:
         """
         _check_format(to, dtype)
         wrong = [*self.failures, *(() if static else self.dynamic)]
-        raise_all(wrong, f"{len(wrong)} terms of {self.text} can't be exported")
+        raise_all(wrong, f"{len(wrong)} terms of {self.text} can't be exported", ExportError)
         out, left_out = Path(out), static and bool(self.dynamic)
         factors = combine(self.terms, self.base)
         chosen = dtype or (torch.bfloat16 if to == "merged" else torch.float32)

@@ -16,6 +16,8 @@ from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.named import check_pin, expanded
 from lora_rt.core.requests.reading import own_weights_in, read_adapter
 from lora_rt.errors import LoraRtError
+from lora_rt.plugins.contract import AdapterView
+from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
@@ -108,13 +110,29 @@ def key_of(base: Outline, terms: Sequence[Fingerprint]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def raise_all(failures: Sequence[LoraRtError], summary: str) -> None:
-    """Raise what was collected: one as it is, several as one that names them all, none not at all."""
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        lines = [line for error in failures for line in (str(error).splitlines()[0], *error.problems)]
-        raise ExportError(summary, problems=lines, next_step="See to each of these:")
+def check_static(terms: Sequence[ExportTerm], modes: ModeHost, base: Outline) -> tuple[list[str], list[LoraRtError]]:
+    """Notes on adapters whose mode could act at inference and does not; and the terms that are not static.
+
+    A term that waits for a text has no constant weight, nor has one of a composition whose mode decides; and whether an
+    adapter's own mode gates this one, or decides its weight, is for that mode to say (`lora_rt_static`).
+    """
+    failures: list[LoraRtError] = [_dynamic(t.name, f"it waits for {t.after!r}") for t in terms if t.after]
+    failures += [_dynamic(term.name, term.decided) for term in terms if term.decided]
+    notes = []
+    for term in terms:
+        adapter = term.adapter
+        try:
+            acts = modes.acting_hooks(adapter.mode)
+            view = AdapterView(adapter.name, adapter.card, adapter.state, base.facts)
+            why = modes.why_not_static(adapter.mode, view) if acts else ""
+        except LoraRtError as error:
+            failures.append(error)
+            continue
+        if why:
+            failures.append(_dynamic(term.name, f"its mode {adapter.mode!r} {why}"))
+        elif acts:
+            notes.append(f"{term.name}: its mode {adapter.mode!r} can act at inference, and leaves this one alone")
+    return notes, failures
 
 
 def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
@@ -167,3 +185,9 @@ def _united(terms: Sequence[ExportTerm]) -> list[ExportTerm]:
         else:
             kept[key] = term
     return list(kept.values())
+
+
+def _dynamic(name: str, why: str) -> ExportError:
+    return ExportError(
+        f"{name!r} has no static equivalent: {why}", next_step="Use --static to export it as if it were always on"
+    )

@@ -35,17 +35,12 @@ class RowSampler:
         self._generator: torch.Generator | None = None
         if not sampling.greedy:
             self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        self._said: dict[int, None] = {}
+        self.penalised: dict[int, None] = {}  # tokens whose scores the repetition penalty changes
 
     def said(self, token: int) -> None:
         """Note a token of the answer."""
         if self.sampling.repetition_penalty != 1.0:
-            self._said[token] = None
-
-    @property
-    def penalised(self) -> Collection[int]:
-        """The tokens whose scores the repetition penalty changes."""
-        return self._said
+            self.penalised[token] = None
 
     def uniform(self) -> float:
         """The row's next random number, from 0 to below 1."""

@@ -222,11 +222,6 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return TextFormat(tokenizer).prompt_ids(prompt)
 
 
-def answer_ids(tokenizer: Any, text: str) -> list[int]:
-    """`TextFormat.answer_ids` with a tokenizer alone."""
-    return TextFormat(tokenizer).answer_ids(text)
-
-
 def template_variables(pairs: Sequence[str]) -> dict[str, Any]:
     """The chat template's variables as a command line gives them, KEY=VALUE; true, false and numbers are read as such.
 

@@ -6,7 +6,7 @@ Such rows may be a caller's own tensors, which are checked first.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from lora_rt.core.base.shape import pad_right
 from lora_rt.core.forward.causal_lm import CausalLM
-from lora_rt.core.generation.row import DecodingRow, PassInfo, Planner, check_lengths
+from lora_rt.core.generation.row import DecodingRow, PassInfo, Planner, R, check_lengths
 from lora_rt.errors import LoraRtError
-
-R = TypeVar("R", bound=DecodingRow)
 
 
 def whole_logits(lm: CausalLM, planner: Planner[R], rows: Sequence[R], ids: Tensor, mask: Tensor) -> Tensor:

@@ -10,16 +10,6 @@ from typing import Any
 _REPLACEMENT = "\ufffd"
 
 
-def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of an answer, without special tokens: what streaming it gives.
-
-    Decoding all at once would differ where the bytes of an answer are no text: some tokenizers then take back what
-    they made of the bytes before.
-    """
-    stream = TextStream(tokenizer)
-    return "".join([*(stream.push(token) for token in ids), stream.rest()])
-
-
 def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds, control tokens too; a character of several stands at its last one.
 

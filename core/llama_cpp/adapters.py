@@ -13,7 +13,7 @@ from lora_rt.core.export import ExportError
 from lora_rt.core.llama_cpp.base import GgufBase
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term
-from lora_rt.core.requests.named import check_pin, expanded
+from lora_rt.core.requests.named import check_pin, expanded, raise_all
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.registry import Registry
@@ -63,11 +63,7 @@ class Adapters:
                     found[one.file] = one if before is None else before.and_again(one)
             except LoraRtError as error:
                 failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            problems = [line for e in failures for line in (f"{e.message}. {e.next_step}", *e.problems)]
-            raise LoraRtError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
+        raise_all(failures, f"{len(failures)} terms of {composition} can't be used")
         return list(found.values())
 
     def _of_term(self, term: Term) -> ScaledAdapter:

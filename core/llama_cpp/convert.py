@@ -7,6 +7,7 @@ calibration: a file that somebody has quantized with care is the better base.
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,14 @@ def write_gguf_base(path: Path, folder: Path, precision: str) -> None:
     check_convertible(folder.name, AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
     kind = KINDS[precision]
-    with libraries_silenced(), step(f"converting {folder.name} to {kind} for llama.cpp (once; it is kept)"):
+    told = f"converting {folder.name} to {kind} for llama.cpp (once; it is kept)"
+    with libraries_silenced(), step(told), ExitStack() as opened:
         try:
             model = whole_model(folder, dtype="auto")
         except UNREADABLE as error:
             raise BaseError(f"{folder} can't be loaded: {first_line(error)}", next_step="Fetch it again") from error
         config, architecture = model.config, architecture_of(model.config)
-        writer = gguf.GGUFWriter(path, architecture.name)
+        writer = opened.enter_context(closing(gguf.GGUFWriter(path, architecture.name)))
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
         _describe(writer, config)
         number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
@@ -77,7 +79,6 @@ def write_gguf_base(path: Path, folder: Path, precision: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
 
 
 def _describe(writer: Any, config: Any) -> None:

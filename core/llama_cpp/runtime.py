@@ -14,7 +14,7 @@ from lora_rt.core.llama_cpp.adapters import Adapters
 from lora_rt.core.llama_cpp.base import GgufBase, open_base
 from lora_rt.core.llama_cpp.server import LlamaServer, check_installed
 from lora_rt.core.requests.answered import AdapterOrigin
-from lora_rt.core.requests.composition import Composition, CompositionLike
+from lora_rt.core.requests.composition import Composition, CompositionLike, per_row
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.plugins.manager import ModeHost
@@ -99,8 +99,9 @@ class LlamaRuntime:
         Raises:
             LoraRtError: a prompt, composition or setting can't be used.
         """
-        several = compositions if isinstance(compositions, list) else [compositions] * len(prompts)
-        pairs = zip(prompts, several, strict=True)
+        if not prompts:
+            return []
+        pairs = zip(prompts, per_row(compositions, len(prompts)), strict=True)
         streams = [self.stream(prompt, composition, seed=seed, **sampling) for prompt, composition in pairs]
         self.server({path for stream in streams for path in stream.scales}, max(s.most for s in streams))
         return ["".join(stream) for stream in streams]

@@ -8,9 +8,9 @@ tokenizers library, and its chat templates run in Jinja's sandbox. A tokenizer w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,13 +19,6 @@ from lora_rt.core.base.probe import template_environment
 
 FILE = "tokenizer.json"
 _DIFFICULT = ("The rain: it's 12 o'clock,\n\tand élan 雨", "a", " a  b ", "", "<|im_end|> </s> <eos> [INST]\ufffd🙂")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What a call of the tokenizer gives."""
-
-    input_ids: list[int]
 
 
 class Words:
@@ -42,9 +35,9 @@ class Words:
         self.pad_token_id: int | None = facts["pad_token_id"]
         self._named: dict[str, Any] = facts["special_tokens_map"]
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> SimpleNamespace:
         """The tokens of a text."""
-        return Encoded(self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return SimpleNamespace(input_ids=self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     @cached_property
     def added_tokens_decoder(self) -> Mapping[int, Any]:

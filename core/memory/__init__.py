@@ -5,11 +5,11 @@ layers that it would replace, and PyTorch's fake tensors stand in for what would
 then done with it, with the product's own code: a prefill under an adapter bank's plan, a step of a training run with
 PEFT's layers and our loss. The tensors alive at each moment are counted. So there is no formula per architecture.
 
-config.py    the configuration of a base            inference.py  weights, adapters, KV cache, prefill
+estimate.py  all precisions of one base             inference.py  weights, adapters, KV cache, prefill
 skeleton.py  the base without its weights           training.py   gradients, optimizer, activations of a step
 live.py      what is alive while code runs          fit.py        what fits on a device
-estimate.py  all precisions of one base             portions.py   how a run does its steps on what is free
-workload.py  what is planned for                    upstream.py   what torch and transformers do not promise
+workload.py  what is planned for                    portions.py   how a run does its steps on what is free
+                                                    upstream.py   what torch and transformers do not promise
 
 Knows transformers, bitsandbytes and PEFT through `core.base`, `core.engine` and `core.step`; loads no weights.
 """

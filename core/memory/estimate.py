@@ -8,8 +8,10 @@ from typing import Any
 
 import psutil
 
+from lora_rt.core.base.identity import label_of
 from lora_rt.core.base.precision import Precision
-from lora_rt.core.memory.config import BaseConfig
+from lora_rt.core.base.reading import config_alone
+from lora_rt.core.base.source import parse_base
 from lora_rt.core.memory.inference import InferenceMemory, plan_inference
 from lora_rt.core.memory.skeleton import skeleton
 from lora_rt.core.memory.training import TrainingMemory, plan_training
@@ -17,6 +19,29 @@ from lora_rt.core.memory.workload import Workload
 
 _TOUCHED = 112 << 20
 """What a run of the default base has beside its tensors and its imports: tokenizer, pages of libraries, kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseConfig:
+    """A base's name and transformers' configuration of it."""
+
+    name: str
+    config: Any
+
+    @property
+    def text(self) -> Any:
+        """The part of the configuration that describes the language model."""
+        return self.config.get_text_config()
+
+
+def read_config(base: str) -> BaseConfig:
+    """The configuration of "default", a folder, a GGUF file (its header), or a hub id (config.json alone).
+
+    Raises:
+        BaseError: there is none, it can't be fetched, or transformers can't read it.
+    """
+    source = parse_base(base)
+    return BaseConfig(label_of(source), config_alone(source))
 
 
 @dataclass(frozen=True, slots=True)

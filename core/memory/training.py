@@ -59,12 +59,7 @@ class TrainingMemory:
     @property
     def fixed(self) -> int:
         """What does not grow with the batch."""
-        return self.weights + self.step_beside_activations
-
-    @property
-    def step_beside_activations(self) -> int:
-        """What a run needs beside the base and its activations."""
-        return self.adapter + self.gradients + self.optimizer + self.workspace
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.workspace
 
 
 def plan_training(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,14 +38,9 @@ class Workload:
     def check(self) -> None:
         """Raises PlanError with everything that is out of range."""
         least = {"r": 1, "batch": 1, "seq": 2, "adapters": 0, "labels": 1, "processes": 1}
-        problems = [f"{name} is {getattr(self, name)}; it must be at least {n}" for name, n in least.items()]
-        problems = [p for p, (name, n) in zip(problems, least.items(), strict=True) if getattr(self, name) < n]
-        most = {"r": 2**16, "batch": 2**16, "seq": 2**24, "adapters": 2**16}
-        problems += [
-            f"{name} is {getattr(self, name)}; it must be at most {n}"
-            for name, n in most.items()
-            if getattr(self, name) > n
-        ]
+        most, own = {"r": 2**16, "batch": 2**16, "seq": 2**24, "adapters": 2**16}, asdict(self)
+        problems = [f"{name} is {own[name]}; it must be at least {n}" for name, n in least.items() if own[name] < n]
+        problems += [f"{name} is {own[name]}; it must be at most {n}" for name, n in most.items() if own[name] > n]
         if not problems and self.batch * self.seq > _MOST_TOKENS:
             problems.append(f"batch x seq is {self.batch * self.seq}; it must be at most {_MOST_TOKENS}")
         if not problems and self.batch % self.processes:

@@ -20,10 +20,10 @@ from lora_rt.core.generation.row import PassInfo
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
 from lora_rt.core.multiply.fastest import Products
-from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.composition import Composition, per_row
 from lora_rt.core.requests.planner import RowPlanner
 from lora_rt.core.requests.residents import Residents
-from lora_rt.core.requests.rows import Compositions, Row, Scenes, Turns, per_row, scenes_per_row
+from lora_rt.core.requests.rows import Compositions, Row, Scenes, Turns, scenes_per_row
 from lora_rt.core.requests.running import RequestRow, Weigh
 from lora_rt.core.requests.scene_classifier import SceneClassifier
 from lora_rt.core.requests.timeline import Timeline

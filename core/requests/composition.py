@@ -249,3 +249,27 @@ def _weight(text: str) -> float:
     if "_" in text or not math.isfinite(value):
         raise LoraRtError(f"the weight {text} is not a finite number")
     return value
+
+
+class RequestError(LoraRtError):
+    """A request whose parts do not fit together."""
+
+
+Compositions = CompositionLike | None | Sequence[CompositionLike | None]
+"""One composition for all rows of a request, or a list of one per row."""
+
+
+def per_row(value: Compositions, rows: int) -> list[Composition | None]:
+    """One composition per row; a single one stands for all of them.
+
+    Raises:
+        RequestError: a list of another length.
+        InvalidCompositionError: one that is not a composition.
+    """
+    given: Any = value
+    single = given is None or isinstance(given, (str, Composition, Mapping)) or not isinstance(given, Sequence)
+    if single or (given and all(isinstance(item, Term) for item in given)):
+        return [Composition.of(given)] * rows
+    if len(given) != rows:
+        raise RequestError(f"{len(given)} compositions for {rows} rows", next_step="Give one for all, or one per row")
+    return [Composition.of(item) for item in given]

@@ -13,6 +13,8 @@ which are brought a little away from 0 where they cancel.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -70,14 +72,7 @@ def _gate(
         if headed:
             factors = where if share.heads is None else where * share.heads
             heads.append(factors if gate is None or gate.heads is None else factors * gate.heads)
-    return Gate(ranks=_sum(ranks), heads=_sum(heads) if headed else None)
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return Gate(ranks=reduce(add, ranks), heads=reduce(add, heads) if headed else None)
 
 
 def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -> Gate:
@@ -92,10 +87,10 @@ def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -
             parts.append((weight if gate.ranks is None else weight * gate.ranks, gate.heads))
     if not parts:
         return Gate(ranks=static)
-    total = _sum([ranks for ranks, _ in parts])
+    total = reduce(add, (ranks for ranks, _ in parts))
     if all(heads is None for _, heads in parts):
         return Gate(ranks=total)
-    headed = _sum([ranks if heads is None else ranks * heads for ranks, heads in parts])
+    headed = reduce(add, (ranks if heads is None else ranks * heads for ranks, heads in parts))
     total = torch.where(total == 0, _NEARLY_NONE, total)  # shares that cancel leave what their heads differ by
     return Gate(ranks=total, heads=headed / total)
 

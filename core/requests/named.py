@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 from lora_rt.core.requests.composition import Term
@@ -32,6 +32,15 @@ def check_pin(term: Term, name: str, sha256: str) -> None:
     if term.sha256 and sha256 != term.sha256:
         text = f"{term.composition!r} was tuned for other files of {name!r}: {term.sha256[:12]}, not {sha256[:12]}"
         raise LoraRtError(text, next_step="Tune it again with: lora-rt tune")
+
+
+def raise_all(failures: Sequence[LoraRtError], summary: str, kind: type[LoraRtError] = LoraRtError) -> None:
+    """Raise what was collected: one as it is, several as one that names them all, none not at all."""
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        lines = [line for error in failures for line in (str(error).splitlines()[0], *error.problems)]
+        raise kind(summary, problems=lines, next_step="See to each of these:")
 
 
 def named_composition(term: Term, compositions: NamedLookup) -> NamedComposition | None:

@@ -35,6 +35,8 @@ from lora_rt.plugins.contract import BaseFacts, Gate, GateContext, JointGateCont
 from lora_rt.plugins.manager import ModeHost
 
 _REMEMBERED = 16  # plans without gates
+Hidden = Callable[[int | None], torch.Tensor]
+"""Depth -> the base's early hidden states of a pass, made once however often they are asked for."""
 
 
 class RowPlanner:
@@ -58,7 +60,7 @@ class RowPlanner:
         if not still:
             weights, combined = self._merged(phases, adapters, info)
             return self._bank.plan(weights, combined, adapters)
-        gates = self._gates(phases, adapters, info)
+        gates = self._gates(phases, adapters, info, self._hidden_of(info))
         weights = [dict(row.weights) for row in phases[0].rows]
         plan = self._bank.plan(weights, gates[0], adapters)
         if not gates[0]:  # no mode has a say: it is the same in the next pass
@@ -78,15 +80,15 @@ class RowPlanner:
     def _merged(
         self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo
     ) -> tuple[list[dict[str, float]], dict[str, Gate]]:
-        own = self._gates(phases, adapters, info)
-        mixed = self._mixed_gates(phases, adapters, info)
+        hidden = self._hidden_of(info)
+        own = self._gates(phases, adapters, info, hidden)
+        mixed = self._mixed_gates(phases, adapters, info, hidden)
         return merged(list(adapters), phases, own, mixed, self._bank.device)
 
     def _gates(
-        self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo
+        self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo, hidden: Hidden
     ) -> list[dict[str, Gate | None]]:
         """What the modes say to this pass in each phase, by the name of each adapter that one of its rows uses."""
-        hidden = self._hidden_of(info)
         gated = {name: one for name, one in adapters.items() if self._modes.gates_of(one.mode)}
         found = []
         for phase in phases:
@@ -96,10 +98,9 @@ class RowPlanner:
         return found
 
     def _mixed_gates(
-        self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo
+        self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo, hidden: Hidden
     ) -> list[list[tuple[Mix, dict[str, Gate]]]]:
         """What the modes of named compositions say to this pass in each phase, by the names of their adapters."""
-        hidden = self._hidden_of(info)
         found = []
         for phase in phases:
             # The same composition may stand over adapters that were loaded twice.
@@ -114,7 +115,7 @@ class RowPlanner:
         rows: Sequence[Row],
         adapters: Mapping[str, ResidentAdapter],
         info: PassInfo,
-        hidden: Callable[[int | None], torch.Tensor],
+        hidden: Hidden,
     ) -> dict[str, Gate]:
         depth = mix.card.get("hidden_layers")
         weights = [[row.mixes.get(mix, {}).get(name, 0.0) for row in rows] for name in names]
@@ -130,7 +131,7 @@ class RowPlanner:
         gates = self._modes.mixture_gates(mix.mode, JointGateContext(contexts, mix.view(self._base)))
         return {name: gate or Gate() for name, gate in zip(names, gates, strict=True)}
 
-    def _hidden_of(self, info: PassInfo) -> Callable[[int | None], torch.Tensor]:
+    def _hidden_of(self, info: PassInfo) -> Hidden:
         """Early hidden states by depth, each computed once in a pass and when it is first asked for."""
         return cache(partial(self._hidden, info))
 
@@ -140,7 +141,7 @@ class RowPlanner:
         adapter: ResidentAdapter,
         rows: Sequence[Row],
         info: PassInfo,
-        hidden: Callable[[int | None], torch.Tensor],
+        hidden: Hidden,
     ) -> GateContext:
         return GateContext(
             adapter=adapter.name,

@@ -27,7 +27,7 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.mixes import Mix, read_mix
-from lora_rt.core.requests.named import RequestNames, check_pin, expanded, named_composition
+from lora_rt.core.requests.named import RequestNames, check_pin, expanded, named_composition, raise_all
 from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
@@ -160,11 +160,7 @@ class Residents:
                 found += self._mixed(term, parts, names) if parts[0].term.mode else parts
             except LoraRtError as error:
                 failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
-        if failures:
-            problems = [f"{error.message}. {error.next_step}" for error in failures]
-            raise LoraRtError(f"{len(failures)} terms of {composition} can't be used", problems=problems)
+        raise_all(failures, f"{len(failures)} terms of {composition} can't be used")
         return found
 
     def mix(self, name: str) -> Mix | None:

@@ -1,4 +1,4 @@
-"""What a row is under, and what the caller wrote for each row of a request: compositions and scenes."""
+"""What a row is under, and the scenes that the caller wrote for each row of a request."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ from typing import Any
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.generation.numbers import real
 from lora_rt.core.requests.activation import scene_turns
-from lora_rt.core.requests.composition import Composition, CompositionLike, Term
+from lora_rt.core.requests.composition import Compositions as Compositions
+from lora_rt.core.requests.composition import RequestError as RequestError
 from lora_rt.core.requests.mixes import Mix
-from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import SceneType
 
-Compositions = CompositionLike | None | Sequence[CompositionLike | None]
 Scenes = SceneType | Sequence[SceneType]
-"""One composition for all rows of a request, or a list of one per row."""
+"""One scene type for all rows of a request, or a list of one per row."""
 Waking = str | tuple[int, ...]
 """What changes what a row is under: a text that the user wrote, or the tokens of an aLoRA."""
 Turns = Sequence[tuple[str | None, SceneType]]
 """The scene types of a row in order, each with the text after which it holds; the first from the start on."""
 
 _ROUNDING = 1e-3  # shares of a softmax in few bits may add up to a little more than 1
-
-
-class RequestError(LoraRtError):
-    """A request whose parts do not fit together."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,22 +62,6 @@ class Row:
     def phase(self, seen: Iterable[Waking]) -> Row:
         """The row to go on as when these texts have appeared."""
         return self.phases.get(frozenset(seen), self)
-
-
-def per_row(value: Compositions, rows: int) -> list[Composition | None]:
-    """One composition per row; a single one stands for all of them.
-
-    Raises:
-        RequestError: a list of another length.
-        InvalidCompositionError: one that is not a composition.
-    """
-    given: Any = value
-    single = given is None or isinstance(given, (str, Composition, Mapping)) or not isinstance(given, Sequence)
-    if single or (given and all(isinstance(item, Term) for item in given)):
-        return [Composition.of(given)] * rows
-    if len(given) != rows:
-        raise RequestError(f"{len(given)} compositions for {rows} rows", next_step="Give one for all, or one per row")
-    return [Composition.of(item) for item in given]
 
 
 def scenes_per_row(scenes: Scenes, rows: int) -> list[Turns]:

@@ -142,8 +142,6 @@ def variants(timelines: Sequence[Timeline], tokens: Sequence[Sequence[int]], pos
         timelines, tokens: of each row, `tokens` being all that it has so far.
         positions: (rows, tokens) of the pass.
     """
-    if all(timeline.still for timeline in timelines):
-        return [Variant([timeline.row for timeline in timelines])]
     everywhere = torch.ones_like(positions[0], dtype=torch.bool)  # (tokens,)
     spans = [
         [(timeline.row, everywhere)] if timeline.still else timeline.spans(own, places)

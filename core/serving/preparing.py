@@ -22,24 +22,16 @@ _LETTERS = 32  # of a token at most, on the average of a whole prompt
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request.
+    """One request; `model`, `composition` and `scene` as of `Names.composition`."""
 
-    Args:
-        prompts: chats or texts, or token ids of texts that are gone on with (`raw`).
-        model, composition, scene: see `Names.composition`.
-        sampling: as of `Runtime.generate`, without a limit where the client names none.
-        seeds: one per row: every prompt has `answers` of them, one after another.
-        likely: how many likely tokens are told beside each; None tells no log p at all.
-    """
-
-    prompts: Sequence[Prompt | list[int]]
+    prompts: Sequence[Prompt | list[int]]  # chats or texts, or token ids of texts that are gone on with (`raw`)
     model: str
     composition: Mapping[str, float] | str | None = None
     scene: str | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    answers: int = 1
-    seed: int | None = None
-    likely: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of `Runtime.generate`; no limit where none is named
+    answers: int = 1  # to each prompt
+    seed: int | None = None  # of the first row; those behind it count on
+    likely: int | None = None  # how many likely tokens are told beside each; None tells no log p at all
     raw: bool = False
 
 
@@ -159,8 +151,5 @@ def bytes_per_token(runtime: Runtime) -> int:
     ids = torch.zeros((1, 2), dtype=torch.long, device=lm.device)
     with torch.inference_mode():
         lm.forward(ids, torch.ones_like(ids), torch.arange(2, device=lm.device)[None], cache=cache, keep=1)
-    kept = (
-        [getattr(layer, "keys", None) for layer in cache.layers],
-        [getattr(layer, "values", None) for layer in cache.layers],
-    )
-    return max(1, sum(int(tensor.nbytes) for part in kept for tensor in part if tensor is not None) // 2)
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return max(1, sum(int(tensor.nbytes) for tensor in kept if tensor is not None) // 2)

@@ -16,40 +16,23 @@ class ServeError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of everything.
+    """How much of everything."""
 
-    Args:
-        rows: that are decoded at once.
-        queue: rows that wait, at most; whoever comes then is told to come again.
-        tokens: of a prompt and its answer; None is what the base takes.
-        answer_tokens: of an answer for which the client names no limit.
-        answers: to one request (`n`, times the prompts of a completion).
-        messages: of a chat.
-        terms: of a composition.
-        body: bytes of a request.
-        deadline: seconds from a request's arrival to the end of its answer.
-        chunk: tokens of a newcomer's prompt that are read in one step, so that the others wait no longer than that.
-        reading: tokens of all newcomers that are read in one step, while somebody speaks or a prompt takes several;
-            twice as many otherwise.
-        kv_bytes: of the keys and values of all rows; None is half of what is free at the start.
-        prefix_bytes: of keys and values that are kept for prompts that begin alike; 0 keeps none.
-        adapter_bytes: of adapters that stay in memory though nobody uses them.
-    """
-
-    rows: int = 16
-    queue: int = 64
-    tokens: int | None = None
-    answer_tokens: int = 512
-    answers: int = 8
-    messages: int = 256
-    terms: int = 16
-    body: int = 2 * MEGABYTE
-    deadline: float = 600.0
-    chunk: int = 128
+    rows: int = 16  # that are decoded at once
+    queue: int = 64  # rows that wait, at most; whoever comes then is told to come again
+    tokens: int | None = None  # of a prompt and its answer; None is what the base takes
+    answer_tokens: int = 512  # of an answer for which the client names no limit
+    answers: int = 8  # to one request (`n`, times the prompts of a completion)
+    messages: int = 256  # of a chat
+    terms: int = 16  # of a composition
+    body: int = 2 * MEGABYTE  # bytes of a request
+    deadline: float = 600.0  # seconds from a request's arrival to the end of its answer
+    chunk: int = 128  # tokens of a newcomer's prompt that are read in one step: the others wait no longer than that
+    # Tokens of all newcomers that one step reads while somebody speaks or a prompt takes several; else twice as many.
     reading: int = 512
-    kv_bytes: int | None = None
-    prefix_bytes: int = 256 * MEGABYTE
-    adapter_bytes: int = 1024 * MEGABYTE
+    kv_bytes: int | None = None  # of the keys and values of all rows; None is half of what is free at the start
+    prefix_bytes: int = 256 * MEGABYTE  # of keys and values kept for prompts that begin alike; 0 keeps none
+    adapter_bytes: int = 1024 * MEGABYTE  # of adapters that stay in memory though nobody uses them
 
     def check(self) -> None:
         """Raises ServeError that names every limit that makes no sense."""
@@ -65,29 +48,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """Where the server listens and whom it serves.
+    """Where the server listens and whom it serves."""
 
-    Args:
-        host, port: an address of this machine; port 0 is any free one.
-        api_key: what clients have to send as `Authorization: Bearer ...`; nothing is asked for where it is empty.
-        admin_key: opens `/admin`, which there is not without one.
-        pin: names of adapters that are loaded at the start and stay.
-        allow: references, exactly as written here, that clients may use beside names: paths, and repositories of the
-            Hub.
-        log_prompts: write prompts and answers into the log.
-        drain: seconds that running answers get after SIGTERM.
-        deterministic: give every row forward passes of its own (see `Runtime.generate`), and keep no prefixes.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str = ""
-    admin_key: str = ""
-    pin: tuple[str, ...] = ()
+    host: str = "127.0.0.1"  # an address of this machine
+    port: int = 8000  # 0 is any free one
+    api_key: str = ""  # what clients have to send as `Authorization: Bearer ...`; empty asks for nothing
+    admin_key: str = ""  # opens `/admin`, which there is not without one
+    pin: tuple[str, ...] = ()  # names of adapters that are loaded at the start and stay
+    # References, exactly as written here, that clients may use beside names: paths, and repositories of the Hub.
     allow: frozenset[str] = frozenset()
-    log_prompts: bool = False
-    drain: float = 30.0
-    deterministic: bool = False
+    log_prompts: bool = False  # and answers, too
+    drain: float = 30.0  # seconds that running answers get after SIGTERM
+    deterministic: bool = False  # give every row passes of its own (see `Runtime.generate`), and keep no prefixes
     limits: Limits = field(default_factory=Limits)
 
     @property

@@ -66,7 +66,6 @@ class Shelf:
             bank = self._runtime.parts.bank
             free = {n: r for n, r in bank.residents.items() if n not in self._pinned and not self._users[r]}
             idle = {name: bank.nbytes_of(resident) for name, resident in free.items()}
-            self._users = +self._users
             oldest = sorted(idle, key=lambda name: list(self._latest).index(name) if name in self._latest else -1)
             total = sum(idle.values())
             for name in oldest:

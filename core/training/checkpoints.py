@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -25,12 +25,6 @@ from lora_rt.core.training.trainer import TrainingDivergedError
 from lora_rt.registry.durable import storage_errors
 from lora_rt.registry.errors import StorageError
 from lora_rt.registry.files import STATE
-
-
-def restore_state(checkpoint: Path, state: nn.Module | None) -> None:
-    """Read the mode's own state of a checkpoint back; the Trainer restores the adapter alone."""
-    if state is not None:
-        state.load_state_dict(load_file(checkpoint / STATE))
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,19 @@ Check = Callable[[dict[str, Any]], list[str]]
 _SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One example and its place: "line 3" of a file, from 1, blank lines counted; see `sources` for others."""
-
-    place: str
-    example: dict[str, Any]
-
-
 class Pairs(list[dict[str, Any]]):
-    """The examples of a source in their order, with its `path` and their `places`."""
+    """The examples of a source in their order, with its `path` and their `places`.
 
-    def __init__(self, path: Path, lines: Sequence[Line]) -> None:
-        super().__init__(line.example for line in lines)
+    A place is "line 3" of a file, from 1, blank lines counted; see `sources` for others.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
-        self.places = [line.place for line in lines]
+        self.places: list[str] = []
 
 
-def read_lines(path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False) -> list[Line]:
+def read_pairs(path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False) -> Pairs:
     """The examples of a file, a folder or a data set: what `sources` reads. Blank lines are skipped.
 
     Args:
@@ -46,24 +40,20 @@ def read_lines(path: Path, fields: Sequence[str], check: Check | None = None, *,
     Raises:
         DataError: it can't be read, is empty, or has bad lines.
     """
-    lines: list[Line] = []
+    pairs = Pairs(path)
     problems: list[str] = []
     for place, record in records(path):
         found = _read_record(record, fields, check, chats=chats)
         if isinstance(found, dict):
-            lines.append(Line(place, found))
+            pairs.append(found)
+            pairs.places.append(place)
         else:
             problems += [f"{place}: {problem}" for problem in found]
     if problems:
         raise bad_lines(path, problems, _next_step(fields))
-    if not lines:
+    if not pairs:
         raise DataError(f"{path} has no examples", next_step="Give at least one")
-    return lines
-
-
-def read_pairs(path: Path, fields: Sequence[str], check: Check | None = None, *, chats: bool = False) -> Pairs:
-    """`read_lines` as a list of the examples, for those who seldom need a number."""
-    return Pairs(path, read_lines(path, fields, check, chats=chats))
+    return pairs
 
 
 def check_examples(examples: Any, name: str) -> list[Mapping[str, Any]]:

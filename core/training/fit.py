@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import Optimizer
-from lora_rt.core.training.checkpoints import Checkpoints, restore_state
+from lora_rt.core.training.checkpoints import Checkpoints
 from lora_rt.core.training.evaluations import Evaluations
 from lora_rt.core.training.live import LiveLine, logging_callbacks
 from lora_rt.core.training.prepare import Prepared
@@ -22,6 +23,7 @@ from lora_rt.core.training.processes import joined
 from lora_rt.core.training.trainer import Collator, ModeTrainer, Sequences, TrainingDivergedError
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home
+from lora_rt.registry.files import STATE
 
 _OPTIMIZERS: Mapping[Optimizer, str] = {"adamw": "adamw_torch_fused", "paged-adamw-8bit": "paged_adamw_8bit"}
 _CHECKPOINT_STEPS = 20  # what a power cut costs at most; writing one takes a fraction of a second
@@ -59,8 +61,8 @@ def fit(prepared: Prepared, folder: Path, checkpoint: Path | None) -> Fitted:
     """
     processes = joined()
     before = held_out_loss(prepared)
-    if checkpoint is not None:
-        restore_state(checkpoint, prepared.objective.state)
+    if checkpoint is not None and (own := prepared.objective.state) is not None:
+        own.load_state_dict(load_file(checkpoint / STATE))  # the Trainer restores the adapter alone
     trainer, checkpoints, evaluations, live = make_trainer(prepared, folder)
     for callback in logging_callbacks(prepared.settings.log_to if processes.first else (), home.logs() / folder.name):
         trainer.add_callback(callback)

@@ -24,16 +24,16 @@ from lora_rt.core.step.fused import fuse
 from lora_rt.core.step.loss import is_plain
 from lora_rt.core.step.norms import lean_norms
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
-from lora_rt.core.training.data import Line, bad_lines, digest_of, read_lines
+from lora_rt.core.training.data import bad_lines, digest_of, read_pairs
 from lora_rt.core.training.processes import cut, joined
-from lora_rt.core.training.ranks import RankGates
+from lora_rt.core.training.trainer import RankGates
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
 from lora_rt.plugins.manager import ModeHost
 
 T = TypeVar("T")
 
 
-Example = tuple[Line, list[Encoded]]
+Example = tuple[dict[str, Any], list[Encoded]]
 """A line of the data and its sequences."""
 
 
@@ -127,7 +127,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
         training=encoded[0],
         held_out=encoded[1],
         examples=len(training),
-        data_digest=digest_of([line.example for line, _ in training]),
+        data_digest=digest_of([example for example, _ in training]),
         portions=portions,
         model=model,
         gates=gates,
@@ -192,8 +192,8 @@ def examples_of(settings: TrainSettings, objective: Objective, base: LoadedBase)
 
 def _warn_of_known(training: Sequence[Example], held_out: Sequence[Example]) -> None:
     """A loss of examples that are trained on as well falls whatever is learned."""
-    known = {digest_of([line.example]) for line, _ in training}
-    count = sum(digest_of([line.example]) in known for line, _ in held_out)
+    known = {digest_of([example]) for example, _ in training}
+    count = sum(digest_of([example]) in known for example, _ in held_out)
     if count:
         share = f"{count} of the {len(held_out)} held-out examples"
         _LOGGER.warning("%s are trained on as well: their loss says little of others", share)
@@ -223,10 +223,11 @@ def _encoded(settings: TrainSettings, path: Path, objective: Objective, base: Lo
     limit = context_of(base.model.config)
     examples: list[Example] = []
     problems: list[str] = []
-    for line in read_lines(path, objective.fields, objective.check, chats=objective.chats):
-        sequences = objective.encode(line.example)
-        examples.append((line, sequences))
-        problems += [f"{line.place}: {problem}" for item in sequences for problem in _unfit(item, limit)]
+    pairs = read_pairs(path, objective.fields, objective.check, chats=objective.chats)
+    for place, example in zip(pairs.places, pairs, strict=True):
+        sequences = objective.encode(example)
+        examples.append((example, sequences))
+        problems += [f"{place}: {problem}" for item in sequences for problem in _unfit(item, limit)]
     if problems:
         raise bad_lines(path, problems, f"Shorten or remove these lines (the mode {settings.mode!r} reads them)")
     _refuse_nothing(settings, path, examples)

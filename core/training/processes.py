@@ -61,10 +61,8 @@ class Processes:
     def summed(self, values: Tensor) -> Tensor:
         """The sum over all processes of a tensor of one shape; the same bits in all of them."""
         if self.count > 1:
-            import torch.distributed
-
-            with _all_there():
-                torch.distributed.all_reduce(values)
+            with _all_there() as exchange:
+                exchange.all_reduce(values)
         return values
 
     def shared(self, value: T | None) -> T:
@@ -72,11 +70,9 @@ class Processes:
         if self.count == 1:
             assert value is not None
             return value
-        import torch.distributed
-
         box = [value]
-        with _all_there():
-            torch.distributed.broadcast_object_list(box)
+        with _all_there() as exchange:
+            exchange.broadcast_object_list(box)
         return box[0]  # type: ignore[return-value]
 
     @contextmanager
@@ -91,21 +87,21 @@ class Processes:
     def wait(self) -> None:
         """Until all processes have come here."""
         if self.count > 1:
-            import torch.distributed
-
-            with _all_there():
-                torch.distributed.barrier()
+            with _all_there() as exchange:
+                exchange.barrier()
 
 
 @contextmanager
-def _all_there() -> Iterator[None]:
-    """Within the block, processes exchange something.
+def _all_there() -> Iterator[Any]:
+    """Within the block, processes exchange something, by torch.distributed.
 
     Raises:
         LoraRtError: one of them has ended, which the others notice by its silence.
     """
+    import torch.distributed
+
     try:
-        yield
+        yield torch.distributed
     except RuntimeError as error:
         if not any(word in str(error) for word in _GONE):
             raise

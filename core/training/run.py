@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_rt.core.base.progress import console
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.step.settings import SettingsError, TrainSettings
-from lora_rt.core.training.data import read_lines
+from lora_rt.core.training.data import read_pairs
 from lora_rt.core.training.destination import Destination
 from lora_rt.core.training.processes import joined
 from lora_rt.core.training.runs import alone, forget, newest_whole
@@ -107,7 +107,7 @@ def check_run(settings: TrainSettings, modes: ModeHost, destination: Destination
     destination.check()
     check_writable(home.checkpoints())
     for file in filter(None, (settings.data, settings.held_out)):
-        read_lines(file, fields, chats=True)
+        read_pairs(file, fields, chats=True)
 
 
 @libraries_silenced()

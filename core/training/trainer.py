@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_rt.core.step.loss import batch_loss, is_plain
 from lora_rt.core.step.settings import SettingsError
 from lora_rt.core.training.processes import joined
-from lora_rt.core.training.ranks import RankGates
 from lora_rt.core.training.upstream import LengthGroupedTrainer
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
@@ -66,6 +66,40 @@ class Collator:
         }
         extra = {key: torch.tensor([item["extra"][key] for item in items]) for key in items[0]["extra"]}
         return {**batch, "extra": extra} if extra else batch
+
+
+class RankGates:
+    """Applies the objective's gates on the rank axis, of which PEFT knows none: each multiplies what A gives.
+
+    Outside of `over`, every gate is 1.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, rank: int) -> None:
+        self._objective = objective
+        self._rank = rank
+        self._gate: Tensor | None = None
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for a in module.lora_A.values():
+                    a.register_forward_hook(self._multiply)
+
+    def acting(self) -> bool:
+        """Whether a gate stands now."""
+        return self._gate is not None
+
+    @contextmanager
+    def over(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Within the block, forward passes of this batch run under its gate."""
+        gate = self._objective.ranks(inputs.get("extra", {}), self._rank)
+        self._gate = None if gate is None else gate[:, None, :]  # (batch, 1, rank): the same for every token
+        try:
+            yield
+        finally:
+            self._gate = None
+
+    def _multiply(self, _module: nn.Module, _arguments: Any, hidden: Tensor) -> Tensor:
+        """hidden (batch, tokens, rank)."""
+        return hidden if self._gate is None else hidden * self._gate.to(hidden.dtype)
 
 
 class ModeTrainer(LengthGroupedTrainer):

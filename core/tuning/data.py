@@ -13,7 +13,6 @@ from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.activation import is_scene_type
 from lora_rt.core.training.data import Pairs, check_fit, read_pairs
 from lora_rt.core.training.sources import DataError
-from lora_rt.core.tuning.settings import PROMPT_FIELDS
 
 _POOL = 8  # batches whose examples are sorted by length together
 
@@ -27,13 +26,12 @@ class Item:
     scene_type: str | None = None
 
 
-def read_lines(path: Path, *, typed: bool) -> Pairs:
-    """The examples of a JSONL file with "scene" and "text", and with "scene_type" where `typed`.
+def read_lines(path: Path, *fields: str) -> Pairs:
+    """The examples of a file that have these fields, whose scene types can be named.
 
     Raises:
         DataError: listing every bad line.
     """
-    fields = ("scene", "text", "scene_type") if typed else ("scene", "text")
     return read_pairs(path, fields, _strange_type, chats=True)
 
 
@@ -53,15 +51,6 @@ def as_items(lines: Sequence[Mapping[str, Any]], text: TextFormat, limit: int) -
     ]
     check_fit(lines, [len(item.prompt) + len(item.answer) for item in items], limit)
     return items
-
-
-def read_prompts(path: Path) -> Pairs:
-    """Prompts with their scene types, from which a classifier learns beside the data: "scene" and "scene_type".
-
-    Raises:
-        DataError: listing every bad line.
-    """
-    return read_pairs(path, PROMPT_FIELDS, _strange_type, chats=True)
 
 
 def _strange_type(line: Mapping[str, Any]) -> list[str]:

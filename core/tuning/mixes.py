@@ -16,7 +16,7 @@ from lora_rt.core.tuning import shares
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
 from lora_rt.core.tuning.frozen import Frozen, distance_from_one
-from lora_rt.core.tuning.settings import MixSettings, SceneSettings, TuneError
+from lora_rt.core.tuning.settings import MixSettings, SceneSettings, TuneError, check_loss
 from lora_rt.plugins.contract import AdapterView, Gate, JointGateContext, MixtureContext
 
 NEUTRAL = "neutral"
@@ -111,9 +111,7 @@ class MixFit:
         for batch in batches:
             gates, distance = self._gates(batch)
             total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
-            if not bool(total.isfinite()):
-                text = f"the loss is {float(total.detach())} at step {len(losses) + 1}"
-                raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
+            check_loss(total, len(losses) + 1)
             optimizer.zero_grad()
             (total / count + settings.keep * distance).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

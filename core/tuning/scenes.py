@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
 from lora_rt.core.tuning.frozen import Frozen, distance_from_one
-from lora_rt.core.tuning.settings import SceneSettings
+from lora_rt.core.tuning.settings import SceneSettings, check_loss
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, TermFacts
 
@@ -97,10 +97,11 @@ class SceneFit:
         for leaf in leaves:
             leaf.grad = None
         optimizer = torch.optim.Adam(leaves, lr=self._settings.learning_rate)
-        losses = []
+        losses: list[float] = []
         for batch in steps(items, self._settings.batch_size, self._settings.epochs, self._settings.seed):
             gates, distance = self._gates(batch)
             total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
+            check_loss(total, len(losses) + 1)
             optimizer.zero_grad()
             (total / count + self._settings.keep * distance).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

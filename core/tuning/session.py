@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.named import expanded
 from lora_rt.core.training.data import digest_of
 from lora_rt.core.training.destination import Destination
-from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines, read_prompts
+from lora_rt.core.training.forms import FIELDS
+from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.saving import composition_of, mixture_of, put_aside, save_composition, write_fitted
 from lora_rt.core.tuning.scenes import GatingError, SceneFit
 from lora_rt.core.tuning.settings import (
     LEAST,
+    PROMPT_FIELDS,
     MixSettings,
     SceneSettings,
     TuneSettings,
@@ -65,7 +68,7 @@ class Job:
 
     def more(self, base: LoadedBase) -> list[Item]:
         """The prompts that teach the classifier alone."""
-        return [] if self.prompts is None else self.items(read_prompts(self.prompts), base)
+        return [] if self.prompts is None else self.items(read_lines(self.prompts, *PROMPT_FIELDS), base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def run(
         LoraRtError: as `tune_composition`, `tune_mixture` and `fit_scenes`.
     """
     if job.prompts is not None:
-        read_prompts(job.prompts)  # before the base is loaded
+        read_lines(job.prompts, *PROMPT_FIELDS)  # before the base is loaded
     if isinstance(settings, SceneSettings):
         return fit_scenes(job, out, settings, advance)
     if isinstance(settings, MixSettings):
@@ -140,14 +143,15 @@ def tune_composition(job: Job, name: str, settings: TuneSettings, advance: Advan
     """
     registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
     check_composition_place(name, registry)
-    lines = read_lines(job.data, typed=False)
+    lines = read_lines(job.data, *FIELDS)
     frozen, weights, references = open_job(job, registry)
-    tuned = tune(frozen, weights, job.items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
-    if not tuned.loss_after < tuned.loss_before:
-        raise _no_better("weights", job, tuned.loss_before, min(tuned.losses))
-    found = composition_of(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
-    save_composition(registry.compositions, found)
-    return found
+    with closing(frozen):
+        tuned = tune(frozen, weights, job.items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
+        if not tuned.loss_after < tuned.loss_before:
+            raise _no_better("weights", job, tuned.loss_before, min(tuned.losses))
+        found = composition_of(name, references, frozen, tuned, data_sha256=digest_of(lines), seed=settings.seed)
+        save_composition(registry.compositions, found)
+        return found
 
 
 def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -> NamedComposition:
@@ -160,31 +164,32 @@ def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -
     modes.require(settings.mode)
     registry = Registry(sources=modes.sources(), allow_base_mismatch=job.allow_base_mismatch)
     check_composition_place(name, registry)
-    lines = read_lines(job.data, typed=False)
+    lines = read_lines(job.data, *FIELDS)
     frozen, weights, references = open_job(job, registry)
-    check_weights(weights, LEAST)
-    items, aside = held_out(job.items(lines, frozen.base), settings.seed)
-    fit = MixFit(frozen, name, weights, items, settings)
-    told = fit.fit_classifier(aside, lambda loss: advance("classifier", loss), job.more(frozen.base))
-    first, last, losses = fit.fit(aside, lambda loss: advance("gates", loss))
-    if not last < first:
-        raise _no_better("gates", job, first, min(losses), _told(*told) if told else "")
-    metrics = {"nll_before": round(first, 4), "nll_after": round(last, 4)}
-    if told:
-        metrics |= {"registered": round(told[0], 4), "registered_by_chance": round(told[1], 4)}
-    found, state = mixture_of(
-        name,
-        references,
-        frozen,
-        weights,
-        fit,
-        mode=settings.mode,
-        data_sha256=digest_of(lines),
-        seed=settings.seed,
-        metrics=metrics,
-    )
-    save_composition(registry.compositions, found, state)
-    return found
+    with closing(frozen):
+        check_weights(weights, LEAST)
+        items, aside = held_out(job.items(lines, frozen.base), settings.seed)
+        fit = MixFit(frozen, name, weights, items, settings)
+        told = fit.fit_classifier(aside, lambda loss: advance("classifier", loss), job.more(frozen.base))
+        first, last, losses = fit.fit(aside, lambda loss: advance("gates", loss))
+        if not last < first:
+            raise _no_better("gates", job, first, min(losses), _told(*told) if told else "")
+        metrics = {"nll_before": round(first, 4), "nll_after": round(last, 4)}
+        if told:
+            metrics |= {"registered": round(told[0], 4), "registered_by_chance": round(told[1], 4)}
+        found, state = mixture_of(
+            name,
+            references,
+            frozen,
+            weights,
+            fit,
+            mode=settings.mode,
+            data_sha256=digest_of(lines),
+            seed=settings.seed,
+            metrics=metrics,
+        )
+        save_composition(registry.compositions, found, state)
+        return found
 
 
 def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Advance) -> Fitted:
@@ -195,22 +200,24 @@ def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Adv
     """
     registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
     check_adapters_place(out, registry)
-    lines = read_lines(job.data, typed=True)
+    lines = read_lines(job.data, *FIELDS, "scene_type")
     frozen, weights, references = open_job(job, registry)
-    check_weights(weights, LEAST)
-    destinations = {name: Destination(registry.store, name, out and out / name, _SOURCE) for name in weights}
-    for destination in destinations.values():
-        destination.check()
-    items, aside = held_out(job.items(lines, frozen.base), settings.seed)
-    fit = SceneFit(frozen, weights, items, settings)
-    fit.fit_classifier(lambda loss: advance("classifier", loss), job.more(frozen.base))
-    registered, chance = fit.accuracy(aside)
-    first, last, losses = fit.fit_best_gates(aside, lambda loss: advance("gates", loss))
-    if not last < first:
-        raise _no_better("gates", job, first, min(losses), _told(registered, chance))
-    metrics = {"gates_nll_first": round(first, 4), "gates_nll_last": round(last, 4), "registered": round(registered, 4)}
-    sources = {name: registry.resolve(references[name], frozen.base.identity).folder for name in weights}
-    return Fitted(_publish(destinations, sources, fit, metrics), registered, chance, first, last)
+    with closing(frozen):
+        check_weights(weights, LEAST)
+        destinations = {name: Destination(registry.store, name, out and out / name, _SOURCE) for name in weights}
+        for destination in destinations.values():
+            destination.check()
+        items, aside = held_out(job.items(lines, frozen.base), settings.seed)
+        fit = SceneFit(frozen, weights, items, settings)
+        fit.fit_classifier(lambda loss: advance("classifier", loss), job.more(frozen.base))
+        registered, chance = fit.accuracy(aside)
+        first, last, losses = fit.fit_best_gates(aside, lambda loss: advance("gates", loss))
+        if not last < first:
+            raise _no_better("gates", job, first, min(losses), _told(registered, chance))
+        found = {"gates_nll_first": first, "gates_nll_last": last, "registered": registered}
+        metrics = {what: round(number, 4) for what, number in found.items()}
+        sources = {name: registry.resolve(references[name], frozen.base.identity).folder for name in weights}
+        return Fitted(_publish(destinations, sources, fit, metrics), registered, chance, first, last)
 
 
 _SOURCE = "fitted here"

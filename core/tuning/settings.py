@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home
@@ -13,6 +13,9 @@ from lora_rt.registry.durable import check_writable
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.reference import check_name as check_form
 from lora_rt.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROMPT_FIELDS = ("scene", "scene_type")
 """What a line of prompts has that teach a classifier alone."""
@@ -150,6 +153,13 @@ def check_weights(weights: Mapping[str, float], least: float = 0.0) -> None:
     if large or small:
         told = (("large", large), ("small", small))
         text = "; ".join(f"weights are too {what}: {', '.join(which)}" for what, which in told if which)
+        raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
+
+
+def check_loss(loss: Tensor, step: int) -> None:
+    """Raises TuneError where the loss of a step, counted from 1, is not a number: what follows would be none either."""
+    if not bool(loss.isfinite()):
+        text = f"the loss is {float(loss.detach())} at step {step}"
         raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_rt.core.tuning.data import Item, held_out, steps
 from lora_rt.core.tuning.frozen import Frozen
-from lora_rt.core.tuning.settings import TuneError, TuneSettings, check_weights
+from lora_rt.core.tuning.settings import TuneSettings, check_loss, check_weights
 from lora_rt.plugins.contract import Gate
 
 _EVALUATED = 16
@@ -59,9 +59,7 @@ def tune(
     for batch in batches:
         total, count = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
         loss = total / count
-        if not bool(loss.isfinite()):
-            text = f"the loss is {float(loss.detach())} at step {len(losses) + 1}"
-            raise TuneError(text, next_step="Start from weights around 1, and lower --lr")
+        check_loss(loss, len(losses) + 1)
         distance = torch.stack([(value - start[name]).square().mean() for name, value in weights.items()]).sum()
         optimizer.zero_grad()
         (loss + settings.pull * distance).backward()  # type: ignore[no-untyped-call]

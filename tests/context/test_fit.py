@@ -20,7 +20,7 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.core.tuning.data import Item, held_out
 from lora_rt.core.tuning.scenes import GatingError, SceneFit
 from lora_rt.core.tuning.session import Job, open_job
-from lora_rt.core.tuning.settings import SceneSettings, TuneSettings
+from lora_rt.core.tuning.settings import SceneSettings, TuneError, TuneSettings
 from lora_rt.core.tuning.weights import mean_loss, tune
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import GateContext
@@ -238,6 +238,16 @@ def test_gates_without_an_example_of_their_types_are_refused(zoo: Zoo, made: Mad
     neutral = [item for item in items(zoo) if item.scene_type == "neutral"]
     with pytest.raises(GatingError, match="no line of the data has a scene type of these adapters: logic, body"):
         SceneFit(frozen, weights, neutral, SceneSettings()).fit_gates()
+
+
+def test_gates_are_not_fitted_by_a_loss_that_is_not_a_number(
+    zoo: Zoo, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, weights, _ = open_job(job(zoo, f"{made('logic', gates=None)}"), Registry())
+    own = frozen.nll
+    monkeypatch.setattr(frozen, "nll", lambda *given: (own(*given)[0] * float("nan"), own(*given)[1]))
+    with pytest.raises(TuneError, match="the loss is nan at step 1"):
+        SceneFit(frozen, weights, items(zoo), SceneSettings()).fit_gates()
 
 
 def test_a_fit_tells_the_gates_where_the_prompts_end(zoo: Zoo, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

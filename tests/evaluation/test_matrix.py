@@ -14,10 +14,11 @@ from lora_rt.core.base.picture import PlotError
 from lora_rt.core.cli.wrapping import show_table
 from lora_rt.core.evaluation.matrix import BASE, Matrix, TextLosses, evaluate, ratio_interval, text_losses
 from lora_rt.core.evaluation.shown import matrix_table, plot_matrix
-from lora_rt.core.generation.prompts import answer_ids, prompt_ids
+from lora_rt.core.generation.prompts import prompt_ids
 from lora_rt.core.requests.composition import Composition
 from lora_rt.errors import LoraRtError
 from support.tiny import Zoo
+from support.words import answer_ids
 
 EXAMPLES = [
     {"scene": "ab", "text": "some text"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -92,3 +95,42 @@ def test_another_adapter_is_not_taken_for_how_it_began(zoo: Zoo, tmp_path: Path)
     with pytest.raises(ExportError, match="not of the same layers"):
         convert(tmp_path / "after", tmp_path / "plain", initial=tmp_path / "other")
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("no weights before", "can't be read"),
+        ("no rank", "r is 'eight'"),
+        ("a part cut off", "can't be read"),
+    ],
+)
+def test_what_can_t_be_read_is_refused_and_nothing_is_left(damage: str, told: str, zoo: Zoo, tmp_path: Path) -> None:
+    source, before = tmp_path / "after", tmp_path / "before"
+    for folder in (source, before):
+        shutil.copytree(zoo.adapter("llama", seed=1), folder)
+    config = json.loads((source / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}
+    if damage == "no weights before":
+        (before / "adapter_model.safetensors").unlink()
+    if damage == "no rank":
+        config["r"] = "eight"
+    if damage == "a part cut off":
+        (source / "adapter_model.safetensors").rename(source / "adapter_model-00001-of-00001.safetensors")
+        os.truncate(source / "adapter_model-00001-of-00001.safetensors", 500)
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError) as caught:
+        convert(source, tmp_path / "plain", initial=before)
+    assert told in " ".join([caught.value.message, *caught.value.problems])
+    assert caught.value.next_step
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_configuration_without_a_rank_has_peft_s_own(zoo: Zoo, tmp_path: Path) -> None:
+    source = tmp_path / "after"
+    shutil.copytree(zoo.adapter("llama", seed=1, r=8, lora_alpha=8), source)
+    config = json.loads((source / "adapter_config.json").read_text()) | {"init_lora_weights": "olora"}
+    del config["r"], config["lora_alpha"]
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "plain", initial=zoo.adapter("llama", seed=2, r=8, lora_alpha=8))
+    made = json.loads((tmp_path / "plain/adapter_config.json").read_text())
+    assert (made["r"], made["lora_alpha"]) == (16, 16)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lora_rt.core.generation.stopping import SpokenText
-from lora_rt.core.generation.text import TextStream, bytes_of, pieces_of, text_of
+from lora_rt.core.generation.text import TextStream, bytes_of, pieces_of
 from support.tiny import save_tokenizer
+from support.words import text_of
 
 
 @pytest.fixture(scope="module")

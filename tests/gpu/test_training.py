@@ -13,7 +13,7 @@ import torch
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.precision import Precision
-from lora_rt.core.memory.config import read_config
+from lora_rt.core.memory.estimate import read_config
 from lora_rt.core.memory.inference import plan_inference
 from lora_rt.core.memory.training import plan_training
 from lora_rt.core.runtime import Runtime

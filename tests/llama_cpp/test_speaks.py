@@ -10,6 +10,7 @@ import pytest
 
 from lora_rt.core.llama_cpp.runtime import LlamaRuntime
 from lora_rt.core.llama_cpp.server import LlamaServer
+from lora_rt.core.requests.composition import RequestError
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
@@ -48,6 +49,11 @@ def test_greedy_texts_are_those_of_the_torch_engine_whatever_the_scales(
         told = torch_runtime.generate(prompts, compositions, deterministic=True, **asked)
         assert llama.generate(prompts, compositions, **asked) == told
         assert len(set(told)) > 6
+    assert llama.generate(tuple(prompts[:3]), tuple(compositions[:3]), **asked) == told[:3]
+    assert llama.generate([]) == torch_runtime.generate([]) == []
+    for runtime in (llama, torch_runtime):
+        with pytest.raises(RequestError, match="2 compositions for 3 rows"):
+            runtime.generate(prompts[:3], compositions[:2])
 
 
 def test_weights_per_layer_are_kept_and_shown_as_their_mean(

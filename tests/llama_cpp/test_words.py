@@ -9,9 +9,10 @@ import pytest
 
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.template import PromptError
-from lora_rt.core.generation.text import pieces_of, text_of
+from lora_rt.core.generation.text import pieces_of
 from lora_rt.core.llama_cpp.words import Words, facts_of, same_words
 from support import templates
+from support.words import text_of
 
 TEMPLATES = ("CHATML", "LLAMA3", "GEMMA", "QWEN3", "MISTRAL", "PARTS", "GLM", "PLAIN")
 CHATS: list[Any] = [

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lora_rt.core.base.precision import PRECISIONS
-from lora_rt.core.memory.config import BaseConfig
-from lora_rt.core.memory.estimate import MemoryPlan, PrecisionPlan
+from lora_rt.core.memory.estimate import BaseConfig, MemoryPlan, PrecisionPlan
 from lora_rt.core.memory.fit import best_fit
 from lora_rt.core.memory.inference import InferenceMemory
 from lora_rt.core.memory.training import TrainingMemory

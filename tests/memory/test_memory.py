@@ -13,8 +13,7 @@ from transformers import DynamicCache
 from lora_rt.core.base.default import CONFIG
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.precision import PRECISIONS, Precision
-from lora_rt.core.memory.config import read_config
-from lora_rt.core.memory.estimate import plan_memory
+from lora_rt.core.memory.estimate import plan_memory, read_config
 from lora_rt.core.memory.inference import InferenceMemory, plan_inference
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import bytes_of, resident

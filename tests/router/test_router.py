@@ -194,6 +194,18 @@ def test_no_adapter_is_asked_for_its_mode_and_the_early_state_is_read_once(
     assert calls == [1]
 
 
+def test_an_adapter_s_mode_and_a_composition_s_read_one_early_state(
+    zoo: Zoo, routed: Routed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routed("mine")
+    runtime = zoo.runtime("llama", fresh=True)
+    made: list[object] = []
+    own = RowPlanner._hidden_of
+    monkeypatch.setattr(RowPlanner, "_hidden_of", lambda self, info: made.append(1) or own(self, info))
+    runtime.logits([IDS], compositions=["mine"])
+    assert made == [1]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

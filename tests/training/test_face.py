@@ -114,11 +114,17 @@ def test_what_a_program_can_not_mean_is_refused_by_name(call: Callable[[], objec
     assert said in str(error.value)
 
 
-def test_compositions_may_be_mappings_and_bases_paths(settings: Callable[..., TrainSettings], zoo: Zoo) -> None:
+def test_compositions_may_be_mappings_and_bases_paths(
+    settings: Callable[..., TrainSettings], zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[object] = []
+    own = lora_rt.Runtime.close
+    monkeypatch.setattr(lora_rt.Runtime, "close", lambda runtime: closed.append(runtime) or own(runtime))
     base, adapter = Path(settings().base), str(zoo.adapter("llama", seed=1))
     over: dict[str, Any] = {"base": base, "precision": "float32", "device": "cpu"}
     found = lora_rt.evaluate([{adapter: 0.5}, f"{adapter}:0.5"], {"d": EXAMPLES}, **over).document()["nll"]["d"]
     assert len(set(found.values())) == 2  # the base, and one loss of both spellings
+    assert len(closed) == 1  # nobody else has it
 
 
 def test_examples_in_both_files_are_counted(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_rt.core.training.data import read_lines, read_pairs
+from lora_rt.core.training.data import read_pairs
 from lora_rt.core.training.sources import DataError
 
 FIELDS = ("scene", "text")
@@ -89,4 +89,4 @@ def test_what_is_wrong_is_said_by_line_with_the_forms_that_are_taken(tmp_path: P
 
 def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path) -> None:
     path = written(tmp_path / "d.jsonl", "\n", {"messages": [ASK, SAY]}, "\n", "\n", {"scene": "a", "text": "b"})
-    assert [line.place for line in read_lines(path, FIELDS)] == ["line 2", "line 5"]
+    assert read_pairs(path, FIELDS).places == ["line 2", "line 5"]

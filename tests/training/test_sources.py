@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_rt.core.training import sources
-from lora_rt.core.training.data import digest_of, read_lines, read_pairs
+from lora_rt.core.training.data import digest_of, read_pairs
 from lora_rt.core.training.sources import DataError, records
 
 FIELDS = ("scene", "text")
@@ -73,10 +73,11 @@ def test_a_folder_is_read_file_by_file_and_its_lines_are_named_with_their_file(t
     (tmp_path / "README.md").write_text("about it")
     (tmp_path / ".hidden.jsonl").write_text("{")
     with pytest.raises(DataError) as caught:
-        read_lines(tmp_path, FIELDS)
+        read_pairs(tmp_path, FIELDS)
     assert caught.value.problems == ('a.jsonl line 2: "text" is missing',)
     as_lines(tmp_path / "a.jsonl", ROWS[:2])
-    assert [(line.place, line.example) for line in read_lines(tmp_path, FIELDS)] == [
+    found = read_pairs(tmp_path, FIELDS)
+    assert list(zip(found.places, found, strict=True)) == [
         ("a.jsonl line 1", READ[0]),
         ("a.jsonl line 2", READ[1]),
         ("b.jsonl line 1", READ[2]),
@@ -85,14 +86,14 @@ def test_a_folder_is_read_file_by_file_and_its_lines_are_named_with_their_file(t
 
 def test_what_is_null_in_a_row_is_missing_and_named_by_its_row(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        read_lines(as_parquet(tmp_path / "a.parquet", [ROWS[2], {"scene": "e"}]), FIELDS)
+        read_pairs(as_parquet(tmp_path / "a.parquet", [ROWS[2], {"scene": "e"}]), FIELDS)
     assert caught.value.problems == ('row 2: "text" is missing',)
 
 
 def test_a_folder_without_data_names_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=r"no \.jsonl") as caught:
-        read_lines(tmp_path, FIELDS)
+        read_pairs(tmp_path, FIELDS)
     assert "train" in caught.value.next_step
 
 
@@ -100,7 +101,7 @@ def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_text("PAR1 it is not")
     with pytest.raises(DataError, match="is not Parquet") as caught:
-        read_lines(tmp_path / "a.parquet", FIELDS)
+        read_pairs(tmp_path / "a.parquet", FIELDS)
     assert "\n" not in caught.value.message
 
 
@@ -132,7 +133,7 @@ def test_a_package_that_is_not_installed_is_said_with_how_to_get_it(
 @pytest.mark.parametrize("given", ["none.jsonl", "some/where/none.parquet", "/none", "./none", "none"])
 def test_a_path_that_is_not_there_is_no_data_set(given: str) -> None:
     with pytest.raises(DataError, match="there is no such file"):
-        read_lines(Path(given), FIELDS)
+        read_pairs(Path(given), FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_table_of_another_kind_is_refused_by_its_kind_and_not_line_by_line(
 ) -> None:
     (tmp_path / name).write_text("scene,text\na,b\n")
     with pytest.raises(DataError, match=f"is {kind}, which is not read") as refused:
-        read_lines(tmp_path / name, FIELDS)
+        read_pairs(tmp_path / name, FIELDS)
     assert "JSON lines" in str(refused.value.next_step)
 
 

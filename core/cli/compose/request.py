@@ -21,7 +21,7 @@ from lora_rt.core.llama_cpp.server import check_installed
 from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.requests.measured import outside
-from lora_rt.core.requests.named import named_composition
+from lora_rt.core.requests.named import named_composition, raise_all
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.inspection import foreseen
 from lora_rt.registry.reference import Reference
@@ -187,18 +187,7 @@ def look_up(composition: Composition, base: str | None = None) -> list[Resolved]
             adapters.append(found)
         except LoraRtError as error:
             problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        lines = [
-            line
-            for error in problems
-            for line in (
-                f"{error.message}{'' if error.message.endswith(('?', '.', '!')) else '.'} {error.next_step}",
-                *error.problems,
-            )
-        ]
-        raise LoraRtError(f"{len(problems)} terms can't be used", problems=lines)
+    raise_all(problems, f"{len(problems)} terms can't be used")
     return adapters
 
 
