@@ -3,7 +3,10 @@
 {"scene": ..., "text": ...}                                  ours
 {"messages": [{"role": ..., "content": ...}, ...]}           chats; the last message is the answer
 {"conversations": [{"from": "human", "value": ...}, ...]}    the same as ShareGPT writes it
-{"instruction" or "prompt": ..., "output", "completion" or "response": ..., "input": may be left out}
+{"instruction", "prompt" or "question": ..., "output", "completion", "response" or "answer": ...}
+
+Beside an instruction there may be an "input" (Alpaca) or a "context" (Dolly), which stand behind it, and before it a
+"system" text and a "history" of pairs (LLaMA-Factory). What can't be carried, as tools, is refused and not left out.
 """
 
 from __future__ import annotations
@@ -14,11 +17,17 @@ from typing import Any
 FIELDS = ("scene", "text")
 KNOWN = (
     '{"scene", "text"}, {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from", "value"}, ...]}, '
-    '{"instruction" or "prompt", "output" or "completion"}, with "input" behind the instruction where there is one'
+    '{"instruction", "prompt" or "question", "output", "completion", "response" or "answer"}, '
+    'with "input" or "context" behind the instruction where there is one'
 )
-_ASKED, _ANSWERED = ("instruction", "prompt"), ("output", "completion", "response")
-_CHATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_ASKED = ("instruction", "prompt", "question")
+_ANSWERED = ("output", "completion", "response", "answer")
+_FURTHER = ("input", "context")
+_CHATS = ("messages", "conversations", "conversation")
+_NAMES = ("role", "content"), ("from", "value")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+_ROLES |= {role: role for role in ("user", "assistant", "system")}  # however they are capitalized
+_NOT_TRAINED_ON = ("tools", "functions")
 
 
 def in_our_form(line: dict[str, Any], *, chats: bool) -> dict[str, Any] | list[str]:
@@ -32,13 +41,17 @@ def in_our_form(line: dict[str, Any], *, chats: bool) -> dict[str, Any] | list[s
         return [f'both "scene" and "{chats_too[0]}" say what is asked; leave one out']
     if "scene" in line or ("text" in line and not _in_another_form(line)):
         return line
-    for key, names in _CHATS.items():
-        if key in line:
-            return _from_chat(line, key, names, chats=chats)
+    chat = next((key for key in _CHATS if key in line), None)
     asked = next((key for key in _ASKED if key in line), None)
     answered = next((key for key in _ANSWERED if key in line), None)
-    if asked is None or answered is None:
+    if chat is None and (asked is None or answered is None):
         return line
+    if left_out := [f'"{key}" can\'t be trained on; leave it out' for key in _NOT_TRAINED_ON if line.get(key)]:
+        return left_out
+    if chat is not None:
+        return _from_chat(line, chat, line[chat], chats=chats)
+    assert asked is not None
+    assert answered is not None
     return _from_pair(line, asked, answered, chats=chats)
 
 
@@ -49,36 +62,53 @@ def _in_another_form(line: Mapping[str, Any]) -> bool:
 
 
 def _from_pair(line: dict[str, Any], asked: str, answered: str, *, chats: bool) -> dict[str, Any] | list[str]:
-    if isinstance(line[asked], list) and isinstance(line[answered], list):  # both are messages, as TRL has it
-        whole = {"messages": [*line[asked], *line[answered]]}
-        return _from_chat(_without(line, asked, answered) | whole, "messages", _CHATS["messages"], chats=chats)
-    problems = [f'"{key}" is not a text' for key in (asked, answered) if not isinstance(line[key], str)]
-    further = line.get("input") or ""
-    if not isinstance(further, str):
-        problems.append('"input" is not a text')
+    if isinstance(line[asked], list) or isinstance(line[answered], list):  # as TRL has it: one of them may be a text
+        given = [("user", line[asked]), ("assistant", line[answered])]
+        each = [part if isinstance(part, list) else [{"role": role, "content": part}] for role, part in given]
+        return _from_chat(_without(line, asked, answered), asked, each[0] + each[1], chats=chats)
+    further = _FURTHER if asked == "instruction" else _FURTHER[:1]
+    behind = [key for key in further if line.get(key)]
+    problems = [f'"{key}" is not a text' for key in (asked, answered, *behind) if not isinstance(line[key], str)]
     if problems:
         return problems
     empty = [f'"{key}" is empty' for key in (asked, answered) if not line[key].strip()]
     if empty:
         return empty
-    scene = "\n\n".join(part for part in (line[asked], further) if part.strip())
-    return {**_without(line, asked, answered, "input"), "scene": scene, "text": line[answered]}
+    scene = "\n\n".join(line[key] for key in (asked, *behind) if line[key].strip())
+    rest = _without(line, asked, answered, *further, "system", "history")
+    if line.get("system") or line.get("history"):
+        history = line.get("history") or []
+        if not isinstance(history, list) or not all(_is_pair(pair) for pair in history):
+            return ['"history" is not a list of pairs of texts']
+        turns = [*history, (scene, line[answered])]
+        said = [{"role": role, "content": text} for turn in turns for role, text in zip(_TURN, turn, strict=True)]
+        return _from_chat(rest | {"system": line.get("system")}, asked, said, chats=chats)
+    return {**rest, "scene": scene, "text": line[answered]}
 
 
-def _from_chat(line: dict[str, Any], key: str, names: tuple[str, str], *, chats: bool) -> dict[str, Any] | list[str]:
-    given = line[key]
-    messages = [_message(item, *names) for item in given] if isinstance(given, list) else []
-    if isinstance(line.get("system"), str) and line["system"].strip():  # ShareGPT's place for it
-        messages = [{"role": "system", "content": line["system"]}, *messages]
-    before = len(messages) - len(given) if isinstance(given, list) else 0  # a system message has a place of its own
-    problems = [
-        f'"{key}": message {n} {_why_none(given[n - 1 - before], *names)}'
-        for n, m in enumerate(messages, 1)
-        if m is None
-    ]
-    whole = [message for message in messages if message is not None]
+_TURN = ("user", "assistant")
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+def _from_chat(line: dict[str, Any], key: str, given: Any, *, chats: bool) -> dict[str, Any] | list[str]:
+    """The example of a chat whose messages stand at `key`, or what is wrong with it."""
+    if not isinstance(given, list):
+        return [f'"{key}" is a {type(given).__name__}, not a list of messages']
+    messages = [_message(item) for item in given]
+    problems = [f'"{key}": message {n} {m}' for n, m in enumerate(messages, 1) if isinstance(m, str)]
+    whole = [message for message in messages if not isinstance(message, str)]
+    system = line.get("system") or ""  # ShareGPT's place for it
+    if not isinstance(system, str):
+        problems.append('"system" is not a text')
+    elif system.strip():
+        whole.insert(0, {"role": "system", "content": system})
     if not problems and (len(whole) < 2 or whole[-1]["role"] != "assistant"):
         problems = [f'"{key}" does not end with a question and the assistant\'s answer to it']
+    if not problems and (why := _not_learned(given[-1])):
+        problems = [f'"{key}": message {len(given)} {why}']
     if not problems and not chats and [m["role"] for m in whole] != ["user", "assistant"]:
         problems = [f'"{key}" has {len(whole)} messages; this mode reads one of the user and its answer']
     if problems:
@@ -86,28 +116,32 @@ def _from_chat(line: dict[str, Any], key: str, names: tuple[str, str], *, chats:
     asked: Any = whole[:-1]
     if [message["role"] for message in asked] == ["user"]:
         asked = asked[0]["content"]
-    return {**_without(line, key, "system"), "scene": asked, "text": whole[-1]["content"]}
+    return {**_without(line, key, "system", *_NOT_TRAINED_ON), "scene": asked, "text": whole[-1]["content"]}
 
 
-def _message(item: object, role: str, content: str) -> dict[str, str] | None:
-    if not isinstance(item, Mapping) or not isinstance(item.get(role), str):
-        return None
-    text: Any = item.get(content)
+def _message(item: object) -> dict[str, str] | str:
+    """A message's role and text, or what it has that none of a text model has."""
+    names = next((names for names in _NAMES if isinstance(item, Mapping) and names[0] in item), _NAMES[0])
+    if not isinstance(item, Mapping) or not isinstance(item.get(names[0]), str):
+        return f"has no {names[0]} and {names[1]}"
+    role, text = item[names[0]], item.get(names[1])
     if isinstance(text, Sequence) and not isinstance(text, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in text]
         text = "".join(str(part) for part in parts) if all(isinstance(part, str) for part in parts) else None
-    if not isinstance(text, str):
-        return None
-    return {"role": str(_ROLES.get(item[role], item[role])), "content": text}
-
-
-def _why_none(item: object, role: str, content: str) -> str:
-    """What a message has that none of a text model has."""
-    if isinstance(item, Mapping) and item.get("tool_calls"):
+    if isinstance(text, str):
+        return {"role": _ROLES.get(str(role).lower(), str(role)), "content": text}
+    if item.get("tool_calls"):
         return "calls tools, which is not trained on"
-    if isinstance(item, Mapping) and isinstance(item.get(role), str) and item.get(content) is not None:
-        return f"has a {content} that is not a text"
-    return f"has no {role} and {content}"
+    return f"has no {names[0]} and {names[1]}" if item.get(names[1]) is None else f"has a {names[1]} that is not a text"
+
+
+def _not_learned(answer: Mapping[str, Any]) -> str:
+    """What an answer has that could not be learned as it is meant."""
+    if answer.get("weight", 1) != 1:
+        return f"has the weight {answer['weight']!r:.40}, and every answer is learned from"
+    if answer.get("tool_calls"):
+        return "calls tools, which is not trained on"
+    return "has reasoning_content, which is not trained on" if answer.get("reasoning_content") else ""
 
 
 def _without(line: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -33,8 +33,33 @@ def written(path: Path, *lines: Any) -> Path:
         {"instruction": "rain?", "input": "", "output": "It rains."},
         {"prompt": "rain?", "completion": "It rains."},
         {"prompt": [ASK], "completion": [SAY]},
+        {"prompt": [ASK], "completion": "It rains."},
+        {"prompt": "rain?", "completion": [SAY]},
+        {"instruction": "rain?", "context": "", "response": "It rains."},
+        {"instruction": "rain?", "input": "", "output": "It rains.", "system": "", "history": []},
+        {"question": "rain?", "answer": "It rains."},
+        {"conversation": [{"from": "Human", "value": "rain?"}, {"from": "GPT", "value": "It rains."}]},
+        {"conversations": [ASK, SAY]},
+        {"messages": [ASK, {**SAY, "weight": 1}], "tools": []},
     ],
-    ids=["ours", "messages", "parts", "sharegpt", "alpaca", "alpaca without input", "completion", "trl"],
+    ids=[
+        "ours",
+        "messages",
+        "parts",
+        "sharegpt",
+        "alpaca",
+        "alpaca without input",
+        "completion",
+        "trl",
+        "trl, a text answers",
+        "trl, a text asks",
+        "dolly without context",
+        "llama-factory without more",
+        "questions",
+        "capital letters",
+        "other names",
+        "openai",
+    ],
 )
 @pytest.mark.parametrize("chats", [True, False])
 def test_every_form_gives_the_same_example(tmp_path: Path, line: dict[str, Any], chats: bool) -> None:
@@ -42,10 +67,41 @@ def test_every_form_gives_the_same_example(tmp_path: Path, line: dict[str, Any],
     assert found == {"scene": "rain?", "text": "It rains.", "scene_type": "body"}
 
 
-def test_an_input_stands_behind_its_instruction(tmp_path: Path) -> None:
-    line = {"instruction": "Translate:", "input": "rain", "output": "дождь"}
+@pytest.mark.parametrize(("further", "answered"), [("input", "output"), ("context", "response")])
+def test_an_input_stands_behind_its_instruction(tmp_path: Path, further: str, answered: str) -> None:
+    line = {"instruction": "Translate:", further: "rain", answered: "дождь"}
     (found,) = read_pairs(written(tmp_path / "d.jsonl", line), FIELDS)
     assert found == {"scene": "Translate:\n\nrain", "text": "дождь"}
+
+
+def test_a_system_text_and_a_history_are_said_before_an_instruction(tmp_path: Path) -> None:
+    line = {"instruction": "And", "input": "now?", "output": "It rains.", "system": "be kind"}
+    path = written(tmp_path / "d.jsonl", line | {"history": [["rain?", "It rains."]]}, line)
+    long, short = read_pairs(path, FIELDS, chats=True)
+    now = {"role": "user", "content": "And\n\nnow?"}
+    assert long == {"scene": [TOLD, ASK, SAY, now], "text": "It rains."}
+    assert short == {"scene": [TOLD, now], "text": "It rains."}
+    with pytest.raises(DataError, match="2 problems"):
+        read_pairs(path, FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ({"messages": [ASK, SAY], "tools": [{"type": "function"}]}, '"tools" can\'t be trained on'),
+        ({"messages": [ASK, {**SAY, "weight": 0}]}, "message 2 has the weight 0"),
+        ({"messages": [ASK, {**SAY, "reasoning_content": "hm"}]}, "message 2 has reasoning_content"),
+        ({"messages": [ASK, {**SAY, "tool_calls": [{}]}]}, "message 2 calls tools"),
+        ({"messages": json.dumps([ASK, SAY])}, '"messages" is a str, not a list of messages'),
+        ({"messages": [ASK, SAY], "system": 5}, '"system" is not a text'),
+        ({"instruction": "a", "context": 5, "response": "b"}, '"context" is not a text'),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, '"history" is not a list of pairs'),
+    ],
+)
+def test_what_can_t_be_learned_from_is_refused(tmp_path: Path, line: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_pairs(written(tmp_path / "d.jsonl", line), FIELDS, chats=True)
+    assert told in caught.value.problems[0]
 
 
 def test_a_longer_chat_is_a_prompt_of_messages_where_the_mode_reads_chats_and_refused_elsewhere(tmp_path: Path) -> None:
