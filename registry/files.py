@@ -35,6 +35,9 @@ LIMITS: Mapping[str, int] = {
 }
 """Every file that is read, with the most bytes it may have. A rank-64 adapter of a 70B model has under 4 GB."""
 
+POINTER = b"version https://git-lfs"
+"""What a file begins with that Git LFS has put in the place of the real one."""
+
 CHUNK = 4 * MEGABYTE
 MAX_SHARDS = 64
 

@@ -26,7 +26,7 @@ def loads(content: bytes) -> Any:
     if content.count(b"{") + content.count(b"[") > MAX_CONTAINERS or content.count(b",") > MAX_VALUES:
         raise InvalidJsonError(f"holds more than {MAX_CONTAINERS:,} lists and objects or {MAX_VALUES:,} values")
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # some editors put a mark in front
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -13,9 +13,11 @@ from typing import Any
 
 from lora_rt.core.base.precision import described
 from lora_rt.core.base.source import BaseError
+from lora_rt.registry.files import POINTER
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 << 20
+_POINTERS = 1024  # bytes: those of Git LFS have fewer
 _BOUNDS = {
     "num_hidden_layers": 2_000, "n_layer": 2_000, "n_layers": 2_000, "num_layers": 2_000,
     "hidden_size": 1 << 20, "n_embd": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 24,
@@ -64,6 +66,7 @@ def quantization_of(folder: Path) -> str | None:
 def check_weights(folder: Path) -> None:
     """Raises BaseError where a folder has no weights that are read, or lacks some of them."""
     read_configuration(folder)
+    check_fetched(folder)
     files = weight_files(folder)
     if not files:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
@@ -73,6 +76,20 @@ def check_weights(folder: Path) -> None:
         raise BaseError(f"{folder} holds no weights (no .safetensors file)", next_step="Fetch the model again")
     if lost := [file.name for file in files if not file.is_file()]:
         raise BaseError(f"weight files of {folder} are missing", problems=lost, next_step="Fetch the model again")
+
+
+def check_fetched(folder: Path) -> None:
+    """Raises BaseError where Git, which had no LFS, has left pointers in the place of files."""
+    if pointers := [file.name for file in sorted(folder.iterdir()) if file.is_file() and _is_pointer(file)]:
+        text = f"{folder} was fetched without Git LFS, and has pointers in the place of files"
+        raise BaseError(text, problems=pointers, next_step="Run in that folder: git lfs pull")
+
+
+def _is_pointer(file: Path) -> bool:
+    if file.stat().st_size > _POINTERS:
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(POINTER)) == POINTER
 
 
 def check_size(folder: Path, config: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import struct
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from lora_rt.core.base import default, hub
-from lora_rt.core.base.configuration import check_size, read_configuration
+from lora_rt.core.base.configuration import check_fetched, check_size, read_configuration
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line
 
@@ -21,6 +24,8 @@ UNREADABLE = (
 )  # fmt: skip
 """What transformers raises for a folder or file that it can't make a model or a tokenizer of."""
 
+_LOGGER = logging.getLogger("lora_rt.base")
+_LORA = re.compile(r"\.lora_|\.base_layer\.")
 _NO_ADAPTER = {"subfolder": "no-adapter-is-looked-for"}
 """transformers adds an adapter that lies beside a model to it, and then saves that adapter in place of the model."""
 
@@ -30,10 +35,10 @@ def whole_model(where: Any, **arguments: Any) -> Any:
 
     Code that comes with a model is never run, pickles are never opened, and an adapter that lies beside the model
     is not looked at. transformers fills weights that it does not find with random numbers and a warning: here that
-    is an error.
+    is an error; and it passes over those that its model has no place for, which would then be another one.
 
     Raises:
-        BaseError: weights are missing. One of `UNREADABLE`: it is no model.
+        BaseError: weights are missing, or no layer takes them. One of `UNREADABLE`: it is no model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,16 +46,44 @@ def whole_model(where: Any, **arguments: Any) -> Any:
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        check_fetched(Path(where))
         check_size(Path(where), config)
         kind = auto_class(config)
+        if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            config._attn_implementation = None  # that of who saved it, which may not be installed here
+            arguments["config"] = config
     model, report = kind.from_pretrained(
         where, trust_remote_code=False, output_loading_info=True, adapter_kwargs=_NO_ADAPTER, **arguments
     )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]) + _misshapen(model)
     if missing:
         text = f"{len(missing)} weights of {arguments.get('gguf_file', where)} are missing or have another shape"
-        raise BaseError(text, problems=missing[:20], next_step="Fetch the model again")
+        raise BaseError(text, problems=missing[:20], next_step=_next_step(report["unexpected_keys"]))
+    if "gguf_file" not in arguments:
+        _check_unused(model, sorted(report["unexpected_keys"]), where)
     return model
+
+
+def _check_unused(model: Any, keys: Sequence[str], where: Any) -> None:
+    """Raises BaseError for weights that belong to a layer of the model, which computes without them.
+
+    Other ones that nothing reads are named in the log: heads that guess further tokens, say, which many files have.
+    """
+    layers = {name for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
+    layers |= {name.removeprefix(f"{model.base_model_prefix}.") for name in layers}
+    of_layers = [key for key in keys if key.rpartition(".")[0] in layers or _LORA.split(key)[0] in layers]
+    if of_layers:
+        text = f"{len(of_layers)} weights of {where} belong to layers that have no such weights by its config.json"
+        step = f"{_next_step(of_layers)}, with the config.json that was saved with it"
+        raise BaseError(text, problems=of_layers[:20], next_step=step)
+    if keys:
+        named = ", ".join(keys[:3]) + (" and others" if len(keys) > 3 else "")
+        _LOGGER.warning("%d weights of %s are read by nothing: %s", len(keys), where, named)
+
+
+def _next_step(unused: Iterable[str]) -> str:
+    adapted = any(_LORA.search(key) for key in unused)
+    return "Merge the adapter that is saved in it into the model" if adapted else "Fetch the model again"
 
 
 def auto_class(config: Any) -> Any:
@@ -104,8 +137,16 @@ def whole_tokenizer(where: Any, **arguments: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:  # the tokenizers library raises no other kind
+        if "gguf_file" not in arguments and not any(map(_is_of_a_tokenizer, Path(where).iterdir())):
+            step = "Put those of the model that it was made of into it: tokenizer.json, tokenizer_config.json"
+            raise BaseError(f"{where} has no files of a tokenizer", next_step=step) from error
         text = f"the tokenizer of {arguments.get('gguf_file', where)} can't be read: {first_line(error)}"
         raise BaseError(text, next_step=_how_to_read(where)) from error
+
+
+def _is_of_a_tokenizer(file: Path) -> bool:
+    """Whether a file of a model's folder may hold the words of a tokenizer."""
+    return file.name.startswith(("tokenizer.", "vocab.")) or file.suffix in (".model", ".tiktoken", ".vocab")
 
 
 def _how_to_read(where: Any) -> str:

@@ -14,6 +14,10 @@ from lora_rt.core.engine.special import embedded, of_bias, of_tokens, rescaled, 
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import Site, Topology
 
+_ADDED = ": tokens were added to the base that it was trained on"
+_RESIZE = "Resize the base's embedding as it was for the training (resize_token_embeddings), save it, and use that"
+_OTHER = "Use the base that it was trained on"
+
 
 def fitted(
     adapter: ResidentAdapter,
@@ -33,7 +37,7 @@ def fitted(
     sites = {site.name: site for site in topology.sites}
     if problems := [*_misfits(adapter, sites), *_misfits_of_whole(adapter, modules)]:
         text = f"the adapter {adapter.name!r} does not fit this base"
-        raise BankError(text, problems=problems, next_step="Use the base that it was trained on")
+        raise BankError(text, problems=problems, next_step=_RESIZE if _ADDED in problems[-1] else _OTHER)
     factors = _with_tokens_and_biases(adapter, topology, sites)
     moved = {name: _moved(one, sites[name], dtype_on(sites[name].device)) for name, one in factors.items()}
     return replace(
@@ -80,7 +84,9 @@ def _misfits_of_whole(adapter: ResidentAdapter, modules: Mapping[str, nn.Module]
             there = own.get(key)
             if there is None or there.shape != tensor.shape:
                 mine = "none of this name" if there is None else f"{tuple(there.shape)}"
-                yield f"{name}.{key}: the adapter's is {tuple(tensor.shape)}, the model has {mine}"
+                longer = there is not None and there.shape[1:] == tensor.shape[1:] and len(tensor) > len(there)
+                why = _ADDED if longer and isinstance(modules[name], nn.Embedding | nn.Linear) else ""
+                yield f"{name}.{key}: the adapter's is {tuple(tensor.shape)}, the model has {mine}{why}"
 
 
 def _with_tokens_and_biases(

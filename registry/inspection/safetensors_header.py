@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from lora_rt.registry import strict_json
-from lora_rt.registry.files import MEGABYTE
+from lora_rt.registry.files import MEGABYTE, POINTER
 from lora_rt.registry.strict_json import shown
 
 MAX_HEADER = 16 * MEGABYTE
@@ -45,7 +45,10 @@ def read_header(file: BinaryIO, size: int) -> tuple[dict[str, TensorEntry], list
     """
     if size < 8:
         return {}, [f"has {size} bytes, too few for a safetensors file"]
-    (length,) = struct.unpack("<Q", file.read(8))
+    start = file.read(8)
+    if POINTER.startswith(start):
+        return {}, ["is a Git LFS pointer and not the file, which 'git lfs pull' brings"]
+    (length,) = struct.unpack("<Q", start)
     if length > MAX_HEADER:
         return {}, [f"states a header of {length:,} bytes, more than the {MAX_HEADER:,} that are read"]
     if 8 + length > size:
@@ -55,7 +58,7 @@ def read_header(file: BinaryIO, size: int) -> tuple[dict[str, TensorEntry], list
         header = strict_json.loads(content)
     except strict_json.InvalidJsonError as error:
         return {}, [f"has a header that {error}"]
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not content.startswith(b"{"):
         return {}, ["has a header that is not an object"]
     return _entries(header, 8 + length, size)
 

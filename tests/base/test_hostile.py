@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lora_rt.core.base.load import load_base
 from lora_rt.core.base.reading import config_alone
@@ -139,3 +141,61 @@ def test_a_template_that_was_held_to_the_limits_once_is_not_tried_again(
 def test_a_field_of_another_type_is_named(broken: Path, changes: dict[str, Any]) -> None:
     configure(broken, **changes)
     assert "can't be loaded" in refused(broken).message
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4"])
+@pytest.mark.parametrize(
+    ("key", "step"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", "Fetch the model again, with the config.json"),
+        ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "Merge the adapter"),
+    ],
+)
+def test_weights_that_a_layer_would_be_computed_without_are_named(
+    broken: Path, precision: str, key: str, step: str
+) -> None:
+    """transformers passes over them, and what is loaded is not the model that was saved."""
+    rewrite(broken, lambda tensors: {**tensors, key: torch.ones(64)})
+    error = refused(broken, precision)
+    assert error.problems == (key,)
+    assert "belong to layers that have no such weights" in error.message
+    assert error.next_step.startswith(step)
+
+
+def test_an_adapter_that_was_saved_with_its_base_is_said_to_be_one(broken: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    rewrite(broken, lambda t: {k.replace(f"{name}.", f"{name}.base_layer."): v for k, v in t.items()})
+    assert "Merge the adapter" in refused(broken).next_step
+
+
+def test_weights_that_are_of_no_layer_are_said_and_left_alone(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(broken, lambda tensors: {**tensors, "model.layers.9.eh_proj.weight": torch.ones(4, 4)})
+    load_base(str(broken), "float32", "cpu")
+    assert [r.getMessage().rpartition(" of ")[0] for r in caplog.records] == ["1 weights"]
+    assert caplog.records[0].getMessage().endswith("are read by nothing: model.layers.9.eh_proj.weight")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(broken: Path, name: str) -> None:
+    (broken / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n")
+    error = refused(broken)
+    assert (error.problems, error.next_step) == ((name,), "Run in that folder: git lfs pull")
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(broken: Path) -> None:
+    for file in [*broken.glob("tokenizer*"), *broken.glob("vocab*")]:
+        file.unlink()
+    error = refused(broken)
+    assert "has no files of a tokenizer" in error.message
+    assert "tokenizer.json" in error.next_step
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_that_is_not_installed_here_is_not_asked_for(broken: Path, key: str) -> None:
+    configure(broken, **{key: "flash_attention_2"})
+    assert load_base(str(broken), "float32", "cpu").model.config._attn_implementation == "sdpa"

@@ -167,6 +167,7 @@ def test_a_pattern_that_could_hang_is_never_matched_and_the_tensors_say_what_is_
         config(base_model_name_or_path="/somewhere/on/a/disk"),
         config(auto_mapping={"base_model_class": "X", "parent_library": "transformers.models.llama.modeling_llama"}),
         lambda files: files.pop("register.json"),
+        lambda files: files.update({"adapter_config.json": b"\xef\xbb\xbf" + files["adapter_config.json"]}),
         lambda files: files.update({"other.bin": b"never read"}),
     ],
 )

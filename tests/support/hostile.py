@@ -112,6 +112,10 @@ CASES: dict[str, tuple[Change, str]] = {
     # the file of the weights
     "empty file": (weights(b""), "has 0 bytes"),
     "seven bytes": (weights(b"\1\0\0\0\0\0\0"), "has 7 bytes"),
+    "a pointer of Git LFS": (
+        weights(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n"),
+        "Git LFS pointer",
+    ),
     "eight bytes": (weights(struct.pack("<Q", 0)), "is not JSON"),
     "eight bytes of a promise": (weights(struct.pack("<Q", 500)), "cut off"),
     "header longer than the file": (weights(raw({}, length=10_000)), "cut off"),
