@@ -5,6 +5,7 @@ What a person typed wrong is a usage error (exit code 2), whatever part of lora-
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from lora_rt.core.base.precision import check_wish
 from lora_rt.core.cli.failures import usage
 from lora_rt.core.cli.session import session
-from lora_rt.core.requests.composition import Composition
+from lora_rt.core.requests.composition import Composition, quoted
 from lora_rt.errors import UsageError
 from lora_rt.plugins.contract.cli import (
     ALLOW_BASE_MISMATCH,
@@ -28,6 +29,7 @@ from lora_rt.plugins.contract.cli import (
     TemplateVar,
     TopK,
 )
+from lora_rt.registry.reference import is_path
 
 __all__ = [
     "AllowBaseMismatch",
@@ -75,7 +77,16 @@ def composition_of(specs: Sequence[str]) -> Composition:
     Raises:
         UsageError: naming every bad term.
     """
-    return Composition.parse(" ".join(specs))
+    return Composition.parse(" ".join(map(as_written, specs)))
+
+
+def as_written(spec: str) -> str:
+    """An argument as it stands in the text of a composition: there, the path of a folder with blanks is in quotes."""
+    path, colon, weight = spec.rpartition(":")
+    for folder, rest in ((spec, ""), (path, colon + weight)):
+        if is_path(folder) and os.path.isdir(os.path.expanduser(folder)):
+            return quoted(folder) + rest
+    return spec
 
 
 def mode_options(pairs: Sequence[str]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 A term is `reference[:weight]`, the weight 1 if left out and any finite number otherwise; terms are separated by blanks
 of any kind, `+` or `,`. Weights are absolute: nothing is normalised. `emotion logic:0.5[So:]` lets logic wake up where
-"So:" has appeared in the prompt or the answer (see `lora_rt.core.requests.activation`).
+"So:" has appeared in the prompt or the answer (see `lora_rt.core.requests.activation`). A path that has a blank or
+another separator in it stands in quotes: `"./My Adapters/mine":0.7`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 from lora_rt.core.generation.numbers import real
 from lora_rt.core.requests import activation
 from lora_rt.errors import LoraRtError, UsageError
-from lora_rt.registry.reference import Reference
+from lora_rt.registry.reference import Reference, is_path
 
 _SEPARATOR = re.compile(r"[\s+,]+")
 _MINUS = str.maketrans("\u2212\u2013\ufe63\uff0d", "----")  # as texts on pages have it, in front of a number
 # A term ends at a separator, except that the sign of a number and of its exponent belong to the number.
 _WEIGHT = r"[+-]?(?:[^\s+,\[]*[\d.][eE][+-]?\d+(?=[\s+,\[]|$)|[^\s+,\[]*)"
 # In a path a bracket is a character like any other, unless it follows a weight.
-_REFERENCE = r"[./~][^\s+,:]*|[^\s+,:\[]*"
+_REFERENCE = r'"[^"\n]+"(?=[\s+,:\[]|$)|[./~][^\s+,:]*|[^\s+,:\[]*'
+_NEEDS_QUOTES = re.compile(r"[\s+,:]")
 # What follows a term and can't: a bracket that is empty or never closed, or a weight behind it.
 _WRONG = rf"\[\]|\[.*|(?<=\]):{_WEIGHT}"
 _TERM = re.compile(
@@ -73,8 +75,8 @@ class Term:
 
     def __str__(self) -> str:
         plain = self.weight == 1 and not (self.after and self.reference.kind == "path")
-        text = self.reference.text if plain else f"{self.reference.text}:{self.weight:.12g}"
-        return text + activation.written(self.after)
+        named = quoted(self.reference.text) if self.reference.kind == "path" else self.reference.text
+        return (named if plain else f"{named}:{self.weight:.12g}") + activation.written(self.after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,11 @@ CompositionLike = Composition | str | Mapping[Any, float] | Sequence[Term]
 """What stands for one composition: parsed, as text, as a mapping from references to weights, or as terms."""
 
 
+def quoted(path: str) -> str:
+    """A path as it stands in the text of a composition: in quotes where it has a separator in it."""
+    return f'"{path}"' if _NEEDS_QUOTES.search(path) and '"' not in path else path
+
+
 def _of_mapping(weights: Mapping[Any, float]) -> Composition:
     """{"emotion": 0.7, "logic[So:]": 0.3}: references, or paths, and their weights."""
     terms: list[Term] = []
@@ -193,7 +200,8 @@ def _key(key: Any) -> Term:
         raise LoraRtError("it is not a reference")
     pieces = _pieces(key)
     if len(pieces) != 1 or pieces[0]["weight"] is not None:
-        raise LoraRtError("write one reference there, and its weight as the value")
+        quotes = ", a path that has blanks in quotes" if is_path(key) and '"' not in key else ""
+        raise LoraRtError(f"write one reference there{quotes}, and its weight as the value")
     return _term(pieces[0])
 
 
@@ -228,6 +236,8 @@ def _term(piece: re.Match[str]) -> Term:
         raise LoraRtError("no name stands before the colon" if weight is not None else "no name stands there")
     if wrong:
         raise LoraRtError(_why_not(wrong))
+    if len(reference) > 2 and reference[0] == reference[-1] == '"':
+        reference = reference[1:-1]
     return Term(Reference.parse(reference), 1.0 if weight is None else _weight(weight), activation.read(piece["after"]))
 
 

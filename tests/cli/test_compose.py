@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_what_is_printed_is_what_the_runtime_generates(
     done = cli("compose", f"{adapters[0]}:0.7", "-p", "ab", "--temperature", "0", *tiny)
     runtime = zoo.runtime("llama")
     assert done.out.rstrip("\n") == runtime.generate("ab", f"{adapters[0]}:0.7", max_new_tokens=8)
+
+
+def test_a_folder_with_blanks_is_one_argument(cli: Cli, tiny: list[str], zoo: Zoo, tmp_path: Path) -> None:
+    folder, other = tmp_path / "My Adapters, new" / "é (2)", zoo.adapter("llama", seed=2)
+    shutil.copytree(zoo.adapter("llama", seed=1), folder)
+    settings = ["-p", "ab", "--temperature", "0", *tiny]
+    plain = cli("compose", f"{zoo.adapter('llama', seed=1)}:0.7", f"{other}:-0.3", *settings)
+    for args in ([f"{folder}:0.7", f"{other}:-0.3"], [f'"{folder}":0.7 {other}:-0.3']):
+        done = cli("compose", *args, *settings)
+        assert (done.code, done.out) == (0, plain.out), done.err
+    missing = cli("compose", f"{folder}x:0.7", *settings)
+    assert missing.code != 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +112,32 @@ def test_a_runtime_warns_once_of_each_kind(runtime: Runtime, caplog: pytest.LogC
     assert len(told) == 2
     assert told[0].startswith("the weights add up to 2, and beyond 1.25 texts fall apart")
     assert told[1].startswith("a:-1 pushes hard away")
+
+
+@pytest.mark.parametrize(
+    ("text", "paths", "weights"),
+    [
+        ('"./a b":0.5 c', ["./a b", "c"], [0.5, 1.0]),
+        ('"/x, y/z+1:2":-0.5[So:],"~/q"', ["/x, y/z+1:2", "~/q"], [-0.5, 1.0]),
+        ('"logic":2', ["logic"], [2.0]),
+    ],
+)
+def test_a_path_with_separators_stands_in_quotes(text: str, paths: list[str], weights: list[float]) -> None:
+    found = Composition.parse(text)
+    assert [term.reference.text for term in found.terms] == paths
+    assert [term.weight for term in found.terms] == weights
+    again = Composition.parse(str(Composition(found.terms)))  # of the terms, not of the text that was read
+    assert again == found
+
+
+def test_the_key_of_a_mapping_may_be_such_a_path() -> None:
+    wanted = Composition.parse('"./a b":0.5')
+    assert Composition.of({'"./a b"': 0.5}) == Composition.of({Path("./a b"): 0.5}) == wanted
+    with pytest.raises(InvalidCompositionError, match="a path that has blanks in quotes"):
+        Composition.of({"./a b": 0.5})
+
+
+@pytest.mark.parametrize("text", ['"./a b', '""', '"a" "', '"./a"b'])
+def test_quotes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InvalidCompositionError):
+        Composition.parse(text)
