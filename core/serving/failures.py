@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -101,7 +101,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         if "json" not in request.headers.get("content-type", ""):
             return answer(400, "The body has to be JSON, sent with Content-Type: application/json. See: /openapi.json")
-        found = [_problem(*finding) for finding in findings(error.errors())]
+        found = _as_a_whole(error.errors()) or [_problem(*finding) for finding in findings(error.errors())]
         shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
         return JSONResponse(body(400, f"The request can't be understood: {shown}. See: /openapi.json"), 400)
 
@@ -119,6 +119,14 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, defect)
+
+
+def _as_a_whole(found: Sequence[Any]) -> list[str]:
+    """What is wrong with a body that is not even JSON."""
+    first: Any = found[0] if len(found) == 1 else {"type": "", "loc": ()}
+    if first["type"] == "json_invalid":
+        return [f"it is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"]
+    return ["there is no body"] if first["type"] == "missing" and tuple(first["loc"]) == ("body",) else []
 
 
 def _problem(place: Place, what: str) -> str:

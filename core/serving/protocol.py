@@ -150,6 +150,10 @@ class _Request(Body):
         odd = [name for name, fine in _NEUTRAL.items() if getattr(self, name, None) not in fine]
         if odd:
             raise ValueError(f"{', '.join(odd)} can't be had here; leave it out")
+        if getattr(self, "top_logprobs", None) and not getattr(self, "logprobs", None):
+            raise ValueError("top_logprobs go with logprobs: true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options go with stream: true")
         if len(self.stops) > 16 or not all(self.stops):
             raise ValueError("stop takes at most 16 texts, none of them empty")
         return self

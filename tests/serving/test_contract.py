@@ -177,12 +177,28 @@ def test_what_the_server_tells_of_itself_has_its_form(server: Live, path: str, f
         ),
         ("/v1/chat/completions", {"min_tokens": 50, "max_tokens": 5}, "min_tokens is 50, and the answer has at most 5"),
         ("/v1/completions", {"min_tokens": 50}, "at most 16"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs go with logprobs: true"),
+        ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options go with stream: true"),
     ],
 )
 def test_what_is_no_number_or_contradicts_itself_is_refused(server: Live, path: str, field: Any, said: str) -> None:
     given = {"prompt": "rain"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "rain"}]}
     with server.http() as http:
         answer = http.post(path, json={"model": "base", **given, **field})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"model": "base", ', "it is not JSON: Expecting property name enclosed in double quotes, at character"),
+        ("", "there is no body"),
+    ],
+)
+def test_a_body_that_is_not_json_is_told_where(server: Live, body: str, said: str) -> None:
+    with server.http() as http:
+        answer = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 
