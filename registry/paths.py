@@ -10,7 +10,7 @@ from lora_rt.registry import files
 from lora_rt.registry.errors import InvalidReferenceError, RejectedAdapterError, UnknownAdapterError
 from lora_rt.registry.inspection import kinds
 from lora_rt.registry.inspection.folder import folder_problems
-from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.reference import BASE, Reference, is_name
 from lora_rt.registry.resolved import Resolved, read_folder
 from lora_rt.registry.strict_json import shown
 
@@ -97,6 +97,6 @@ def _adapters_below(folder: Path) -> list[str]:
 def _name_of(folder: Path) -> str:
     own = folder.resolve().name
     if is_name(own):
-        return own
+        return own if own != BASE else f"{own}-adapter"
     plain = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in own).strip("-")
     return plain[:96] or "adapter"

@@ -21,6 +21,8 @@ from lora_rt.registry.strict_json import shown
 
 _WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(_WORD)
+BASE = "base"
+"""What is called the base alone, by a server and in tables: nothing else may be."""
 _HUB = re.compile(rf"{_WORD}/{_WORD}")
 _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*){0,5}")
 _MAX_NAME_BYTES = 200
@@ -109,9 +111,10 @@ def name_problem(name: str, thing: str = "an adapter") -> list[str]:
 
 
 def check_name(name: str, thing: str = "an adapter") -> None:
-    """Raises InvalidReferenceError where nothing of ours may be called this."""
-    for problem in name_problem(name, thing):
-        raise InvalidReferenceError(problem, next_step="Choose another name")
+    """Raises InvalidReferenceError where nothing new of ours may be called this."""
+    taken = [f"{name!r} means the base alone"] if name == BASE else []
+    for problem in taken or name_problem(name, thing):
+        raise InvalidReferenceError(problem, next_step=f"Choose another name for {thing}")
 
 
 def is_hub_id(text: str) -> bool:

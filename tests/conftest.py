@@ -105,7 +105,7 @@ def own_process() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def one_place_for_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def one_place_for_kernels(own_process: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compiled is found again by other processes and later runs; it takes up to half a minute each."""
     cache = getattr(request.config, "cache", None)
     if cache is not None and "native" not in request.path.parts:

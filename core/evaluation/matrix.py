@@ -14,8 +14,8 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.core.training.data import check_fit
 from lora_rt.core.training.sources import DataError
 from lora_rt.errors import LoraRtError
+from lora_rt.registry.reference import BASE as BASE
 
-BASE = "base"
 Interval = tuple[float, float]
 _BATCH = 16
 _RESAMPLES = 2000

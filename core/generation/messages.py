@@ -37,7 +37,9 @@ def checked_messages(prompt: Prompt) -> list[dict[str, Any]]:
         return [{"role": "user", "content": prompt}]
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
         text = f"a prompt is a {type(prompt).__name__}"
-        raise PromptError(text, next_step="Give a text, or a list of chat messages")
+        chat = "Give a text, or put the messages of each chat into a list of their own: [[{...}, {...}]]"
+        step = chat if isinstance(prompt, Mapping) else "Give a text, or a list of chat messages"
+        raise PromptError(text, next_step=step)
     messages = [_message(message) for message in prompt]
     problems = [f"message {n}: {prompt[n - 1]!r:.200}" for n, message in enumerate(messages, 1) if message is None]
     if problems:

@@ -15,7 +15,6 @@ from lora_rt.core.serving.answers import Kind, new_id
 from lora_rt.core.serving.answers import Response as Answer
 from lora_rt.core.serving.failures import Refusal
 from lora_rt.core.serving.guard import Guard
-from lora_rt.core.serving.names import BASE
 from lora_rt.core.serving.preparing import Ask
 from lora_rt.core.serving.protocol import ChatRequest, CompletionRequest, TurnRequest
 from lora_rt.core.serving.responses import (
@@ -33,6 +32,7 @@ from lora_rt.core.serving.responses import (
 from lora_rt.core.serving.service import Service
 from lora_rt.core.serving.speaking import Spoken, Stream, pieces, unless_gone
 from lora_rt.core.serving.ticket import Events, hand_out
+from lora_rt.registry.reference import BASE
 from lora_rt.version import __version__
 
 # Where a request names no temperature: as `lora-rt compose` samples, since small bases loop otherwise.

@@ -13,8 +13,8 @@ from lora_rt.core.requests.named import RequestNames, named_composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.errors import UnknownAdapterError
+from lora_rt.registry.reference import BASE
 
-BASE = "base"
 _LONGEST = 4000  # letters of a composition
 
 

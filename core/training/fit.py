@@ -103,7 +103,7 @@ def make_trainer(prepared: Prepared, folder: Path) -> tuple[ModeTrainer, Checkpo
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(0.05 * steps)),
+        warmup_steps=round(0.05 * steps),  # of ten steps or fewer none: the first one of a warm-up changes nothing
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=settings.seed,

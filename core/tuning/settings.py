@@ -25,7 +25,6 @@ LEAST = 1e-6
 """Of a start; see `check_weights`."""
 
 _LARGEST = 1e6  # far beyond every weight under which a text is one, and its square is a number in float32
-_BASE = "base"  # what the server and tables call the base alone
 
 
 class TuneError(LoraRtError):
@@ -166,8 +165,6 @@ def check_loss(loss: Tensor, step: int) -> None:
 def check_name(name: str, registry: Registry) -> None:
     """Raises LoraRtError where a composition can't have this name: an adapter has it, or it is not a name."""
     check_form(name, "a composition")
-    if name == _BASE:
-        raise StoreError(f"{name!r} means the base alone", next_step="Give the composition another one with --name")
     if name in registry.names():
         text = f"{name!r} is the name of an adapter"
         raise StoreError(text, next_step="Give the composition another one with --name")

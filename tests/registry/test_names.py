@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import unicodedata
+from pathlib import Path
 
 import pytest
 
+from lora_rt.core.step.settings import TrainSettings
+from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import BaseIdentity
 from lora_rt.registry.errors import StoreError, UnknownAdapterError
 from lora_rt.registry.hub.pull import pull
-from lora_rt.registry.reference import Reference, is_name
+from lora_rt.registry.reference import InvalidReferenceError, Reference, is_name
 from lora_rt.registry.registry import Registry
 from support.adapters import adapter_files
 from support.hub import LocalHub
+from support.tiny import Zoo
 
 SMOL = {"id": "org/smol", "revision": None, "digest": "a1"}
 QWEN = {"id": "org/qwen", "revision": None, "digest": "b2"}
@@ -69,3 +74,23 @@ def test_a_name_is_written_in_any_script(name: str) -> None:
 )
 def test_signs_that_hide_or_turn_a_name_are_no_letters(name: str) -> None:
     assert not is_name(name)
+
+
+def test_nothing_new_is_called_what_the_base_alone_is(hub: LocalHub, registry: Registry) -> None:
+    """A server and tables mean the base alone by it, whatever the store holds."""
+    hub.commit("a/base", adapter_files())
+    with pytest.raises(InvalidReferenceError, match="'base' means the base alone"):
+        pull(registry.store, Reference.parse("a/base"))
+    assert "base" not in registry.names()
+    assert pull(registry.store, Reference.parse("a/base"), name="mine").name == "mine"
+    with pytest.raises(LoraRtError) as caught:
+        TrainSettings(register="base", mode="output-only", data=Path("d"), held_out=Path("h")).check()
+    assert "'base' means the base alone" in " ".join(caught.value.problems)
+
+
+def test_a_folder_of_that_name_is_another_one(zoo: Zoo, tmp_path: Path) -> None:
+    folder = shutil.copytree(zoo.adapter("llama", seed=1), tmp_path / "base")
+    runtime = zoo.runtime("llama", fresh=True)
+    assert runtime.load_adapter(str(folder)) == "base-adapter"
+    with pytest.raises(InvalidReferenceError, match="means the base alone"):
+        runtime.load_adapter(str(folder), name="base")
