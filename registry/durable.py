@@ -13,8 +13,8 @@ from lora_rt.registry.errors import OccupiedFolderError, StorageError
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring a file's content to the disk; Windows does so for whoever may write to it alone."""
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -50,6 +50,14 @@ def write_bytes(path: Path, content: bytes) -> None:
             error.filename = str(path)  # a full disk is reported without one
         raise
     sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that it holds; it may be gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -155,12 +163,9 @@ def abandoned(folder: Path, name: str = "*") -> list[Path]:
 
 
 def _is_alive(process: str) -> bool:
-    if not process.isdigit():
-        return False
+    import psutil  # few folders hold partial files
+
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
+        return process.isdigit() and bool(psutil.pid_exists(int(process)))
+    except OverflowError:  # no process has such a number, but somebody's file does
         return True
-    return True

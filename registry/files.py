@@ -13,8 +13,8 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -61,7 +61,7 @@ def shard_number(name: str) -> tuple[int, int] | None:
 
 
 @contextmanager
-def open_plain(path: Path, limit: int) -> Iterator[tuple[BinaryIO, int]]:
+def open_plain(path: Path, limit: int) -> Iterator[tuple[BufferedReader, int]]:
     """Open a regular file for reading and give it with its size in bytes.
 
     The file is opened without following a link (but those of the Hub client's cache, see above) and without waiting
@@ -127,12 +127,9 @@ def sha256_bytes(content: bytes) -> str:
 
 
 def sha256_of(path: Path, limit: int) -> str:
-    """The sha256 of a plain file, read in chunks of 4 MB."""
-    digest = hashlib.sha256()
+    """The sha256 of a plain file."""
     with open_plain(path, limit) as (file, _):
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.registry import durable
+from lora_rt.registry.errors import StorageError
 
 
 def home() -> Path:
-    """The home of this process; it need not exist yet."""
+    """The home of this process; it need not exist yet.
+
+    Raises:
+        StorageError: it is to lie in the home of a user that this machine does not have.
+    """
     chosen = os.environ.get("LORA_RT_HOME")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        try:
+            return Path(chosen).expanduser().absolute()
+        except RuntimeError as error:
+            text = f"LORA_RT_HOME is {chosen}, and this machine has no such user"
+            raise StorageError(text, next_step="Set it to a folder of yours") from error
     import platformdirs
 
     return Path(platformdirs.user_data_dir("lora-rt", appauthor=False))

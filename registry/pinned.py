@@ -82,7 +82,8 @@ class PinnedNames:
     def _obtain(self, name: str, reference: Reference, pin: Locked | None, file: str, *, offline: bool) -> Resolved:
         why = _why(name, reference, pin, file)
         if reference.kind == "path":
-            return _as_pinned(at_path(self.folder, reference, why=why, name=name), pin)
+            item = at_path(self.folder, reference, why=why, name=name)
+            return item if pin is None else as_pinned(item, pin)
         if pin is None:
             item = obtain(self.store, reference, name=name, offline=offline)
         else:
@@ -95,8 +96,13 @@ def _why(name: str, reference: Reference, pin: Locked | None, file: str) -> str:
     return f"{name!r} is {reference.text} in {file}{at}"
 
 
-def _as_pinned(item: Resolved, pin: Locked | None) -> Resolved:
-    problems = changes(item.folder, pin.files) if pin else []
+def as_pinned(item: Resolved, pin: Locked) -> Resolved:
+    """An adapter that lies in a folder, if its files are those that the lock has.
+
+    Raises:
+        ChangedAdapterError: they are others.
+    """
+    problems = changes(item.folder, pin.files)
     if problems:
         raise ChangedAdapterError(
             f"{item.name} at {item.source} is not what {LOCK_FILE} says",

@@ -33,14 +33,8 @@ _KEYS = ("adapters", "compositions")
 class Project:
     """The names of one `lora-rt.toml`; each has one source or, for several bases, several."""
 
-    folder: Path
     adapters: dict[str, tuple[Reference, ...]]
     compositions: tuple[str, ...] = ()
-
-    @property
-    def file(self) -> Path:
-        """Where the project is written down."""
-        return self.folder / PROJECT_FILE
 
 
 def _texts(value: Any) -> Any:
@@ -107,4 +101,4 @@ def read_project(folder: Path) -> Project | None:
         text = f"{PROJECT_FILE} can't be used as it is"
         raise ProjectError(text, next_step=f"Correct {folder / PROJECT_FILE}", problems=problems) from error
     adapters = {name: tuple(map(Reference.parse, texts)) for name, texts in found.adapters.items()}
-    return Project(folder, adapters, tuple(dict.fromkeys(found.compositions)))
+    return Project(adapters, tuple(dict.fromkeys(found.compositions)))

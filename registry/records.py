@@ -123,10 +123,7 @@ class Records:
 
     def remove(self, path: Path) -> None:
         """Remove one record, and its name with its last."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        durable.remove(path)
         if path.parent.is_dir() and not _records_in(path.parent):
             shutil.rmtree(path.parent, ignore_errors=True)
         durable.sync_folder(self.folder)

@@ -88,15 +88,13 @@ class Resolved:
         return replace(self, digests=Digests(self.folder, self.name, digests))
 
 
-def read_folder(
-    folder: Path, *, name: str, source: str, why: str, revision: str | None = None, requested: str | None = None
-) -> Resolved:
+def read_folder(folder: Path, *, name: str, source: str, why: str) -> Resolved:
     """Resolve to a folder as it lies there; it is not hashed before somebody asks for a digest.
 
     Raises:
         RejectedAdapterError: its card is no card.
     """
-    return Resolved(name, folder, source, revision, read_card(folder), why, Digests(folder, name), requested)
+    return Resolved(name, folder, source, None, read_card(folder), why, Digests(folder, name))
 
 
 def changes(folder: Path, expected: Mapping[str, str]) -> list[str]:

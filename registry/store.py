@@ -171,7 +171,7 @@ class Store:
         self.objects.mkdir(parents=True, exist_ok=True)
         target = self.objects / record.sha256
         for stranger in set(os.listdir(staged)) - set(files.present(staged)):
-            _remove(staged / stranger)
+            durable.remove(staged / stranger)
         if target.exists():
             if is_whole(target, record.files):
                 return
@@ -182,7 +182,7 @@ class Store:
     def _collect(self) -> list[Path]:
         gone = self.orphans()
         for path in gone:
-            _remove(path)
+            durable.remove(path)
         return gone
 
     def _unused_objects(self) -> list[Path]:
@@ -243,10 +243,3 @@ def _is_held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

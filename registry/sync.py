@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import BaseIdentity
@@ -14,6 +13,8 @@ from lora_rt.registry.hub.download import Report, silent
 from lora_rt.registry.hub.pull import install_pinned, obtain
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked, read_lock, read_locked_compositions, write_lock
+from lora_rt.registry.paths import folder_of
+from lora_rt.registry.pinned import as_pinned
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, Project, read_project
 from lora_rt.registry.records import Record
 from lora_rt.registry.reference import Reference
@@ -57,7 +58,7 @@ def check_lock(registry: Registry) -> list[str]:
     problems += _composition_differences(registry, project)
     for entry in entries:
         if entry.reference.kind == "path":
-            folder = registry.folder / Path(entry.reference.target).expanduser()
+            folder = folder_of(registry.folder, entry.reference)
             problems += [f"{entry.name}: {problem}" for problem in changes(folder, entry.files)]
     return problems
 
@@ -97,13 +98,7 @@ def _install(registry: Registry, entry: Locked, offline: bool, report: Report) -
     if reference.kind == "hub":
         found = install_pinned(registry.store, entry, offline=offline, report=report)
         return replace(found, name=entry.name, requested=reference.revision)
-    found = registry.resolve(reference)
-    problems = changes(found.folder, entry.files)
-    if problems:
-        raise ChangedAdapterError(
-            f"{entry.name} in {entry.source} is not what was locked", next_step="Run: lora-rt lock", problems=problems
-        )
-    return replace(found, name=entry.name)
+    return as_pinned(replace(registry.resolve(reference), name=entry.name), entry)
 
 
 def _pin(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError, StoreError, UnknownAdapterError
@@ -13,6 +12,7 @@ from lora_rt.registry.hub.limits import NEXT_STEP
 from lora_rt.registry.hub.remote import commit_of
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked, read_lock
+from lora_rt.registry.paths import folder_of
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.reference import Reference, is_commit
 from lora_rt.registry.registry import Registry
@@ -65,7 +65,7 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
             # A Hub that does not answer is asked once, not once for each adapter.
             unheard = any(note.endswith(UNREACHABLE) for verdict in verdicts for note in verdict.notes)
             pin = pins.get(item.name)
-            there = None if pin is None else registry.folder / Path(pin.reference.target).expanduser()
+            there = None if pin is None else folder_of(registry.folder, pin.reference)
             verdicts.append(_check(item, offline or unheard, pin if there == item.folder else None))
     verdicts += [
         Verdict(item.name, "store", (item.message,), todo=item.todo)

@@ -146,8 +146,8 @@ def _problems(document: Mapping[str, Any]) -> Iterator[str]:
                     continue
                 if not isinstance(one, int) or isinstance(one, bool):
                     yield f"{prefix}{key} is {_shown(value)}, not a whole number"
-                elif not (0 if key in _MAY_BE_ZERO else 1) <= one <= most:
-                    yield f"{prefix}{key} is {_shown(value)}, and can be at most {most:,} and not less than 1"
+                elif not (least := 0 if key in _MAY_BE_ZERO else 1) <= one <= most:
+                    yield f"{prefix}{key} is {_shown(value)}, and can be at most {most:,} and not less than {least}"
                 else:
                     continue
                 break

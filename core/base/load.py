@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,6 @@ from lora_rt.core.base.source import BaseError, first_line, parse_base
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
-
-def _nothing() -> None:
-    """The model of a base that we loaded is ours."""
-
-
 _LOGGER = logging.getLogger("lora_rt.base")
 
 
@@ -46,8 +41,8 @@ class LoadedBase:
     """The model in memory (eval mode, frozen), its tokenizer, and what it is.
 
     `precision` is one of ours, or in words what others have quantized it to. `give_back` undoes what was done to a
-    model that is a caller's. What trying it has
-    shown is remembered under the name `remembered_as`, where it has one.
+    model that is a caller's; one that we loaded is ours. What trying it has shown is remembered under the name
+    `remembered_as`, where it has one.
     """
 
     model: Any
@@ -58,7 +53,7 @@ class LoadedBase:
     precision: str
     device: torch.device
     dtype: torch.dtype
-    give_back: Callable[[], None] = _nothing
+    give_back: Callable[[], None] = field(default=lambda: None)
     remembered_as: str | None = None
 
     def digest(self) -> str:

@@ -42,9 +42,7 @@ class ForwardPass:
         takes_positions = "position_ids" in names
         return cls(takes_positions, "logits_to_keep" in names, _first_position(inner) if takes_positions else 0)
 
-    def arguments(
-        self, ids: Tensor, mask: Tensor | None = None, columns: int | Tensor | None = None, *, cache: Any = None
-    ) -> dict[str, Any]:
+    def arguments(self, ids: Tensor, mask: Tensor | None = None, columns: int | Tensor | None = None) -> dict[str, Any]:
         """The arguments of a pass over rows; what the model does not take is left out.
 
         Args:
@@ -52,11 +50,8 @@ class ForwardPass:
             mask: (rows, all tokens), those in the cache too; None where no row is padded, for then the kernel without
                 a mask is faster.
             columns: the last n columns, or the indices (n,) of those whose logits are wanted; see `kept`.
-            cache: what the tokens before these left; None keeps nothing.
         """
-        given: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
-        if cache is not None:
-            given["past_key_values"] = cache
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if mask is not None:
             given["attention_mask"] = mask
             if self.takes_positions:
@@ -183,30 +178,26 @@ def context_of(config: Any) -> int:
     return max(int(stated), int(rope.get("factor", 1.0) * first)) if stretches else int(stated)
 
 
-def pad_right(rows: Sequence[Sequence[int]], device: torch.device | str, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+def pad_right(
+    rows: Sequence[Sequence[int]], device: torch.device | str, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask of rows, both (rows, tokens) int64, so that all begin in the first column.
 
     What stands on padding is masked: any token that exists will do, and 0 exists in every vocabulary.
     """
-    return _padded(rows, device, pad_id, left=False)
-
-
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str, pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """The same, so that all rows end in the last column."""
-    return _padded(rows, device, pad_id, left=True)
-
-
-def _padded(
-    rows: Sequence[Sequence[int]], device: torch.device | str, pad_id: int, *, left: bool
-) -> tuple[Tensor, Tensor]:
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[number, place] = torch.as_tensor(row, dtype=torch.long)
         mask[number, place] = 1
     return ids.to(device), mask.to(device)
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """The same, so that all rows end in the last column."""
+    return pad_right(rows, device, left=True)
 
 
 def positions_of(mask: Tensor) -> Tensor:

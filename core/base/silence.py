@@ -13,14 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 
-class _DropKernelsAdvice(logging.Filter):
+def _is_no_advice(record: logging.LogRecord) -> bool:
     """On a CPU bitsandbytes advises to install the `kernels` package; the kernel that it brings itself is fine."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "kernels" not in record.getMessage()
+    return "kernels" not in record.getMessage()
 
 
-_ADVICE = _DropKernelsAdvice()
 _EXPECTED = (
     (".*MatMul8bitLt: inputs will be cast.*", UserWarning),
     ("inner dimension .* is not aligned for fast kernel.*", UserWarning),  # of a 4-bit layer on a GPU
@@ -34,7 +31,7 @@ def silence_this_process() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     _expect_warnings()
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_ADVICE)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_advice)
 
 
 @contextmanager
@@ -50,10 +47,10 @@ def libraries_silenced(*, gguf: bool = False) -> Iterator[None]:
 
     adviser = logging.getLogger("bitsandbytes.backends.cpu.ops")
     verbosity, bars = upstream.get_verbosity(), upstream.is_progress_bar_enabled()
-    ours = _ADVICE not in adviser.filters
+    ours = _is_no_advice not in adviser.filters
     with warnings.catch_warnings(), _reader_silenced() if gguf else nullcontext():
         _expect_warnings()
-        adviser.addFilter(_ADVICE)
+        adviser.addFilter(_is_no_advice)
         upstream.set_verbosity_error()
         upstream.disable_progress_bar()
         try:
@@ -63,7 +60,7 @@ def libraries_silenced(*, gguf: bool = False) -> Iterator[None]:
             if bars:
                 upstream.enable_progress_bar()
             if ours:
-                adviser.removeFilter(_ADVICE)
+                adviser.removeFilter(_is_no_advice)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class CommandGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands.update({name: TyperCommand(name, help=entry.help) for name, entry in COMMANDS.items()})
+        self.commands.update({name: TyperCommand(name, help=line) for name, line in COMMANDS.items()})
         self._theirs: dict[str, Any] | None = None
         plain(self)
 

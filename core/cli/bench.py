@@ -28,7 +28,7 @@ from lora_rt.core.benchmark.workloads import (
 )
 from lora_rt.core.cli import options
 from lora_rt.core.cli.bench_serve import serve
-from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
+from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json, warn
 from lora_rt.core.cli.session import starting
 
 _INTERRUPTED = 130
@@ -77,7 +77,8 @@ def bench(
     else:
         with kept_if_unprinted(document):
             out.print(shown(document, out.width))
-    _warn(noise(document))
+    if unsteady := noise(document):
+        warn(unsteady)
     if plot is not None:
         draw(document, plot)
     if not whole:
@@ -87,11 +88,6 @@ def bench(
 commands = typer.Typer(rich_markup_mode="rich", add_completion=False)
 commands.callback(invoke_without_command=True)(bench)
 commands.command("serve")(serve)
-
-
-def _warn(text: str) -> None:
-    if text:
-        err.print(f"[yellow]warning:[/] {text}", soft_wrap=not err.is_terminal)
 
 
 def _split(text: str) -> list[str]:
@@ -121,7 +117,7 @@ def _run(
         torch.set_num_threads(threads)
     watch = Watch()
     if watch.load > IDLE * (cores := os.cpu_count() or 1):
-        _warn(f"this machine is not idle (load {watch.load:.1f} on {cores} cores): figures will differ between repeats")
+        warn(f"this machine is not idle (load {watch.load:.1f} on {cores} cores): figures will differ between repeats")
     measured: list[Measured] = []
     whole = True
     with tempfile.TemporaryDirectory(prefix="lora-rt-bench-") as folder:

@@ -35,6 +35,11 @@ def compose_hint(spec: Path | str, base: str) -> str:
     return f'try it: lora-rt compose {shlex.quote(given)}{over} -p "..."'
 
 
+def warn(text: str) -> None:
+    """One line of warning on standard error."""
+    err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)
+
+
 def print_json(document: Any) -> None:
     """One JSON document and nothing else, UTF-8, not wrapped and not coloured."""
     with kept_if_unprinted(document):

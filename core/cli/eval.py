@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lora_rt.core.requests.composition import Composition
 
 
+@options.spread
 def evaluate(
     context: typer.Context,
     specs: Annotated[
@@ -34,29 +35,24 @@ def evaluate(
     data: Annotated[
         list[str], typer.Option("--data", metavar="NAME=F.jsonl", help="A data set; may be given several times.")
     ],
+    over: options.OverBase,
     sweep: Annotated[
         str | None,
         typer.Option("--sweep", metavar="A:B", help="Draw losses over the weight w of A:w B:1-w, for w from 0 to 1."),
     ] = None,
     normalize: options.Normalize = None,
-    base: options.Base = "default",
-    allow_base_mismatch: options.AllowBaseMismatch = False,
-    precision: options.Precision = "int4",
-    device: options.Device = "auto",
-    multiply: options.Multiply = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="F.png", help="Draw the matrix, or the curve, into this file.")
     ] = None,
     bridge: Annotated[bool, typer.Option("--bridge", hidden=True)] = False,
     one_direction: Annotated[str | None, typer.Option("--one-direction", hidden=True)] = None,
     seed: Annotated[int, typer.Option("--seed", hidden=True)] = 0,
-    template_var: options.TemplateVar = None,
-    special_tokens: options.SpecialTokens = False,
+    multiply: options.Multiply = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure how well the base and compositions predict data sets: negative log-likelihood per response token."""
     if bridge:
-        shared = ["--base", base, "--precision", precision, "--device", device, "--seed", str(seed)]
+        shared = ["--base", over.base, "--precision", over.precision, "--device", over.device, "--seed", str(seed)]
         shared += ["--one-direction", one_direction] if one_direction else []
         _measure_bridges(
             context, [*(specs or []), *(word for item in data for word in ("--data", item)), *shared], as_json
@@ -79,11 +75,11 @@ def evaluate(
     if plot is not None:
         check_plot(plot)
     for composition in columns.values():
-        look_up(composition, base)
-    text = options.text_format(template_var, special_tokens)
+        look_up(composition, over.base)
+    text = over.text()
     examples = _read(data)
     check_output()
-    matrix = _measure(columns, examples, base, precision, device, text)
+    matrix = _measure(columns, examples, over, text)
     from lora_rt.core.evaluation import shown
 
     # A picture that can't be written after all must not take the figures with it.
@@ -120,16 +116,14 @@ def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
 def _measure(
     columns: dict[str, Composition],
     data: dict[str, list[dict[str, Any]]],
-    base: str,
-    precision: str,
-    device: str,
+    over: options.OverBase,
     text: dict[str, Any],
 ) -> Matrix:
-    runtime = session().runtime(base, precision, device, **text)
+    runtime = session().runtime(over.base, over.precision, over.device, **text)
     from lora_rt.core.evaluation.matrix import evaluate as measure
 
     counts = ", ".join(f"{len(examples)} of {name}" for name, examples in data.items())
-    err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({precision})[/]", soft_wrap=True)
+    err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({over.precision})[/]", soft_wrap=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("evaluating", total=len(data) * (len(columns) + 1))
         return measure(runtime, data, columns, lambda what: progress.update(task, advance=1, description=what))

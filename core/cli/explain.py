@@ -31,9 +31,11 @@ _LONGEST_TITLE = 80
 _SHADES = ((" ", "grey15"), ("░", "blue"), ("▒", "cyan"), ("▓", "yellow"), ("█", "bright_red"))
 
 
+@options.spread
 def explain(
     specs: options.Specs,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The text to look at.")],
+    over: options.OverBase,
     scene: options.Scene = None,
     normalize: options.Normalize = None,
     max_new_tokens: Annotated[
@@ -46,22 +48,16 @@ def explain(
     png: Annotated[
         Path | None, typer.Option("--png", metavar="F.png", help="Draw the heat maps into this file.")
     ] = None,
-    base: options.Base = "default",
-    allow_base_mismatch: options.AllowBaseMismatch = False,
-    precision: options.Precision = "int4",
-    device: options.Device = "auto",
-    template_var: options.TemplateVar = None,
-    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Show how much each register adds to the base, layer by layer."""
     composition = normalized(options.composition_of(specs), normalize)
-    text = options.text_format(template_var, special_tokens, prompt)
+    text = over.text(prompt)
     if png is not None:
         check_plot(png, "--png")
-    check_scene(scene, composition, look_up(composition, base))
-    caution(composition, base)
-    runtime = session().runtime(base, precision, device, **text)
+    check_scene(scene, composition, look_up(composition, over.base))
+    caution(composition, over.base)
+    runtime = session().runtime(over.base, over.precision, over.device, **text)
     answer = ""
     if max_new_tokens:
         answer = runtime.generate(prompt, composition, scenes=[scene], max_new_tokens=max_new_tokens)

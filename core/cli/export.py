@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -24,32 +23,18 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be (vllm/config/lora.py)."""
 
 
-class Format(StrEnum):
-    """What is written."""
-
-    PEFT = "peft"
-    GGUF = "gguf"
-    MERGED = "merged"
-
-
-class Dtype(StrEnum):
-    """In which precision."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
 def export(
     specs: options.Specs,
     folder: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="A new folder.")],
     to: Annotated[
-        Format, typer.Option("--format", help="One PEFT adapter, one GGUF adapter, or the base with it merged in.")
-    ] = Format.PEFT,
+        Literal["peft", "gguf", "merged"],
+        typer.Option("--format", help="One PEFT adapter, one GGUF adapter, or the base with it merged in."),
+    ] = "peft",
     base: options.Base = "default",
     allow_base_mismatch: options.AllowBaseMismatch = False,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="float32 for adapters and bfloat16 for merged if left out.")
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option("--dtype", help="float32 for adapters and bfloat16 for merged if left out."),
     ] = None,
     static: Annotated[
         bool, typer.Option("--static", help="Export adapters that gate or wait as if they were always on.")
@@ -64,10 +49,10 @@ def export(
         import torch
 
         from lora_rt.core.export.run import export as run
-    chosen = None if dtype is None else getattr(torch, dtype.value)
+    chosen = None if dtype is None else getattr(torch, dtype)
     exported = run(
         composition,
-        to.value,
+        to,
         folder,
         base=base,
         dtype=chosen,

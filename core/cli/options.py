@@ -5,6 +5,7 @@ What a person typed wrong is a usage error (exit code 2), whatever part of lora-
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -14,45 +15,21 @@ from typing import Annotated, Any
 import typer
 
 from lora_rt.core.base.precision import check_wish
-from lora_rt.core.cli.failures import usage
+from lora_rt.core.cli.failures import usage as usage
 from lora_rt.core.cli.session import session
 from lora_rt.core.requests.composition import Composition, quoted
 from lora_rt.errors import UsageError
-from lora_rt.plugins.contract.cli import (
-    ALLOW_BASE_MISMATCH,
-    Base,
-    Device,
-    Json,
-    Precision,
-    SpecialTokens,
-    Temperature,
-    TemplateVar,
-    TopK,
-)
+from lora_rt.plugins.contract import cli as contract
+from lora_rt.plugins.contract.cli import Base as Base
+from lora_rt.plugins.contract.cli import Device as Device
+from lora_rt.plugins.contract.cli import Json as Json
+from lora_rt.plugins.contract.cli import Precision as Precision
+from lora_rt.plugins.contract.cli import SpecialTokens as SpecialTokens
+from lora_rt.plugins.contract.cli import Temperature as Temperature
+from lora_rt.plugins.contract.cli import TemplateVar as TemplateVar
+from lora_rt.plugins.contract.cli import TopK as TopK
+from lora_rt.plugins.contract.cli import spread as spread
 from lora_rt.registry.reference import is_path
-
-__all__ = [
-    "AllowBaseMismatch",
-    "Base",
-    "Data",
-    "Device",
-    "Json",
-    "MaxNewTokens",
-    "Multiply",
-    "Name",
-    "Normalize",
-    "Offline",
-    "Precision",
-    "Scene",
-    "Seed",
-    "SpecialTokens",
-    "Specs",
-    "System",
-    "Temperature",
-    "TemplateVar",
-    "TopK",
-    "usage",
-]
 
 
 def source_of(given: Sequence[str] | None, option: str) -> Path | None:
@@ -166,8 +143,21 @@ Scene = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Make no request over the network.")]
 AllowBaseMismatch = Annotated[
-    bool, typer.Option("--allow-base-mismatch", callback=_allow_base_mismatch, help=ALLOW_BASE_MISMATCH)
+    bool, typer.Option("--allow-base-mismatch", callback=_allow_base_mismatch, help=contract.ALLOW_BASE_MISMATCH)
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class OverBase(contract.OverBase):
+    """The options of a command of ours that loads a base: see `spread`."""
+
+    allow_base_mismatch: AllowBaseMismatch = False
+
+    def text(self, *texts: str) -> dict[str, Any]:
+        """`text_format` of these options."""
+        return text_format(self.template_var, self.special_tokens, *texts)
+
+
 Multiply = Annotated[
     str | None,
     typer.Option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +20,7 @@ from lora_rt.core.memory.workload import Device, Workload
 from lora_rt.core.step.settings import check_targets
 from lora_rt.core.training.processes import speaking_once
 from lora_rt.errors import UsageError
+from lora_rt.plugins.contract.cli import known_device
 
 if TYPE_CHECKING:
     from lora_rt.core.memory.estimate import MemoryPlan
@@ -39,7 +39,10 @@ def plan(
         str, typer.Option("--precision", help=f"{', '.join(PRECISIONS)}; all of them if left out.")
     ] = "",
     device: Annotated[
-        str, typer.Option("--device", help="auto, cpu or cuda; it need not be there to be planned for.")
+        str,
+        typer.Option(
+            "--device", callback=known_device, help="auto, cpu or cuda; it need not be there to be planned for."
+        ),
     ] = "auto",
     r: Annotated[int, typer.Option("--r", help="Rank of an adapter.")] = 16,
     target_modules: Annotated[
@@ -65,7 +68,7 @@ def plan(
         raise UsageError("there can be one base", next_step="Give it as an argument or with --base, not both")
     chosen_base = next((given for given in (base, base_option) if given is not None), "default")
     chosen = [check_precision(precision)] if precision else list(PRECISIONS)
-    kind = _device(device)
+    kind: Device | None = None if device == "auto" else "cpu" if device == "cpu" else "cuda"
     workload = Workload(
         device=kind or "cpu",
         r=r,
@@ -91,17 +94,6 @@ def plan(
         print_json(document(made))
     else:
         _print(made)
-
-
-def _device(name: str) -> Device | None:
-    """What to plan for; None for what is here."""
-    if name == "auto":
-        return None
-    if name == "cpu":
-        return "cpu"
-    if re.fullmatch(r"cuda(:\d+)?", name):
-        return "cuda"
-    raise UsageError(f"there is no device {name!r} to plan for", next_step="Use auto, cpu or cuda")
 
 
 def _here() -> Device:

@@ -22,8 +22,8 @@ def push(
     """Push an adapter to the Hub together with a model card."""
     adapter = session().registry.resolve(name, offline=True)
     with err.status(f"pushing {escape(adapter.name)}"):
-        pushed = run(adapter, repo, private=private)
+        commit = run(adapter, repo, private=private)
     if as_json:
-        print_json({"name": adapter.name, "repo": pushed.repo, "revision": pushed.commit})
+        print_json({"name": adapter.name, "repo": repo, "revision": commit})
         return
-    out.print(f"pushed [bold]{escape(adapter.name)}[/] to {pushed.repo}@{pushed.commit}", soft_wrap=True)
+    out.print(f"pushed [bold]{escape(adapter.name)}[/] to {repo}@{commit}", soft_wrap=True)

@@ -21,28 +21,24 @@ from lora_rt.registry.errors import StoreError
 from lora_rt.registry.reference import Reference
 
 
+@options.spread
 def scene(
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The prompt whose scene type is to be recognized.")],
+    over: options.OverBase,
     adapter: Annotated[
         str | None,
         typer.Option("--adapter", metavar="REF", help="Whose classifier: an adapter's, or a composition's."),
     ] = None,
-    base: options.Base = "default",
-    allow_base_mismatch: options.AllowBaseMismatch = False,
-    precision: options.Precision = "int4",
-    device: options.Device = "auto",
-    template_var: options.TemplateVar = None,
-    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Show which scene types a text is recognized as, as gates see them."""
     if not text.strip():
         raise UsageError("the text is empty", next_step="Give the prompt whose scene type is to be recognized")
-    form = options.text_format(template_var, special_tokens, text)
+    form = over.text(text)
     reference = adapter or _first_able()
     parsed = Reference.parse(reference)
-    look_up(Composition((Term(parsed),)), base)
-    runtime = session().runtime(base, precision, device, **form)
+    look_up(Composition((Term(parsed),)), over.base)
+    runtime = session().runtime(over.base, over.precision, over.device, **form)
     name = reference if parsed.kind == "name" and recognizes(reference) else runtime.ensure(reference)
     (shares,) = runtime.register_scenes([text], name)
     if as_json:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.console import err
+from lora_rt.core.cli.console import err, warn
 from lora_rt.core.cli.session import session
 from lora_rt.core.serving.settings import Limits, ServeSettings
 from lora_rt.errors import LoraRtError, UsageError
@@ -23,7 +23,9 @@ _OWN = "lora-rt"
 _ENGINES = "lora_rt.engines"
 
 
+@options.spread
 def serve(
+    over: options.OverBase,
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -85,17 +87,11 @@ def serve(
     drain: Annotated[
         float, typer.Option("--drain", min=0, help="Seconds that running answers get after SIGTERM.")
     ] = 30,
-    base: options.Base = "default",
-    precision: options.Precision = "int4",
-    device: options.Device = "auto",
     deterministic: Annotated[
         bool,
         typer.Option("--deterministic", help="Compute every answer by itself: the same text every time, but slower."),
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers into the log.")] = False,
-    template_var: options.TemplateVar = None,
-    special_tokens: options.SpecialTokens = False,
-    allow_base_mismatch: options.AllowBaseMismatch = False,
     ui: Annotated[
         bool, typer.Option("--ui", help="Also serve a page at /: sliders, a chat, and which register acted where.")
     ] = False,
@@ -103,7 +99,8 @@ def serve(
 ) -> None:
     """Serve OpenAI's API with compositions as models: every request its own, all in one batch."""
     if engine != _OWN:
-        _other(engine)([*([base] if base != "default" or not words else []), *(words or [])], host, port, api_key)
+        named = [over.base] if over.base != "default" or not words else []
+        _other(engine)([*named, *(words or [])], host, port, api_key)
         return
     if words:
         raise UsageError(f"{' '.join(words)} is for another --engine", next_step="Name the base with --base")
@@ -133,8 +130,8 @@ def serve(
     )
     if not settings.loopback:
         open_to_all = "" if api_key else ", and without --api-key everybody who can connect may use it"
-        _warn(f"others can connect to {host}{open_to_all}")
-    _serve(settings, base, precision, device, options.text_format(template_var, special_tokens), ui)
+        warn(f"others can connect to {host}{open_to_all}")
+    _serve(settings, over, over.text(), ui)
 
 
 def _other(name: str) -> Callable[[Sequence[str], str, int, str], None]:
@@ -151,15 +148,15 @@ def _other(name: str) -> Callable[[Sequence[str], str, int, str], None]:
     return engine
 
 
-def _serve(settings: ServeSettings, base: str, precision: str, device: str, text: dict[str, object], ui: bool) -> None:
+def _serve(settings: ServeSettings, over: options.OverBase, text: dict[str, Any], ui: bool) -> None:
     from lora_rt.core.serving import page
     from lora_rt.core.serving.server import listen, log_to_stderr, serve
 
-    option = "" if base == "default" else base
+    option = "" if over.base == "default" else over.base
     extend = partial(page.install, base_option=option) if ui else None
 
     # The socket first: that it can't be had is said before a base is loaded for seconds.
-    with listen(settings) as bound, session().runtime(base, precision, device, **text) as runtime:
+    with listen(settings) as bound, session().runtime(over.base, over.precision, over.device, **text) as runtime:
         log_to_stderr()
         runtime.parts.weigher.told.clear()  # other commands warn of a mix before they load a base; here clients name it
         serve(runtime, settings, bound, announce=lambda url: _banner(url, settings, runtime.base.id, ui), extend=extend)
@@ -177,7 +174,3 @@ def _banner(url: str, settings: ServeSettings, base: str, ui: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _warn(text: str) -> None:
-    err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)

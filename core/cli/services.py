@@ -33,31 +33,25 @@ class CommandServices:
 
     @property
     def out(self) -> Console:
-        """Standard output, for people."""
         return console.out
 
     @property
     def err(self) -> Console:
-        """Standard error: notes and progress."""
         return console.err
 
     def print_json(self, document: Any) -> None:
-        """One JSON document on standard output and nothing else."""
         console.print_json(document)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A bar on standard error, where that is a terminal."""
         with Progress(console=self.err, transient=True, disable=not self.err.is_terminal) as bar:
             task = bar.add_task(title, total=total)
             yield lambda done: bar.update(task, advance=1, description=done)
 
     def read_lines(self, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-        """The objects of a JSONL file."""
         return read_pairs(path, fields)
 
     def check_fit(self, lines: Sequence[Mapping[str, Any]], lengths: Sequence[int], runtime: Runtime) -> None:
-        """Lines that are longer than the base's context are named."""
         check_fit(lines, lengths, runtime.parts.lm.capacity)
 
     def runtime(
@@ -84,13 +78,11 @@ class CommandServices:
         return session().registry
 
     def adapter(self, reference: str) -> AdapterFiles:
-        """The adapter that a reference means."""
         found = self.registry().resolve(reference)
         card = found.card.model_dump() if found.card else {}
         return AdapterFiles(found.name, found.folder, card, found.sha256)
 
     def copy_adapter(self, adapter: AdapterFiles, out: Path, *, mode: str, state: Mapping[str, Tensor]) -> None:
-        """Write its weights into a new folder as an adapter of another mode."""
         from safetensors.torch import save_file
 
         from lora_rt.core.step.adapter import described_state

@@ -8,87 +8,47 @@ later, inside the command, after whatever can be wrong with the input has been s
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import typer
 
-
-class Entry(NamedTuple):
-    """One command of ours."""
-
-    place: str
-    """"module:name" within this package; the name is a function, or a typer application for a group of commands."""
-    help: str
-    """The first sentence of the function's docstring."""
-
-
 COMMANDS = {
-    "compose": Entry(
-        "compose.command:compose", "Answer a prompt with a weighted composition of registers, or chat with it."
-    ),
-    "train": Entry("train:train", "Train an adapter on examples and keep it under the name REGISTER."),
-    "eval": Entry(
-        "eval:evaluate",
-        "Measure how well the base and compositions predict data sets: negative log-likelihood per response token.",
-    ),
-    "tune": Entry("tune:tune", "Learn the weights of a composition from examples, with base and adapters frozen."),
-    "export": Entry(
-        "export:export",
-        "Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model.",
-    ),
-    "convert": Entry(
-        "convert:convert", "Turn a pickled adapter, or one that changed its base, into a plain LoRA in safetensors."
-    ),
-    "explain": Entry("explain:explain", "Show how much each register adds to the base, layer by layer."),
-    "scene": Entry("scene:scene", "Show which scene types a text is recognized as, as gates see them."),
-    "serve": Entry(
-        "serve:serve",
-        "Serve OpenAI's API with compositions as models: every request its own, all in one batch.",
-    ),
-    "list": Entry("list:list_adapters", "List the adapters that can be used by name."),
-    "show": Entry(
-        "show:show",
-        "Show where an adapter or a named composition is and what it holds, or the layers of a base.",
-    ),
-    "pull": Entry(
-        "pull:pull",
-        "Pull an adapter from the Hub, pinned to a full commit and checked before it is installed.",
-    ),
-    "push": Entry("push:push", "Push an adapter to the Hub together with a model card."),
-    "search": Entry("search:search", "Search the Hub for adapters."),
-    "rm": Entry("rm:rm", "Remove an adapter (for all bases) or a named composition from the store."),
-    "verify": Entry(
-        "verify:verify",
-        "Check that adapters and named compositions are sound, and what they were when they were installed.",
-    ),
-    "lock": Entry(
-        "lock:lock",
-        "Pin every adapter of the project to a full commit and the sha256 of each file, and its compositions.",
-    ),
-    "sync": Entry(
-        "sync:sync",
-        "Install exactly the adapters and compositions of the lock; without --frozen, first bring it up to date.",
-    ),
-    "plugins": Entry("plugins:plugins", "List the installed plugins, and what is wrong with those that can't be used."),
-    "install": Entry(
-        "install:install", "Install plugin packages with pip, and say which modes and adapters they brought."
-    ),
-    "uninstall": Entry(
-        "uninstall:uninstall", "Uninstall plugin packages with pip, and say which modes and adapters went."
-    ),
-    "bench": Entry(
-        "bench:commands",
-        "Measure lora-rt beside the base alone, PEFT and llama.cpp: the same base, prompts and adapters, interleaved.",
-    ),
-    "plan": Entry(
-        "plan:plan",
-        "Estimate the memory that a base takes, from its configuration alone: weights, adapters, KV cache, training.",
-    ),
-    "doctor": Entry(
-        "doctor:doctor", "Check versions, devices, the home, bases, plugins and adapters, and look for left-over files."
-    ),
+    "compose": "Answer a prompt with a weighted composition of registers, or chat with it.",
+    "train": "Train an adapter on examples and keep it under the name REGISTER.",
+    "eval": "Measure how well the base and compositions predict data sets: negative log-likelihood per response token.",
+    "tune": "Learn the weights of a composition from examples, with base and adapters frozen.",
+    "export": "Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model.",
+    "convert": "Turn a pickled adapter, or one that changed its base, into a plain LoRA in safetensors.",
+    "explain": "Show how much each register adds to the base, layer by layer.",
+    "scene": "Show which scene types a text is recognized as, as gates see them.",
+    "serve": "Serve OpenAI's API with compositions as models: every request its own, all in one batch.",
+    "list": "List the adapters that can be used by name.",
+    "show": "Show where an adapter or a named composition is and what it holds, or the layers of a base.",
+    "pull": "Pull an adapter from the Hub, pinned to a full commit and checked before it is installed.",
+    "push": "Push an adapter to the Hub together with a model card.",
+    "search": "Search the Hub for adapters.",
+    "rm": "Remove an adapter (for all bases) or a named composition from the store.",
+    "verify": "Check that adapters and named compositions are sound, and what they were when they were installed.",
+    "lock": "Pin every adapter of the project to a full commit and the sha256 of each file, and its compositions.",
+    "sync": "Install exactly the adapters and compositions of the lock; without --frozen, first bring it up to date.",
+    "plugins": "List the installed plugins, and what is wrong with those that can't be used.",
+    "install": "Install plugin packages with pip, and say which modes and adapters they brought.",
+    "uninstall": "Uninstall plugin packages with pip, and say which modes and adapters went.",
+    "bench": "Measure lora-rt beside the base alone, PEFT and llama.cpp: "
+    "the same base, prompts and adapters, interleaved.",
+    "plan": "Estimate the memory that a base takes, from its configuration alone: "
+    "weights, adapters, KV cache, training.",
+    "doctor": "Check versions, devices, the home, bases, plugins and adapters, and look for left-over files.",
 }
-"""In the order of `--help`."""
+"""Each command and the first sentence of its docstring, in the order of `--help`."""
+
+PLACES = {
+    "compose": "compose.command:compose",
+    "eval": "eval:evaluate",
+    "list": "list:list_adapters",
+    "bench": "bench:commands",
+}
+"""Where those are that are not at `name:name`: a module within this package, and in it a function or a group."""
 
 
 def load(name: str) -> Any:
@@ -97,7 +57,7 @@ def load(name: str) -> Any:
     Args:
         name: one of `COMMANDS`.
     """
-    module_name, _, attribute = COMMANDS[name].place.partition(":")
+    module_name, _, attribute = PLACES.get(name, f"{name}:{name}").partition(":")
     module = importlib.import_module(f"lora_rt.core.cli.{module_name}")
     found = getattr(module, attribute)
     built = typer.Typer(rich_markup_mode="rich", add_completion=False)

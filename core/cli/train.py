@@ -117,34 +117,17 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter on examples and keep it under the name REGISTER."""
-    given: dict[str, Any] = {
-        "register": register,
-        "mode": mode,
+    given: dict[str, Any] = dict(locals())  # the settings have the names of their options, but those that differ below
+    for name in ("context", "config", "option", "template_var"):
+        del given[name]
+    given |= {
         "data": options.source_of(data, "--data"),
         "held_out": options.source_of(held_out, "--held-out"),
-        "base": base,
-        "precision": precision,
-        "device": device,
-        "r": r,
-        "alpha": alpha,
         "target_modules": tuple(_words(target_modules)),
-        "dropout": dropout,
-        "learning_rate": learning_rate,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "accumulation": accumulation,
-        "gradient_checkpointing": gradient_checkpointing,
-        "optimizer": optimizer,
-        "seed": seed,
         "options": options.mode_options(option or []),
         "scene_types": tuple(_words(scene_types)),
-        "licence": licence,
-        **options.text_format(template_var, special_tokens),
-        "early_stop": early_stop,
         "log_to": tuple(_words(log_to)),
-        "out": out,
-        "resume": resume,
-        "dry_run": dry_run,
+        **options.text_format(template_var, special_tokens),
     }
     with speaking_once():
         _train(given, config, context)

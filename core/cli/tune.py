@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +13,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from lora_rt.core.base.precision import check_device, check_precision
+from lora_rt.core.base.precision import check_device
 from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.request import caution, look_up
 from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
@@ -35,9 +38,11 @@ _PLAIN_EVERY = 10
 _INTERRUPTED = 130
 
 
+@options.spread
 def tune(
     specs: Annotated[list[str], typer.Argument(metavar="SPEC", help="The adapters, with the weights to start from.")],
     data: options.Data,
+    over: options.OverBase,
     per: Annotated[Per, typer.Option("--per", help="What is learned; scene needs a scene_type in every line.")] = (
         "adapter"
     ),
@@ -60,26 +65,19 @@ def tune(
             "--prompts", metavar="F.jsonl", help="More prompts with a scene_type, for the classifier (scene)."
         ),
     ] = None,
-    base: options.Base = "default",
-    allow_base_mismatch: options.AllowBaseMismatch = False,
-    precision: options.Precision = "int4",
-    device: options.Device = "auto",
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3,
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Adam's learning rate; if left out 0.03, or 0.1 with --per scene.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per step.")] = 8,
     seed: options.Seed = 0,
-    template_var: options.TemplateVar = None,
-    special_tokens: options.SpecialTokens = False,
     as_json: options.Json = False,
 ) -> None:
     """Learn the weights of a composition from examples, with base and adapters frozen."""
     source = options.source_of(data, "--data")
     assert source is not None
     composition = options.composition_of(specs)
-    check_precision(precision)
-    check_device(device)
+    check_device(over.device)
     with options.usage():
         settings = settings_for(
             per,
@@ -99,19 +97,19 @@ def tune(
         check_adapters_place(folder, registry)
     else:
         check_composition_place(name, registry)
-    look_up(composition, base)
-    caution(composition, base)  # what is learned starts there
+    look_up(composition, over.base)
+    caution(composition, over.base)  # what is learned starts there
     check_output()
     fields = ("scene", "text", "scene_type") if per == "scene" else ("scene", "text")
     read_pairs(source, fields, chats=True)
     if prompts is not None:
         read_pairs(prompts, PROMPT_FIELDS, chats=True)
-    text = options.text_format(template_var, special_tokens)
+    text = over.text()
     with starting():
         from lora_rt.core.tuning.session import Fitted, Job, run
 
-    shared = {"allow_base_mismatch": allow_base_mismatch, "prompts": prompts, **text}
-    job = Job(composition, source, base, precision, device, **shared)
+    shared = {"allow_base_mismatch": over.allow_base_mismatch, "prompts": prompts, **text}
+    job = Job(composition, source, over.base, over.precision, over.device, **shared)
     known = registry.compositions.source(name)
     if not isinstance(settings, SceneSettings) and name in registry.compositions.own_names():
         err.print(f"{escape(name)} is there already, and will be replaced", soft_wrap=True)
@@ -123,15 +121,15 @@ def tune(
             start = f"{escape(named.name)} is taken as the weights {escape(str(named))}"
             err.print(f"{start}: what decides beyond them is left out", soft_wrap=True)
     try:
-        with _Progress() as progress:
-            found = run(job, name, folder, settings, progress.advance)
+        with _progress() as advance:
+            found = run(job, name, folder, settings, advance)
     except KeyboardInterrupt:
         err.print("stopped before the end: nothing is kept")
         raise typer.Exit(_INTERRUPTED) from None
     if isinstance(found, Fitted):
         _show_fitted(found)
     elif not as_json:
-        _show(found, base)
+        _show(found, over.base)
     if as_json:
         print_json(found.document())
 
@@ -165,23 +163,17 @@ def _show(tuned: NamedComposition, base: str) -> None:
     out.print(escape(compose_hint(tuned.name, base)), soft_wrap=True)
 
 
-class _Progress:
-    """A live line in a terminal, a plain line now and then elsewhere."""
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A live line in a terminal, a plain line now and then elsewhere; what it gives is called after each step."""
+    steps = count(1)
+    with Status("reading", console=err) as status:
 
-    def __enter__(self) -> _Progress:
-        self._steps = 0
-        self._console = err
-        self._status = Status("reading", console=err)
-        self._status.start()
-        return self
+        def advance(what: str, loss: float) -> None:
+            number = next(steps)
+            line = f"{what}: step {number}, loss {loss:.3f}"
+            status.update(line)
+            if not err.is_terminal and number % _PLAIN_EVERY == 0:
+                err.print(line)
 
-    def __exit__(self, *_failure: object) -> None:
-        self._status.stop()
-
-    def advance(self, what: str, loss: float) -> None:
-        """One step is done."""
-        self._steps += 1
-        line = f"{what}: step {self._steps}, loss {loss:.3f}"
-        self._status.update(line)
-        if not self._console.is_terminal and self._steps % _PLAIN_EVERY == 0:
-            self._console.print(line)
+        yield advance

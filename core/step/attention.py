@@ -59,12 +59,15 @@ def attend_by_rows(model: Any, longest: int) -> bool:
         return False
     if not (forward.takes_positions and forward.takes_columns and inner._can_set_attn_implementation()):
         return False
+    able = False
     _use(inner, BY_ROWS, _attend_by_rows)
-    with torch.no_grad():
-        able = _keeps_packed_rows_apart(model.eval(), forward)
-    model.train(training)
-    if not able:
-        inner.set_attn_implementation(before)
+    try:
+        with torch.no_grad():
+            able = _keeps_packed_rows_apart(model.eval(), forward)
+    finally:
+        model.train(training)
+        if not able:
+            inner.set_attn_implementation(before)
     return able
 
 

@@ -25,7 +25,8 @@ def _precision(value: str) -> str:
     return value
 
 
-def _device(value: str) -> str:
+def known_device(value: str) -> str:
+    """The device that an option names; whether there is one is another question."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise UsageError(f"there is no device {value!r}", next_step="Use auto, cpu, cuda or cuda:N")
     return value
@@ -42,7 +43,7 @@ Base = Annotated[str, typer.Option("--base", help='"default", a folder, a .gguf 
 Precision = Annotated[
     str, typer.Option("--precision", callback=_precision, help="float32, bfloat16, float16, int8 or int4.")
 ]
-Device = Annotated[str, typer.Option("--device", callback=_device, help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", callback=known_device, help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 
 ALLOW_BASE_MISMATCH = "Use adapters that state another base, if their shapes fit."

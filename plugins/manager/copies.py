@@ -44,5 +44,6 @@ def private(context: T) -> T:
     if isinstance(context, GateContext):
         own |= {name: getattr(context, name).clone() for name in ("input_ids", "positions", "prompt_lengths")}
         own["hidden"] = lambda: context.hidden().clone()
+        own["history"] = lambda: tuple(tensor.clone() for tensor in context.history())
     changed: T = replace(given, **own)
     return changed

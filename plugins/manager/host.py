@@ -86,10 +86,6 @@ class ModeHost:
         """
         return self._owner(mode).fields
 
-    def providers(self, hook: str) -> list[str]:
-        """Their names."""
-        return [plugin.name for plugin in self.offering(hook)]
-
     def gates_of(self, mode: str) -> bool:
         """Whether a mode gates its adapters, each alone or all together.
 
@@ -164,7 +160,9 @@ class ModeHost:
         found: Mixture | None = owner.ask(hook, lambda value: results.checked_mixture(value, context), context=context)
         if found is None:
             text = f"the mode {mode!r} does not mix adapters"
-            raise UnknownModeError(text, next_step=f"Use one of: {', '.join(self.providers(hook))}")
+            raise UnknownModeError(
+                text, next_step=f"Use one of: {', '.join(plugin.name for plugin in self.offering(hook))}"
+            )
         return found
 
     def _check_finite(self, gates: Sequence[Gate | None], modes: Sequence[str]) -> None:

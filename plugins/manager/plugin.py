@@ -82,7 +82,7 @@ class Plugin:
         return stated if isinstance(stated, tuple) and all(isinstance(name, str) for name in stated) else ()
 
     def ask(self, hook: str, check: Callable[[Any], Any] = lambda value: value, **arguments: Any) -> Any:
-        """The checked result of one hook, None where it is not implemented.
+        """The checked result of one hook, None where it is not implemented or has nothing to say.
 
         Raises:
             PluginError: it raised, exited, did not come back in time, or returned what it may not. A LoraRtError of the
@@ -94,7 +94,7 @@ class Plugin:
         run = self._here if hook in UNTIMED else self.timed
         value = run(hook, lambda: caller(**arguments))
         try:
-            answer = check(value)
+            answer = None if value is None else check(value)
         except ResultError as error:
             raise self.broke(hook, str(error)) from error
         if self._remembered.startswith(hook):  # what an earlier process left behind; what failed here is kept

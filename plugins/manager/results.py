@@ -1,4 +1,4 @@
-"""What hooks may return. Every check gives the value that core works with, or raises ResultError with what is wrong."""
+"""What hooks may return besides None: every check gives the value that core works with, or raises ResultError."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ class ResultError(Exception):
     """A hook returned what its contract does not allow."""
 
 
-def checked_gate(value: object, context: GateContext) -> Gate | None:
+def checked_gate(value: object, context: GateContext) -> Gate:
     """The gate with its tensors on the pass's device, floating-point and finite; they broadcast as `Gate` says."""
-    if value is None:
-        return None
     if not isinstance(value, Gate):
         raise ResultError(f"it returned a {type(value).__name__}, not a Gate")
     rows, tokens = context.input_ids.shape
@@ -73,22 +71,20 @@ def _gate_part(name: str, tensor: object, full: tuple[int, ...], context: GateCo
     return gate
 
 
-def checked_gates(value: object, contexts: Sequence[GateContext]) -> list[Gate | None] | None:
+def checked_gates(value: object, contexts: Sequence[GateContext]) -> list[Gate | None]:
     """The joint gates: one for each adapter."""
-    if value is None:
-        return None
     if not isinstance(value, (list, tuple)) or len(value) != len(contexts):
         count = f" of {len(value)}" if isinstance(value, (list, tuple)) else ""
         raise ResultError(f"it returned a {type(value).__name__}{count}, not a list of {len(contexts)} gates")
-    return [checked_gate(gate, context) for gate, context in zip(value, contexts, strict=True)]
+    return [
+        None if gate is None else checked_gate(gate, context) for gate, context in zip(value, contexts, strict=True)
+    ]
 
 
-def checked_mixture(value: object, context: MixtureContext) -> Mixture | None:
+def checked_mixture(value: object, context: MixtureContext) -> Mixture:
     """Finite tensors by name, a card that is JSON, and a depth that the base has."""
     import torch
 
-    if value is None:
-        return None
     if not isinstance(value, Mixture):
         raise ResultError(f"it returned a {type(value).__name__}, not a Mixture")
     for name, tensor in value.state.items():
@@ -138,12 +134,10 @@ def _oddity(tensor: Tensor) -> str:
     return "complex" if tensor.is_complex() else ""
 
 
-def checked_registration(value: object, context: SceneContext) -> ScenePrediction | None:
+def checked_registration(value: object, context: SceneContext) -> ScenePrediction:
     """One distribution over the named types per row, on the device of the hidden states."""
     import torch
 
-    if value is None:
-        return None
     if not isinstance(value, ScenePrediction):
         raise ResultError(f"it returned a {type(value).__name__}, not a ScenePrediction")
     types = list(value.types)
@@ -159,10 +153,8 @@ def checked_registration(value: object, context: SceneContext) -> ScenePredictio
     return value
 
 
-def checked_weights(value: object, context: ComposeContext) -> list[float] | None:
+def checked_weights(value: object, context: ComposeContext) -> list[float]:
     """One finite number per index in `context.mine`."""
-    if value is None:
-        return None
     try:
         weights = [float(item) for item in value]  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
@@ -172,17 +164,15 @@ def checked_weights(value: object, context: ComposeContext) -> list[float] | Non
     return weights
 
 
-def checked_static(value: object) -> str | None:
-    """A reason, an empty one, or None."""
-    if value is not None and not isinstance(value, str):
+def checked_static(value: object) -> str:
+    """A reason, or an empty one."""
+    if not isinstance(value, str):
         raise ResultError(f"it returned a {type(value).__name__}, not a text")
     return value
 
 
-def checked_objective(value: object, context: ObjectiveContext, blame: Blame) -> Objective | None:
+def checked_objective(value: object, context: ObjectiveContext, blame: Blame) -> Objective:
     """The objective, whose own methods from now on name the plugin when they fail."""
-    if value is None:
-        return None
     if not isinstance(value, Objective):
         raise ResultError(f"it returned a {type(value).__name__}, not an Objective")
     fields = value.fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, TypeVar
@@ -34,9 +34,6 @@ class Sources(Sequence[tuple[str, Find]]):
 
     def __len__(self) -> int:
         return len(self._found)
-
-    def __iter__(self) -> Iterator[tuple[str, Find]]:
-        return iter(self._found)
 
 
 def _sources_of(plugin: Plugin) -> list[tuple[str, Find]]:

@@ -32,9 +32,8 @@ def fetch(remote: RemoteAdapter, folder: Path, report: Report = silent) -> None:
         ChangedAdapterError: a file does not have the stated hash.
     """
     for name, file in sorted(remote.files.items()):
-        if _copy(_download(remote, name, file, report), folder / name, file):
-            continue
-        if not _copy(_download(remote, name, file, report, again=True), folder / name, file):
+        tries = (_download(remote, name, file, report, again=again) for again in (False, True))
+        if not any(_copy(path, folder / name, file) for path in tries):
             raise ChangedAdapterError(
                 f"{name} of {remote.repo} arrived with another content than the Hub states for {remote.commit[:12]}",
                 next_step="Nothing was installed; try again, or ask its author",
@@ -79,12 +78,12 @@ def cached_commit(repo: str, revision: str | None) -> str | None:
     return commit if is_commit(commit) else None
 
 
-def _download(remote: RemoteAdapter, name: str, file: RemoteFile, report: Report, again: bool = False) -> Path:
+def _download(remote: RemoteAdapter, name: str, file: RemoteFile, report: Report, *, again: bool) -> Path:
     bar = _bar(remote.repo, name, file.size, report)
     with explained(remote.repo, remote.commit):
         try:
             path = api().hf_hub_download(
-                *remote.place(name), revision=remote.commit, tqdm_class=bar, force_download=again
+                *place_of(remote.repo, name), revision=remote.commit, tqdm_class=bar, force_download=again
             )
         except OSError as error:
             if "Consistency check failed" not in str(error):

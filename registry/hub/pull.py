@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from lora_rt.registry.errors import ChangedAdapterError, HubError, StoreError
 from lora_rt.registry.hub.client import asks_nobody
@@ -233,10 +232,8 @@ def _check_files(repo: str, commit: str, found: Mapping[str, str], expected: Map
         )
 
 
-@contextmanager
-def _one_at_a_time(store: Store, repo: str, commit: str) -> Iterator[None]:
+def _one_at_a_time(store: Store, repo: str, commit: str) -> BaseFileLock:
     """Held while one commit of a repository is fetched, so that others who want it wait and then find it."""
     folder = store.root / "pulling"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{repo.replace('/', '--')}-{commit}.lock"):
-        yield
+    return FileLock(folder / f"{repo.replace('/', '--')}-{commit}.lock")

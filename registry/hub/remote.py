@@ -37,10 +37,6 @@ class RemoteAdapter:
     commit: str
     files: Mapping[str, RemoteFile]
 
-    def place(self, name: str) -> tuple[str, str]:
-        """(org/repo, path in it) of one of the files."""
-        return place_of(self.repo, name)
-
 
 def place_of(target: str, name: str) -> tuple[str, str]:
     """(org/repo, path in it) of a file of an adapter."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_rt.registry.errors import HubError, InvalidReferenceError
@@ -19,16 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """Where a pushed adapter is now."""
-
-    repo: str
-    commit: str
-
-
-def push(adapter: Resolved, repo: str, *, private: bool = False) -> Pushed:
-    """Upload an adapter; the repository is made if there is none.
+def push(adapter: Resolved, repo: str, *, private: bool = False) -> str:
+    """Upload an adapter, and give the commit; the repository is made if there is none.
 
     Raises:
         InvalidReferenceError: `repo` is not of the form org/repo.
@@ -48,7 +39,7 @@ def push(adapter: Resolved, repo: str, *, private: bool = False) -> Pushed:
     if not isinstance(commit, str) or not is_commit(commit):
         raise HubError(f"the Hub did not say which commit it made of {repo}", next_step=f"Look at {repo} on the Hub")
     _compare(look(repo, commit), inspected, readme)
-    return Pushed(repo, commit)
+    return commit
 
 
 def _commit(client: HfApi, adapter: Resolved, inspected: InspectedAdapter, repo: str, readme: bytes) -> object:

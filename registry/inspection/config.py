@@ -1,20 +1,19 @@
 """`adapter_config.json`, field by field. Everything that is wrong is collected; nothing named in it is ever imported.
 
-`FIELDS` is the one table of fields. A field that is not in it must be empty (null, false, 0, "", [] or {}): what we do
-not know may change the mathematics, and an adapter that is loaded wrong is worse than one that is refused.
+A field that is not in `_KNOWN` must be empty (null, false, 0, "", [] or {}): what we do not know may change the
+mathematics, and an adapter that is loaded wrong is worse than one that is refused.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from lora_rt.registry import strict_json
 from lora_rt.registry.files import CONFIG
 from lora_rt.registry.inspection.adapted import MAX_RANK, MERGE
-from lora_rt.registry.inspection.kinds import not_lora, of_another_kind, parts_of
+from lora_rt.registry.inspection.kinds import of_another_kind, parts_of
 from lora_rt.registry.inspection.patterns import peft_key
 from lora_rt.registry.inspection.settings import LoraSettings, Pattern
 from lora_rt.registry.inspection.targets import selector, target_parameters
@@ -54,14 +53,9 @@ _REFUSED = {
     "use_qa_lora": f"QA-LoRA pools the layer's input, which a plain LoRA does not; {MERGE}",
 }
 
-FIELDS: Mapping[str, str] = {
-    **dict.fromkeys(_EXACT, "exact"),
-    **dict.fromkeys(_INERT, "inert"),
-    **{field: f"refused: {way_out}" for field, way_out in _REFUSED.items()},
-    "arrow_config": "refused: it is a router over several LoRAs",
-}
-"""Every field that is known: "exact" is checked and computed as it says, "inert" changes nothing once trained,
-"refused: ..." with the way out. What can be converted is a value of `init_lora_weights`, see `_CONVERTIBLE`."""
+_KNOWN = {*_EXACT, *_INERT, *_REFUSED, "arrow_config"}
+"""`_EXACT` is checked and computed as it says, `_INERT` changes nothing once trained, `_REFUSED` is told with the way
+out. What can be converted is a value of `init_lora_weights`, see `_CONVERTIBLE`."""
 
 _UNTOUCHED_BASE = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
 _CONVERSION = "convert it to a plain LoRA with lora-rt convert"
@@ -118,7 +112,8 @@ def read_config(content: bytes) -> tuple[LoraSettings | None, list[str]]:
 
 def _method(config: dict[str, Any]) -> list[str]:
     filled = [field for field in _REFUSED if config.get(field) not in _EMPTY]
-    problems = not_lora(config)
+    method = config.get("peft_type")
+    problems = [] if method == "LORA" else [f"peft_type is {shown(method)}, only 'LORA' is composed"]
     if (arrow := config.get("arrow_config")) not in _EMPTY:
         names = (
             [arrow.get(key) for key in ("task_adapter_names", "gks_adapter_names")] if isinstance(arrow, dict) else []
@@ -184,7 +179,7 @@ def _surroundings(config: dict[str, Any]) -> list[str]:
     name = config.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
         problems.append(f"base_model_name_or_path is {shown(name)}, not a text")
-    filled = [field for field in sorted(set(config) - set(FIELDS)) if config[field] not in _EMPTY]
+    filled = [field for field in sorted(set(config) - _KNOWN) if config[field] not in _EMPTY]
     problems += [f"{shown(field)} is {shown(config[field])}, which is not supported" for field in filled[:20]]
     if len(filled) > 20:
         problems.append(f"and {len(filled) - 20:,} more fields that are not supported")
@@ -196,18 +191,14 @@ def _names_a_model(mapping: Any) -> bool:
     if not isinstance(mapping, dict):
         return False
     name, library = mapping.get("base_model_class"), mapping.get("parent_library")
+    path = library if isinstance(library, str) and re.fullmatch(r"[A-Za-z0-9_.]{1,200}", library) else ""
+    known = path.partition(".")[0] in _LIBRARIES
     others = [value for key, value in mapping.items() if key not in ("base_model_class", "parent_library")]
     return (
         (name is None or (isinstance(name, str) and name.isidentifier()))
-        and ((name is None and library is None) or _is_known(library))
+        and ((name is None and library is None) or known)
         and all(value is None or isinstance(value, bool | int | float | str) for value in others)
     )
-
-
-def _is_known(library: Any) -> bool:
-    """Whether this is a module of one of the known libraries."""
-    named = isinstance(library, str) and re.fullmatch(r"[A-Za-z0-9_.]{1,200}", library) is not None
-    return named and library.partition(".")[0] in _LIBRARIES
 
 
 def _numbers(config: dict[str, Any]) -> list[str]:

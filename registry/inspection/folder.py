@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from lora_rt.registry import files
 from lora_rt.registry.bases import base_problems
@@ -116,7 +116,7 @@ class Inspection:
         parts = [name for name in names if name == WEIGHTS or files.shard_number(name)]
         self.found.update(dict.fromkeys(parts, ""))
         with ExitStack() as stack:
-            opened: dict[str, BinaryIO] = {}
+            opened: dict[str, BufferedReader] = {}
             entries: dict[str, dict[str, TensorEntry]] = {}
             size, problems = 0, []
             for name in parts:
@@ -134,7 +134,11 @@ class Inspection:
             return self._read_tensors(opened, entries, size, is_refused)
 
     def _read_tensors(
-        self, opened: Mapping[str, BinaryIO], parts: Mapping[str, dict[str, TensorEntry]], size: int, is_refused: bool
+        self,
+        opened: Mapping[str, BufferedReader],
+        parts: Mapping[str, dict[str, TensorEntry]],
+        size: int,
+        is_refused: bool,
     ) -> list[str]:
         entries = {key: entry for part in parts.values() for key, entry in part.items()}
         problems = [] if len(entries) == sum(map(len, parts.values())) else ["its parts hold one tensor twice"]

@@ -83,12 +83,6 @@ def parts_of(*given: Any) -> str:
     return f": {few}" if named else ""
 
 
-def not_lora(config: Mapping[str, Any]) -> list[str]:
-    """The problem of a method that nobody knows."""
-    method = config.get("peft_type")
-    return [] if method == "LORA" else [f"peft_type is {shown(method)}, only 'LORA' is composed"]
-
-
 def way_out(problems: Iterable[str], folder: Path) -> str:
     """What to do about an adapter that is refused."""
     said = " ".join(problems)

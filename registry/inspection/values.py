@@ -11,7 +11,8 @@ import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, BinaryIO
+from io import BufferedReader
+from typing import TYPE_CHECKING
 
 from lora_rt.registry.files import CHUNK
 from lora_rt.registry.inspection.adapted import LoraModule
@@ -54,8 +55,11 @@ class ReadFile:
     tensors: Mapping[str, RawTensor]
 
 
-def read_values(file: BinaryIO, entries: Iterable[TensorEntry], keep: Container[str] = ()) -> ReadFile:
-    """Read the whole of a file that is open at any position, once; `keep` are the keys of tensors to keep."""
+def read_values(file: BufferedReader, entries: Iterable[TensorEntry], keep: Container[str] = ()) -> ReadFile:
+    """Read the whole of a file that is open at any position, once; `keep` are the keys of tensors to keep.
+
+    The entries are all of `read_header`, which takes no file without a tensor.
+    """
     import numpy as np  # a third of the time that a command takes to start, and most read no values
 
     digest = hashlib.sha256()
@@ -63,8 +67,9 @@ def read_values(file: BinaryIO, entries: Iterable[TensorEntry], keep: Container[
     facts: dict[str, TensorFacts] = {}
     tensors: dict[str, RawTensor] = {}
     chunk = np.empty(CHUNK, np.uint8)
-    for entry in sorted(entries, key=lambda item: item.begin):
-        _hash_until(file, digest, entry.begin)
+    in_order = sorted(entries, key=lambda item: item.begin)
+    digest.update(file.read(in_order[0].begin))  # the header; behind it tensors follow one another, see `read_header`
+    for entry in in_order:
         kept = np.empty(entry.end - entry.begin, np.uint8) if entry.key in keep else None
         facts[entry.key] = _read_tensor(file, digest, entry, chunk, kept)
         if kept is not None:
@@ -95,13 +100,8 @@ def norm_problems(facts: Mapping[str, TensorFacts], modules: Iterable[LoraModule
     return problems
 
 
-def _hash_until(file: BinaryIO, digest: hashlib._Hash, position: int) -> None:
-    while (left := position - file.tell()) > 0 and (chunk := file.read(min(left, CHUNK))):
-        digest.update(chunk)
-
-
 def _read_tensor(
-    file: BinaryIO,
+    file: BufferedReader,
     digest: hashlib._Hash,
     entry: TensorEntry,
     chunk: npt.NDArray[np.uint8],
@@ -114,7 +114,7 @@ def _read_tensor(
     for start in range(0, entry.end - entry.begin, CHUNK):
         size = min(CHUNK, entry.end - entry.begin - start)
         piece = chunk[:size] if kept is None else kept[start : start + size]
-        if _fill(file, piece) < size:
+        if file.readinto(piece.data) < size:
             return TensorFacts(bad + 1, largest, math.inf)  # the file shrank while it was read
         digest.update(piece.data)
         values = _as_floats(piece, entry.dtype)
@@ -127,14 +127,6 @@ def _read_tensor(
             largest = max(largest, top)
             squares += float(np.dot(values, values))
     return TensorFacts(bad, largest, math.sqrt(squares))
-
-
-def _fill(file: BinaryIO, piece: npt.NDArray[np.uint8]) -> int:
-    """Read into the whole of an array; how many bytes there were."""
-    view, filled = piece.data, 0
-    while filled < len(view) and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
-        filled += count
-    return filled
 
 
 def _as_floats(piece: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.floating]:

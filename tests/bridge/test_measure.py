@@ -9,8 +9,7 @@ import pytest
 
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.modes.bridge.hyper import HyperBridge
-from lora_rt.plugins.modes.bridge.losses import raw_losses
-from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, measure_bridge
+from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, measure_bridge, raw_losses
 from lora_rt.plugins.modes.bridge.table import bridge_table
 from lora_rt.plugins.modes.bridge.words import chrf, f1, guesses, literal_and_hidden, wanted_words, words_of
 from support.pairs import DOCUMENT, PAIRS

@@ -29,6 +29,13 @@ def test_a_home_that_is_a_file_is_no_traceback(
     assert cli(*command).code in (0, 1)
 
 
+def test_the_home_of_nobody_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_RT_HOME", "~nobodyx/home")
+    done = cli("list")
+    assert done.code == 1
+    assert "LORA_RT_HOME is ~nobodyx/home, and this machine has no such user" in done.err
+
+
 def test_a_home_that_cannot_be_written_is_named_with_what_to_do(
     cli: Cli, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ def test_a_gate_that_would_be_trained_is_taken_without_its_gradient() -> None:
         assert (type(taken.ranks), taken.ranks.requires_grad) == (torch.Tensor, False)
 
 
-SEEN = ("input_ids", "positions", "prompt_lengths", "hidden", "state", "card")
+SEEN = ("input_ids", "positions", "prompt_lengths", "hidden", "history", "state", "card")
 
 
 @pytest.mark.parametrize("what", SEEN)
@@ -112,13 +112,16 @@ def test_a_gate_that_writes_into_its_context_changes_nobody_elses(what: str) -> 
             context.card["mode"] = "mine"
         elif what == "state":
             context.state["theta"].fill_(7)
+        elif what == "history":
+            for tensor in context.history():
+                tensor.fill_(7)
         else:
             tensor = getattr(context, what)
             (tensor() if what == "hidden" else tensor).fill_(7)
 
     host = host_of(plugin(lora_rt_gate), builtin=False)
-    context = gate_context([1, 2], 3, state={"theta": torch.zeros(2)}, card={"mode": "mine"})
-    before = gate_context([1, 2], 3)
+    before, history = gate_context([1, 2], 3), gate_context([1, 2], 3).history()
+    context = gate_context([1, 2], 3, state={"theta": torch.zeros(2)}, card={"mode": "mine"}, history=lambda: history)
     for mode in (torch.inference_mode(), torch.enable_grad()):
         with mode:
             if what == "card":
@@ -128,6 +131,7 @@ def test_a_gate_that_writes_into_its_context_changes_nobody_elses(what: str) -> 
     for name in SEEN[:3]:
         assert torch.equal(getattr(context, name), getattr(before, name))
     assert torch.equal(context.hidden(), before.hidden())
+    assert all(map(torch.equal, history, before.history()))
     assert context.state["theta"].tolist() == [0, 0]
 
 

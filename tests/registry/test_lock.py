@@ -131,6 +131,20 @@ def test_a_changed_folder_is_found_at_check_and_at_load(project: Registry) -> No
         project.resolve("mine")
 
 
+@pytest.mark.parametrize("command", [["lock", "--check"], ["sync"], ["verify"], ["doctor"]])
+def test_a_lock_that_means_the_home_of_nobody_is_explained(
+    project: Registry, cli: Cli, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    make_lock(project)
+    monkeypatch.chdir(project.folder)
+    for file in (project.folder / "lora-rt.toml", project.folder / "lora-rt.lock"):
+        file.write_text(file.read_text().replace("./mine", "~nobodyx/mine"))
+    done = cli(*command)
+    assert done.code in (1, 2)
+    assert "~nobodyx" in done.out + done.err
+    assert "Traceback" not in done.err
+
+
 def test_without_a_project_what_was_pulled_is_locked(registry: Registry, hub: LocalHub) -> None:
     hub.commit(REPO, adapter_files())
     pull(registry.store, Reference.parse(REPO))

@@ -30,8 +30,8 @@ def adapter(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Resolved:
 
 
 def test_what_was_pushed_is_what_is_pulled(hub: LocalHub, registry: Registry, adapter: Resolved) -> None:
-    pushed = push(adapter, REPO)
-    found = pull(registry.store, Reference.parse(f"{REPO}@{pushed.commit}"), name="back")
+    commit = push(adapter, REPO)
+    found = pull(registry.store, Reference.parse(f"{REPO}@{commit}"), name="back")
     readme = {"README.md"}
     assert {k: v for k, v in found.files.items() if k not in readme} == {
         k: v for k, v in adapter.files.items() if k not in readme
@@ -39,8 +39,8 @@ def test_what_was_pushed_is_what_is_pulled(hub: LocalHub, registry: Registry, ad
 
 
 def test_the_card_says_base_register_mode_metrics_and_how_to_use_it(hub: LocalHub, adapter: Resolved) -> None:
-    pushed = push(adapter, REPO)
-    text = hub.repos[REPO].commits[pushed.commit]["README.md"].decode()
+    commit = push(adapter, REPO)
+    text = hub.repos[REPO].commits[commit]["README.md"].decode()
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "tests/tiny-base"
     assert front["library_name"] == "peft"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.load import load_base
+from lora_rt.core.step import attention
 from lora_rt.core.step.adapter import with_adapter
-from lora_rt.core.step.attention import NAME, attend_in_float32
+from lora_rt.core.step.attention import NAME, attend_by_rows, attend_in_float32
 from lora_rt.core.step.loss import label_nll
 from lora_rt.core.step.settings import TrainSettings
 from support.tiny import Zoo, some_ids
@@ -65,3 +66,17 @@ def test_models_in_float32_and_those_that_attend_otherwise_stay_as_they_are(zoo:
     few = load_base(str(zoo.base("llama")), "int4", "cpu", for_training=True).model
     attend_in_float32(few)
     assert few.config._attn_implementation == NAME
+
+
+@pytest.mark.slow
+def test_a_trial_of_packed_rows_that_is_broken_off_leaves_the_model_as_it_was(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    model = load_base(str(zoo.base("llama")), "float32", "cpu").model.train()
+    monkeypatch.setattr(attention, "_keeps_packed_rows_apart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attend_by_rows(model, 8)
+    assert (model.training, model.config._attn_implementation) == (True, "sdpa")

@@ -13,23 +13,20 @@ from lora_rt.core.cli.compose.compare import compare_answers
 from lora_rt.core.cli.compose.request import ComposeRequest, check_engine, normalized
 
 
+@options.spread
 def compose(
     specs: options.Specs,
+    over: options.OverBase,
     prompt: Annotated[
         str | None,
         typer.Option("-p", "--prompt", help="The prompt. Left out: standard input, or a chat in a terminal."),
     ] = None,
-    base: options.Base = "default",
-    allow_base_mismatch: options.AllowBaseMismatch = False,
-    precision: options.Precision = "int4",
-    device: options.Device = "auto",
     engine: Annotated[
         str,
         typer.Option(
             "--engine", help="What computes: torch, or llama.cpp, which is faster for one answer without gates."
         ),
     ] = "torch",
-    multiply: options.Multiply = None,
     scene: options.Scene = None,
     normalize: options.Normalize = None,
     after: Annotated[
@@ -71,18 +68,17 @@ def compose(
             "--deterministic", help="With --compare, compute every answer by itself: it is then the one given alone."
         ),
     ] = False,
-    template_var: options.TemplateVar = None,
-    special_tokens: options.SpecialTokens = False,
+    multiply: options.Multiply = None,
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt with a weighted composition of registers, or chat with it."""
-    check_engine(engine, base=base, precision=precision, multiply=multiply, scene=scene, after=after)
+    check_engine(engine, base=over.base, precision=over.precision, multiply=multiply, scene=scene, after=after)
     request = ComposeRequest.checked(
         normalized(options.composition_of(specs), normalize),
         options.piped() if prompt is None else prompt,
-        base=base,
-        precision=precision,
-        device=device,
+        base=over.base,
+        precision=over.precision,
+        device=over.device,
         engine=engine,
         scene=scene,
         after=after,
@@ -92,8 +88,8 @@ def compose(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
         system=system,
-        template_var=template_var or [],
-        special_tokens=special_tokens,
+        template_var=over.template_var or [],
+        special_tokens=over.special_tokens,
         seed=seed,
         needs_prompt=compare or as_json,
     )

@@ -26,7 +26,7 @@ def compare_answers(request: ComposeRequest, *, as_json: bool, deterministic: bo
     specs: list[str | None] = [None, *alone, *([whole] if whole not in alone else [])]
     compositions = [Composition.of(spec) for spec in specs]
     how = "in one batch" if request.engine == TORCH else "one after the other"
-    with err.status(f"{_count(len(specs))} {how}"):
+    with err.status(f"{'one answer' if len(specs) == 1 else f'{len(specs)} answers'} {how}"):
         texts = runtime.generate(
             [request.asked(request.prompt)] * len(specs),
             compositions,
@@ -40,10 +40,6 @@ def compare_answers(request: ComposeRequest, *, as_json: bool, deterministic: bo
         print_json({"prompt": request.prompt, "columns": [{"spec": spec, "text": text} for spec, text in columns]})
     else:
         _show(request.prompt, columns)
-
-
-def _count(answers: int) -> str:
-    return "one answer" if answers == 1 else f"{answers} answers"
 
 
 def _show(prompt: str, columns: list[tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from lora_rt.core.base.identity import identify_base
 from lora_rt.core.base.progress import step
-from lora_rt.core.cli.console import err
+from lora_rt.core.cli.console import err, warn
 from lora_rt.core.cli.options import usage
 from lora_rt.core.cli.session import session
 from lora_rt.core.generation.messages import check_text
@@ -214,7 +214,7 @@ def check_scene(scene: str | None, composition: Composition, adapters: Sequence[
         raise LoraRtError(text, next_step=f"The scene types here are: {', '.join(known)}")
     if unknown:
         text = f"no adapter in use tells scenes apart, so the scene type {scene} may change nothing"
-        err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)
+        warn(text)
 
 
 def caution(composition: Composition, base: str | None = None) -> None:
@@ -225,7 +225,7 @@ def caution(composition: Composition, base: str | None = None) -> None:
     found = outside(_weights(composition), None if base is None else identify_base(base).id)
     if found.keys() - session().told - {"base"}:
         session().told.update(found)
-        err.print(f"[yellow]warning:[/] {escape('; '.join(found.values()))}", soft_wrap=not err.is_terminal)
+        warn("; ".join(found.values()))
 
 
 def normalized(composition: Composition, limit: float | None) -> Composition:

@@ -3,7 +3,7 @@
     objective.py   what it is trained on, and its options
     directions.py  the words by which a prompt says which direction is meant
     hyper.py       `lora_rt.HyperBridge`: compress, expand, score
-    measure.py     what a bridge does on held-out pairs, beside controls: words.py, losses.py; table.py shows it
+    measure.py     what a bridge does on held-out pairs, beside controls: words.py; table.py shows it
     commands.py    `lora-rt bridge`, its items (items.py), and the data of cycle training (cycle.py)
 
 The hooks, here, stand on the contract alone; the rest stands on the public face of `lora_rt`, as a stranger's would.

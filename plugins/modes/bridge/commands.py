@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -63,13 +62,6 @@ class Asked(OverBase):
         return {"seed": self.seed, "top_k": self.top_k} | {n: value for n, value in given.items() if value is not None}
 
 
-class Side(StrEnum):
-    """Where a round trip starts."""
-
-    scene = "scene"
-    text = "text"
-
-
 def group(services: Services) -> typer.Typer:
     """The group of commands."""
     app = typer.Typer(help="Compress texts to scenes, expand scenes to texts.", no_args_is_help=True)
@@ -110,13 +102,13 @@ class Commands:
         self,
         asked: Asked,
         items: Annotated[list[str] | None, typer.Argument(metavar="ITEM", help="Standard input if left out.")] = None,
-        start: Annotated[Side, typer.Option("--from", help="What the items are.")] = Side.scene,
+        start: Annotated[Literal["scene", "text"], typer.Option("--from", help="What the items are.")] = "scene",
         data: Data = None,
         candidates: Candidates = 1,
         as_json: Json = False,
     ) -> None:
         """Scene to text to scene, or with --from text the other way round."""
-        given = self._items(items, data, start.value)
+        given = self._items(items, data, start)
         bridge = self._bridge(asked)
         from lora_rt.plugins.modes.bridge.hyper import onward
 
@@ -126,8 +118,8 @@ class Commands:
         def compress(items: Sequence[str]) -> list[str]:
             return bridge.compress(items, **asked.sampling)
 
-        first, second = (expand, compress) if start is Side.scene else (compress, expand)
-        keys = ("scene", "text") if start is Side.scene else ("text", "scene")
+        first, second = (expand, compress) if start == "scene" else (compress, expand)
+        keys = ("scene", "text") if start == "scene" else ("text", "scene")
         between = first(given)
         rows = [
             dict(zip((*keys, "back"), row, strict=True))

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from lora_rt import TextLosses, ratio_interval, text_losses
 from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, Direction
 from lora_rt.plugins.modes.bridge.hyper import HyperBridge, onward
-from lora_rt.plugins.modes.bridge.losses import raw_losses
 from lora_rt.plugins.modes.bridge.words import chrf, f1, guesses, literal_and_hidden, wanted_words, words_of
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 Examples = Sequence[Mapping[str, Any]]
 Document = dict[str, Any]
+
+_ROWS = 8  # texts at once
 
 _INSTRUCTIONS: Mapping[Direction, str] = {
     "compress": "Name the three or four most important words of this text, separated by commas.\n\n",
@@ -216,6 +217,28 @@ SECTIONS: Mapping[str, Callable[[HyperBridge, HyperBridge, Examples, BridgeSetti
     "forward": forward,
     "bits_per_character": bits,
 }
+
+
+def raw_losses(runtime: Runtime, texts: Sequence[str]) -> NDArray[np.float64]:
+    """The summed negative log-likelihood in nats of each text under the base, as the beginning of a document; (texts,).
+
+    The text follows the token that begins a document, or ends one where the tokenizer has none.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.nn.utils.rnn import pad_sequence
+
+    tokenizer = runtime.tokenizer
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    rows = [torch.tensor([int(first), *tokenizer(text, add_special_tokens=False).input_ids]) for text in texts]
+    losses = np.zeros(len(rows))
+    for start in range(0, len(rows), _ROWS):
+        batch = rows[start : start + _ROWS]
+        ids, mask = (pad_sequence(part, batch_first=True) for part in (batch, list(map(torch.ones_like, batch))))
+        logits = runtime.logits(ids, mask)[:, :-1].flatten(0, 1).float().cpu()
+        nll = cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(len(batch), -1)
+        losses[start : start + len(batch)] = (nll * mask[:, 1:]).sum(1).numpy()
+    return losses
 
 
 def figure(values: Sequence[float] | Sequence[bool] | NDArray[Any]) -> Document:
