@@ -16,7 +16,7 @@ from lora_rt.core.cli.plugin_commands import examined_modes
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.cli.wrapping import show_table
 from lora_rt.plugins.manager import PluginRecord
-from lora_rt.plugins.manager.finding import NAMELESS
+from lora_rt.plugins.manager.record import NAMELESS
 from lora_rt.registry.health import Check, registry_checks
 from lora_rt.version import __version__
 

@@ -24,7 +24,7 @@ from lora_rt.core.training.destination import Destination
 from lora_rt.core.training.processes import speaking_once
 from lora_rt.core.training.run import train as run
 from lora_rt.errors import LoraRtError, UsageError
-from lora_rt.plugins.manager.finding import OURS
+from lora_rt.plugins.manager.record import OURS
 from lora_rt.registry.records import Record, read
 from lora_rt.registry.store import Store
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from lora_rt.core.cli import pip
 from lora_rt.core.cli.console import out
 from lora_rt.core.cli.pip import Brought
-from lora_rt.plugins.manager.finding import OURS
+from lora_rt.plugins.manager.record import OURS
 from lora_rt.registry.packages import canonical
 from lora_rt.registry.registry import Registry
 

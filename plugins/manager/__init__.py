@@ -1,27 +1,23 @@
 """Finds plugins, imports each when it is first needed, isolates the broken ones, and calls the hooks of exactly one.
 
-    finding.py    which entry points are installed, in which order they count
-    loading.py    the host over all of them
+    loading.py    which entry points are installed, in which order they count, and the host over all of them
     host.py       who owns which mode; the calls of hooks, with what they may see and may return
     sources.py    where plugins find adapters
     plugin.py     one plugin: its import and its calls, given up after a time limit
-    record.py     what is known of one plugin, for people; what is raised in its name
+    record.py     what is known of one plugin, for people, also from earlier processes; what is raised in its name
     surface.py    what a plugin offers: its API version, its hooks, their arguments
     copies.py     what hooks get to see is theirs
     results.py    what hooks may return
-    limits.py     how long a plugin may take
-    watch.py      names a gate that does not come back
-    failures.py   what went wrong in earlier processes, kept so that `lora-rt plugins` can tell
+    limits.py     how long a plugin may take; names a gate that does not come back
 
 Importing this package has no effect; `load_modes()` returns a host, which imports nothing before it is asked.
 """
 
-from lora_rt.plugins.manager.finding import GROUP, OTHERS
 from lora_rt.plugins.manager.host import ModeHost
 from lora_rt.plugins.manager.limits import SECONDS_VARIABLE
 from lora_rt.plugins.manager.loading import BLOCK_VARIABLE, load_modes
 from lora_rt.plugins.manager.plugin import Plugin
-from lora_rt.plugins.manager.record import PluginError, PluginRecord, UnknownModeError
+from lora_rt.plugins.manager.record import GROUP, OTHERS, PluginError, PluginRecord, UnknownModeError
 from lora_rt.plugins.manager.sources import each
 
 __all__ = [

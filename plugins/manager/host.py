@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_rt.plugins.contract import JointGateContext
 from lora_rt.plugins.manager import results
 from lora_rt.plugins.manager.copies import private
-from lora_rt.plugins.manager.finding import GROUP
 from lora_rt.plugins.manager.limits import Limits, within
-from lora_rt.plugins.manager.plugin import Plugin, shared_thread
-from lora_rt.plugins.manager.record import PluginError, PluginRecord, UnknownModeError
+from lora_rt.plugins.manager.plugin import UNTIMED, Plugin, shared_thread
+from lora_rt.plugins.manager.record import GROUP, PluginError, PluginRecord, UnknownModeError
 from lora_rt.plugins.manager.sources import Sources, each
 
 if TYPE_CHECKING:
@@ -31,9 +30,8 @@ if TYPE_CHECKING:
     )
 
 T = TypeVar("T")
-_GATES = ("lora_rt_gate", "lora_rt_joint_gate")
 _COMPOSE = "lora_rt_compose"
-_ACTING = (*_GATES, _COMPOSE)
+_ACTING = (*UNTIMED, _COMPOSE)
 
 
 class ModeHost:
@@ -92,7 +90,7 @@ class ModeHost:
         Raises:
             UnknownModeError: as `implements`.
         """
-        return any(self.implements(mode, hook) for hook in _GATES)
+        return any(self.implements(mode, hook) for hook in UNTIMED)
 
     def acting_hooks(self, mode: str) -> list[str]:
         """The hooks by which a mode acts at inference: none is "static whatever the adapter".

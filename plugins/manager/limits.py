@@ -1,4 +1,4 @@
-"""How long a plugin may take, and how to give one up that takes longer."""
+"""How long a plugin may take, how to give one up that takes longer, and how to name one that can't be given up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextvars
 import math
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,7 @@ _SECONDS = {
     "lora_rt_static": 10.0,
     "lora_rt_commands": 5.0,
     "lora_rt_sources": 10.0,
-    # Not a limit: after this long a gate is named as hanging (see watch.py).
+    # Not a limit: after this long a gate is named as hanging (see `Watch`).
     "lora_rt_gate": 10.0,
     "lora_rt_joint_gate": 10.0,
 }
@@ -78,6 +80,53 @@ def within(seconds: float, action: Callable[[], Any]) -> Outcome:
     thread.start()
     thread.join(seconds)
     return ended[0] if ended else Outcome(late=True)
+
+
+class Watch:
+    """Reports calls that last longer than `seconds`, once each: hooks that run in a request's own thread.
+
+    A gate is called in every forward pass. In a thread of its own it would cost more than the pass's matmuls, and lose
+    the caller's inference mode; so nothing can give it up. It can be said which plugin the request is waiting for. A
+    daemon thread looks at the running calls now and then; it ends when there were none for a while.
+    """
+
+    def __init__(self, seconds: float, report: Callable[[str], None]) -> None:
+        """`report(hook)` is called from the watching thread."""
+        self._seconds = seconds
+        self._report = report
+        self._running: dict[object, tuple[float, str]] = {}
+        self._busy = True
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def over(self, hook: str) -> Iterator[None]:
+        """Watch the block."""
+        call = object()
+        self._running[call] = time.monotonic(), hook
+        self._busy = True
+        if self._thread is None or not self._thread.is_alive():
+            self._start()
+        try:
+            yield
+        finally:
+            self._running.pop(call, None)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._look, daemon=True, name="lora-rt-watch")
+                self._thread.start()
+
+    def _look(self) -> None:
+        while self._running or self._busy:
+            self._busy = False
+            time.sleep(self._seconds / 4)
+            late = time.monotonic() - self._seconds
+            for call, (started, hook) in list(self._running.items()):
+                if started < late and call in self._running:
+                    self._running.pop(call, (0.0, ""))  # once each
+                    self._report(hook)
 
 
 def _from_environment() -> float | None:

@@ -1,4 +1,4 @@
-"""The host over everything that is installed. Nothing is imported here: each plugin is when it is first needed."""
+"""What is installed, and the host over all of it. Nothing is imported: each plugin is when it is first needed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 
-from lora_rt.plugins.manager.finding import in_order, installed
 from lora_rt.plugins.manager.host import ModeHost
 from lora_rt.plugins.manager.limits import Limits
 from lora_rt.plugins.manager.plugin import Plugin
-from lora_rt.registry.packages import canonical
+from lora_rt.plugins.manager.record import GROUP, NAMELESS, OTHERS, OURS, PluginRecord, describe
+from lora_rt.registry.packages import canonical, package_of, points_of
 
 BLOCK_VARIABLE = "LORA_RT_BLOCK_PLUGINS"
 
@@ -38,3 +38,30 @@ def load_modes(
         if {canonical(plugin.record.name), canonical(plugin.record.package)} & skip:
             plugin.record.mark("blocked", f"named in {BLOCK_VARIABLE}")
     return ModeHost(plugins, unreadable, limits)
+
+
+def installed() -> tuple[list[EntryPoint], list[PluginRecord]]:
+    """Every entry point of the two groups, and a broken record of every package whose entry points can't be read."""
+    points, unreadable = points_of(GROUP)
+    records = [
+        PluginRecord(
+            NAMELESS,
+            item.package,
+            item.version,
+            (),
+            "broken",
+            describe(f"its entry points can't be read: {item.reason}"),
+        )
+        for item in unreadable
+    ]
+    return [*points, *points_of(OTHERS)[0]], records
+
+
+def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
+    """Ours first: a stranger's mode can then not take the name of a built-in one. The rest by name and package."""
+
+    def key(point: EntryPoint) -> tuple[bool, str, str]:
+        package = canonical(package_of(point)[0])
+        return package != OURS, point.name, package
+
+    return sorted(points, key=key)

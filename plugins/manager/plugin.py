@@ -22,12 +22,10 @@ import pluggy
 
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import hooks
-from lora_rt.plugins.manager import failures
-from lora_rt.plugins.manager.limits import IMPORT, Limits, within
-from lora_rt.plugins.manager.record import PluginError, PluginRecord, Status, describe
+from lora_rt.plugins.manager.limits import IMPORT, Limits, Watch, within
+from lora_rt.plugins.manager.record import PluginError, PluginRecord, Status, describe, forget, recall, remember
 from lora_rt.plugins.manager.results import ResultError
 from lora_rt.plugins.manager.surface import Hook, SurfaceError, hooks_of
-from lora_rt.plugins.manager.watch import Watch
 from lora_rt.registry.packages import package_of
 
 UNTIMED = ("lora_rt_gate", "lora_rt_joint_gate")
@@ -99,7 +97,7 @@ class Plugin:
             raise self.broke(hook, str(error)) from error
         if self._remembered.startswith(hook):  # what an earlier process left behind; what failed here is kept
             self._remembered = ""
-            failures.forget(self.record)
+            forget(self.record)
             self.record.status, self.record.reason = "ok", ""
         return answer
 
@@ -172,14 +170,14 @@ class Plugin:
             return
         self._relay = relay
         self.record.hooks = tuple(sorted(found))
-        self._remembered = failures.recall(self.record)
+        self._remembered = recall(self.record)
         if self._remembered:
             self.record.mark("faulty", self._remembered)
 
     def _failed(self, hook: str, why: str, *, status: Status = "faulty") -> PluginError:
         reason = f"{hook}: {why}"
         if self.record.reason != reason:  # a gate that fails in every request writes once
-            failures.remember(self.record, reason)
+            remember(self.record, reason)
         self.record.mark(status, reason)
         self._remembered = ""
         return PluginError(

@@ -1,19 +1,33 @@
-"""What became of one plugin, the errors that name it, and how a stranger's exception is told in one line."""
+"""What became of one plugin, the errors that name it, and how a stranger's exception is told in one line.
+
+A gate fails while `compose` runs, and `lora-rt plugins` is another process. So the last failure of a plugin is kept in
+the home, and forgotten when the same hook works again, or when another version of the package is installed.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
 from typing import Literal
+from urllib.parse import quote
 
 import pluggy
 
 from lora_rt.errors import LoraRtError
+from lora_rt.registry import durable
+from lora_rt.registry.home import home
+
+GROUP, OTHERS = "lora_rt.modes", "lora_rt.plugins"
+"""The groups of entry points: of modes, and of plugins that are none."""
+OURS = "lora-rt"
+NAMELESS = "?"
 
 Status = Literal["ok", "faulty", "broken", "blocked"]
 _LONGEST = 300
@@ -96,3 +110,33 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int]]:
         inside = inside or not path.startswith((ours, *_NOT_THE_PLUGIN, "<frozen "))
         if inside:
             yield path, line
+
+
+def remember(record: PluginRecord, reason: str) -> None:
+    """Keep a failure. Where the home can't be written to, it is not kept: the error itself is what the user sees."""
+    failure = {"package": record.package, "version": record.version, "reason": reason}
+    with suppress(OSError):
+        file = _file(record.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_text(file, json.dumps(failure, ensure_ascii=False))
+
+
+def recall(record: PluginRecord) -> str:
+    """The failure that this version of the plugin left behind ("hook: why"), or an empty text."""
+    try:
+        found = json.loads(_file(record.name).read_text(encoding="utf-8"))
+        same = (found["package"], found["version"]) == (record.package, record.version)
+        return str(found["reason"]) if same else ""
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not what we wrote
+        return ""
+
+
+def forget(record: PluginRecord) -> None:
+    """Remove what was kept of a plugin."""
+    with suppress(OSError):
+        _file(record.name).unlink(missing_ok=True)
+
+
+def _file(name: str) -> Path:
+    # A stranger chose the name: with "/" escaped it can't leave the folder.
+    return home() / "plugin-failures" / f"{quote(name, safe='')}.json"

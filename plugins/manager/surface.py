@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import LORA_RT_API, hooks
-from lora_rt.plugins.manager.finding import GROUP
+from lora_rt.plugins.manager.record import GROUP
 
 Hook = Callable[..., Any]
 PREFIX = "lora_rt_"

@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from lora_rt.plugins.manager import finding, loading
+from lora_rt.plugins.manager import loading
 
 Install = Callable[..., list[EntryPoint]]
 
@@ -15,7 +15,7 @@ Install = Callable[..., list[EntryPoint]]
 @pytest.fixture
 def ours() -> EntryPoint:
     """The entry point of a built-in mode, as our own package states it."""
-    return next(point for point in finding.installed()[0] if point.name == "output-only")
+    return next(point for point in loading.installed()[0] if point.name == "output-only")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from lora_rt.core.cli.plugin_commands import subcommands_of
 from lora_rt.core.cli.services import CommandServices
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Services
-from lora_rt.plugins.manager import SECONDS_VARIABLE, PluginError, finding
+from lora_rt.plugins.manager import SECONDS_VARIABLE, PluginError, loading
 from lora_rt.registry.inspection import inspect_adapter
 from support.adapters import adapter_files, in_parts, write_adapter
 from support.plugins import plugin, point
@@ -125,7 +125,7 @@ def test_a_group_that_has_the_modes_name_is_how_its_adapters_are_used(installed:
         app.command("single")(hello)
 
     made = plugin(lora_rt_commands)
-    bridge = next(point for point in finding.installed()[0] if point.name == "bridge")
+    bridge = next(point for point in loading.installed()[0] if point.name == "bridge")
     installed(point(made, "greeting"), point(made, "single"), bridge)
     assert subcommands_of("greeting") == ["hello"]
     assert subcommands_of("single") == subcommands_of("output-only") == subcommands_of("nobody") == []

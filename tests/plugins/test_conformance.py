@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_rt.plugins.contract import Encoded, Gate, Objective, hookimpl
-from lora_rt.plugins.manager.finding import installed
+from lora_rt.plugins.manager.loading import installed
 from lora_rt.plugins.testing import Conformance, conformance, host_of
 from lora_rt.plugins.testing.workshop import EXAMPLES, Workshop
 from lora_rt.registry.packages import package_of

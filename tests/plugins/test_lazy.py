@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
-from lora_rt.plugins.manager import OTHERS, SECONDS_VARIABLE, UnknownModeError, finding, load_modes
+from lora_rt.plugins.manager import OTHERS, SECONDS_VARIABLE, UnknownModeError, load_modes, loading
 from lora_rt.plugins.testing import InlinePoint, compose_context, gate_context, objective_context
 from lora_rt.registry.registry import Registry
 from support.plugins import plugin, point
@@ -145,7 +145,7 @@ def test_what_is_no_mode_has_a_group_of_its_own(installed: Any) -> None:
 
 
 def test_the_entry_points_of_both_groups_are_found() -> None:
-    assert {point.group for point in finding.installed()[0]} >= {"lora_rt.modes"}
+    assert {point.group for point in loading.installed()[0]} >= {"lora_rt.modes"}
 
 
 def threads_of(count: int, weigh: Callable[[Any], Any]) -> tuple[Any, set[int]]:

@@ -16,7 +16,7 @@ from lora_rt.core.cli.app import app
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import hookimpl
 from lora_rt.plugins.manager import BLOCK_VARIABLE, GROUP, SECONDS_VARIABLE, ModeHost, UnknownModeError, load_modes
-from lora_rt.plugins.manager.finding import installed as installed_modes
+from lora_rt.plugins.manager.loading import installed as installed_modes
 from lora_rt.plugins.testing import objective_context
 from support.plugins import plugin, point, torn_package
 
