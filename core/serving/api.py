@@ -96,7 +96,8 @@ def _looking(app: FastAPI, service: Service) -> None:
     async def models() -> dict[str, Any]:
         """The names that a composition may be made of; `model` takes whole compositions as well."""
         names = await asyncio.to_thread(service.names.known)
-        return {"object": "list", "data": [_model(service, name) for name in (BASE, *names)]}
+        bases = await asyncio.to_thread(service.names.bases)
+        return {"object": "list", "data": [_model(service, name, bases.get(name)) for name in (BASE, *names)]}
 
     @app.get("/v1/models/{model:path}", responses=told(Model))
     async def model(model: str) -> dict[str, Any]:
@@ -122,10 +123,10 @@ def _looking(app: FastAPI, service: Service) -> None:
         return Response(service.meter.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+def _model(service: Service, name: str, base: str | None = None) -> dict[str, Any]:
     """One entry of the list of models; `lora_rt` says what OpenAI has no field for."""
     info = service.runtime.adapters.get(name)
-    facts: dict[str, Any] = {"base": service.runtime.base.id}
+    facts: dict[str, Any] = {"base": service.runtime.base.id if info or base is None else base}
     if info is not None:
         facts |= {"mode": info.mode, "register": info.register, "sha256": info.sha256}
         facts |= {"scene_types": list(info.card.scene_types) if info.card else []}

@@ -13,6 +13,7 @@ from lora_rt.core.requests.named import RequestNames, named_composition
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
 from lora_rt.registry.errors import UnknownAdapterError
+from lora_rt.registry.facts import everything_named
 from lora_rt.registry.reference import BASE
 
 _LONGEST = 4000  # letters of a composition
@@ -65,6 +66,12 @@ class Names:
         """Every name that a client may use, sorted; "base" is not among them."""
         registry = self._runtime.parts.registry
         return sorted({*registry.names(), *registry.compositions.names(), *self._runtime.adapters, *self._allow})
+
+    def bases(self) -> dict[str, str]:
+        """The base of each name of the registry that states one: this server's, where one of that name is for it."""
+        own = self._runtime.base.id
+        rows = sorted(everything_named(self._runtime.parts.registry), key=lambda row: row["base"] == own)
+        return {row["name"]: row["base"] for row in rows if row["base"]}
 
     def _too_long(self) -> LoraRtError:
         text = f"this server takes compositions of at most {self._terms} terms and {_LONGEST} letters"

@@ -158,6 +158,14 @@ def test_what_the_server_tells_of_itself_has_its_form(server: Live, path: str, f
         getattr(responses, form).model_validate(http.get(path).json())
 
 
+def test_each_name_in_the_list_states_its_own_base(server: Live) -> None:
+    with server.http() as http:
+        bases = {model["id"]: model["lora_rt"]["base"] for model in http.get("/v1/models").json()["data"]}
+    own = server.service.runtime.base.id
+    assert (bases["base"], bases["one"]) == (own, own)
+    assert bases["emotion"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 @pytest.mark.parametrize(
     ("path", "field", "said"),
     [
