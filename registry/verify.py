@@ -14,7 +14,7 @@ from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked, read_lock
 from lora_rt.registry.paths import folder_of
 from lora_rt.registry.project import LOCK_FILE
-from lora_rt.registry.reference import Reference, is_commit
+from lora_rt.registry.reference import Reference, is_commit, is_path
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved, changes
 from lora_rt.registry.sync import check_lock
@@ -57,7 +57,9 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
         text = f"there is no adapter {', '.join(map(repr, unknown))}"
         near = dict.fromkeys(match for name in unknown for match in get_close_matches(name, known, 1))
         text += f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UnknownAdapterError(text, next_step="See: lora-rt list")
+        folder = next(filter(is_path, unknown), None)
+        step = f"What is installed is verified, by its name; look at a folder with: lora-rt show {folder}"
+        raise UnknownAdapterError(text, next_step="See: lora-rt list" if folder is None else step)
     pins = {pin.name: pin for pin in read_lock(registry.folder) or [] if pin.reference.kind == "path"}
     verdicts: list[Verdict] = []
     for item in items:

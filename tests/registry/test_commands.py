@@ -83,6 +83,7 @@ def test_a_failure_is_one_line_and_the_next_step(line: Line) -> None:
         (["pull", "no/where"], "the Hub has no no/where"),
         (["rm", "nothing", "-y"], "the store has no adapter 'nothing'"),
         (["verify", "nothing"], "there is no adapter 'nothing'"),
+        (["verify", "./nothing"], "look at a folder with: lora-rt show ./nothing"),
         (["sync"], "there is no lora-rt.lock here. Run: lora-rt lock"),
         (["push", "nothing", "a/b"], "there is no adapter 'nothing'"),
     ]:
