@@ -43,11 +43,14 @@ class _Reading:
 
     stream: TextStream
     letters: int = 0
+    waits: bool = False  # for whether the bytes before are a character
 
-    def begin(self, token: int) -> int:
-        """Where the text of the next token begins."""
-        begun = self.letters
-        self.letters += len(self.stream.push(token))
+    def begin(self, token: int, text: str) -> int:
+        """Where the next token begins, whose own text is given."""
+        new = len(self.stream.push(token))
+        # What comes out now may be that of bytes before it, which were none: then it begins behind them.
+        begun = self.letters + (max(new - len(text), 0) if self.waits else 0)
+        self.letters, self.waits = self.letters + new, new == 0
         return begun
 
 
@@ -151,7 +154,7 @@ class Response:
             "tokens": [self._key(one.token) for one in scores],
             "token_logprobs": [one.logprob for one in scores],
             "top_logprobs": [self._likeliest(one) for one in scores],
-            "text_offset": [reading.begin(one.token) for one in scores],
+            "text_offset": [reading.begin(one.token, self._text(one.token)) for one in scores],
         }
 
     def _likeliest(self, one: TokenScore) -> dict[str, float]:
