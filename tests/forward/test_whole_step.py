@@ -29,6 +29,7 @@ from lora_rt.core.native import compiled, openmp
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.plugins.manager import load_modes
+from lora_rt.registry import home
 from lora_rt.registry.registry import Registry
 from support.decoders import rows_of_text
 from support.tiny import MLP, TARGETS, Zoo, config_of, random_model, save_adapter
@@ -640,10 +641,17 @@ def test_a_kernel_that_is_not_compiled_leaves_steps_by_blocks(
     close(steps(lm), steps(lm, False))
 
 
-def test_what_a_step_computes_does_not_hang_on_what_a_process_compiled_or_loaded() -> None:
+def test_what_a_step_computes_does_not_hang_on_what_a_process_compiled_or_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """All of a step is one function: one that it called could be another file's, which adds up in another order."""
     k.step_of(np.float32)
-    for made in k._made:
+    fresh = [made for made in k._made if not made.cache_hits]
+    if not fresh:  # of what was found in a file numba does not tell what it is
+        monkeypatch.setattr(home, "kernels", lambda: tmp_path)
+        k.step_of.__wrapped__(np.float32)
+        fresh = [k._made.pop()]
+    for made in fresh:
         defined = re.findall(r"^define .*@(\S+)\(", made.inspect_llvm(), re.MULTILINE)
         assert [name for name in defined if "lora_rt" in name and "step" not in name.split("B2v")[0]] == []
         assert any("whole_kernel" in name for name in defined)

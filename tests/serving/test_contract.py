@@ -140,7 +140,7 @@ def test_the_place_of_a_token_is_that_of_its_text_in_the_answer() -> None:
     for tokenizer, ids, places in (
         (Words(), [1, 2, 3], [0, 2, 5]),
         (Bytes(), list("é€ab".encode()), [0, 0, 1, 1, 1, 2, 3]),
-        (Bytes(), [*"é".encode(), 0xDE, *"7a".encode()], [0, 0, 1, 2, 3]),  # a byte that is no character
+        (Bytes(), [*"é".encode(), 0xDE, *b"7a"], [0, 0, 1, 2, 3]),  # a byte that is no character
     ):
         prepared = SimpleNamespace(model="base", tickets=[], prompt_tokens=1, cached_tokens=0)
         scores = [TokenScore(token, -1.0, ()) for token in ids]
