@@ -73,12 +73,12 @@ def _check_unused(model: Any, keys: Sequence[str], where: Any) -> None:
     layers |= {name.removeprefix(f"{model.base_model_prefix}.") for name in layers}
     of_layers = [key for key in keys if key.rpartition(".")[0] in layers or _LORA.split(key)[0] in layers]
     if of_layers:
-        text = f"{len(of_layers)} weights of {where} belong to layers that have no such weights by its config.json"
+        text = f"weights of {where} belong to layers that have no such weights by its config.json"
         step = f"{_next_step(of_layers)}, with the config.json that was saved with it"
         raise BaseError(text, problems=of_layers[:20], next_step=step)
     if keys:
         named = ", ".join(keys[:3]) + (" and others" if len(keys) > 3 else "")
-        _LOGGER.warning("%d weights of %s are read by nothing: %s", len(keys), where, named)
+        _LOGGER.warning("nothing reads these weights of %s: %s", where, named)
 
 
 def _next_step(unused: Iterable[str]) -> str:
