@@ -71,5 +71,5 @@ def remember(file: str, document: Mapping[str, Any]) -> None:
     A home that can't be written costs time alone.
     """
     with suppress(OSError):
-        home().mkdir(parents=True, exist_ok=True)
+        (home() / file).parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(home() / file, json.dumps(document, indent=1))

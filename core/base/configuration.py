@@ -66,7 +66,7 @@ def quantization_of(folder: Path) -> str | None:
 def check_weights(folder: Path) -> None:
     """Raises BaseError where a folder has no weights that are read, or lacks some of them."""
     read_configuration(folder)
-    check_fetched(folder)
+    _check_fetched(folder)
     files = weight_files(folder)
     if not files:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
@@ -78,7 +78,7 @@ def check_weights(folder: Path) -> None:
         raise BaseError(f"weight files of {folder} are missing", problems=lost, next_step="Fetch the model again")
 
 
-def check_fetched(folder: Path) -> None:
+def _check_fetched(folder: Path) -> None:
     """Raises BaseError where Git, which had no LFS, has left pointers in the place of files."""
     if pointers := [file.name for file in sorted(folder.iterdir()) if file.is_file() and _is_pointer(file)]:
         text = f"{folder} was fetched without Git LFS, and has pointers in the place of files"

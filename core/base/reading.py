@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from lora_rt.core.base import default, hub
-from lora_rt.core.base.configuration import check_fetched, check_size, read_configuration
+from lora_rt.core.base.configuration import check_size, read_configuration
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line
 
@@ -46,7 +46,6 @@ def whole_model(where: Any, **arguments: Any) -> Any:
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        check_fetched(Path(where))
         check_size(Path(where), config)
         kind = auto_class(config)
         if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
@@ -74,8 +73,7 @@ def _check_unused(model: Any, keys: Sequence[str], where: Any) -> None:
     of_layers = [key for key in keys if key.rpartition(".")[0] in layers or _LORA.split(key)[0] in layers]
     if of_layers:
         text = f"weights of {where} belong to layers that have no such weights by its config.json"
-        step = f"{_next_step(of_layers)}, with the config.json that was saved with it"
-        raise BaseError(text, problems=of_layers[:20], next_step=step)
+        raise BaseError(text, problems=of_layers[:20], next_step=_next_step(of_layers))
     if keys:
         named = ", ".join(keys[:3]) + (" and others" if len(keys) > 3 else "")
         _LOGGER.warning("nothing reads these weights of %s: %s", where, named)
@@ -83,7 +81,7 @@ def _check_unused(model: Any, keys: Sequence[str], where: Any) -> None:
 
 def _next_step(unused: Iterable[str]) -> str:
     adapted = any(_LORA.search(key) for key in unused)
-    return "Merge the adapter that is saved in it into the model" if adapted else "Fetch the model again"
+    return "Merge the adapter that is saved in it into the model" if adapted else "Fetch the whole model again"
 
 
 def auto_class(config: Any) -> Any:

@@ -27,7 +27,7 @@ _CHATS = ("messages", "conversations", "conversation")
 _NAMES = ("role", "content"), ("from", "value")
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _ROLES |= {role: role for role in ("user", "assistant", "system")}  # however they are capitalized
-_NOT_TRAINED_ON = ("tools", "functions")
+_NOT_TRAINED_ON = ("tools", "functions")  # beside messages; beside an instruction they are somebody's own
 
 
 def in_our_form(line: dict[str, Any], *, chats: bool) -> dict[str, Any] | list[str]:
@@ -37,22 +37,17 @@ def in_our_form(line: dict[str, Any], *, chats: bool) -> dict[str, Any] | list[s
         line: one JSON object. Its other keys are kept.
         chats: whether "scene" may be a list of messages, for chats of more than one question; else that is wrong.
     """
-    if "scene" in line and (chats_too := [key for key in _CHATS if line.get(key)]):
-        return [f'both "scene" and "{chats_too[0]}" say what is asked; leave one out']
+    said = [key for key in _CHATS if isinstance(line.get(key), list)]  # else it may be the number of a chat, say
+    if "scene" in line and (too := [key for key in said if line[key]]):
+        return [f'both "scene" and "{too[0]}" say what is asked; leave one out']
     if "scene" in line or ("text" in line and not _in_another_form(line)):
         return line
-    chat = next((key for key in _CHATS if key in line), None)
     asked = next((key for key in _ASKED if key in line), None)
     answered = next((key for key in _ANSWERED if key in line), None)
-    if chat is None and (asked is None or answered is None):
-        return line
-    if left_out := [f'"{key}" can\'t be trained on; leave it out' for key in _NOT_TRAINED_ON if line.get(key)]:
-        return left_out
-    if chat is not None:
-        return _from_chat(line, chat, line[chat], chats=chats)
-    assert asked is not None
-    assert answered is not None
-    return _from_pair(line, asked, answered, chats=chats)
+    if not said and asked is not None and answered is not None:
+        return _from_pair(line, asked, answered, chats=chats)
+    chat = next((key for key in (*said, *_CHATS) if key in line), None)
+    return line if chat is None else _from_chat(line, chat, line[chat], chats=chats)
 
 
 def _in_another_form(line: Mapping[str, Any]) -> bool:
@@ -95,6 +90,8 @@ def _is_pair(pair: object) -> bool:
 
 def _from_chat(line: dict[str, Any], key: str, given: Any, *, chats: bool) -> dict[str, Any] | list[str]:
     """The example of a chat whose messages stand at `key`, or what is wrong with it."""
+    if left_out := [f'"{name}" can\'t be trained on; leave it out' for name in _NOT_TRAINED_ON if line.get(name)]:
+        return left_out
     if not isinstance(given, list):
         return [f'"{key}" is a {type(given).__name__}, not a list of messages']
     messages = [_message(item) for item in given]

@@ -43,17 +43,10 @@ def load_modes(
 def installed() -> tuple[list[EntryPoint], list[PluginRecord]]:
     """Every entry point of the two groups, and a broken record of every package whose entry points can't be read."""
     points, unreadable = points_of(GROUP)
-    records = [
-        PluginRecord(
-            NAMELESS,
-            item.package,
-            item.version,
-            (),
-            "broken",
-            describe(f"its entry points can't be read: {item.reason}"),
-        )
-        for item in unreadable
-    ]
+    records = []
+    for item in unreadable:
+        reason = describe(f"its entry points can't be read: {item.reason}")
+        records.append(PluginRecord(NAMELESS, item.package, item.version, status="broken", reason=reason))
     return [*points, *points_of(OTHERS)[0]], records
 
 

@@ -7,7 +7,6 @@ the home, and forgotten when the same hook works again, or when another version 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,8 +20,7 @@ from urllib.parse import quote
 import pluggy
 
 from lora_rt.errors import LoraRtError
-from lora_rt.registry import durable
-from lora_rt.registry.home import home
+from lora_rt.registry import home
 
 GROUP, OTHERS = "lora_rt.modes", "lora_rt.plugins"
 """The groups of entry points: of modes, and of plugins that are none."""
@@ -114,29 +112,22 @@ def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int]]:
 
 def remember(record: PluginRecord, reason: str) -> None:
     """Keep a failure. Where the home can't be written to, it is not kept: the error itself is what the user sees."""
-    failure = {"package": record.package, "version": record.version, "reason": reason}
-    with suppress(OSError):
-        file = _file(record.name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(file, json.dumps(failure, ensure_ascii=False))
+    home.remember(_file(record.name), {"package": record.package, "version": record.version, "reason": reason})
 
 
 def recall(record: PluginRecord) -> str:
     """The failure that this version of the plugin left behind ("hook: why"), or an empty text."""
-    try:
-        found = json.loads(_file(record.name).read_text(encoding="utf-8"))
-        same = (found["package"], found["version"]) == (record.package, record.version)
-        return str(found["reason"]) if same else ""
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not what we wrote
-        return ""
+    found = home.remembered(_file(record.name))
+    same = (found.get("package"), found.get("version")) == (record.package, record.version)
+    return str(found.get("reason", "")) if same else ""
 
 
 def forget(record: PluginRecord) -> None:
     """Remove what was kept of a plugin."""
     with suppress(OSError):
-        _file(record.name).unlink(missing_ok=True)
+        (home.home() / _file(record.name)).unlink(missing_ok=True)
 
 
-def _file(name: str) -> Path:
+def _file(name: str) -> str:
     # A stranger chose the name: with "/" escaped it can't leave the folder.
-    return home() / "plugin-failures" / f"{quote(name, safe='')}.json"
+    return f"plugin-failures/{quote(name, safe='')}.json"

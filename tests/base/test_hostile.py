@@ -153,7 +153,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, 
 @pytest.mark.parametrize(
     ("key", "step"),
     [
-        ("model.layers.0.self_attn.q_proj.bias", "Fetch the model again, with the config.json"),
+        ("model.layers.0.self_attn.q_proj.bias", "Fetch the whole model again"),
         ("model.layers.0.self_attn.q_proj.lora_A.default.weight", "Merge the adapter"),
     ],
 )

@@ -85,6 +85,13 @@ def test_a_system_text_and_a_history_are_said_before_an_instruction(tmp_path: Pa
         read_pairs(path, FIELDS)
 
 
+def test_what_stands_beside_an_instruction_is_left_alone(tmp_path: Path) -> None:
+    own = {"tools": ["hammer"], "conversation": "number 5"}
+    for line in ({"instruction": "rain?", "output": "It rains."}, {"scene": "rain?", "text": "It rains."}):
+        (found,) = read_pairs(written(tmp_path / "d.jsonl", {**line, **own}), FIELDS)
+        assert found == {"scene": "rain?", "text": "It rains.", **own}
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
