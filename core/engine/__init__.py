@@ -21,7 +21,7 @@ The rank axis bank.py           residents, plans over them   plan.py         a p
               site.py           the hook-up of a layer       lru.py          what was laid out, kept (LRU, by bytes)
 Few tokens    few_rows.py       what a stack adds on a CPU   pieces.py       the same, read where adapters lie
 Many tokens   tiled_factors.py  what adapters add, by AMX  tiled_kernel.py its loops
-              tiled_layout.py   how factors lie for it     tiled_loops.py  how these are laid out
+              tiled_lanes.py    the same of lanes
 
 The engine knows tensors and layers; it knows no files, prompts or modes.
 """

@@ -27,13 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_rt.core.engine import tiled_factors
 from lora_rt.core.engine.few_rows import SiteFactors
 from lora_rt.core.engine.layout import Layout, as_before, is_usual, rows_first
 from lora_rt.core.engine.pieces import OwnFactors, Pieces
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
+from lora_rt.core.engine.tiled_lanes import TiledLanes
 from lora_rt.core.engine.topology import Topology
+from lora_rt.core.multiply.many import Added
 
 Membership = tuple[tuple[int, ...], ...]
 """Per row, the numbers of its adapters."""
@@ -293,6 +296,11 @@ class LanePlan(Plan):
             return {number: padded.to(group.a).gather(1, group.owners)[:, :, None] for number, group in groups.items()}
 
     @cached_property
+    def tiles(self) -> TiledLanes:
+        """The factors as passes over many tokens read them by AMX."""
+        return TiledLanes(self.topology, [adapter.factors for adapter in self._active], self._weights)
+
+    @cached_property
     def few_rows(self) -> LaneFactors:
         """What it adds to the products of a step on a CPU."""
         return LaneFactors(self.topology, self._active, self._own, self._weights)
@@ -317,6 +325,7 @@ class LanePass(Pass):
         self._group = -1
         self._input: Tensor | None = None
         self._hidden: Tensor | None = None
+        self._halves: tuple[Tensor, int, Tensor] | None = None  # x, the group, and its hidden as a product adds it
 
     def few(self, _kernels: Any) -> LaneFactors:
         """What is added to the products of a step on a CPU."""
@@ -326,9 +335,21 @@ class LanePass(Pass):
         """Whether a row has an adapter at this site."""
         return not self._plan.few_rows.is_nothing(index)
 
+    def added(self, index: int, x: Tensor) -> Added | None:
+        """What the layer's product is to add to what it makes of rows of many tokens, read where residents keep it."""
+        if not tiled_factors.reads(x, self._rows) or x.dim() != 3 or len(x) != self._rows:
+            return None
+        number = self.topology.sites[index].group
+        if (group := self._plan.tiles.groups.get(number)) is None:
+            return None
+        if self._halves is None or self._halves[0] is not x or self._halves[1] != number:
+            gates = group.gates.repeat_interleave(x.shape[1], dim=0)
+            self._halves = x, number, tiled_factors.halves_of(x, group.a, gates)
+        return Added(self._halves[2], *group.sites[index])
+
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the contribution of each row's adapters to x."""
-        site = self._plan.lanes.sites[index]
+        site = self._plan.lanes.sites[index] if self.acts(index) else None
         if site is None:
             return y
         if self._hidden is None or self._input is not x or self._group != site.group:

@@ -26,7 +26,8 @@ Layout = tuple[Axis, ...]
 
 PROBES = ((2, 3), (3, 5))
 """(rows, tokens) of the passes; the rows of each are alike."""
-_USUAL: Layout = ("b", "t")
+USUAL: Layout = ("b", "t")
+"""Of most layers."""
 
 
 class PassError(LoraRtError):
@@ -69,7 +70,7 @@ def _alike(x: Tensor, layout: Layout) -> bool:
 
 def is_usual(layout: Layout | None, x: Tensor) -> bool:
     """Whether x is (rows, tokens, n)."""
-    return layout == _USUAL and x.dim() == 3
+    return layout == USUAL and x.dim() == 3
 
 
 def spread(

@@ -22,7 +22,6 @@ from lora_rt.core.engine.layout import Layout, spread
 from lora_rt.core.engine.pieces import Pieces
 from lora_rt.core.engine.plan import Pass, Plan
 from lora_rt.core.engine.stack import Stack, StackedGroup, StackedSite
-from lora_rt.core.engine.tiled_layout import columns_as_tiles, rows_as_tiles
 from lora_rt.core.engine.topology import Topology
 from lora_rt.core.multiply.many import Added
 from lora_rt.plugins.contract import Gate
@@ -140,8 +139,8 @@ class SharedPass(Pass):
         if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]  # (batch, tokens, ranks of this site)
-        if self._by_tiles(x) and tiled_factors.takes(y, site.shape):
-            return tiled_factors.add(y, hidden, self._plan.stack.kept.of(site.columns, columns_as_tiles))
+        if tiled_factors.reads(x) and tiled_factors.takes(y, site.shape):
+            return tiled_factors.add(y, hidden, self._plan.stack.ranks[1][index])
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
         few = y.dtype != site.dtype and y.numel() <= _AT_ONCE * y.shape[-1]
         if few or not y.is_contiguous() or y.requires_grad:
@@ -161,17 +160,17 @@ class SharedPass(Pass):
         Not where a site is more than factors: under DoRA, biases and gates of heads.
         """
         site = self._sites[index]
-        if site is None or site.scales is not None or not self._by_tiles(x):
+        if site is None or site.scales is not None or not tiled_factors.reads(x):
             return None
         group = self._groups[site.group]
         plain = group.offset is None and not (self._heads and index in self.topology.heads)
         if not plain or not tiled_factors.fits(group.shape) or not tiled_factors.are_outputs(site.shape):
             return None
-        kept = self._plan.stack.kept
+        groups, sites = self._plan.stack.ranks
         if self._halves is None or self._halves[0] is not x or self._halves[1] != site.group:
-            a = kept.of(group.rows, rows_as_tiles)
-            self._halves = x, site.group, tiled_factors.halves_of(x, a, self._gate_of_tokens(site.group, group, x))
-        return Added(self._halves[2], site.start, kept.of(site.columns, columns_as_tiles).tiles)
+            gate = self._gate_of_tokens(site.group, group, x)
+            self._halves = x, site.group, tiled_factors.halves_of(x, groups[site.group], gate)
+        return Added(self._halves[2], site.start, sites[index])
 
     def _gate_of_tokens(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """(1 or tokens, R) of a group, whole tiles wide."""
@@ -205,23 +204,14 @@ class SharedPass(Pass):
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
-        if self._by_tiles(x) and tiled_factors.fits(group.shape):
-            hidden = tiled_factors.hidden_of(x, self._plan.stack.kept.of(group.rows, rows_as_tiles))
+        if tiled_factors.reads(x) and tiled_factors.fits(group.shape):
+            hidden = tiled_factors.hidden_of(x, self._plan.stack.ranks[0][number])
             hidden = hidden if group.offset is None else hidden + group.offset
         elif x.is_floating_point():
             hidden = linear(self.widened(x, group.a), group.a, group.offset)  # (batch, tokens, R); offset: 1 for biases
         else:
             hidden = embedding(x.to(group.a.device), group.a.T)
         return hidden * self._like(self._gates[number], group.layout, hidden)
-
-    def _by_tiles(self, x: Tensor) -> bool:
-        """Whether an x is multiplied by AMX: of many tokens, in bfloat16 on a CPU, where no gradient is wanted.
-
-        A fake one has no memory to be read; what it takes is estimated by torch's own operations.
-        """
-        if type(x) is not Tensor or x.dtype is not torch.bfloat16 or not x.is_cpu or torch.is_grad_enabled():
-            return False
-        return x.numel() >= tiled_factors.LEAST * x.shape[-1] and tiled_factors.are_there()
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
         return spread(gate, layout, x, self._rows, self._tokens, self._kept)

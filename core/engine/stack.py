@@ -16,38 +16,18 @@ logic r = 4 on q alone:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_rt.core.engine.layout import Layout
 from lora_rt.core.engine.topology import Topology
+from lora_rt.core.multiply.many import Ranks, ranks_of
 
 _CONSTANT = -1
-
-T = TypeVar("T")
-F = TypeVar("F", Tensor, tuple[Tensor, ...])
-
-
-class Kept:
-    """What factors are laid out as, made when it is first asked for; anew where a factor was changed in place since."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, Any], tuple[Any, Any, Any]] = {}
-
-    def of(self, factor: F, made: Callable[[F], T]) -> T:
-        """What `made`, a function of a module, makes of a factor, or of the tensors that it consists of."""
-        tensors: tuple[Tensor, ...] = factor if isinstance(factor, tuple) else (factor,)
-        version = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        key = id(factor), made
-        found = self._made.get(key)
-        if found is None or found[0] is not factor or found[1] != version:
-            found = self._made[key] = factor, version, made(factor)
-        return found[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +123,30 @@ class Pattern:
     slots: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Stack:
     """Everything that a plan over these adapters needs. `sites[i]` is None where none of them acts.
 
-    `patterns` are the few different ones among the groups; `widest` is the largest rank of an adapter at a site; `kept`
-    is what many tokens are multiplied with in parts.
+    `patterns` are the few different ones among the groups; `widest` is the largest rank of an adapter at a site.
     """
 
     sites: list[StackedSite | None]
     groups: dict[int, StackedGroup]
     patterns: list[Pattern]
     widest: int
-    kept: Kept = field(default_factory=Kept)
+
+    @cached_property
+    def ranks(self) -> tuple[Mapping[int, Ranks], Mapping[int, Ranks]]:
+        """A of every group and B of every site where their ranks lie, of float32 on a CPU; none of experts.
+
+        All at once: small things that are made between the large ones of a pass keep it from using memory again.
+        """
+        groups = {number: group.rows for number, group in self.groups.items() if len(group.shape) == 2}
+        sites = {n: s.columns for n, s in enumerate(self.sites) if s is not None and len(s.shape) == 2}
+        return (
+            {number: ranks_of([row.contiguous() for row in rows]) for number, rows in groups.items()},
+            {index: ranks_of([column.T.contiguous() for column in columns]) for index, columns in sites.items()},
+        )
 
     def tensors(self) -> list[Tensor]:
         """A of every group and B of every site."""

@@ -5,7 +5,8 @@
 Some outputs of a weight at a time are laid out as tiles read them, in a thread's own caches, and met by all rows, two
 tiles of rows and two of outputs at once: four sums for four tiles that are read. A weight in 4 bits is looked up there,
 in a register of its levels times the scale of a block: that takes as long as to multiply some twenty rows, and nothing
-dense is kept. What adapters add are more inputs of the same sums (`tiled_factors.py`), and a bias is where these begin.
+dense is kept. What adapters add are more inputs of the same sums, whose factors are laid out there as well, and a bias
+is where these begin.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from llvmlite import ir
 
 from lora_rt.core.multiply import amx_kernel
 from lora_rt.core.multiply.amx_kernel import looked_up_row
-from lora_rt.core.native import amx
+from lora_rt.core.native import amx, amx_factors
 from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
+from lora_rt.core.native.amx_factors import columns_as_tiles, dots
 from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
-from lora_rt.core.native.registers import I8, I64, counting, least
+from lora_rt.core.native.registers import I1, I8, I64, counting, least
 
 OUTPUTS = 2 * ROWS
 """Outputs that are laid out at a time; fewer are not."""
@@ -30,8 +32,8 @@ ARGUMENTS = 16
 
 _INPUTS = 32  # of a tile
 _BLOCK = 64
-_SUMS, _X, _W = (0, 1, 2, 3), (4, 5), (6, 7)  # tiles
-_USED = [*amx_kernel.USED, __file__]
+_SUMS, _READ = (0, 1, 2, 3), (4, 5, 6, 7)  # tiles
+_USED = [*amx_kernel.USED, amx_factors.__file__, __file__]
 
 
 def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
@@ -41,12 +43,13 @@ def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
 
         0, how many parts of the outputs threads take; rows, in, out; the weight: codes and scales, or bfloat16 and 0
         x, y, the bias in float32 or 0
+        rows of a lane, of which each has factors of its own
         of what adapters add, 0 for nothing: tiles of 32 ranks, hidden (rows, 2, ranks) in bfloat16, bytes between two
-        rows of it and between its two parts, B as tiles (out / 16, parts, ranks / 32, 16, 16, 2), parts of B
+        rows of it and between its two parts, the addresses of the ranks of B (lanes, 32 times that) in float32
 
-    y is rounded once to bfloat16, or float32. Inputs are whole 32, of 4 bits whole blocks of 64; rows are `LEAST` or
-    more and outputs `OUTPUTS`, whole 16 where adapters add to them. The last ones of either may be made twice, with the
-    same bits. Each output of a part takes two bytes of a thread's stack for each input.
+    y is rounded once to bfloat16, or float32. Inputs are whole 32, of 4 bits whole blocks of 64; rows of a lane are
+    `LEAST` or more and outputs `OUTPUTS`. The last ones of either may be made twice, with the same bits. Each output of
+    a part takes two bytes of a thread's stack for each input, and four for each rank.
 
     Args:
         levels: sixteen, of a weight in 4 bits; None for one in bfloat16.
@@ -65,45 +68,63 @@ def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
 def _part(module: Any, levels: Sequence[float] | None, wide: bool) -> Any:
     function, b, given = taking(module, "part", ARGUMENTS)
     r = Tiles(b)
-    start, stop, rows, width, out, weight, scales, x, y, bias, *added = given
+    start, stop, rows, width, out, weight, scales, x, y, bias, of_lane, ranks, hidden, of_hidden, half, table = given
     tiles = b.sdiv(width, I64(_INPUTS))
     of_panel = b.mul(tiles, I64(2 * NBYTES))
+    of_factor = b.mul(ranks, I64(4 * NBYTES))  # two parts
     panels = b.sdiv(b.add(b.sub(stop, start), I64(OUTPUTS - 1)), I64(OUTPUTS))
-    at = b.ptrtoint(b.alloca(I8, b.add(b.mul(of_panel, panels), I64(4 * NBYTES + LINE))), I64)
+    of_both = b.add(of_panel, of_factor)
+    at = b.ptrtoint(b.alloca(I8, b.add(b.mul(of_both, panels), I64(4 * NBYTES + LINE))), I64)
     room = b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
+    two_parts = b.alloca(I1, panels)
     laid_out = b.add(room, I64(4 * NBYTES))
+    factors = b.add(laid_out, b.mul(of_panel, panels))
     item = 4 if wide else 2  # bytes of a number of y
     of_x, of_y = b.mul(width, I64(2)), b.mul(out, I64(item))
 
-    def begins(panel: Any) -> tuple[Any, Any]:
-        """The first output of a panel, and where it is laid out."""
+    def begins(panel: Any) -> tuple[Any, Any, Any]:
+        """The first output of a panel, where it is laid out, and where what is added to it."""
         output = least(b, b.add(start, b.mul(panel, I64(OUTPUTS))), b.sub(out, I64(OUTPUTS)))
-        return output, b.add(laid_out, b.mul(panel, of_panel))
+        return output, b.add(laid_out, b.mul(panel, of_panel)), b.add(factors, b.mul(panel, of_factor))
 
-    with r.configured():
+    def lay_out() -> None:
         with counting(b, I64(0), panels, 1) as panel:
-            output, to = begins(panel)
+            output, to, _ = begins(panel)
             for place in range(2):
                 first, at = b.add(output, I64(ROWS * place)), b.add(to, I64(NBYTES * place))
                 if levels is None:
                     _copied(b, r, b.add(weight, b.mul(first, of_x)), of_x, tiles, at)
                 else:
                     _looked_up(b, r, levels, weight, scales, first, width, at, room)
-        with counting(b, I64(0), rows, LEAST) as number, counting(b, I64(0), panels, 1) as panel:
-            row = least(b, number, b.sub(rows, I64(LEAST)))
-            output, panel_at = begins(panel)
-            _begun(b, r, bias, output)
-            with counting(b, I64(0), tiles, 1) as k:
-                _dots(
-                    b,
-                    r,
-                    b.add(b.add(x, b.mul(row, of_x)), b.mul(k, I64(LINE))),
-                    of_x,
-                    b.add(panel_at, b.mul(k, I64(2 * NBYTES))),
-                    I64(NBYTES),
-                )
-            _added(b, r, row, output, *added)
-            _written(b, r, b.add(b.add(y, b.mul(output, I64(item))), b.mul(row, of_y)), of_y, room, wide)
+
+    def add(row: Any, panel: Any, factor: Any) -> None:
+        """h1 B1 + h2 B1, and h1 B2 where bfloat16 does not hold B."""
+        own = b.add(hidden, b.mul(row, of_hidden))
+        with counting(b, I64(0), ranks, 1) as k:
+            first, one = b.add(own, b.mul(k, I64(LINE))), b.add(factor, b.mul(k, I64(2 * NBYTES)))
+            dots(b, r, _SUMS, _READ, first, of_hidden, one, 2)
+            dots(b, r, _SUMS, _READ, b.add(first, half), of_hidden, one, 2)
+            with b.if_then(b.load(b.gep(two_parts, [panel]))):
+                two = b.add(one, b.mul(ranks, I64(2 * NBYTES)))
+                dots(b, r, _SUMS, _READ, first, of_hidden, two, 2)
+
+    with r.configured():
+        lay_out()
+        with counting(b, I64(0), b.sdiv(rows, of_lane), 1) as lane:
+            places = b.add(table, b.mul(lane, b.mul(ranks, I64(8 * _INPUTS))))
+            with counting(b, I64(0), b.select(b.icmp_signed(">", ranks, I64(0)), panels, I64(0)), 1) as panel:
+                output, _, factor = begins(panel)
+                some = columns_as_tiles(b, r, places, output, 2, ranks, factor)
+                b.store(some, b.gep(two_parts, [panel]))
+            with counting(b, I64(0), of_lane, LEAST) as number, counting(b, I64(0), panels, 1) as panel:
+                row = b.add(b.mul(lane, of_lane), least(b, number, b.sub(of_lane, I64(LEAST))))
+                output, panel_at, factor = begins(panel)
+                _begun(b, r, bias, output)
+                with counting(b, I64(0), tiles, 1) as k:
+                    x_at = b.add(b.add(x, b.mul(row, of_x)), b.mul(k, I64(LINE)))
+                    dots(b, r, _SUMS, _READ, x_at, of_x, b.add(panel_at, b.mul(k, I64(2 * NBYTES))), 2)
+                add(row, panel, factor)
+                _written(b, r, b.add(b.add(y, b.mul(output, I64(item))), b.mul(row, of_y)), of_y, room, wide)
     b.ret_void()
     return function
 
@@ -149,34 +170,6 @@ def _begun(b: Any, r: Tiles, bias: Any, output: Any) -> None:
         for tile in _SUMS:
             at = b.add(bias, b.mul(b.add(output, I64(ROWS * (tile % 2))), I64(4)))
             r.load(tile, at, I64(0))  # sixteen times the same row
-
-
-def _added(
-    b: Any, r: Tiles, row: Any, output: Any, ranks: Any, hidden: Any, of_row: Any, of_half: Any, factor: Any, parts: Any
-) -> None:
-    """What adapters add: h1 B1 + h2 B1, and h1 B2 where B has another part."""
-    of_part = b.mul(ranks, I64(NBYTES))
-    of_tile = b.mul(of_part, parts)
-    own = b.add(hidden, b.mul(row, of_row))
-    tile_at = b.add(factor, b.mul(b.sdiv(output, I64(ROWS)), of_tile))
-    with counting(b, I64(0), ranks, 1) as k:
-        first, one = b.add(own, b.mul(k, I64(LINE))), b.add(tile_at, b.mul(k, I64(NBYTES)))
-        _dots(b, r, first, of_row, one, of_tile)
-        _dots(b, r, b.add(first, of_half), of_row, one, of_tile)
-        with b.if_then(b.icmp_signed(">", parts, I64(1))):
-            _dots(b, r, first, of_row, b.add(one, of_part), of_tile)
-
-
-def _dots(b: Any, r: Tiles, x: Any, of_x: Any, weight: Any, of_weight: Any) -> None:
-    """Thirty-two rows and outputs of one tile of inputs; a tile is read right before it is needed."""
-    r.load(_X[0], x, of_x)
-    r.load(_W[0], weight)
-    r.dot(_SUMS[0], _X[0], _W[0])
-    r.load(_W[1], b.add(weight, of_weight))
-    r.dot(_SUMS[1], _X[0], _W[1])
-    r.load(_X[1], b.add(x, b.mul(of_x, I64(ROWS))), of_x)
-    r.dot(_SUMS[2], _X[1], _W[0])
-    r.dot(_SUMS[3], _X[1], _W[1])
 
 
 def _written(b: Any, r: Tiles, y: Any, of_y: Any, room: Any, wide: bool) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +29,23 @@ LEAST = 32
 _OUTPUTS, _RANKS = 32, 32  # that are multiplied at a time
 _WIDEST = 3 << 13  # inputs: 32 outputs of so many are 1.5 MiB of a thread's stack
 _ROOM = 1 << 19  # bytes of it that a part takes, where its outputs are not as wide as that
+_MOST = 1 << 9  # ranks of B: those of 32 outputs, in two parts, are 64 KiB of it
 _ARGUMENTS = ctypes.c_int64 * 16  # those of the kernel
+
+
+class Ranks(NamedTuple):
+    """A factor by its ranks, each of which is float32 numbers that lie one after the other.
+
+    places    (lanes, n) int64   where they lie, n whole tiles of 32; where a lane has none there are zeros
+    rank      how many there are in the lane that has the most
+    width     numbers of each
+    made_of   whose addresses these are; they stay while this is there
+    """
+
+    places: Any
+    rank: int
+    width: int
+    made_of: Any
 
 
 class Added(NamedTuple):
@@ -35,12 +53,39 @@ class Added(NamedTuple):
 
     hidden    (tokens, 2, R)   float32 in two bfloat16 parts: a number, rounded, and what it has lost
     start     the first of B's ranks among these
-    factor    B (out, ranks) as tiles (out / 16, parts, ranks / 32, 16 pairs of ranks, 16 outputs, 2)
+    factor    B, whose lanes have equally many tokens each
     """
 
     hidden: Tensor
     start: int
-    factor: Tensor
+    factor: Ranks
+
+
+def ranks_of(parts: Sequence[Tensor]) -> Ranks:
+    """One lane of these float32 (r, width) on a CPU, each contiguous."""
+    width = parts[0].shape[1]
+    firsts = ((part.data_ptr(), len(part)) for part in parts)
+    where = [place for first, ranks in firsts for place in range(first, first + 4 * width * ranks, 4 * width)]
+    return in_lanes(np.array([where], np.int64), width, list(parts))
+
+
+def in_lanes(places: Any, width: int, made_of: Any) -> Ranks:
+    """Of the addresses (lanes, ranks), 0 where a lane has no rank."""
+    lanes, rank = places.shape
+    nothing = _zeros(width).data_ptr()
+    whole = np.full((lanes, math.ceil(rank / _RANKS) * _RANKS), nothing, np.int64)
+    whole[:, :rank] = np.where(places == 0, nothing, places)
+    return Ranks(whole, rank, width, made_of)
+
+
+@cache
+def _zeros(width: int) -> Tensor:
+    return torch.zeros(width, dtype=torch.float32, device="cpu")
+
+
+def can_add(rank: int) -> bool:
+    """Whether a product adds what so many ranks of B make."""
+    return rank <= _MOST
 
 
 @cache
@@ -104,10 +149,12 @@ def product(
     begun = None if bias is None else bias.detach().float().contiguous()
     y = x.new_empty(*rows, out, dtype=torch.float32 if wide else torch.bfloat16)
     threads = torch.get_num_threads()
-    share = max(_OUTPUTS, _ROOM // (2 * width) // _OUTPUTS * _OUTPUTS)  # outputs of a part
+    read = _read_added(added, count, out)
+    of_output = 2 * width + 4 * _RANKS * read[1]  # bytes that one takes
+    share = max(_OUTPUTS, _ROOM // of_output // _OUTPUTS * _OUTPUTS)  # outputs of a part
     parts = math.ceil(math.ceil(out / share) / threads) * threads
     all_places = *places, x.data_ptr(), y.data_ptr(), 0 if begun is None else begun.data_ptr()
-    arguments = _ARGUMENTS(0, parts, count, width, out, *all_places, *_read_added(added, count, out))
+    arguments = _ARGUMENTS(0, parts, count, width, out, *all_places, *read)
     openmp.run(openmp.team(), _kernel(isinstance(weight, FourBit), wide), arguments, threads)
     return y
 
@@ -123,19 +170,20 @@ def _read(weight: FourBit | Tensor) -> tuple[int, tuple[int, int], int]:
 
 
 def _read_added(added: Added | None, count: int, out: int) -> tuple[int, ...]:
+    """Tokens of a lane, and the kernel's arguments behind that."""
     if added is None:
-        return (0,) * 6
-    hidden, (tiles, parts, ranks, *_) = added.hidden, added.factor.shape
+        return count, 0, 0, 0, 0, 0
+    hidden, (lanes, ranks) = added.hidden, added.factor.places.shape
     tokens, two, width = hidden.shape
-    inside = added.start + _RANKS * ranks <= width  # what is read beyond a site's ranks is multiplied with 0
-    narrow = hidden.dtype is added.factor.dtype is torch.bfloat16 and added.factor.is_contiguous()
-    if (tokens, two, 16 * tiles) != (count, 2, out) or hidden.stride(-1) != 1 or not (inside and narrow):
-        raise ValueError(
-            f"{tuple(hidden.shape)} from {added.start} on and {tuple(added.factor.shape)} for {out} outputs"
-        )
+    fit = (tokens, two, added.factor.width) == (count, 2, out) and hidden.stride(-1) == 1 and can_add(ranks)
+    inside = added.start + ranks <= width  # what is read beyond a site's ranks is multiplied with 0
+    if not fit or not inside or hidden.dtype is not torch.bfloat16 or count % lanes or count < LEAST * lanes:
+        text = f"{tuple(hidden.shape)} from {added.start} on and {lanes} x {ranks} ranks of {added.factor.width}"
+        raise ValueError(f"{text} for {count} rows of {out} outputs")
     size = hidden.element_size()
     at = hidden.data_ptr() + size * added.start
-    return ranks, at, size * hidden.stride(0), size * hidden.stride(1), added.factor.data_ptr(), parts
+    strides = size * hidden.stride(0), size * hidden.stride(1)
+    return count // lanes, ranks // _RANKS, at, *strides, added.factor.places.ctypes.data
 
 
 @cache

@@ -23,7 +23,7 @@ class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types, and no b
         return hash(_BFloat)
 
 
-I8, I16, I32, I64, F32, BF16 = *map(ir.IntType, (8, 16, 32, 64)), ir.FloatType(), _BFloat()
+I1, I8, I16, I32, I64, F32, BF16 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.FloatType(), _BFloat()
 
 _BYTES = {I8: 1, I16: 2, BF16: 2}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lora_rt.core.engine import tiled_factors
-from lora_rt.core.engine.stack import Kept
+from lora_rt.core.engine.lanes import LanePlan
 from lora_rt.core.multiply import fastest, many, tiled
 from lora_rt.core.multiply.measured import layer_name
 from lora_rt.core.multiply.product import Product
@@ -116,16 +116,30 @@ def test_many_tokens_get_what_a_float32_sum_gives(
     assert (found != wanted).float().mean() < 0.03  # of one bfloat16 part of each factor, a tenth or more
 
 
-def test_what_is_laid_out_of_a_factor_is_kept_and_made_anew_where_it_has_changed() -> None:
-    kept, a = Kept(), torch.randn(3, 8)
-    first = kept.of(a, Tensor.double)
-    assert torch.equal(kept.of(a, Tensor.neg), -a)  # another thing that is made of it
-    assert kept.of(a, Tensor.double) is first
-    assert not torch.equal(kept.of(torch.randn(3, 8), Tensor.double), first)
-    a.mul_(2)
-    assert torch.equal(kept.of(a, Tensor.double), a.double())
-    with torch.inference_mode():
-        assert kept.of(other := torch.randn(3, 8), Tensor.double) is kept.of(other, Tensor.double)
+def test_rows_of_many_tokens_read_their_own_adapters_where_these_lie(zoo: Zoo) -> None:
+    if not many.are_there(dense=True):
+        pytest.skip("this processor has no tiles")
+    found = [zoo.adapter("llama", seed=n, targets=["q_proj", "v_proj"], r=4 + n % 3) for n in range(12)]
+    changes = [deltas(zoo.base("llama"), one)["model.layers.0.self_attn.q_proj"][0] for one in found]
+    with Runtime.load(str(zoo.base("llama")), precision="bfloat16", device="cpu") as runtime:
+        names = [runtime.load_adapter(str(one), name=f"a{n}") for n, one in enumerate(found)]
+        rows = [{names[2 * n]: 0.7, names[2 * n + 1]: -0.4} for n in range(5)] + [{}]
+        plan = runtime.parts.bank.plan(rows)
+        assert isinstance(plan, LanePlan)
+        module = runtime.model.get_submodule("model.layers.0.self_attn.q_proj")
+        vars(module)["forward"].own = Product(module, ("tiles",) * len(SIZES))  # whatever is the fastest here
+        x = torch.randn(6, 40, module.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        with torch.inference_mode():
+            base = module(x)
+            with plan.running(6, 40):
+                y = module(x)
+        assert "lanes" not in vars(plan)  # nothing was gathered
+    for n in range(5):
+        change = 0.7 * changes[2 * n].double() - 0.4 * changes[2 * n + 1].double()
+        wanted = (base[n].double() + x[n].double() @ change.T).to(base.dtype)
+        assert (y[n] - wanted).abs().max() <= 2**-7 * wanted.abs().max()
+        assert not torch.equal(base[n], wanted)
+    assert torch.equal(y[5], base[5])
 
 
 def test_load_generate_and_unload_leave_every_byte_of_the_base(runtime: Runtime, zoo: Zoo) -> None:

@@ -6,16 +6,17 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 from lora_rt.core.engine import tiled_factors
-from lora_rt.core.engine.tiled_factors import halves_of, laid_out, whole_ranks
+from lora_rt.core.engine.tiled_factors import halves_of, whole_ranks
 from lora_rt.core.multiply import four_bit, many
 from lora_rt.core.multiply.four_bit import FourBit
-from lora_rt.core.multiply.many import LEAST, Added, product
+from lora_rt.core.multiply.many import LEAST, Added, Ranks, in_lanes, product, ranks_of
 from lora_rt.core.multiply.product import Product
 
 pytestmark = pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles")
@@ -41,6 +42,16 @@ def dense(weight: FourBit) -> Tensor:
     """The very numbers of a weight, (out, in), bfloat16."""
     width = 2 * weight.codes.shape[1]
     return four_bit.product(torch.eye(width), weight).T.contiguous().bfloat16()
+
+
+def rows(a: Tensor) -> Ranks:
+    """A factor A (r, in)."""
+    return ranks_of([a.contiguous()])
+
+
+def columns(b: Tensor) -> Ranks:
+    """A factor B (out, r)."""
+    return ranks_of([b.T.contiguous()])
 
 
 def rounded_once(found: Tensor, exact: Tensor) -> bool:
@@ -109,11 +120,11 @@ def test_nothing_is_written_beyond_the_end(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_no_number_in_a_hidden_stays_in_its_token_whatever_ranks_are_read() -> None:
     """Sixteen ranks from the eighth on reach beyond what is there: zeros, and not the next token's."""
     weight, x, a, b = weight_of(), some(80), given(16, IN), given(OUT, 8)
-    factor, gate = laid_out(b).tiles, torch.nn.functional.pad(torch.ones(1, 16), (0, 16))
-    clean = product(x, weight, None, Added(halves_of(x, laid_out(a), gate), 8, factor))
+    factor, gate = columns(b), torch.nn.functional.pad(torch.ones(1, 16), (0, 16))
+    clean = product(x, weight, None, Added(halves_of(x, rows(a), gate), 8, factor))
     x[40, 3] = float("nan")
     x[60] *= 1e38
-    found = product(x, weight, None, Added(halves_of(x, laid_out(a), gate), 8, factor))
+    found = product(x, weight, None, Added(halves_of(x, rows(a), gate), 8, factor))
     others = [row for row in range(80) if row not in (40, 60)]
     assert torch.equal(found[others], clean[others])
     assert found[40].isnan().all()
@@ -130,44 +141,72 @@ def test_y_may_be_had_before_it_is_rounded() -> None:
 
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("ranks", [1, 16, 24, 33, 100])
-@pytest.mark.parametrize("rows", [LEAST, 100])
-def test_what_adapters_add_is_summed_up_with_it_and_rounded_once(rows: int, ranks: int, narrow: bool) -> None:
+@pytest.mark.parametrize("tokens", [LEAST, 100])
+def test_what_adapters_add_is_summed_up_with_it_and_rounded_once(tokens: int, ranks: int, narrow: bool) -> None:
     def factor(*shape: int) -> Tensor:
         return given(*shape).bfloat16().float() if narrow else given(*shape)
 
-    weight, x, a, b = weight_of(), some(rows), factor(ranks, IN), factor(OUT, ranks)
-    for gate in (torch.rand(1, ranks), torch.rand(rows, ranks)):
+    weight, x, a, b = weight_of(), some(tokens), factor(ranks, IN), factor(OUT, ranks)
+    for gate in (torch.rand(1, ranks), torch.rand(tokens, ranks)):
         wide = torch.nn.functional.pad(gate, (0, whole_ranks(ranks) - ranks))
-        halves = halves_of(x, laid_out(a), wide)
+        halves = halves_of(x, rows(a), wide)
         hidden = (x.double() @ a.double().T) * gate.double()
         found = halves[:, 0, :ranks].double() + halves[:, 1, :ranks].double()
         assert (found - hidden).abs().max() < 2**-15 * hidden.abs().max()
         assert not halves[:, :, ranks:].any()
         exact = x.double() @ dense(weight).double().T + hidden @ b.double().T
-        y = product(x, weight, None, Added(halves, 0, laid_out(b).tiles))
+        y = product(x, weight, None, Added(halves, 0, columns(b)))
         assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-14 * exact.abs().max()).all()
 
 
 def test_some_ranks_of_a_hidden_are_read_where_they_lie_and_the_others_are_nothing_to_it() -> None:
     weight, x, a, b = weight_of(), some(80), given(60, IN), given(OUT, 25)
-    halves = halves_of(x, laid_out(a), torch.nn.functional.pad(torch.ones(1, 60), (0, 4)))
-    alone = halves_of(x, laid_out(a[10:35]), torch.nn.functional.pad(torch.ones(1, 25), (0, 7)))
-    factor = laid_out(b).tiles
+    halves = halves_of(x, rows(a), torch.nn.functional.pad(torch.ones(1, 60), (0, 4)))
+    alone = halves_of(x, rows(a[10:35]), torch.nn.functional.pad(torch.ones(1, 25), (0, 7)))
+    factor = columns(b)
     assert torch.equal(
         product(x, weight, None, Added(halves, 10, factor)), product(x, weight, None, Added(alone, 0, factor))
     )
-    last = laid_out(a[36:60])  # up to the end, behind which there is room
-    y = product(x, weight, None, Added(halves, 36, laid_out(b[:, :24]).tiles))
+    last = rows(a[36:60])  # up to the end, behind which there is room
+    y = product(x, weight, None, Added(halves, 36, columns(b[:, :24])))
     other = halves_of(x, last, torch.nn.functional.pad(torch.ones(1, 24), (0, 8)))
-    assert torch.equal(y, product(x, weight, None, Added(other, 0, laid_out(b[:, :24]).tiles)))
+    assert torch.equal(y, product(x, weight, None, Added(other, 0, columns(b[:, :24]))))
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("out", [OUT, 100])
+def test_each_lane_has_factors_of_its_own(out: int, narrow: bool) -> None:
+    weight, x = weight_of(out), some(3 * 45)
+    ranks = 8, 20, 0
+    a, b = ([given(r, width, seed=r).bfloat16().float() for r in ranks] for width in (IN, out))
+    if not narrow:
+        a[1][3, 7] += 2**-13
+        b[0][5, 9] += 2**-13
+
+    def lanes(parts: list[Tensor], width: int) -> Ranks:
+        places = [
+            [part.data_ptr() + 4 * width * n for n in range(len(part))] + [0] * (20 - len(part)) for part in parts
+        ]
+        return in_lanes(np.array(places), width, parts)
+
+    gate = torch.nn.functional.pad(torch.rand(3, 20), (0, 12)).repeat_interleave(45, dim=0)
+    found = product(x, weight, None, Added(halves_of(x, lanes(a, IN), gate), 0, lanes(b, out)))
+    for lane in range(3):
+        part = slice(45 * lane, 45 * (lane + 1))
+        if not ranks[lane]:
+            assert torch.equal(found[part], product(x[part], weight))
+            continue
+        halves = halves_of(x[part], rows(a[lane]), gate[part, : whole_ranks(ranks[lane])].contiguous())
+        alone = product(x[part], weight, None, Added(halves, 0, columns(b[lane].T)))
+        assert torch.equal(found[part], alone)
 
 
 def test_weights_that_cancel_do_so() -> None:
     weight, x, a, b = weight_of(), some(80), given(8, IN), given(OUT, 8)
     twice = torch.cat([a, a]), torch.cat([b, b], dim=1)
     gate = torch.tensor([1000.0] * 8 + [-1000.0] * 8)[None]
-    halves = halves_of(x, laid_out(twice[0]), torch.nn.functional.pad(gate, (0, 16)))
-    found = product(x, weight, None, Added(halves, 0, laid_out(twice[1]).tiles)).double()
+    halves = halves_of(x, rows(twice[0]), torch.nn.functional.pad(gate, (0, 16)))
+    found = product(x, weight, None, Added(halves, 0, columns(twice[1]))).double()
     plain = x.double() @ dense(weight).double().T
     assert (found - plain).abs().max() < 2**-8 * plain.abs().max() + 1e-3
 
@@ -193,11 +232,11 @@ def test_what_the_kernel_would_misread_is_refused(x: Tensor, weight: Any, bias: 
 
 def test_what_does_not_belong_to_it_is_not_added() -> None:
     weight, x = weight_of(), some(64)
-    hidden, factor = torch.zeros(64, 2, 32).bfloat16(), laid_out(given(OUT, 20)).tiles
+    hidden, factor = torch.zeros(64, 2, 32).bfloat16(), columns(given(OUT, 20))
     wrong = (
         Added(hidden[:63], 0, factor),
         Added(hidden, 1, factor),
-        Added(hidden, 0, laid_out(given(OUT + 16, 20)).tiles),
+        Added(hidden, 0, columns(given(OUT + 16, 20))),
         Added(hidden, 40, factor),
         Added(hidden.float(), 0, factor),
         Added(hidden.transpose(1, 2).contiguous().transpose(1, 2), 0, factor),
@@ -206,9 +245,9 @@ def test_what_does_not_belong_to_it_is_not_added() -> None:
         with pytest.raises(ValueError, match="outputs"):
             product(x, weight, None, added)
     with pytest.raises(ValueError, match="gate"):
-        halves_of(x, laid_out(given(20, IN)), torch.ones(1, 20))
+        halves_of(x, rows(given(20, IN)), torch.ones(1, 20))
     with pytest.raises(ValueError, match="gate"):
-        halves_of(x, laid_out(given(20, IN)), torch.ones(63, 32))
+        halves_of(x, rows(given(20, IN)), torch.ones(63, 32))
 
 
 def test_a_process_that_has_asked_for_nothing_may_multiply() -> None:
