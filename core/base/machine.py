@@ -111,6 +111,13 @@ def _own_seconds() -> float:
     return float(sum(psutil.Process().cpu_times()[:4]))
 
 
+def now(device: torch.device) -> float:
+    """Seconds, once all work that was given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def versions() -> dict[str, str]:
     """Package -> version, of those that are installed."""
     found = {"lora-rt": __version__, "python": platform.python_version()}

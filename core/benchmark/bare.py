@@ -24,7 +24,6 @@ def main() -> None:
     if adapters:
         terms = (adapter.split("=", 2) for adapter in adapters)
         model = with_adapters(model, [(name, float(weight), Path(path)) for name, weight, path in terms])
-    model.eval()
     if templated := bool(tokenizer.chat_template):
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -42,18 +41,18 @@ def with_adapters(model: Any, adapters: Sequence[tuple[str, float, Path]]) -> An
     model = PeftModel.from_pretrained(model, folder, adapter_name=first)
     for name, _, folder in others:
         model.load_adapter(folder, name)
-    model.base_model.set_adapter([name for name, _, _ in adapters], inference_mode=True)
-    weigh(model, {name: weight for name, weight, _ in adapters})
+    activate(model, [(name, weight) for name, weight, _ in adapters])
     return model
 
 
-def weigh(model: Any, weights: dict[str, float]) -> None:
-    """Give adapters of a PeftModel their weights, in every layer."""
+def activate(model: Any, weights: Sequence[tuple[str, float]]) -> None:
+    """Make these the active adapters of a PeftModel, each with its weight, in every layer."""
     from peft.tuners.lora import LoraLayer
 
+    model.base_model.set_adapter([name for name, _ in weights], inference_mode=True)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for name, weight in weights.items():
+            for name, weight in weights:
                 module.set_scale(name, weight)
 
 

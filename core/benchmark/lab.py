@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,16 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lora_rt.core.base.load import load_base
+from lora_rt.core.base.machine import now
 from lora_rt.core.base.random_base import random_base
+from lora_rt.core.base.repacking import over_the_same_weights
 from lora_rt.core.benchmark.workloads import Origin, Workload
-from lora_rt.core.engine.topology import features, find_linears
-from lora_rt.core.multiply.ways import packs
-from lora_rt.core.step.settings import choose_targets
+from lora_rt.core.engine.topology import features
+from lora_rt.core.step.adapter import targets
 from lora_rt.registry.files import WEIGHTS
 
 _ORDINARY = 0.1  # of the vocabulary: what comes before may be special tokens
 _B_SIZE = 0.01  # small beside a base's own outputs: the text stays finite under any weights
-
-
-def _is_packed_here(layer: Any) -> bool:
-    return packs(layer) and bool(layer.weight.device.type == "cpu")
 
 
 class Lab:
@@ -42,7 +38,7 @@ class Lab:
         load, name = (load_base, origin.base) if origin.random is None else (random_base, origin.random)
         self.base = load(name, origin.precision, origin.device)
         self.device = self.base.device
-        self.linears = find_linears(self.base.model)
+        self.now = partial(now, self.device)
 
     def elsewhere(self) -> Origin:
         """The same base for another process, which need not find the home where it is prepared."""
@@ -50,20 +46,8 @@ class Lab:
         return replace(self.origin, base=base, precision=self.base.precision, device=str(self.device))
 
     def model(self) -> Any:
-        """A copy of the base's modules over the very same parameters, buffers and quantization scales.
-
-        Weights that bitsandbytes packs on a CPU in a model's first pass are each model's own: whoever came later would
-        find them packed, and could multiply them in no other way.
-        """
-        model = self.base.model
-        own = {id(layer.weight) for layer in model.modules() if _is_packed_here(layer)}
-        parameters = [parameter for parameter in model.parameters() if id(parameter) not in own]
-        shared: list[Any] = [*parameters, *model.buffers(), model.config, model.generation_config]
-        shared += [p.quant_state for p in parameters if getattr(p, "quant_state", None) is not None]
-        made = copy.deepcopy(model, memo={id(thing): thing for thing in shared})
-        for layer in filter(_is_packed_here, made.modules()):  # bitsandbytes copies the scales of a layer twice
-            layer.quant_state = layer.weight.quant_state
-        return made
+        """Modules of its own for a system, over the base's weights."""
+        return over_the_same_weights(self.base.model)
 
     def prompts(self, workload: Workload) -> list[list[int]]:
         """Random tokens, (rows, prompt tokens), the same ones for everybody."""
@@ -81,20 +65,13 @@ class Lab:
                 self._write_adapter(folder, workload, index)
         return found
 
-    def now(self) -> float:
-        """Seconds, once all work that was given to the device is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def _write_adapter(self, folder: Path, workload: Workload, seed: int) -> None:
         """A so that A x is about as large as x, B small, both different from zero; bfloat16 as in trained adapters."""
-        head, rank = self.base.model.get_output_embeddings(), workload.rank
-        names = choose_targets(workload.targets, [name for name, module in self.linears.items() if module is not head])
-        dice = torch.Generator().manual_seed(1 + seed)
+        names, _ = targets(self.base.model, workload.targets)
+        dice, rank = torch.Generator().manual_seed(1 + seed), workload.rank
         tensors = {}
         for name in names:
-            out, inner = features(self.linears[name])
+            out, inner = features(self.base.model.get_submodule(name))
             a = torch.randn(rank, inner, generator=dice) * inner**-0.5
             b = torch.randn(out, rank, generator=dice) * _B_SIZE
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()

@@ -25,12 +25,7 @@ def main() -> None:
     for share in (settings.cpuparams, settings.cpuparams_batch):
         share.n_threads = int(threads)
     settings.verbosity = -1
-    loaded = []
-    for path in adapters:
-        adapter = xllamacpp.CommonAdapterLoraInfo()
-        adapter.path, adapter.scale = path, 0.0
-        loaded.append(adapter)
-    settings.lora_adapters = loaded
+    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in adapters]
     server = xllamacpp.Server(settings)
     print(server.listening_address, flush=True)
     threading.Event().wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from lora_rt.core.benchmark.workloads import DECODING, SYSTEMS, Workload
 
 BASE = "base"
 TRAINER = "peft-trainer"
-Row = Mapping[str, Any]
 WIDTH = 100
 BUSY = 0.25  # a spread (half of the middle of the repeats, relative to their median) beyond which a row is noise
 IDLE = 0.15  # the share of the processor that others may use beside a measurement
@@ -47,7 +47,7 @@ class Measured:
     """What one workload gave: samples by system, and the reasons of those that cannot do it. Grows repeat by repeat."""
 
     workload: Workload
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    samples: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,8 +70,7 @@ def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> float | Non
 
 def rows(measured: Sequence[Measured], systems: Sequence[str]) -> list[dict[str, Any]]:
     """One row per workload and system, in the order of both; what was not reached is left out."""
-    pairs = [(item, system) for item in measured for system in systems]
-    return [row(item, system) for item, system in pairs if item.samples.get(system) or system in item.reasons]
+    return [row(item, system) for item in measured for system in systems if system in item.samples | item.reasons]
 
 
 def row(item: Measured, system: str) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
     table.add_column("tokens/s\n[dim]ratio, spread[/]", min_width=18)
     for system in systems:
         table.add_column(SYSTEMS.get(system, escape(system)), justify="right")
-    reasons: list[str] = []
+    reasons: dict[str, int] = {}
     previous = ""
     for item in document["workloads"]:
         found = {row["system"]: row for row in rows if row["workload"] == item["name"] and row["system"] in measured}
@@ -129,7 +128,7 @@ def shown(document: Mapping[str, Any], width: int = WIDTH) -> Group:
         cells = [_cell(found[system], reasons) if system in found else "" for system in systems]
         table.add_row(escape(item["title"]) + _UNITS.get(item["kind"], ""), *cells)
 
-    below = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    below = [f"({number}) {reason}" for reason, number in reasons.items()]
     for system in document["systems"]:
         why = dict.fromkeys(row["reason"] for row in rows if row["system"] == system)
         if why and system not in (*measured, TRAINER):
@@ -154,18 +153,16 @@ def noise(document: Mapping[str, Any]) -> str:
     )
 
 
-def _cell(row: Row, reasons: list[str]) -> str:
+def _cell(row: Mapping[str, Any], reasons: dict[str, int]) -> str:
     """A figure over its ratio and spread, or the number of a reason; a new one goes to the `reasons`."""
     if row["reason"] is not None:
-        if row["reason"] not in reasons:
-            reasons.append(row["reason"])
-        return f"[dim]({reasons.index(row['reason']) + 1})[/]"
+        return f"[dim]({reasons.setdefault(row['reason'], len(reasons) + 1)})[/]"
     ratio = "" if row["ratio_to_base"] is None else f"{row['ratio_to_base']:.2f} "
     repeated = f"±{row['spread'] * 100:.0f}%" if row["repeats"] > 1 else ""
     return f"{_value(row)}\n[dim]{ratio}{'noise' if row['spread'] > 1 else repeated}[/]"
 
 
-def _value(row: Row) -> str:
+def _value(row: Mapping[str, Any]) -> str:
     if row["kind"] in ("change", "cold"):
         return f"{row['seconds'] * (1000 if row['kind'] == 'change' else 1):.2f}"
     value = float(row["megabytes"] or row["tokens_per_s"])

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,18 +18,16 @@ from lora_rt.core.benchmark.workloads import BenchmarkError
 LLAMA = Path(__file__).with_name("llama_server.py")
 _CONTEXT = 512  # tokens of a slot of llama.cpp's
 
+Started = AbstractContextManager[tuple[str, psutil.Process]]
+"""The address of a server and its process, which ends with the block."""
 
-@contextmanager
-def ours(options: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
+
+def ours(options: Sequence[str]) -> Started:
     """The address of a new `lora-rt serve`, and its process."""
-    with _started([sys.executable, "-m", "lora_rt", "serve", "--port", "0", *options]) as started:
-        yield started
+    return _started([sys.executable, "-m", "lora_rt", "serve", "--port", "0", *options])
 
 
-@contextmanager
-def llama_cpp(
-    python: str, base: str, names: Sequence[str], rows: int, threads: int, folder: Path
-) -> Iterator[tuple[str, psutil.Process]]:
+def llama_cpp(python: str, base: str, names: Sequence[str], rows: int, threads: int, folder: Path) -> Started:
     """The address of llama.cpp's server over the base's GGUF file, with these adapters.
 
     Args:
@@ -46,8 +44,7 @@ def llama_cpp(
     for name in names:
         export(name, "gguf", folder / name, base=base)
     files = [str(folder / name / "adapter.gguf") for name in names]
-    with _started([python, str(LLAMA), str(model), str(rows), str(_CONTEXT), str(threads), *files]) as started:
-        yield started
+    return _started([python, str(LLAMA), str(model), str(rows), str(_CONTEXT), str(threads), *files])
 
 
 @contextmanager

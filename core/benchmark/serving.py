@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 
+from lora_rt.core.benchmark.workloads import text_of
+
 if TYPE_CHECKING:
     from lora_rt.core.runtime import Runtime
 
@@ -36,11 +38,6 @@ class Wish:
     weights: Mapping[str, float]
     tokens: int
 
-    @property
-    def spec(self) -> str:
-        """The composition as people write it."""
-        return " ".join(f"{name}:{weight}" for name, weight in self.weights.items())
-
     def body(self, llama: Sequence[str] = ()) -> dict[str, Any]:
         """The JSON that is sent: to ours, or to llama.cpp's server that has these adapters."""
         message = {"role": "user", "content": self.prompt}
@@ -49,7 +46,7 @@ class Wish:
         if llama:
             scales = [{"id": place, "scale": self.weights.get(name, 0.0)} for place, name in enumerate(llama)]
             return usual | {"lora": scales, "ignore_eos": True}
-        return usual | {"model": self.spec, "min_tokens": self.tokens}
+        return usual | {"model": text_of(self.weights.items()), "min_tokens": self.tokens}
 
 
 @dataclass
@@ -87,7 +84,7 @@ def generated(runtime: Runtime, asked: Sequence[Wish], at_once: int) -> float:
     for start in range(0, len(asked), at_once):
         part = asked[start : start + at_once]
         settings = {"max_new_tokens": part[0].tokens, "min_new_tokens": part[0].tokens}
-        runtime.generate([wish.prompt for wish in part], [wish.spec for wish in part], **settings)
+        runtime.generate([wish.prompt for wish in part], [text_of(wish.weights.items()) for wish in part], **settings)
     return sum(wish.tokens for wish in asked) / (time.perf_counter() - began)
 
 

@@ -1,6 +1,6 @@
 """One run: every workload, its systems interleaved, repeat by repeat; some in processes of their own.
 
-As a program it calls the function that it finds pickled on its standard input, in a process that holds nothing else.
+As a program it calls the function that its argument holds, pickled, in a process that holds nothing else.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import gc
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ def measure(
         reasons = {system: why for system in systems if (why := reason(system, workload, lab.origin)) is not None}
         measured = Measured(workload, reasons=reasons)
         yield measured
-        able = [system for system in systems if system not in reasons]
-        with ready(lab, workload, able, loaders) as found:
+        with ready(lab, workload, [system for system in systems if system not in reasons], loaders) as found:
             _take_turns(measured, found, repeats, partial(report, done))
         del found
         gc.collect()  # what the systems held refers to itself
@@ -70,7 +69,6 @@ def measure(
 
 def _take_turns(measured: Measured, found: Mapping[str, Repeat], repeats: int, report: Callable[[str], None]) -> None:
     kind, title = measured.workload.kind, measured.workload.title
-    measured.samples = {name: [] for name in found}
     most = min(repeats, _MOST.get(kind, repeats))
     for number in range(0 if kind == "training" else -1, most):
         for name in [name for name in found if name not in measured.reasons]:
@@ -93,10 +91,7 @@ def ready(
         yield {name: _apart(lab, name, workload) for name in names}
         return
     with loaded(lab, workload, names, loaders) as systems:
-        if workload.kind == "change":
-            yield {name: partial(_changes, lab, system, workload, count()) for name, system in systems.items()}
-        else:
-            yield {name: partial(_turn, name, system, workload) for name, system in systems.items()}
+        yield {name: partial(_once, lab, name, system, workload, count()) for name, system in systems.items()}
 
 
 def _apart(lab: Lab, system: str, workload: Workload) -> Repeat:
@@ -116,18 +111,15 @@ def peak_of(system: str, origin: Origin, workload: Workload, folder: Path) -> Sa
         return replace(found[system](), tokens=0, megabytes=round(peak_megabytes(lab.device), 1))
 
 
-def _changes(lab: Lab, system: System, workload: Workload, numbers: Iterator[int]) -> Sample:
-    """Seconds per change, each to a composition that was not there before."""
+def _once(lab: Lab, name: str, system: System, workload: Workload, numbers: Iterator[int]) -> Sample:
+    """One turn, or the seconds per change, each to the composition of a number that was not there before."""
     system.prepare()
-    mixes = [workload.mix(next(numbers)) for _ in range(system.changes)]
-    start = lab.now()
-    for mix in mixes:
-        system.change(mix)
-    return Sample((lab.now() - start) / len(mixes))
-
-
-def _turn(name: str, system: System, workload: Workload) -> Sample:
-    system.prepare()
+    if workload.kind == "change":
+        mixes = [workload.mix(next(numbers)) for _ in range(system.changes)]
+        start = lab.now()
+        for mix in mixes:
+            system.change(mix)
+        return Sample((lab.now() - start) / len(mixes))
     turn = system.run()
     if [len(row) for row in turn.tokens] != [workload.steps] * workload.rows:
         said = f"{name} did not say {workload.rows} x {workload.steps} tokens in {workload.name}"
@@ -172,23 +164,19 @@ def call_apart(folder: Path, function: Callable[..., Sample], *arguments: Any) -
         ProcessError: it failed.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        call = pickle.dumps((function, (*arguments, Path(scratch))))
-        _, said = _run(folder, [sys.executable, "-m", __name__], function.__name__, call)
+        call = pickle.dumps((function, (*arguments, Path(scratch)))).hex()
+        _, said = _run(folder, [sys.executable, "-m", __name__, call], function.__name__)
     return Sample(**json.loads(said.splitlines()[-1]))
 
 
-def _run(folder: Path, command: Sequence[str], what: str, given: bytes = b"") -> tuple[float, bytes]:
+def _run(folder: Path, command: Sequence[str], what: str) -> tuple[float, bytes]:
     """The seconds to the first byte that a process says, and all of it; in a home that is not the user's."""
     ours = {"LORA_RT_HOME": str(folder / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment = {**os.environ, **ours, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", dir=folder, errors="replace") as errors:
         start = time.perf_counter()
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=environment) as process:
-            assert process.stdin is not None
+        with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=errors, env=environment) as process:
             assert process.stdout is not None
-            with suppress(BrokenPipeError), process.stdin:
-                process.stdin.write(given)
             first = process.stdout.read(1)
             seconds = time.perf_counter() - start
             said = first + process.stdout.read()
@@ -201,5 +189,5 @@ def _run(folder: Path, command: Sequence[str], what: str, given: bytes = b"") ->
 
 
 if __name__ == "__main__":
-    called, given = pickle.load(sys.stdin.buffer)
+    called, given = pickle.loads(bytes.fromhex(sys.argv[1]))
     print(json.dumps(asdict(called(*given))))

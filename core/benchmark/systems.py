@@ -6,12 +6,10 @@ stay on the device until the end. It gives its models the best that a plain loop
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -20,10 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache, generation
 
 from lora_rt.core.base.default import gguf_file
-from lora_rt.core.benchmark.bare import weigh, with_adapters
+from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.benchmark.bare import activate, with_adapters
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.workloads import SAMPLED, Mix, Workload, text_of
-from lora_rt.core.engine.topology import features
 from lora_rt.core.export.gguf import write_gguf_adapter
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.llama_cpp.server import LlamaServer
@@ -35,8 +33,6 @@ from lora_rt.registry.registry import Registry
 
 _CONTEXT = 1024  # tokens of llama.cpp's
 _MIX = "mix"
-# PEFT warns of a base without a name and of adapters it finds in the model; both are meant here.
-_quiet = partial(warnings.catch_warnings, action="ignore")
 
 
 class Turn(NamedTuple):
@@ -77,8 +73,7 @@ def timed(lab: Lab, begin: Callable[[], Iterator[Any]]) -> Turn:
     first = lab.now()
     said.extend(steps)
     last = lab.now()
-    tokens: list[list[int]] = torch.stack([torch.as_tensor(step) for step in said], dim=1).tolist()
-    return Turn(first - start, last - first, tokens)
+    return Turn(first - start, last - first, torch.stack([torch.as_tensor(step) for step in said], dim=1).tolist())
 
 
 def run_plainly(lab: Lab, model: Any, workload: Workload, **arguments: Any) -> Turn:
@@ -142,9 +137,8 @@ def runtime_of(lab: Lab, workload: Workload) -> Runtime:
 def system_over(runtime: Runtime, lab: Lab, workload: Workload) -> System:
     """One request, and changes from the text of a composition to the plan that a forward pass runs under."""
     texts, prompts = [text_of(mix) for mix in workload.mixes], lab.prompts(workload)
-    drawn: dict[str, Any] = {**SAMPLED, "seed": 0} if workload.sampled else {}
-    steps: dict[str, Any] = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps}
-    decode = partial(runtime.decode, prompts, texts, **steps, **drawn)
+    steps: dict[str, Any] = {"max_new_tokens": workload.steps, "min_new_tokens": workload.steps, "seed": 0}
+    decode = partial(runtime.decode, prompts, texts, **steps, **(SAMPLED if workload.sampled else {}))
     return System(partial(timed, lab, decode), lambda mix: runtime.plan([[0]], [text_of(mix)]))
 
 
@@ -159,39 +153,31 @@ def peft(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
     - mixed: `adapter_names=[...]`; every row has one adapter, and none has a weight.
     """
     adapters = lab.adapters(workload)
-    with _quiet():
+    with libraries_silenced():
         model = with_adapters(lab.model(), [(name, 1.0, path) for name, path in adapters.items()]).eval()
-
-    def activate(mix: Mix) -> None:
-        model.base_model.set_adapter([name for name, _ in mix], inference_mode=True)
-        weigh(model, dict(mix))
 
     def concatenate(mix: Mix) -> None:
         names, weights = [name for name, _ in mix], [weight for _, weight in mix]
-        with _quiet():
-            model.add_weighted_adapter(names, weights, _MIX, combination_type="cat")
-            model.base_model.set_adapter([_MIX], inference_mode=True)
+        model.add_weighted_adapter(names, weights, _MIX, combination_type="cat")
+        model.base_model.set_adapter([_MIX], inference_mode=True)
 
     def prepare(change: Callable[[Mix], None]) -> None:
-        weigh(model, dict.fromkeys(adapters, 1.0))  # a scale that stayed would count twice in the other ways
+        activate(model, [(name, 1.0) for name in adapters])  # a scale that stayed would count twice in the other ways
         if _MIX in model.peft_config:
-            with _quiet():
-                model.delete_adapter(_MIX)
+            model.delete_adapter(_MIX)
         if workload.active and workload.kind != "change":
             change(workload.mix(0))
 
-    def run() -> Turn:
+    def run(**arguments: Any) -> Turn:
         with nullcontext() if workload.active else model.disable_adapter():
-            return run_plainly(lab, model, workload)
+            return run_plainly(lab, model, workload, **arguments)
 
-    def run_mixed() -> Turn:
-        return run_plainly(lab, model, workload, adapter_names=[name for ((name, _),) in workload.mixes])
-
+    use, each = partial(activate, model), [name for mix in workload.mixes for name, _ in mix]
     yield {
-        "peft-set": System(run, activate, partial(prepare, activate)),
+        "peft-set": System(run, use, partial(prepare, use)),
         # A change takes a part of a second, and leaves an adapter.
         "peft-cat": System(run, concatenate, partial(prepare, concatenate), changes=1),
-        "peft-mixed": System(run_mixed, prepare=partial(prepare, activate)),
+        "peft-mixed": System(partial(run, adapter_names=each), prepare=partial(prepare, use)),
     }
 
 
@@ -202,7 +188,11 @@ def llama_cpp(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
     Its base is a GGUF file in a quantization of its own (Q4_1 for the default base), so it need not say what the others
     say; its adapters are written by our exporter.
     """
-    files = {name: _gguf(lab, path, name) for name, path in lab.adapters(workload).items()}
+    files = {name: path / "adapter.gguf" for name, path in lab.adapters(workload).items()}
+    for name, file in files.items():
+        if not file.exists():
+            adapter = read_adapter(inspect_adapter(file.parent, name=name, load=True), name)
+            write_gguf_adapter(file, adapter.factors, lab.base.model.config)
     base, threads = gguf_file(lab.origin.base), torch.get_num_threads()  # as many as everybody has
     assert base is not None
     greedy = Sampling.given(temperature=0)
@@ -215,22 +205,12 @@ def llama_cpp(lab: Lab, workload: Workload) -> Iterator[dict[str, System]]:
             yield ids[-1:]
 
     def run() -> Turn:
-        rows = zip(lab.prompts(workload), workload.mixes, strict=True)
-        turns = [timed(lab, partial(steps, prompt, mix)) for prompt, mix in rows]
+        turns = [timed(lab, partial(steps, *row)) for row in zip(lab.prompts(workload), workload.mixes, strict=True)]
         prefill, decode = sum(turn.prefill for turn in turns), sum(turn.decode for turn in turns)
         return Turn(prefill, decode, [turn.tokens[0] for turn in turns])
 
     with closing(LlamaServer(base, list(files.values()), _CONTEXT, str(lab.device), threads)) as server:
         yield {"llama.cpp": System(run)}
-
-
-def _gguf(lab: Lab, path: Path, name: str) -> Path:
-    file = path / "adapter.gguf"
-    if not file.exists():
-        shapes = {linear: features(module) for linear, module in lab.linears.items()}
-        inspected = inspect_adapter(path, name=name, linears=shapes, base=lab.base.identity, load=True)
-        write_gguf_adapter(file, read_adapter(inspected, name).factors, lab.base.model.config)
-    return file
 
 
 _PEFT = dict.fromkeys(("peft-set", "peft-cat", "peft-mixed"), peft)

@@ -17,6 +17,7 @@ from lora_rt.core.base.reading import whole_tokenizer
 from lora_rt.core.benchmark.results import Sample
 from lora_rt.core.benchmark.workloads import Origin, Workload
 from lora_rt.core.generation.prompts import TextFormat
+from lora_rt.core.programs import train
 from lora_rt.plugins.contract import IGNORE
 
 _EXAMPLES, _BATCH = 64, 8
@@ -25,18 +26,14 @@ _WORDS = "the old house by river keeps its light on while a slow train goes past
 
 def train_ours(origin: Origin, workload: Workload, folder: Path, examples: int = _EXAMPLES) -> Sample:
     """The training loop of `lora-rt train`: one epoch over the pairs; `folder` is an empty one."""
-    from lora_rt.core.step.settings import TrainSettings
-    from lora_rt.core.training.run import train
-    from lora_rt.plugins.manager import load_modes
-
     data, held_out = folder / "train.jsonl", folder / "held-out.jsonl"
     lines = [json.dumps(pair) + "\n" for pair in pairs(examples + 1)]
     data.write_text("".join(lines[:-1]))
     held_out.write_text(lines[-1])
-    settings = TrainSettings(
-        register="bench",
-        mode="output-only",
-        data=data,
+    trained = train(
+        "bench",
+        data,
+        out=folder / "adapter",
         held_out=held_out,
         base=origin.base,
         precision=origin.precision,
@@ -46,9 +43,8 @@ def train_ours(origin: Origin, workload: Workload, folder: Path, examples: int =
         epochs=1,
         batch_size=_BATCH,
     )
-    speed = train(settings, load_modes(), folder / "adapter").tokens_per_second
     tokens = sum(len(ids) for ids, _ in sequences(origin, examples))
-    return Sample(tokens / speed, tokens)
+    return Sample(tokens / trained.tokens_per_second, tokens)
 
 
 def train_plainly(origin: Origin, workload: Workload, folder: Path, examples: int = _EXAMPLES) -> Sample:
@@ -78,18 +74,14 @@ def train_plainly(origin: Origin, workload: Workload, folder: Path, examples: in
         train_dataset=[{"input_ids": i, "labels": labels, "attention_mask": [1] * len(i)} for i, labels in found],
         data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(origin.base)),
     )
-    seconds: float = trainer.train().metrics["train_runtime"]
-    return Sample(seconds, sum(len(ids) for ids, _ in found))
+    return Sample(trainer.train().metrics["train_runtime"], sum(len(ids) for ids, _ in found))
 
 
 def pairs(count: int) -> list[dict[str, str]]:
     """So many, always the same ones; their texts have 20 to 80 words."""
-    dice = random.Random(0)
-
-    def text(words: int) -> str:
-        return " ".join(dice.choices(_WORDS.split(), k=words))
-
-    return [{"scene": text(4), "text": text(dice.randint(20, 80))} for _ in range(count)]
+    dice, words = random.Random(0), _WORDS.split()
+    drawn = ((dice.choices(words, k=4), dice.choices(words, k=dice.randint(20, 80))) for _ in range(count))
+    return [{"scene": " ".join(scene), "text": " ".join(text)} for scene, text in drawn]
 
 
 def sequences(origin: Origin, examples: int = _EXAMPLES) -> list[tuple[list[int], list[int]]]:

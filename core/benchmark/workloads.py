@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from lora_rt.core.base.default import gguf_file
 from lora_rt.errors import LoraRtError
@@ -19,7 +19,7 @@ DECODING: tuple[Kind, ...] = ("decode", "prefill")
 Mix = tuple[tuple[str, float], ...]
 """One row's composition: resident name and weight of each term; empty is the base alone."""
 
-SAMPLED = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 SYSTEMS = {
     "base": "base",
     "generate": "base\ngenerate",
@@ -99,7 +99,7 @@ class Workload:
         return tuple(zip(chosen, weights, strict=True))
 
 
-def text_of(mix: Mix) -> str | None:
+def text_of(mix: Iterable[tuple[str, float]]) -> str | None:
     """The text of a composition."""
     return " ".join(f"{name}:{weight}" for name, weight in mix) or None
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lora_rt.core.base.machine import free_bytes
+from lora_rt.core.base.machine import free_bytes, now
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.estimate import process_bytes
@@ -139,9 +137,7 @@ def _one_step(prepared: Prepared) -> tuple[float, int]:
         for _ in range(2):  # the first one also makes what is made once
             started = time.perf_counter()
             trainer.training_step(prepared.model, batch)
-            if prepared.base.device.type == "cuda":
-                torch.cuda.synchronize(prepared.base.device)
-            seconds = time.perf_counter() - started
+            seconds = now(prepared.base.device) - started
     return seconds, _tokens(some)
 
 

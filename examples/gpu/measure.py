@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.machine import machine, versions
+from lora_rt.core.base.machine import machine, now, versions
 from lora_rt.core.base.random_base import random_base
 from lora_rt.core.benchmark.lab import Lab
 from lora_rt.core.benchmark.results import Measured, row
@@ -249,13 +249,6 @@ def median_of(device: torch.device, work: Callable[[], Any], repeats: int = 20) 
         work()
         found.append(now(device) - start)
     return statistics.median(found[3:])
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def allocated(device: torch.device) -> int:
