@@ -20,7 +20,7 @@ from lora_rt.core.generation.messages import Prompt, one_per_row
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.generation.row import PassInfo, check_numbers
 from lora_rt.core.generation.sampling import Sampling, Seeds, seeds_per_row
-from lora_rt.core.generation.scoring import answer_nll, choices_nll, given_batch, whole_logits
+from lora_rt.core.generation.scoring import answer_nll, choices_nll, given_batch, given_ids, whole_logits
 from lora_rt.core.native import openmp
 from lora_rt.core.requests.adapted import AdaptedBase
 from lora_rt.core.requests.composition import Composition, CompositionLike, Term
@@ -355,8 +355,9 @@ class Runtime:
 
         Takes the sampling settings of `generate` by name.
         """
-        chosen, seeds = Sampling.given(**sampling), seeds_per_row(seed, len(input_ids))
-        rows = self.parts.rows(input_ids, compositions, scenes, sampling=chosen, seeds=seeds)
+        ids = given_ids(input_ids, self.base.vocab_size)
+        chosen, seeds = Sampling.given(**sampling), seeds_per_row(seed, len(ids))
+        rows = self.parts.rows(ids, compositions, scenes, sampling=chosen, seeds=seeds)
         return self._steps(rows, deterministic)
 
     def batch(
@@ -394,7 +395,7 @@ class Runtime:
         self, input_ids: Sequence[Sequence[int]], compositions: Compositions = None, scenes: str | None = None
     ) -> Plan | None:
         """The plan that one pass over these rows, all of one length, would run under; None is the base alone."""
-        rows = self.parts.rows(input_ids, compositions, scenes)
+        rows = self.parts.rows(given_ids(input_ids, self.base.vocab_size), compositions, scenes)
         ids = tensor([row.ids for row in rows], device=self.parts.lm.device)
         return self.parts.planner()(PassInfo.of(rows, ids, ones_like(ids)), rows)
 

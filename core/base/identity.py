@@ -21,6 +21,7 @@ from lora_rt.core.base.progress import step
 from lora_rt.core.base.source import BaseSource, parse_base, sha256_file
 from lora_rt.registry import home
 from lora_rt.registry.card import BaseIdentity
+from lora_rt.registry.files import stamp
 from lora_rt.registry.inspection.safetensors_header import read_header
 
 MANIFEST = "lora-rt-base.json"
@@ -91,7 +92,7 @@ def label_of(source: BaseSource) -> str:
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, read once for as long as it stays what it is."""
-    key = _key(path)
+    key = stamp(path)
     found = recall(key)
     if found is None:
         if path.stat().st_size < _ANNOUNCED_BYTES:
@@ -99,7 +100,7 @@ def sha256_of(path: Path) -> str:
         else:
             with step(f"reading {path.name} to know which base it is (once)"):
                 found = sha256_file(path)
-        if key == _key(path) and time.time_ns() - path.stat().st_mtime_ns > _UNSETTLED_NS:
+        if key == stamp(path) and time.time_ns() - path.stat().st_mtime_ns > _UNSETTLED_NS:
             remember(key, found)
     return found
 
@@ -165,14 +166,8 @@ def _cached(source: BaseSource) -> Path | None:
 
 def _quick_sha256(path: Path) -> str:
     if path.stat().st_size > _QUICK_BYTES:
-        return recall(_key(path)) or ""
+        return recall(stamp(path)) or ""
     return sha256_of(path)
-
-
-def _key(path: Path) -> str:
-    """What no change of a file leaves as it is: not even one that puts the time of modification back."""
-    about = path.stat()
-    return f"{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}"
 
 
 def recall(key: str) -> str | None:

@@ -33,6 +33,7 @@ from lora_rt.core.generation import caches
 from lora_rt.core.generation.choosing import choose
 from lora_rt.core.generation.group import Group, united
 from lora_rt.core.generation.row import PassInfo, Planner, R, TokenScore, check_lengths
+from lora_rt.core.generation.sampling import SamplingError
 
 
 class Batch(Generic[R]):
@@ -62,6 +63,8 @@ class Batch(Generic[R]):
         self._lm = lm
         self._planner = planner
         self._end_ids = frozenset(end_ids)
+        if chunk is not None and chunk < 1:
+            raise SamplingError(f"chunk is {chunk}", next_step="Give a whole number of tokens from 1 on, or None")
         self._chunk = chunk
         self._alone = deterministic or lm.keeping == "apart"
         self._keep = keep
@@ -74,7 +77,11 @@ class Batch(Generic[R]):
 
         Raises:
             LengthError: a row leaves no room for an answer.
+            SamplingError: a row has ended, or is in this batch.
         """
+        joined = [*self.rows, *rows]
+        if len({id(row) for row in joined}) < len(joined) or any(row.ended is not None for row in rows):
+            raise SamplingError("a row has ended, or has joined already", next_step="Make a new one with `rows`")
         check_lengths([row.length for row in rows], self._lm.capacity - 1, self._lm.capacity)
         self.rows += rows
         self._unread += rows
@@ -100,11 +107,15 @@ class Batch(Generic[R]):
             LoraRtError: the runtime was closed.
         """
         with torch.inference_mode():
-            self._regroup()  # 1) who shares a pass
-            # 2) one pass per group; (rows, vocab) of those that have been read to their last column
-            ready = [(group, logits) for group in self._groups if (logits := self._pass(group)) is not None]
-            self._lm.check_open()
-            tokens = self._choose(ready)  # 3) all rows' tokens at once, each by its own settings and seed
+            try:
+                self._regroup()  # 1) who shares a pass
+                # 2) one pass per group; (rows, vocab) of those that have been read to their last column
+                ready = [(group, logits) for group in self._groups if (logits := self._pass(group)) is not None]
+                self._lm.check_open()
+                tokens = self._choose(ready)  # 3) all rows' tokens at once, each by its own settings and seed
+            except BaseException:
+                self._read_anew()
+                raise
             for group, _ in ready:
                 group.append([tokens[id(row)] for row in group.rows])
         # 4) what each row makes of its token; who has ended leaves
@@ -113,6 +124,12 @@ class Batch(Generic[R]):
             self._tell(gone)
             self.drop(gone)
         return got
+
+    def _read_anew(self) -> None:
+        """After a pass that has failed: what others have read is no use, since some have and some have not."""
+        self._groups, self._unread = [], list(self.rows)
+        for row in self.rows:
+            row.read = 0
 
     def _tell(self, gone: Sequence[R]) -> None:
         """Hand out the caches of rows that have ended."""

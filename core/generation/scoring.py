@@ -6,6 +6,7 @@ Such rows may be a caller's own tensors, which are checked first.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -131,6 +132,27 @@ def _losses(logits: Tensor, wanted: Tensor) -> Tensor:
 
 class BatchError(LoraRtError):
     """Token ids or a mask that the model can't be given."""
+
+
+def given_ids(input_ids: Any, vocab_size: int) -> list[list[int]]:
+    """A caller's token ids, those of each row, as lists.
+
+    Raises:
+        BatchError: what is no row of tokens of this model; all of them are named.
+    """
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in input_ids]
+    problems = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Sequence) or not row or not all(_is_token(one, vocab_size) for one in row):
+            problems.append(f"row {number}: {str(row)[:40]}")
+    if problems:
+        step = f"Give each row as a list of whole numbers from 0 to {vocab_size - 1}"
+        raise BatchError("input_ids holds what is no row of tokens of this base", problems=problems, next_step=step)
+    return rows
+
+
+def _is_token(one: Any, vocab_size: int) -> bool:
+    return isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < vocab_size
 
 
 def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,12 @@ from lora_rt.core.requests.named import RequestNames, check_pin, expanded, named
 from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import ModeHost
+from lora_rt.registry import files
 from lora_rt.registry.card import AdapterCard
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import UnknownAdapterError, WrongBaseError
 from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
+from lora_rt.registry.paths import folder_of
 from lora_rt.registry.reference import Reference, check_name
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
@@ -84,6 +86,7 @@ class Residents:
         self._registry = registry
         self._lock = threading.RLock()
         self._aliases: dict[str, str] = {}  # text of a reference -> the resident name it was given
+        self._stamps: dict[str, list[str]] = {}  # text of a path -> of its files, when they were read
         self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
         self._mixes: dict[str, Mix] = {}  # by digest
         self.infos: Mapping[str, AdapterInfo] = {}
@@ -108,14 +111,17 @@ class Residents:
             self._given |= {resident}
         return resident
 
-    def reload(self, reference: Reference) -> str:
-        """Read the files again that a name means now; the resident of that name is replaced, if nothing is refused.
+    def reload(self, reference: Reference, name: str | None = None) -> str:
+        """Read the files again that a reference means now; the resident of its name is replaced, if nothing is refused.
+
+        Args:
+            name: the resident's; that in the reference where left out.
 
         Raises:
             LoraRtError: as `load`; what was resident stays.
         """
         with self._lock:
-            resident = self._load(reference, reference.target)
+            resident = self._load(reference, name or reference.target)
             self._aliases[reference.text] = resident
         return resident
 
@@ -219,14 +225,28 @@ class Residents:
 
     def _found(self, reference: Reference) -> AdapterInfo:
         # Named first: loading replaces the table of infos.
-        name = self._aliases.get(reference.text) or self._load(reference, None)
+        name = self._aliases.get(reference.text)
+        if name is None:
+            name = self._load(reference, None)
+        elif (now := self._stamp(reference)) and now != self._stamps.get(reference.text):
+            name = self.reload(reference, name)  # trained anew, while this one is in memory
         return self.infos[name]
+
+    def _stamp(self, reference: Reference) -> list[str]:
+        """What changes with the files at a path; nothing where there are none any more, or it is no path."""
+        if reference.kind != "path":
+            return []
+        with suppress(OSError, LoraRtError):
+            folder = folder_of(self._registry.folder, reference)
+            return [files.stamp(folder / name) for name in files.present(folder)]
+        return []
 
     def _load(self, reference: Reference, name: str | None, allow_base_mismatch: bool = False) -> str:
         """Find, check against the base and make resident, in one pass over the files."""
         # The registry chooses among adapters of one name by the base that they state; the inspection refuses what was
         # chosen. Without the former the wrong one would be found, without the latter a path would not be checked.
         anyway = allow_base_mismatch or self._registry.allow_base_mismatch
+        before = self._stamp(reference)
         resolved = self._registry.find(reference, self._base.identity, allow_base_mismatch=anyway)
         inspected = inspect_adapter(
             resolved.folder,
@@ -242,6 +262,7 @@ class Residents:
         self._make_resident(resolved, inspected, resident)
         # Another reference may have led to an adapter that had this name before.
         self._aliases = {text: other for text, other in self._aliases.items() if other != resident}
+        self._stamps[reference.text] = before
         if name is None:
             self._aliases[reference.text] = resident
         return resident

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,15 @@ def runtime(zoo: Zoo) -> Runtime:
         (lambda rt: rt.answer_nll(["a"], ["c", "d"]), "2 answers for 1 prompts"),
         (lambda rt: rt.answer_nll(["a"], [5]), "the answer is a int"),
         (lambda rt: rt.choices_nll("a", "bc"), "answers is one text"),
+        (lambda rt: rt.decode([[]]), "no row of tokens"),
+        (lambda rt: rt.decode([[10**6]]), "no row of tokens"),
+        (lambda rt: rt.decode([[-1]]), "no row of tokens"),
+        (lambda rt: rt.decode([[1.5]]), "no row of tokens"),
+        (lambda rt: rt.decode([[True]]), "no row of tokens"),
+        (lambda rt: rt.decode([1, 2]), "no row of tokens"),
+        (lambda rt: rt.decode(["ab"]), "no row of tokens"),
+        (lambda rt: rt.plan([[10**6]]), "no row of tokens"),
+        (lambda rt: rt.batch(chunk=0), "chunk is 0"),
         (lambda rt: rt.load_adapter(5), "5 is not a reference"),
         (lambda rt: rt.load_adapter("a", 5), "'5' is not a name"),
         (lambda _: Runtime.load(5), "a base is a int"),
@@ -42,6 +52,12 @@ def test_what_a_call_can_not_take_is_named_and_letters_are_no_rows(runtime: Runt
         call(runtime)
     assert said in error.value.message
     assert error.value.next_step
+
+
+def test_token_ids_may_be_arrays(runtime: Runtime) -> None:
+    wanted = list(runtime.decode([[5, 6, 7]], max_new_tokens=2))
+    for given in (torch.tensor([[5, 6, 7]]), np.array([[5, 6, 7]]), [np.array([5, 6, 7])], [list(np.array([5, 6, 7]))]):
+        assert list(runtime.decode(given, max_new_tokens=2)) == wanted
 
 
 def test_shares_of_scene_types_stand_for_every_row(runtime: Runtime) -> None:

@@ -285,3 +285,55 @@ def test_a_runtime_that_was_closed_gives_the_model_back_and_says_so(zoo: Zoo, tm
     for call in (lambda: runtime.generate("x"), lambda: runtime.adapters, lambda: runtime.load_adapter(tmp_path)):
         with pytest.raises(LoraRtError, match="closed"):
             call()
+
+
+@pytest.mark.parametrize("where", ["plan", "pass"])
+def test_rows_go_on_after_a_step_in_which_another_one_failed(
+    mixed: Runtime, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some groups have been read when it fails, and what they were to say next is not lost."""
+    wish: Wish = {"prompt": PROMPTS[2], "spec": "one:0.7 two:0.3", "max_new_tokens": 6}
+    healthy, other = row_of(mixed, wish), row_of(mixed, {**wish, "prompt": "a", "spec": "fading:2"})
+    batch = mixed.batch(deterministic=True)
+    batch.add([healthy, other])
+    batch.step()
+    if where == "plan":
+        planner = batch._planner
+
+        def plan(info: Any, rows: Any) -> Any:
+            if other in rows:
+                raise LoraRtError("no gate")
+            return planner(info, rows)
+
+        monkeypatch.setattr(batch, "_planner", plan)
+    else:
+        forward = batch._forward
+
+        def interrupted(group: Any, info: Any, plan: Any) -> Any:
+            found = forward(group, info, plan)
+            if other in group.rows:
+                raise KeyboardInterrupt
+            return found
+
+        monkeypatch.setattr(batch, "_forward", interrupted)
+    with pytest.raises((LoraRtError, KeyboardInterrupt)):
+        batch.step()
+    monkeypatch.undo()
+    batch.drop([other])
+    while batch.rows:
+        batch.step()
+    assert healthy.answer == alone(mixed, wish)
+
+
+def test_a_row_joins_once(mixed: Runtime) -> None:
+    row = row_of(mixed, {"prompt": "a", "spec": None, "max_new_tokens": 1})
+    batch = mixed.batch()
+    with pytest.raises(LoraRtError, match="joined already"):
+        batch.add([row, row])
+    batch.add([row])
+    with pytest.raises(LoraRtError, match="joined already"):
+        batch.add([row])
+    batch.step()
+    with pytest.raises(LoraRtError, match="has ended"):
+        batch.add([row])
+    assert len(row.answer) == 1

@@ -37,6 +37,18 @@ def test_a_path_in_a_composition_is_loaded_when_it_is_first_used(runtime: Runtim
     assert torch.equal(runtime.logits(IDS, compositions="mine:0.5"), found)
 
 
+def test_a_path_means_the_files_that_are_there_now(runtime: Runtime, zoo: Zoo, tmp_path: Path) -> None:
+    """Who trains anew in a notebook asks for the same path again."""
+    folder = put(zoo, tmp_path / "mine", 1)
+    first = runtime.logits(IDS, compositions=f"{folder}:0.5")
+    shutil.rmtree(folder)
+    assert torch.equal(runtime.logits(IDS, compositions=f"{folder}:0.5"), first)  # gone, and still in memory
+    put(zoo, folder, 2)
+    found = runtime.logits(IDS, compositions=f"{folder}:0.5")
+    assert_close(found, dense_logits(zoo.base("llama"), [(folder, 0.5)], IDS), **EXACT)
+    assert list(runtime.adapters) == ["mine"]
+
+
 def test_a_repository_that_is_resident_by_its_id_gives_its_name_no_meaning(
     runtime: Runtime, zoo: Zoo, tmp_path: Path, hub: LocalHub
 ) -> None:
