@@ -37,7 +37,7 @@ class SiteFactors(NamedTuple):
     b: Any
 
 
-class Added(Protocol):
+class AddedToSteps(Protocol):
     """What a plan adds to the products of a step."""
 
     def is_nothing(self, index: int) -> bool:
@@ -85,11 +85,11 @@ class FewRows:
         ]
 
     def is_nothing(self, index: int) -> bool:
-        """As of `Added`."""
+        """As of `AddedToSteps`."""
         return self._stack.sites[index] is None
 
     def pieces(self, indices: Sequence[int], rows: int) -> Pieces | None:
-        """As of `Added`."""
+        """As of `AddedToSteps`."""
         sites = [self._plain[index] for index in indices]
         if self._own is None or len(self._weights) not in (1, rows) or not all(sites):
             return None
@@ -116,7 +116,7 @@ class FewRows:
         return [k for k, weight in enumerate(own.tolist()) if weight != 0]
 
     def factors(self, index: int) -> SiteFactors | None:
-        """As of `Added`."""
+        """As of `AddedToSteps`."""
         site = self._plain[index]
         if site is None:
             return None

@@ -242,11 +242,11 @@ class LaneFactors:
         self._nothing = [index not in acting for index in range(len(topology.sites))]
 
     def is_nothing(self, index: int) -> bool:
-        """As of `few_rows.Added`."""
+        """As of `few_rows.AddedToSteps`."""
         return self._nothing[index]
 
     def pieces(self, indices: Sequence[int], rows: int) -> Pieces | None:
-        """As of `few_rows.Added`."""
+        """As of `few_rows.AddedToSteps`."""
         if rows != len(self._weights):
             return None
         members: list[tuple[int, int]] = self._weights.nonzero().tolist()
@@ -258,7 +258,7 @@ class LaneFactors:
         )
 
     def factors(self, _index: int) -> SiteFactors | None:
-        """As of `few_rows.Added`: there are none that rows share."""
+        """As of `few_rows.AddedToSteps`: there are none that rows share."""
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_rt.core.engine.few_rows import Added
+from lora_rt.core.engine.few_rows import AddedToSteps
 from lora_rt.core.engine.pieces import FACTS, IN, OUT, RANKS, A, B, Pieces
 from lora_rt.core.forward import whole_kernel as k
 
@@ -29,7 +29,7 @@ class Adapters(NamedTuple):
 
 
 def adapters_of(
-    shapes: Sequence[tuple[int, int]], numbers: Sequence[int | None], added: Added, rows: int
+    shapes: Sequence[tuple[int, int]], numbers: Sequence[int | None], added: AddedToSteps, rows: int
 ) -> Adapters | None:
     """What a plan adds to a step of so many rows; None where it has more than the kernel knows.
 
@@ -84,7 +84,7 @@ def _in_pieces(
     return Adapters(table, (pieces, made), widest, rows)
 
 
-def _stacked(shapes: Sequence[tuple[int, int]], numbers: Sequence[int | None], added: Added) -> Adapters | None:
+def _stacked(shapes: Sequence[tuple[int, int]], numbers: Sequence[int | None], added: AddedToSteps) -> Adapters | None:
     """The table of factors that all rows share; None where there is more."""
     count = len(numbers) // len(shapes)
     table = np.zeros((count, k.ADAPTED), np.int64)

@@ -4,7 +4,7 @@ Between two products of a step by blocks stand a dozen calls from Python, one th
 the others begin and end with each product. Of a base of 135 million parameters that was half of a step of one row.
 
 So it is done where all layers have weights for the 4-bit kernel, that one is fast enough for so many rows, and adapters
-add what `Added` says: no hooks, gates of heads, scales or biases. Else `ready` gives nothing: the step is by blocks.
+add what `AddedToSteps` says: no hooks, gates of heads, scales or biases. Else `ready` gives nothing: the step is by blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.engine.few_rows import Added
+from lora_rt.core.engine.few_rows import AddedToSteps
 from lora_rt.core.engine.site import Multiplied, multiplied
 from lora_rt.core.forward import kernels
 from lora_rt.core.forward import whole_kernel as k
@@ -60,7 +60,7 @@ class _Found:
         self.layers: list[_Layer] = []
         self.table: Any = None
         self.near: dict[int, bool] = {}
-        self.plans: WeakKeyDictionary[Added, tuple[Any, Adapters | None]] = WeakKeyDictionary()
+        self.plans: WeakKeyDictionary[AddedToSteps, tuple[Any, Adapters | None]] = WeakKeyDictionary()
         self._places = places
         self._modules = [place.module for place in places]
         self._parameters = [Parameters(self._modules, "weight", copied=True), Parameters(self._modules, "bias")]
@@ -96,7 +96,7 @@ class _Ready(NamedTuple):
     numbers: Any
     norms: list[Tensor]
     adapters: Adapters
-    added: Added | None
+    added: AddedToSteps | None
     address: int
 
 
@@ -136,7 +136,7 @@ class WholeStep:
             found = self._found = self._looked_up()
         return found
 
-    def ready(self, rows: int, topology: Any, added: Added | None) -> _Ready | None:
+    def ready(self, rows: int, topology: Any, added: AddedToSteps | None) -> _Ready | None:
         """What a step of so many rows reads, after `DecoderStep.can`; None where it can't be made so.
 
         Args:
