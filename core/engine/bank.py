@@ -112,8 +112,10 @@ class AdapterBank:
         Raises:
             BankError: an adapter is not resident, a weight is too large, or a gate has another rank than its adapter.
         """
+        least = torch.finfo(self.dtype).tiny  # what a tensor of weights would take for 0 is 0; what is no number is not
+        rows = [{name: weight for name, weight in row.items() if not abs(weight) < least} for row in rows]
         # Sorted: however a request orders its terms, it finds what was laid out for the same adapters.
-        names = sorted({name for row in rows for name, weight in row.items() if weight != 0.0})
+        names = sorted({name for row in rows for name in row})
         if not names:
             return None
         table = self.residents if residents is None else residents
@@ -123,7 +125,7 @@ class AdapterBank:
         check_heads(self.topology, active, chosen)
         weights = self._weights(names, rows)
         twins = twins_of(active, weights, chosen)
-        members = tuple(tuple(k for k, name in enumerate(names) if row.get(name, 0.0) != 0.0) for row in rows)
+        members = tuple(tuple(k for k, name in enumerate(names) if name in row) for row in rows)
         ranks = [adapter.rank for adapter in active]
         plain = not twins and all(adapter.plain and not adapter.fused for adapter in active)
         if plain and all(gate is None for gate in chosen) and pay_off(ranks, members, self.device.type):

@@ -298,7 +298,7 @@ class LanePlan(Plan):
     @cached_property
     def tiles(self) -> TiledLanes:
         """The factors as passes over many tokens read them by AMX."""
-        return TiledLanes(self.topology, [adapter.factors for adapter in self._active], self._weights)
+        return TiledLanes(self.topology, self._active, self._own, self._weights)
 
     @cached_property
     def few_rows(self) -> LaneFactors:
@@ -340,7 +340,8 @@ class LanePass(Pass):
         if not tiled_factors.reads(x, self._rows) or x.dim() != 3 or len(x) != self._rows:
             return None
         number = self.topology.sites[index].group
-        if (group := self._plan.tiles.groups.get(number)) is None:
+        group = self._plan.tiles.groups.get(number)
+        if group is None or index not in group.sites:
             return None
         if self._halves is None or self._halves[0] is not x or self._halves[1] != number:
             gates = group.gates.repeat_interleave(x.shape[1], dim=0)

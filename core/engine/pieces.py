@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_rt.core.engine.layout import is_usual
+from lora_rt.core.engine.layout import USUAL
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.engine.topology import Topology
@@ -49,9 +49,13 @@ class Pieces(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """One adapter's factors by the number of their site, (sites, FACTS), and the tensors that lie there."""
+    """One adapter's factors by the number of their site, (sites, FACTS), and the tensors that lie there.
+
+    `wide` (sites, 2) is where A and B lie in float32.
+    """
 
     facts: Any
+    wide: Any
     narrow: bool
     tensors: list[Tensor]
 
@@ -80,6 +84,13 @@ class OwnFactors:
             return None
         return Pieces(facts, rows, np.array([one.narrow for one in own])[numbers], gates[0], (own, gates[1]))
 
+    def wide(self, active: Sequence[ResidentAdapter]) -> Any:
+        """(K, sites, FACTS) of the adapters of a plan, whose A and B are those in float32."""
+        own = [self._of(resident) for resident in active]
+        facts = np.stack([one.facts for one in own])
+        facts[:, :, :RANKS] = np.stack([one.wide for one in own])
+        return facts
+
     def nbytes_of(self, resident: ResidentAdapter) -> int:
         """The memory of a copy that was made of a resident's factors; 0 while nobody has read them so."""
         found = self._known.get(resident)
@@ -97,23 +108,25 @@ class OwnFactors:
         plain = {name: (one.a, one.b.T) for name, one in factors.items() if self._is_plain(places[name], one)}
         narrow = bool(plain) and all(_is_narrow(tensor) for pair in plain.values() for tensor in pair)
         found = [plain[name] for name in sorted(plain, key=places.__getitem__)]
-        tensors = [tensor.contiguous() for pair in found for tensor in pair]
+        tensors = [tensor for pair in found for tensor in pair]
         if narrow:
             # In the order in which a step reads them: what comes next is fetched while the last is multiplied.
             sizes = [tensor.numel() for tensor in tensors]
             tensors = list(torch.split(torch.cat([tensor.flatten().bfloat16() for tensor in tensors]), sizes))
         for name in places.keys() - plain.keys():
             facts[places[name], RANKS] = -1
+        wide = np.zeros((len(facts), RANKS), np.int64)
         for n, index in enumerate(sorted(map(places.__getitem__, plain))):
             a, b = found[n]
             facts[index] = tensors[2 * n].data_ptr(), tensors[2 * n + 1].data_ptr(), *a.shape, b.shape[1]
-        return _Own(facts, narrow, tensors)
+            wide[index] = a.data_ptr(), b.data_ptr()
+        return _Own(facts, wide, narrow, tensors)
 
     def _is_plain(self, index: int, factors: Factors) -> bool:
         site, a, b = self._topology.sites[index], factors.a, factors.b
         alone = factors.bias is None and factors.scale is None and not site.embeds and a.dim() == 2
-        usual = alone and is_usual(site.layout, a.new_empty(1, 1, 1))
-        return usual and a.is_cpu and a.dtype is b.dtype is torch.float32
+        lie = alone and a.is_contiguous() and b.T.is_contiguous() and site.layout == USUAL
+        return lie and a.is_cpu and a.dtype is b.dtype is torch.float32
 
 
 def _is_narrow(tensor: Tensor) -> bool:

@@ -139,7 +139,7 @@ class SharedPass(Pass):
         if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
         hidden = self._shared(site, x)[..., site.start : site.stop]  # (batch, tokens, ranks of this site)
-        if tiled_factors.reads(x) and tiled_factors.takes(y, site.shape):
+        if tiled_factors.reads(x) and tiled_factors.takes(y, site.shape) and index in self._plan.stack.ranks[1]:
             return tiled_factors.add(y, hidden, self._plan.stack.ranks[1][index])
         # In place: y is the layer's fresh output. A float32 sum is rounded once into a bfloat16 y.
         few = y.dtype != site.dtype and y.numel() <= _AT_ONCE * y.shape[-1]
@@ -167,6 +167,8 @@ class SharedPass(Pass):
         if not plain or not tiled_factors.fits(group.shape) or not tiled_factors.are_outputs(site.shape):
             return None
         groups, sites = self._plan.stack.ranks
+        if site.group not in groups or index not in sites:
+            return None
         if self._halves is None or self._halves[0] is not x or self._halves[1] != site.group:
             gate = self._gate_of_tokens(site.group, group, x)
             self._halves = x, site.group, tiled_factors.halves_of(x, groups[site.group], gate)
@@ -204,7 +206,7 @@ class SharedPass(Pass):
 
     def _gated(self, number: int, group: StackedGroup, x: Tensor) -> Tensor:
         """g * (A x), in the layout of x. An embedding's A is looked up in: x are token ids there."""
-        if tiled_factors.reads(x) and tiled_factors.fits(group.shape):
+        if tiled_factors.reads(x) and tiled_factors.fits(group.shape) and number in self._plan.stack.ranks[0]:
             hidden = tiled_factors.hidden_of(x, self._plan.stack.ranks[0][number])
             hidden = hidden if group.offset is None else hidden + group.offset
         elif x.is_floating_point():

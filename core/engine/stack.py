@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_rt.core.engine.layout import Layout
 from lora_rt.core.engine.topology import Topology
-from lora_rt.core.multiply.many import Ranks, ranks_of
+from lora_rt.core.multiply.many import Ranks, are_ranks, ranks_of
 
 _CONSTANT = -1
 
@@ -137,16 +137,14 @@ class Stack:
 
     @cached_property
     def ranks(self) -> tuple[Mapping[int, Ranks], Mapping[int, Ranks]]:
-        """A of every group and B of every site where their ranks lie, of float32 on a CPU; none of experts.
+        """A of every group and B of every site where their ranks lie; not of experts, nor what is no float32 on a CPU.
 
         All at once: small things that are made between the large ones of a pass keep it from using memory again.
         """
-        groups = {number: group.rows for number, group in self.groups.items() if len(group.shape) == 2}
-        sites = {n: s.columns for n, s in enumerate(self.sites) if s is not None and len(s.shape) == 2}
-        return (
-            {number: ranks_of([row.contiguous() for row in rows]) for number, rows in groups.items()},
-            {index: ranks_of([column.T.contiguous() for column in columns]) for index, columns in sites.items()},
-        )
+        sites = {n: [column.T for column in s.columns] for n, s in enumerate(self.sites) if s is not None}
+        found = {number: group.rows for number, group in self.groups.items()}, sites
+        a, b = ({key: ranks_of(parts) for key, parts in factors.items() if are_ranks(parts)} for factors in found)
+        return a, b
 
     def tensors(self) -> list[Tensor]:
         """A of every group and B of every site."""

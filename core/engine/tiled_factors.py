@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,12 @@ def are_there() -> bool:
     if not four_bit.could_be_tiles():
         return False
     try:
-        x, factor = torch.eye(64)[:40].bfloat16(), torch.arange(48 * 64).view(48, 64) / 1024
+        usual: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process takes for that
+        x, factor = torch.eye(64, **usual)[:40].bfloat16(), torch.arange(48 * 64, **usual).view(48, 64) / 1024
         ranks = ranks_of([factor])
-        hidden, y = hidden_of(x, ranks), torch.ones(40, 48, dtype=torch.bfloat16)
-        gated = halves_of(x, ranks, torch.ones(1, 64)).float().sum(1)[:, :48]
-        other, wide = ranks_of([torch.eye(48)]), y.float()
+        hidden, wide = hidden_of(x, ranks), torch.ones(40, 48, **usual)
+        gated = halves_of(x, ranks, torch.ones(1, 64, **usual)).float().sum(1)[:, :48]
+        other, y = ranks_of([torch.eye(48, **usual)]), wide.bfloat16()
         add(y, hidden, other)
         add(wide, hidden, other)
         exact = torch.equal(hidden, factor.T[:40]) and torch.equal(gated, hidden)
@@ -73,7 +75,7 @@ def fits(a: Sequence[int]) -> bool:
 
 def takes(y: Tensor, b: Sequence[int]) -> bool:
     """Whether what a factor B of a shape (out, ranks) makes is added to a y (..., out) by tiles."""
-    return y.dtype in _WHICH and y.is_contiguous() and are_outputs(b)
+    return y.dtype in _WHICH and y.is_cpu and y.is_contiguous() and are_outputs(b)
 
 
 def are_outputs(b: Sequence[int]) -> bool:

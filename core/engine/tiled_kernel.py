@@ -28,7 +28,7 @@ ARGUMENTS = 15
 
 _USED = [__file__, amx.__file__, amx_factors.__file__, registers.__file__]
 _SUMS, _READ = (0, 1, 2, 3), (4, 5, 6, 7)  # tiles
-_BY_TWO = 384  # tiles of inputs, of which two times as many lie on a thread's stack, in two parts: 1.5 MiB
+_BY_TWO = 128  # tiles of inputs, of which two times as many lie on a thread's stack, in two parts: 512 KiB
 
 
 def kernels() -> tuple[int, int, int, int]:

@@ -4,7 +4,8 @@ Between two products of a step by blocks stand a dozen calls from Python, one th
 the others begin and end with each product. Of a base of 135 million parameters that was half of a step of one row.
 
 So it is done where all layers have weights for the 4-bit kernel, that one is fast enough for so many rows, and adapters
-add what `AddedToSteps` says: no hooks, gates of heads, scales or biases. Else `ready` gives nothing: the step is by blocks.
+add what `AddedToSteps` says: no hooks, gates of heads, scales or biases. Else `ready` gives nothing, and the step is by
+blocks.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ LEAST = 32
 _OUTPUTS, _RANKS = 32, 32  # that are multiplied at a time
 _WIDEST = 3 << 13  # inputs: 32 outputs of so many are 1.5 MiB of a thread's stack
 _ROOM = 1 << 19  # bytes of it that a part takes, where its outputs are not as wide as that
-_MOST = 1 << 9  # ranks of B: those of 32 outputs, in two parts, are 64 KiB of it
+_MOST = 1 << 10  # ranks of B: those of 32 outputs, in two parts, are 128 KiB of it
 _ARGUMENTS = ctypes.c_int64 * 16  # those of the kernel
 
 
@@ -61,8 +61,20 @@ class Added(NamedTuple):
     factor: Ranks
 
 
+def are_ranks(parts: Sequence[Tensor]) -> bool:
+    """Whether they are float32 (r, width) on a CPU, whose ranks lie one after the other."""
+    lie = all(part.dim() == 2 and part.is_contiguous() for part in parts)
+    return lie and all(part.is_cpu and part.dtype is torch.float32 for part in parts)
+
+
 def ranks_of(parts: Sequence[Tensor]) -> Ranks:
-    """One lane of these float32 (r, width) on a CPU, each contiguous."""
+    """One lane of such parts.
+
+    Raises:
+        ValueError: some are others; the kernel would read what is not there.
+    """
+    if not are_ranks(parts):
+        raise ValueError(f"no ranks: {[(tuple(part.shape), part.dtype, part.device.type) for part in parts]}")
     width = parts[0].shape[1]
     firsts = ((part.data_ptr(), len(part)) for part in parts)
     where = [place for first, ranks in firsts for place in range(first, first + 4 * width * ranks, 4 * width)]

@@ -123,7 +123,7 @@ def test_rows_of_many_tokens_read_their_own_adapters_where_these_lie(zoo: Zoo) -
     changes = [deltas(zoo.base("llama"), one)["model.layers.0.self_attn.q_proj"][0] for one in found]
     with Runtime.load(str(zoo.base("llama")), precision="bfloat16", device="cpu") as runtime:
         names = [runtime.load_adapter(str(one), name=f"a{n}") for n, one in enumerate(found)]
-        rows = [{names[2 * n]: 0.7, names[2 * n + 1]: -0.4} for n in range(5)] + [{}]
+        rows = [{names[2 * n]: 0.7, names[2 * n + 1]: -0.4} for n in range(5)] + [{names[11]: 1e-50}]
         plan = runtime.parts.bank.plan(rows)
         assert isinstance(plan, LanePlan)
         module = runtime.model.get_submodule("model.layers.0.self_attn.q_proj")

@@ -174,6 +174,23 @@ def test_a_factor_that_was_changed_in_place_is_read_as_it_is() -> None:
     assert torch.equal(hidden_of(x, ranks), hidden_of(x, rows(a.clone())))
 
 
+def test_what_is_no_float32_that_lies_there_is_not_read_by_address() -> None:
+    for part in (given(8, IN).bfloat16(), given(8, IN).double(), given(IN, 8).T, given(8, IN).to("meta"), given(8)):
+        with pytest.raises(ValueError, match="no ranks"):
+            ranks_of([given(4, IN), part])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_whether_there_are_tiles_does_not_depend_on_what_a_process_computes_in(dtype: torch.dtype) -> None:
+    tiled_factors.are_there.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert tiled_factors.are_there()
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("width", [3 << 13, 12 << 10])
 def test_wide_inputs_are_read_sixteen_ranks_at_a_time(width: int) -> None:
     x, a = given(40, width).bfloat16(), given(40, width)
