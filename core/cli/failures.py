@@ -129,17 +129,12 @@ def _about_path(path: str) -> str:
     return "Check the path and its permissions"
 
 
-def in_words(message: str, next_step: str) -> str:
-    """What is wrong and what to do about it, in rich's markup."""
+def _line(message: str, next_step: str, problems: tuple[str, ...] = ()) -> None:
     text = f"[bold red]error:[/] {_shown(message)}"
     if next_step:
         text += f"{'' if message.endswith(('?', '.', '!')) else '.'} [bold]{_shown(next_step)}[/]"
-    return text
-
-
-def _line(message: str, next_step: str, problems: tuple[str, ...] = ()) -> None:
     # Whole words in a terminal, one line for whoever searches a log.
-    err.print(in_words(message, next_step), soft_wrap=not err.is_terminal)
+    err.print(text, soft_wrap=not err.is_terminal)
     for problem in (p for p in problems if p not in message):
         err.print(f"  - {_shown(problem)}", soft_wrap=not err.is_terminal)
 

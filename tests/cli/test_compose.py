@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lora_rt.core.cli.compose.keyboard import Keyboard
+from lora_rt.core.requests.running import RowStream
 from lora_rt.core.runtime import Runtime
 from lora_rt.registry.store import Store
 from support.cli import Cli
@@ -333,6 +335,33 @@ def test_a_chat_warns_once_of_weights_beyond_what_was_measured(
     monkeypatch.setattr(sys, "stdin", sys.__stdin__)
     monkeypatch.setattr("lora_rt.core.cli.options.piped", lambda: None)
     assert cli("compose", adapters[0], *tiny).err.count("warning:") == 1
+
+
+def test_weights_of_a_chat_go_through_the_options_of_the_command_line(
+    cli: Cli, tiny: list[str], adapters: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = adapters
+    at = {"between answers": f"/weights {one}:3 {two}:1", "during one": f"/weights {one}:1 {two}:3[x]"}
+    polled, asked, stream, compose = [[], [], [at["during one"]]], [], Runtime.stream, RowStream.compose
+
+    def listen(self: Runtime, prompt: object, composition: object, **options: object) -> Any:
+        asked.append(str(composition))
+        return stream(self, prompt, composition, **options)  # type: ignore[arg-type]
+
+    def turned(self: RowStream, composition: object) -> None:
+        asked.append(str(composition))
+        compose(self, composition)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Runtime, "stream", listen)
+    monkeypatch.setattr(RowStream, "compose", turned)
+    monkeypatch.setattr(Keyboard, "poll", lambda self: polled.pop() if asked and polled else [])
+    monkeypatch.setattr(Keyboard, "withdraw", lambda self, line: None)
+    monkeypatch.setattr("builtins.input", Typing([at["between answers"], "ab"]))
+    monkeypatch.setattr("lora_rt.core.cli.options.piped", lambda: None)
+    done = cli("compose", f"{one}:0.5", "--normalize", "1", "--after", "So:", "--temperature", "0", *tiny)
+    assert asked == [f"{one}:0.75[So:] {two}:0.25[So:]", f"{one}:0.25[So:] {two}:0.75[x]"], done.err
+    assert done.err.count("normalized: the weights added up to 4") == 2
+    assert f"{one} waits for 'So:'" in done.err
 
 
 def test_an_adapter_whose_mode_has_commands_says_so_beside_the_answer_and_not_in_json(

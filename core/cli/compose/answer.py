@@ -43,16 +43,23 @@ def speak(
     runtime: Runtime | LlamaRuntime,
     request: ComposeRequest,
     prompt: Any,
-    between: Callable[[Speaking], str] | None = None,
+    between: Callable[[Speaking, Callable[[], None]], None] | None = None,
 ) -> str:
     """Stream an answer to standard output and return it.
 
     Args:
-        between: is called after each piece; what it returns is a note to show on lines of its own.
+        between: is called after each piece, with the stream and with what ends the line that is being shown: before
+            it says something on lines of its own.
     """
     pieces = []
     width = out.width if out.is_terminal else None
     wrap = WordWrap(width)
+
+    def end_line() -> None:
+        nonlocal wrap
+        _show(wrap.end() + "\n")
+        wrap = WordWrap(width)
+
     stream = runtime.stream(
         request.asked(prompt), request.composition, scene=request.scene, seed=request.seed, **request.sampling()
     )
@@ -62,12 +69,10 @@ def speak(
         while piece:
             pieces.append(piece)
             _show(wrap.feed(harmless(piece)))
-            if between is not None and (note := between(stream)):
-                _show(wrap.end() + "\n")
-                wrap = WordWrap(width)
-                err.print(note, soft_wrap=not err.is_terminal)
+            if between is not None:
+                between(stream, end_line)
             piece = next(stream, "")
-    _show(wrap.end() + "\n")
+    end_line()
     for text in stream.unheard:
         note = f"{text!r} did not appear, so what waits for it did not act"
         err.print(f"[dim]{escape(note)}[/]", soft_wrap=not err.is_terminal)

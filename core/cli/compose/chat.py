@@ -10,10 +10,10 @@ from rich.markup import escape
 
 from lora_rt.core.cli.compose.answer import show_terms, speak
 from lora_rt.core.cli.compose.keyboard import Keyboard
-from lora_rt.core.cli.compose.request import ComposeRequest, caution, check_scene, look_up
+from lora_rt.core.cli.compose.request import ComposeRequest, check_scene, look_up
 from lora_rt.core.cli.console import err
-from lora_rt.core.cli.failures import explain, in_words
-from lora_rt.core.requests.composition import Composition
+from lora_rt.core.cli.failures import explain
+from lora_rt.core.cli.options import composition_of
 from lora_rt.errors import LoraRtError
 
 if TYPE_CHECKING:
@@ -51,33 +51,35 @@ class Chat:
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         self.request = replace(self.request, seed=self.request.seed + 1)
 
-    def _between(self, stream: Speaking) -> str:
+    def _between(self, stream: Speaking, end_line: Callable[[], None]) -> None:
         """Weights that were typed while an answer is shown hold from its next token on; a note about each."""
-        notes = []
         for line in self.keyboard.poll():
             word, _, spec = line.strip().partition(" ")
             if word != "/weights" or not spec.strip():
                 continue
             self.keyboard.withdraw(line)
+            end_line()
             try:
-                composition = Composition.parse(spec)
-                self.runtime.terms(composition)
-                stream.compose(composition)
+                request = self._under(spec)
+                stream.compose(request.composition)
             except LoraRtError as error:
-                notes.append(in_words(error.message, error.next_step))
+                explain(error)
                 continue
-            self.request = replace(self.request, composition=composition)
-            notes.append(f"[dim]from here on: {escape(str(composition))}[/]")
-        return "\n".join(notes)
+            self.request = request
+            note = f"from here on: {request.composition}"
+            err.print(f"[dim]{escape(note)}[/]", soft_wrap=not err.is_terminal)
 
     def weights(self, spec: str) -> None:
         """Change the weights; the conversation goes on."""
         if spec:
-            composition = Composition.parse(spec)
-            self.runtime.terms(composition)
-            self.request = replace(self.request, composition=composition)
-            caution(composition, self.request.base)
+            self.request = self._under(spec)
         show_terms(self.runtime, self.request)
+
+    def _under(self, spec: str) -> ComposeRequest:
+        """The request with these weights, its adapters resident."""
+        request = self.request.under(composition_of([spec.strip()]))
+        self.runtime.terms(request.composition)
+        return request
 
     def scene(self, name: str) -> None:
         """Set or clear the scene type.

@@ -10,7 +10,7 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.compose.answer import answer
 from lora_rt.core.cli.compose.chat import chat
 from lora_rt.core.cli.compose.compare import compare_answers
-from lora_rt.core.cli.compose.request import ComposeRequest, check_engine, normalized
+from lora_rt.core.cli.compose.request import ComposeRequest, check_engine
 
 
 @options.spread
@@ -74,13 +74,14 @@ def compose(
     """Answer a prompt with a weighted composition of registers, or chat with it."""
     check_engine(engine, base=over.base, precision=over.precision, multiply=multiply, scene=scene, after=after)
     request = ComposeRequest.checked(
-        normalized(options.composition_of(specs), normalize),
+        options.composition_of(specs),
         options.piped() if prompt is None else prompt,
         base=over.base,
         precision=over.precision,
         device=over.device,
         engine=engine,
         scene=scene,
+        normalize=normalize,
         after=after,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -56,6 +56,8 @@ class ComposeRequest:
     max_new_tokens: int
     temperature: float
     seed: int
+    normalize: float | None = None
+    after: str | None = None
     top_p: float | None = None
     top_k: int = 0
     repetition_penalty: float | None = None
@@ -86,8 +88,6 @@ class ComposeRequest:
             for what, text in (("the prompt", prompt), ("--system", settings.get("system")), ("--after", after)):
                 check_text(text or "", what)
             variables = template_variables(template_var)
-        if after:
-            composition = composition.waking(after)
         if prompt is not None and not prompt.strip():
             raise UsageError(
                 "the prompt is empty", next_step='Give one with -p "...", or type lora-rt compose without it to chat'
@@ -98,14 +98,26 @@ class ComposeRequest:
             composition=composition,
             prompt=prompt,
             seed=secrets.randbits(31) if seed is None else seed,
+            after=after,
             template_variables=variables,
             **settings,
         )
         with usage():
             Sampling(**request.sampling()).check()
-        check_scene(request.scene, composition, look_up(composition, request.base))
-        caution(composition, request.base)
-        return request
+        return request.under(composition)
+
+    def under(self, composition: Composition) -> ComposeRequest:
+        """The same request with these terms: normalized, asleep until `after`, looked up, their weights cautioned of.
+
+        Raises:
+            LoraRtError: they can't be used.
+        """
+        composition = normalized(composition, self.normalize)
+        if self.after:
+            composition = composition.waking(self.after)
+        check_scene(self.scene, composition, look_up(composition, self.base))
+        caution(composition, self.base)
+        return replace(self, composition=composition)
 
     def load(self) -> Runtime | LlamaRuntime:
         """The runtime of this request, with its adapters resident."""
