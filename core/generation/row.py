@@ -12,15 +12,11 @@ from torch import Tensor
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.generation.choosing import RowSampler
+from lora_rt.core.generation.lengths import LengthError as LengthError
 from lora_rt.core.generation.sampling import Sampling, SamplingError
-from lora_rt.errors import LoraRtError
 
 Ending = Literal["end", "stop", "length", "context", "error"]
 """The end of the turn, a stop text, `max_new_tokens`, the model's context, or output that is not a number."""
-
-
-class LengthError(LoraRtError):
-    """More tokens than the model's context holds."""
 
 
 @dataclass(frozen=True, slots=True)

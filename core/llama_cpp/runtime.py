@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.generation.lengths import LengthError
 from lora_rt.core.generation.messages import Prompt
 from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.generation.stopping import SpokenText
@@ -15,7 +16,6 @@ from lora_rt.core.llama_cpp.base import GgufBase, open_base
 from lora_rt.core.llama_cpp.server import LlamaServer, check_installed
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, CompositionLike, per_row
-from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.registry import Registry
@@ -170,7 +170,7 @@ class LlamaStream(Iterator[str]):
         self._prompt = len(self._ids)
         if self._prompt >= base.context:
             text = f"the prompt has {self._prompt:,} tokens, and the base's context holds {base.context:,}"
-            raise LoraRtError(text, next_step="Shorten it")
+            raise LengthError(text, next_step="Shorten it")
         self._spoken = SpokenText(base.text.tokenizer, sampling.stop)
         self._ended = False
 

@@ -364,6 +364,18 @@ def test_weights_of_a_chat_go_through_the_options_of_the_command_line(
     assert f"{one} waits for 'So:'" in done.err
 
 
+def test_a_chat_that_has_outgrown_the_context_names_the_way_out(
+    cli: Cli, zoo: Zoo, adapters: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ["--base", str(zoo.base("llama", max_position_embeddings=48)), "--allow-base-mismatch"]
+    monkeypatch.setattr("builtins.input", Typing(["ab", "ab" * 40, "/reset", "ab" * 40, "cd"]))
+    monkeypatch.setattr("lora_rt.core.cli.options.piped", lambda: None)
+    done = cli("compose", adapters[0], *base, "--precision", "float32", "--max-new-tokens", "2")
+    told = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    ways = ["/reset" in line for line in told]
+    assert ways == [True, False], "a message that is too long alone is none that /reset helps"
+
+
 def test_an_adapter_whose_mode_has_commands_says_so_beside_the_answer_and_not_in_json(
     cli: Cli, tiny: list[str], zoo: Zoo
 ) -> None:

@@ -14,6 +14,7 @@ from lora_rt.core.cli.compose.request import ComposeRequest, check_scene, look_u
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.failures import explain
 from lora_rt.core.cli.options import composition_of
+from lora_rt.core.generation.lengths import LengthError
 from lora_rt.errors import LoraRtError
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Chat:
         except KeyboardInterrupt:
             err.print("\n[dim](stopped)[/]")
             return
+        except LengthError as error:
+            if not self.messages:
+                raise
+            step = "Type /reset to forget the conversation, or a shorter message"
+            raise LengthError(error.message, next_step=step, problems=error.problems) from error
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         self.request = replace(self.request, seed=self.request.seed + 1)
 
