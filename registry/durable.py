@@ -6,10 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_rt.registry.errors import OccupiedFolderError, StorageError
+from lora_rt.registry.files import CONFIG
 
 
 def sync_file(path: Path) -> None:
@@ -60,29 +61,56 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_PROBE, _UNFINISHED = ".lora-rt-probe-", ".lora-rt-unfinished-"
+_LAST = (CONFIG, "config.json")
+"""The files by which a folder is taken for an adapter or a model: they come into it when all others are there."""
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which appears as `target` when the block has ended well and is gone when it has not.
+    """A folder to fill; what it holds when the block has ended well is then in `target`, else nothing is.
+
+    An empty folder that is there stays the one it is: a mount point or the working directory can't be replaced.
 
     Raises:
         OccupiedFolderError: something is there already, and it is no empty folder.
     """
     _refuse_occupied(target)
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+    target = target.resolve()
+    there = target.exists()
+    around = target if there else target.parent
+    around.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=around))
     try:
         yield scratch
         for file in (path for path in scratch.rglob("*") if path.is_file()):
             file.chmod(0o644)  # safetensors keeps others out, and so does mkdtemp
             sync_file(file)
-        if target.exists():
-            target.rmdir()
-        scratch.chmod(0o755)
-        os.rename(scratch, target)
-        sync_folder(parent)
+        _refuse_occupied(target, besides=scratch.name)
+        if there:
+            _move_up(scratch)
+        else:
+            scratch.chmod(0o755)
+            os.rename(scratch, target)
+            sync_folder(around)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_up(scratch: Path) -> None:
+    """Move all that a folder holds into the one above it, or nothing."""
+    target = scratch.parent
+    moved: list[Path] = []
+    try:
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name in _LAST):
+            if path.name in _LAST:
+                sync_folder(target)
+            moved.append(path.rename(target / path.name))
+        sync_folder(target)
+    except BaseException:
+        for path in reversed(moved):
+            remove(path)
+        raise
 
 
 def check_new_folder(target: Path) -> None:
@@ -96,35 +124,50 @@ def check_new_folder(target: Path) -> None:
         text = f"{target}: there is no home of a user called {target.parts[0][1:] or 'you'!r}"
         raise StorageError(text, next_step="Give another folder, or the whole path of one")
     _refuse_occupied(target)
-    check_writable(target.absolute().parent)
+    check_writable(target)
 
 
-def _refuse_occupied(target: Path) -> None:
+def _refuse_occupied(target: Path, besides: str = "") -> None:
     try:
         if target.is_symlink() and not target.exists():
             raise OccupiedFolderError(f"{target} is a link that leads nowhere", next_step="Give a new folder")
-        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise OccupiedFolderError(f"{target} is there and not empty: it is a file", next_step="Give a new folder")
+        # Another process of the same run may be probing, too.
+        held = sorted(name for name in os.listdir(target) if name != besides and not name.startswith(_PROBE))
     except OSError as error:
         raise StorageError(f"{target}: {error.strerror}", next_step="Give another folder") from error
-    if occupied:
-        raise OccupiedFolderError(f"{target} is there and not empty", next_step="Give a new folder")
+    if held:
+        text = f"{target} is there and not empty: it holds {', '.join(held[:3])}{' and more' if held[3:] else ''}"
+        left = any(name.startswith(_UNFINISHED) for name in held)
+        step = ", or remove what a run that was stopped has left in this one" if left else ""
+        raise OccupiedFolderError(text, next_step=f"Give a new folder{step}")
 
 
 def check_writable(folder: Path) -> None:
     """Make a file in the folder, or in the first one above it that is there, and remove it again.
 
     Raises:
-        StorageError: it can't be made.
+        StorageError: it can't be made, or a folder below can't have its name.
     """
     there = folder.absolute()
+    missing = []
     while not os.path.lexists(there):
+        missing.append(there.name)
         there = there.parent
+    wanted = there
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(prefix=_PROBE, dir=there):
             pass
+        for name in missing:
+            wanted = there / name
+            with suppress(FileNotFoundError):
+                os.lstat(wanted)  # too long, or with characters that this system takes in no name
     except OSError as error:
         raise StorageError(
-            f"nothing can be written into {folder}: {error.strerror}", next_step="Give a folder that can be written"
+            f"nothing can be written into {wanted}: {error.strerror}", next_step="Give a folder that can be written"
         ) from error
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.export import ExportError
 from lora_rt.core.generation.numbers import real
-from lora_rt.registry.durable import check_new_folder
+from lora_rt.registry.durable import check_new_folder, new_folder, storage_errors
 from lora_rt.registry.files import CARD, CONFIG, LIMITS, STATE, WEIGHTS, UnusableFileError, open_plain
 from lora_rt.registry.inspection.keys import plain_key
 
@@ -81,7 +81,9 @@ def convert(source: Path, folder: Path, *, base: str | None = None, initial: Pat
             step = f"There is nothing to convert; see what it is: lora-rt show {place}"
             raise ExportError(f"{source} is a plain LoRA in safetensors", next_step=step)
         (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-        shutil.copytree(work, folder, dirs_exist_ok=True)
+        with new_folder(folder) as made, storage_errors("the adapter"):
+            for file in work.iterdir():
+                shutil.copyfile(file, made / file.name)
     return Converted(folder, tuple(did))
 
 

@@ -54,6 +54,8 @@ def data(tmp_path: Path) -> Path:
         (["bench", "--quick", "--plot", "FOLDER"], 1, "it is a folder"),
         (["bridge", "cycle", "--texts", "GOOD", "--out", "GOOD"], 1, "is there already"),
         (["bridge", "cycle", "--texts", "GOOD", "--out", "nowhere/x.jsonl"], 1, "nowhere/x.jsonl can't be written"),
+        (["bridge", "cycle", "--texts", "GOOD", "--out", "x" * 256], 1, "can't be written: File name too long"),
+        (["export", "emotion", "-o", "new/" + "x" * 256], 1, "File name too long"),
         (["bridge", "cycle", "--out", "new.jsonl"], 2, "there are neither texts nor scenes"),
         (["plan", "--base", "./nowhere"], 1, "./nowhere"),
         (["plan", "--r", "-1"], 2, "r is -1"),

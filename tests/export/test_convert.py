@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lora_rt.core.export import ExportError
 from lora_rt.core.export.convert import convert
+from lora_rt.registry.errors import StorageError
 from support.tiny import Zoo, some_ids
 
 IDS = some_ids(rows=2)
@@ -123,6 +125,24 @@ def test_what_can_t_be_read_is_refused_and_nothing_is_left(damage: str, told: st
     assert told in " ".join([caught.value.message, *caught.value.problems])
     assert caught.value.next_step
     assert not (tmp_path / "plain").exists()
+
+
+def test_what_the_disk_has_no_room_for_leaves_nothing(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, target: Path) -> None:
+        if out in target.parents and any(target.parent.iterdir()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        copyfile(file, target)
+
+    source, out, copyfile = tmp_path / "after", tmp_path / "plain", shutil.copyfile
+    shutil.copytree(zoo.adapter("llama", seed=1), source)
+    (source / "adapter_model.safetensors").rename(source / "adapter_model-00001-of-00001.safetensors")
+    out.mkdir()
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(StorageError, match="can't be written"):
+        convert(source, out)
+    assert list(out.iterdir()) == []
 
 
 def test_a_configuration_without_a_rank_has_peft_s_own(zoo: Zoo, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def check_new_file(path: Path) -> None:
     if os.path.lexists(path):
         raise BridgeError(f"{path} is there already", next_step="Give a new file with --out")
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
+        with tempfile.TemporaryFile(dir=path.absolute().parent), suppress(FileNotFoundError):
+            os.lstat(path)  # a name may be too long
     except OSError as error:
         raise BridgeError(f"{path} can't be written: {error.strerror}", next_step="Give another --out") from error
 
