@@ -75,7 +75,7 @@ def train(
         data: a JSONL file.
         mode: what it is trained for.
         out: a new folder for the adapter; the store if left out.
-        resume: go on from the newest checkpoint of the same run.
+        resume: go on from the newest checkpoint of the same run; if False, a run that has one is refused.
         settings: see `TrainOptions`; what is left out is as in `lora_rt.TrainSettings`.
 
     Raises:

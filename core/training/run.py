@@ -22,11 +22,16 @@ from lora_rt.registry import home
 from lora_rt.registry.card import AdapterCard
 from lora_rt.registry.durable import check_writable, storage_errors
 from lora_rt.registry.errors import StoreError
+from lora_rt.registry.files import CARD
 from lora_rt.registry.store import Store
 
 if TYPE_CHECKING:
     from lora_rt.core.training.fit import Fitted
     from lora_rt.core.training.prepare import Prepared
+
+_FINISHED = "adapter"
+"""The folder of an adapter beside its checkpoint, until it is published."""
+_PUBLISH = "The same command with --resume publishes it, with --resume --out DIR into that folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,8 @@ def train(
         settings: what to train.
         modes: the loaded mode plugins, of which `settings.mode` must be one; the installed ones by default.
         out: a new or empty folder for the adapter, which appears when the run has ended well; the store by default.
-        resume: go on from the newest whole checkpoint of a run with the same settings, base and data.
+        resume: go on from the newest whole checkpoint of a run with the same settings, base and data. Where there is
+            one, a run that is not to go on from it is refused.
         ready: called before the first step with what the run came to.
 
     Raises:
@@ -135,15 +141,26 @@ def _execute(prepared: Prepared, destination: Destination, run: Path, *, resume:
 
 
 def _checkpoint(run: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from; without `resume`, what an earlier run has left is removed."""
-    if not resume:
+    """The checkpoint to go on from. Without `resume` there is to be none: what cost hours is not removed unasked.
+
+    Raises:
+        SettingsError: there is none, or one that nobody asked for.
+    """
+    found = newest_whole(run)
+    if found is None and not resume:
         forget(run)
-        return None
-    if (found := newest_whole(run)) is None:
+    elif found is None:
         raise SettingsError(
             "there is no checkpoint of a run with these settings, this base and this data",
             next_step="Start it without --resume",
         )
+    elif not resume:
+        anew = f"to train it anew, remove the folder {run}"
+        if (run / _FINISHED / CARD).exists():
+            text = f"this run has ended before, and its adapter is not published yet: it is kept in {run / _FINISHED}"
+            raise SettingsError(text, next_step=f"{_PUBLISH}; {anew}")
+        text = f"this run has begun before: its checkpoint at step {found.name.rpartition('-')[2]} is there"
+        raise SettingsError(text, next_step=f"The same command with --resume goes on from it; {anew}")
     return found
 
 
@@ -155,7 +172,7 @@ def _publish(prepared: Prepared, fitted: Fitted, destination: Destination, run: 
     """
     from lora_rt.core.training.publish import draw_losses, write_finished
 
-    finished = run / "adapter"
+    finished = run / _FINISHED
     shutil.rmtree(finished, ignore_errors=True)
     written = False
     try:
@@ -168,9 +185,8 @@ def _publish(prepared: Prepared, fitted: Fitted, destination: Destination, run: 
     except (LoraRtError, OSError) as error:
         kept = f"the adapter is kept in {finished}" if written else f"its checkpoint is kept in {run}"
         why = error.message if isinstance(error, LoraRtError) else str(error)
-        again = "the same command with --resume publishes it, and with --out DIR elsewhere"
         raise StoreError(
             f"the training is done, but its adapter is not published: {why}",
-            next_step=f"Nothing is lost: {kept}; {again}",
+            next_step=f"Nothing is lost: {kept}. {_PUBLISH}",
             problems=error.problems if isinstance(error, LoraRtError) else (),
         ) from error

@@ -131,6 +131,8 @@ def test_a_name_that_is_taken_while_it_trains_costs_nothing(settings: Make, tmp_
     assert "--resume publishes it" in caught.value.next_step
     assert read_card(kept) is not None
     During.happens = staticmethod(pytest.fail)
+    with pytest.raises(SettingsError, match=f"not published yet: it is kept in {kept}.*--resume --out DIR.*remove"):
+        train(settings(mode="during"), modes, tmp_path / "out")
     again = train(settings(mode="during"), modes, tmp_path / "out", resume=True)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / file).exists()

@@ -128,6 +128,9 @@ def test_an_interrupted_run_resumes_to_the_adapter_of_an_undisturbed_one(
         with pytest.raises(InterruptedRunError, match="--resume"):
             train(settings(dropout=0.0), load_modes(), broken)
     assert list(broken.iterdir()) == []
+    (run,) = home.checkpoints().glob("letters-*")
+    with pytest.raises(SettingsError, match=f"its checkpoint at step 7 is there.*--resume.*remove the folder {run}"):
+        train(settings(dropout=0.0), load_modes(), broken)
     train(settings(dropout=0.0), load_modes(), broken, resume=True)
     assert (broken / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
     assert list(home.checkpoints().glob("*/checkpoint-*")) == []
