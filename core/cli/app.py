@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lora_rt.core.base.progress import plain_wanted
 from lora_rt.core.base.silence import silence_this_process
-from lora_rt.core.cli.console import hear_notes
+from lora_rt.core.cli.console import hear_notes, settle_streams
 from lora_rt.core.cli.failures import MISUSE, explain
 from lora_rt.core.cli.plugin_commands import command_of, plugin_commands
 from lora_rt.core.cli.session import new_session, session
@@ -121,8 +121,7 @@ def run() -> None:
     # none of those is used.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    if sys.stdout is None:  # closed by the caller (`>&-`): what is printed goes nowhere
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    settle_streams()
     if sys.argv[1:2] and sys.argv[1] in ("--show-completion", "--install-completion") and sys.argv[2:]:
         # Typer takes the shell that it finds itself in, unless it is told not to look; then it takes the one named.
         os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"

@@ -10,7 +10,8 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +41,36 @@ def warn(text: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not err.is_terminal)
 
 
+def settle_streams() -> None:
+    """Let standard streams be what all else takes them for: there, and able to carry any text.
+
+    Those that the caller has closed (`<&-`, `>&-`) are empty, or go nowhere. Characters that a stream's encoding lacks
+    are spelled (`\\u65e5`), and what is read that is no character becomes one that every check of a text refuses.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            with suppress(UnsupportedOperation):  # something was read from it already
+                stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
+
+
 def print_json(document: Any) -> None:
-    """One JSON document and nothing else, UTF-8, not wrapped and not coloured."""
+    """One JSON document and nothing else, not wrapped and not coloured."""
     with kept_if_unprinted(document):
-        sys.stdout.write(_json(document))
+        sys.stdout.write(_json(document, sys.stdout.encoding))
 
 
-def _json(document: Any) -> str:
-    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+def _json(document: Any, encoding: str | None) -> str:
+    """With every character as it is, or all but ASCII's as `\\u65e5` where the encoding lacks one."""
+    text = json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(document, indent=2) + "\n"
+    return text
 
 
 def check_output() -> None:
@@ -84,7 +107,7 @@ def kept_if_unprinted(document: Any) -> Iterator[None]:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", prefix="lora-rt-", suffix=".json", delete=False
         ) as file:
-            file.write(_json(document))
+            file.write(_json(document, file.encoding))
         text = f"the results can't be printed: {error.strerror or error}"
         raise StorageError(text, next_step=f"They are kept in {file.name}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -139,6 +140,50 @@ def test_a_closed_standard_output_is_no_traceback(cli: Cli, monkeypatch: pytest.
         assert sys.stdout is not None
         sys.stdout.close()
     assert (done.code, done.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "said"),
+    [
+        (["compose", "emotion"], 2, "the prompt is empty"),
+        (["rm", "nobody"], 1, "has no adapter 'nobody'"),
+        (["bridge", "compress"], 2, "there is no text"),
+    ],
+)
+def test_a_closed_standard_input_is_an_empty_one(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, typed: list[str], code: int, said: str
+) -> None:
+    monkeypatch.setattr("support.cli.Piped", lambda _text: None)
+    done = cli(*typed)
+    assert (done.code, said in done.err) == (code, True), done.err
+    sys.stdin.close()
+
+
+def test_bytes_on_standard_input_that_are_no_text_are_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8")
+    monkeypatch.setattr("support.cli.Piped", lambda _text: read)
+    done = cli("compose", "emotion")
+    assert (done.code, "the prompt is not Unicode text: character 2" in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("how", ["--json", "--compare"])
+def test_what_the_encoding_of_standard_output_lacks_is_spelled(
+    cli: Cli, zoo: Zoo, monkeypatch: pytest.MonkeyPatch, encoding: str, how: str
+) -> None:
+    command = ["compose", str(zoo.adapter("llama")), "-p", "日é", "--base", str(zoo.base("llama")), how]
+    command += ["--precision", "float32", "--max-new-tokens", "2", "--seed", "1"]
+    plain = cli(*command).out
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+    done = cli(*command)
+    sys.stdout.flush()
+    told = printed.getvalue().decode(encoding)
+    assert done.code == 0, done.err
+    if how == "--json":
+        assert {**json.loads(told), "seconds": 0} == {**json.loads(plain), "seconds": 0}
+    else:
+        assert told.startswith("prompt \\u65e5")
 
 
 @pytest.mark.parametrize(
