@@ -8,9 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_rt.registry.card import read_card
 from lora_rt.registry.errors import ChangedAdapterError, HubError
-from lora_rt.registry.files import CHUNK, CONFIG, WEIGHTS, limit_of, open_plain, present, shard_number
+from lora_rt.registry.files import (
+    CARD,
+    CHUNK,
+    CONFIG,
+    README,
+    SHARD_INDEX,
+    STATE,
+    WEIGHTS,
+    limit_of,
+    open_plain,
+    present,
+    shard_number,
+)
 from lora_rt.registry.hub.client import api, explained
+from lora_rt.registry.hub.internals import mark_absent, read_listing
 from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile, place_of
 from lora_rt.registry.reference import is_commit
 
@@ -25,7 +39,8 @@ def silent(name: str, arrived: int, total: int) -> None:
 def fetch(remote: RemoteAdapter, folder: Path, report: Report = silent) -> None:
     """Bring every file of a remote adapter into an empty folder.
 
-    A file of the cache that does not have the hash that the Hub states is downloaded once more.
+    A file of the cache that does not have the hash that the Hub states is downloaded once more. What the adapter does
+    without is marked in the cache, so that offline the same files are taken from it.
 
     Raises:
         HubError: not reachable, or more bytes than stated.
@@ -38,23 +53,23 @@ def fetch(remote: RemoteAdapter, folder: Path, report: Report = silent) -> None:
                 f"{name} of {remote.repo} arrived with another content than the Hub states for {remote.commit[:12]}",
                 next_step="Nothing was installed; try again, or ask its author",
             )
+    for name in {CARD, README, SHARD_INDEX} - remote.files.keys():
+        mark_absent(*place_of(remote.repo, name), remote.commit)
 
 
 def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) -> None:
     """The same without any request, from the client's cache, whose files are named by their hash.
 
-    Without names, whatever the cache has of the commit is taken, and at least the two files that make an adapter.
+    Without names, all that the repository has of an adapter is taken; see `_all_of`.
 
     Raises:
-        HubError: the cache lacks a file.
+        HubError: the cache lacks a file, or does not say whether the repository has it.
         ChangedAdapterError: a file of the cache is damaged.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
     if names is None:
-        config = try_to_load_from_cache(*place_of(repo, CONFIG), revision=commit)
-        has = present(Path(config).parent) if isinstance(config, str) else []
-        names = sorted({*has, CONFIG}) if any(map(shard_number, has)) else sorted({*has, CONFIG, WEIGHTS})
+        names = _all_of(repo, commit)
     for name in names:
         with explained(repo, commit):
             path = Path(hf_hub_download(*place_of(repo, name), revision=commit, local_files_only=True))
@@ -64,6 +79,39 @@ def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) 
             raise ChangedAdapterError(
                 f"{name} of {repo} in the Hub's cache is damaged", next_step=f"Go online and type: lora-rt pull {repo}"
             )
+
+
+def _all_of(repo: str, commit: str) -> list[str]:
+    """The files that a repository has of an adapter at a commit, as far as the client's cache knows it.
+
+    Other programs fetch the configuration and the weights alone. Without its card an adapter would be another one.
+
+    Raises:
+        HubError: the cache does not say whether there is a card, or another file that need not be there.
+        RejectedAdapterError: the card is no card.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    def found(name: str) -> Any:
+        """The file's path, None where nothing is known of it, and something else where it is known not to be there."""
+        return try_to_load_from_cache(*place_of(repo, name), revision=commit)
+
+    config = found(CONFIG)
+    has = present(Path(config).parent) if isinstance(config, str) else []
+    is_sharded = any(map(shard_number, has))
+    names = {*has, CONFIG} if is_sharded else {*has, CONFIG, WEIGHTS}
+    card = read_card(Path(config).parent) if CARD in has else None
+    optional = {CARD, README} | ({SHARD_INDEX} if is_sharded else set()) | ({STATE} if card and card.state else set())
+    listing = read_listing(place_of(repo, CONFIG)[0], commit)
+    unknown = [
+        name
+        for name in sorted(optional - names)
+        if found(name) is None and (listing is None or place_of(repo, name)[1] in listing)
+    ]
+    if unknown:
+        text = f"the Hub's cache has a part of {repo} at {commit[:12]} alone, without {' and '.join(unknown)}, if any"
+        raise HubError(text, next_step=f"Go online once and type: lora-rt pull {repo}@{commit}")
+    return sorted(names)
 
 
 def cached_commit(repo: str, revision: str | None) -> str | None:

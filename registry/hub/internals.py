@@ -6,7 +6,9 @@
   under `_CLIENT_LOCK`; there is no public way to read either, or to give one call a client of its own;
 - retries are logged as warnings by the loggers in `LOGGERS`;
 - before its first request the client asks for `HARNESSES`, to say in its headers which agent runs it, and goes on
-  without an answer.
+  without an answer;
+- its cache has an empty file `.no_exist/<commit>/<path>` for what a repository does not have at a commit, which
+  `try_to_load_from_cache` reads, and `trees/<commit>.json` with all that it has, where a whole one was downloaded.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lora_rt.registry import strict_json
 
 if TYPE_CHECKING:
     import httpx2
@@ -118,3 +123,27 @@ def own_client(prepare: Callable[[httpx2.Client], None]) -> Iterator[None]:
         yield
     finally:
         _OWN.give_back()
+
+
+def _cache_of(repo: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+
+
+def mark_absent(repo: str, path: str, commit: str) -> None:
+    """Note in the client's cache that a repository does not have a file at a commit, as the client does."""
+    mark = _cache_of(repo) / ".no_exist" / commit / path
+    with suppress(OSError):  # a cache that can't be written costs a message offline
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def read_listing(repo: str, commit: str) -> frozenset[str] | None:
+    """The paths that a repository has at a commit, or None where the client's cache does not know them."""
+    try:
+        document = strict_json.loads((_cache_of(repo) / "trees" / f"{commit}.json").read_bytes())
+    except (OSError, strict_json.InvalidJsonError):
+        return None
+    paths = document.get("files") if isinstance(document, dict) else None
+    return frozenset(paths) if isinstance(paths, dict) else None

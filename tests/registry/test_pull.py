@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from lora_rt.registry.errors import ChangedAdapterError, HubError, RejectedAdapterError
 from lora_rt.registry.hub.pull import pull
@@ -75,6 +78,39 @@ def test_offline_a_commit_comes_from_the_clients_cache(
     assert (found.sha256, found.files) == (first.sha256, first.files)
     assert pull(Store(home), Reference.parse(REPO)).sha256 == first.sha256
     assert hub.requests == []
+
+
+def _cached(hub: LocalHub, *names: str, **facts: bool) -> str:
+    """A commit of which another program has fetched these files; the commit."""
+    commit = hub.commit(REPO, adapter_files(**facts))
+    for name in names:
+        with suppress(EntryNotFoundError):
+            hf_hub_download(REPO, name)
+    return commit
+
+
+def test_offline_an_adapter_is_not_taken_without_the_card_that_it_may_have(hub: LocalHub, store: Store) -> None:
+    """PEFT, vLLM and others fetch the two files of a bare adapter."""
+    _cached(hub, "adapter_config.json", "adapter_model.safetensors")
+    with pytest.raises(HubError, match=r"a part of .* alone, without README\.md and register\.json") as error:
+        pull(store, Reference.parse(REPO), offline=True)
+    assert "Go online once" in error.value.next_step
+    assert store.installed() == []
+    assert "register.json" in pull(store, Reference.parse(REPO)).files
+
+
+@pytest.mark.parametrize("how", ["asked for", "pulled", "downloaded whole"])
+def test_offline_an_adapter_without_a_card_is_taken_where_the_cache_knows_that_it_has_none(
+    hub: LocalHub, home: Path, how: str
+) -> None:
+    names = ["adapter_config.json", "adapter_model.safetensors", "README.md", "register.json"]
+    commit = _cached(hub, *(names if how == "asked for" else []), card=False)
+    if how == "pulled":
+        pull(Store(home / "first"), Reference.parse(REPO))
+    if how == "downloaded whole":
+        snapshot_download(REPO)
+    found = pull(Store(home), Reference.parse(f"{REPO}@{commit}"), offline=True)
+    assert sorted(found.files) == sorted(adapter_files(card=False))
 
 
 def test_a_moved_tag_is_found(hub: LocalHub, store: Store) -> None:
