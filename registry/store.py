@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -106,6 +107,7 @@ class Store:
             self._check_case(name)
             self._install(staged, record)
             self.records.write(record, key)
+            self._settle(record)
             self._collect()
         return self.resolved(record)
 
@@ -121,18 +123,12 @@ class Store:
         durable.check_writable(self._staging)
 
     def link(self, record: Record) -> Resolved:
-        """Write a record for an object that is in the store already: a name or further facts.
-
-        One of the same commit without a name has done its service then.
-        """
+        """Write a record for an object that is in the store already: a name or further facts."""
         self._check_name(record.name, record.source)
         with self._lock():
             self._check_case(record.name)
             self.records.write(record, record_key(read_card(self.objects / record.sha256), record))
-            for path in self.records.paths_of(record.source.removeprefix("hub ")) if record.is_named else []:
-                other = read(path)
-                if isinstance(other, Record) and (other.sha256, other.requested) == (record.sha256, record.requested):
-                    self.records.remove(path)
+            self._settle(record)
             self._collect()
         return self.resolved(record)
 
@@ -178,6 +174,24 @@ class Store:
             os.rename(target, self._staging / f"{record.sha256}.{uuid.uuid4().hex}")
         os.rename(staged, target)
         durable.sync_folder(self.objects)
+
+    def _settle(self, record: Record) -> None:
+        """Let the id of its repository mean what was taken last, which has just got a name.
+
+        The record without a name has done its service then, unless other names keep older commits.
+        """
+        if not record.is_named or not record.source.startswith("hub "):
+            return
+        repo = record.source.removeprefix("hub ")
+        same = [other for other in self.records.all() if _asked(other) == _asked(record)]
+        if any(other.is_named and other.revision != record.revision for other in same):
+            unnamed = replace(record, name=repo)
+            self.records.write(unnamed, record_key(None, unnamed))
+            return
+        for path in self.records.paths_of(repo):
+            other = read(path)
+            if isinstance(other, Record) and not other.is_named and _asked(other) == _asked(record):
+                self.records.remove(path)
 
     def _collect(self) -> list[Path]:
         gone = self.orphans()
@@ -227,6 +241,10 @@ class Store:
                 raise StoreError(
                     f"the name {name!r} differs only by case from the installed {other!r}", next_step=f"Use {other!r}"
                 )
+
+
+def _asked(record: Record) -> tuple[str, str | None]:
+    return record.source, record.requested
 
 
 def is_whole(folder: Path, expected: dict[str, str]) -> bool:

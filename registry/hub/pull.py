@@ -132,16 +132,22 @@ def source_of(repo: str) -> str:
 
 
 def find_installed(store: Store, reference: Reference) -> list[Record]:
-    """The records of a repository, of this revision if the reference has one."""
-    found = [record for record in store.records.all() if record.source == source_of(reference.target)]
-    revision = reference.revision
+    """The records of a repository, of this revision if the reference has one; the first is what it means."""
+    source, revision = source_of(reference.target), reference.revision
     if revision in (None, "main"):
-        return [record for record in found if record.requested is None]
+        return _asked_as(store, source, None)
     return [
         record
-        for record in found
-        if record.requested == revision or (len(revision) >= 7 and (record.revision or "").startswith(revision))
+        for record in store.records.all()
+        if record.source == source
+        and (record.requested == revision or (len(revision) >= 7 and (record.revision or "").startswith(revision)))
     ]
+
+
+def _asked_as(store: Store, source: str, requested: str | None) -> list[Record]:
+    """The records made for this tag or branch; first the one without a name, since others may be of older commits."""
+    found = [record for record in store.records.all() if (record.source, record.requested) == (source, requested)]
+    return sorted(found, key=lambda record: record.is_named)
 
 
 def _requested(reference: Reference) -> str | None:
@@ -178,8 +184,8 @@ def _installed(store: Store, repo: str, commit: str, expected: Mapping[str, str]
 
 def _keep(store: Store, record: Record, requested: str | None) -> Resolved:
     """An installed commit, recorded as what was asked for, so that the Hub need not be asked again."""
-    for other in store.records.all():
-        if (other.source, other.revision, other.requested) == (record.source, record.revision, requested):
+    for other in _asked_as(store, record.source, requested)[:1]:
+        if other.revision == record.revision:
             return store.resolved(other)
     return store.link(replace(record, name=record.source.removeprefix("hub "), requested=requested))
 
@@ -187,7 +193,9 @@ def _keep(store: Store, record: Record, requested: str | None) -> Resolved:
 def _name_it(store: Store, record: Record, name: str, requested: str | None) -> Resolved:
     _check_is_free(store, name, record.source.removeprefix("hub "), record.base)
     wanted = replace(record, name=name, requested=requested)
-    return store.resolved(record) if wanted == record else store.link(wanted)
+    meant = _asked_as(store, record.source, requested)[:1]
+    is_so = wanted == record and [other.revision for other in meant] == [record.revision]
+    return store.resolved(record) if is_so else store.link(wanted)
 
 
 def holder_of(store: Store, name: str, repo: str, base: str) -> Record | None:

@@ -15,6 +15,7 @@ from lora_rt.registry.errors import StoreError, UnknownAdapterError
 from lora_rt.registry.hub.pull import pull
 from lora_rt.registry.reference import InvalidReferenceError, Reference, is_name
 from lora_rt.registry.registry import Registry
+from lora_rt.registry.sync import make_lock
 from support.adapters import adapter_files
 from support.hub import LocalHub
 from support.tiny import Zoo
@@ -61,6 +62,32 @@ def test_a_repository_without_a_revision_is_its_main_not_a_tag_that_was_pulled(
     assert registry.resolve("a/voice@v1").revision == old
     assert registry.resolve("a/voice").revision == new
     assert registry.resolve("a/voice@v1").revision == old
+
+
+def test_a_repository_is_what_was_pulled_last_whatever_used_it_before(hub: LocalHub, registry: Registry) -> None:
+    old = hub.commit("a/voice", adapter_files())
+    assert registry.resolve("a/voice").revision == old
+    new = hub.commit("a/voice", adapter_files(seed=1))
+    pull(registry.store, Reference.parse("a/voice"))
+    assert registry.resolve("a/voice").revision == registry.resolve("voice").revision == new
+    assert [item.revision for item in registry.store.installed()] == [new]
+
+
+def test_a_repository_is_what_was_pulled_last_whatever_has_names(hub: LocalHub, registry: Registry) -> None:
+    """Also where its main goes back to a commit that has a name already."""
+    commits = {}
+    for seed, name in enumerate(("first", "second", "third")):
+        commits[name] = hub.commit("a/voice", adapter_files(seed=seed))
+        pull(registry.store, Reference.parse("a/voice"), name=name)
+        assert registry.resolve("a/voice").revision == commits[name]
+    assert {name: registry.resolve(name).revision for name in commits} == commits
+    hub.repos["a/voice"].refs["main"] = commits["second"]
+    pull(registry.store, Reference.parse("a/voice"), name="second")
+    assert registry.resolve("a/voice").revision == commits["second"]
+    hub.repos["a/voice"].refs["main"] = commits["first"]
+    (registry.folder / "lora-rt.toml").write_text('[adapters]\nmood = "a/voice"\n')
+    assert [entry.revision for entry in make_lock(registry)[0]] == [commits["first"]]
+    assert registry.resolve("a/voice").revision == commits["first"]
 
 
 @pytest.mark.parametrize("name", ["море", "日本語", "é", "emotion-море", "नमस्ते"])
