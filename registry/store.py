@@ -12,6 +12,7 @@ last rename leaves the old state and an orphan that the next change of the store
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -171,9 +172,21 @@ class Store:
         if target.exists():
             if is_whole(target, record.files):
                 return
-            os.rename(target, self._staging / f"{record.sha256}.{uuid.uuid4().hex}")
-        os.rename(staged, target)
+            self._rename(target, self._staging / f"{record.sha256}.{uuid.uuid4().hex}")
+        self._rename(staged, target)
         durable.sync_folder(self.objects)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            text = (
+                f"{self.objects} lies on another file system than {self._staging}, so nothing can be moved there whole"
+            )
+            step = "Let the whole store lie on one: to keep it on another disk, set LORA_RT_HOME to a folder there"
+            raise StoreError(text, next_step=step) from error
 
     def _settle(self, record: Record) -> None:
         """Let the id of its repository mean what was taken last, which has just got a name.

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from lora_rt.registry import durable
-from lora_rt.registry.errors import OccupiedFolderError, StorageError
+from lora_rt.registry.errors import OccupiedFolderError, StorageError, StoreError
+from lora_rt.registry.store import Store
+from support.adapters import adapter_files, write_adapter
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -107,3 +109,14 @@ def test_a_folder_that_can_not_be_made_is_refused_beforehand(tmp_path: Path, nam
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises((OccupiedFolderError, StorageError)):
         durable.check_new_folder(tmp_path / named)
+
+
+def test_objects_on_another_file_system_than_the_store_are_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "rename", rename)
+    with store.staging() as staged, pytest.raises(StoreError, match="objects lies on another file system") as error:
+        store.publish(write_adapter(staged, adapter_files()), "mood", source="trained here", revision=None)
+    assert "set LORA_RT_HOME to a folder there" in error.value.next_step
+    assert store.installed() == []
