@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -85,10 +86,11 @@ def install(
     Without a name it is kept under the repository's id, and nothing that anybody types by name changes its meaning.
     `expected` are the sha256 of its files where they are pinned already.
     """
+    if found := _at_hand(store, repo, commit, name, requested, expected):  # a home that can't be written has no lock
+        return found
     with _one_at_a_time(store, repo, commit):
-        have = _installed(store, repo, commit, expected)
-        if have is not None:
-            return _name_it(store, have, name, requested) if name is not None else _keep(store, have, requested)
+        if found := _at_hand(store, repo, commit, name, requested, expected):
+            return found
         with store.staging() as folder:
             if offline or asks_nobody():
                 fetch_cached(repo, commit, sorted(expected) if expected else None, folder)
@@ -100,6 +102,16 @@ def install(
             if name is not None:
                 _check_is_free(store, name, repo, inspected.card.base.id if inspected.card else "")
             return store.publish(folder, name or repo, source=source_of(repo), revision=commit, requested=requested)
+
+
+def _at_hand(
+    store: Store, repo: str, commit: str, name: str | None, requested: str | None, expected: Mapping[str, str] | None
+) -> Resolved | None:
+    """What is installed of a commit, named or kept as it was asked for; None where it has to be fetched."""
+    have = _installed(store, repo, commit, expected)
+    if have is None:
+        return None
+    return _name_it(store, have, name, requested) if name is not None else _keep(store, have, requested)
 
 
 def install_pinned(store: Store, pin: Locked, *, offline: bool = False, report: Report = silent) -> Resolved:
@@ -187,7 +199,11 @@ def _keep(store: Store, record: Record, requested: str | None) -> Resolved:
     for other in _asked_as(store, record.source, requested)[:1]:
         if other.revision == record.revision:
             return store.resolved(other)
-    return store.link(replace(record, name=record.source.removeprefix("hub "), requested=requested))
+    kept = replace(record, name=record.source.removeprefix("hub "), requested=requested)
+    try:
+        return store.link(kept)
+    except OSError:  # of a home that can't be written what is there is used all the same
+        return store.resolved(kept)
 
 
 def _name_it(store: Store, record: Record, name: str, requested: str | None) -> Resolved:
@@ -244,4 +260,5 @@ def _one_at_a_time(store: Store, repo: str, commit: str) -> BaseFileLock:
     """Held while one commit of a repository is fetched, so that others who want it wait and then find it."""
     folder = store.root / "pulling"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"{repo.replace('/', '--')}-{commit}.lock")
+    # A hash, since the name of a file has 255 bytes at most.
+    return FileLock(folder / f"{hashlib.sha256(f'{repo}@{commit}'.encode()).hexdigest()}.lock")

@@ -38,6 +38,13 @@ def test_a_folder_of_a_repository_is_pulled_by_its_own_reference(
     assert registry.resolve(f"{REPO}//moods/emotion{revision}").sha256 == found.sha256
 
 
+def test_the_longest_reference_to_a_folder_is_pulled(hub: LocalHub, registry: Registry) -> None:
+    folder = "/".join(["d" * 32] * 6)
+    hub.commit("someone/mood", {f"{folder}/{name}": content for name, content in adapter_files().items()})
+    reference = f"someone/mood//{folder}"
+    assert registry.resolve(reference).sha256 == pull(registry.store, Reference.parse(reference), name="deep").sha256
+
+
 def _digest_of(place: Path) -> str:
     return inspect_adapter(write_adapter(place, adapter_files(seed=1)), name="same").sha256
 

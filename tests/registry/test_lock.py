@@ -94,6 +94,22 @@ def test_frozen_and_offline_install_from_the_clients_cache(project: Registry, hu
     assert hub.requests == []
 
 
+def test_what_is_installed_is_used_from_a_home_that_can_not_be_written(
+    project: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_lock(project)
+    opened = os.open
+
+    def read_only(path: str, flags: int, *more: int, **facts: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return opened(path, flags, *more, **facts)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert project.resolve("mood", offline=True).source == f"hub {REPO}"
+    assert sorted(item.name for item in sync(project, frozen=True, offline=True)[0]) == ["mine", "mood"]
+
+
 def test_offline_with_nothing_cached_says_what_to_do(project: Registry) -> None:
     make_lock(project)
     _forget(project)
