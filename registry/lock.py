@@ -34,7 +34,7 @@ One with a mode, which decides for its adapters, has the mode's tensors as base6
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +72,11 @@ class Locked:
         """Where it comes from."""
         return Reference.parse(self.source)
 
+    @property
+    def meaning(self) -> str:
+        """What its name stands for, in one line."""
+        return f"{self.source} ({(self.revision or self.sha256)[:12]})"
+
 
 def read_lock(folder: Path) -> list[Locked] | None:
     """The adapters of a lock, in order, or None where the folder has no lock.
@@ -80,7 +85,11 @@ def read_lock(folder: Path) -> list[Locked] | None:
         ProjectError: `problems` names every entry that is wrong.
     """
     document = _document(folder)
-    return None if document is None else sorted(_entries(document, ADAPTERS, _locked))
+    if document is None:
+        return None
+    found = sorted(_entries(document, ADAPTERS, _locked))
+    check_meanings(LOCK_FILE, [(entry.name, entry.base, entry.sha256, entry.meaning) for entry in found])
+    return found
 
 
 def read_locked_compositions(folder: Path) -> list[NamedComposition]:
@@ -90,7 +99,27 @@ def read_locked_compositions(folder: Path) -> list[NamedComposition]:
         ProjectError: `problems` names every entry that is wrong.
     """
     found = _entries(_document(folder) or {}, COMPOSITIONS, _locked_composition)
+    check_meanings(LOCK_FILE, [(item.name, "", item.sha256, f"{item} ({item.sha256[:12]})") for item in found])
     return sorted(found, key=lambda composition: composition.name)
+
+
+def check_meanings(file: str, told: Iterable[tuple[str, str, str, str]]) -> None:
+    """Each (name, base, sha256, meaning) of a file: that no name means two things for one base, as after a git merge.
+
+    Raises:
+        ProjectError: `problems` names every one that does.
+    """
+    meanings: dict[tuple[str, str], dict[str, str]] = {}
+    for name, base, sha256, meaning in told:
+        meanings.setdefault((name, base), {})[sha256] = meaning
+    problems = [
+        f"{name}{f' for {base}' if base else ''}: {' and '.join(several.values())}"
+        for (name, base), several in meanings.items()
+        if len(several) > 1
+    ]
+    if problems:
+        text = f"{file} gives a name two meanings for the same base"
+        raise ProjectError(text, next_step=f"Take all but one of them out of {file}", problems=problems)
 
 
 def write_lock(folder: Path, entries: Sequence[Locked], compositions: Sequence[NamedComposition] = ()) -> bool:

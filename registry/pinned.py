@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import ChangedAdapterError, RejectedAdapterError, UnknownAdapterError
 from lora_rt.registry.hub.pull import find_installed, install_pinned, obtain
-from lora_rt.registry.lock import Locked, read_lock, read_locked_compositions
+from lora_rt.registry.lock import Locked, check_meanings, read_lock, read_locked_compositions
 from lora_rt.registry.paths import at_path, folder_of
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, read_project
 from lora_rt.registry.reference import Reference
@@ -48,7 +48,11 @@ class PinnedNames:
 
     def find(self, name: str, *, offline: bool) -> list[Resolved]:
         """The adapters of a name, one per source, installed if need be."""
-        return [self._obtain(name, *source, offline=offline) for source in self.sources().get(name, [])]
+        sources = self.sources().get(name, [])
+        found = [self._obtain(name, *source, offline=offline) for source in sources]
+        if len(found) > 1:  # a single one need not be hashed for it
+            check_meanings(PROJECT_FILE, [_meaning(item, *source) for item, source in zip(found, sources, strict=True)])
+        return found
 
     def installed(self) -> list[Resolved]:
         """Those that are on this machine already."""
@@ -89,6 +93,11 @@ class PinnedNames:
         else:
             item = install_pinned(self.store, pin, offline=offline)
         return replace(item, name=name, why=why)
+
+
+def _meaning(item: Resolved, reference: Reference, *_: object) -> tuple[str, str, str, str]:
+    base = item.card.base.id if item.card else ""
+    return item.name, base, item.sha256, f"{reference.text} ({(item.revision or item.sha256)[:12]})"
 
 
 def _why(name: str, reference: Reference, pin: Locked | None, file: str) -> str:

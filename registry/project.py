@@ -10,6 +10,7 @@ voice = ["someone/voice-smol", "someone/voice-qwen"]     # one per base
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ from lora_rt.registry.reference import Reference
 PROJECT_FILE = "lora-rt.toml"
 LOCK_FILE = "lora-rt.lock"
 _ABOVE = 'write compositions = ["my-mix"] above [adapters]'
+_CONFLICT = re.compile(rb"^(<{7}|\|{7}|={7}|>{7})(?=\s|$)", re.MULTILINE)
 _KEYS = ("adapters", "compositions")
 
 
@@ -66,12 +68,18 @@ def read_toml(path: Path, next_step: str = "") -> dict[str, object] | None:
     Raises:
         ProjectError: the file is not plain, too large, or not TOML.
     """
+    content = b""
     try:
         with open_plain(path, MEGABYTE) as (file, _):
-            return tomllib.loads(file.read(MEGABYTE + 1).decode("utf-8-sig"))  # Windows' editor puts a mark before it
+            content = file.read(MEGABYTE + 1)
+        return tomllib.loads(content.decode("utf-8-sig"))  # Windows' editor puts a mark before it
     except FileNotFoundError:
         return None
     except (UnusableFileError, ValueError, RecursionError) as error:  # also a number of thousands of digits
+        if mark := _CONFLICT.search(content):
+            line = content[: mark.start()].count(b"\n") + 1
+            text = f"{path.name} holds a conflict that git could not merge ({mark[0].decode()} in line {line})"
+            raise ProjectError(text, next_step=f"Resolve the conflict in {path}, or take one side whole") from error
         text = f"{path.name} can not be read: {str(error)[:200]}"
         raise ProjectError(text, next_step=next_step or f"Correct {path}") from error
 

@@ -12,7 +12,7 @@ from lora_rt.registry.errors import ChangedAdapterError, ProjectError
 from lora_rt.registry.hub.download import Report, silent
 from lora_rt.registry.hub.pull import install_pinned, obtain
 from lora_rt.registry.inspection import inspect_adapter
-from lora_rt.registry.lock import Locked, read_lock, read_locked_compositions, write_lock
+from lora_rt.registry.lock import Locked, check_meanings, read_lock, read_locked_compositions, write_lock
 from lora_rt.registry.paths import folder_of
 from lora_rt.registry.pinned import as_pinned
 from lora_rt.registry.project import LOCK_FILE, PROJECT_FILE, Project, read_project
@@ -44,6 +44,7 @@ def make_lock(registry: Registry, *, offline: bool = False, report: Report = sil
             for name, sources in project.adapters.items()
             for source in sources
         ]
+        check_meanings(PROJECT_FILE, [(entry.name, entry.base, entry.sha256, entry.meaning) for entry in entries])
         compositions = _project_compositions(registry, project)  # after the adapters were fetched, which are its terms
     return sorted(entries), write_lock(registry.folder, entries, compositions)
 

@@ -204,6 +204,42 @@ def test_a_damaged_lock_is_named(project: Registry, old: str, new: str, says: st
     assert says in str(error.value)
 
 
+def test_a_lock_that_gives_a_name_two_meanings_is_refused(registry: Registry) -> None:
+    """As git merges what two branches have locked."""
+    none, other = combined({}), combined({"README.md": "0" * 64})
+    twice = [
+        Locked("mood", "b", "a/mood@v1", "1" * 40, none, {}),
+        Locked("mood", "b", "a/mood@v2", "2" * 40, other, {"README.md": "0" * 64}),
+    ]
+    write_lock(registry.folder, [*twice, Locked("mood", "c", "a/mood@v1", "1" * 40, none, {}), twice[0]])
+    for command in (registry.resolve, lambda _: check_lock(registry), lambda _: make_lock(registry)):
+        with pytest.raises(ProjectError, match="two meanings") as error:
+            command("mood")
+        assert error.value.problems == ("mood for b: a/mood@v1 (111111111111) and a/mood@v2 (222222222222)",)
+    terms = [NamedComposition(name="blend", base="b", terms=(NamedTerm(reference=name),)) for name in ("a", "c")]
+    write_lock(registry.folder, [], terms)
+    with pytest.raises(ProjectError, match=r"blend: a:1 .* and c:1 "):
+        registry.compositions.names()
+
+
+def test_a_project_that_gives_a_name_two_adapters_for_one_base_is_refused(registry: Registry, hub: LocalHub) -> None:
+    hub.commit(REPO, adapter_files(), tag="v1")
+    hub.commit(REPO, adapter_files(seed=1), tag="v2")
+    (registry.folder / "lora-rt.toml").write_text(f'[adapters]\nmood = ["{REPO}@v1", "{REPO}@v2"]\n')
+    for command in (registry.resolve, lambda _: make_lock(registry)):
+        with pytest.raises(ProjectError, match=rf"(?s)lora-rt\.toml .*{REPO}@v1 .* and {REPO}@v2 "):
+            command("mood")
+    assert read_lock(registry.folder) is None
+
+
+@pytest.mark.parametrize("file", ["lora-rt.toml", "lora-rt.lock"])
+def test_a_conflict_that_git_left_is_to_be_resolved_not_thrown_away(registry: Registry, file: str) -> None:
+    (registry.folder / file).write_text("version = 1\n<<<<<<< HEAD\na = 1\n=======\na = 2\n>>>>>>> theirs\n")
+    with pytest.raises(ProjectError, match=rf"{file} holds a conflict .*<<<<<<< in line 2") as error:
+        registry.resolve("mood")
+    assert error.value.next_step.startswith("Resolve the conflict in ")
+
+
 def test_all_wrong_lines_of_a_project_are_named_at_once(registry: Registry) -> None:
     (registry.folder / "lora-rt.toml").write_text('[adapters]\na = "x/y/z"\nb = 7\n"../c" = "a/b"\nd = "name"\n')
     with pytest.raises(ProjectError) as error:
