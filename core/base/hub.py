@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_rt.core.base.source import BaseError, BaseSource
 from lora_rt.registry.errors import HubError
-from lora_rt.registry.hub.client import in_words, session
+from lora_rt.registry.hub.client import cause_of, in_words, session
 
 
 def hub_name(source: BaseSource) -> str:
@@ -33,14 +33,15 @@ def explained(source: BaseSource) -> Iterator[None]:
     try:
         with session():
             yield
-    except LocalEntryNotFoundError as error:
-        text = f"{name} is not cached and the Hub can't be reached"
-        raise BaseError(text, next_step="Check the network, or give --base a folder") from error
-    except EntryNotFoundError as error:
-        raise no_model(source) from error
     except HubError as error:
         raise BaseError(f"{name} can't be downloaded: {error.message}", next_step=error.next_step) from error
     except Exception as error:
+        cause = cause_of(error)
+        if isinstance(cause, LocalEntryNotFoundError):
+            text = f"{name} is not cached and the Hub can't be reached"
+            raise BaseError(text, next_step="Check the network, or give --base a folder") from error
+        if isinstance(cause, EntryNotFoundError):
+            raise no_model(source) from error
         found = in_words(error, source.text, source.revision)
         if found is None:
             raise

@@ -19,6 +19,7 @@ from rich.markup import escape
 from lora_rt.core.cli.console import drop_output, err
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.terminal import harmless
+from lora_rt.registry.errors import HubError
 from lora_rt.registry.home import home
 from lora_rt.registry.packages import unreadable
 
@@ -37,7 +38,7 @@ def usage() -> Iterator[None]:
 
 def explain(error: BaseException) -> int | None:
     """Print what an expected failure means; the exit code, or None where the error is a defect of ours."""
-    if _about_packages(error):
+    if _about_packages(error) or _about_settings(error):
         return 1
     if isinstance(error, LoraRtError):
         _line(error.message, error.next_step, error.problems)
@@ -114,6 +115,20 @@ def _about_packages(error: BaseException) -> bool:
     names = " and ".join(f"{item.package} in {item.folder}" for item in damaged)
     _line(f"the entry_points.txt of {names} is damaged", damaged[0].todo)
     return True
+
+
+def _about_settings(error: BaseException) -> bool:
+    """Say so where a setting of the Hub's client is to blame, which transformers and others import."""
+    if not any(Path(frame.filename).parts[-2:] == ("huggingface_hub", "constants.py") for frame in _frames(error)):
+        return False
+    from lora_rt.registry.hub.limits import check_settings
+
+    try:
+        check_settings()
+    except HubError as found:
+        _line(found.message, found.next_step)
+        return True
+    return False
 
 
 def _frames(error: BaseException | None) -> Iterator[traceback.FrameSummary]:

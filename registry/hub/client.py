@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,12 @@ def api() -> HfApi:
 
 
 def asks_nobody() -> bool:
-    """Whether the environment forbids requests (HF_HUB_OFFLINE)."""
+    """Whether the environment forbids requests (HF_HUB_OFFLINE).
+
+    Raises:
+        HubError: the environment has settings of the client that it can't read.
+    """
+    limits.check_settings()
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())
@@ -52,7 +58,12 @@ def _prepare(client: httpx2.Client) -> None:
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Within the block, requests of the Hub's library are guarded and limited. What an application set up stays."""
+    """Within the block, requests of the Hub's library are guarded and limited. What an application set up stays.
+
+    Raises:
+        HubError: the environment has settings of the client that it can't read.
+    """
+    limits.check_settings()
     limits.forget()
     with internals.own_client(_prepare):
         yield
@@ -136,6 +147,12 @@ def in_words(error: BaseException, repo: str, revision: str | None = None) -> Hu
     from huggingface_hub import errors
 
     at = f"{repo}@{revision}" if revision else repo
+    error = cause_of(error)
+    if isinstance(error, internals.NoClientError) and error.__cause__ is not None:
+        return _no_client(error.__cause__)
+    if _is_about_the_token(error):
+        text = "the Hub token holds a character that none can have"
+        return HubError(text, next_step="Correct HF_TOKEN, or: hf auth login")
     status = (
         error.response.status_code if isinstance(error, errors.HfHubHTTPError) and error.response is not None else 0
     )
@@ -184,6 +201,43 @@ def in_words(error: BaseException, repo: str, revision: str | None = None) -> Hu
     if isinstance(error, OSError) and error.errno is None and error.filename is None:
         table.append((OSError, f"the transfer with {repo} failed: {detail}", "Try again"))
     return next((HubError(text, next_step=todo) for kind, text, todo in table if isinstance(error, kind)), None)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What the Hub answered in place of a file's facts; the client then says that the file is not cached."""
+    from huggingface_hub import errors
+
+    answer = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+    return answer if isinstance(answer, errors.HfHubHTTPError | errors.FileMetadataError) else error
+
+
+def _no_client(error: BaseException) -> HubError:
+    """Why no client could be made: what the environment says of proxies and certificates."""
+    import httpx2
+
+    detail = " ".join(str(error).split())[:200].rstrip(".")
+    if isinstance(error, ImportError) and "socks" in detail.lower():
+        text = "the environment names a SOCKS proxy, and the package that speaks to one is missing"
+        return HubError(text, next_step="pip install socksio, or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY")
+    if isinstance(error, OSError):  # ssl.SSLError is one, too
+        named = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), "")
+        of = f"{named}={os.environ[named]}" if named else "this machine"
+        text = f"the certificates of {of} can not be read: {error.strerror or detail}"
+        return HubError(text, next_step="Correct or unset SSL_CERT_FILE and SSL_CERT_DIR")
+    if isinstance(error, ValueError | httpx2.InvalidURL):
+        text = f"a proxy that the environment names can not be used: {detail}"
+        return HubError(text, next_step="Correct or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY")
+    text = f"no connection to the Hub can be prepared: {type(error).__name__} {detail}"
+    return HubError(text, next_step="Check the proxies and certificates that the environment names")
+
+
+def _is_about_the_token(error: BaseException) -> bool:
+    """Whether the header with the token can't be sent; the client's own words then show the token."""
+    import httpx2
+
+    if isinstance(error, UnicodeEncodeError):
+        return error.object.startswith("Bearer ")
+    return isinstance(error, httpx2.LocalProtocolError) and "Bearer " in str(error)
 
 
 def _page(repo: str) -> str:

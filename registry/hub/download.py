@@ -25,6 +25,7 @@ from lora_rt.registry.files import (
 )
 from lora_rt.registry.hub.client import api, explained
 from lora_rt.registry.hub.internals import mark_absent, read_listing
+from lora_rt.registry.hub.limits import check_settings
 from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile, place_of
 from lora_rt.registry.reference import is_commit
 
@@ -66,6 +67,7 @@ def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) 
         HubError: the cache lacks a file, or does not say whether the repository has it.
         ChangedAdapterError: a file of the cache is damaged.
     """
+    check_settings()
     from huggingface_hub import hf_hub_download
 
     if names is None:
@@ -116,6 +118,7 @@ def _all_of(repo: str, commit: str) -> list[str]:
 
 def cached_commit(repo: str, revision: str | None) -> str | None:
     """The commit that the client's cache has for a revision of a repository, with its configuration; or None."""
+    check_settings()
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(*place_of(repo, CONFIG), revision=revision or "main")

@@ -34,6 +34,10 @@ HARNESSES = "/api/agent-harnesses"
 LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "huggingface_hub._commit_api")
 
 
+class NoClientError(Exception):
+    """A client could not even be made; the cause says why."""
+
+
 class _OwnClient:
     """Our client in the place of the application's while a call of ours runs; theirs is neither closed nor changed.
 
@@ -95,7 +99,10 @@ class _OwnClient:
 
 
 def _made(factory: Factory, prepare: Callable[[httpx2.Client], None]) -> httpx2.Client:
-    client = factory()
+    try:
+        client = factory()
+    except Exception as error:  # whatever httpx2 raises of proxies and certificates
+        raise NoClientError(str(error)) from error
     prepare(client)
     return client
 

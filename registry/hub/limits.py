@@ -3,11 +3,13 @@
 A read limit alone is not enough, since one byte a second keeps it content. So every wait of a connection is counted
 together with the bytes that it brought, headers, body and upload alike, and a connection that brings fewer than
 `floor` bytes a second over `window` seconds of waiting is given up. Retries of one request count as one, and a Hub that
-accepts and says nothing at all is not asked again.
+accepts and says nothing at all is not asked again. Where it asks for patience before the next try, it is said, and more
+than `pause` seconds are not waited.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -25,21 +27,49 @@ if TYPE_CHECKING:
 PIECE = 8192
 _AT_ONCE = ("/api/repos/create", "/api/validate-yaml")
 """What is sent to the Hub and gives it no work."""
+SETTINGS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+"""Whole numbers of seconds, which huggingface_hub reads when it is imported."""
+_LOGGER = logging.getLogger("lora_rt.registry")
+
+
+def _seconds(name: str) -> int | None:
+    """A setting of the environment; None where it is no whole number of seconds."""
+    try:
+        seconds = int(os.environ.get(name, "0"))
+    except ValueError:
+        return None
+    return seconds if seconds >= 0 else None
+
+
+def check_settings() -> None:
+    """Before huggingface_hub is imported, which no setting that it can't read lets happen.
+
+    Raises:
+        HubError: naming all that can't be read.
+    """
+    wrong = [name for name in SETTINGS if _seconds(name) is None]
+    if wrong:
+        told = " and ".join(f"{name} is {os.environ[name][:40]!r}" for name in wrong)
+        raise HubError(
+            f"{told}, which is no whole number of seconds", next_step=f"Correct it, or: unset {' '.join(wrong)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Seconds, bytes a second, and how often one request is tried. HF_HUB_DOWNLOAD_TIMEOUT lengthens `read`.
 
-    `answer` is for requests that make the Hub work (a commit); `floor` is about a tenth of what a modem had.
+    `answer` is for requests that make the Hub work (a commit); `floor` is about a tenth of what a modem had; `pause` is
+    what the Hub may ask to wait before it is asked again.
     """
 
     connect: float = 10.0
-    read: float = field(default_factory=lambda: max(10.0, float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 0)))
+    read: float = field(default_factory=lambda: max(10.0, _seconds("HF_HUB_DOWNLOAD_TIMEOUT") or 0.0))
     answer: float = 60.0
     window: float = 30.0
     floor: float = 512.0
     tries: int = 3
+    pause: float = 60.0
 
 
 LIMITS = Limits()
@@ -143,8 +173,31 @@ def on_request(request: httpx2.Request) -> None:
 
 
 def on_response(response: httpx2.Response) -> None:
-    """After the headers of an answer: one that the client will ask for again has not ended the request."""
-    _watch().is_open = response.status_code in (408, 429) or response.status_code >= 500
+    """After the headers of an answer: one that the client will ask for again has not ended the request.
+
+    Raises:
+        HubError: it is not to be asked again for longer than anybody waits, or has been asked often enough.
+    """
+    watch = _watch()
+    watch.is_open = response.status_code in (408, 429) or response.status_code >= 500
+    seconds = _asked_to_wait(response) if watch.is_open else 0
+    if not seconds:
+        return
+    told = f"{watch.host} asks to wait {seconds} s before it is asked again ({response.status_code})"
+    if seconds > LIMITS.pause or watch.tries[watch.url] >= LIMITS.tries:
+        raise HubError(told, next_step="Try again then; after hf auth login the Hub lets you ask more often")
+    _LOGGER.warning(told)
+
+
+def _asked_to_wait(response: httpx2.Response) -> int:
+    """The seconds for which the client would sleep because the Hub says so."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    if limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    text = response.headers.get("retry-after", "").strip()
+    return int(text[:9]) if text.isdecimal() else 0
 
 
 def _on_trace(event: str, facts: dict[str, Any]) -> None:

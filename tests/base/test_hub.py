@@ -53,6 +53,14 @@ def test_what_the_hub_does_not_have_is_told_apart(zoo: Zoo, hub: LocalHub) -> No
         assert "\n" not in caught.value.message
 
 
+@pytest.mark.slow
+def test_a_refusal_is_no_lack_of_a_network(zoo: Zoo, hub: LocalHub) -> None:
+    hub.commit("someone/tiny", files_of(zoo.base("llama")))
+    hub.twist = lambda handler: "/resolve/" in handler.path and (handler.send(403, {"error": "no"}) or True)
+    with pytest.raises(BaseError, match=r"does not let you do that with someone/tiny \(403\)"):
+        load_base("someone/tiny", "float32", "cpu")
+
+
 def test_without_a_network_what_is_cached_is_used_and_the_rest_explained(
     zoo: Zoo, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpcore2._sync.http11
 import httpx2
@@ -153,3 +157,43 @@ def test_the_clients_own_limits_are_only_shortened(hub: LocalHub) -> None:
     limits.on_request(request)
     assert request.extensions["timeout"]["read"] == 3.0
     assert request.extensions["timeout"]["connect"] == limits.LIMITS.connect
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ALL_PROXY", "socks4://x", "a proxy that the environment names can not be used: .*socks4"),
+        ("ALL_PROXY", "http://x:y", "a proxy that the environment names can not be used: "),
+        ("ALL_PROXY", "socks5://x", "SOCKS proxy, and the package that speaks to one is missing.* pip install socksio"),
+        ("SSL_CERT_FILE", "/nonexistent", "the certificates of SSL_CERT_FILE=/nonexistent can not be read: No such"),
+        ("SSL_CERT_FILE", __file__, "the certificates of SSL_CERT_FILE=.* can not be read: "),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "10.5", "HF_HUB_DOWNLOAD_TIMEOUT is '10.5', which is no whole number of seconds"),
+        ("HF_HUB_ETAG_TIMEOUT", "", "HF_HUB_ETAG_TIMEOUT is '', which is no whole number of seconds"),
+    ],
+)
+def test_what_the_environment_sets_wrongly_is_named(
+    hub: LocalHub, factory: list[httpx2.Client], monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(HubError, match=says) as error:
+        commit_of(REPO, None)
+    assert "unset " in error.value.next_step
+
+
+@pytest.mark.slow
+def test_a_setting_that_the_client_can_not_read_stops_nobody_who_does_not_need_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "abc", "LORA_RT_HOME": str(tmp_path)}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code = "from lora_rt.core.cli.app import run; run()"
+    commands = {
+        ("list",): False,
+        ("search", "x"): True,
+        ("pull", REPO, "--offline"): True,
+        ("plan", str(tmp_path)): True,
+    }
+    for command, needs in commands.items():
+        line = [sys.executable, "-c", code, *command]
+        done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert ("HF_HUB_DOWNLOAD_TIMEOUT is 'abc'" in done.stderr) == needs, done.stderr
+        assert "Traceback" not in done.stderr

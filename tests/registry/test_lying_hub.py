@@ -230,3 +230,28 @@ def test_a_hub_that_fails_is_explained(hub: LocalHub, store: Store) -> None:
     hub.twist = _answer("/", json.dumps({"error": "boom"}).encode(), 500)
     with pytest.raises(HubError, match="someone/emotion"):
         pull(store, REPO)
+
+
+@pytest.mark.parametrize(
+    ("status", "says"), [(403, r"does not let you do that .*\(403\)"), (418, "the Hub failed on someone/emotion")]
+)
+def test_a_refusal_of_a_files_facts_is_no_lack_of_a_network(
+    hub: LocalHub, store: Store, status: int, says: str
+) -> None:
+    hub.commit(REPO.target, adapter_files())
+    hub.twist = _answer("/resolve/", {"error": "no"}, status)
+    with pytest.raises(HubError, match=says) as error:
+        pull(store, REPO)
+    assert "HF_HUB_OFFLINE" not in error.value.next_step
+
+
+@pytest.mark.parametrize("token", ["тест", "hf_\x0csecret"])
+def test_a_token_that_can_not_be_sent_is_named_and_not_shown(
+    hub: LocalHub, store: Store, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    hub.commit(REPO.target, adapter_files())
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError, match="the Hub token holds a character that none can have") as error:
+        pull(store, REPO)
+    assert "HF_TOKEN" in error.value.next_step
+    assert "secret" not in str(error.value)

@@ -146,6 +146,52 @@ def test_retries_print_nothing_of_the_clients(hub: LocalHub, store: Store, caplo
     assert sum("/tree/" in line for line in hub.requests) == 3
 
 
+@pytest.mark.parametrize(
+    "headers", [{"Retry-After": "3600"}, {"RateLimit": '"api";r=0;t=3600'}, {"Retry-After": "9" * 5000}]
+)
+def test_a_hub_that_asks_for_hours_of_patience_is_given_up(
+    hub: LocalHub, store: Store, headers: dict[str, str]
+) -> None:
+    hub.commit(REPO, adapter_files())
+    hub.twist = _at("/tree/", lambda handler: handler.send(429, {"error": "slowly"}, headers) or True)
+    with pytest.raises(HubError, match=r"asks to wait (3600|9+) s before it is asked again"):
+        pull(store, Reference.parse(REPO))
+    assert sum("/tree/" in line for line in hub.requests) == 1
+
+
+def test_nobody_waits_for_a_try_that_is_not_made(hub: LocalHub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    hub.commit(REPO, adapter_files())
+    hub.twist = _at("/tree/", lambda handler: handler.send(429, {}, {"Retry-After": "25"}) or True)
+    with patience(), pytest.raises(HubError, match="asks to wait 25 s"):
+        pull(store, Reference.parse(REPO))
+    assert slept == [26.0, 26.0]
+
+
+def test_a_short_wait_that_the_hub_asks_for_is_waited_and_told(
+    hub: LocalHub, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    hub.commit(REPO, adapter_files())
+    left = [1]
+
+    def once(handler: Handler) -> bool:
+        left[0] -= 1
+        if left[0] >= 0:
+            handler.send(429, {"error": "slowly"}, {"Retry-After": "25"})
+        return left[0] >= 0
+
+    hub.twist = _at("/tree/", once)
+    with patience(), caplog.at_level(logging.WARNING):
+        pull(store, Reference.parse(REPO))
+    assert slept == [26.0]
+    assert [record.message for record in caplog.records] == [
+        "127.0.0.1 asks to wait 25 s before it is asked again (429)"
+    ]
+
+
 def test_one_try_that_fails_is_made_up_for(hub: LocalHub, store: Store) -> None:
     hub.commit(REPO, adapter_files())
     left = [1]
