@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 
 from lora_rt.registry.errors import InvalidReferenceError
 from lora_rt.registry.files import limit_of
-from lora_rt.registry.reference import Reference, name_problem
+from lora_rt.registry.reference import Reference, composed, name_problem
 from lora_rt.registry.strict_json import shown
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ MAX_PROBLEMS = 50
 
 
 def _name(text: str) -> str:
+    text = composed(text)
     for problem in name_problem(text):
         raise ValueError(problem)
     return text

@@ -58,7 +58,7 @@ class Reference:
             if "\0" in text:
                 raise InvalidReferenceError(f"{text!r} holds a null character, which no path can", next_step=_FORMS)
             return cls("path", text, None, text)
-        text = unicodedata.normalize("NFC", text)  # some keyboards type a letter and its mark apart
+        text = composed(text)
         target, at, revision = text.partition("@")
         problem = _problem(target, revision, bool(at))
         if problem:
@@ -80,6 +80,11 @@ class Reference:
             text = f"{value!r:.120} is not a reference: it is a {type(value).__name__}"
             raise InvalidReferenceError(text, next_step=_FORMS) from error
         return cls.parse(text if isinstance(value, str) or is_path(text) else f"./{text}")
+
+
+def composed(text: str) -> str:
+    """The form (NFC) in which names are kept: some keyboards and file systems give a letter and its mark apart."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_path(text: str) -> bool:

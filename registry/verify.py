@@ -14,7 +14,7 @@ from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked, read_lock
 from lora_rt.registry.paths import folder_of
 from lora_rt.registry.project import LOCK_FILE
-from lora_rt.registry.reference import Reference, is_commit, is_path
+from lora_rt.registry.reference import Reference, composed, is_commit, is_path
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved, changes
 from lora_rt.registry.sync import check_lock
@@ -45,6 +45,7 @@ def verify(registry: Registry, names: Sequence[str] = (), *, offline: bool = Fal
         InvalidReferenceError: what is not a name.
         UnknownAdapterError: a name leads nowhere.
     """
+    names = [name if is_path(name) else composed(name) for name in names]
     items, damaged = registry.installed(), registry.store.records.damaged()
     compositions = registry.compositions.names()
     missing = registry.pinned.missing()

@@ -14,7 +14,7 @@ from lora_rt.core.cli.session import session
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.project import LOCK_FILE
 from lora_rt.registry.records import Record, read
-from lora_rt.registry.reference import Reference
+from lora_rt.registry.reference import Reference, composed
 from lora_rt.registry.registry import Registry
 
 _ELSEWHERE = "A package goes with lora-rt uninstall, a name of a project with its line in lora-rt.toml"
@@ -25,7 +25,7 @@ def rm(
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove an adapter (for all bases) or a named composition from the store."""
-    registry = session().registry
+    registry, name = session().registry, composed(name)
     is_composition = name in registry.compositions.own_names()  # a damaged one is removed like any other
     records = [read(path) for path in registry.store.records.paths_of(name)]
     if not records and not is_composition:

@@ -28,6 +28,7 @@ from lora_rt.core.tuning.settings import (
     check_composition_place,
     settings_for,
 )
+from lora_rt.registry.reference import composed
 
 if TYPE_CHECKING:
     from lora_rt.core.tuning.session import Fitted
@@ -91,7 +92,7 @@ def tune(
             prompts=prompts is not None,
             folder=folder is not None,
         )
-    name = "my-mix" if name is None else name
+    name = "my-mix" if name is None else composed(name)
     registry = session().registry
     if isinstance(settings, SceneSettings):
         check_adapters_place(folder, registry)

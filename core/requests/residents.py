@@ -37,7 +37,7 @@ from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.errors import UnknownAdapterError, WrongBaseError
 from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
 from lora_rt.registry.paths import folder_of
-from lora_rt.registry.reference import Reference, check_name
+from lora_rt.registry.reference import Reference, check_name, composed
 from lora_rt.registry.registry import Registry
 from lora_rt.registry.resolved import Resolved
 
@@ -105,6 +105,7 @@ class Residents:
         """
         parsed = Reference.of(reference)
         if name is not None:
+            name = composed(name)
             check_name(name)
         with self._lock:  # while it is read, too: two requests for one adapter read it once
             resident = self._load(parsed, name, allow_base_mismatch)
@@ -131,6 +132,7 @@ class Residents:
         Raises:
             BankError: it is not resident.
         """
+        name = composed(name)
         with self._lock:
             self._bank.remove(name)
             self._given -= {name}

@@ -12,7 +12,7 @@ from lora_rt.core.serving.failures import RESPONSES
 from lora_rt.core.serving.protocol import AdminRequest
 from lora_rt.core.serving.service import Service
 from lora_rt.core.serving.shelf import Shelved
-from lora_rt.registry.reference import check_name
+from lora_rt.registry.reference import check_name, composed
 
 
 def install(app: FastAPI, service: Service) -> None:
@@ -37,8 +37,9 @@ def install(app: FastAPI, service: Service) -> None:
 
         Rows that are running keep the adapter that they began with.
         """
-        check_name(asked.name)
-        await asyncio.wrap_future(service.beside(lambda: actions[asked.action](asked.name)))
+        name = composed(asked.name)
+        check_name(name)
+        await asyncio.wrap_future(service.beside(lambda: actions[asked.action](name)))
         return {"adapters": [_told(item) for item in shelf.items()]}
 
 

@@ -20,7 +20,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.registry.card import parse_card
 from lora_rt.registry.files import CARD
 from lora_rt.registry.inspection.config import read_config
-from lora_rt.registry.reference import BASE, is_name
+from lora_rt.registry.reference import BASE, composed, is_name
 
 Optimizer = Literal["adamw", "paged-adamw-8bit"]
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -71,6 +71,10 @@ class TrainSettings:
     special_tokens: bool = False
     early_stop: int | None = None
     log_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.register, str):  # see check
+            object.__setattr__(self, "register", composed(self.register))
 
     def check(self) -> None:
         """What is known without data, base and mode.

@@ -15,7 +15,7 @@ from lora_rt.registry.hub.remote import commit_of, look
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked
 from lora_rt.registry.records import Record
-from lora_rt.registry.reference import Reference, check_name, hub_place, is_commit, is_name
+from lora_rt.registry.reference import Reference, check_name, composed, hub_place, is_commit, is_name
 from lora_rt.registry.resolved import Resolved
 from lora_rt.registry.store import Store, is_whole
 
@@ -36,7 +36,7 @@ def pull(
         RejectedAdapterError: it is no adapter that may be loaded.
         StoreError: the name belongs to another adapter.
     """
-    name = name or default_name(reference)
+    name = composed(name or default_name(reference))
     check_name(name)  # before anything is fetched
     commit = _commit(store, reference, offline)
     if commit is None:

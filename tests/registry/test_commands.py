@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_rt.core.cli.app import run
+from lora_rt.core.step.settings import TrainSettings
 from lora_rt.registry.registry import Registry
 from support.adapters import adapter_files, write_adapter
 from support.hub import LocalHub
@@ -53,6 +55,17 @@ def line(
 
 def _row(line: Line, name: str) -> dict[str, Any]:
     return next(row for row in line.json("list") if row["name"] == name)
+
+
+def test_a_name_may_be_typed_with_its_marks_apart(line: Line, registry: Registry, tmp_path: Path) -> None:
+    """As the keyboards and file systems of some machines give it."""
+    name, apart = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+    assert line.json("pull", REPO, "--as", apart)["name"] == name
+    assert [item["name"] for item in line.json("verify", apart)] == [name]
+    assert line("rm", apart, "-y") == 0, line.err
+    (registry.folder / "lora-rt.toml").write_text(f'[adapters]\n{apart!r} = "{REPO}"\n')
+    assert line.json("show", apart)["name"] == name
+    assert TrainSettings(register=apart, mode="output-only", data=tmp_path).register == name
 
 
 def test_pull_list_show_verify_and_rm(line: Line, hub: LocalHub) -> None:
