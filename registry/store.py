@@ -191,8 +191,13 @@ class Store:
     def _settle(self, record: Record) -> None:
         """Let the id of its repository mean what was taken last, which has just got a name.
 
-        The record without a name has done its service then, unless other names keep older commits.
+        The record without a name has done its service then, unless other names keep older commits. So has one of the
+        same name and commit with fewer files: the Hub's cache had no more of them, not even what says for which base.
         """
+        for path in self.records.paths_of(record.name):
+            other = read(path)
+            if isinstance(other, Record) and _is_part_of(other, record):
+                self.records.remove(path)
         if not record.is_named or not record.source.startswith("hub "):
             return
         repo = record.source.removeprefix("hub ")
@@ -274,3 +279,9 @@ def _is_held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def _is_part_of(record: Record, whole: Record) -> bool:
+    """Whether a record is of the same commit, with fewer files."""
+    same = (record.source, record.revision) == (whole.source, whole.revision)
+    return same and record.files.keys() < whole.files.keys()

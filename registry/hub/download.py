@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from lora_rt.registry.hub.internals import mark_absent, read_listing
 from lora_rt.registry.hub.limits import check_settings
 from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile, place_of
 from lora_rt.registry.reference import is_commit
+
+_log = logging.getLogger("lora_rt.registry")
 
 Report = Callable[[str, int, int], None]
 """Called with a file's name, the bytes that arrived since the last call, and the bytes that it will have."""
@@ -64,7 +67,7 @@ def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) 
     Without names, all that the repository has of an adapter is taken; see `_all_of`.
 
     Raises:
-        HubError: the cache lacks a file, or does not say whether the repository has it.
+        HubError: the cache lacks a file.
         ChangedAdapterError: a file of the cache is damaged.
     """
     check_settings()
@@ -86,42 +89,50 @@ def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) 
 def _all_of(repo: str, commit: str) -> list[str]:
     """The files that a repository has of an adapter at a commit, as far as the client's cache knows it.
 
-    Other programs fetch the configuration and the weights alone. Without its card an adapter would be another one.
+    Other programs fetch the configuration and the weights alone. Without its card an adapter may be another one, so
+    that is told, and a later pull looks for the card (`is_settled`).
 
     Raises:
-        HubError: the cache does not say whether there is a card, or another file that need not be there.
         RejectedAdapterError: the card is no card.
     """
-    from huggingface_hub import try_to_load_from_cache
-
-    def found(name: str) -> Any:
-        """The file's path, None where nothing is known of it, and something else where it is known not to be there."""
-        return try_to_load_from_cache(*place_of(repo, name), revision=commit)
-
-    config = found(CONFIG)
+    config = _cached(repo, CONFIG, commit)
     has = present(Path(config).parent) if isinstance(config, str) else []
     is_sharded = any(map(shard_number, has))
     names = {*has, CONFIG} if is_sharded else {*has, CONFIG, WEIGHTS}
     card = read_card(Path(config).parent) if CARD in has else None
-    optional = {CARD, README} | ({SHARD_INDEX} if is_sharded else set()) | ({STATE} if card and card.state else set())
-    listing = read_listing(place_of(repo, CONFIG)[0], commit)
-    unknown = [
-        name
-        for name in sorted(optional - names)
-        if found(name) is None and (listing is None or place_of(repo, name)[1] in listing)
-    ]
-    if unknown:
-        text = f"the Hub's cache has a part of {repo} at {commit[:12]} alone, without {' and '.join(unknown)}, if any"
-        raise HubError(text, next_step=f"Go online once and type: lora-rt pull {repo}@{commit}")
+    optional = {CARD} | ({SHARD_INDEX} if is_sharded else set()) | ({STATE} if card and card.state else set())
+    if unknown := [name for name in sorted(optional - names) if not _is_known(repo, name, commit)]:
+        without = " and ".join(unknown)
+        _log.warning(
+            "the Hub's cache has a part of %s alone: taken without %s, if it has any; online, lora-rt pull %s looks",
+            *(repo, without, repo),
+        )
     return sorted(names)
+
+
+def is_settled(repo: str, commit: str, files: Iterable[str]) -> bool:
+    """Whether an installed commit has its card, or is known to have none; a part of it may have come from the cache."""
+    return CARD in files or _is_known(repo, CARD, commit)
+
+
+def _cached(repo: str, name: str, commit: str) -> Any:
+    """A file's path, None where nothing is known of it, and something else where it is known not to be there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return try_to_load_from_cache(*place_of(repo, name), revision=commit)
+
+
+def _is_known(repo: str, name: str, commit: str) -> bool:
+    """Whether the client's cache has a file, or knows that the repository doesn't."""
+    listing = read_listing(place_of(repo, CONFIG)[0], commit)
+    absent = listing is not None and place_of(repo, name)[1] not in listing
+    return absent or _cached(repo, name, commit) is not None
 
 
 def cached_commit(repo: str, revision: str | None) -> str | None:
     """The commit that the client's cache has for a revision of a repository, with its configuration; or None."""
     check_settings()
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(*place_of(repo, CONFIG), revision=revision or "main")
+    path = _cached(repo, CONFIG, revision or "main")
     if not isinstance(path, str):
         return None
     depth = place_of(repo, CONFIG)[1].count("/")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from filelock import BaseFileLock, FileLock
 
 from lora_rt.registry.errors import ChangedAdapterError, HubError, StoreError
 from lora_rt.registry.hub.client import asks_nobody
-from lora_rt.registry.hub.download import Report, cached_commit, fetch, fetch_cached, silent
+from lora_rt.registry.hub.download import Report, cached_commit, fetch, fetch_cached, is_settled, silent
 from lora_rt.registry.hub.remote import commit_of, look
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import Locked
@@ -86,13 +87,15 @@ def install(
     Without a name it is kept under the repository's id, and nothing that anybody types by name changes its meaning.
     `expected` are the sha256 of its files where they are pinned already.
     """
-    if found := _at_hand(store, repo, commit, name, requested, expected):  # a home that can't be written has no lock
+    offline = offline or asks_nobody()
+    have = partial(_at_hand, store, repo, commit, name, requested, expected, offline)
+    if found := have():  # a home that can't be written has no lock
         return found
     with _one_at_a_time(store, repo, commit):
-        if found := _at_hand(store, repo, commit, name, requested, expected):
+        if found := have():
             return found
         with store.staging() as folder:
-            if offline or asks_nobody():
+            if offline:
                 fetch_cached(repo, commit, sorted(expected) if expected else None, folder)
             else:
                 fetch(look(repo, commit), folder, report)
@@ -105,11 +108,17 @@ def install(
 
 
 def _at_hand(
-    store: Store, repo: str, commit: str, name: str | None, requested: str | None, expected: Mapping[str, str] | None
+    store: Store,
+    repo: str,
+    commit: str,
+    name: str | None,
+    requested: str | None,
+    expected: Mapping[str, str] | None,
+    offline: bool,
 ) -> Resolved | None:
     """What is installed of a commit, named or kept as it was asked for; None where it has to be fetched."""
     have = _installed(store, repo, commit, expected)
-    if have is None:
+    if have is None or not (offline or expected is not None or is_settled(repo, commit, have.files)):
         return None
     return _name_it(store, have, name, requested) if name is not None else _keep(store, have, requested)
 
