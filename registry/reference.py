@@ -83,8 +83,11 @@ class Reference:
 
 
 def composed(text: str) -> str:
-    """The form (NFC) in which names are kept: some keyboards and file systems give a letter and its mark apart."""
-    return unicodedata.normalize("NFC", text)
+    """The form (NFC) in which names are kept: some keyboards and file systems give a letter and its mark apart.
+
+    What a program gives that is no text stays what it is, for those who check names.
+    """
+    return unicodedata.normalize("NFC", text) if isinstance(text, str) else text
 
 
 def is_path(text: str) -> bool:

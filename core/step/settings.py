@@ -73,8 +73,7 @@ class TrainSettings:
     log_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.register, str):  # see check
-            object.__setattr__(self, "register", composed(self.register))
+        object.__setattr__(self, "register", composed(self.register))
 
     def check(self) -> None:
         """What is known without data, base and mode.
