@@ -11,7 +11,10 @@ from lora_rt.core.engine import tiled_factors
 from lora_rt.core.engine.tiled_factors import LEAST, add, fits, hidden_of, takes
 from lora_rt.core.multiply.many import Ranks, in_lanes, ranks_of
 
-pytestmark = pytest.mark.skipif(not tiled_factors.are_there(), reason="this processor has no tiles")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not tiled_factors.are_there(), reason="this processor has no tiles"),
+]
 
 IN, OUT = 96, 80
 

@@ -19,7 +19,10 @@ from lora_rt.core.multiply.four_bit import FourBit
 from lora_rt.core.multiply.many import LEAST, Added, Ranks, in_lanes, product, ranks_of
 from lora_rt.core.multiply.product import Product
 
-pytestmark = pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles"),
+]
 
 IN, OUT = 192, 144
 
