@@ -276,7 +276,7 @@ class LanePlan(Plan):
         """
         Args:
             active: the adapters. own: where steps find their factors.
-            gathered: gives the lanes, which passes of several tokens a row are made with.
+            gathered: gives the lanes, for passes of several tokens a row whose factors tiles don't read.
         """
         self.topology = topology
         self._active, self._weights, self._own = active, weights, own

@@ -138,6 +138,7 @@ class Residents:
             self._given -= {name}
             self.infos = {key: info for key, info in self.infos.items() if key != name}
             self._aliases = {text: resident for text, resident in self._aliases.items() if resident != name}
+            self._stamps = {text: stamp for text, stamp in self._stamps.items() if text in self._aliases}
 
     def ensure(self, composition: Composition) -> list[tuple[AdapterInfo, float]]:
         """The adapter and the weight of every term, loading what is not resident yet.
