@@ -23,6 +23,7 @@ from lora_rt.core.native import compiled
 
 _log = logging.getLogger("lora_rt.generation")
 
+_AT_ONCE = 32  # random numbers
 _TRIES = 64  # after which a small nucleus is looked for by sorting
 _WIDEST = torch.finfo(torch.float32).max
 
@@ -35,6 +36,7 @@ class RowSampler:
         self._generator: torch.Generator | None = None
         if not sampling.greedy:
             self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        self._numbers: list[float] = []  # the last one is next
         self.penalised: dict[int, None] = {}  # tokens whose scores the repetition penalty changes
 
     def said(self, token: int) -> None:
@@ -44,7 +46,9 @@ class RowSampler:
 
     def uniform(self) -> float:
         """The row's next random number, from 0 to below 1."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        if not self._numbers:  # some at once take as long as one, and are the same
+            self._numbers = torch.rand(_AT_ONCE, generator=self._generator, dtype=torch.float64).tolist()[::-1]
+        return self._numbers.pop()
 
 
 def choose(
@@ -78,8 +82,8 @@ def _adjusted(logits: Tensor, rows: Sequence[RowSampler], forbidden: Sequence[Co
     scores = logits.float().contiguous()
     if any(row.penalised for row in rows):
         where = _places([row.penalised for row in rows], scores.device)
-        strengths = torch.tensor([row.sampling.repetition_penalty for row in rows], dtype=torch.float64)
-        penalty = strengths.to(scores.device)[where[0]]
+        strengths = [row.sampling.repetition_penalty for row in rows]
+        penalty = torch.from_numpy(np.repeat(strengths, [len(row.penalised) for row in rows])).to(scores.device)
         old = scores[where].double()
         # In double precision and back within the range of float32: a tiny penalty makes numbers huge, not infinite.
         new = torch.where(old > 0, old / penalty, old * penalty).clamp(-_WIDEST, _WIDEST)
@@ -151,7 +155,6 @@ def _by_kernel(
     """The same, compiled; `again` is one more random number of a row, by its place."""
     numbers = np.zeros((len(settings), kernel.NUMBERS))
     numbers[:, : len(Draw._fields)] = settings
-    numbers[:, kernel.BEST] = bests.amax(-1)
     tokens = np.empty(len(settings), np.int64)
     wanted = np.arange(len(settings))
     for _ in range(1 + _TRIES):

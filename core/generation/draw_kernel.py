@@ -28,6 +28,7 @@ CLOSE = 2e-5  # more than what chances in single precision lose
 UNSEEN = 0.1  # the most share of all chances that blocks which are not looked at may have
 _USES = kernels.__file__, drawing.__file__, in_c.__file__
 UNSURE, MISSED = -1, -2  # in place of a token
+RUN = 64  # blocks whose chances are worked out by one loop: of more, single precision would lose too much
 # Numbers of a row, float64: those of `drawing.Draw`, its best score, the least that all chances have together, whether
 # it is known that its nucleus is wide, and the largest chance that was found outside of that.
 HEAT, TOP_P, TOP_K, UNIFORM, BEST, LEAST, TRIED, OUTSIDE, NUMBERS = range(9)
@@ -115,8 +116,10 @@ def _among_few(
 ) -> int:
     """The token of a row whose nucleus is among its 48 likeliest tokens; else `UNSURE`. Writes `LEAST`."""
     best, heat, top_p, top_k = row[BEST], row[HEAT], row[TOP_P], row[TOP_K]
+    row[LEAST] = _chances(bests, np.float32(best), np.float32(heat), rough) * (1 - ROUNDING)
+    if top_k == np.inf and (top_p >= 1 or top_p * row[LEAST] > FEW):  # none of the 48 is likelier than the best
+        return UNSURE
     _likeliest(scores, bests, blocks, values, tokens)
-    _chances(bests, np.float32(best), np.float32(heat), rough)
     known = others = 0.0
     for block in blocks:
         start = block * BLOCK
@@ -145,71 +148,95 @@ def _among_few(
 
 
 @compiled(any_order=True, kept=False)
-def _look(scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any) -> tuple[int, float, float]:
-    """What a wide nucleus can be in: how many blocks, the sum of their chances, and the most that all others have.
+def _look(
+    scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any, ends: Any
+) -> tuple[int, int, float, float]:
+    """What a wide nucleus can be in: how many blocks and runs of them, the sum of their chances, and the others' most.
 
-    scores (vocabulary,), bests (blocks,) and `row` are of one row. Into `blocks`, `chances` (blocks, 32) and
-    `sums` (blocks,), which run on, goes what these are.
+    scores (vocabulary,), bests (blocks,) and `row` are of one row. Into `blocks` and `chances` (blocks, 32) goes what
+    these are, into `sums` the chances up to the end of every run of neighbours, and into `ends` how many blocks those
+    are: each run is one loop, and many short ones would take twice as long.
     """
     # What is less likely than `floor` has less than the share `UNSEEN` of all, and less than lies outside of the
     # nucleus: no token of a block whose best is below it can be in the nucleus.
     best, heat = np.float32(row[BEST]), np.float32(row[HEAT])
     floor = min((1 - row[TOP_P]) / 2, UNSEEN) * row[LEAST] / len(scores)
-    rough = sums[: len(bests)]  # until each is overwritten by the sum of a block before it, or its own
+    rough = sums[: len(bests)]  # before it is what it is for
     _chances(bests, best, heat, rough)
-    count, total, rest = 0, 0.0, 0.0
+    count, rest = 0, 0.0
     for block in range(len(bests)):
         if rough[block] < floor:
             rest += rough[block]
+        else:
+            blocks[count] = block
+            count += 1
+    runs, done, total, flat = 0, 0, 0.0, chances.reshape(-1)
+    while done < count:
+        end = done + 1
+        while end < min(count, done + RUN) and blocks[end] == blocks[end - 1] + 1:
+            end += 1
+        values = scores[blocks[done] * BLOCK : (blocks[end - 1] + 1) * BLOCK]
+        out = flat[done * BLOCK : end * BLOCK]
+        out[len(values) :] = np.float32(0)  # of what the last block of all may lack
+        total += _chances(values, best, heat, out)
+        sums[runs], ends[runs] = total, end
+        runs, done = runs + 1, end
+    return count, runs, total, rest * BLOCK * (1 + CLOSE)
+
+
+@compiled(any_order=True, kept=False)
+def _above(scores: Any, bests: Any, blocks: Any, chances: Any, token: int) -> float:
+    """The sum of the chances before a token: of what is more likely, and of equals what stands before it."""
+    own, mine = scores[token], token // BLOCK
+    above: Any = 0.0
+    for n in range(len(blocks)):
+        block = blocks[n]
+        if bests[block] < own:
             continue
         start = block * BLOCK
-        width = min(len(scores) - start, BLOCK)
-        chances[count, width:] = np.float32(0)
-        total += _chances(scores[start : start + width], best, heat, chances[count, :width])
-        blocks[count], sums[count] = block, total
-        count += 1
-    return count, total, rest * BLOCK * (1 + CLOSE)
+        more: Any = np.float32(0)
+        if block == mine or start + BLOCK > len(scores):
+            for i in range(min(BLOCK, len(scores) - start)):
+                score = scores[start + i]
+                more += chances[n, i] if score > own or (score == own and start + i < token) else np.float32(0)
+        elif block < mine:
+            for i in range(BLOCK):
+                more += chances[n, i] if scores[start + i] >= own else np.float32(0)
+        else:
+            for i in range(BLOCK):
+                more += chances[n, i] if scores[start + i] > own else np.float32(0)
+        above += more
+    return float(above)
 
 
 @compiled(any_order=True, kept=False)
 def _attempt(
-    scores: Any, row: Any, blocks: Any, chances: Any, sums: Any, total: Any, rest: Any, uniform: Any, outside: Any
+    scores: Any, bests: Any, row: Any, blocks: Any, chances: Any, sums: Any, ends: Any, rest: Any
 ) -> tuple[int, bool, float]:
-    """The token on which a random number falls among `_look`'s, whether it is in the nucleus, and its chance.
-
-    A token that is less likely than `outside` is not in it.
-    """
-    goal = uniform * total
-    block = 0
-    while block < len(sums) - 1 and sums[block] <= goal:
-        block += 1
-    offset = 0
-    below: Any = sums[block - 1] if block else 0.0
-    below += chances[block, 0]
-    while offset < BLOCK - 1 and below <= goal:
-        offset += 1
-        below += chances[block, offset]
-    token, chance, top_p = blocks[block] * BLOCK + offset, chances[block, offset], row[TOP_P]
-    if chance < outside:
+    """The token on which the row's number falls among `_look`'s, whether it is in the nucleus, and its chance."""
+    total, top_p, flat = sums[-1], row[TOP_P], chances.reshape(-1)
+    goal = row[UNIFORM] * total
+    run = 0
+    while run < len(sums) - 1 and sums[run] <= goal:
+        run += 1
+    place, last = (ends[run - 1] if run else 0) * BLOCK, ends[run] * BLOCK - 1
+    below: Any = sums[run - 1] if run else 0.0
+    below += flat[place]
+    while place < last and below <= goal:
+        place += 1
+        below += flat[place]
+    token, chance = blocks[place // BLOCK] * BLOCK + place % BLOCK, flat[place]
+    if chance < row[OUTSIDE]:
         return token, False, chance
     if top_p >= 1 or chance == 0:
         return token, chance > 0, chance
-    # What is more likely, and of equals what stands before it, has less than the share top_p.
-    own = scores[token]
-    above: Any = 0.0
-    for n in range(len(blocks)):
-        start = blocks[n] * BLOCK
-        more: Any = np.float32(0)
-        for i in range(min(BLOCK, len(scores) - start)):
-            score = scores[start + i]
-            more += chances[n, i] if score > own or (score == own and start + i < token) else np.float32(0)
-        above += more
+    above = _above(scores, bests, blocks, chances, token)
     if above < top_p * total * (1 - CLOSE):
         return token, True, chance
     if above > top_p * (total + rest) * (1 + CLOSE):
         return token, False, chance
     # Too close to tell by what was seen: all chances are added up.
-    all_of_them = above = 0.0
+    own, all_of_them, above = scores[token], 0.0, 0.0
     for i in range(len(scores)):
         exact = np.exp((np.float64(scores[i]) - row[BEST]) / row[HEAT])
         all_of_them += exact
@@ -219,13 +246,14 @@ def _attempt(
 
 
 @compiled(any_order=True, kept=False)
-def _among_many(row: Any, scores: Any, bests: Any, blocks: Any, chances: Any, sums: Any) -> int:
+def _among_many(row: Any, scores: Any, bests: Any, blocks: Any, chances: Any, sums: Any, ends: Any) -> int:
     """The token of a row whose nucleus is wide; `MISSED` where its number falls outside of that. Writes `OUTSIDE`."""
-    count, total, rest = _look(scores, bests, row, blocks, chances, sums)
+    count, runs, total, rest = _look(scores, bests, row, blocks, chances, sums, ends)
     if not 0 < total < np.inf:
         return UNSURE
-    seen = blocks[:count], chances[:count], sums[:count]
-    token, inside, chance = _attempt(scores, row, *seen, total, rest, row[UNIFORM], row[OUTSIDE])
+    token, inside, chance = _attempt(
+        scores, bests, row, blocks[:count], chances[:count], sums[:runs], ends[:runs], rest
+    )
     if inside:
         return int(token)
     row[OUTSIDE] = max(row[OUTSIDE], chance)
@@ -237,10 +265,10 @@ def _all(d: Any) -> None:
     """A thread's rows."""
     vocabulary, blocks = d[VOCABULARY], d[BLOCKS]
     me, us = (ask(d[NUMBER]), ask(d[TEAM])) if d[TEAM] else (0, 1)
-    few, tokens, seen = np.empty(FEW, np.int64), np.empty(FEW, np.int64), np.empty(blocks, np.int64)
+    few, tokens, ends = np.empty(FEW, np.int64), np.empty(FEW, np.int64), np.empty(blocks, np.int64)
     values, chances = np.empty(FEW, np.float32), np.empty(FEW, np.float64)
     rough, near, sums = np.empty(blocks, np.float32), np.empty(BLOCK, np.float32), np.empty(blocks, np.float64)
-    of_seen = np.empty((blocks, BLOCK), np.float32)
+    seen, of_seen = np.empty(blocks, np.int64), np.empty((blocks, BLOCK), np.float32)
     wanted, found = integers_at(d[WANTED], d[ROWS]), integers_at(d[FOUND], d[ROWS])
     for n in range(me, d[ROWS], us):
         r = wanted[n]
@@ -251,10 +279,11 @@ def _all(d: Any) -> None:
         )
         token = UNSURE
         if row[TRIED] == 0:
+            row[BEST] = bests.max()
             token = _among_few(row, scores, bests, few, tokens, values, chances, rough, near)
         if token == UNSURE and row[TOP_K] == np.inf:
             row[TRIED] = 1
-            token = _among_many(row, scores, bests, seen, of_seen, sums)
+            token = _among_many(row, scores, bests, seen, of_seen, sums, ends)
         found[n] = token
 
 
