@@ -5,8 +5,10 @@ The ways          ways.py       what they are, and what each reads
                   fastest.py    which one a layer of a base takes, and the copies that fit
                   measured.py   how fast each is here: raced once for a machine and a shape
 As bitsandbytes   cpu_4bit.py   its own kernel, without the Python around it
-In 4 bits         four_bit.py   codes and scales, and the product of a few rows
-                  four_bit_kernel.py  its loops
+In 4 bits         four_bit.py   codes and scales, and their product
+                  four_bit_kernel.py  how they are read
+In 16 bits        as_it_lies.py  a dense weight, by processors without AMX
+                  vector_kernel.py  its loops, and those of 4 bits
 By AMX            tiled.py      a few rows and a bfloat16 weight
                   amx_kernel.py  its loops, and those of a few rows in 4 bits
                   many.py       many rows, with what adapters add

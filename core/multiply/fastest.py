@@ -30,6 +30,7 @@ _GAIN_ALONE = 0.75  # the same for single tokens: a copy of an output head takes
 _HARDLY = 1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves what lies between products
 _SAVED = 20.0  # microseconds that a product of its own takes at least before and after it, which such a step has not
 _PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
+_PAYS_BESIDE_OURS = 0.75  # the same where nothing dense was kept: to make the copies of a base takes a second or two
 _COPIES: tuple[frozenset[Copy], ...] = (
     frozenset(),
     frozenset(("narrow",)),
@@ -47,7 +48,9 @@ _COPIES: tuple[frozenset[Copy], ...] = (
 """The dense copies that a layer may have; smaller ones come first."""
 
 _NEVER = 1e12  # microseconds, for a way that was not tried: two of infinity could not be told apart
-_TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half", "four-bit", "tiles")
+_TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half", "four-bit", "tiles", "as-it-lies")
+_LEAN: Ways = ("four-bit", "as-it-lies")
+"""Ways by kernels of our own that need no dense copy; a layer has one of them."""
 _NO_GRADIENT: frozenset[Copy] = frozenset(("half", "blocked", "four-bit"))
 """Copies that a gradient can't be made with."""
 
@@ -143,7 +146,8 @@ def choose(
         for number in at_once:
             took[number] -= math.log(_HARDLY)
         gains = [] if best is None else [new - old for new, old in zip(took, best[0], strict=True)]
-        if best is None or (sum(gains) < 0 and min(gains) < math.log(_PAYS)):
+        pays = _PAYS_BESIDE_OURS if best is not None and _is_lean(best[1]) else _PAYS
+        if best is None or (sum(gains) < 0 and min(gains) < math.log(pays)):
             best = took, plan
     if best is None:
         text = (
@@ -175,9 +179,10 @@ def fastest(times: Times, ways: Sequence[Way]) -> Ways:
 
     def pick(number: int) -> Way:
         best = min(ways, key=lambda way: _time(times, way, number))
-        near = "four-bit" in ways and _time(times, best, number) > _GAIN * _time(times, "four-bit", number)
-        if near and _is_dense(best):
-            best = "four-bit"
+        for lean in _LEAN:
+            near = lean in ways and _time(times, best, number) > _GAIN * _time(times, lean, number)
+            if near and _is_dense(best):
+                best = lean
         gain = _GAIN_ALONE if _is_dense(best) and number == 0 else _GAIN
         near = "packed" in ways and _time(times, best, number) > gain * _time(times, "packed", number)
         return "packed" if near else best
@@ -190,10 +195,22 @@ def _is_dense(way: Way) -> bool:
     return keeps(way) not in (None, "four-bit")
 
 
+def _is_lean(plan: Mapping[str, Ways]) -> bool:
+    """Whether kernels of our own multiply and no dense copy is kept."""
+    ways = {way for ways in plan.values() for way in ways}
+    return not ways.isdisjoint(_LEAN) and not any(map(_is_dense, ways))
+
+
 def told(name: str, times: Times) -> str:
     """How a layer of that name (`layer_name`) is multiplied where its copies fit, and the memory of one copy."""
     out, _, width = name.split()[:3]
-    found = fastest(times, [way for way in _TOLD if way in times])
+    ways: list[Way] = [way for way in _TOLD if way in times]
+    found, lean = fastest(times, ways), [way for way in ways if not _is_dense(way)]
+    if _is_lean({name: fastest(times, lean)}) and not any(
+        _time(times, best, n) < _PAYS_BESIDE_OURS * _time(times, ours, n)
+        for n, (best, ours) in enumerate(zip(found, fastest(times, lean), strict=True))
+    ):
+        found = fastest(times, lean)
     words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
     small = ""
     if "four-bit" in times:

@@ -32,7 +32,7 @@ _log = logging.getLogger("lora_rt.base")
 BLOCK = 64  # numbers with one scale
 TILE = 4  # outputs, of which the kernel makes whole ones
 WIDEST = 1 << 15  # inputs that are multiplied by tiles: a copy of sixteen rows stands on each thread's stack, 1 MiB
-_ALONE = 1 << 16  # numbers times rows up to which one thread is faster than two
+ALONE = 1 << 16  # numbers times rows up to which one thread is faster than two
 _DTYPES = (torch.bfloat16, torch.float32)
 _Arguments = ctypes.c_int64 * 9
 
@@ -164,7 +164,7 @@ def _multiplied(x: Tensor, weight: FourBit, run: Callable[[Any, int], None]) -> 
         x = x.contiguous()
     y = x.new_empty(*rows, out)
     count = x.numel() // width
-    threads = torch.get_num_threads() if count * out * width > _ALONE else 1
+    threads = torch.get_num_threads() if count * out * width > ALONE else 1
     parts = 2 * threads if threads > 1 else 1
     places = codes.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr()
     run(_Arguments(0, parts, count, width, out, *places), threads)

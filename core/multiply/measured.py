@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_rt.core.base.machine import cpu_name
-from lora_rt.core.multiply import blocked, four_bit, half, many, tiled
+from lora_rt.core.multiply import as_it_lies, blocked, four_bit, half, many, tiled
 from lora_rt.core.multiply.ways import (
     NARROW,
     SIZES,
@@ -59,8 +59,9 @@ def machine_name() -> str:
     """What decides how fast this process multiplies."""
     packages = ("torch", "bitsandbytes", *(["llvmlite"] if four_bit.could_be() else []))
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
-    # "AMX" alone were figures from before many rows had a kernel of their own.
-    units = torch.backends.cpu.get_cpu_capability() + (", AMX tiles" if four_bit.could_be_tiles() else "")
+    # "AMX" alone, or nothing, were figures from before many rows had a kernel of their own.
+    own = ", AMX tiles" if four_bit.could_be_tiles() else ", registers" if four_bit.could_be() else ""
+    units = torch.backends.cpu.get_cpu_capability() + own
     return f"{cpu_name()}, {units}, {torch.get_num_threads()} threads, {versions}"
 
 
@@ -204,6 +205,8 @@ def _candidates(layer: nn.Linear, dtype: torch.dtype, pool: Tensor) -> dict[Way,
             return lambda x: half.product(x.float(), pools["half"]()).to(x.dtype)
         if kept == "four-bit":
             return partial(_in_four_bits, pools["four-bit"], rows)
+        if way == "as-it-lies":
+            return lambda x: as_it_lies.product(x.float(), pools["narrow"]()).to(x.dtype)
         if way == "tiles":
             return lambda x: (
                 (many if many.takes(x, rows, dense=True) else tiled).product(x, pools["narrow"]()).to(x.dtype)

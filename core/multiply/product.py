@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_rt.core.base.repacking import forbid_repacking
-from lora_rt.core.multiply import blocked, four_bit, half, many, tiled
+from lora_rt.core.multiply import as_it_lies, blocked, four_bit, half, many, tiled
 from lora_rt.core.multiply.cpu_4bit import Forward, place_of
 from lora_rt.core.multiply.ways import (
     NARROW,
@@ -44,9 +44,10 @@ _LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
 
 @contextmanager
 def looking() -> Iterator[None]:
-    """Within it no copies are made: for passes that only show the shapes of what layers get.
+    """Within it no dense copies are made: for passes that only show the shapes of what layers get.
 
-    A copy of an output head takes one and a half seconds, and who speaks one token at a time may never need it.
+    A copy of an output head takes one and a half seconds, and who speaks one token at a time may never need it. Codes
+    for the 4-bit kernel are there sooner than bitsandbytes makes a weight dense for a product.
     """
     before = _LOOKING.set(True)
     try:
@@ -168,6 +169,8 @@ class Product:
             return four_bit.product(given, self._copy("four-bit"), bias, narrow=self.dtype is torch.bfloat16)
         if way == "tiles":
             return tiled.product(given, self._parameters["weight"], bias)  # type: ignore[arg-type]  # a tensor
+        if way == "as-it-lies":
+            return as_it_lies.product(given, self._parameters["weight"], bias)  # type: ignore[arg-type]  # a tensor
         if way in _READ:
             return linear(given, self._copy(_READ[way]), bias)
         return widened_product(given, self._narrow(), bias)
@@ -176,7 +179,7 @@ class Product:
         """How the product with x is made."""
         count = x.numel() // self.width
         way = self._by_bits[min(count.bit_length(), _MANY)]
-        if _LOOKING.get() and keeps(way) not in (None, *self._kept):
+        if _LOOKING.get() and keeps(way) not in (None, "four-bit", *self._kept):
             return "packed"
         if way == "packed" or x.dtype is not self.dtype or x.shape[-1] != self.width or not x.is_cpu or not count:
             return "packed"
@@ -259,6 +262,8 @@ class Product:
         if "four-bit" in self._by_bits and not four_bit.fits(self.module):
             return False
         if "tiles" in self._by_bits and not tiled.fits(self.module.weight):
+            return False
+        if "as-it-lies" in self._by_bits and not as_it_lies.fits(self.module.weight):
             return False
         self._kept = {}
         self._look()

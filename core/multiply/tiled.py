@@ -22,7 +22,7 @@ _log = logging.getLogger("lora_rt.base")
 
 _OUTPUTS, _INPUTS = 16, 32  # of a tile
 _WIDEST = 3 << 13  # inputs: a copy of 16 rows stands on each thread's stack, 768 KiB
-_LEAST = 1 << 16  # numbers of a weight, below which the way to the kernel takes longer than the product
+LEAST = 1 << 16  # numbers of a weight, below which the way to the kernel takes longer than the product
 _PARTS = 4  # for each thread
 _Arguments = ctypes.c_int64 * 9
 
@@ -46,7 +46,7 @@ def fits(weight: Tensor) -> bool:
     if weight.dtype is not torch.bfloat16 or not weight.is_cpu or not weight.is_contiguous():
         return False
     out, width = weight.shape
-    return out >= _OUTPUTS and not width % _INPUTS and width <= _WIDEST and out * width >= _LEAST
+    return out >= _OUTPUTS and not width % _INPUTS and width <= _WIDEST and out * width >= LEAST
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not x.is_contiguous():
         x = x.contiguous()
     y = x.new_empty(*rows, out, dtype=torch.float32)
-    threads = torch.get_num_threads() if out * width > _LEAST else 1
+    threads = torch.get_num_threads() if out * width > LEAST else 1
     parts = _PARTS * threads if threads > 1 else 1
     places = weight.data_ptr(), 0, x.data_ptr(), y.data_ptr()
     openmp.run(openmp.team(), _kernel(), _Arguments(0, parts, x.numel() // width, width, out, *places), threads)

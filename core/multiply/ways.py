@@ -10,6 +10,7 @@
     dense-half         a dense copy in float16 that is kept, multiplied in float32
     four-bit           a 4-bit copy that is kept, for a kernel of our own that multiplies in float32
     tiles              a dense weight where it lies, for a kernel of our own that multiplies by AMX
+    as-it-lies         the same, for one that multiplies in float32
 
 A dense weight has exactly the numbers that bitsandbytes' own dequantizing gives in the layer's compute dtype, so all
 ways multiply the same numbers and differ in rounding alone: `dense` and `dequantize` have the bits of bitsandbytes' own
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_rt.core.multiply import blocked, four_bit, half, tiled
+from lora_rt.core.multiply import as_it_lies, blocked, four_bit, half, tiled
 from lora_rt.core.multiply.cpu_4bit import Forward, direct_forward
 
 Way = Literal[
@@ -46,6 +47,7 @@ Way = Literal[
     "dense-half",
     "four-bit",
     "tiles",
+    "as-it-lies",
 ]
 WAYS: tuple[Way, ...] = get_args(Way)
 
@@ -105,7 +107,7 @@ def ways_of(module: nn.Module) -> tuple[Way, ...]:
     """All ways that a layer can be multiplied in."""
     ways: tuple[Way, ...] = WAYS
     if not is_4bit(module):  # its weight is dense as it is
-        ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked", "dense-half", "tiles")
+        ways = ("packed", "dequantize-wide", "dense-wide", "dense-blocked", "dense-half", "tiles", "as-it-lies")
     elif computes_in(module) == torch.float32:
         ways = ("packed", "dequantize", "dense", "dense-blocked", "four-bit")
     there: dict[Way, Callable[[], bool]] = {
@@ -113,6 +115,7 @@ def ways_of(module: nn.Module) -> tuple[Way, ...]:
         "dense-half": half.are_there,
         "four-bit": partial(four_bit.fits, module),
         "tiles": partial(_fits_tiles, module),
+        "as-it-lies": partial(_fits_as_it_lies, module),
     }
     return tuple(way for way in ways if way not in there or there[way]())
 
@@ -120,6 +123,11 @@ def ways_of(module: nn.Module) -> tuple[Way, ...]:
 def _fits_tiles(module: nn.Module) -> bool:
     weight: Any = module.weight
     return not is_4bit(module) and tiled.fits(weight) and tiled.are_there()
+
+
+def _fits_as_it_lies(module: nn.Module) -> bool:
+    weight: Any = module.weight
+    return not is_4bit(module) and as_it_lies.fits(weight) and as_it_lies.are_there(weight.dtype)
 
 
 def slice_of(width: int) -> int:

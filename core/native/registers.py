@@ -176,9 +176,11 @@ class Registers:
         register at a time took a seventh of the time of a product of few rows.
         """
         lanes, unit = self.lanes, 1  # lanes of a register, and how many of them hold what was added up
+        sums = list(sums)
         while unit < self.lanes:
             low, high = _neighbours(lanes, unit)
             if len(sums) > 1:
+                sums += [self.zeros()] * (len(sums) % 2)
                 pairs = list(zip(sums[::2], sums[1::2], strict=True))
             else:
                 pairs = [(sums[0], sums[0])]
