@@ -81,7 +81,7 @@ def _products() -> list[Check]:
         return [
             Check("multiplying", "note", "not measured yet", "Nothing: it is when a base is first loaded on the CPU")
         ]
-    return [Check(f"multiplying {name}", "ok", told(name, times)) for name, times in known.items()]
+    return [Check(f"multiplying {name}", "ok", words) for name, words in told(known).items()]
 
 
 def _plugins(records: list[PluginRecord]) -> list[Check]:

@@ -145,9 +145,7 @@ def choose(
         took = _took({name: (shares[name], times[name], ways) for name, ways in plan.items()})
         for number in at_once:
             took[number] -= math.log(_HARDLY)
-        gains = [] if best is None else [new - old for new, old in zip(took, best[0], strict=True)]
-        pays = _PAYS_BESIDE_OURS if best is not None and _is_lean(best[1]) else _PAYS
-        if best is None or (sum(gains) < 0 and min(gains) < math.log(pays)):
+        if best is None or _pays(took, *best):
             best = took, plan
     if best is None:
         text = (
@@ -195,28 +193,49 @@ def _is_dense(way: Way) -> bool:
     return keeps(way) not in (None, "four-bit")
 
 
+def _pays(took: Sequence[float], before: Sequence[float], plan: Mapping[str, Ways]) -> bool:
+    """Whether copies with which products take so long (`_took`) are worth it beside a plan without them."""
+    gains = [new - old for new, old in zip(took, before, strict=True)]
+    least = _PAYS_BESIDE_OURS if _is_lean(plan) else _PAYS
+    return sum(gains) < 0 and min(gains) < math.log(least)
+
+
 def _is_lean(plan: Mapping[str, Ways]) -> bool:
     """Whether kernels of our own multiply and no dense copy is kept."""
     ways = {way for ways in plan.values() for way in ways}
     return not ways.isdisjoint(_LEAN) and not any(map(_is_dense, ways))
 
 
-def told(name: str, times: Times) -> str:
-    """How a layer of that name (`layer_name`) is multiplied where its copies fit, and the memory of one copy."""
-    out, _, width = name.split()[:3]
-    ways: list[Way] = [way for way in _TOLD if way in times]
-    found, lean = fastest(times, ways), [way for way in ways if not _is_dense(way)]
-    if _is_lean({name: fastest(times, lean)}) and not any(
-        _time(times, best, n) < _PAYS_BESIDE_OURS * _time(times, ours, n)
-        for n, (best, ours) in enumerate(zip(found, fastest(times, lean), strict=True))
-    ):
-        found = fastest(times, lean)
-    words = ", ".join(f"{tokens} {found[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
+def told(known: Mapping[str, Times]) -> dict[str, str]:
+    """Name (`layer_name`) -> how such layers are multiplied where copies fit, and the memory of one copy."""
+    best: tuple[list[float], dict[str, Ways]] | None = None
+    for copies in _COPIES:
+        plan = {
+            name: fastest(times, [way for way in _TOLD if way in times and keeps(way) in (None, *copies)])
+            for name, times in known.items()
+        }
+        took = _took({name: (_size(name), known[name], ways) for name, ways in plan.items()})
+        if "four-bit" in copies:  # as for a base whose steps are made in one call
+            took[:-1] = [one - math.log(_HARDLY) for one in took[:-1]]
+        if best is None or _pays(took, *best):
+            best = took, plan
+    assert best is not None
+    return {name: _words(name, known[name], ways) for name, ways in best[1].items()}
+
+
+def _words(name: str, times: Times, ways: Ways) -> str:
+    words = ", ".join(f"{tokens} {ways[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
     small = ""
     if "four-bit" in times:
         words += ", four-bit in a step in one call"
         small = ", in 4 bits 0.3 of it"
-    return f"{words}; {int(out) * int(width) * 2 / 2**20:.1f} MiB a copy, in float32 twice that{small}"
+    return f"{words}; {_size(name) * 2 / 2**20:.1f} MiB a copy, in float32 twice that{small}"
+
+
+def _size(name: str) -> int:
+    """The numbers of a layer of that name."""
+    out, _, width = name.split()[:3]
+    return int(out) * int(width)
 
 
 def is_left_unpacked(model: nn.Module, in_one_call: bool) -> bool:

@@ -1,9 +1,10 @@
-"""A product of a few float32 rows and a 4-bit weight (bitsandbytes' NF4) that is never made dense.
+"""A product of float32 rows and a 4-bit weight (bitsandbytes' NF4) that is never made dense.
 
 Of a weight that is kept in half a byte a number, a processor reads a quarter of what it reads in float16, and with few
 rows that is what a product waits for. A block of 64 numbers has one scale. Its sixteen levels times that scale, rounded
 as bitsandbytes rounds them, fit into one register (two on processors without AVX-512), and each number is looked up
-there: so what is multiplied are the very numbers of the dense weight, and only the order of the sum is another.
+there: so what is multiplied are the very numbers of the dense weight, and only the order of the sum is another. Many
+rows meet them where a thread has written them into its own caches (`vector_kernel.py`).
 
 On a processor with AMX numbers that are all bfloat16's are multiplied by its tiles (`amx_kernel.py`), which sum up in
 float32 as well: sixteen rows in hardly more than the time of one, and a row has the same bits whatever stands beside
@@ -138,7 +139,7 @@ def have_tiles() -> bool:
 def product(x: Tensor, weight: FourBit, bias: Tensor | None = None, *, narrow: bool = False) -> Tensor:
     """y (..., out) of a float32 x (..., in), a weight and a float32 bias (out,). It knows no gradients.
 
-    The order of the sums hangs on how many rows there are, and on a row's place among them; by tiles it does not.
+    The order of the sums hangs on whether there are more than two rows; by tiles it does not.
 
     Args:
         narrow: the numbers of x are all bfloat16's, so that tiles may be taken where the weight's are, too.

@@ -12,6 +12,7 @@ python tests/support/readme.py --write    brings it up to date
 <!-- architectures report -->             the table from tests/architectures/results.json
 <!-- adapters report -->                  what becomes of adapters, by kind, from tests/runtime/variants.json
 <!-- bench report -->                     the table from examples/bench/report.json, once there is one
+<!-- bench without amx report -->         the same of a processor without AMX, from report-without-amx.json
 <!-- end -->
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 BENCH = ROOT / "examples/bench/report.json"
+_BENCHES = {"bench report": BENCH, "bench without amx report": BENCH.with_name("report-without-amx.json")}
 _WHAT = "output of: [^\n]+|[a-z ]+ report"
 _BLOCK = re.compile(rf"(<!-- (?P<what>{_WHAT}) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
@@ -224,8 +226,8 @@ def rendered(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         what = match["what"]
-        if what == "bench report":
-            body = bench_report(json.loads(BENCH.read_text())) if BENCH.exists() else match["body"]
+        if path := _BENCHES.get(what):
+            body = bench_report(json.loads(path.read_text())) if path.exists() else match["body"]
         else:
             made = {
                 "registers report": registers_report,
