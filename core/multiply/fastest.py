@@ -30,14 +30,16 @@ _GAIN_ALONE = 0.75  # the same for single tokens: a copy of an output head takes
 _HARDLY = 1.3  # so much slower may the 4-bit kernel be in a step in one call, which saves what lies between products
 _SAVED = 20.0  # microseconds that a product of its own takes at least before and after it, which such a step has not
 _PAYS = 0.85  # the same of a set of copies for one that takes more memory, for the number of tokens that gains most
-_PAYS_BESIDE_OURS = 0.75  # the same where nothing dense was kept: to make the copies of a base takes a second or two
+_PAYS_BESIDE_OURS = 0.75
+"""The same where nothing dense was kept, of many tokens or on the average: to make the copies of a base takes a second
+or two, and what others do on the machine meanwhile may make a class of few tokens look as slow as that."""
 _COPIES: tuple[frozenset[Copy], ...] = (
     frozenset(),
+    frozenset(("four-bit",)),
     frozenset(("narrow",)),
     frozenset(("half",)),
     frozenset(("wide",)),
     frozenset(("blocked",)),
-    frozenset(("four-bit",)),
     frozenset(("narrow", "four-bit")),
     frozenset(("half", "four-bit")),
     frozenset(("wide", "four-bit")),
@@ -196,8 +198,9 @@ def _is_dense(way: Way) -> bool:
 def _pays(took: Sequence[float], before: Sequence[float], plan: Mapping[str, Ways]) -> bool:
     """Whether copies with which products take so long (`_took`) are worth it beside a plan without them."""
     gains = [new - old for new, old in zip(took, before, strict=True)]
-    least = _PAYS_BESIDE_OURS if _is_lean(plan) else _PAYS
-    return sum(gains) < 0 and min(gains) < math.log(least)
+    if _is_lean(plan):
+        return min(gains[-1], sum(gains) / len(gains)) < math.log(_PAYS_BESIDE_OURS)
+    return sum(gains) < 0 and min(gains) < math.log(_PAYS)
 
 
 def _is_lean(plan: Mapping[str, Ways]) -> bool:

@@ -573,3 +573,22 @@ def test_who_only_looks_at_shapes_makes_no_copies() -> None:
     assert product._kept
     with looking():
         assert torch.equal(product(given(3)), made)
+
+
+def test_copies_are_not_kept_beside_kernels_of_our_own_that_are_nearly_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make those of a base takes a second or two, for which a first token would wait."""
+
+    def kept(*half: float) -> set[str]:
+        times = {
+            **{way: [9000.0] * 6 for way in ways_of(layer())},
+            "four-bit": [100.0, 100.0, 100.0, 100.0, 100.0, 1000.0],
+            "dense-half": list(half),
+        }
+        monkeypatch.setattr("lora_rt.core.multiply.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
+        return set(choose([layer()], "auto", 1 << 30)[layer_name(layer())])
+
+    if not {"four-bit", "dense-half"} <= set(ways_of(layer())):
+        pytest.skip("not on this processor")
+    assert kept(100.0, 80.0, 50.0, 80.0, 80.0, 950.0) == {"four-bit"}  # one class may have been disturbed
+    assert "dense-half" in kept(100.0, 100.0, 100.0, 100.0, 100.0, 700.0)
+    assert "dense-half" in kept(60.0, 60.0, 60.0, 60.0, 60.0, 950.0)
