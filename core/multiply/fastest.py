@@ -204,9 +204,8 @@ def _pays(took: Sequence[float], before: Sequence[float], plan: Mapping[str, Way
 
 
 def _is_lean(plan: Mapping[str, Ways]) -> bool:
-    """Whether kernels of our own multiply and no dense copy is kept."""
-    ways = {way for ways in plan.values() for way in ways}
-    return not ways.isdisjoint(_LEAN) and not any(map(_is_dense, ways))
+    """Whether kernels of our own multiply each layer by some numbers of tokens, and no dense copy is kept."""
+    return all(not {*_LEAN}.isdisjoint(ways) and not any(map(_is_dense, ways)) for ways in plan.values())
 
 
 def told(known: Mapping[str, Times]) -> dict[str, str]:
