@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell git ls-files -co --exclude-standard core plugins registry)
 REGISTERS := logic emotion body archetype
 # The tests of a file share what they have made, so a file stays with one process; tests/conftest.py orders the files.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# What pytest makes of the tests and Python of the modules is kept, whatever the caller's Python keeps: 20 s of each later run.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick check format docs registers architectures load report clean
 

@@ -61,6 +61,7 @@ def test_a_refusal_is_no_lack_of_a_network(zoo: Zoo, hub: LocalHub) -> None:
         load_base("someone/tiny", "float32", "cpu")
 
 
+@pytest.mark.slow
 def test_without_a_network_what_is_cached_is_used_and_the_rest_explained(
     zoo: Zoo, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

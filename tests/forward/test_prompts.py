@@ -316,6 +316,7 @@ def test_adapters_add_what_they_add_to_the_model_s_own_pass(zoo: Zoo, compositio
     assert (found - bare).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_no_numba_is_loaded_for_it() -> None:
     """To import it takes half a second, and a first token comes before the first step."""
     import subprocess

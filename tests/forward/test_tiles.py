@@ -12,6 +12,9 @@ import pytest
 numba = pytest.importorskip("numba")
 tiles = pytest.importorskip("lora_rt.core.forward.tiles")
 
+# LLVM makes a program of each test's own.
+pytestmark = pytest.mark.slow
+
 SHAPES = [(1, 1, 1), (1, 33, 16), (2, 7, 17), (3, 64, 5), (4, 9, 32), (7, 33, 50), (8, 40, 96), (13, 3, 31)]
 
 
@@ -220,7 +223,6 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", "
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(tiles.LANES == 8, reason="this processor has no AVX-512")
 def test_a_processor_without_avx512_does_the_same() -> None:
     done = subprocess.run([sys.executable, "-c", _WITH_EIGHT, __file__], capture_output=True, text=True)

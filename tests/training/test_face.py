@@ -127,6 +127,7 @@ def test_compositions_may_be_mappings_and_bases_paths(
     assert len(closed) == 1  # nobody else has it
 
 
+@pytest.mark.slow
 def test_examples_in_both_files_are_counted(
     settings: Callable[..., TrainSettings], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
