@@ -29,7 +29,16 @@ def test_a_package_that_lists_its_modules_lists_all_of_them_and_no_others(folder
     assert len(named) < len(there) / 2 or named == there
 
 
-@pytest.mark.parametrize("page", ["core/ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "README.md"])
+PAGES = [
+    "core/ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "README.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "examples").glob("*/README.md"))),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_files_that_a_page_names_are_there(page: str) -> None:
     """A path from the top, from core, or from a folder of core; a name alone, anywhere."""
     named = re.findall(r"`([\w-]+(?:/[\w-]+)*(?:/|\.(?:py|md|sh|json|lock)))`", (ROOT / page).read_text())
@@ -41,6 +50,22 @@ def test_the_files_that_a_page_names_are_there(page: str) -> None:
         if not any(file.endswith(f"/{name}") or (name.endswith("/") and f"/{name}" in file) for file in there)
     ]
     assert sorted({*missing} - OF_USERS) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    """Hosts make a heading's anchor of its words in small letters, with hyphens for blanks."""
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        there = (ROOT / page).parent / file if file else ROOT / page
+        heads = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if anchor and there.is_file() else []
+        anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+        if not there.exists() or (anchor and anchor not in anchors):
+            lost.append(link)
+    assert lost == []
 
 
 OF_USERS = {

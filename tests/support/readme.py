@@ -1,6 +1,6 @@
-"""Keeps the README true: what stands between a pair of markers is what a command prints.
+"""Keeps README.md and the pages of the examples true: what stands between a pair of markers is what a command prints.
 
-python tests/support/readme.py            fails where the README differs, and shows how
+python tests/support/readme.py            fails where a page differs, and shows how
 python tests/support/readme.py --write    brings it up to date
 
 <!-- output of: lora-rt --help -->        the command's output, in a fenced block
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
 BENCH = ROOT / "examples/bench/report.json"
 _BENCHES = {"bench report": BENCH, "bench without amx report": BENCH.with_name("report-without-amx.json")}
 _WHAT = "output of: [^\n]+|[a-z ]+ report"
@@ -222,7 +222,7 @@ def _figure(row: dict[str, Any]) -> str:
 
 
 def rendered(text: str) -> str:
-    """The README as it should be."""
+    """A page as it should be."""
 
     def replace(match: re.Match[str]) -> str:
         what = match["what"]
@@ -246,17 +246,19 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    """Check or write; 1 where the README is not true."""
-    before = README.read_text()
-    after = rendered(before)
-    if "--write" in sys.argv:
-        README.write_text(after)
-        return 0
-    difference = list(
-        difflib.unified_diff(before.splitlines(), after.splitlines(), "README.md", "what commands print", lineterm="")
-    )
-    print("\n".join(difference) or "README.md is true")
-    return 1 if difference else 0
+    """Check or write; 1 where a page is not true."""
+    untrue = []
+    for page in PAGES:
+        before = page.read_text()
+        after = rendered(before)
+        if "--write" in sys.argv:
+            page.write_text(after)
+        elif before != after:
+            name = str(page.relative_to(ROOT))
+            lines = before.splitlines(), after.splitlines()
+            untrue += difflib.unified_diff(*lines, name, "what commands print", lineterm="")
+    print("\n".join(untrue) or f"README.md and {len(PAGES) - 1} pages of examples are true")
+    return 1 if untrue else 0
 
 
 if __name__ == "__main__":
