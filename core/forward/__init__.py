@@ -5,6 +5,7 @@ Passes            causal_lm.py      a causal language model, as passes over rows
                   rope.py           rotary factors that depend on the length of the text
                   tried.py          what trying a model has shown, remembered
                   unchanged.py      whether its modules are what they were
+                  caches.py         keys and values of rows that join and leave
 On a CPU          decoder.py        Llama-like decoders, whose blocks we go through ourselves
                   decoder_trial.py  held against the model's own passes
 Many tokens       decoder_prompt.py a pass over a prompt

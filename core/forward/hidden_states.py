@@ -5,7 +5,9 @@ After none of them it is what the first block is given: the embeddings, as the b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.shape import blocks_of, width_of
+from lora_rt.core.forward import caches
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.forward.decoder import silent
 from lora_rt.errors import LoraRtError
 
 _wanted: ContextVar[int | None] = ContextVar("lora_rt_early", default=None)
 _QUARTER = 4  # where an adapter does not say how deep: a quarter of the blocks
-_KEPT = 4  # groups of rows whose keys and values are kept, per batch
+_ROWS = 64  # whose keys and values are kept, per batch and in all depths
 
 
 class _Reached(BaseException):
@@ -127,41 +130,79 @@ class _Read:
     cache: Any
     hidden: Tensor | None = None
 
-    def begins(self, ids: Tensor, mask: Tensor, most: int) -> bool:
-        """Whether these rows go on from what was read, of which at most so many tokens may be used."""
-        tokens = self.ids.shape[1]
-        if len(self.ids) != len(ids) or tokens > most:
-            return False
-        return torch.equal(self.ids, ids[:, :tokens]) and torch.equal(self.mask, mask[:, :tokens])
+    def holds(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether it is of these very rows."""
+        return torch.equal(self.ids, ids) and torch.equal(self.mask, mask)
 
 
 class EarlyHistory:
     """The early hidden states of a running batch: each pass reads its new tokens alone, and the first blocks' cache.
 
-    Rows that are not those of an earlier pass, because some joined or left, are read again from their beginning.
+    Where rows have joined or left, what was read of each is found by its tokens, cut out and padded anew, as the batch
+    does with its own cache.
     """
 
     def __init__(self, early: EarlyHidden) -> None:
         self._early = early
-        self._read: list[_Read] = []
+        self._read: list[_Read] = []  # the latest first
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, new: int, depth: int | None = None) -> Tensor:
         """(rows, all tokens so far, hidden); ids, mask and positions likewise, the last `new` are this pass's."""
-        lm, width = self._early.lm, ids.shape[1]
+        lm, before = self._early.lm, ids.shape[1] - new
         blocks = self._early.depth(depth)
         # Where a base counts positions by its cache, a pass that fills none would begin at the first one again.
         if lm.keeping != "shared" or lm.rope.varies or not (blocks or lm.takes_positions):
             return self._early(ids, mask, positions, blocks)
-        known = next((r for r in self._read if r.depth == blocks and r.begins(ids, mask, width - new)), None)
+        reads = [read for read in self._read if read.depth == blocks]
+        known = next((read for read in reads if read.holds(ids[:, :before], mask[:, :before])), None)
         if known is None:
-            known = _Read(blocks, ids[:, :0], mask[:, :0], lm.new_cache())
-        else:
-            self._read.remove(known)
+            known = self._of_rows(reads, ids, mask, new) or _Read(blocks, ids[:, :0], mask[:, :0], lm.new_cache())
+        self._read = [read for read in self._read if read is not known]  # a pass that fails leaves half of it
         start = known.ids.shape[1]
         # Without a block nothing is looked back at, and nothing would be put into a cache.
         seen, cache = (mask, known.cache) if blocks else (mask[:, start:], None)
         hidden = self._early(ids[:, start:], seen, positions[:, start:], blocks, cache)
         known.ids, known.mask = ids.clone(), mask.clone()
         known.hidden = hidden if known.hidden is None else torch.cat([known.hidden, hidden], 1)
-        self._read = [known, *self._read[: _KEPT - 1]]
+        self._read = _newest([known, *self._read])
         return known.hidden
+
+    def _of_rows(self, reads: Sequence[_Read], ids: Tensor, mask: Tensor, new: int) -> _Read | None:
+        """What was read of these rows beside others, where the same number of tokens is left to read of each."""
+        rows = _tokens_of(ids, mask)
+        there = {tokens: (one, n) for one in reads for n, tokens in enumerate(_tokens_of(one.ids, one.mask)) if tokens}
+        for rest in sorted({len(rows[0]) - len(tokens) for tokens in there}):
+            if not new <= rest < min(map(len, rows)):
+                continue
+            found = [place for row in rows if (place := there.get(row[: len(row) - rest])) is not None]
+            if len(found) == len(rows):
+                return self._side_by_side(found, ids[:, :-rest], mask[:, :-rest])
+        return None
+
+    def _side_by_side(self, found: Sequence[tuple[_Read, int]], ids: Tensor, mask: Tensor) -> _Read:
+        """Rows of several reads as one; ids and mask (rows, columns) of what was read of them.
+
+        A read of which every row is among them is not kept beside it.
+        """
+        columns, depth = ids.shape[1], found[0][0].depth
+        numbers = [(one, torch.tensor([n], device=ids.device)) for one, n in found]
+        cache = self._early.lm.new_cache()
+        if depth:
+            cache = caches.joined(cache, [(one.cache, row) for one, row in numbers], columns)
+        states = [caches.fitted(one.hidden[row], columns, dim=1) for one, row in numbers if one.hidden is not None]
+        taken = Counter(id(one) for one, _ in found)
+        self._read = [one for one in self._read if taken[id(one)] < len(one.ids)]
+        return _Read(depth, ids, mask, cache, torch.cat(states))
+
+
+def _newest(reads: Sequence[_Read]) -> list[_Read]:
+    """The first of them, and of the others as many as have `_ROWS` rows with it."""
+    rows = itertools.accumulate(len(read.ids) for read in reads)
+    return [
+        read for place, (read, all_rows) in enumerate(zip(reads, rows, strict=True)) if not place or all_rows <= _ROWS
+    ]
+
+
+def _tokens_of(ids: Tensor, mask: Tensor) -> list[tuple[int, ...]]:
+    """Of each row its tokens without the padding."""
+    return [tuple(row[seen].tolist()) for row, seen in zip(ids, mask.bool(), strict=True)]

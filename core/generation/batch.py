@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.engine.plan import Plan
+from lora_rt.core.forward import caches
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.forward.steps import Seated
-from lora_rt.core.generation import caches
 from lora_rt.core.generation.choosing import choose
 from lora_rt.core.generation.group import Group, united
 from lora_rt.core.generation.row import PassInfo, Planner, R, TokenScore, check_lengths

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.base.shape import pad_left
+from lora_rt.core.forward import caches
 from lora_rt.core.forward.causal_lm import CausalLM
-from lora_rt.core.generation import caches
 from lora_rt.core.generation.row import R
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_rt.core.engine.resident import ResidentAdapter
-from lora_rt.core.generation import caches
+from lora_rt.core.forward import caches
 from lora_rt.core.requests.rows import Row
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from lora_rt import Runtime
-from lora_rt.core.base.shape import positions_of
+from lora_rt.core.base.shape import pad_left, positions_of
 from lora_rt.core.forward.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.errors import LoraRtError
 from support.architectures.checks import Subject
@@ -72,10 +72,42 @@ def test_a_running_batch_reads_its_early_state_once_per_token(engine: Engine, de
         found = history(*parts, new, depth)
         assert read == [expected]
         assert_close(found, early(*parts, depth), **EXACT)
-    read.clear()
-    left = ids[[0, 2], :12], mask[[0, 2], :12], positions_of(mask[[0, 2], :12])
-    assert_close(history(*left, 1, depth), early(*left, depth), **EXACT)
-    assert read == [12, 12]
+    hook.remove()
+    early.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_rows_that_join_and_leave_are_read_once_too(zoo: Zoo, kind: str, depth: int) -> None:
+    """`b` and `c`, which is shorter, join `a` in the middle; `a` leaves, and comes back alone."""
+    engine = Engine(zoo.base(kind))
+    early = EarlyHidden(engine.lm, LAYERS)
+    history = EarlyHistory(early)
+    texts = {"a": [5, 6, 7, 8, 9, 10, 11, 12], "b": [5, 6, 7, 21, 22, 23, 24, 25], "c": [31, 32, 33, 34, 35, 36]}
+    read: list[int] = []
+    assert engine.lm.keeping == "shared"  # which is tried when it is first asked for
+    assert engine.lm.groups_heads is not None
+    hook = engine.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _module, inputs: read.append(inputs[0].shape[1])
+    )
+
+    def states(lengths: dict[str, int], new: int) -> list[int]:
+        ids, mask = pad_left([texts[name][:length] for name, length in lengths.items()], engine.lm.device)
+        parts = ids, mask, positions_of(mask)
+        read.clear()
+        found = history(*parts, new, depth)
+        tokens = list(read)
+        seen = mask[..., None].bool()
+        assert_close(found.where(seen, 0.0), early(*parts, depth).where(seen, 0.0), **EXACT)
+        return tokens
+
+    assert states({"a": 4}, 4) == [4]
+    assert states({"a": 5}, 1) == [1]
+    assert states({"b": 5, "c": 3}, 5) == [5]
+    assert states({"b": 6, "a": 6, "c": 4}, 1) == [1]
+    assert states({"b": 7, "a": 7, "c": 5}, 1) == [1]
+    assert states({"c": 6, "b": 8}, 1) == [1]
+    assert states({"a": 8}, 1) == [1]  # what was read of it lies beside what was read of the others
     hook.remove()
     early.close()
 
