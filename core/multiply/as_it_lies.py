@@ -7,23 +7,21 @@ is exact, and the sum is one of float32.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_rt.core.multiply import four_bit
-from lora_rt.core.multiply.four_bit import ALONE, BLOCK, TILE
+from lora_rt.core.multiply.four_bit import BLOCK, TILE
 from lora_rt.core.multiply.tiled import LEAST
 from lora_rt.core.native import openmp
 
 _log = logging.getLogger("lora_rt.base")
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_Arguments = ctypes.c_int64 * 9
 
 
 @cache
@@ -53,18 +51,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: x has another dtype, width or device; the kernel would read what is not there.
     """
-    *rows, width = x.shape
-    out = len(weight)
-    if x.dtype is not torch.float32 or width != weight.shape[1] or not x.is_cpu:
+    if x.dtype is not torch.float32 or x.shape[-1] != weight.shape[1] or not x.is_cpu:
         raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a weight of {tuple(weight.shape)}")
-    x = x.contiguous()
-    y = x.new_empty(*rows, out)
-    count = x.numel() // width
-    threads = torch.get_num_threads() if count * out * width > ALONE else 1
-    places = weight.data_ptr(), 0, x.data_ptr(), y.data_ptr()
-    given = _Arguments(0, 2 * threads if threads > 1 else 1, count, width, out, *places)
-    _run(weight.dtype, given, threads)
-    return y if bias is None else y.add_(bias)
+    return four_bit.by_threads(partial(_run, weight.dtype), x, weight, bias=bias)
 
 
 def _run(dtype: torch.dtype, arguments: Any, threads: int) -> None:

@@ -129,11 +129,11 @@ def have_tiles() -> bool:
         weight = from_codes(
             (codes % 16).to(torch.uint8).view(20, -1), torch.ones(20, 2, dtype=torch.float32), torch.bfloat16
         )
-        found = _multiplied(x, weight, _run_tiles)
+        found = by_threads(_run_tiles, x, weight.codes, weight.scales)
     except Exception as error:  # as in `are_there`
         _log.info("no tiles for 4-bit weights here: %s", error)
         return False
-    return torch.equal(found, _multiplied(x, weight, _run(torch.bfloat16)))
+    return torch.equal(found, by_threads(_run(torch.bfloat16), x, weight.codes, weight.scales))
 
 
 def product(x: Tensor, weight: FourBit, bias: Tensor | None = None, *, narrow: bool = False) -> Tensor:
@@ -152,24 +152,34 @@ def product(x: Tensor, weight: FourBit, bias: Tensor | None = None, *, narrow: b
     if x.dtype is not torch.float32 or width != 2 * half or not x.is_cpu:
         raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a 4-bit weight of {out} x {2 * half}")
     by_tiles = narrow and dtype is torch.bfloat16 and width <= WIDEST and have_tiles()
-    y = _multiplied(x, weight, _run_tiles if by_tiles else _run(dtype))
-    return y if bias is None else y.add_(bias)
+    return by_threads(_run_tiles if by_tiles else _run(dtype), x, weight.codes, weight.scales, bias)
 
 
-def _multiplied(x: Tensor, weight: FourBit, run: Callable[[Any, int], None]) -> Tensor:
-    """The product without a bias, by one of the kernels."""
+def by_threads(
+    run: Callable[[Any, int], None],
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    alone: int = ALONE,
+    apiece: int = 2,
+) -> Tensor:
+    """y (..., out), float32, of x (..., in), a weight of `out` rows that lies as a kernel reads it, and a bias (out,).
+
+    Args:
+        run: runs the kernel on nine int64 by so many threads: 0, parts, rows, in, out, weight, its scales or 0, x, y.
+        alone: numbers of the weight times rows up to which one thread is faster.
+        apiece: parts of the outputs for each thread.
+    """
     *rows, width = x.shape
-    codes, scales, _ = weight
-    out = len(codes)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    y = x.new_empty(*rows, out)
-    count = x.numel() // width
-    threads = torch.get_num_threads() if count * out * width > ALONE else 1
-    parts = 2 * threads if threads > 1 else 1
-    places = codes.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr()
+    x, out, count = x.contiguous(), len(weight), x.numel() // width
+    y = x.new_empty(*rows, out, dtype=torch.float32)
+    threads = torch.get_num_threads() if count * out * width > alone else 1
+    parts = apiece * threads if threads > 1 else 1
+    places = weight.data_ptr(), 0 if scales is None else scales.data_ptr(), x.data_ptr(), y.data_ptr()
     run(_Arguments(0, parts, count, width, out, *places), threads)
-    return y
+    return y if bias is None else y.add_(bias)
 
 
 def kernel_of(dtype: torch.dtype, *, widest: int | None = None) -> tuple[int, ...]:

@@ -7,9 +7,8 @@ whatever stands beside it. Sixteen rows cost hardly more than one.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ _OUTPUTS, _INPUTS = 16, 32  # of a tile
 _WIDEST = 3 << 13  # inputs: a copy of 16 rows stands on each thread's stack, 768 KiB
 LEAST = 1 << 16  # numbers of a weight, below which the way to the kernel takes longer than the product
 _PARTS = 4  # for each thread
-_Arguments = ctypes.c_int64 * 9
 
 
 @cache
@@ -55,18 +53,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: x has another dtype, width or device; the kernel would read what is not there.
     """
-    *rows, width = x.shape
+    width = x.shape[-1]
     if x.dtype is not torch.bfloat16 or width != weight.shape[1] or not x.is_cpu:
         raise ValueError(f"{tuple(x.shape)} in {x.dtype} on {x.device} for a weight of {tuple(weight.shape)}")
-    out = len(weight)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    y = x.new_empty(*rows, out, dtype=torch.float32)
-    threads = torch.get_num_threads() if out * width > LEAST else 1
-    parts = _PARTS * threads if threads > 1 else 1
-    places = weight.data_ptr(), 0, x.data_ptr(), y.data_ptr()
-    openmp.run(openmp.team(), _kernel(), _Arguments(0, parts, x.numel() // width, width, out, *places), threads)
-    return y if bias is None else y.add_(bias)
+    run = partial(openmp.run, openmp.team(), _kernel())
+    alone = LEAST * (x.numel() // width)  # however many rows there are: sixteen cost hardly more than one
+    return four_bit.by_threads(run, x, weight, bias=bias, alone=alone, apiece=_PARTS)
 
 
 @cache
