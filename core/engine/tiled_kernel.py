@@ -12,15 +12,16 @@ factors of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 
 from lora_rt.core.native import amx, amx_factors, registers
-from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
+from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles, room
 from lora_rt.core.native.amx_factors import columns_as_tiles, dots, halves, rows_as_tiles, widened
-from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
-from lora_rt.core.native.registers import I8, I16, I64, counting, least
+from lora_rt.core.native.machine_code import shared_kernels, taking
+from lora_rt.core.native.registers import I16, I64, counting, least
 
 TOKENS = 2 * ROWS
 """Tokens that are multiplied at a time: of fewer in a lane there is none."""
@@ -46,18 +47,16 @@ def kernels() -> tuple[int, int, int, int]:
 
     Of halves each token has all ranks rounded and behind these, in the middle, what they lack.
     """
-    names = "hidden", "halves", "added", "added_wide"
-
-    def build() -> Any:
-        module = ir.Module("tiled_factors")
-        for name, halved in zip(names[:2], (False, True), strict=True):
-            shared_by_threads(module, _hidden(module, halved), 1, name, arguments=ARGUMENTS)
-        for name, wide in zip(names[2:], (False, True), strict=True):
-            shared_by_threads(module, _added(module, wide), 1, name, arguments=ARGUMENTS)
-        return module
-
+    parts = {
+        "hidden": partial(_hidden, halved=False),
+        "halves": partial(_hidden, halved=True),
+        "added": partial(_added, wide=False),
+        "added_wide": partial(_added, wide=True),
+    }
     amx.check()
-    hidden, halved, added, wide = addresses_of(build, *names, uses=_USED, told="factors")
+    hidden, halved, added, wide = shared_kernels(
+        "tiled_factors", parts, 1, uses=_USED, told="factors", arguments=ARGUMENTS
+    )
     return hidden, halved, added, wide
 
 
@@ -84,8 +83,8 @@ def _hidden(module: Any, halved: bool) -> Any:
     r = Tiles(b)
     few = b.icmp_signed("<=", inputs, I64(_BY_TWO))
     size = b.mul(b.mul(inputs, I64(2 * NBYTES)), b.select(few, I64(2), I64(1)))
-    room = _room(b, b.add(size, I64(4 * NBYTES)))
-    laid_out = b.add(room, I64(4 * NBYTES))
+    gated = room(b, b.add(size, I64(4 * NBYTES)))
+    laid_out = b.add(gated, I64(4 * NBYTES))
 
     def of_lane(places: Any, first_token: Any, blocks: Callable[[], Any]) -> None:
         for many, first, last in _by_two(b, ranks, b.select(few, ranks, I64(0))):
@@ -102,7 +101,7 @@ def _hidden(module: Any, halved: bool) -> Any:
                         _summed(b, r, inputs, many, x_at, of_x, b.add(laid_out, b.mul(inputs, I64(many * NBYTES))))
                     if halved:
                         gates = b.add(gate, b.mul(of_gate, token))
-                        _gated_halves(b, r, many, rank, y_at, of_y, room, gates, of_gate)
+                        _gated_halves(b, r, many, rank, y_at, of_y, gated, gates, of_gate)
                         continue
                     for tile in range(2):
                         to = b.add(b.add(y_at, b.mul(of_y, I64(ROWS * tile))), b.mul(rank, I64(LINE)))
@@ -119,12 +118,6 @@ def _summed(b: Any, r: Tiles, chunks: Any, many: int, x: Any, of_x: Any, factor:
     with counting(b, I64(0), chunks, 1) as k:
         at = b.add(factor, b.mul(k, I64(many * NBYTES)))
         dots(b, r, _SUMS, _READ, b.add(x, b.mul(k, I64(LINE))), of_x, at, many)
-
-
-def _room(b: Any, size: Any) -> Any:
-    """So many bytes of the stack, from the beginning of a line on."""
-    at = b.ptrtoint(b.alloca(I8, b.add(size, I64(LINE))), I64)
-    return b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
 
 
 def _gated_halves(
@@ -156,7 +149,7 @@ def _added(module: Any, wide: bool) -> Any:
     r = Tiles(b)
     of_output = (4 if wide else 2) * ROWS  # bytes of a tile's
     of_y = b.mul(outputs, I64(of_output))
-    sums = _room(b, b.add(b.mul(chunks, I64(4 * NBYTES)), I64(4 * NBYTES)))
+    sums = room(b, b.add(b.mul(chunks, I64(4 * NBYTES)), I64(4 * NBYTES)))
     laid_out = b.add(sums, I64(4 * NBYTES))
 
     def of_lane(places: Any, first_token: Any, blocks: Callable[[], Any]) -> None:

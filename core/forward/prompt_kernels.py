@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from llvmlite import binding, ir
 
 from lora_rt.core.native import registers
-from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.machine_code import shared_kernels, taking
 from lora_rt.core.native.registers import BF16, F32, I16, I64, Registers, counting
 
 LANES = 16
 """Numbers that are made at a time: widths are multiples of it."""
 
 _USED = [__file__, registers.__file__]
-_NAMES = "normed", "turned", "gated"
 
 
 def kernels(narrow: bool) -> tuple[int, int, int]:
@@ -36,14 +36,9 @@ def kernels(narrow: bool) -> tuple[int, int, int]:
         turned    heads, D, tokens; x, cos and sin (tokens, D), 0.
         gated     F, 0, tokens; gate, up, 0, 0.
     """
-
-    def build() -> Any:
-        module = ir.Module("prompt")
-        for name, made in zip(_NAMES, (_normed, _turned, _gated), strict=True):
-            shared_by_threads(module, _part(module, name, narrow, made), 1, name)
-        return module
-
-    normed, turned, gated = addresses_of(build, *_NAMES, uses=_USED, told=f"prompt {narrow} {rounds()}")
+    made = {"normed": _normed, "turned": _turned, "gated": _gated}
+    parts = {name: partial(_part, name=name, narrow=narrow, made=one) for name, one in made.items()}
+    normed, turned, gated = shared_kernels("prompt", parts, 1, uses=_USED, told=f"prompt {narrow} {rounds()}")
     return normed, turned, gated
 
 

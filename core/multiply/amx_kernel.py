@@ -17,7 +17,7 @@ from llvmlite import ir
 
 from lora_rt.core.native import amx, registers
 from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
-from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.machine_code import internal, shared_kernels, taking
 from lora_rt.core.native.registers import F32, I8, I16, I32, I64, counting, least
 
 USED = [__file__, amx.__file__, registers.__file__]
@@ -31,22 +31,14 @@ _LEFT, _RIGHT = (4, 5), (6, 7)  # tiles of the weight and of x
 _ROOM = 4 * 2 * NBYTES  # bytes: what is looked up of a block for four tiles of outputs
 
 
-def _function(module: Any, name: str, arguments: int) -> tuple[Any, Any, Tiles]:
-    """A function of so many int64 that only this module calls, with its builder."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
-    function.linkage = "internal"
-    builder = ir.IRBuilder(function.append_basic_block())
-    return function, builder, Tiles(builder)
-
-
 def _laid_out(module: Any, pair_of: Callable[[Any, Tiles, Any, Any], Any]) -> Any:
     """A function (x, of_x, rows, tiles, xt, room): of up to sixteen rows of x so many tiles; rows that lack are 0.
 
     Args:
         pair_of: builds sixteen pairs of one row of x, which begins at an address, for a tile of that number.
     """
-    function, b, r = _function(module, "laid_out", 6)
-    x, of_x, rows, tiles, xt, room = function.args
+    function, b, (x, of_x, rows, tiles, xt, room) = internal(module, "laid_out", 6)
+    r = Tiles(b)
     empty = ir.Constant(r.pairs, [I32(0)] * ROWS)
     for n in range(ROWS):
         r.put(empty, b.add(room, I64(LINE * n)))
@@ -54,8 +46,7 @@ def _laid_out(module: Any, pair_of: Callable[[Any, Tiles, Any, Any], Any]) -> An
         with counting(b, I64(0), rows, 1) as row:
             r.put(pair_of(b, r, b.add(x, b.mul(row, of_x)), tile), b.add(room, b.mul(row, I64(LINE))))
         read = [r.at(b.add(room, I64(LINE * n)), r.pairs) for n in range(ROWS)]
-        for pair, value in enumerate(r.transposed(read)):
-            r.put(value, b.add(b.add(xt, b.mul(tile, I64(NBYTES))), I64(LINE * pair)))
+        r.put_transposed(read, b.add(xt, b.mul(tile, I64(NBYTES))))
     b.ret_void()
     return function
 
@@ -81,8 +72,7 @@ def _written(b: Any, r: Tiles, y: Any, rows: Any, of_y: Any, room: Any, tiles: S
     mask = r.below(count) if len(tiles) == 1 else None
     for place, tile in enumerate(tiles):
         r.store(tile, room)
-        for n, value in enumerate(r.transposed([r.at(b.add(room, I64(LINE * n)), r.floats) for n in range(ROWS)])):
-            r.put(value, b.add(after, I64(LINE * n)))
+        r.put_transposed([r.at(b.add(room, I64(LINE * n)), r.floats) for n in range(ROWS)], after)
         with counting(b, I64(0), rows, 1) as row:
             found = r.at(b.add(after, b.mul(row, I64(LINE))), r.floats)
             r.put(found, b.add(b.add(y, I64(LINE * place)), b.mul(row, of_y)), mask)
@@ -105,8 +95,9 @@ def _looked_up(module: Any, levels: Sequence[float], tiles: int) -> Any:
 
     Of a single tile, of `count` outputs: the last one is looked up in the place of those that lack.
     """
-    function, b, r = _function(module, f"looked_up_{tiles}", 9)
-    codes, scales, xt, y, width, rows, of_y, room, count = function.args
+    function, b, given = internal(module, f"looked_up_{tiles}", 9)
+    codes, scales, xt, y, width, rows, of_y, room, count = given
+    r = Tiles(b)
     blocks = b.sdiv(width, I64(_BLOCK))
     of_codes, of_scales = b.mul(blocks, I64(_BLOCK // 2)), b.mul(blocks, I64(4))
     empty = ir.Constant(r.pairs, [I32(0)] * ROWS)
@@ -167,8 +158,8 @@ def _all(steps: list[Callable[[], None]]) -> None:
 
 def _as_it_lies(module: Any) -> Any:
     """A function (weight, 0, xt, y, width, rows, of_y, room, 16): one tile of outputs."""
-    function, b, r = _function(module, "as_it_lies", 9)
-    weight, _, xt, y, width, rows, of_y, room, count = function.args
+    function, b, (weight, _, xt, y, width, rows, of_y, room, count) = internal(module, "as_it_lies", 9)
+    r = Tiles(b)
     of_row = b.mul(width, I64(2))
     r.zero(0)
     with counting(b, I64(0), b.sdiv(width, I64(_INPUTS)), 1) as tile:
@@ -183,7 +174,7 @@ def _as_it_lies(module: Any) -> Any:
     return function
 
 
-def of_four_bits(module: Any, name: str, levels: Sequence[float]) -> Any:
+def of_four_bits(module: Any, levels: Sequence[float]) -> Any:
     """A function of nine int64: the first output and the one behind the last, rows, in, out, codes, scales, x, y.
 
     x is float32; its numbers are rounded to bfloat16. Inputs are whole blocks of 64; each takes 32 bytes of a thread's
@@ -197,10 +188,10 @@ def of_four_bits(module: Any, name: str, levels: Sequence[float]) -> Any:
     def of_output(b: Any, width: Any) -> tuple[Any, Any]:
         return b.sdiv(width, I64(2)), b.mul(b.sdiv(width, I64(_BLOCK)), I64(4))
 
-    return _part(module, name, _laid_out(module, _of_blocks), products, of_output, 4)
+    return _part(module, _laid_out(module, _of_blocks), products, of_output, 4)
 
 
-def of_bfloat16(module: Any, name: str) -> Any:
+def of_bfloat16(module: Any) -> Any:
     """A function of nine int64: the first output and the one behind the last, rows, in, out, weight, 0, x, y.
 
     x is bfloat16, y float32. Outputs are sixteen or more; the last ones may be made twice, by two threads, with the
@@ -210,7 +201,7 @@ def of_bfloat16(module: Any, name: str) -> Any:
     def of_output(b: Any, width: Any) -> tuple[Any, Any]:
         return b.mul(width, I64(2)), I64(0)
 
-    return _part(module, name, _laid_out(module, _as_they_lie), {1: _as_it_lies(module)}, of_output, 2, whole=True)
+    return _part(module, _laid_out(module, _as_they_lie), {1: _as_it_lies(module)}, of_output, 2, whole=True)
 
 
 def dense_kernel() -> int:
@@ -218,19 +209,12 @@ def dense_kernel() -> int:
 
     It takes nine int64: 0, parts, rows, in, out, weight, 0, x, y; see `of_bfloat16`.
     """
-
-    def build() -> Any:
-        module = ir.Module("tiled")
-        shared_by_threads(module, of_bfloat16(module, "part"), ROWS)
-        return module
-
     amx.check()
-    return addresses_of(build, "run", uses=USED, told="dense")[0]
+    return shared_kernels("tiled", {"run": of_bfloat16}, ROWS, uses=USED, told="dense")[0]
 
 
 def _part(
     module: Any,
-    name: str,
     lay_out: Any,
     products: Mapping[int, Any],
     of_output: Callable[[Any, Any], tuple[Any, Any]],
@@ -247,12 +231,11 @@ def _part(
         item: bytes of a number of x.
         whole: tiles of outputs can't be read in part, so the last one reaches back.
     """
-    function, b, given = taking(module, name)
+    function, b, given = taking(module, "part")
     start, stop, rows, width, out, first, second, x, y = given
     r = Tiles(b)
     tiles = b.sdiv(width, I64(_INPUTS))
-    at = b.ptrtoint(b.alloca(I8, b.add(b.mul(tiles, I64(NBYTES)), I64(_ROOM + LINE))), I64)
-    room = b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
+    room = amx.room(b, b.add(b.mul(tiles, I64(NBYTES)), I64(_ROOM)))
     xt = b.add(room, I64(_ROOM))
     of_x, of_y, of_weight = b.mul(width, I64(item)), b.mul(out, I64(4)), of_output(b, width)
     with r.configured(), counting(b, I64(0), rows, ROWS) as row:

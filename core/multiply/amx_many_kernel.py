@@ -12,17 +12,16 @@ is where these begin.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
-
-from llvmlite import ir
 
 from lora_rt.core.multiply import amx_kernel
 from lora_rt.core.multiply.amx_kernel import looked_up_row
 from lora_rt.core.native import amx, amx_factors
 from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
 from lora_rt.core.native.amx_factors import columns_as_tiles, dots
-from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
-from lora_rt.core.native.registers import I1, I8, I64, counting, least
+from lora_rt.core.native.machine_code import shared_kernels, taking
+from lora_rt.core.native.registers import I1, I64, counting, least
 
 OUTPUTS = 2 * ROWS
 """Outputs that are laid out at a time; fewer are not."""
@@ -55,14 +54,9 @@ def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
         levels: sixteen, of a weight in 4 bits; None for one in bfloat16.
         wide: y is float32.
     """
-
-    def build() -> Any:
-        module = ir.Module("many")
-        shared_by_threads(module, _part(module, levels, wide), OUTPUTS, arguments=ARGUMENTS)
-        return module
-
     amx.check()
-    return addresses_of(build, "run", uses=_USED, told=f"many {levels} {wide}")[0]
+    parts, told = {"run": partial(_part, levels=levels, wide=wide)}, f"many {levels} {wide}"
+    return shared_kernels("many", parts, OUTPUTS, uses=_USED, told=told, arguments=ARGUMENTS)[0]
 
 
 def _part(module: Any, levels: Sequence[float] | None, wide: bool) -> Any:
@@ -74,8 +68,7 @@ def _part(module: Any, levels: Sequence[float] | None, wide: bool) -> Any:
     of_factor = b.mul(ranks, I64(4 * NBYTES))  # two parts
     panels = b.sdiv(b.add(b.sub(stop, start), I64(OUTPUTS - 1)), I64(OUTPUTS))
     of_both = b.add(of_panel, of_factor)
-    at = b.ptrtoint(b.alloca(I8, b.add(b.mul(of_both, panels), I64(4 * NBYTES + LINE))), I64)
-    room = b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
+    room = amx.room(b, b.add(b.mul(of_both, panels), I64(4 * NBYTES)))
     two_parts = b.alloca(I1, panels)
     laid_out = b.add(room, I64(4 * NBYTES))
     factors = b.add(laid_out, b.mul(of_panel, panels))
@@ -145,7 +138,7 @@ def _looked_up(
                 r.put(natural, b.add(room, I64(NBYTES * half + LINE * row)))
         for half in range(2):
             read = [r.at(b.add(room, I64(NBYTES * half + LINE * row)), r.pairs) for row in range(ROWS)]
-            _put_pairs(b, r, read, b.add(to, b.mul(b.add(b.mul(block, I64(2)), I64(half)), I64(2 * NBYTES))))
+            r.put_transposed(read, b.add(to, b.mul(b.add(b.mul(block, I64(2)), I64(half)), I64(2 * NBYTES))))
 
 
 def _copied(b: Any, r: Tiles, weight: Any, of_output: Any, tiles: Any, to: Any) -> None:
@@ -153,13 +146,7 @@ def _copied(b: Any, r: Tiles, weight: Any, of_output: Any, tiles: Any, to: Any) 
     with counting(b, I64(0), tiles, 1) as tile:
         at = b.add(weight, b.mul(tile, I64(LINE)))
         read = [r.at(b.add(at, b.mul(of_output, I64(row))), r.pairs) for row in range(ROWS)]
-        _put_pairs(b, r, read, b.add(to, b.mul(tile, I64(2 * NBYTES))))
-
-
-def _put_pairs(b: Any, r: Tiles, outputs: Sequence[Any], to: Any) -> None:
-    """A tile of sixteen outputs, of each of which sixteen pairs of inputs are given."""
-    for pair, value in enumerate(r.transposed(outputs)):
-        r.put(value, b.add(to, I64(LINE * pair)))
+        r.put_transposed(read, b.add(to, b.mul(tile, I64(2 * NBYTES))))
 
 
 def _begun(b: Any, r: Tiles, bias: Any, output: Any) -> None:

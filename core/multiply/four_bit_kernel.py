@@ -12,7 +12,7 @@ from lora_rt.core.multiply import amx_kernel, vector_kernel
 from lora_rt.core.multiply.vector_kernel import BLOCK, STEP, part_of
 from lora_rt.core.native import amx, registers
 from lora_rt.core.native.amx import ROWS
-from lora_rt.core.native.machine_code import addresses_of, shared_by_threads
+from lora_rt.core.native.machine_code import shared_kernels
 from lora_rt.core.native.registers import F32, I8, I64, Registers
 
 LEVELS = (
@@ -86,14 +86,12 @@ def kernel(lanes: int, rounded: bool, tiles: bool = False) -> tuple[int, ...]:
         tiles: multiply by AMX, for which the numbers of x have to be bfloat16's.
     """
 
-    def build() -> Any:
-        module = ir.Module("four_bit")
+    def part(module: Any) -> Any:
         weight = FourBits(rounded=rounded)
-        part = amx_kernel.of_four_bits(module, "part", LEVELS) if tiles else part_of(module, weight, lanes)
-        shared_by_threads(module, part, ROWS if tiles else STEP)
-        return module
+        return amx_kernel.of_four_bits(module, LEVELS) if tiles else part_of(module, weight, lanes)
 
     if tiles:
         amx.check()
     uses = (__file__, vector_kernel.__file__, registers.__file__, *(amx_kernel.USED if tiles else ()))
-    return addresses_of(build, "run", "part", uses=uses, told=(lanes, rounded, tiles))
+    unit, told = ROWS if tiles else STEP, (lanes, rounded, tiles)
+    return shared_kernels("four_bit", {"run": part}, unit, "part", uses=uses, told=told)

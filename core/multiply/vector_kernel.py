@@ -12,13 +12,13 @@ stands beside it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any, Protocol
 
 from llvmlite import ir
 
 from lora_rt.core.native import registers
-from lora_rt.core.native.machine_code import addresses_of, shared_by_threads, taking
+from lora_rt.core.native.machine_code import internal, shared_kernels, taking
 from lora_rt.core.native.registers import F32, I8, I16, I64, Registers, counting, least
 
 BLOCK = 64  # inputs that are read at a time
@@ -88,10 +88,7 @@ def _apart(b: Any, starts: Sequence[Any], strides: Sequence[Any], count: int) ->
 
 def _few(module: Any, weight: Weight, rows: int, lanes: int) -> Any:
     """A function (array, array, x, y, blocks, out) over addresses: the sums of one or two rows and four outputs."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 6), f"rows_{rows}")
-    function.linkage = "internal"
-    *arrays, x, y, blocks, out = function.args
-    b = ir.IRBuilder(function.append_basic_block())
+    function, b, (*arrays, x, y, blocks, out) = internal(module, f"rows_{rows}", 6)
     r = Registers(b, lanes)
     parts = max(1, _INDEPENDENT // (rows * STEP))  # of each sum
     strides = weight.strides(b, blocks)
@@ -124,10 +121,7 @@ def _writing(module: Any, weight: Weight, lanes: int) -> Any:
 
     Behind the one of number `last`, which may be negative, that one is read again.
     """
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 7), "written")
-    function.linkage = "internal"
-    *arrays, written, blocks, start, stop, last = function.args
-    b = ir.IRBuilder(function.append_basic_block())
+    function, b, (*arrays, written, blocks, start, stop, last) = internal(module, "written", 7)
     r = Registers(b, lanes)
     strides = weight.strides(b, blocks)
     numbers = [least(b, I64(n), last) for n in range(lanes)]
@@ -165,10 +159,7 @@ def _many(module: Any, rows: int, lanes: int, *, cut: bool) -> Any:
         cut: of the outputs there are only `count`.
     """
     name = f"rows_{rows}_of_written" + "_cut" * cut
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 8), name)
-    function.linkage = "internal"
-    written, x, y, blocks, apart, out, begun, count = function.args
-    b = ir.IRBuilder(function.append_basic_block())
+    function, b, (written, x, y, blocks, apart, out, begun, count) = internal(module, name, 8)
     r = Registers(b, lanes)
     x_rows, y_rows = (
         [place for (place,) in _apart(b, [first], [step], rows)]
@@ -289,10 +280,5 @@ def _shared(b: Any, count: Any, size: Any) -> Any:
 @cache
 def kernel_of_sixteen(lanes: int, *, brain: bool) -> int:
     """The address of a function `run` (see `four_bit_kernel.kernel`) of a weight in 16 bits, in place of codes."""
-
-    def build() -> Any:
-        module = ir.Module("sixteen")
-        shared_by_threads(module, part_of(module, Sixteen(brain=brain), lanes), STEP)
-        return module
-
-    return addresses_of(build, "run", uses=(__file__, registers.__file__), told=(lanes, brain))[0]
+    parts = {"run": partial(part_of, weight=Sixteen(brain=brain), lanes=lanes)}
+    return shared_kernels("sixteen", parts, STEP, uses=(__file__, registers.__file__), told=(lanes, brain))[0]

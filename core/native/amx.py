@@ -59,6 +59,12 @@ def check() -> None:
         raise RuntimeError("this processor has no AMX tiles, or this process may not use them")
 
 
+def room(b: Any, size: Any) -> Any:
+    """So many bytes of the stack, from the beginning of a line on."""
+    at = b.ptrtoint(b.alloca(I8, b.add(size, I64(LINE))), I64)
+    return b.and_(b.add(at, I64(LINE - 1)), I64(-LINE))
+
+
 class Tiles(Registers):
     """Tiles by their numbers 0 to 7, beside registers of sixteen float32."""
 
@@ -98,6 +104,11 @@ class Tiles(Registers):
             pairs = list(zip(now[:8], now[8:], strict=True))
             now = [self.picked(*pair, half) for pair in pairs for half in (low, high)]
         return now
+
+    def put_transposed(self, rows: Sequence[Any], address: Any) -> None:
+        """Write sixteen registers of sixteen numbers, rows and columns changed, one behind the other."""
+        for n, row in enumerate(self.transposed(rows)):
+            self.put(row, self.builder.add(address, I64(LINE * n)))
 
     @contextmanager
     def configured(self) -> Iterator[None]:

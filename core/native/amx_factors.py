@@ -41,8 +41,7 @@ def rows_as_tiles(b: Any, r: Tiles, places: Any, many: int, chunks: Any, to: Any
                 read.append(_pairs(b, r, (r.at(at, r.floats), r.at(b.add(at, I64(LINE)), r.floats)), part, low))
             into = b.add(to, b.mul(b.add(b.mul(k, I64(many)), I64(place)), I64(NBYTES)))
             into = into if part == 0 else b.add(into, b.mul(chunks, I64(many * NBYTES)))
-            for pair, value in enumerate(r.transposed(read)):
-                r.put(value, b.add(into, I64(LINE * pair)))
+            r.put_transposed(read, into)
 
     return _in_parts(b, r, chunks, tiles_of)
 

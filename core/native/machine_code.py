@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ def taking(module: Any, name: str, arguments: int = 9) -> tuple[Any, Any, list[A
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64.as_pointer()]), name)
     b = ir.IRBuilder(function.append_basic_block())
     return function, b, [b.load(b.gep(function.args[0], [I64(place)])) for place in range(arguments)]
+
+
+def internal(module: Any, name: str, arguments: int) -> tuple[Any, Any, Sequence[Any]]:
+    """A function of so many int64 that only this module calls: itself, its builder, and what it is given."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
+    function.linkage = "internal"
+    return function, ir.IRBuilder(function.append_basic_block()), function.args
 
 
 def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run", *, arguments: int = 9) -> None:
@@ -59,6 +66,31 @@ def shared_by_threads(module: Any, part_of: Any, unit: int, name: str = "run", *
     b.branch(take)
     b.position_at_end(end)
     b.ret_void()
+
+
+def shared_kernels(
+    name: str,
+    parts: Mapping[str, Callable[[Any], Any]],
+    unit: int,
+    *others: str,
+    uses: Sequence[str],
+    told: object,
+    arguments: int = 9,
+) -> tuple[int, ...]:
+    """Where functions that threads share lie, and others of the same module; see `shared_by_threads`, `addresses_of`.
+
+    Args:
+        name: of the module.
+        parts: the name of such a function -> what adds the function that makes a part to the module.
+    """
+
+    def build() -> Any:
+        module = ir.Module(name)
+        for shared, part in parts.items():
+            shared_by_threads(module, part(module), unit, shared, arguments=arguments)
+        return module
+
+    return addresses_of(build, *parts, *others, uses=uses, told=told)
 
 
 def addresses_of(build: Callable[[], Any], *names: str, uses: Sequence[str], told: object) -> tuple[int, ...]:
