@@ -13,7 +13,6 @@ of several lanes, equally many of each, whose factors are their own.
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -26,8 +25,6 @@ from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.many import Ranks, can_add, ranks_of
 from lora_rt.core.native import openmp
 
-_log = logging.getLogger("lora_rt.engine")
-
 LEAST = 32
 """Tokens of a lane that are multiplied at a time; fewer are not."""
 
@@ -37,25 +34,21 @@ _HIDDEN, _HALVES, _ADDED = range(3)  # of the kernels; behind it y in float32
 _WHICH = {torch.bfloat16: _ADDED, torch.float32: _ADDED + 1}
 
 
-@cache
+@four_bit.proven("no tiles for adapters")
 def are_there() -> bool:
     """Whether this processor has AMX, and its tiles give what they should."""
     if not four_bit.could_be_tiles():
         return False
-    try:
-        usual: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process takes for that
-        x, factor = torch.eye(64, **usual)[:40].bfloat16(), torch.arange(48 * 64, **usual).view(48, 64) / 1024
-        ranks = ranks_of([factor])
-        hidden, wide = hidden_of(x, ranks), torch.ones(40, 48, **usual)
-        gated = halves_of(x, ranks, torch.ones(1, 64, **usual)).float().sum(1)[:, :48]
-        other, y = ranks_of([torch.eye(48, **usual)]), wide.bfloat16()
-        add(y, hidden, other)
-        add(wide, hidden, other)
-        exact = torch.equal(hidden, factor.T[:40]) and torch.equal(gated, hidden)
-        return exact and torch.equal(wide, 1 + hidden) and torch.equal(y, wide.bfloat16())
-    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
-        _log.info("no tiles for adapters here: %s", error)
-        return False
+    usual: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process takes for that
+    x, factor = torch.eye(64, **usual)[:40].bfloat16(), torch.arange(48 * 64, **usual).view(48, 64) / 1024
+    ranks = ranks_of([factor])
+    hidden, wide = hidden_of(x, ranks), torch.ones(40, 48, **usual)
+    gated = halves_of(x, ranks, torch.ones(1, 64, **usual)).float().sum(1)[:, :48]
+    other, y = ranks_of([torch.eye(48, **usual)]), wide.bfloat16()
+    add(y, hidden, other)
+    add(wide, hidden, other)
+    exact = torch.equal(hidden, factor.T[:40]) and torch.equal(gated, hidden)
+    return exact and torch.equal(wide, 1 + hidden) and torch.equal(y, wide.bfloat16())
 
 
 def reads(x: Tensor, lanes: int = 1) -> bool:

@@ -7,7 +7,6 @@ is exact, and the sum is one of float32.
 
 from __future__ import annotations
 
-import logging
 from functools import cache, partial
 from typing import Any
 
@@ -19,22 +18,16 @@ from lora_rt.core.multiply.four_bit import BLOCK, TILE
 from lora_rt.core.multiply.tiled import LEAST
 from lora_rt.core.native import openmp
 
-_log = logging.getLogger("lora_rt.base")
-
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-@cache
-def are_there(dtype: torch.dtype = torch.bfloat16) -> bool:
+@four_bit.proven("no kernel for weights in %s")
+def are_there(dtype: torch.dtype) -> bool:
     """Whether this processor has what the kernel needs, and it gives what it should."""
     if not four_bit.could_be() or four_bit.could_be_tiles():
         return False
-    try:
-        weight = torch.arange(8 * BLOCK, dtype=torch.float32).view(8, BLOCK).to(dtype)
-        return torch.equal(product(torch.eye(BLOCK, dtype=torch.float32), weight).T, weight.float())
-    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
-        _log.info("no kernel for weights in %s here: %s", dtype, error)
-        return False
+    weight = torch.arange(8 * BLOCK, dtype=torch.float32).view(8, BLOCK).to(dtype)
+    return torch.equal(product(torch.eye(BLOCK, dtype=torch.float32), weight).T, weight.float())
 
 
 def fits(weight: Tensor) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import _lru_cache_wrapper, cache, partial, wraps
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -51,18 +51,35 @@ def nbytes_of(out: int, width: int) -> int:
     return out * width // 2 + out * width // BLOCK * 4
 
 
-@cache
+def proven(told: str) -> Callable[[Callable[..., bool]], _lru_cache_wrapper[bool]]:
+    """Decorates the trial of a kernel, which is made once for each way to ask: where it ends in an error, it says no.
+
+    Args:
+        told: what there is not; each argument that is given by its place has one in it.
+    """
+
+    def decorate(trial: Callable[..., bool]) -> _lru_cache_wrapper[bool]:
+        @wraps(trial)
+        def found(*given: Any, **named: Any) -> bool:
+            try:
+                return trial(*given, **named)
+            except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
+                _log.info(f"{told} here: %s", *given, error)
+                return False
+
+        return cache(found)
+
+    return decorate
+
+
+@proven("no kernel for 4-bit weights")
 def are_there() -> bool:
     """Whether this processor has what the kernel needs, and llvmlite is there and compiles it to what it should be."""
     if not could_be():
         return False
     codes = torch.arange(BLOCK * TILE, dtype=torch.uint8).view(TILE, BLOCK) % 16
-    try:
-        scales = torch.ones(TILE, 1, dtype=torch.float32)
-        ones = product(torch.eye(BLOCK, dtype=torch.float32), from_codes(codes, scales, torch.bfloat16)).T == 1
-    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
-        _log.info("no kernel for 4-bit weights here: %s", error)
-        return False
+    scales = torch.ones(TILE, 1, dtype=torch.float32)
+    ones = product(torch.eye(BLOCK, dtype=torch.float32), from_codes(codes, scales, torch.bfloat16)).T == 1
     return torch.equal(ones, codes == 15)
 
 
@@ -116,7 +133,7 @@ def could_be_tiles() -> bool:
     return amx.are_there()
 
 
-@cache
+@proven("no tiles for 4-bit weights")
 def have_tiles() -> bool:
     """Whether weights in bfloat16 are multiplied by tiles here, and these give what they should.
 
@@ -124,15 +141,11 @@ def have_tiles() -> bool:
     """
     if not (could_be_tiles() and _lanes() == 16 and are_there()):
         return False
-    try:
-        x, codes = torch.eye(2 * BLOCK, dtype=torch.float32), torch.arange(BLOCK * 40, dtype=torch.int64)
-        weight = from_codes(
-            (codes % 16).to(torch.uint8).view(20, -1), torch.ones(20, 2, dtype=torch.float32), torch.bfloat16
-        )
-        found = by_threads(_run_tiles, x, weight.codes, weight.scales)
-    except Exception as error:  # as in `are_there`
-        _log.info("no tiles for 4-bit weights here: %s", error)
-        return False
+    x, codes = torch.eye(2 * BLOCK, dtype=torch.float32), torch.arange(BLOCK * 40, dtype=torch.int64)
+    weight = from_codes(
+        (codes % 16).to(torch.uint8).view(20, -1), torch.ones(20, 2, dtype=torch.float32), torch.bfloat16
+    )
+    found = by_threads(_run_tiles, x, weight.codes, weight.scales)
     return torch.equal(found, by_threads(_run(torch.bfloat16), x, weight.codes, weight.scales))
 
 

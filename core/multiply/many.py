@@ -8,7 +8,6 @@ float32, a row's by themselves, and rounded once with a bias and what adapters a
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -21,8 +20,6 @@ from torch import Tensor
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.four_bit import FourBit
 from lora_rt.core.native import openmp
-
-_log = logging.getLogger("lora_rt.base")
 
 LEAST = 32
 """Rows that are multiplied at a time; fewer are not."""
@@ -100,22 +97,18 @@ def can_add(rank: int) -> bool:
     return rank <= _MOST
 
 
-@cache
+@four_bit.proven("no tiles for many rows")
 def are_there(*, dense: bool = False) -> bool:
     """Whether this processor has AMX, and its tiles give what they should: of a weight in 4 bits, or of a dense one."""
     if not four_bit.have_tiles():
         return False
-    try:
-        x = torch.eye(128, dtype=torch.float32)[:100].bfloat16()
-        if dense:
-            numbers = torch.arange(80 * 128, dtype=torch.float32).view(80, 128).bfloat16()
-            return torch.equal(product(x, numbers), numbers[:, :100].T)
-        codes = (torch.arange(80 * 128) % 16).to(torch.uint8).view(80, 128)
-        weight = four_bit.from_codes(codes, torch.ones(80, 2, dtype=torch.float32), torch.bfloat16)
-        return torch.equal(product(x, weight), four_bit.product(x.float(), weight).bfloat16())
-    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
-        _log.info("no tiles for many rows here: %s", error)
-        return False
+    x = torch.eye(128, dtype=torch.float32)[:100].bfloat16()
+    if dense:
+        numbers = torch.arange(80 * 128, dtype=torch.float32).view(80, 128).bfloat16()
+        return torch.equal(product(x, numbers), numbers[:, :100].T)
+    codes = (torch.arange(80 * 128) % 16).to(torch.uint8).view(80, 128)
+    weight = four_bit.from_codes(codes, torch.ones(80, 2, dtype=torch.float32), torch.bfloat16)
+    return torch.equal(product(x, weight), four_bit.product(x.float(), weight).bfloat16())
 
 
 def could_take(out: int, width: int) -> bool:

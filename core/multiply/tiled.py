@@ -7,7 +7,6 @@ whatever stands beside it. Sixteen rows cost hardly more than one.
 
 from __future__ import annotations
 
-import logging
 from functools import cache, partial
 from typing import Any
 
@@ -17,26 +16,20 @@ from torch import Tensor
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.native import openmp
 
-_log = logging.getLogger("lora_rt.base")
-
 _OUTPUTS, _INPUTS = 16, 32  # of a tile
 _WIDEST = 3 << 13  # inputs: a copy of 16 rows stands on each thread's stack, 768 KiB
 LEAST = 1 << 16  # numbers of a weight, below which the way to the kernel takes longer than the product
 _PARTS = 4  # for each thread
 
 
-@cache
+@four_bit.proven("no tiles for bfloat16 weights")
 def are_there() -> bool:
     """Whether this processor has AMX, and its tiles give what they should."""
     if not four_bit.could_be_tiles():
         return False
-    try:
-        x = torch.eye(2 * _INPUTS, dtype=torch.float32).bfloat16()
-        weight = torch.arange(80 * 64, dtype=torch.float32).view(80, 64).bfloat16()
-        return torch.equal(product(x, weight), weight.T.float())
-    except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
-        _log.info("no tiles for bfloat16 weights here: %s", error)
-        return False
+    x = torch.eye(2 * _INPUTS, dtype=torch.float32).bfloat16()
+    weight = torch.arange(80 * 64, dtype=torch.float32).view(80, 64).bfloat16()
+    return torch.equal(product(x, weight), weight.T.float())
 
 
 def fits(weight: Tensor) -> bool:
