@@ -165,7 +165,7 @@ class CausalLM:
 
     @property
     def blocks(self) -> DecoderStep | None:
-        """The step of this model by its blocks on a CPU, where numba is there and a trial of it went well.
+        """The step of this model by its blocks on a CPU, where a trial of it went well.
 
         `$LORA_RT_BLOCKS` of 0 says that there is to be none, of 1 that even a base is stepped so which is so small that
         to load what was compiled takes longer than all that it will save.
@@ -177,7 +177,7 @@ class CausalLM:
 
     @property
     def prompts(self) -> DecoderPrompt | None:
-        """Its pass over many tokens, where llvmlite is there and a trial of it went well; see `blocks`."""
+        """Its pass over many tokens, where a trial of it went well; see `blocks`."""
         tried = "_prompts" in vars(self)
         return None if not self._has_prompts or (not tried and is_watched(self.model)) else self._prompts
 

@@ -31,7 +31,6 @@ from lora_rt.core.forward.unchanged import (
     steps_of,
 )
 from lora_rt.core.multiply.ways import is_vector
-from lora_rt.core.native import compiled
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -105,7 +104,7 @@ def _sizes(block: Any) -> tuple[int, ...]:
 def can_be_one_call(model: Any) -> bool:
     """Whether its steps are made in one call, where all its layers are multiplied by the 4-bit kernel."""
     try:
-        return compiled.is_there() and is_known(model)
+        return is_known(model)
     except (AttributeError, KeyError):  # somebody has put parts of another shape into it
         return False
 

@@ -47,10 +47,6 @@ class DecoderStep:
     """The step of one model; any number of threads may take it at once."""
 
     def __init__(self, decoder: Decoder) -> None:
-        """
-        Raises:
-            ImportError: numba is not installed.
-        """
         from lora_rt.core.forward import kernels
 
         kernels.prepare()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextvars import Context
 from functools import partial
 from importlib import metadata
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -38,13 +37,13 @@ _BEGINNING = 4  # tokens that are read before the others
 
 
 def has_steps(lm: CausalLM) -> bool:
-    """Whether steps may be made so: numba is there, and to load what it has compiled will be worth the while."""
+    """Whether steps may be made so: to load what numba has compiled for them will be worth the while."""
     return compiled.is_there() and _may_be(lm)
 
 
 def has_prompts(lm: CausalLM) -> bool:
     """Whether passes of many tokens may be made so."""
-    return find_spec("llvmlite") is not None and _may_be(lm) and fits(lm.model)
+    return _may_be(lm) and fits(lm.model)
 
 
 def _may_be(lm: CausalLM) -> bool:

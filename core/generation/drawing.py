@@ -11,9 +11,9 @@ Where the nucleus ends depends on the sum of all chances. For what is not among 
 their blocks' best and 32 times these, and mostly both ends give the same nucleus. Where they do not, or it has more
 tokens, everything is sorted.
 
-So it is done here, by some forty operations of torch. On a CPU `draw_kernel.py` does the same at once, where numba is,
-and does not sort for a nucleus without top_k: the row draws among the tokens of all blocks that may have a part in it,
-in their own order, until one is drawn that lies in it, which is told by the sum of what is more likely.
+So it is done here, by some forty operations of torch. On a CPU `draw_kernel.py` does the same at once, and does not
+sort for a nucleus without top_k: the row draws among the tokens of all blocks that may have a part in it, in their own
+order, until one is drawn that lies in it, which is told by the sum of what is more likely.
 On one machine the way that a row goes depends on its scores alone, and not on what it draws or stands beside.
 """
 

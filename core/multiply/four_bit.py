@@ -20,7 +20,6 @@ import ctypes
 import logging
 from collections.abc import Callable
 from functools import _lru_cache_wrapper, cache, partial, wraps
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +73,7 @@ def proven(told: str) -> Callable[[Callable[..., bool]], _lru_cache_wrapper[bool
 
 @proven("no kernel for 4-bit weights")
 def are_there() -> bool:
-    """Whether this processor has what the kernel needs, and llvmlite is there and compiles it to what it should be."""
+    """Whether this processor has what the kernel needs, and llvmlite compiles it to what it should be."""
     if not could_be():
         return False
     codes = torch.arange(BLOCK * TILE, dtype=torch.uint8).view(TILE, BLOCK) % 16
@@ -85,7 +84,7 @@ def are_there() -> bool:
 
 def could_be() -> bool:
     """The same before anything is compiled."""
-    return find_spec("llvmlite") is not None and _lanes() > 0
+    return _lanes() > 0
 
 
 def fits(module: Any) -> bool:
@@ -126,10 +125,8 @@ def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> FourBit:
 
 def could_be_tiles() -> bool:
     """Whether this processor has tiles and this process may use them; nothing is compiled."""
-    try:
-        from lora_rt.core.native import amx
-    except ImportError:
-        return False
+    from lora_rt.core.native import amx
+
     return amx.are_there()
 
 
@@ -235,7 +232,7 @@ def _lanes() -> int:
         from llvmlite.binding import get_host_cpu_features
 
         features = get_host_cpu_features()
-    except (ImportError, OSError, RuntimeError):
+    except (OSError, RuntimeError):
         return 0
     if features.get("avx512f"):
         return 16

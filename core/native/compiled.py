@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,11 +27,6 @@ _INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": T
 def is_there() -> bool:
     """Whether numba is installed."""
     return find_spec("numba") is not None
-
-
-def is_loaded() -> bool:
-    """Whether numba is imported already. To import it takes half a second, for which no first token has to wait."""
-    return sys.modules.get("numba") is not None
 
 
 def compiled(
