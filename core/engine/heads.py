@@ -64,7 +64,7 @@ class HeadAxis:
         return sums[:heads] + (groups if self.pool > 1 else 0)
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """Ends a pass from within; no `Exception`, so that no model's own code catches it."""
 
     def __init__(self, x: Tensor) -> None:
@@ -164,7 +164,7 @@ def _reached(model: Any, layer: nn.Module, blocks: int, out: nn.Module) -> Tenso
 
     def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if _probing.get():
-            raise _Reached(args[0])
+            raise Reached(args[0])
 
     # Before hooks of others, which may not expect so many rows.
     handles = [
@@ -176,7 +176,7 @@ def _reached(model: Any, layer: nn.Module, blocks: int, out: nn.Module) -> Tenso
     try:
         with torch.no_grad():
             model(**ForwardPass.of(model).arguments(ids.repeat(1 + blocks, 1)))
-    except _Reached as reached:
+    except Reached as reached:
         x = reached.x.detach().float()
         return x.reshape(1 + blocks, -1, x.shape[-1]) if x.numel() % (1 + blocks) == 0 else None
     except UNRUNNABLE:

@@ -170,24 +170,20 @@ class CausalLM:
         `$LORA_RT_BLOCKS` of 0 says that there is to be none, of 1 that even a base is stepped so which is so small that
         to load what was compiled takes longer than all that it will save.
         """
-        tried = "_blocks" in vars(self)
-        if not self._has_blocks or (not tried and is_watched(self.model)):  # the latter may be over with the next step
-            return None
-        return self._blocks
+        return self._blocks if self._may_pass("_blocks") else None
 
     @property
     def prompts(self) -> DecoderPrompt | None:
         """Its pass over many tokens, where a trial of it went well; see `blocks`."""
-        tried = "_prompts" in vars(self)
-        return None if not self._has_prompts or (not tried and is_watched(self.model)) else self._prompts
+        return self._prompts if self._may_pass("_prompts") else None
+
+    def _may_pass(self, name: str) -> bool:
+        """Whether such passes were tried, or may be now: who watches the model may be gone with the next pass."""
+        return name in vars(self) or (self._has_blocks and not is_watched(self.model))
 
     @cached_property
     def _has_blocks(self) -> bool:
-        return decoder_trial.has_steps(self)
-
-    @cached_property
-    def _has_prompts(self) -> bool:
-        return decoder_trial.has_prompts(self)
+        return decoder_trial.may_be(self)
 
     @cached_property
     def _blocks(self) -> DecoderStep | None:

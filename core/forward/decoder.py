@@ -116,11 +116,12 @@ class Decoder:
         """To be made of a model that `is_known`."""
         self.model = model
         self.dtype: torch.dtype = model.model.norm.weight.dtype
-        attention = model.model.layers[0].self_attn
+        attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
         self.size: int = attention.head_dim
         self.heads: int = attention.q_proj.out_features // self.size
         self.keys: int = attention.k_proj.out_features // self.size  # heads of keys and values
         self.hidden: int = attention.q_proj.in_features
+        self.width: int = mlp.gate_proj.out_features
         self._parts, self._places, self._blocks = _parts(model), _places(model), len(model.model.layers)
         # One more block or norm of heads would be looked at by nobody else.
         self._owners = [model.model.layers._modules, *(block.self_attn._modules for block in model.model.layers)]

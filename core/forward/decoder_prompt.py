@@ -35,7 +35,6 @@ class DecoderPrompt:
 
         self._decoder = decoder
         self._attentions, self._attend = ALL_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS["sdpa"]
-        self._width: int = decoder.model.model.layers[0].mlp.gate_proj.out_features
         self._normed, self._turned, self._gated = prompt_kernels.kernels(decoder.dtype is torch.bfloat16)
 
     def can(self, cache: Any) -> bool:
@@ -68,8 +67,8 @@ class DecoderPrompt:
             answer, _ = self._attend(attention, query, key, value, seen, dropout=0.0, scaling=attention.scaling)
             answer = self._of_layer(attention.o_proj, answer.reshape(rows, tokens, -1), self._decoder.hidden)
             given = self._norm(block.post_attention_layernorm, x, answer)
-            gate = self._own(mlp.gate_proj, given, self._width)
-            up = self._of_layer(mlp.up_proj, given, self._width)
+            gate = self._own(mlp.gate_proj, given, self._decoder.width)
+            up = self._of_layer(mlp.up_proj, given, self._decoder.width)
             _run(self._gated, gate.shape[-1], 0, rows * tokens, gate, up)
             added = self._of_layer(mlp.down_proj, gate, self._decoder.hidden)
         if keep is not None and added is not None:

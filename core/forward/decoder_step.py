@@ -56,7 +56,7 @@ class DecoderStep:
         try:
             from lora_rt.core.forward.whole_step import WholeStep
 
-            self.whole = WholeStep(decoder.model, decoder.dtype)
+            self.whole = WholeStep(decoder)
         except Exception as error:  # another release of numba may lack what it stands on
             _log.warning("steps are made block by block, which is slower: %s", error)
         self._rooms: dict[int, _Room] = {}  # by the number of rows; who uses one takes it out
@@ -91,7 +91,7 @@ class DecoderStep:
             if ready is not None:
                 found: Tensor = self.whole(*given, mask, cache, ready)
                 return found
-        room = self._rooms.pop(rows, None) or _Room(self.decoder.model.model.layers, rows, self.decoder.dtype)
+        room = self._rooms.pop(rows, None) or _Room(self.decoder, rows)
         logits = self._stepped(room, given, mask, cache)
         self._rooms[rows] = room
         for number in list(self._rooms)[:-_ROOMS]:
@@ -150,18 +150,15 @@ class _Room:
     All blocks share the memory, and each has tensors of its own: a pass tells by the tensor whether it has seen an x.
     """
 
-    def __init__(self, blocks: Any, rows: int, dtype: torch.dtype) -> None:
-        attention, mlp = blocks[0].self_attn, blocks[0].mlp
-        size = attention.head_dim
-        heads, keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
-        hidden = attention.q_proj.in_features
-        self.keys = _Keys((rows, keys, 1, size), torch.empty(rows, 1, keys * size, dtype=dtype, device="cpu"))
-        self.query = _array(torch.empty(rows, heads, 1, size, dtype=dtype, device="cpu"))
+    def __init__(self, d: Decoder, rows: int) -> None:
+        keys = torch.empty(rows, 1, d.keys * d.size, dtype=d.dtype, device="cpu")
+        self.keys = _Keys((rows, d.keys, 1, d.size), keys)
+        self.query = _array(torch.empty(rows, d.heads, 1, d.size, dtype=d.dtype, device="cpu"))
         memory = [
-            (torch.empty(rows, 1, width, dtype=dtype), torch.empty(rows, 1, width, dtype=torch.float32))
-            for width in (hidden, heads * size, hidden, mlp.gate_proj.out_features)
+            (torch.empty(rows, 1, width, dtype=d.dtype), torch.empty(rows, 1, width, dtype=torch.float32))
+            for width in (d.hidden, d.heads * d.size, d.hidden, d.width)
         ]
-        self.inputs = [[_input(*pair) for pair in memory] for _ in blocks]
+        self.inputs = [[_input(*pair) for pair in memory] for _ in d.model.model.layers]
         self.last = _input(*memory[0])
 
 

@@ -36,17 +36,8 @@ _LARGE = 4_000_000  # numbers
 _BEGINNING = 4  # tokens that are read before the others
 
 
-def has_steps(lm: CausalLM) -> bool:
-    """Whether steps may be made so: to load what numba has compiled for them will be worth the while."""
-    return compiled.is_there() and _may_be(lm)
-
-
-def has_prompts(lm: CausalLM) -> bool:
-    """Whether passes of many tokens may be made so."""
-    return _may_be(lm) and fits(lm.model)
-
-
-def _may_be(lm: CausalLM) -> bool:
+def may_be(lm: CausalLM) -> bool:
+    """Whether passes may be made so: it is a known decoder, for which to load what was compiled is worth the while."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "0" or lm.device.type != "cpu":
         return False
@@ -55,7 +46,7 @@ def _may_be(lm: CausalLM) -> bool:
 
 
 def steps_of(lm: CausalLM) -> DecoderStep | None:
-    """The step of a model that `has_steps`; None where a trial did not go well."""
+    """The steps of a model that `may_be` passed so; None where a trial did not go well."""
 
     def tried() -> DecoderStep | None:
         found = DecoderStep(Decoder(lm.model))
@@ -67,18 +58,18 @@ def steps_of(lm: CausalLM) -> DecoderStep | None:
             found.whole = None
         return found if lm.tried.answer(f"steps by its blocks, {versions}", partial(_are_same, lm, found)) else None
 
-    return _or_none("steps", tried)
+    return _or_none("steps", tried) if compiled.is_there() else None
 
 
 def prompts_of(lm: CausalLM) -> DecoderPrompt | None:
-    """The pass of many tokens of a model that `has_prompts`; None where a trial did not go well."""
+    """The same of its passes over many tokens; None as well where its widths do not fit their loops."""
 
     def tried() -> DecoderPrompt | None:
         found = DecoderPrompt(Decoder(lm.model))
         question = f"prompts by its blocks, {_versions('llvmlite')}"
         return found if lm.tried.answer(question, partial(_reads_the_same, lm, found)) else None
 
-    return _or_none("passes over prompts", tried)
+    return _or_none("passes over prompts", tried) if fits(lm.model) else None
 
 
 def _or_none(what: str, tried: Callable[[], T | None]) -> T | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.shape import blocks_of, width_of
+from lora_rt.core.engine.heads import Reached
 from lora_rt.core.forward import caches
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.forward.decoder import silent
@@ -25,11 +26,6 @@ from lora_rt.errors import LoraRtError
 _wanted: ContextVar[int | None] = ContextVar("lora_rt_early", default=None)
 _QUARTER = 4  # where an adapter does not say how deep: a quarter of the blocks
 _ROWS = 64  # whose keys and values are kept, per batch and in all depths
-
-
-class _Reached(BaseException):
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
 
 
 class EarlyHidden:
@@ -77,9 +73,9 @@ class EarlyHidden:
         try:
             with torch.inference_mode():
                 self.lm.forward(ids, mask, positions, cache=cache, by_blocks=False)
-        except _Reached as reached:
+        except Reached as reached:
             rows, tokens = ids.shape
-            return _of_one_stream(reached.hidden, rows, tokens, self._size).to(ids.device)
+            return _of_one_stream(reached.x, rows, tokens, self._size).to(ids.device)
         finally:
             _wanted.reset(token)
         raise RuntimeError("the model has no blocks to stop at")
@@ -87,12 +83,12 @@ class EarlyHidden:
     def _hook(self, blocks: int) -> None:
         def stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
             if _wanted.get() == blocks:
-                raise _Reached(output[0] if isinstance(output, tuple) else output)
+                raise Reached(output[0] if isinstance(output, tuple) else output)
 
         def refuse(_module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
             if _wanted.get() == 0:
                 hidden = (one for one in (*given, *named.values()) if torch.is_tensor(one) and one.is_floating_point())
-                raise _Reached(next(hidden))  # by whatever name, it is what blocks are given first
+                raise Reached(next(hidden))  # by whatever name, it is what blocks are given first
 
         with self._lock:
             if blocks in self._hooks:

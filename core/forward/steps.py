@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.shared import SharedPlan
+from lora_rt.core.forward.decoder_trial import are_near, is_exact
 from lora_rt.core.forward.pool import PooledPlan, can_be_pooled, layout_of
 
 if TYPE_CHECKING:
@@ -201,7 +202,8 @@ class Steps:
             self._steps.clear()
             return None if plain is None else (plain[:, -1], cache)
         if plain is not None:
-            self._off = not _near(logits, plain[:, -1])
+            share = 1e-3 if is_exact(logits) else 0.1  # they differ by rounding alone
+            self._off = not are_near(plain[:, -1], logits, share)
             self._checked = not self._off
             if self._off:
                 self._steps.clear()
@@ -247,10 +249,3 @@ def rounded_rows(rows: int) -> int:
 def rounded_columns(width: int) -> int:
     """256, 512, 1024, 1536, ..."""
     return _FIRST_COLUMNS if width <= _FIRST_COLUMNS else -(-width // _MORE_COLUMNS) * _MORE_COLUMNS
-
-
-def _near(one: Tensor, other: Tensor) -> bool:
-    """Whether two ways to the same logits differ by rounding alone."""
-    share = 1e-3 if one.dtype == torch.float32 else 0.1
-    one, other = one.float(), other.float()
-    return bool((one - other).abs().max() <= share * other.std().clamp(min=1e-6))

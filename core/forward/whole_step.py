@@ -25,6 +25,7 @@ from lora_rt.core.engine.few_rows import AddedToSteps
 from lora_rt.core.engine.site import Multiplied, multiplied
 from lora_rt.core.forward import kernels
 from lora_rt.core.forward import whole_kernel as k
+from lora_rt.core.forward.decoder import Decoder
 from lora_rt.core.forward.step_adapters import GROUPS, Adapters, adapters_of
 from lora_rt.core.forward.unchanged import Parameters, Place, have_hooks, own, place_in, stand
 from lora_rt.core.multiply import four_bit
@@ -104,24 +105,21 @@ class _Ready(NamedTuple):
 class WholeStep:
     """The step of one model; any number of threads may take it at once."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        """To be made of a model that a `DecoderStep` takes."""
-        self._model, self._dtype = model, dtype
+    def __init__(self, decoder: Decoder) -> None:
+        """To be made of a decoder that a `DecoderStep` takes."""
+        self._decoder, self._model, self._dtype = decoder, decoder.model, decoder.dtype
         self._address: int | None = None  # 0 where it can't be compiled
-        attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-        self._size: int = attention.head_dim
-        self._heads, self._keys = (layer.out_features // self._size for layer in (attention.q_proj, attention.k_proj))
-        self._hidden, self._width = attention.q_proj.in_features, mlp.gate_proj.out_features
-        queries, keys = self._heads * self._size, self._keys * self._size
-        into, back = (self._hidden, self._width), (self._width, self._hidden)
-        to_keys = self._hidden, keys
-        self._shapes = (self._hidden, queries), to_keys, to_keys, (queries, self._hidden), into, into, back
-        self._norms = _norms(model)
+        hidden, width = decoder.hidden, decoder.width
+        queries, keys = decoder.heads * decoder.size, decoder.keys * decoder.size
+        into, to_keys = (hidden, width), (hidden, keys)
+        self._shapes = (hidden, queries), to_keys, to_keys, (queries, hidden), into, into, (width, hidden)
+        blocks = decoder.model.model.layers
+        self._norms = _norms(decoder.model)
         self._normed: _Normed | None = None
-        self._attentions = [block.self_attn for block in model.model.layers]
+        self._attentions = [block.self_attn for block in blocks]
         self._found = _Found()
         self._refused: tuple[int, int] | None = None  # block and place of a layer that can't be taken
-        self._none = Adapters(np.zeros((len(model.model.layers), k.ADAPTED), np.int64), (), 1, 1)
+        self._none = Adapters(np.zeros((len(blocks), k.ADAPTED), np.int64), (), 1, 1)
         self._rooms: dict[int, _Room] = {}  # by the number of rows; who uses one takes it out
         self.always = False  # whatever is faster: in a trial
 
@@ -249,9 +247,9 @@ class WholeStep:
             ready: what `ready` has said just now.
         """
         rows, columns = mask.shape
-        decoder = self._model.model
+        decoder = self._decoder
         ropes = [part.float().contiguous() for part in (cos, sin)]
-        room = self._rooms.pop(rows, None) or _Room(self, rows)
+        room = self._rooms.pop(rows, None) or _Room(decoder, rows)
         room.x.copy_(embedded)
         threads = torch.get_num_threads()
         team = openmp.team() if threads > 1 else None
@@ -265,12 +263,12 @@ class WholeStep:
         s[: k.BARRIER] = (
             rows,
             columns,
-            len(decoder.layers),
-            self._hidden,
-            self._heads,
-            self._keys,
-            self._size,
-            self._width,
+            len(self._model.model.layers),
+            decoder.hidden,
+            decoder.heads,
+            decoder.keys,
+            decoder.size,
+            decoder.width,
             len(ropes[0]),
         )
         s[k.BARRIER : k.PART] = (0, 0, 0) if team is None else (team.barrier, team.number, team.size)
@@ -292,8 +290,9 @@ class WholeStep:
 
     def _extended(self, cache: Any, rows: int, columns: int) -> Any:
         """The table of a cache whose layers have one more column, in which anything stands."""
-        shape, found = (rows, self._keys, columns, self._size), []
-        blank = torch.empty(rows, self._keys, 1, self._size, dtype=self._dtype, device="cpu")
+        heads, size = self._decoder.keys, self._decoder.size
+        shape, found = (rows, heads, columns, size), []
+        blank = torch.empty(rows, heads, 1, size, dtype=self._dtype, device="cpu")
         if len(cache.layers) != len(self._model.model.layers):
             raise ValueError(f"a cache of {len(cache.layers)} layers for {len(self._model.model.layers)} blocks")
         for layer in cache.layers:
@@ -310,15 +309,15 @@ class WholeStep:
 class _Room:
     """Where the numbers of a step lie, (rows, width) float32 each, and what is read of it in the end."""
 
-    def __init__(self, step: WholeStep, rows: int) -> None:
-        queries, keys = step._heads * step._size, step._keys * step._size
-        widths = queries, keys, keys, step._hidden, step._width, step._width, step._hidden
+    def __init__(self, d: Decoder, rows: int) -> None:
+        queries, keys = d.heads * d.size, d.keys * d.size
+        widths = queries, keys, keys, d.hidden, d.width, d.width, d.hidden
         with torch.inference_mode(False):  # what is made in it can't be written outside of it
             x, normed, attended, *outputs = (
                 torch.empty(rows, 1, width, dtype=torch.float32, device="cpu")
-                for width in (step._hidden, step._hidden, queries, *widths)
+                for width in (d.hidden, d.hidden, queries, *widths)
             )
-            self.out = torch.empty(rows, 1, step._hidden, dtype=step._dtype, device="cpu")
+            self.out = torch.empty(rows, 1, d.hidden, dtype=d.dtype, device="cpu")
         inputs = normed, attended, normed, outputs[4]  # silu(gate) * up lies where gate was
         self.places = {k.X: x, k.OUT: self.out, **dict(enumerate((*inputs, *outputs), start=k.INPUT))}
         self.x = x
