@@ -592,3 +592,21 @@ def test_copies_are_not_kept_beside_kernels_of_our_own_that_are_nearly_as_fast(m
     assert kept(100.0, 80.0, 50.0, 80.0, 80.0, 950.0) == {"four-bit"}  # one class may have been disturbed
     assert "dense-half" in kept(100.0, 100.0, 100.0, 100.0, 100.0, 700.0)
     assert "dense-half" in kept(60.0, 60.0, 60.0, 60.0, 60.0, 950.0)
+
+
+def test_they_are_kept_as_ever_where_a_layer_has_no_kernel_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What copies of an output head gain is weighed as without kernels of our own, whatever other layers have."""
+    module, head = layer(), nn.Linear(IN, OUT, bias=False).bfloat16().requires_grad_(False)
+    if "four-bit" not in ways_of(module):
+        pytest.skip("no kernel for 4-bit weights here")
+    slow: dict[str, list[float | None]] = {way: [9000.0] * 6 for way in (*ways_of(module), *ways_of(head))}
+    times = {
+        layer_name(module): {**slow, "four-bit": [100.0] * 6},
+        layer_name(head): {**slow, "packed": [100.0] * 6, "dense-wide": [60.0] * 6},  # of both layers 0.77
+    }
+    monkeypatch.setattr("lora_rt.core.multiply.fastest.times_of", lambda layers: times)
+    found = choose([module, head], "auto", 1 << 30)
+    assert {name: set(ways) for name, ways in found.items()} == {
+        layer_name(module): {"four-bit"},
+        layer_name(head): {"dense-wide"},
+    }
