@@ -35,12 +35,6 @@ def doubles_at(address: int, count: int) -> Any:
 
 
 @compiled(kept=False)
-def words_at(address: int, count: int) -> Any:
-    """So many uint32: the bits of float32."""
-    return carray(pointer(address), count, np.uint32)
-
-
-@compiled(kept=False)
 def integers_at(address: int, count: int) -> Any:
     """So many int64."""
     return carray(pointer(address), count, np.int64)
