@@ -119,7 +119,8 @@ class SceneFit:
         """
         first = last = self.loss(aside)
         best = self._copied()
-        count = len(list(steps(self._items, self._settings.batch_size, self._settings.epochs, self._settings.seed)))
+        known = [item for item in self._items if item.scene_type in self.types]
+        count = len(list(steps(known, self._settings.batch_size, self._settings.epochs, self._settings.seed)))
         judged, done = max(1, count // _JUDGED), 0
 
         def judge(loss: float) -> None:
