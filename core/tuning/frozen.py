@@ -1,8 +1,10 @@
-"""A base and resident adapters that stay as they are, and the loss of answers under gates that carry a gradient."""
+"""A base and resident adapters that stay as they are, the loss of answers under gates that carry a gradient, and the
+best that was seen of what these gates are computed from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -92,6 +94,18 @@ class Frozen(AdaptedBase):
         losses = self.losses(items, weights, gates)
         return losses.sum(), sum(len(item.answer) for item in items)
 
+    def mean_nll(
+        self, batches: Iterable[Sequence[Item]], gates: Callable[[Sequence[Item]], Mapping[str, Gate | None]]
+    ) -> float:
+        """Nats per answer token of all batches; `gates` gives those of a batch, with the weights in them."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                found = gates(batch)
+                nll, tokens = self.nll(batch, [dict.fromkeys(found, 1.0)], found)
+                total, count = total + float(nll), count + tokens
+        return total / count
+
     def losses(
         self, items: Sequence[Item], weights: Sequence[Mapping[str, float]], gates: Mapping[str, Gate | None]
     ) -> Tensor:
@@ -110,3 +124,35 @@ class Frozen(AdaptedBase):
         )
         whole = found.new_zeros(wanted.shape)
         return whole.index_copy(1, columns, found.view(len(items), -1))
+
+
+class Best:
+    """The best state of some tensors, by a loss on held-out examples: `last`, and `first` that of the start."""
+
+    def __init__(self, tensors: Iterable[Tensor], judge: Callable[[], float]) -> None:
+        self._tensors = list(tensors)
+        self._judge = judge
+        self.first = self.last = judge()
+        self._kept = self._copied()
+
+    def look(self) -> None:
+        """Keep the tensors as they are now, where that is the best so far."""
+        if (found := self._judge()) < self.last:
+            self.last, self._kept = found, self._copied()
+
+    def restore(self) -> None:
+        """Bring the tensors back to the best state."""
+        for tensor, kept in zip(self._tensors, self._kept, strict=True):
+            tensor.data.copy_(kept)
+
+    def over(self, batches: Sequence[Sequence[Item]], looks: int = 10) -> Iterator[Sequence[Item]]:
+        """The batches, to be stepped on: looks so many times between them and after the last one, then restores."""
+        between = max(1, len(batches) // looks)
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            if number % between == 0 or number == len(batches):
+                self.look()
+        self.restore()
+
+    def _copied(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._tensors]

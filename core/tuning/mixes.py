@@ -15,12 +15,12 @@ from torch import Tensor
 from lora_rt.core.tuning import shares
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
-from lora_rt.core.tuning.frozen import Frozen, distance_from_one
+from lora_rt.core.tuning.frozen import Best, Frozen, distance_from_one
 from lora_rt.core.tuning.settings import MixSettings, SceneSettings, TuneError, check_loss
 from lora_rt.plugins.contract import AdapterView, Gate, JointGateContext, MixtureContext
 
 NEUTRAL = "neutral"
-_JUDGED = 6  # how often on the way the state is tried on the held-out examples
+_LOOKS = 6  # how often on the way the state is tried on the held-out examples
 _MOST_ASIDE = 48  # of them, so that trying does not take longer than fitting
 _ROWS = 16
 _LOOKED_AT = 64  # examples whose hidden states the mode may look at before it begins
@@ -97,18 +97,15 @@ class MixFit:
         settings = self._settings
         gated = self._gated(aside)
         aside = gated[:: -(-len(gated) // _MOST_ASIDE) or 1]
-        batches = list(steps(self._gated(self._items), settings.batch_size, settings.epochs, settings.seed))
-        first = last = self.loss(aside)
-        best = self._copied()
+        best = Best(self.state.values(), lambda: self.loss(aside))
         if self._shares:
-            if (found := self._share_out(aside, advance)) < last:
-                last, best = found, self._copied()
-            else:
-                self._restore(best)
+            self._share_out(aside, advance)
+            best.look()
+            best.restore()
+        batches = list(steps(self._gated(self._items), settings.batch_size, settings.epochs, settings.seed))
         optimizer = torch.optim.Adam(self.state.values(), lr=settings.learning_rate)
-        judged = max(1, len(batches) // _JUDGED)
         losses: list[float] = []
-        for batch in batches:
+        for batch in best.over(batches, _LOOKS):
             gates, distance = self._gates(batch)
             total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
             check_loss(total, len(losses) + 1)
@@ -117,13 +114,10 @@ class MixFit:
             optimizer.step()
             losses.append(float(total.detach()) / count)
             advance(losses[-1])
-            if (len(losses) % judged == 0 or len(losses) == len(batches)) and (found := self.loss(aside)) < last:
-                last, best = found, self._copied()
-        self._restore(best)
-        return first, last, losses
+        return best.first, best.last, losses
 
-    def _share_out(self, aside: Sequence[Item], advance: Callable[[float], None]) -> float:
-        """The state that shares are best fitted by where each adapter is seen alone; its loss on `aside`."""
+    def _share_out(self, aside: Sequence[Item], advance: Callable[[float], None]) -> None:
+        """Give the state what shares are best fitted by where each adapter is seen alone."""
         learned, judged = (
             shares.batches(self._frozen, items, self._start, self.hidden_layers)
             for items in (self._gated(self._items), aside)
@@ -137,26 +131,13 @@ class MixFit:
             self._settings.keep,
             advance,
         )
-        return self.loss(aside)
-
-    def _copied(self) -> dict[str, Tensor]:
-        return {key: value.detach().clone() for key, value in self.state.items()}
-
-    def _restore(self, state: Mapping[str, Tensor]) -> None:
-        for key, value in state.items():
-            self.state[key].data.copy_(value)
 
     def loss(self, items: Sequence[Item]) -> float:
         """Nats per answer token under the gates as they are."""
         ordered = sorted(self._gated(items), key=lambda item: len(item.prompt) + len(item.answer))
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in chunks(ordered, _ROWS):
-                nll, tokens = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], self._gates(batch)[0])
-                total, count = total + float(nll), count + tokens
-        if not count:
+        if not ordered:
             raise TuneError("the data has only neutral examples", next_step="Give examples of other scene types")
-        return total / count
+        return self._frozen.mean_nll(chunks(ordered, _ROWS), lambda batch: self._gates(batch)[0])
 
     def _gated(self, items: Sequence[Item]) -> list[Item]:
         return [item for item in items if item.scene_type != NEUTRAL]

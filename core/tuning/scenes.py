@@ -15,13 +15,12 @@ from torch import Tensor
 
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
-from lora_rt.core.tuning.frozen import Frozen, distance_from_one
+from lora_rt.core.tuning.frozen import Best, Frozen, distance_from_one
 from lora_rt.core.tuning.settings import SceneSettings, check_loss
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, TermFacts
 
 State = dict[str, Tensor]
-_JUDGED = 10  # how often on the way the gates are tried on the held-out examples
 
 
 class GatingError(LoraRtError):
@@ -87,18 +86,19 @@ class SceneFit:
                     self.states[other][key].data.copy_(value.data)
         return self._classifier.accuracy(self._items)
 
-    def fit_gates(self, advance: Callable[[float], None] = lambda _loss: None) -> list[float]:
-        """Fit the gates on the examples of the types that the adapters know; each step's loss, nats per token."""
+    def fit_gates(self, advance: Callable[[float], None] = lambda _loss: None, best: Best | None = None) -> list[float]:
+        """Fit the gates on the examples of the types that the adapters know; each step's loss, nats per token.
+
+        The state is the last one, or where there is `best`, the best one that this has seen.
+        """
         items = [item for item in self._items if item.scene_type in self.types]
         if not items:
             text = f"no line of the data has a scene type of these adapters: {', '.join(self.types)}"
             raise GatingError(text, next_step="Give examples of these types")
-        leaves = [value for state in self.states.values() for value in state.values()]
-        for leaf in leaves:
-            leaf.grad = None
-        optimizer = torch.optim.Adam(leaves, lr=self._settings.learning_rate)
+        optimizer = torch.optim.Adam(self._leaves(), lr=self._settings.learning_rate)
+        batches = list(steps(items, self._settings.batch_size, self._settings.epochs, self._settings.seed))
         losses: list[float] = []
-        for batch in steps(items, self._settings.batch_size, self._settings.epochs, self._settings.seed):
+        for batch in best.over(batches) if best else batches:
             gates, distance = self._gates(batch)
             total, count = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], gates)
             check_loss(total, len(losses) + 1)
@@ -117,26 +117,9 @@ class SceneFit:
         Returns:
             The loss of held-out examples under the start and under what was kept, nats per token; each step's loss.
         """
-        first = last = self.loss(aside)
-        best = self._copied()
-        known = [item for item in self._items if item.scene_type in self.types]
-        count = len(list(steps(known, self._settings.batch_size, self._settings.epochs, self._settings.seed)))
-        judged, done = max(1, count // _JUDGED), 0
-
-        def judge(loss: float) -> None:
-            nonlocal last, best, done
-            done += 1
-            advance(loss)
-            if done % judged == 0 and (found := self.loss(aside)) < last:
-                last, best = found, self._copied()
-
-        losses = self.fit_gates(judge)
-        if (found := self.loss(aside)) < last:
-            last, best = found, self._copied()
-        for name, state in best.items():
-            for key, value in state.items():
-                self.states[name][key].data.copy_(value)
-        return first, last, losses
+        best = Best(self._leaves(), lambda: self.loss(aside))
+        losses = self.fit_gates(advance, best)
+        return best.first, best.last, losses
 
     def loss(self, items: Sequence[Item]) -> float:
         """Nats per answer token of the examples whose types the adapters know, under the gates as they are.
@@ -148,19 +131,14 @@ class SceneFit:
         if not known:
             text = f"no two lines of the data have one scene type of these adapters: {', '.join(self.types)}"
             raise GatingError(text, next_step="Give examples of these types")
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in chunks(known, 32):
-                nll, tokens = self._frozen.nll(batch, [dict.fromkeys(self._start, 1.0)], self._gates(batch)[0])
-                total, count = total + float(nll), count + tokens
-        return total / count
+        return self._frozen.mean_nll(chunks(known, 32), lambda batch: self._gates(batch)[0])
 
     def accuracy(self, items: Sequence[Item]) -> tuple[float, float]:
         """The share of prompts whose type the classifier tells, and the share of the most frequent type."""
         return self._classifier.accuracy(items), chance(items)
 
-    def _copied(self) -> dict[str, State]:
-        return {name: {key: value.detach().clone() for key, value in s.items()} for name, s in self.states.items()}
+    def _leaves(self) -> list[Tensor]:
+        return [value for state in self.states.values() for value in state.values()]
 
     def _gates(self, batch: Sequence[Item]) -> tuple[dict[str, Gate | None], Tensor]:
         """The gates of a batch with the weights in them, and their mean squared distance from 1."""

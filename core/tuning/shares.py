@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.tuning.data import Item, chunks
-from lora_rt.core.tuning.frozen import IGNORED, Frozen
+from lora_rt.core.tuning.frozen import IGNORED, Best, Frozen
 from lora_rt.plugins.contract import Gate
 
 STEPS = 150  # over all examples
@@ -80,7 +80,7 @@ def fit(
     even = even / even.sum()
     optimizer = torch.optim.Adam(state, lr=_RATE, eps=_ROUNDING)
     count = sum(len(batch.chances) for batch in learned)
-    kept, least = [tensor.detach().clone() for tensor in state], _mean(gates, aside)
+    best = Best(state, lambda: _mean(gates, aside))
     for number in range(STEPS):
         optimizer.zero_grad()
         total = 0.0
@@ -92,10 +92,9 @@ def fit(
             total += float(loss.detach())
         optimizer.step()
         advance(total / count)
-        if number % _JUDGED == _JUDGED - 1 and (found := _mean(gates, aside)) < least:
-            kept, least = [tensor.detach().clone() for tensor in state], found
-    for tensor, best in zip(state, kept, strict=True):
-        tensor.data.copy_(best)
+        if number % _JUDGED == _JUDGED - 1:
+            best.look()
+    best.restore()
 
 
 def _mean(gates: Gates, some: Sequence[Batch]) -> float:

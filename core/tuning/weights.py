@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_rt.core.tuning.data import Item, held_out, steps
-from lora_rt.core.tuning.frozen import Frozen
+from lora_rt.core.tuning.data import Item, chunks, held_out, steps
+from lora_rt.core.tuning.frozen import Best, Frozen
 from lora_rt.core.tuning.settings import TuneSettings, check_loss, check_weights
 from lora_rt.plugins.contract import Gate
 
 _EVALUATED = 16
-_JUDGED = 10  # how often on the way the weights are tried on the held-out examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +51,14 @@ def tune(
     optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
     items, aside = held_out(items, settings.seed)
     batches = list(steps(items, settings.batch_size, settings.epochs, settings.seed))
-    before = after = mean_loss(frozen, aside, weights)
-    best = {name: value.tolist() for name, value in weights.items()}
-    judged = max(1, len(batches) // _JUDGED)
+
+    def judge() -> float:
+        check_weights({name: float(value.detach().abs().max()) for name, value in weights.items()})
+        return mean_loss(frozen, aside, weights)
+
+    best = Best(weights.values(), judge)
     losses: list[float] = []
-    for batch in batches:
+    for batch in best.over(batches):
         total, count = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
         loss = total / count
         check_loss(loss, len(losses) + 1)
@@ -66,23 +68,13 @@ def tune(
         optimizer.step()
         losses.append(float(loss.detach()))
         advance(losses[-1])
-        if len(losses) % judged == 0 or len(losses) == len(batches):
-            check_weights({name: float(value.detach().abs().max()) for name, value in weights.items()})
-            if (found := mean_loss(frozen, aside, weights)) < after:
-                after, best = found, {name: value.tolist() for name, value in weights.items()}
-    return Tuned(best, before, after, losses)
+    return Tuned({name: value.tolist() for name, value in weights.items()}, best.first, best.last, losses)
 
 
 def mean_loss(frozen: Frozen, items: Sequence[Item], weights: Mapping[str, Tensor]) -> float:
     """Nats per answer token of all examples."""
     ordered = sorted(items, key=lambda item: len(item.prompt) + len(item.answer))
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(ordered), _EVALUATED):
-            batch = ordered[start : start + _EVALUATED]
-            loss, tokens = frozen.nll(batch, [dict.fromkeys(weights, 1.0)], _gates(weights))
-            total, count = total + float(loss), count + tokens
-    return total / count
+    return frozen.mean_nll(chunks(ordered, _EVALUATED), lambda _batch: _gates(weights))
 
 
 def _gates(weights: Mapping[str, Tensor]) -> dict[str, Gate | None]:

@@ -149,6 +149,13 @@ def test_what_can_not_be_routed_is_told(
     assert told in "; ".join([caught.value.message, *caught.value.problems])
 
 
+def test_data_of_neutral_scenes_alone_is_refused_and_not_waited_for(zoo: Zoo) -> None:
+    frozen, start = opened(zoo, spec(zoo, 0.5, 0.5))
+    items = [Item([1, 20], [21, 2], "neutral")] * 4
+    with pytest.raises(TuneError, match="the data has only neutral examples"):
+        MixFit(frozen, "mine", start, items, MixSettings("router")).fit(items)
+
+
 def test_a_mode_and_options_belong_to_what_is_decided_later() -> None:
     given: dict[str, Any] = {"epochs": 1, "batch_size": 1, "learning_rate": None, "seed": 0}
     with pytest.raises(TuneError) as caught:
