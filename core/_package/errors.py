@@ -39,5 +39,9 @@ class UsageError(LoraRtError):
     """What a person typed makes no sense, whatever this machine holds: the command line ends with 2, not with 1."""
 
 
+class SettingsError(LoraRtError):
+    """A setting of a run that makes no sense, or does not fit the model."""
+
+
 def _rebuild(kind: type[LoraRtError], message: str, next_step: str, problems: tuple[str, ...]) -> LoraRtError:
     return kind(message, next_step=next_step, problems=problems)

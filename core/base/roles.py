@@ -14,7 +14,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import SettingsError
 
 ALL_LINEAR = "all-linear"
 WIDER: Mapping[str, tuple[str, ...]] = {
@@ -53,7 +53,7 @@ _EXPERT = re.compile(r"(^|\.)(local_)?experts\.")
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
-class TargetError(LoraRtError):
+class TargetError(SettingsError):
     """Targets that the base has no layers for."""
 
 

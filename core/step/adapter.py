@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_rt.core.base.load import LoadedBase
-from lora_rt.core.base.roles import ALL_LINEAR, as_peft_takes_them
+from lora_rt.core.base.roles import ALL_LINEAR, as_peft_takes_them, resolved
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.engine.experts import find_parameters
 from lora_rt.core.engine.topology import find_linears, shapes_of
-from lora_rt.core.step.settings import SettingsError, TrainSettings, choose_targets
+from lora_rt.core.step.settings import SettingsError, TrainSettings
 from lora_rt.registry.card import BaseIdentity, StateTensor
 from lora_rt.registry.files import STATE, WEIGHTS
 
@@ -49,12 +49,12 @@ def targets(model: Any, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
     """The full names of the layers, and of the parameters of fused experts, that targets mean.
 
     Raises:
-        SettingsError: a target that the model has nothing for.
+        TargetError: a target that the model has nothing for.
     """
     layers = list(adaptable(model))
     # "all-linear" is what PEFT makes of it, which adds the experts of some architectures by itself.
     fused = [] if ALL_LINEAR in wanted else [name for name, one in find_parameters(model).items() if one.experts]
-    chosen = choose_targets(wanted, [*layers, *fused])
+    chosen = resolved(wanted, [*layers, *fused])
     return [name for name in chosen if name not in fused], [name for name in chosen if name in fused]
 
 

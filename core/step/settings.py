@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 
 from lora_rt.core.base.identity import known_linears
 from lora_rt.core.base.precision import check_device, check_precision
-from lora_rt.core.base.roles import TargetError, resolved
+from lora_rt.core.base.roles import resolved
 from lora_rt.core.base.source import BaseSource, parse_base
 from lora_rt.core.generation.numbers import real, whole
 from lora_rt.errors import LoraRtError
+from lora_rt.errors import SettingsError as SettingsError
 from lora_rt.registry.card import parse_card
 from lora_rt.registry.files import CARD
 from lora_rt.registry.inspection.config import read_config
@@ -27,10 +28,6 @@ LOGGERS = ("tensorboard", "wandb", "trackio")
 """Where the figures of a run can go: names of packages."""
 _MOST_OF_A_PATH = 300  # characters that a card has room for
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
-
-
-class SettingsError(LoraRtError):
-    """A setting of a run that makes no sense, or does not fit the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,26 +221,10 @@ def _as_typed(place: str | Path) -> str:
 
 
 def check_targets(wanted: Sequence[str], base: BaseSource) -> None:
-    """What `choose_targets` would refuse, where the layers of a base can be told before it is fetched or loaded.
+    """Refuse targets where the layers of a base can be told before it is fetched or loaded.
 
     Raises:
-        SettingsError: the base has no layers of these names.
+        TargetError: the base has no layers of these names.
     """
     if known := known_linears(base):
-        choose_targets(wanted, known)
-
-
-def choose_targets(wanted: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """The full names of the layers to adapt.
-
-    Args:
-        wanted: names, ends of paths, roles, patterns, or "all-linear" (see `lora_rt.core.base.roles`).
-        linears: full names of the model's linear layers but the output head.
-
-    Raises:
-        SettingsError: a target that the model has no layers for, with the nearest name and the role.
-    """
-    try:
-        return resolved(wanted, linears)
-    except TargetError as error:
-        raise SettingsError(error.message, problems=error.problems, next_step=error.next_step) from error
+        resolved(wanted, known)
