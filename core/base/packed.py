@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lora_rt.core.base.fused import PackedMatrices
 from lora_rt.core.base.precision import QUANTIZED
 from lora_rt.core.base.reading import UNREADABLE
+from lora_rt.core.base.roles import anywhere
 from lora_rt.core.base.shape import ForwardPass, device_of, vocabulary_of
 
 _MOST = 0.9  # of the blocks' weights: where more is packed, there is nothing to say
@@ -119,12 +120,8 @@ def _misread(model: Any, packed: Mapping[str, Any]) -> list[str]:
         for handle in handles:
             handle.remove()
     # The blocks behind the first are not reached where that fails.
-    kinds = {_number_less(name) for name in watch.found | cast}
-    return [name for name in packed if _number_less(name) in kinds]
-
-
-def _number_less(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".#", name)
+    kinds = {anywhere(name) for name in watch.found | cast}
+    return [name for name in packed if anywhere(name) in kinds]
 
 
 class _Watch(TorchFunctionMode):

@@ -72,6 +72,11 @@ def roles_of(name: str) -> tuple[str, ...]:
     return ()
 
 
+def anywhere(name: str) -> str:
+    """A layer's path in whichever block it stands: `model.layers.*.mlp.up_proj`."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
 def resolved(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
     """The full paths that targets mean, in the order of `names`.
 

@@ -40,7 +40,8 @@ def show(
 
 def _show_base(text: str, as_json: bool) -> None:
     with starting():
-        from lora_rt.core.export.outline import anywhere, outline
+        from lora_rt.core.base.roles import anywhere
+        from lora_rt.core.export.outline import outline
 
     rows = outline(text, quick=True).document()
     if as_json:

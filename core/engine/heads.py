@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
-from lora_rt.core.base.roles import roles_of
+from lora_rt.core.base.roles import anywhere, roles_of
 from lora_rt.core.base.shape import ForwardPass, device_of, heads_of, vocabulary_of
 
 Side = Literal["output", "input"]
@@ -86,7 +86,7 @@ def find_heads(
         inner = [n for n in layers if n.startswith(f"{parent}.") and set(roles_of(n)) & {"query", "key", "value"}]
         if inner and count > 1 and sizes[out][1] % count == 0:
             # Names without numbers, and sizes: a model whose blocks differ has several kinds.
-            kind = tuple((_number_less(n), sizes[n]) for n in (out, *inner))
+            kind = tuple((anywhere(n), sizes[n]) for n in (out, *inner))
             families.setdefault(kind, []).append((out, inner))
     found: dict[str, HeadAxis] = {}
     for members in families.values():
@@ -107,10 +107,6 @@ def _attention_of(out: str) -> str:
     parts = out.split(".")
     last = max((i for i, part in enumerate(parts) if re.search(r"att(n|ention)", part, re.IGNORECASE)), default=None)
     return ".".join(parts[: last + 1] if last is not None else parts[:-1])
-
-
-def _number_less(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".#", name)
 
 
 def _tried(model: Any, layer: nn.Module, features: int, out: nn.Module, heads: int, size: int) -> HeadAxis | None:

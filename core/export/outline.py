@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from lora_rt.core.base.identity import identify, identify_base
 from lora_rt.core.base.load import base_facts
 from lora_rt.core.base.reading import UNREADABLE, auto_class, config_alone
-from lora_rt.core.base.roles import ROLES, roles_of
+from lora_rt.core.base.roles import ROLES, anywhere, roles_of
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, parse_base
 from lora_rt.core.engine.topology import features, find_linears, shapes_of
 from lora_rt.plugins.contract import BaseFacts
@@ -44,11 +43,6 @@ class Outline:
         order = {role: number for number, role in enumerate((*ROLES, ""))}
         found = sorted(rows.items(), key=lambda item: order[item[0][0]])
         return [{"role": role or None, "modules": names, "shape": list(shape)} for (role, _, shape), names in found]
-
-
-def anywhere(name: str) -> str:
-    """A layer's path in whichever block it stands: `model.layers.*.mlp.up_proj`."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def outline(text: str, *, quick: bool = False) -> Outline:
