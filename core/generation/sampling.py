@@ -9,11 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-from lora_rt.core.generation.numbers import real, whole
+from lora_rt.core.generation.numbers import of_other_kinds, whole
 from lora_rt.errors import LoraRtError
 
 COLDEST = 1e-4  # below it, dividing by the temperature leaves the range of float32, and the best token always wins
 _LARGEST_SEED = 2**63 - 1
+_KINDS = {
+    "a number": ("temperature", "top_p", "repetition_penalty"),
+    "a whole number": ("top_k", "max_new_tokens", "min_new_tokens"),
+}
 Seeds = SupportsIndex | None | Sequence[SupportsIndex | None]
 """One seed for all rows or one per row, of any type of whole number; None is a new one each time."""
 
@@ -53,8 +57,7 @@ class Sampling:
 
     def check(self) -> None:
         """Raises SamplingError with everything that is not a number or out of range."""
-        problems = self._not_numbers()
-        if problems:
+        if problems := of_other_kinds(self, _KINDS, optional=("temperature",)):
             raise SamplingError("; ".join(problems), problems=problems, next_step="See: lora-rt compose --help")
         if self.temperature is not None and not 0 <= self.temperature < 100:
             problems.append(f"temperature is {self.temperature}; it must be from 0 (greedy) to below 100")
@@ -74,17 +77,6 @@ class Sampling:
             problems.append(f"stop is {self.stop!r}; it must be a list of texts")
         if problems:
             raise SamplingError("; ".join(problems), problems=problems, next_step="See: lora-rt compose --help")
-
-    def _not_numbers(self) -> list[str]:
-        problems = []
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if not (real(value) is not None or (name == "temperature" and value is None)):
-                problems.append(f"{name} is {value!r}; it must be a number")
-        for name in ("top_k", "max_new_tokens", "min_new_tokens"):
-            if whole(getattr(self, name)) is None:
-                problems.append(f"{name} is {getattr(self, name)!r}; it must be a whole number")
-        return problems
 
     @property
     def greedy(self) -> bool:

@@ -15,7 +15,7 @@ from lora_rt.core.base.identity import known_linears
 from lora_rt.core.base.precision import check_device, check_precision
 from lora_rt.core.base.roles import resolved
 from lora_rt.core.base.source import BaseSource, parse_base
-from lora_rt.core.generation.numbers import real, whole
+from lora_rt.core.generation.numbers import of_other_kinds
 from lora_rt.errors import LoraRtError
 from lora_rt.errors import SettingsError as SettingsError
 from lora_rt.registry.card import parse_card
@@ -27,6 +27,14 @@ Optimizer = Literal["adamw", "paged-adamw-8bit"]
 LOGGERS = ("tensorboard", "wandb", "trackio")
 """Where the figures of a run can go: names of packages."""
 _MOST_OF_A_PATH = 300  # characters that a card has room for
+_KINDS = {
+    "a whole number": ("r", "batch_size", "seed", "accumulation", "early_stop"),
+    "a number": ("alpha", "dropout", "learning_rate", "epochs"),
+    "true or false": ("special_tokens", "gradient_checkpointing"),
+    "a text": ("register", "mode"),
+    "a list of texts": ("target_modules", "scene_types", "log_to"),
+    "a mapping": ("options", "template_variables"),
+}
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 
@@ -79,7 +87,7 @@ class TrainSettings:
             SettingsError: with everything that is out of range, or that no adapter can be published with.
             LoraRtError: there is no such precision, device or base.
         """
-        if problems := self._of_other_kinds():
+        if problems := of_other_kinds(self, _KINDS, ("accumulation", "early_stop", "gradient_checkpointing")):
             raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
         if not is_name(self.register):
             problems.append(f"{self.register[:80]!r} is not a name that an adapter can have; use letters and digits")
@@ -117,32 +125,6 @@ class TrainSettings:
         check_precision(self.precision)
         check_device(self.device)
         parse_base(self.base)
-
-    def _of_other_kinds(self) -> list[str]:
-        """What a program gave that is no number, text or list of the kind that is wanted."""
-        problems = []
-        for name in ("r", "batch_size", "seed", "accumulation", "early_stop"):
-            value = getattr(self, name)
-            if whole(value) is None and not (value is None and name in ("accumulation", "early_stop")):
-                problems.append(f"{name} is {value!r:.80}; it must be a whole number")
-        for name in ("alpha", "dropout", "learning_rate", "epochs"):
-            if real(getattr(self, name)) is None:
-                problems.append(f"{name} is {getattr(self, name)!r:.80}; it must be a number")
-        for name in ("special_tokens", "gradient_checkpointing"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name == "gradient_checkpointing"):
-                problems.append(f"{name} is {value!r:.80}; it must be true or false")
-        for name in ("register", "mode"):
-            if not isinstance(getattr(self, name), str):
-                problems.append(f"{name} is {getattr(self, name)!r:.80}; it must be a text")
-        for name in ("target_modules", "scene_types", "log_to"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
-                problems.append(f"{name} is {value!r:.80}; it must be a list of texts")
-        for name in ("options", "template_variables"):
-            if not isinstance(getattr(self, name), Mapping):
-                problems.append(f"{name} is {getattr(self, name)!r:.80}; it must be a mapping")
-        return problems
 
     def _unpublishable(self) -> list[str]:
         """What card and configuration of the adapter would be refused for, by the checks that refuse them."""
