@@ -161,16 +161,13 @@ def _is_whole(folder: Path, identity: BaseIdentity) -> bool:
 def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
     import torch
 
-    from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer  # it brings the Hub's client
+    from lora_rt.core.base.reading import readable, whole_model, whole_tokenizer  # it brings the Hub's client
 
     dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
     with libraries_silenced(gguf=True), step(f"converting {gguf.name}"):
-        try:
+        with readable(f"{gguf.name} can't be read as a GGUF model", "Fetch it again, or give a folder"):
             model = whole_model(gguf.parent, gguf_file=gguf.name, dtype=dense_dtype)
             tokenizer = whole_tokenizer(gguf.parent, gguf_file=gguf.name)
-        except UNREADABLE as error:
-            text = f"{gguf.name} can't be read as a GGUF model: {first_line(error)}"
-            raise BaseError(text, next_step="Fetch it again, or give a folder") from error
         # It is dense by now; without this, transformers refuses to save what came out of a GGUF file.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -183,16 +180,13 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
 
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
     """Quantize at loading and save before any forward: bitsandbytes repacks 4-bit weights in place at the first one."""
-    from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
+    from lora_rt.core.base.reading import readable, whole_model, whole_tokenizer
 
     with libraries_silenced(), step(f"quantizing to {precision} (once; the result is kept)"):
-        try:
+        with readable(f"{dense} can't be loaded"):
             how = quantization_config(precision)
             model = whole_model(dense, quantization_config=how, dtype=compute_dtype(precision))
             tokenizer = whole_tokenizer(dense)
-        except UNREADABLE as error:
-            text = f"{dense} can't be loaded: {first_line(error)}"
-            raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
         _save(model, tokenizer, folder)
         del model
         gc.collect()  # a quantized layer and its weight hold each other: until then both lie where it was quantized

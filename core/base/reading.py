@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,20 @@ UNREADABLE = (
 )  # fmt: skip
 """What transformers raises for a folder or file that it can't make a model or a tokenizer of."""
 
+_FETCH = "Fetch the model again, or check that transformers can load it"
 _LOGGER = logging.getLogger("lora_rt.base")
 _LORA = re.compile(r"\.lora_|\.base_layer\.")
 _NO_ADAPTER = {"subfolder": "no-adapter-is-looked-for"}
 """transformers adds an adapter that lies beside a model to it, and then saves that adapter in place of the model."""
+
+
+@contextmanager
+def readable(told: str, next_step: str = _FETCH) -> Iterator[None]:
+    """Raise a BaseError of what in its body is `UNREADABLE`; `told` says of what, and in which way it is."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise BaseError(f"{told}: {first_line(error)}", next_step=next_step) from error
 
 
 def whole_model(where: Any, **arguments: Any) -> Any:
@@ -105,23 +116,18 @@ def config_alone(source: BaseSource) -> Any:
     Raises:
         BaseError: there is none, it can't be fetched, or transformers can't read it.
     """
-    with libraries_silenced():
+    what = f"the configuration of {source.text} can't be read"
+    with libraries_silenced(), readable(what, "Give a causal language model that transformers knows"):
         from transformers import AutoConfig, LlamaConfig
 
-        try:
-            if source.kind == "default":
-                return LlamaConfig(**default.CONFIG)
-            if source.kind == "gguf":
-                assert source.path is not None
-                return AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
-            folder = hub.fetch_config(source) if source.path is None else source.path
-            read_configuration(folder)
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except BaseError:
-            raise
-        except UNREADABLE as error:
-            text = f"the configuration of {source.text} can't be read: {first_line(error)}"
-            raise BaseError(text, next_step="Give a causal language model that transformers knows") from error
+        if source.kind == "default":
+            return LlamaConfig(**default.CONFIG)
+        if source.kind == "gguf":
+            assert source.path is not None
+            return AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+        folder = hub.fetch_config(source) if source.path is None else source.path
+        read_configuration(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def whole_tokenizer(where: Any, **arguments: Any) -> Any:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.reading import UNREADABLE, whole_model, whole_tokenizer
+from lora_rt.core.base.reading import readable, whole_model, whole_tokenizer
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.base.source import BaseError, first_line
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export import ExportError
 from lora_rt.core.export.combine import refuse_overflow
@@ -41,12 +40,9 @@ def write_merged(folder: Path, factors: Mapping[str, Factors], base: Outline, dt
     _refuse_full_disk(folder, base, dtype)
     dense = prepare_base(base.source, "float32").folder
     with libraries_silenced(), step(f"merging into {base.identity.id}"):
-        try:
+        with readable(f"{dense} can't be loaded", "Fetch the model again"):
             model = whole_model(dense, dtype="auto")
             tokenizer = whole_tokenizer(dense)
-        except UNREADABLE as error:
-            text = f"{dense} can't be loaded: {first_line(error)}"
-            raise BaseError(text, next_step="Fetch the model again") from error
         merge(model, factors, dtype)
         model.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

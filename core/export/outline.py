@@ -9,9 +9,9 @@ import torch
 
 from lora_rt.core.base.identity import identify, identify_base
 from lora_rt.core.base.load import base_facts
-from lora_rt.core.base.reading import UNREADABLE, auto_class, config_alone
+from lora_rt.core.base.reading import auto_class, config_alone, readable
 from lora_rt.core.base.roles import ROLES, anywhere, roles_of
-from lora_rt.core.base.source import BaseError, BaseSource, first_line, parse_base
+from lora_rt.core.base.source import BaseSource, parse_base
 from lora_rt.core.engine.topology import features, find_linears, shapes_of
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
@@ -56,12 +56,8 @@ def outline(text: str, *, quick: bool = False) -> Outline:
     source = parse_base(text)
     config = config_alone(source)
     identity = identify_base(text) if quick else identify(source)
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=False)
-    except UNREADABLE as error:
-        text = f"{source.text} can't be understood: {first_line(error)}"
-        raise BaseError(text, next_step="Fetch the model again, or check that transformers can load it") from error
+    with readable(f"{source.text} can't be understood"), torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     linears = find_linears(model)
     return Outline(
         source=source,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.reading import UNREADABLE, whole_model
+from lora_rt.core.base.reading import readable, whole_model
 from lora_rt.core.base.silence import libraries_silenced
-from lora_rt.core.base.source import BaseError, first_line
+from lora_rt.core.base.source import BaseError
 
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_1"}
 """How a precision of ours is written, by llama.cpp's names."""
@@ -59,10 +59,8 @@ def write_gguf_base(path: Path, folder: Path, precision: str) -> None:
     kind = KINDS[precision]
     told = f"converting {folder.name} to {kind} for llama.cpp (once; it is kept)"
     with libraries_silenced(), step(told), ExitStack() as opened:
-        try:
+        with readable(f"{folder} can't be loaded", "Fetch it again"):
             model = whole_model(folder, dtype="auto")
-        except UNREADABLE as error:
-            raise BaseError(f"{folder} can't be loaded: {first_line(error)}", next_step="Fetch it again") from error
         config, architecture = model.config, architecture_of(model.config)
         writer = opened.enter_context(closing(gguf.GGUFWriter(path, architecture.name)))
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
