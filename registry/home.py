@@ -41,14 +41,14 @@ def bases(root: Path | None = None) -> Path:
     return (root or home()) / "bases"
 
 
-def checkpoints(root: Path | None = None) -> Path:
+def checkpoints() -> Path:
     """Unfinished training runs."""
-    return (root or home()) / "checkpoints"
+    return home() / "checkpoints"
 
 
-def logs(root: Path | None = None) -> Path:
+def logs() -> Path:
     """What training runs wrote for TensorBoard, a folder each."""
-    return (root or home()) / "logs"
+    return home() / "logs"
 
 
 def kernels() -> Path:

@@ -58,14 +58,14 @@ class Refusal(HTTPException):
         self.code = code
 
 
-def body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """The error object."""
     kind = next((kind for _, known, kind, _ in _KINDS if known == status), _INVALID)
     if status == 401:
         kind = "authentication_error"
     # What a client wrote may be half of a surrogate pair, which no JSON in UTF-8 can hold.
     text = message.encode("utf-8", "replace").decode()
-    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": text, "type": kind, "param": None, "code": code}}
 
 
 def answer(

@@ -199,8 +199,8 @@ def _warn_of_known(training: Sequence[Example], held_out: Sequence[Example]) -> 
         _LOGGER.warning("%s are trained on as well: their loss says little of others", share)
 
 
-def draw_held_out(examples: Sequence[T], seed: int, share: float = 0.1) -> tuple[list[T], list[T]]:
-    """The examples without, and those of, a share that is drawn by the seed; at least one is held out.
+def draw_held_out(examples: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
+    """The examples without, and those of, a tenth that is drawn by the seed; at least one is held out.
 
     Raises:
         SettingsError: there is only one.
@@ -210,7 +210,7 @@ def draw_held_out(examples: Sequence[T], seed: int, share: float = 0.1) -> tuple
             "one example is too few to train and to hold out", next_step="Give more, or name a --held-out file"
         )
     order = random.Random(seed).sample(range(len(examples)), len(examples))
-    aside = set(order[: max(1, round(len(examples) * share))])
+    aside = set(order[: max(1, round(len(examples) * 0.1))])
     return [e for i, e in enumerate(examples) if i not in aside], [examples[i] for i in sorted(aside)]
 
 

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.source import first_line
 from lora_rt.errors import LoraRtError
 
 Record = tuple[str, bytes | Any]
@@ -89,7 +90,9 @@ def records(path: Path) -> Iterator[Record]:
                 if line.strip():
                     yield f"line {number}", line
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or _first_line(error)}", next_step=FORMS) from error
+        raise DataError(
+            f"{path} can't be read: {error.strerror or first_line(error)[:200]}", next_step=FORMS
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -177,7 +180,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                     number += 1
                     yield f"row {number}", _without_nulls(row)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not Parquet: {_first_line(error)}", next_step=FORMS) from error
+        raise DataError(f"{path} is not Parquet: {first_line(error)[:200]}", next_step=FORMS) from error
 
 
 def _is_hub_name(path: Path) -> bool:
@@ -199,7 +202,7 @@ def _data_set(text: str) -> Iterator[Record]:
     try:
         loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        text = f"{text} is neither a file here nor a data set that can be read: {_first_line(error)}"
+        text = f"{text} is neither a file here nor a data set that can be read: {first_line(error)[:200]}"
         raise DataError(text, next_step=FORMS) from error
     split = found["split"] or ("train" if "train" in loaded or len(loaded) > 1 else next(iter(loaded)))
     if split not in loaded:
@@ -212,7 +215,3 @@ def _data_set(text: str) -> Iterator[Record]:
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     """A table has every column in every row: what is null there is missing."""
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

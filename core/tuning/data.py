@@ -61,8 +61,8 @@ def _strange_type(line: Mapping[str, Any]) -> list[str]:
     return [f'"scene_type" is {kind[:40]!r}: it is one word, without blanks, commas, "+" and brackets']
 
 
-def held_out(items: Sequence[Item], seed: int, share: float = 0.1) -> tuple[list[Item], list[Item]]:
-    """The items without, and those of, a share of each scene type (at least one) that is drawn by the seed.
+def held_out(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
+    """The items without, and those of, a tenth of each scene type (at least one) that is drawn by the seed.
 
     A type with one example alone is not held out.
 
@@ -73,7 +73,7 @@ def held_out(items: Sequence[Item], seed: int, share: float = 0.1) -> tuple[list
     aside: set[int] = set()
     for kind in dict.fromkeys(item.scene_type for item in items):
         mine = [index for index, item in enumerate(items) if item.scene_type == kind]
-        aside.update(dice.sample(mine, max(1, round(share * len(mine)))) if len(mine) > 1 else [])
+        aside.update(dice.sample(mine, max(1, round(0.1 * len(mine)))) if len(mine) > 1 else [])
     if not aside:
         text = "there are too few examples to hold some out, by which the fit is judged"
         raise DataError(text, next_step="Give at least two, and two of each scene type")

@@ -13,9 +13,7 @@ from torch.nn.functional import cross_entropy
 from lora_rt.core.base.shape import pad_right, positions_of
 from lora_rt.core.requests.adapted import AdaptedBase
 from lora_rt.core.tuning.data import Item
-from lora_rt.plugins.contract import Gate, GateContext
-
-IGNORED = -100
+from lora_rt.plugins.contract import IGNORE, Gate, GateContext
 
 
 def distance_from_one(gates: Sequence[Gate | None], device: torch.device) -> Tensor:
@@ -33,7 +31,7 @@ class Frozen(AdaptedBase):
         """Ids, mask and labels of a batch, all (rows, tokens), padded on the right; labels on the answers alone."""
         rows = [[*item.prompt, *item.answer] for item in items]
         ids, mask = pad_right(rows, self.bank.device)
-        labels = torch.full_like(ids, IGNORED)
+        labels = torch.full_like(ids, IGNORE)
         for row, item in enumerate(items):
             labels[row, len(item.prompt) : len(rows[row])] = ids[row, len(item.prompt) : len(rows[row])]
         return ids, mask, labels
@@ -116,11 +114,11 @@ class Frozen(AdaptedBase):
         """
         ids, mask, labels = self.tensors(items)
         wanted = labels[:, 1:]
-        columns = (wanted != IGNORED).any(0).nonzero().flatten()
+        columns = (wanted != IGNORE).any(0).nonzero().flatten()
         plan = self.bank.plan(weights, gates)
         logits = self.lm.forward(ids, mask, positions_of(mask), plan=plan, keep=columns)
         found = cross_entropy(
-            logits.flatten(0, 1).float(), wanted[:, columns].flatten(), ignore_index=IGNORED, reduction="none"
+            logits.flatten(0, 1).float(), wanted[:, columns].flatten(), ignore_index=IGNORE, reduction="none"
         )
         whole = found.new_zeros(wanted.shape)
         return whole.index_copy(1, columns, found.view(len(items), -1))

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from lora_rt.core.base.shape import positions_of
 from lora_rt.core.tuning.data import Item, chunks
-from lora_rt.core.tuning.frozen import IGNORED, Best, Frozen
-from lora_rt.plugins.contract import Gate
+from lora_rt.core.tuning.frozen import Best, Frozen
+from lora_rt.plugins.contract import IGNORE, Gate
 
 STEPS = 150  # over all examples
 _RATE = 0.02  # Adam's
@@ -51,7 +51,7 @@ def batches(frozen: Frozen, items: Sequence[Item], start: Mapping[str, float], d
     with torch.no_grad():
         for some in chunks(ordered, _ROWS):
             ids, mask, labels = frozen.tensors(some)
-            asked = pad(labels[:, 1:] != IGNORED, (0, 1))
+            asked = pad(labels[:, 1:] != IGNORE, (0, 1))
             hidden = frozen.early(ids, mask, positions_of(mask), depth).clone()
             alone = [{name: most if weight > 0 else -most} for name, weight in start.items()]
             chances = torch.stack([-frozen.losses(some, [weights], {})[asked[:, :-1]] for weights in alone], -1)
