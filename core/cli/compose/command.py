@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,27 +72,20 @@ def compose(
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt with a weighted composition of registers, or chat with it."""
+    given: dict[str, Any] = dict(locals())  # the settings of a request have the names of their options
+    for name in ("specs", "over", "prompt", "compare", "deterministic", "multiply", "as_json"):
+        del given[name]
     check_engine(engine, base=over.base, precision=over.precision, multiply=multiply, scene=scene, after=after)
     request = ComposeRequest.checked(
         options.composition_of(specs),
         options.piped() if prompt is None else prompt,
+        needs_prompt=compare or as_json,
         base=over.base,
         precision=over.precision,
         device=over.device,
-        engine=engine,
-        scene=scene,
-        normalize=normalize,
-        after=after,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        system=system,
         template_var=over.template_var or [],
         special_tokens=over.special_tokens,
-        seed=seed,
-        needs_prompt=compare or as_json,
+        **given,
     )
     if request.prompt is None:
         chat(request)
