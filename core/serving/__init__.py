@@ -9,10 +9,10 @@ service.py    from a request to its rows           shelf.py      which adapters 
 preparing.py  its tokens, checked                  metrics.py    figures for Prometheus
 answers.py    from tokens to OpenAI's objects      speaking.py   what rows say, gathered or streamed
 ticket.py     one row on its way, and what it is told
-api.py, admin.py   the endpoints                   guard.py      keys, sizes and queue, before a body is read
+api.py        the endpoints                        guard.py      keys, sizes and queue, before a body is read
 failures.py   errors in OpenAI's form              server.py     the process: sockets, signals
 page.py       the page of `--ui` and what it asks
 
-Needs the extra `lora-rt[serve]`: FastAPI, uvicorn, sse-starlette, prometheus-client. Only api.py, admin.py, guard.py,
+Needs the extra `lora-rt[serve]`: FastAPI, uvicorn, sse-starlette, prometheus-client. Only api.py, guard.py,
 speaking.py, failures.py, page.py and server.py know HTTP.
 """

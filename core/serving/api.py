@@ -1,22 +1,22 @@
-"""The endpoints of OpenAI's API, and those that tell how the server does."""
+"""The endpoints: those of OpenAI's API, those that tell how the server does, and the operator's."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from lora_rt.core.serving import admin, failures
+from lora_rt.core.serving import failures
 from lora_rt.core.serving.answers import Kind, new_id
 from lora_rt.core.serving.answers import Response as Answer
-from lora_rt.core.serving.failures import Refusal
+from lora_rt.core.serving.failures import RESPONSES, Refusal
 from lora_rt.core.serving.guard import Guard
 from lora_rt.core.serving.preparing import Ask
-from lora_rt.core.serving.protocol import ChatRequest, CompletionRequest, TurnRequest
+from lora_rt.core.serving.protocol import AdminRequest, ChatRequest, CompletionRequest, TurnRequest
 from lora_rt.core.serving.responses import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -30,9 +30,10 @@ from lora_rt.core.serving.responses import (
     told,
 )
 from lora_rt.core.serving.service import Service
+from lora_rt.core.serving.shelf import Shelved
 from lora_rt.core.serving.speaking import Spoken, Stream, pieces, unless_gone
 from lora_rt.core.serving.ticket import Events, hand_out
-from lora_rt.registry.reference import BASE
+from lora_rt.registry.reference import BASE, check_name, composed
 from lora_rt.version import __version__
 
 # Where a request names no temperature: as `lora-rt compose` samples, since small bases loop otherwise.
@@ -56,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
     _asking(app, service)
     _looking(app, service)
     if service.settings.admin_key:
-        admin.install(app, service)
+        _operating(app, service)
     _true_document(app)
     return app
 
@@ -131,6 +132,48 @@ def _model(service: Service, name: str, base: str | None = None) -> dict[str, An
         facts |= {"mode": info.mode, "register": info.register, "sha256": info.sha256}
         facts |= {"scene_types": list(info.card.scene_types) if info.card else []}
     return {"id": name, "object": "model", "created": 0, "owned_by": "lora-rt", "lora_rt": facts}
+
+
+def _operating(app: FastAPI, service: Service) -> None:
+    """Which adapters are in memory. These endpoints have a key of their own, and are off without one."""
+    shelf = service.shelf
+    actions: Mapping[str, Callable[[str], Any]] = {
+        "load": shelf.load,
+        "pin": lambda name: shelf.load(name, pin=True),
+        "unpin": shelf.unpin,
+        "reload": shelf.reload,
+        "unload": shelf.unload,
+    }
+
+    @app.get("/admin/adapters", responses=RESPONSES)
+    async def adapters() -> dict[str, Any]:
+        """The adapters in memory, and who uses them."""
+        return {"adapters": [_shelved(item) for item in shelf.items()]}
+
+    @app.post("/admin/adapters", responses=RESPONSES)
+    async def change(asked: AdminRequest) -> dict[str, Any]:
+        """Load, reload, pin, unpin or unload an adapter by its name in the store.
+
+        Rows that are running keep the adapter that they began with.
+        """
+        name = composed(asked.name)
+        check_name(name)
+        await asyncio.wrap_future(service.beside(lambda: actions[asked.action](name)))
+        return {"adapters": [_shelved(item) for item in shelf.items()]}
+
+
+def _shelved(item: Shelved) -> dict[str, Any]:
+    info = item.info
+    return {
+        "name": info.name,
+        "mode": info.mode,
+        "rank": info.rank,
+        "source": info.source,
+        "sha256": info.sha256,
+        "bytes": item.nbytes,
+        "rows": item.rows,
+        "pinned": item.pinned,
+    }
 
 
 async def _answered(
