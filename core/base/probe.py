@@ -165,7 +165,8 @@ def encoded(file: Path) -> str:
         for text in TEXTS:
             tokenizer.encode(text, add_special_tokens=False)
     except BaseException as error:  # a panic of the library is no Exception
-        return f"the tokenizer fails on ordinary text: {str(error).splitlines()[0][:120]}"
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"the tokenizer fails on ordinary text: {lines[0][:120]}"
     return ""
 
 

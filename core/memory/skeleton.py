@@ -70,7 +70,7 @@ def over_blocks(config: Any, precision: Precision, measure: Callable[[Any, nn.Mo
 def _explained(model: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         text = f"{model} can't be run without its weights: {first_line(error)}"
         raise PlanError(text, next_step="Load it and look at the memory that it takes") from error
 

@@ -18,6 +18,7 @@ from torch import nn
 from lora_rt.core.base.load import LoadedBase
 from lora_rt.core.base.roles import ALL_LINEAR, as_peft_takes_them, resolved
 from lora_rt.core.base.silence import libraries_silenced
+from lora_rt.core.base.source import first_line
 from lora_rt.core.engine.experts import find_parameters
 from lora_rt.core.engine.topology import find_linears, shapes_of
 from lora_rt.core.step.settings import SettingsError, TrainSettings
@@ -85,8 +86,8 @@ def with_adapter(model: Any, settings: TrainSettings, *, quietly: bool = False) 
         with warnings.catch_warnings():  # of patterns that it has made itself, for experts of old files
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             made = get_peft_model(model, config)
-    except (ValueError, NotImplementedError) as error:
-        text = f"PEFT can't put an adapter on these layers: {str(error).splitlines()[0][:300]}"
+    except (ValueError, NotImplementedError) as error:  # it refuses layers by either, the latter perhaps without a word
+        text = f"PEFT can't put an adapter on these layers: {first_line(error)[:300]}"
         raise SettingsError(text, next_step="Name other layers with --target-modules") from error
     # Nobody could load what is trained there: better said now than after the training.
     strange = [name for name in made.base_model.targeted_parameter_names if name not in shapes_of(model)]

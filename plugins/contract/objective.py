@@ -80,7 +80,7 @@ class Objective:
 
     def encode(self, example: Example) -> list[Encoded]:
         """The training sequences of one example (a bridge makes two of a pair)."""
-        raise NotImplementedError
+        raise NotImplementedError("this objective does not say what is trained on of an example")
 
     def loss(self, logits: Tensor, labels: Tensor, extra: Mapping[str, Tensor]) -> Tensor | None:
         """The scalar loss of a batch, or None for the mean cross entropy per labelled token.
