@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
+from safetensors import safe_open
 
 from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.files import WEIGHTS
@@ -20,6 +22,7 @@ from support.adapters import BASE, CARD, CONFIG, adapter_files, write_adapter
 from support.cli import Cli
 from support.forks import Forks
 from support.hub import LocalHub
+from support.opens import opens
 from support.tiny import Zoo
 
 COMMANDS = (
@@ -54,46 +57,55 @@ def test_an_adapter_that_can_not_be_used_is_refused_before_torch_is_imported(
     assert (done.code, done.heavy) == (1, frozenset())
 
 
-_watching: list[list[str]] = []
-
-
-def _note(event: str, arguments: tuple[object, ...]) -> None:
-    if event == "open" and _watching:
-        _watching[-1].append(str(arguments[0]))
-
-
-sys.addaudithook(_note)  # can't be taken away again; hears every file that Python opens
-
-
 def test_a_whole_answer_opens_each_weight_file_once_and_modes_and_registry_too(
     zoo: Zoo, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the look at names to the last token: what was checked is what is loaded. One is stored, the other a path."""
     stored, given = (Path(shutil.copytree(zoo.adapter("llama", seed=s), tmp_path / f"a{s}")) for s in (1, 2))
     with Store().staging() as staged:
-        Store().publish(shutil.copytree(stored, staged, dirs_exist_ok=True), "kept", source="here", revision=None)
+        kept = Store().publish(
+            shutil.copytree(stored, staged, dirs_exist_ok=True), "kept", source="here", revision=None
+        )
     made: list[str] = []
     for kind in (Registry, ModeHost):
         once = kind.__init__
         noting = functools.partialmethod(_begun, once, made, kind.__name__)
         monkeypatch.setattr(kind, "__init__", noting)
-    monkeypatch.setattr("safetensors.safe_open", None)  # it reads without Python's knowledge
-    opened: list[str] = []
-    _watching.append(opened)
-    try:
-        base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    with opens() as opened:
         done = cli("compose", "kept:0.7", f"{given}:0.3", "-p", "x", "--max-new-tokens", "2", "--json", *base)
-    finally:
-        _watching.pop()
     assert done.code == 0, done.err
     assert [term["name"] for term in json.loads(done.out)["terms"]] == ["kept", "a2"]
-    assert sum(Path(path).name == WEIGHTS and str(zoo.base("llama")) not in path for path in opened) == 2
+    assert [opened.of(folder / WEIGHTS) for folder in (kept.folder, given)] == [1, 1]
+    assert opened.named(WEIGHTS) == 2
+    assert opened.of(zoo.base("llama") / "model.safetensors") > 0  # it is safetensors that reads a base, in Rust
     assert sorted(made) == ["ModeHost", "Registry"]
 
 
 def _begun(self: object, once: Callable[..., None], made: list[str], name: str, *given: Any, **named: Any) -> None:
     made.append(name)
     once(self, *given, **named)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "open": lambda path: open(path, "rb").close(),
+    "os.open": lambda path: os.close(os.open(path, os.O_RDONLY)),
+    "safe_open": lambda path: safe_open(path, framework="np").keys(),
+    "load_file": safetensors.numpy.load_file,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_second_look_at_a_weight_file_is_seen_however_it_is_opened(reader: str, tmp_path: Path) -> None:
+    file = write_adapter(tmp_path / "mine") / WEIGHTS
+    (tmp_path / "link").symlink_to(file)
+    with opens() as opened:
+        file.read_bytes()
+        assert opened.of(file) == 1
+        READERS[reader](tmp_path / "link")
+        assert (opened.of(file), opened.named(WEIGHTS)) == (2, 2)
+    READERS[reader](file)
+    assert opened.of(file) == 2
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])

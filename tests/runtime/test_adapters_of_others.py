@@ -21,9 +21,9 @@ from torch.testing import assert_close
 from lora_rt.core.export.run import export
 from lora_rt.core.runtime import Runtime
 from lora_rt.errors import LoraRtError
-from lora_rt.registry import files
 from lora_rt.registry.files import CONFIG, WEIGHTS
 from support.adapters import in_parts
+from support.opens import opens
 from support.tiny import HIDDEN, LAYERS, VOCAB, Zoo, peft_model, save_tokenizer, some_ids
 
 pytestmark = pytest.mark.slow
@@ -358,20 +358,12 @@ def test_an_adapter_in_place_of_a_base_is_told_apart(zoo: Zoo, tmp_path: Path) -
     assert "lora-rt compose" in str(refusal.value.next_step)
 
 
-def test_each_weight_file_is_opened_once(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_weight_file_is_opened_once(zoo: Zoo, tmp_path: Path) -> None:
     made = [Path(shutil.copytree(zoo.adapter("llama", seed=seed), tmp_path / f"a{seed}")) for seed in (1, 2)]
     runtime = zoo.runtime("llama", fresh=True)
-    opened: list[str] = []
-    real = files.open_plain
-
-    def counting(path: Path, limit: int) -> Any:
-        opened.append(path.name)
-        return real(path, limit)
-
-    monkeypatch.setattr(files, "open_plain", counting)
-    monkeypatch.setattr("safetensors.safe_open", None)
-    runtime.logits(IDS, compositions=f"{made[0]}:0.7 {made[1]}:0.3")
-    assert opened.count(WEIGHTS) == 2
+    with opens() as opened:
+        runtime.logits(IDS, compositions=f"{made[0]}:0.7 {made[1]}:0.3")
+    assert [opened.of(folder / WEIGHTS) for folder in made] == [1, 1]
 
 
 @pytest.mark.parametrize("tied", [False, True])
