@@ -7,6 +7,7 @@ few held-out scenes are enough to see that what is shipped is what was measured.
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,31 @@ def test_greedy_answers_to_two_scenes_are_two_texts(runtime: Runtime) -> None:
     scenes = [example["scene"] for example in held_out("body")]
     texts = runtime.generate(scenes, "body", max_new_tokens=24)
     assert len(set(texts)) == SCENES
+
+
+def test_a_schedule_of_joins_and_leaves_says_the_same_again(runtime: Runtime) -> None:
+    """Greedy, in the few bits of the default base: what a row says may depend on its company, and on nothing else."""
+    specs = ("emotion:0.7 logic:0.3", None, "registers", "emotion[.] logic", "body:1.2", "registers", "logic")
+    scenes = [held_out(register, 2)[turn]["scene"] for turn in range(2) for register in REGISTERS]
+
+    def play() -> list[tuple[list[int], str | None, str]]:
+        dice = random.Random(5)
+        batch, rows = runtime.batch(), []
+        waiting = list(zip(scenes, specs, strict=False))
+        while waiting or batch.rows:
+            for scene, spec in [waiting.pop() for _ in range(min(len(waiting), dice.choice([0, 0, 1, 2])))]:
+                joining = runtime.rows([scene], [spec], max_new_tokens=dice.randrange(4, 16))
+                rows += joining
+                batch.add(joining)
+            if batch.rows and dice.random() < 0.1:
+                batch.drop([dice.choice(batch.rows)])
+            batch.step()
+        return [(row.answer, row.ended, row.new_text()) for row in rows]
+
+    once = play()
+    assert play() == once
+    assert len({text for _, _, text in once}) == len(specs)
+    assert {ended is None for _, ended, _ in once} == {True, False}  # some were made to leave
 
 
 def test_where_a_register_comes_from_is_said(runtime: Runtime) -> None:

@@ -271,9 +271,11 @@ class Zoo:
         found: Runtime = self._made[key]
         return found
 
-    def runtime_with(self, hosts: ModeHost, architecture: str, *, device: str = "cpu", **changes: Any) -> Runtime:
-        """A fresh float32 runtime whose modes are these."""
-        base = load_base(str(self.base(architecture, **changes)), "float32", device)
+    def runtime_with(
+        self, hosts: ModeHost, architecture: str, precision: str = "float32", *, device: str = "cpu", **changes: Any
+    ) -> Runtime:
+        """A fresh runtime whose modes are these."""
+        base = load_base(str(self.base(architecture, **changes)), precision, device)
         return Runtime(base, hosts, Registry(project=self.folder))
 
     def load(self, runtime: Runtime, adapter: Path) -> str:
