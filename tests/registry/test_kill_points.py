@@ -47,18 +47,17 @@ class Story:
 
     before: Callable[[Path], object]
     action: Callable[[Path], object]
-    least: int
     stride: int = 1
 
 
 # Every step of the first publish; the other ones go through the same code in another order, so every third is enough.
 STORIES = {
-    "first publish": Story(lambda home: None, lambda home: _publish(home, 1), 40),
-    "publish over an old one": Story(lambda home: _publish(home, 1), lambda home: _publish(home, 2), 40, 3),
-    "publish the same again": Story(lambda home: _publish(home, 1), lambda home: _publish(home, 1, "other"), 40, 3),
-    "remove": Story(lambda home: _publish(home, 1), lambda home: Store(home).remove("emotion"), 12),
-    "collect": Story(lambda home: _leave_behind(home), lambda home: Store(home).collect(), 8),
-    "pull": Story(lambda home: None, lambda home: pull(Store(home), REPO), 80, 3),
+    "first publish": Story(lambda home: None, lambda home: _publish(home, 1)),
+    "publish over an old one": Story(lambda home: _publish(home, 1), lambda home: _publish(home, 2), 3),
+    "publish the same again": Story(lambda home: _publish(home, 1), lambda home: _publish(home, 1, "other"), 3),
+    "remove": Story(lambda home: _publish(home, 1), lambda home: Store(home).remove("emotion")),
+    "collect": Story(lambda home: _leave_behind(home), lambda home: Store(home).collect()),
+    "pull": Story(lambda home: None, lambda home: pull(Store(home), REPO), 3),
 }
 
 
@@ -81,7 +80,9 @@ def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(name: str, hub: Loca
     finished = shutil.copytree(template, memory / "finished")
     story.action(finished)
     new = _state(finished)
-    step, states = 1 - story.stride, set()
+    left_over = len(Store(template).orphans())
+    assert (old, left_over) != (new, 0)
+    step, killed = 1 - story.stride, []
     while True:
         step += story.stride
         home = shutil.copytree(template, memory / str(step))
@@ -89,7 +90,7 @@ def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(name: str, hub: Loca
         lived = run_until(step, lambda home=home: story.action(home), (home, cache))
         state = _state(home)
         assert state in (old, new), f"killed at step {step}"
-        states.add(state == new)
+        seen = (state, len(Store(home).orphans()))
         Store(home).collect()
         assert Store(home).orphans() == []
         assert _state(home) == state
@@ -99,26 +100,32 @@ def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(name: str, hub: Loca
         shutil.rmtree(home)
         if lived:
             break
-    print(f"{name}: killed at {(step - 1) // story.stride} steps")
-    assert step > story.least
-    assert True in states
+        killed.append(seen)
+    assert seen == (new, 0), "the action did not do what it is for"
+    # Kills before what makes it so and after it, else nothing was killed at a step that matters.
+    assert (old, left_over) in killed
+    assert new in [state for state, left in killed if old != new or left < left_over]
 
 
 def test_a_kill_while_the_lock_is_written_leaves_the_old_lock_or_the_new(tmp_path: Path) -> None:
     none = combined({})
     old = [Locked("emotion", "", "./here", "", none, {})]
     new = [*old, Locked("logic", "", "./there", "", none, {})]
-    step = 0
+    step, killed = 0, []
     while True:
         step += 1
         write_lock(tmp_path, old)
         lived = run_until(step, lambda: write_lock(tmp_path, new), (tmp_path,))
-        assert read_lock(tmp_path) in (old, new)
+        found = read_lock(tmp_path)
+        assert found in (old, new)
         write_lock(tmp_path, [])
         assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
         if lived:
             break
-    assert step > 3
+        killed.append(found)
+    assert found == new
+    assert old in killed
+    assert new in killed
 
 
 def test_a_full_disk_leaves_the_old_state(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
