@@ -217,7 +217,8 @@ def told(known: Mapping[str, Times]) -> dict[str, str]:
             for name, times in known.items()
         }
         took = _took({name: (_size(name), known[name], ways) for name, ways in plan.items()})
-        if "four-bit" in copies:  # as for a base whose steps are made in one call
+        # As for a base whose steps are made in one call, where there is a layer in 4 bits.
+        if "four-bit" in copies and any("four-bit" in times for times in known.values()):
             took[:-1] = [one - math.log(_HARDLY) for one in took[:-1]]
         if best is None or _pays(took, *best):
             best = took, plan

@@ -82,6 +82,8 @@ def held_out(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
 
 def steps(items: Sequence[Item], size: int, epochs: float, seed: int) -> Iterator[list[Item]]:
     """The batches of so many passes over the items, each in another random order, the last one perhaps cut short."""
+    if not items:
+        return iter(())
     rng = random.Random(seed)
     count = max(1, round(epochs * -(-len(items) // size)))
     endless = chain.from_iterable(_batches(items, size, rng) for _ in repeat(None))
