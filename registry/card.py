@@ -28,41 +28,41 @@ class StateTensor(BaseModel):
 
 
 # BaseModel's metaclass is an abstract base class's, whose `register` has nothing to do with the field of that name.
-warnings.filterwarnings("ignore", message='Field name "register" in "AdapterCard" shadows', category=UserWarning)
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message='Field name "register" in "AdapterCard" shadows', category=UserWarning)
 
+    class AdapterCard(BaseModel):
+        """What `register.json` says.
 
-class AdapterCard(BaseModel):
-    """What `register.json` says.
+        `hidden_layers` is after how many of the base's blocks the mode reads the early hidden state; a quarter of them
+        where it is left out. `state` lists every tensor of `mode.safetensors`; it is empty where the mode keeps none.
+        `training` holds the settings of the run. `metrics` are plain numbers by name, for instance
+        `gain_nats_per_token`. `lora_rt` is the version that wrote it. Nothing here writes `created`: the same run then
+        gives the same bytes, and one digest.
+        """
 
-    `hidden_layers` is after how many of the base's blocks the mode reads the early hidden state; a quarter of them
-    where it is left out. `state` lists every tensor of `mode.safetensors`; it is empty where the mode keeps none.
-    `training` holds the settings of the run. `metrics` are plain numbers by name, for instance `gain_nats_per_token`.
-    `lora_rt` is the version that wrote it. Nothing here writes `created`: the same run then gives the same bytes, and
-    one digest.
-    """
+        model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    schema_version: Literal[1] = 1
-    register: Text
-    mode: Word
-    base: BaseIdentity
-    scene_types: tuple[Text, ...] = ()
-    hidden_layers: Annotated[StrictInt, Field(ge=0)] | None = None
-    data_sha256: Digest = ""
-    seed: int | None = None
-    metrics: dict[Text, Finite] = Field(default_factory=dict)
-    licence: Text = ""
-    state: dict[Text, StateTensor] = Field(default_factory=dict)
-    training: dict[
-        Text,
-        Annotated[
-            StrictBool | StrictInt | Annotated[Finite, Field(strict=True)] | Text | None,
-            Field(union_mode="left_to_right"),
-        ],
-    ] = Field(default_factory=dict)
-    created: Text = ""
-    lora_rt: Text = ""
+        schema_version: Literal[1] = 1
+        register: Text
+        mode: Word
+        base: BaseIdentity
+        scene_types: tuple[Text, ...] = ()
+        hidden_layers: Annotated[StrictInt, Field(ge=0)] | None = None
+        data_sha256: Digest = ""
+        seed: int | None = None
+        metrics: dict[Text, Finite] = Field(default_factory=dict)
+        licence: Text = ""
+        state: dict[Text, StateTensor] = Field(default_factory=dict)
+        training: dict[
+            Text,
+            Annotated[
+                StrictBool | StrictInt | Annotated[Finite, Field(strict=True)] | Text | None,
+                Field(union_mode="left_to_right"),
+            ],
+        ] = Field(default_factory=dict)
+        created: Text = ""
+        lora_rt: Text = ""
 
 
 def read_card(folder: Path) -> AdapterCard | None:

@@ -152,6 +152,8 @@ def _prepared(folder: Path, sha256: Callable[[Path], str]) -> BaseIdentity | Non
     if identity is None or _SNAPSHOT.search(folder.as_posix()):
         return None  # a stranger's repository may hold any file, this one too
     weights = json.loads((folder / MANIFEST).read_text()).get("weights", {})
+    if not isinstance(weights, dict):
+        return None
     found = {name: sha256(folder / name) for name in weights}
     return identity if all(found[name] in ("", wanted) for name, wanted in weights.items()) else None
 

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:
@@ -61,6 +62,26 @@ def libraries_silenced(*, gguf: bool = False) -> Iterator[None]:
                 upstream.enable_progress_bar()
             if ours:
                 adviser.removeFilter(_is_no_advice)
+
+
+@contextmanager
+def data_sets_silenced() -> Iterator[None]:
+    """The same of datasets, and of the Hub's client: it tells each of its attempts, and we what came of them."""
+    from datasets.utils import logging as ours
+    from huggingface_hub.utils import logging as hub
+
+    logs: Any = (ours, hub)
+    before, bars = [log.get_verbosity() for log in logs], ours.is_progress_bar_enabled()
+    ours.disable_progress_bar()
+    for log in logs:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, verbosity in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+        if bars:
+            ours.enable_progress_bar()
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Adapters:
         file = self._place(resolved.sha256, mode, term.layers) / _NAME
         if not file.is_file():
             with step(f"writing {resolved.name} for llama.cpp (once)"):
-                self._write(replace(term, weight=1.0), file.parent)
+                self._write(replace(term, weight=1.0), file.parent, resolved.sha256)
         return ScaledAdapter(file, origin, term.weight, term.mean_weight)
 
     def _place(self, sha256: str, mode: str, layers: Sequence[float]) -> Path:
@@ -88,13 +88,18 @@ class Adapters:
         said = json.dumps([sha256, mode, told, [factor.hex() for factor in layers], __version__])
         return self._base.folder.with_name("llama.cpp-adapters") / hashlib.sha256(said.encode()).hexdigest()[:32]
 
-    def _write(self, term: Term, folder: Path) -> None:
+    def _write(self, term: Term, folder: Path, sha256: str) -> None:
+        """What is written is kept under this digest, and so has to be of it."""
         from lora_rt.core.export.run import Exporter
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         exporter = Exporter(self._source, registry=self._registry, modes=self._modes, quick=True)
         try:
-            exporter.gather(Composition((term,))).write("gguf", folder)
+            gathered = exporter.gather(Composition((term,)))
+            if any(one.resolved.sha256 != sha256 for one in gathered.terms):
+                text = f"{term.reference.text!r} was changed while it was read"
+                raise LoraRtError(text, next_step="Try again")
+            gathered.write("gguf", folder)
         except ExportError as error:
             text = f"llama.cpp can't speak this: {error.message}"
             raise LoraRtError(text, problems=error.problems, next_step=TORCH) from error

@@ -61,7 +61,8 @@ def proven(told: str) -> Callable[[Callable[..., bool]], _lru_cache_wrapper[bool
         @wraps(trial)
         def found(*given: Any, **named: Any) -> bool:
             try:
-                return trial(*given, **named)
+                with torch.device("cpu"):  # whatever device the program makes its tensors on
+                    return trial(*given, **named)
             except Exception as error:  # another release of llvmlite may refuse it in any way; others multiply as well
                 _log.info(f"{told} here: %s", *given, error)
                 return False

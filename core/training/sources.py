@@ -192,15 +192,12 @@ def _data_set(text: str) -> Iterator[Record]:
     assert found is not None
     import datasets
     from datasets.exceptions import DatasetsError
-    from datasets.utils.logging import disable_progress_bar, set_verbosity_error
-    from huggingface_hub.utils import logging as hub_logging
 
-    disable_progress_bar()
-    set_verbosity_error()
-    # It tells each of its attempts to reach the Hub, and we what came of them.
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    from lora_rt.core.base.silence import data_sets_silenced
+
     try:
-        loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
+        with data_sets_silenced():
+            loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         text = f"{text} is neither a file here nor a data set that can be read: {first_line(error)[:200]}"
         raise DataError(text, next_step=FORMS) from error

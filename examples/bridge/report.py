@@ -1,7 +1,7 @@
 """Measures the shipped bridge on the held-out pairs and writes report.json beside this file.
 
 The same figures come from `lora-rt bridge measure --data heldout=examples/bridge/heldout.jsonl`. With --seeds N bridges
-are trained under other seeds, and what they find and foretell stands beside. Needs the extra "chrf".
+are trained under other seeds, and what they find and predict stands beside. Needs the extra "chrf".
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lora_rt import Runtime
-from lora_rt.plugins.modes.bridge.hyper import HyperBridge
+from lora_rt import HyperBridge, Runtime
 from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, InstructedBase, measure_bridge
 from lora_rt.plugins.modes.bridge.table import bridge_table
 
@@ -38,7 +37,7 @@ def trained(folder: Path, seed: int) -> str:
 
 
 def over_seeds(runtime: Runtime, bridges: Sequence[str], examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, least and most over bridges of what they find in texts, and how well they foretell texts (nats a token)."""
+    """Mean, least and most over bridges of what they find in texts, and how well they predict texts (nats a token)."""
     base, settings = InstructedBase(runtime), BridgeSettings()
     found: dict[str, list[float]] = {}
     for bridge in bridges:

@@ -23,7 +23,6 @@ from report import REGISTERS, compared, constant, losses, uniform, waking
 
 import lora_rt
 from lora_rt import Runtime
-from lora_rt.errors import LoraRtError
 
 KINDS: Mapping[str, Mapping[str, str]] = {
     "softmax": {},
@@ -46,7 +45,7 @@ def trained(name: str, data: Path, options: Mapping[str, str], seed: int, settin
         lora_rt.tune(
             uniform(0.25), data, per="token", name=name, mode_options=options, seed=seed, **settings,
         )  # fmt: skip
-    except LoraRtError as error:
+    except lora_rt.LoraRtError as error:
         if "better than the start" not in error.message:
             raise
         print(f"{name}: {error}", flush=True)
@@ -71,7 +70,7 @@ def static(name: str, data: Path, settings: Mapping[str, Any]) -> str:
     """The best static mix that is found from the same texts."""
     try:
         return str(lora_rt.tune(uniform(0.25), data, name=name, **settings))
-    except LoraRtError as error:
+    except lora_rt.LoraRtError as error:
         print(f"static: {error}", flush=True)
         return uniform(0.25)
 

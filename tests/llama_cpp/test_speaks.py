@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_rt.core.export.run import Exporter
 from lora_rt.core.llama_cpp.runtime import LlamaRuntime
 from lora_rt.core.llama_cpp.server import LlamaServer
 from lora_rt.core.requests.composition import RequestError
@@ -89,6 +91,23 @@ def test_an_adapter_that_its_mode_gates_is_refused(gguf: Path, zoo: Zoo) -> None
     with pytest.raises(LoraRtError, match="its mode 'fading' acts at inference") as caught:
         llama.terms(gated)
     assert caught.value.next_step == "Use --engine torch"
+
+
+def test_an_adapter_that_changes_while_it_is_written_is_not_kept_for_what_it_was(
+    llama: LlamaRuntime, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(zoo.adapter("llama", seed=1, r=4), tmp_path / "mine"))
+    gather = Exporter.gather
+
+    def changed(self: Exporter, composition: Any) -> Any:
+        shutil.copy(zoo.adapter("llama", seed=9, r=4) / "adapter_model.safetensors", folder)
+        return gather(self, composition)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Exporter, "gather", changed)
+        with pytest.raises(LoraRtError, match="was changed while it was read"):
+            llama.generate("ab", str(folder), max_new_tokens=2)
+    assert llama.generate("ab", str(folder), max_new_tokens=2)
 
 
 def test_new_weights_hold_from_the_next_token_on(

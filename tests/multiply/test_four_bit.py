@@ -245,6 +245,16 @@ def test_the_default_dtype_of_others_is_nothing_to_it() -> None:
         four_bit.are_there.cache_clear()
 
 
+def test_the_default_device_of_others_is_nothing_to_it() -> None:
+    torch.set_default_device("meta")
+    try:
+        four_bit.are_there.cache_clear()
+        assert four_bit.are_there()
+    finally:
+        torch.set_default_device(None)
+        four_bit.are_there.cache_clear()
+
+
 def test_without_torchs_own_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     weight = four_bit.laid_out(layer())
     x = torch.randn(40, IN)

@@ -21,8 +21,8 @@ from lora_rt.core.memory.estimate import plan_memory, read_config
 from lora_rt.core.memory.workload import Workload
 from lora_rt.core.multiply import measured
 from lora_rt.core.multiply import ways as multiply
-from lora_rt.core.multiply.fastest import Products, Ways, choose, fastest, is_left_unpacked
-from lora_rt.core.multiply.measured import layer_name, measure, remembered, times_of
+from lora_rt.core.multiply.fastest import Products, Ways, choose, fastest, is_left_unpacked, told
+from lora_rt.core.multiply.measured import Times, layer_name, measure, remembered, times_of
 from lora_rt.core.multiply.product import Product, looking
 from lora_rt.core.multiply.ways import SIZES, Way, dense_weight, ways_of, widened_product
 from lora_rt.core.runtime import Runtime
@@ -426,6 +426,18 @@ def test_what_is_remembered_of_no_layer_is_not_told() -> None:
     document[measured.machine_name()] |= {name: {"packed": [1.0] * len(SIZES)} for name in ("adapters", "a b c d")}
     file.write_text(json.dumps(document))
     assert set(remembered()[measured.machine_name()]) == {layer_name(module)}
+
+
+def test_the_plan_that_is_told_of_a_dense_base_is_the_one_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step in one call saves a base in 4 bits is nothing to it."""
+    module = nn.Linear(IN, OUT).bfloat16().requires_grad_(False)
+    times: Times = {"packed": [100.0] * 6, "dense-blocked": [90.0, *[80.0] * 5]}
+    monkeypatch.setattr("lora_rt.core.multiply.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
+    monkeypatch.setattr("lora_rt.core.multiply.fastest.ways_of", lambda layer: list(times))
+    (chosen,) = choose([module], "auto", 1 << 30).values()
+    (words,) = told({layer_name(module): times}).values()
+    assert chosen[5] == "dense-blocked"
+    assert "many dense-blocked" in words
 
 
 def test_measuring_gives_every_way_of_every_kind_of_layer_a_time() -> None:

@@ -111,8 +111,12 @@ def test_rows_of_a_data_set_are_records(tmp_path: Path, monkeypatch: pytest.Monk
     as_lines(tmp_path / "org" / "name" / "train.jsonl", ROWS[1:])
     monkeypatch.chdir(tmp_path)  # there the library takes a folder of that name for the data set
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.enable_progress_bars()
+    before = datasets.logging.get_verbosity()
     rows = list(sources._data_set("org/name:train"))
     assert rows == [("row 1", ROWS[1]), ("row 2", ROWS[2])]
+    # an application that asks us to train has settings of its own
+    assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == (before, False)
     with pytest.raises(DataError, match="no split 'other'; it has: train"):
         list(sources._data_set("org/name:other"))
 
