@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import look_up, normalized
 from lora_rt.core.cli.console import check_output, err, kept_if_unprinted, out, print_json
+from lora_rt.core.cli.look_up import look_up, normalized
 from lora_rt.core.cli.session import session
 from lora_rt.core.cli.wrapping import show_table
 from lora_rt.core.evaluation.knob import Knob

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from lora_rt.core.base.picture import canvas, check_plot, save
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import caution, check_scene, look_up, normalized
 from lora_rt.core.cli.console import out, print_json
+from lora_rt.core.cli.look_up import caution, check_scene, look_up, normalized
 from lora_rt.core.cli.session import session
 from lora_rt.core.cli.wrapping import padded
 from lora_rt.core.generation.text import pieces_of

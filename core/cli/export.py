@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from lora_rt.core.base import default
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import compose_hint, err, out, print_json
+from lora_rt.core.cli.look_up import look_up
 from lora_rt.core.cli.session import session, starting
 from lora_rt.registry.durable import check_new_folder
 

@@ -10,8 +10,8 @@ from rich.cells import cell_len
 from rich.markup import escape
 
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import look_up
 from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.cli.look_up import look_up
 from lora_rt.core.cli.session import session
 from lora_rt.core.cli.wrapping import padded
 from lora_rt.core.requests.composition import Composition, Term

@@ -65,7 +65,7 @@ class CommandServices:
         special_tokens: bool = False,
     ) -> Runtime:
         """A runtime; what can be wrong with names is found out before the base is loaded."""
-        from lora_rt.core.cli.compose.request import look_up
+        from lora_rt.core.cli.look_up import look_up
 
         text = text_format(template_var, special_tokens)
         session().allow_base_mismatch = session().allow_base_mismatch or allow_base_mismatch

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from lora_rt.core.base.precision import check_device
 from lora_rt.core.cli import options
-from lora_rt.core.cli.compose.request import caution, look_up
 from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
+from lora_rt.core.cli.look_up import caution, look_up
 from lora_rt.core.cli.session import session, starting
 from lora_rt.core.requests.named import named_composition
 from lora_rt.core.training.data import read_pairs

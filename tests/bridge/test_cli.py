@@ -31,7 +31,7 @@ def run(learned: tuple[Runtime, Path], monkeypatch: pytest.MonkeyPatch) -> Run:
     runtime, folder = learned
     monkeypatch.setattr(Runtime, "load", lambda *args, **settings: runtime)
     identity = BaseIdentity(runtime.base.id, runtime.base.revision, runtime.base.digest)
-    monkeypatch.setattr("lora_rt.core.cli.compose.request.identify_base", lambda text: identity)
+    monkeypatch.setattr("lora_rt.core.cli.look_up.identify_base", lambda text: identity)
 
     def invoke(*arguments: str, stdin: str | None = None) -> Result:
         options = () if {"eval", "measure"} & set(arguments) else ("--adapter", str(folder))

@@ -10,9 +10,10 @@ from rich.markup import escape
 
 from lora_rt.core.cli.compose.answer import show_terms, speak
 from lora_rt.core.cli.compose.keyboard import Keyboard
-from lora_rt.core.cli.compose.request import ComposeRequest, check_scene, look_up
+from lora_rt.core.cli.compose.request import ComposeRequest
 from lora_rt.core.cli.console import err
 from lora_rt.core.cli.failures import explain
+from lora_rt.core.cli.look_up import check_scene, look_up
 from lora_rt.core.cli.options import composition_of
 from lora_rt.core.generation.lengths import LengthError
 from lora_rt.errors import LoraRtError
