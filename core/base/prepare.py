@@ -31,7 +31,7 @@ from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, qua
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, sha256_file
-from lora_rt.registry import home
+from lora_rt.registry import durable, home
 from lora_rt.registry.card import BaseIdentity
 
 _LOGGER = logging.getLogger("lora_rt.base")
@@ -126,6 +126,7 @@ def _build(family: Path, folder: Path, identity: BaseIdentity, build: Callable[[
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(ready, folder)
+        durable.sync_folder(family)
     except (OSError, SafetensorError) as error:
         raise _explain(error, family) from error
     finally:
@@ -146,11 +147,10 @@ def _write_manifest(folder: Path, identity: BaseIdentity) -> None:
     sizes = {}
     for file in sorted(folder.iterdir()):
         sizes[file.name] = file.stat().st_size
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        durable.sync_file(file)
     weights = {file.name: sha256_file(file) for file in weight_files(folder)}
     document = {"base": asdict(identity), "files": sizes, "weights": weights}
-    (folder / MANIFEST).write_text(json.dumps(document, indent=2))
+    durable.write_text(folder / MANIFEST, json.dumps(document, indent=2))
 
 
 def _is_whole(folder: Path, identity: BaseIdentity) -> bool:

@@ -47,7 +47,7 @@ _IN_MLP: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("intermediate.dense", "in_proj"), ("up",)),
     "output.dense": ("down",),
 }
-_ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
+ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|intermediate|output", re.IGNORECASE)
 _EXPERT = re.compile(r"(^|\.)(local_)?experts\.")
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
@@ -63,7 +63,7 @@ def roles_of(name: str) -> tuple[str, ...]:
         return ("experts",)
     *parents, leaf = name.split(".")
     near = parents[-3:]
-    if any(_ATTENTION.search(parent) for parent in near) and leaf in _IN_ATTENTION:
+    if any(ATTENTION.search(parent) for parent in near) and leaf in _IN_ATTENTION:
         return _IN_ATTENTION[leaf]
     if leaf in _LEAVES:
         return _LEAVES[leaf]

@@ -16,7 +16,6 @@ heads 2 and 3, on 6 and 7 (values) likewise. So `index` is 0 1 2 3 4 5 4 5, sixt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
-from lora_rt.core.base.roles import anywhere, roles_of
+from lora_rt.core.base.roles import ATTENTION, anywhere, roles_of
 from lora_rt.core.base.shape import ForwardPass, device_of, heads_of, vocabulary_of
 
 Side = Literal["output", "input"]
@@ -105,7 +104,7 @@ def find_heads(
 def _attention_of(out: str) -> str:
     """The module that both the output projection and those before it lie in."""
     parts = out.split(".")
-    last = max((i for i, part in enumerate(parts) if re.search(r"att(n|ention)", part, re.IGNORECASE)), default=None)
+    last = max((i for i, part in enumerate(parts) if ATTENTION.search(part)), default=None)
     return ".".join(parts[: last + 1] if last is not None else parts[:-1])
 
 
