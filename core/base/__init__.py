@@ -10,7 +10,7 @@ Into memory       load.py           weights, tokenizer, facts    reading.py     
                   precision.py      float32 to int4, and where   packed.py       what bitsandbytes has packed
                   repacking.py      what it would pack           fused.py        fused experts, also in 4 bits
 What it is        shape.py          blocks, heads, context       roles.py        what its layers are for
-                  upstream.py       what of transformers' private parts is used
+                  upstream.py       what other libraries do not promise
 Besides           machine.py        processor, memory, versions  picture.py      whether plots can be drawn
                   random_base.py    of random weights            byte_tokenizer.py  for these
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_rt.core.base.upstream import gated, own_tensors
+
 _MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts", "down_proj")
 _BLOCK, _NESTED = 64, 256  # bitsandbytes' own for linear layers
 
@@ -113,7 +115,7 @@ def pack_experts(model: nn.Module) -> int:
     for module in [module for module in model.modules() if are_experts(module)]:
         for leaf, value in [*module.named_parameters(recurse=False)]:
             if value.dim() == 3 and value.dtype.itemsize == 2:
-                del module._parameters[leaf]
+                del own_tensors(module)[0][leaf]
                 module.add_module(leaf, PackedMatrices(value))
                 count += 1
                 del value
@@ -190,7 +192,7 @@ def run_experts(module: Any, hidden: Tensor, index: Tensor, shares: Tensor, add:
         return add(leaf, x, y, pairs)
 
     first = product("gate_up_proj" if module.has_gate else "up_proj", hidden[pairs.tokens])
-    made = product("down_proj", module._apply_gate(first) if module.has_gate else module.act_fn(first))
+    made = product("down_proj", gated(module, first) if module.has_gate else module.act_fn(first))
     if getattr(module, "has_post_expert_norm", False):
         made = module.post_expert_norm(made)
     weights = torch.where(chosen < count, shares.reshape(-1), 0)[order, None]

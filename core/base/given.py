@@ -14,6 +14,14 @@ from lora_rt.core.base.load import LoadedBase, base_facts, compute_dtype_of
 from lora_rt.core.base.precision import precision_of
 from lora_rt.core.base.shape import device_of
 from lora_rt.core.base.source import BaseError, parse_base
+from lora_rt.core.base.upstream import (
+    compiled_call,
+    device_hook,
+    origin_of,
+    own_tensors,
+    set_compiled_call,
+    uncompiled,
+)
 from lora_rt.registry.card import BaseIdentity
 
 _REPACKS = "support_avx512bf16_for_cpu"
@@ -53,7 +61,7 @@ def given_base(model: Any, tokenizer: Any, base_id: str | None = None) -> Loaded
 
 def _causal_model(model: Any) -> Any:
     """The model itself, out of what stands around it."""
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = uncompiled(model)
     if hasattr(inner, "get_base_model"):  # PEFT's: its adapters stay out of our passes
         _check_unmerged(inner)
         inner = inner.get_base_model()
@@ -66,7 +74,7 @@ def _causal_model(model: Any) -> Any:
         text = f"{type(inner).__name__} gives tuples (config.return_dict is False)"
         raise BaseError(text, next_step="Set model.config.return_dict = True")
     empty = [name for name, parameter in inner.named_parameters() if parameter.is_meta]
-    if empty and not any(hasattr(module, "_hf_hook") for module in inner.modules()):
+    if empty and not any(device_hook(module) is not None for module in inner.modules()):
         text = f"{len(empty)} weights of {type(inner).__name__} hold nothing (they are on the meta device): {empty[0]}"
         raise BaseError(text, next_step="Load them; device_map lets transformers keep weights on a disk")
     if any(hasattr(parameter, "device_mesh") for parameter in inner.parameters()):
@@ -85,9 +93,10 @@ def _check_unmerged(model: nn.Module) -> None:
 def _identity(model: Any, base_id: str | None) -> BaseIdentity:
     """What the caller says it is; else its name, and no digest: what is in memory may be anything."""
     if base_id is None:
-        said = str(getattr(model.config, "_name_or_path", "") or "").rstrip("/")
+        said, commit = origin_of(model.config)
+        said = said.rstrip("/")
         name = Path(said).name if Path(said).is_absolute() or said.startswith(".") else said
-        return BaseIdentity(name or type(model).__name__, getattr(model.config, "_commit_hash", None), "")
+        return BaseIdentity(name or type(model).__name__, commit, "")
     source = parse_base(base_id)
     return BaseIdentity(source.text, source.revision, "") if source.kind == "hub" else identify(source)
 
@@ -99,15 +108,15 @@ def _borrow(model: nn.Module) -> Callable[[], None]:
             if module.training:
                 undo.callback(setattr, module, "training", True)
                 module.training = False
-            if (compiled := vars(module).get("_compiled_call_impl")) is not None:  # it would not see the adapters
-                undo.callback(setattr, module, "_compiled_call_impl", compiled)
-                module._compiled_call_impl = None
+            if (compiled := compiled_call(module)) is not None:  # it would not see the adapters
+                undo.callback(set_compiled_call, module, compiled)
+                set_compiled_call(module, None)
             if vars(module).get(_REPACKS):  # repacked weights have no gradient
                 undo.callback(setattr, module, _REPACKS, True)
                 setattr(module, _REPACKS, False)
             if (grown := vars(module).get("max_seq_len_cached")) is not None:  # rope that grows with its texts
                 undo.callback(setattr, module, "max_seq_len_cached", grown)
-            for tensors in (module._parameters, module._buffers):
+            for tensors in own_tensors(module):
                 if tensors:
                     undo.callback(_put_back, tensors, dict(tensors))
         return undo.pop_all().close

@@ -18,6 +18,7 @@ from lora_rt.core.base import default, hub
 from lora_rt.core.base.configuration import check_size, read_configuration
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line
+from lora_rt.core.base.upstream import attention_of, forget_attention
 
 UNREADABLE = (
     ValueError, OSError, LookupError, AttributeError, TypeError, RuntimeError, ImportError, ArithmeticError,
@@ -59,8 +60,8 @@ def whole_model(where: Any, **arguments: Any) -> Any:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         check_size(Path(where), config)
         kind = auto_class(config)
-        if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
-            config._attn_implementation = None  # that of who saved it, which may not be installed here
+        if attention_of(config) not in (None, "eager", "sdpa"):
+            forget_attention(config)  # that of who saved it, which may not be installed here
             arguments["config"] = config
     model, report = kind.from_pretrained(
         where, trust_remote_code=False, output_loading_info=True, adapter_kwargs=_NO_ADAPTER, **arguments

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_rt.core.base.source import BaseError
+from lora_rt.core.base.upstream import device_hook
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _gathered(columns: int | Tensor, ids: Tensor) -> int | Tensor:
 def device_of(model: Any) -> torch.device:
     """Where a model takes its token ids: its embedding's device, or where accelerate computes what it offloads."""
     embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)
+    hook = device_hook(embedding)
     hooks = getattr(hook, "hooks", (hook,))
     moved = next((found for one in hooks if (found := getattr(one, "execution_device", None)) is not None), None)
     if moved is not None:

@@ -5,13 +5,14 @@ An application that embeds the runtime has settings of its own; they are put bac
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+
+from lora_rt.core.base.upstream import gguf_bar_hidden
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:
@@ -49,7 +50,7 @@ def libraries_silenced(*, gguf: bool = False) -> Iterator[None]:
     adviser = logging.getLogger("bitsandbytes.backends.cpu.ops")
     verbosity, bars = upstream.get_verbosity(), upstream.is_progress_bar_enabled()
     ours = _is_no_advice not in adviser.filters
-    with warnings.catch_warnings(), _reader_silenced() if gguf else nullcontext():
+    with warnings.catch_warnings(), gguf_bar_hidden() if gguf else nullcontext():
         _expect_warnings()
         adviser.addFilter(_is_no_advice)
         upstream.set_verbosity_error()
@@ -82,19 +83,6 @@ def data_sets_silenced() -> Iterator[None]:
             log.set_verbosity(verbosity)
         if bars:
             ours.enable_progress_bar()
-
-
-@contextmanager
-def _reader_silenced() -> Iterator[None]:
-    """The bar of the GGUF reader is tqdm's own and has no switch."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    bar = reader.tqdm
-    reader.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
 
 
 def _expect_warnings() -> None:

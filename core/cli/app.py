@@ -13,15 +13,15 @@ from typer.core import TyperCommand, TyperGroup
 from lora_rt.core.base.progress import plain_wanted
 from lora_rt.core.base.silence import silence_this_process
 from lora_rt.core.cli.console import hear_notes, settle_streams
-from lora_rt.core.cli.failures import MISUSE, explain
+from lora_rt.core.cli.failures import explain
 from lora_rt.core.cli.plugin_commands import command_of, plugin_commands
 from lora_rt.core.cli.session import new_session, session
 from lora_rt.core.cli.table import COMMANDS, load
+from lora_rt.core.cli.upstream import MISUSE, believe_the_named_shell, plain, plain_help
 from lora_rt.plugins.manager import load_modes
 from lora_rt.version import __version__
 
 _HELP_SECONDS = 2.0  # what `--help` waits for plugins
-_TYPES = {str: "TEXT", int: "INTEGER", float: "NUMBER"}
 
 
 class CommandGroup(TyperGroup):
@@ -72,26 +72,6 @@ class CommandGroup(TyperGroup):
         return [*ours, *self._theirs]
 
 
-def plain(command: Any) -> Any:
-    """The command, its help in a newcomer's words: no `<bool>` behind a flag, no `{NAME...}...` in the usage."""
-    params, usage = command.get_params, command.collect_usage_pieces
-    command.get_params = lambda ctx: [_plain_parameter(parameter) for parameter in params(ctx)]
-    command.collect_usage_pieces = lambda ctx: [piece.replace("{", "").replace("}", "") for piece in usage(ctx)]
-    for inner in getattr(command, "commands", {}).values():
-        plain(inner)
-    return command
-
-
-def _plain_parameter(parameter: Any) -> Any:
-    if parameter.param_type_name == "argument":
-        parameter.display_type_rich = lambda ctx: ""
-    elif parameter.is_flag:
-        parameter.metavar = ""
-    elif parameter.metavar is None:
-        parameter.metavar = _TYPES.get(parameter.type_descriptor.annotation)
-    return parameter
-
-
 app = typer.Typer(
     name="lora-rt",
     cls=CommandGroup,
@@ -123,10 +103,9 @@ def run() -> None:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     settle_streams()
     if sys.argv[1:2] and sys.argv[1] in ("--show-completion", "--install-completion") and sys.argv[2:]:
-        # Typer takes the shell that it finds itself in, unless it is told not to look; then it takes the one named.
-        os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
+        believe_the_named_shell()
     if plain_wanted():
-        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # the help has a console of its own
+        plain_help()
     silence_this_process()
     hear_notes()
     try:

@@ -17,14 +17,12 @@ import typer
 from rich.markup import escape
 
 from lora_rt.core.cli.console import drop_output, err
+from lora_rt.core.cli.upstream import MISUSE
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.contract.terminal import harmless
 from lora_rt.registry.errors import HubError
 from lora_rt.registry.home import home
 from lora_rt.registry.packages import unreadable
-
-MISUSE: Any = typer.BadParameter.__mro__[1]
-"""What typer raises for a command line that it can't read; its own name is private."""
 
 
 @contextmanager

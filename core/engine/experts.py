@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from lora_rt.core.base.fused import PackedMatrices, are_experts, given_to_experts
+from lora_rt.core.base.upstream import own_tensors
 from lora_rt.core.engine.wrappers import bare_modules
 
 
@@ -44,7 +45,7 @@ def find_parameters(model: nn.Module) -> dict[str, Parameter]:
     found: dict[str, Parameter] = {}
     for name, module in bare_modules(model):
         if are_experts(module):
-            kept = [*module._parameters.items(), *module._modules.items()]
+            kept = [*own_tensors(module)[0].items(), *module.named_children()]
             for leaf, value in kept:
                 if isinstance(value, (Tensor, PackedMatrices)) and value.dim() == 3:
                     count, out, width = value.shape
@@ -52,7 +53,7 @@ def find_parameters(model: nn.Module) -> dict[str, Parameter]:
                         out, width = width, out
                     found[f"{name}.{leaf}"] = Parameter(module, leaf, out, width, count)
         elif type(module).__name__.endswith(("Router", "Gate")) and not isinstance(module, nn.Linear):
-            weight = module._parameters.get("weight")
+            weight = own_tensors(module)[0].get("weight")
             if weight is not None and weight.dim() == 2:
                 found[f"{name}.weight"] = Parameter(module, "weight", weight.shape[0], weight.shape[1], 0)
     return found

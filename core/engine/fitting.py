@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.upstream import own_tensors
 from lora_rt.core.engine.resident import BankError, ResidentAdapter
 from lora_rt.core.engine.special import embedded, of_bias, of_tokens, rescaled, side_by_side, turned, twin
 from lora_rt.core.engine.stack import Factors
@@ -79,7 +80,7 @@ def _misfits(adapter: ResidentAdapter, sites: Mapping[str, Site]) -> Iterator[st
 
 def _misfits_of_whole(adapter: ResidentAdapter, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     for name, tensors in adapter.whole.items():
-        own = modules[name]._parameters if name in modules else {}
+        own = own_tensors(modules[name])[0] if name in modules else {}
         for key, tensor in tensors.items():
             there = own.get(key)
             if there is None or there.shape != tensor.shape:

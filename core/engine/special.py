@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.upstream import own_tensors
 from lora_rt.core.engine.plan import base_alone
 from lora_rt.core.engine.stack import Factors
 
@@ -104,9 +105,9 @@ def twin(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module that computes with other tensors, and shares the rest."""
     made = copy.copy(module)
     vars(made).pop("forward", None)
-    made._parameters = dict(module._parameters)
+    made._parameters = dict(own_tensors(module)[0])
     for name, tensor in tensors.items():
-        own = module._parameters[name]
+        own = own_tensors(module)[0][name]
         assert own is not None
         made._parameters[name] = nn.Parameter(tensor.to(own), requires_grad=False)
     return made

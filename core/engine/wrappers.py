@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lora_rt.core.base.upstream import own_tensors
+
 _INNER = ("base_layer", "original_module")
 """Where PEFT keeps the layer that it wraps: one that a tuner adapts, one that is trained whole."""
 
@@ -42,7 +44,7 @@ def bare_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}".lstrip("."): value
         for name, module in bare_modules(model)
-        for key, value in module._parameters.items()
+        for key, value in own_tensors(module)[0].items()
         if value is not None
     }
 

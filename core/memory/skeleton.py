@@ -24,8 +24,8 @@ from lora_rt.core.base.reading import auto_class
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
-from lora_rt.core.base.upstream import quantize_layers
-from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, own_tensors, storage_key
+from lora_rt.core.base.upstream import own_tensors, quantize_layers
+from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, storage_key
 from lora_rt.core.memory.workload import Device, PlanError
 from lora_rt.core.multiply.ways import is_4bit
 

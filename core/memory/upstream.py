@@ -4,7 +4,6 @@ FakeTensorMode      tensors without memory that say which device they are on (wh
 FirstExpert         answers for them where a model asks its data: as if every token went to the first expert
 TorchDispatchMode   told of every operation and its results
 storage_key         the same number for all tensors over one storage, for as long as it lives
-own_tensors         the dictionaries in which a torch module keeps its parameters and buffers
 empty_4bit          bitsandbytes' QuantState beside a 4-bit weight: which tensors it has, and of what sizes
 empty_8bit_state    where an 8-bit layer of bitsandbytes has its weight and scales between two forward passes
 """
@@ -25,7 +24,6 @@ __all__ = [
     "TorchDispatchMode",
     "empty_4bit",
     "empty_8bit_state",
-    "own_tensors",
     "storage_key",
     "tree_iter",
 ]
@@ -70,11 +68,6 @@ _OF_OTHERS = (
 def storage_key(tensor: Tensor) -> int:
     """What tells the storage of a tensor from all others that are alive."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def own_tensors(module: nn.Module) -> tuple[dict[str, nn.Parameter | None], dict[str, Tensor | None]]:
-    """A module's own parameters and buffers by name; what is put in there is the module's."""
-    return module._parameters, module._buffers
 
 
 def empty_4bit(module: Any, parameter: Any) -> nn.Parameter:

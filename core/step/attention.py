@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_rt.core.base.shape import ForwardPass, device_of, pad_right, vocabulary_of
+from lora_rt.core.base.upstream import attention_of, can_attend_otherwise
 from lora_rt.core.step.packing import NAME as PACKING
 from lora_rt.core.step.packing import Packing
 
@@ -31,9 +32,9 @@ _FAR = 0.05  # of a logit's size: more than what rounding changes in 16 bits
 def attend_in_float32(model: Any) -> None:
     """Let a model attend that way from now on; one that does not take attention functions stays as it is."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if inner.dtype not in (torch.bfloat16, torch.float16) or inner.config._attn_implementation != "sdpa":
+    if inner.dtype not in (torch.bfloat16, torch.float16) or attention_of(inner.config) != "sdpa":
         return
-    if not inner._can_set_attn_implementation():
+    if not can_attend_otherwise(inner):
         return
     _use(inner, NAME, _attend)
 
@@ -50,14 +51,14 @@ def attend_by_rows(model: Any, longest: int) -> bool:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     text, before, training = (
         inner.config.get_text_config(decoder=True),
-        inner.config._attn_implementation,
+        attention_of(inner.config),
         model.training,
     )
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
     forward = ForwardPass.of(model)
     if before not in ("sdpa", NAME) or any(window is not None and window < longest for window in windows):
         return False
-    if not (forward.takes_positions and forward.takes_columns and inner._can_set_attn_implementation()):
+    if not (forward.takes_positions and forward.takes_columns and can_attend_otherwise(inner)):
         return False
     able = False
     _use(inner, BY_ROWS, _attend_by_rows)

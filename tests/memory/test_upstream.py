@@ -6,14 +6,12 @@ import gc
 
 import pytest
 import torch
-from torch import nn
 
 from lora_rt.core.memory.upstream import (
     FakeTensorMode,
     TorchDispatchMode,
     empty_4bit,
     empty_8bit_state,
-    own_tensors,
     storage_key,
 )
 
@@ -56,14 +54,6 @@ def test_one_python_object_stands_for_a_storage_until_its_last_tensor_is_gone() 
     del view
     gc.collect()
     assert ended
-
-
-def test_what_is_put_among_a_modules_own_tensors_is_the_modules() -> None:
-    module = nn.BatchNorm1d(2)
-    parameters, buffers = own_tensors(module)
-    parameters["weight"] = nn.Parameter(torch.full((2,), 7.0))
-    buffers["running_mean"] = torch.full((2,), 5.0)
-    assert (module.weight.tolist(), dict(module.named_buffers())["running_mean"].tolist()) == ([7, 7], [5, 5])
 
 
 def kept(state: object) -> dict[str, tuple[torch.dtype, int]]:

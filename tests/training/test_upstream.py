@@ -1,4 +1,4 @@
-"""Facts about transformers' Trainer that training stands on. A failure here names what an upgrade changed."""
+"""Facts about transformers' Trainer and PEFT that training stands on. A failure here names what an upgrade changed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from support.architectures.shrink import random_model, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +50,19 @@ def test_a_run_saves_after_its_last_step(tmp_path: Path) -> None:
 
 def test_the_trainer_hands_a_step_to_a_method_of_this_form() -> None:
     assert list(inspect.signature(Trainer.training_step).parameters)[:3] == ["self", "model", "inputs"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "parameters"), [("mixtral", ["w1", "w3"], True), ("llama", ["q_proj"], False)]
+)
+def test_peft_turns_the_names_of_old_experts_into_parameters_of_the_fused_ones(
+    kind: str, names: list[str], parameters: bool
+) -> None:
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=names, task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        model = random_model(tiny_config(kind))
+    convert_peft_config_for_transformers(config, model=model, conversions=None)
+    assert bool(config.target_parameters) == parameters
