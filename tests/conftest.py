@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.features import left_out
 from support.hub import LocalHub
 
 if TYPE_CHECKING:
@@ -80,6 +81,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     quick = {item.path for item in items if not item.get_closest_marker("slow")}
     longest = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (longest.get(item.path, len(longest)), item.path in quick))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Which features of a processor the tests missed: what they hold of these has to be seen on another machine."""
+    skipped = {report.nodeid: report.longrepr for report in terminalreporter.stats.get("skipped", ())}
+    if line := left_out(str(reason) for reason in skipped.values()):
+        terminalreporter.write_line(f"{line}: see CONTRIBUTING.md")
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from lora_rt.core.multiply.ways import SIZES, Way, ways_of
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate
 from lora_rt.registry.registry import Registry
+from support.features import lacks
 from support.tiny import MLP, TARGETS, Zoo, deltas, some_ids, spec
 
 pytestmark = pytest.mark.slow
@@ -97,7 +98,7 @@ def test_many_tokens_get_what_a_float32_sum_gives(
     zoo: Zoo, weights: tuple[float, float], by_tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_tiles and not tiled_factors.are_there():
-        pytest.skip("this processor has no tiles")
+        pytest.skip(lacks("AMX"))
     adapter = zoo.adapter("llama", seed=1, targets=["q_proj", "k_proj", "v_proj"])
     change = deltas(zoo.base("llama"), adapter)["model.layers.0.self_attn.q_proj"][0]
     monkeypatch.setattr(tiled_factors, "are_there", lambda: by_tiles)
@@ -118,7 +119,7 @@ def test_many_tokens_get_what_a_float32_sum_gives(
 
 def test_rows_of_many_tokens_read_their_own_adapters_where_these_lie(zoo: Zoo) -> None:
     if not many.are_there(dense=True):
-        pytest.skip("this processor has no tiles")
+        pytest.skip(lacks("AMX"))
     found = [zoo.adapter("llama", seed=n, targets=["q_proj", "v_proj"], r=4 + n % 3) for n in range(12)]
     changes = [deltas(zoo.base("llama"), one)["model.layers.0.self_attn.q_proj"][0] for one in found]
     with Runtime.load(str(zoo.base("llama")), precision="bfloat16", device="cpu") as runtime:
@@ -237,7 +238,7 @@ def in_four_bits(layers: Sequence[nn.Linear], *_given: object, **_named: object)
     return {name: (way,) * len(SIZES) for name, way in best.items()}
 
 
-@pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles")
+@pytest.mark.skipif(not many.are_there(), reason=lacks("AMX"))
 @pytest.mark.parametrize("kind", ["one for all", "one each", "gated"])
 def test_what_adapters_add_to_many_tokens_is_summed_up_with_the_product(
     zoo: Zoo, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +280,7 @@ def test_what_adapters_add_to_many_tokens_is_summed_up_with_the_product(
     assert (found != wanted.to(found.dtype)).float().mean() < 0.005  # rounded twice, a tenth of them is another number
 
 
-@pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles")
+@pytest.mark.skipif(not many.are_there(), reason=lacks("AMX"))
 def test_an_output_head_that_is_given_fewer_tokens_has_gates_of_its_own(
     zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 from lora_rt.core.engine import tiled_factors
 from lora_rt.core.engine.tiled_factors import LEAST, add, fits, hidden_of, takes
 from lora_rt.core.multiply.many import Ranks, in_lanes, ranks_of
+from support.features import lacks
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not tiled_factors.are_there(), reason="this processor has no tiles"),
+    pytest.mark.skipif(not tiled_factors.are_there(), reason=lacks("AMX")),
 ]
 
 IN, OUT = 96, 80

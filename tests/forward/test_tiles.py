@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.features import lacks
+
 numba = pytest.importorskip("numba")
 tiles = pytest.importorskip("lora_rt.core.forward.tiles")
 
@@ -223,7 +225,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", "
 """
 
 
-@pytest.mark.skipif(tiles.LANES == 8, reason="this processor has no AVX-512")
+@pytest.mark.skipif(tiles.LANES == 8, reason=lacks("AVX-512"))
 def test_a_processor_without_avx512_does_the_same() -> None:
     done = subprocess.run([sys.executable, "-c", _WITH_EIGHT, __file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -32,10 +32,11 @@ from lora_rt.plugins.manager import load_modes
 from lora_rt.registry import home
 from lora_rt.registry.registry import Registry
 from support.decoders import rows_of_text
+from support.features import lacks
 from support.tiny import MLP, TARGETS, Zoo, config_of, random_model, save_adapter
 
 if not (compiled.is_there() and four_bit.are_there()):
-    pytest.skip("no numba, llvmlite or AVX2 here", allow_module_level=True)
+    pytest.skip(lacks("AVX2"), allow_module_level=True)
 
 from lora_rt.core.forward import whole_kernel as k
 from lora_rt.core.forward.whole_step import WholeStep

@@ -8,6 +8,7 @@ import pytest
 
 from lora_rt.core.base.precision import PRECISIONS, Precision
 from lora_rt.core.runtime import Runtime
+from support.features import lacks
 from support.tiny import EVEN, MLP, TARGETS, Zoo
 
 Terms = list[tuple[Path, float]]
@@ -18,7 +19,7 @@ def device(request: pytest.FixtureRequest) -> str:
     import torch
 
     if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+        pytest.skip(lacks("CUDA"))
     return str(request.param)
 
 

@@ -16,6 +16,7 @@ from lora_rt.core.generation.sampling import Sampling
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
+from support.features import lacks
 from support.tiny import EVEN, Zoo, mode_host
 
 pytestmark = pytest.mark.slow
@@ -65,7 +66,7 @@ def test_rows_that_join_and_leave_say_what_they_say_alone(zoo: Zoo, device: str)
 @pytest.mark.gpu
 def test_recorded_steps_say_what_passes_launched_one_by_one_say(zoo: Zoo) -> None:
     if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+        pytest.skip(lacks("CUDA"))
     said = []
     for records in (True, False):
         runtime = zoo.runtime_with(mode_host(fading=Fading), "llama", device="cuda")
@@ -126,7 +127,7 @@ def test_a_row_s_token_is_its_own_whoever_is_beside_it(device: str) -> None:
 @pytest.mark.gpu
 def test_a_base_has_one_digest_on_every_device(zoo: Zoo, precision: Precision) -> None:
     if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+        pytest.skip(lacks("CUDA"))
     here, there = (load_base(str(zoo.base("llama", **EVEN)), precision, device) for device in ("cpu", "cuda"))
     assert here.digest() == there.digest()
 

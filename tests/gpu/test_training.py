@@ -24,6 +24,7 @@ from lora_rt.core.training.prepare import prepare
 from lora_rt.core.training.run import train
 from lora_rt.core.training.trainer import Collator, Sequences
 from lora_rt.plugins.manager import load_modes
+from support.features import lacks
 from support.tiny import EVEN, Zoo
 
 pytestmark = pytest.mark.slow
@@ -111,7 +112,7 @@ def peak() -> int:
 def fresh_memory() -> None:
     """Nothing of other tests counts."""
     if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+        pytest.skip(lacks("CUDA"))
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

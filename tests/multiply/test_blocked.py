@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import linear
 
 from lora_rt.core.multiply import blocked
+from support.features import lacks
 
-pytestmark = pytest.mark.skipif(not blocked.are_there(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not blocked.are_there(), reason=lacks("oneDNN"))
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (7, 13), (1, 5)])

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lora_rt.core.multiply import cpu_4bit
 from lora_rt.core.multiply.cpu_4bit import direct_forward
+from support.features import lacks
 
 packs = bnb.functional.has_avx512bf16()
-needs_packing = pytest.mark.skipif(not packs, reason="bitsandbytes packs 4-bit weights on processors with AVX-512 BF16")
+needs_packing = pytest.mark.skipif(not packs, reason=lacks("AVX-512 BF16"))
 
 
 def layer(out_features: int = 64, in_features: int = 128, bias: bool = False, quant_type: str = "nf4") -> nn.Module:

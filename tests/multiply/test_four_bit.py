@@ -15,8 +15,9 @@ from torch import Tensor
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.product import Product
 from lora_rt.core.multiply.ways import SIZES, dense_weight, ways_of
+from support.features import lacks
 
-pytestmark = pytest.mark.skipif(not four_bit.are_there(), reason="no llvmlite here, or a processor without AVX2")
+pytestmark = pytest.mark.skipif(not four_bit.are_there(), reason=lacks("AVX2"))
 
 OUT, IN = 92, 192
 
@@ -25,7 +26,7 @@ OUT, IN = 92, 192
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """As on a processor with AVX-512, and on one with AVX2."""
     if request.param > four_bit._lanes():
-        pytest.skip("this processor has no AVX-512")
+        pytest.skip(lacks("AVX-512"))
     monkeypatch.setattr(four_bit, "_lanes", lambda: request.param)
     four_bit._run.cache_clear()
     yield request.param
@@ -101,7 +102,7 @@ def test_what_is_no_number_stays_in_its_row_and_its_output() -> None:
 def tiles() -> None:
     """As on a processor with AMX."""
     if not four_bit.have_tiles():
-        pytest.skip("this processor has no tiles")
+        pytest.skip(lacks("AMX"))
 
 
 def test_by_tiles_a_row_has_the_same_bits_whatever_stands_beside_it(tiles: None) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import linear
 
 from lora_rt.core.multiply import half
+from support.features import lacks
 
-pytestmark = pytest.mark.skipif(not half.are_there(), reason="this build of torch, or this processor, has no FBGEMM")
+pytestmark = pytest.mark.skipif(not half.are_there(), reason=lacks("FBGEMM"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,10 +18,11 @@ from lora_rt.core.multiply import four_bit, many
 from lora_rt.core.multiply.four_bit import FourBit
 from lora_rt.core.multiply.many import LEAST, Added, Ranks, in_lanes, product, ranks_of
 from lora_rt.core.multiply.product import Product
+from support.features import lacks
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not many.are_there(), reason="this processor has no tiles"),
+    pytest.mark.skipif(not many.are_there(), reason=lacks("AMX")),
 ]
 
 IN, OUT = 192, 144

@@ -13,8 +13,9 @@ from torch.nn.functional import linear
 from lora_rt.core.multiply import tiled
 from lora_rt.core.multiply.product import Product
 from lora_rt.core.multiply.ways import SIZES, ways_of
+from support.features import lacks
 
-pytestmark = pytest.mark.skipif(not tiled.are_there(), reason="this processor has no tiles")
+pytestmark = pytest.mark.skipif(not tiled.are_there(), reason=lacks("AMX"))
 
 OUT, IN = 528, 160
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lora_rt.core.multiply import as_it_lies, four_bit
 from lora_rt.core.multiply.product import Product
 from lora_rt.core.multiply.ways import SIZES, ways_of
+from support.features import lacks
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not four_bit.are_there(), reason="no llvmlite here, or a processor without AVX2"),
+    pytest.mark.skipif(not four_bit.are_there(), reason=lacks("AVX2")),
 ]
 
 SHAPES = [(4, 64), (20, 128), (92, 448), (36, 1024), (8, 2112)]

@@ -29,6 +29,7 @@ from lora_rt.core.runtime import Runtime
 from lora_rt.errors import UsageError
 from lora_rt.registry import home
 from support.cli import Cli, command_line
+from support.features import lacks
 from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
@@ -180,7 +181,7 @@ def test_a_weight_that_is_replaced_or_changed_in_place_is_the_one_that_counts(wa
     assert torch.equal(after[1], before[1] * 2)
 
 
-@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes packs where there is AVX-512 BF16")
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason=lacks("AVX-512 BF16"))
 def test_where_bitsandbytes_packs_a_weight_its_copies_are_made_before() -> None:
     module = layer()
     wanted = Product(layer(), always("dense"))(given(70))
@@ -277,7 +278,7 @@ def test_a_copy_in_float16_is_taken_where_it_is_as_fast_as_two_others(
     assert kept([90.0, 60.0, 60.0, 60.0, 60.0, 60.0]) == {"dense", "dense-blocked"}
 
 
-@pytest.mark.skipif("four-bit" not in ways_of(layer()), reason="no kernel for 4-bit weights here")
+@pytest.mark.skipif("four-bit" not in ways_of(layer()), reason=lacks("AVX2"))
 def test_steps_in_one_call_are_counted_as_a_whole_and_nothing_is_packed_then(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = layer(), layer(out=4 * OUT)
     for module in (small, large):
@@ -363,7 +364,7 @@ class Stacked(nn.Module):
 def halved(monkeypatch: pytest.MonkeyPatch) -> Stacked:
     """All of its products are made by copies in float16."""
     if not multiply.half.are_there():
-        pytest.skip("no FBGEMM here")
+        pytest.skip(lacks("FBGEMM"))
     times = {way: [1.0 if way == "dense-half" else 9.0] * 6 for way in (*TIMES, "four-bit")}
     monkeypatch.setattr("lora_rt.core.multiply.fastest.times_of", lambda layers: dict.fromkeys(layers, times))
     monkeypatch.setattr("lora_rt.core.multiply.fastest._TINY", 1)
@@ -565,7 +566,7 @@ def test_a_step_in_one_call_reads_four_bits_where_they_are_hardly_slower(monkeyp
     model = nn.Sequential(layer())
     products = Products(model)
     if "four-bit" not in ways_of(layer()):
-        pytest.skip("no kernel for 4-bit weights here")
+        pytest.skip(lacks("AVX2"))
     forward = model[0].forward
     assert isinstance(forward, Product)
     assert [forward.is_near(rows) for rows in (1, 2, 4, 8, 16, 63, 64)] == [True] * 6 + [False]
@@ -600,7 +601,7 @@ def test_copies_are_not_kept_beside_kernels_of_our_own_that_are_nearly_as_fast(m
         return set(choose([layer()], "auto", 1 << 30)[layer_name(layer())])
 
     if not {"four-bit", "dense-half"} <= set(ways_of(layer())):
-        pytest.skip("not on this processor")
+        pytest.skip(lacks("FBGEMM"))
     assert kept(100.0, 80.0, 50.0, 80.0, 80.0, 950.0) == {"four-bit"}  # one class may have been disturbed
     assert "dense-half" in kept(100.0, 100.0, 100.0, 100.0, 100.0, 700.0)
     assert "dense-half" in kept(60.0, 60.0, 60.0, 60.0, 60.0, 950.0)
