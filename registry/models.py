@@ -142,8 +142,8 @@ _WORDS = {
     "string_too_short": "it has fewer than {min_length} characters",
     "too_long": "it has more than {max_length} entries",
     "too_short": "it has fewer than {min_length} entries",
-    "literal_error": "it is none of: {expected}",
-    "enum": "it is none of: {expected}",
+    "literal_error": "it must be {expected}",
+    "enum": "it must be {expected}",
 }
 
 

@@ -152,11 +152,11 @@ def is_commit(text: str) -> bool:
 
 def _problem(target: str, revision: str, has_revision: bool) -> str:
     if not target:
-        return "it is empty" if not has_revision else "nothing stands before the @"
+        return "it is empty" if not has_revision else "there is nothing before the @"
     if "\\" in target:
         return "a backslash is not a separator here"
     if "//" in revision:
-        return "the revision stands at the end: org/repo//folder@revision"
+        return "the revision comes at the end: org/repo//folder@revision"
     it = repr(target[:80]) if has_revision else "it"
     if "/" in target and not is_hub_target(target):
         folder = f"; a folder is written as a path: ./{target[:80]}" if target.endswith("/") else ""

@@ -87,7 +87,7 @@ def check_output() -> None:
     except (OSError, ValueError):  # it is closed, or a program's own
         return
     if disk.f_bavail * disk.f_frsize < _ROOM:
-        raise StorageError("the disk is full that the results are to be written to", next_step="Free some space")
+        raise StorageError("the disk is full, and the results would be written to it", next_step="Free some space")
 
 
 @contextmanager

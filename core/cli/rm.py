@@ -60,9 +60,8 @@ def _agreed(name: str, what: str) -> bool:
         StoreError: there is nobody to ask.
     """
     if not sys.stdin.isatty():
-        raise StoreError(
-            f"removing {name!r} needs a yes, and nobody can be asked", next_step=f"Run: lora-rt rm {name} -y"
-        )
+        text = f"removing {name!r} must be confirmed, and this is not a terminal where you can be asked"
+        raise StoreError(text, next_step=f"Run: lora-rt rm {name} -y")
     return typer.confirm(f"Remove {name} ({what})?", err=True)
 
 

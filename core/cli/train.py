@@ -192,7 +192,7 @@ def _all_at_once() -> Iterator[Attempt]:
     if errors:
         problems = [line for error in errors for line in (error.problems or (error.message,))]
         kind = UsageError if any(isinstance(error, UsageError) for error in errors) else LoraRtError
-        raise kind("this run can't be", problems=problems, next_step=errors[0].next_step)
+        raise kind("this run can't start", problems=problems, next_step=errors[0].next_step)
 
 
 def _of_file(file: Path, context: typer.Context, attempt: Attempt) -> Mapping[str, Any]:

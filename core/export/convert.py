@@ -160,7 +160,7 @@ def _plain(work: Path, config: Mapping[str, Any], start: str, base: str | None, 
     elif start in _FROM_BASE and base is not None:
         before = _first_factors(config, base)
     elif start in _FROM_BASE:
-        text = f"{start} takes its first factors out of the base, and none is given"
+        text = f"{start} takes its first factors out of the base, and no base is given"
         raise ExportError(text, next_step="Say which: --base FOLDER (dense), or --initial the adapter before training")
     else:
         text = f"what {start} begins with can't be computed anew from the base alone"

@@ -215,12 +215,12 @@ def _composition(given: CompositionLike) -> Composition:
 def _check_format(to: str, dtype: torch.dtype | None) -> None:
     """
     Raises:
-        UsageError: there is no such format, or the dtype is none.
+        UsageError: there is no such format, or the dtype is not one of torch's.
     """
     if to not in get_args(Format):
         raise UsageError(f"there is no format {to!r}", next_step=f"Use one of: {', '.join(get_args(Format))}")
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise UsageError(f"{dtype!r} is no dtype", next_step="Give one of torch, for instance torch.float16")
+        raise UsageError(f"{dtype!r} is not a dtype", next_step="Give one of torch's, for instance torch.float16")
 
 
 def usage(to: Format, where: str, gguf: str = "BASE.gguf") -> str:

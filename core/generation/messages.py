@@ -43,7 +43,9 @@ def checked_messages(prompt: Prompt) -> list[dict[str, Any]]:
     messages = [_message(message) for message in prompt]
     problems = [f"message {n}: {prompt[n - 1]!r:.200}" for n, message in enumerate(messages, 1) if message is None]
     if problems:
-        raise PromptError("the prompt holds what is not a chat message", problems=problems, next_step=MESSAGE_FORM)
+        raise PromptError(
+            "the prompt holds something that is not a chat message", problems=problems, next_step=MESSAGE_FORM
+        )
     if not messages:
         raise PromptError("the prompt has no messages", next_step="Give a text, or at least one chat message")
     whole = [message for message in messages if message is not None]

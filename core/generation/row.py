@@ -109,7 +109,8 @@ def check_lengths(lengths: Sequence[int], limit: int, capacity: int) -> None:
     """Raises LengthError that names every row of more than `limit` tokens."""
     problems = [f"row {row}: {length} tokens" for row, length in enumerate(lengths) if length > limit]
     if problems:
-        text = f"this base takes {capacity} tokens in all, and that is exceeded"
+        too_long = "a row is too long for" if limit >= capacity else "a prompt leaves no room for an answer in"
+        text = f"{too_long} this base's context of {capacity} tokens"
         raise LengthError(text, problems=problems, next_step="Shorten the prompt or the conversation")
 
 

@@ -138,7 +138,7 @@ def given_ids(input_ids: Any, vocab_size: int) -> list[list[int]]:
     """A caller's token ids, those of each row, as lists.
 
     Raises:
-        BatchError: what is no row of tokens of this model; all of them are named.
+        BatchError: a row is not a list of this model's token ids; all such rows are named.
     """
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in input_ids]
     problems = []
@@ -147,7 +147,7 @@ def given_ids(input_ids: Any, vocab_size: int) -> list[list[int]]:
             problems.append(f"row {number}: {str(row)[:40]}")
     if problems:
         step = f"Give each row as a list of whole numbers from 0 to {vocab_size - 1}"
-        raise BatchError("input_ids holds what is no row of tokens of this base", problems=problems, next_step=step)
+        raise BatchError("input_ids holds rows that are not token ids of this base", problems=problems, next_step=step)
     return rows
 
 
@@ -159,7 +159,7 @@ def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: to
     """A caller's token ids and attention mask as tensors, both (rows, tokens) int64; no mask means no padding.
 
     Raises:
-        BatchError: another shape, or what is no token of this model.
+        BatchError: another shape, or a number that is not a token id of this model.
     """
     try:
         ids = torch.as_tensor(input_ids, device=device)
@@ -174,6 +174,6 @@ def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: to
         text = f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}"
         raise BatchError(text, next_step="Give them the same shape")
     if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocab_size)).any()):
-        text = "input_ids holds what is not a token of this base"
+        text = "input_ids holds numbers that are not token ids of this base"
         raise BatchError(text, next_step=f"Give whole numbers from 0 to {vocab_size - 1}")
     return ids.long(), mask.long()

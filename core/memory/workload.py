@@ -48,7 +48,8 @@ class Workload:
         if not self.target_modules:
             problems.append("there are no target modules; name some, or all-linear")
         if self.labels >= self.seq:
-            problems.append(f"labels is {self.labels}; it must be below seq, {self.seq}: a first token has none before")
+            told = f"labels is {self.labels} and seq is {self.seq}"
+            problems.append(f"{told}; labels must be smaller than seq: the first token is never predicted")
         if problems:
             raise PlanError("this can't be planned", problems=problems, next_step="See: lora-rt plan --help")
 

@@ -233,7 +233,7 @@ def _pieces(text: str) -> list[re.Match[str]]:
 def _term(piece: re.Match[str]) -> Term:
     reference, weight, wrong = piece["reference"], piece["weight"], piece["wrong"]
     if not reference:
-        raise LoraRtError("no name stands before the colon" if weight is not None else "no name stands there")
+        raise LoraRtError("there is no name before the colon" if weight is not None else "there is no name")
     if wrong:
         raise LoraRtError(_why_not(wrong))
     if len(reference) > 2 and reference[0] == reference[-1] == '"':
@@ -243,7 +243,7 @@ def _term(piece: re.Match[str]) -> Term:
 
 def _why_not(wrong: str) -> str:
     if wrong.startswith(":"):
-        return "the weight stands before the bracket, as in logic:0.5[So:]"
+        return "the weight comes before the bracket, as in logic:0.5[So:]"
     if wrong == "[]":
         return "the bracket is empty; it holds the text that wakes the adapter, as in logic:0.5[So:]"
     return "the bracket is not closed; it holds the text that wakes the adapter, as in logic:0.5[So:]"

@@ -40,7 +40,7 @@ def raise_all(failures: Sequence[LoraRtError], summary: str, kind: type[LoraRtEr
         raise failures[0]
     if failures:
         lines = [line for error in failures for line in (str(error).splitlines()[0], *error.problems)]
-        raise kind(summary, problems=lines, next_step="See to each of these:")
+        raise kind(summary, problems=lines, next_step="Correct each of these:")
 
 
 def named_composition(term: Term, compositions: NamedLookup) -> NamedComposition | None:

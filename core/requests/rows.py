@@ -83,7 +83,7 @@ def _turns(scene: SceneType) -> Turns:
         shares = {kind: real(share) for kind, share in scene.items()}
         fine = all(share is not None and 0 <= share <= 1 for share in shares.values())
         if not fine or sum(share or 0 for share in shares.values()) > 1 + _ROUNDING:
-            text = f"{dict(scene)!r} are no shares of scene types"
+            text = f"{dict(scene)!r} are not shares of scene types"
             raise RequestError(text, next_step="Give numbers from 0 to 1 that add up to 1")
     elif scene is not None and not isinstance(scene, str):
         raise RequestError(f"{scene!r} is not a scene", next_step="Give a scene type, or shares: {'body': 0.7}")

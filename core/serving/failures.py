@@ -39,7 +39,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, what in {
         400: "The request can't be understood or carried out.",
         401: "The key is missing or wrong.",
-        403: "The Host of the request is none of this server's.",
+        403: "The Host of the request is not a name of this server.",
         404: "There is no such composition, adapter or answer.",
         413: "The request is too large.",
         429: "The queue is full; see Retry-After.",

@@ -120,7 +120,7 @@ class Preparer:
     def _known(self, ids: list[Any]) -> list[int]:
         size = self._runtime.base.vocab_size
         if any(not isinstance(i, int) or not 0 <= i < size for i in ids):
-            text = f"the prompt holds token ids that this model has not; they are from 0 to {size - 1}"
+            text = f"the prompt holds token ids that this model does not have; they are from 0 to {size - 1}"
             raise PromptError(text, next_step="Tokenize it with this model's tokenizer")
         return list(ids)
 

@@ -139,7 +139,7 @@ class _Request(Body):
     def _has_numbers(cls, value: Any) -> Any:
         """Pydantic takes true for 1."""
         if isinstance(value, dict) and (odd := [n for n in cls._numbers if isinstance(value.get(n), bool)]):
-            raise ValueError(f"{', '.join(odd)}: true and false are no numbers")
+            raise ValueError(f"{', '.join(odd)}: true and false are not numbers")
         return value
 
     @model_validator(mode="after")
@@ -220,7 +220,7 @@ class CompletionRequest(_Request):
     def _none_or_many(cls, value: Any) -> Any:
         """`false`, as a chat has it, is none; `true` does not say how many."""
         if value is True:
-            raise ValueError("it is a number here: how many likely tokens are told")
+            raise ValueError("it must be a number here: how many likely tokens to list at each place")
         return None if value is False else value
 
     @property

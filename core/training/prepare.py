@@ -242,9 +242,11 @@ def _unfit(item: Encoded, limit: int) -> list[str]:
     problems = []
     if len(item.input_ids) > limit:
         problems.append(f"{len(item.input_ids)} tokens, and the base reads {limit}")
-    # A label stands at its own token, which is foretold from those before: the first token of all can't be.
+    # A label stands at its own token, which is predicted from those before it: the first of all can't be.
     if all(label == IGNORE for label in item.labels[1:]):
-        problems.append(f"no token carries loss that another one stands before, of {len(item.input_ids)}")
+        problems.append(
+            f"no token after the first carries loss, and the first is never predicted ({len(item.input_ids)} in all)"
+        )
     return problems
 
 

@@ -136,7 +136,7 @@ def _content(path: Path) -> bytes:
     """What a file holds, in UTF-8 without the mark that some editors put before it; PowerShell writes UTF-16.
 
     Raises:
-        DataError: it begins as UTF-16 does and is none.
+        DataError: it begins like a UTF-16 file but can't be read as one.
     """
     content = path.read_bytes()
     if not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -144,7 +144,7 @@ def _content(path: Path) -> bytes:
     try:
         return content.decode("utf-16").encode()
     except UnicodeDecodeError as error:
-        text = f"{path} begins as UTF-16 does, and is none: {error.reason}"
+        text = f"{path} begins like a UTF-16 file but can't be read as one: {error.reason}"
         raise DataError(text, next_step="Save it as UTF-8") from error
 
 

@@ -33,7 +33,7 @@ _LOGGER = logging.getLogger("lora_rt.registry")
 
 
 def _seconds(name: str) -> int | None:
-    """A setting of the environment; None where it is no whole number of seconds."""
+    """A setting of the environment; None where it is not a whole number of seconds."""
     try:
         seconds = int(os.environ.get(name, "0"))
     except ValueError:
@@ -50,9 +50,8 @@ def check_settings() -> None:
     wrong = [name for name in SETTINGS if _seconds(name) is None]
     if wrong:
         told = " and ".join(f"{name} is {os.environ[name][:40]!r}" for name in wrong)
-        raise HubError(
-            f"{told}, which is no whole number of seconds", next_step=f"Correct it, or: unset {' '.join(wrong)}"
-        )
+        text = f"{told}; it must be a whole number of seconds"
+        raise HubError(text, next_step=f"Correct it, or: unset {' '.join(wrong)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ def on_request(request: httpx2.Request) -> None:
         HubError: it was tried often enough, or nobody needs its answer.
     """
     if request.url.path == internals.HARNESSES:
-        raise HubError("this is nothing that lora-rt needs to know", next_step=NEXT_STEP)
+        raise HubError("lora-rt does not need this answer", next_step=NEXT_STEP)
     watch, url = _watch(), str(request.url)
     if url != watch.url:
         watch.begin()

@@ -46,11 +46,11 @@ def test_arguments_give_one_line_each(run: Run) -> None:
 
 
 def test_an_adapter_that_is_no_bridge_is_said_to_be_none(run: Run, zoo: Zoo) -> None:
-    assert "is no bridge" not in run("bridge", "compress", "aaaa").stderr
+    assert "not trained as a bridge" not in run("bridge", "compress", "aaaa").stderr
     other = ["bridge", "compress", "aaaa", "--adapter", str(zoo.adapter("llama", seed=1))]
     done = CliRunner().invoke(app, other, catch_exceptions=False)
     assert done.exit_code == 0
-    assert "is no bridge (its mode: output-only)" in done.stderr
+    assert "was not trained as a bridge (its mode: output-only)" in done.stderr
 
 
 def test_standard_input_gives_one_item_a_line_and_can_be_piped_on(run: Run) -> None:

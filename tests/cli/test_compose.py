@@ -167,14 +167,14 @@ def test_a_text_that_an_adapter_waits_for_and_that_never_comes_is_told(
         ("emotion:x", "'x' is not a number"),
         ("emotion::1", "emotion::1"),
         ("emotion:", "no weight follows the colon"),
-        (":1", "no name stands before the colon"),
+        (":1", "there is no name before the colon"),
         ("emotion:nan", "not a finite number"),
         ("emotion:inf", "not a finite number"),
         ("emotion/logic/body", "org/repo"),
         ("emotion:0.5[]", "the bracket is empty"),
         ("emotion:0.5[So: I", "the bracket is not closed"),
-        ("emotion[So:]:0.5", "the weight stands before the bracket"),
-        ("[So:]", "no name stands there"),
+        ("emotion[So:]:0.5", "the weight comes before the bracket"),
+        ("[So:]", "there is no name"),
     ],
 )
 def test_a_spec_that_is_none_gets_one_line_and_exit_code_2(cli: Cli, spec: str, named: str) -> None:

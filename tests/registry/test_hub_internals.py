@@ -167,8 +167,8 @@ def test_the_clients_own_limits_are_only_shortened(hub: LocalHub) -> None:
         ("ALL_PROXY", "socks5://x", "SOCKS proxy, and the package that speaks to one is missing.* pip install socksio"),
         ("SSL_CERT_FILE", "/nonexistent", "the certificates of SSL_CERT_FILE=/nonexistent can not be read: No such"),
         ("SSL_CERT_FILE", __file__, "the certificates of SSL_CERT_FILE=.* can not be read: "),
-        ("HF_HUB_DOWNLOAD_TIMEOUT", "10.5", "HF_HUB_DOWNLOAD_TIMEOUT is '10.5', which is no whole number of seconds"),
-        ("HF_HUB_ETAG_TIMEOUT", "", "HF_HUB_ETAG_TIMEOUT is '', which is no whole number of seconds"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "10.5", "HF_HUB_DOWNLOAD_TIMEOUT is '10.5'; it must be a whole number of seconds"),
+        ("HF_HUB_ETAG_TIMEOUT", "", "HF_HUB_ETAG_TIMEOUT is ''; it must be a whole number of seconds"),
     ],
 )
 def test_what_the_environment_sets_wrongly_is_named(

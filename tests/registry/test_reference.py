@@ -31,7 +31,7 @@ def test_the_five_forms(text: str, kind: str, target: str, revision: str | None)
     ("text", "says"),
     [
         ("", "empty"),
-        ("@v1", "nothing stands before"),
+        ("@v1", "nothing before the @"),
         ("emotion@", "nothing follows"),
         ("a/b/c", "not of the form org/repo"),
         ("org/", "not of the form org/repo"),

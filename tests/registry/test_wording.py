@@ -37,7 +37,7 @@ FINDINGS: list[tuple[dict[str, Any], str]] = [
     ({"many": [1, 2, 3]}, "many: it has more than 2 entries"),
     ({"table": []}, "table: it is not an object"),
     ({"digest": "abc"}, "digest: 'abc' is not 64 hexadecimal digits"),
-    ({"word": "c"}, "word: it is none of: 'a' or 'b'"),
+    ({"word": "c"}, "word: it must be 'a' or 'b'"),
     ({"other": 1}, "other: there is nothing of this name"),
 ]
 

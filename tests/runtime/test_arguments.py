@@ -32,14 +32,14 @@ def runtime(zoo: Zoo) -> Runtime:
         (lambda rt: rt.answer_nll(["a"], ["c", "d"]), "2 answers for 1 prompts"),
         (lambda rt: rt.answer_nll(["a"], [5]), "the answer is a int"),
         (lambda rt: rt.choices_nll("a", "bc"), "answers is one text"),
-        (lambda rt: rt.decode([[]]), "no row of tokens"),
-        (lambda rt: rt.decode([[10**6]]), "no row of tokens"),
-        (lambda rt: rt.decode([[-1]]), "no row of tokens"),
-        (lambda rt: rt.decode([[1.5]]), "no row of tokens"),
-        (lambda rt: rt.decode([[True]]), "no row of tokens"),
-        (lambda rt: rt.decode([1, 2]), "no row of tokens"),
-        (lambda rt: rt.decode(["ab"]), "no row of tokens"),
-        (lambda rt: rt.plan([[10**6]]), "no row of tokens"),
+        (lambda rt: rt.decode([[]]), "rows that are not token ids"),
+        (lambda rt: rt.decode([[10**6]]), "rows that are not token ids"),
+        (lambda rt: rt.decode([[-1]]), "rows that are not token ids"),
+        (lambda rt: rt.decode([[1.5]]), "rows that are not token ids"),
+        (lambda rt: rt.decode([[True]]), "rows that are not token ids"),
+        (lambda rt: rt.decode([1, 2]), "rows that are not token ids"),
+        (lambda rt: rt.decode(["ab"]), "rows that are not token ids"),
+        (lambda rt: rt.plan([[10**6]]), "rows that are not token ids"),
         (lambda rt: rt.batch(chunk=0), "chunk is 0"),
         (lambda rt: rt.load_adapter(5), "5 is not a reference"),
         (lambda rt: rt.load_adapter("a", 5), "'5' is not a name"),
@@ -62,7 +62,7 @@ def test_token_ids_may_be_arrays(runtime: Runtime) -> None:
 
 def test_shares_of_scene_types_stand_for_every_row(runtime: Runtime) -> None:
     """A mapping is one scene, and not a list of its keys."""
-    with pytest.raises(LoraRtError, match="no shares of scene types"):
+    with pytest.raises(LoraRtError, match="not shares of scene types"):
         runtime.generate(["a", "b"], scenes={"body": 2.0, "logic": 1.0})
     assert len(runtime.generate(["a", "b"], scenes={"body": 0.5, "logic": 0.5}, max_new_tokens=2)) == 2
 

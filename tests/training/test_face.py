@@ -102,7 +102,7 @@ def test_a_setting_of_another_kind_is_named_before_anything_is_loaded(setting: A
         (lambda: lora_rt.evaluate(["a"], 5), "data is a int"),  # type: ignore[arg-type]
         (lambda: lora_rt.export("a", "onnx", "out"), "there is no format 'onnx'"),  # type: ignore[arg-type]
         (lambda: lora_rt.export("a", "PEFT", "out"), "there is no format 'PEFT'"),  # type: ignore[arg-type]
-        (lambda: lora_rt.export("a", "peft", "out", dtype="float16"), "'float16' is no dtype"),  # type: ignore[arg-type]
+        (lambda: lora_rt.export("a", "peft", "out", dtype="float16"), "'float16' is not a dtype"),  # type: ignore[arg-type]
         (lambda: lora_rt.prepare(5), "a base is a int"),  # type: ignore[arg-type]
         (lambda: lora_rt.Composition.parse(5), "it is a int"),  # type: ignore[arg-type]
         (lambda: lora_rt.Registry().resolve(5), "5 is not a reference"),  # type: ignore[arg-type]

@@ -29,7 +29,10 @@ LOSSES: Mapping[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 SEQUENCES: Mapping[str, tuple[Any, str]] = {
     "none": ([], "the plugin of the mode 'odd' makes no sequence"),
-    "of one token": ([Encoded([5], [5])], "line 1: no token carries loss that another one stands before, of 1"),
+    "of one token": (
+        [Encoded([5], [5])],
+        "line 1: no token after the first carries loss, and the first is never predicted (1 in all)",
+    ),
     "without labels": ([Encoded([5, 6], [IGNORE, IGNORE])], "the mode 'odd' reads them"),
     "labels beyond the vocabulary": ([Encoded([5, 6], [IGNORE, 99999])], "a label is neither its own position's token"),
     "tokens beyond the vocabulary": ([Encoded([5, 99999], [IGNORE, 99999])], "token ids from 0 to 263"),

@@ -200,9 +200,8 @@ class Commands:
         modes = {info.mode for info, _ in runtime.terms(bridge.composition or "bridge")}
         if "bridge" not in modes:
             named = ", ".join(sorted(modes))
-            typer.echo(
-                f"warning: {asked.adapter} is no bridge (its mode: {named}), so it may not know what is meant", err=True
-            )
+            text = f"warning: {asked.adapter} was not trained as a bridge (its mode: {named})"
+            typer.echo(f"{text}, so it may not understand the direction asked for", err=True)
         return bridge
 
     def _items(self, arguments: Sequence[str] | None, data: Path | None, field: str) -> list[str]:
