@@ -39,9 +39,10 @@ Your package names the module in its pyproject.toml; the entry point's name is t
     [project.entry-points."lora_rt.modes"]
     fade-in = "my_package.fade_in"
 
-`lora-rt install` it, and `lora-rt plugins` lists it. What is not a mode, and has the last two hooks alone, goes into
-the group "lora_rt.plugins" instead. A plugin is imported when an adapter of its mode, or its command, is asked for:
-name the command as the entry point, and no other plugin is imported to find it.
+`lora-rt install` it, and `lora-rt plugins` lists it, with the first line of the module's docstring to say what it is
+for. What is not a mode, and has the last two hooks alone, goes into the group "lora_rt.plugins" instead. A plugin is
+imported when an adapter of its mode, or its command, is asked for: name the command as the entry point, and no other
+plugin is imported to find it.
 
 A mode imports `lora_rt.plugins.contract` and nothing else of ours: all that it needs of the runtime arrives in its
 hook's context, and what its commands need in `services`. It imports torch inside its hooks, since `lora-rt --help`

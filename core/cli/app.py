@@ -75,7 +75,8 @@ class CommandGroup(TyperGroup):
 app = typer.Typer(
     name="lora-rt",
     cls=CommandGroup,
-    help="One quantized base model, several LoRA registers composed over it.",
+    help="One quantized base model, several registers composed over it. "
+    "A register is a LoRA adapter named for what it expresses.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

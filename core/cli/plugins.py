@@ -33,8 +33,8 @@ def _table(records: list[PluginRecord]) -> None:
         hooks = " ".join(name.removeprefix("lora_rt_") for name in record.hooks)
         status = Text(record.status, style=_COLOURS[record.status])
         # Text, not strings: a stranger chose these words, and rich would read brackets in them as markup.
-        rows.append((record.name, record.package, record.version, hooks, status))
-    show_table(out, ("mode", "package", "version", "hooks", "status"), rows)
+        rows.append((record.name, record.summary, record.package, record.version, hooks, status))
+    show_table(out, ("mode", "what it is for", "package", "version", "hooks", "status"), rows)
     for record in records:
         if record.status != "ok":
             out.print(Text(f"{record.name} ({record.origin}) is {record.status}: {record.reason}"), soft_wrap=True)

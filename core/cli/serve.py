@@ -95,7 +95,9 @@ def serve(
     ui: Annotated[
         bool, typer.Option("--ui", help="Also serve a page at /: sliders, a chat, and which register acted where.")
     ] = False,
-    engine: Annotated[str, typer.Option("--engine", help="What computes: lora-rt, or vllm with lora-rt-vllm.")] = _OWN,
+    engine: Annotated[
+        str, typer.Option("--engine", help="What runs the model: lora-rt, or vllm (needs lora-rt-vllm).")
+    ] = _OWN,
 ) -> None:
     """Serve OpenAI's API with compositions as models: every request its own, all in one batch."""
     if engine != _OWN:

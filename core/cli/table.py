@@ -20,7 +20,7 @@ COMMANDS = {
     "export": "Write a composition as one adapter for PEFT, vLLM, llama.cpp or Ollama, or as a merged model.",
     "convert": "Turn a pickled adapter, or one that changed its base, into a plain LoRA in safetensors.",
     "explain": "Show how much each register adds to the base, layer by layer.",
-    "scene": "Show which scene types a text is recognized as, as gates see them.",
+    "scene": "Show the scene types that a text is recognized as, with the shares that gates go by.",
     "serve": "Serve OpenAI's API with compositions as models: every request its own, all in one batch.",
     "list": "List the adapters that can be used by name.",
     "show": "Show where an adapter or a named composition is and what it holds, or the layers of a base.",

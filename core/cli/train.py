@@ -48,7 +48,9 @@ def train(
         Path | None,
         typer.Option("--config", metavar="RUN.yaml", help="Options from a file, or of a register.json's run."),
     ] = None,
-    mode: Annotated[str, typer.Option("--mode", help="What it is trained for; see: lora-rt plugins.")] = "output-only",
+    mode: Annotated[
+        str, typer.Option("--mode", help="What the adapter is trained for; lora-rt plugins lists the modes.")
+    ] = "output-only",
     held_out: Annotated[
         list[str] | None,
         typer.Option("--held-out", metavar="DATA", help="Examples to measure on; a tenth of the data if left out."),

@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from lora_rt.registry.compositions import NamedComposition
 
 
+_PER = (
+    "adapter: one weight each. layer: one each in every layer. scene: a gate for every scene type; every line of the "
+    "data needs its scene_type. token: weights that are decided anew at every token."
+)
+_NAME = (
+    "Name of the composition that is kept, my-mix if left out. With --per scene: keep the gates in this composition "
+    "instead of in the adapters."
+)
 _PLAIN_EVERY = 10
 _INTERRUPTED = 130
 
@@ -44,15 +52,17 @@ def tune(
     specs: Annotated[list[str], typer.Argument(metavar="SPEC", help="The adapters, with the weights to start from.")],
     data: options.Data,
     over: options.OverBase,
-    per: Annotated[Per, typer.Option("--per", help="What is learned; scene needs a scene_type in every line.")] = (
-        "adapter"
-    ),
+    per: Annotated[Per, typer.Option("--per", help=_PER)] = ("adapter"),
     name: Annotated[
         str | None,
-        typer.Option("--name", help="The composition's name, my-mix if left out; scene: keep the gates in it."),
+        typer.Option("--name", help=_NAME),
     ] = None,
     mode: Annotated[
-        str | None, typer.Option("--mode", help="Who decides: router (token), context (scene with --name).")
+        str | None,
+        typer.Option(
+            "--mode",
+            help="The mode that decides: router for --per token, context for --per scene with --name.",
+        ),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of that mode; repeatable.")

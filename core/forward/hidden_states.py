@@ -105,7 +105,7 @@ def _of_one_stream(hidden: Tensor, rows: int, tokens: int, size: int | None) -> 
     """(rows, tokens, size) of what a base's blocks hand on, which may be several states of each token: their mean.
 
     They stand on an axis of their own (Gemma 3n's first, DeepSeek V4's third), side by side (Qwen 4), or, where a model
-    foretells further tokens, behind the tokens (ProphetNet): of these the first ones are the tokens' own.
+    predicts further tokens, behind the tokens (ProphetNet): of these the first ones are the tokens' own.
     """
     if hidden.dim() == 4:
         return hidden.mean(0 if hidden.shape[1:3] == (rows, tokens) else 2)

@@ -51,6 +51,16 @@ _COPIES: tuple[frozenset[Copy], ...] = (
 
 _NEVER = 1e12  # microseconds, for a way that was not tried: two of infinity could not be told apart
 _TOLD: Ways = ("packed", "dense", "dense-wide", "dense-blocked", "dense-half", "four-bit", "tiles", "as-it-lies")
+_IN_WORDS: Mapping[Way, str] = {
+    "packed": "the layer's own product",
+    "dense": "a dense copy in the base's own dtype",
+    "dense-wide": "a copy in float32",
+    "dense-blocked": "a copy in float32, laid out in blocks",
+    "dense-half": "a copy in float16",
+    "four-bit": "our 4-bit kernel",
+    "tiles": "our AMX kernel",
+    "as-it-lies": "our float32 kernel",
+}
 _LEAN: Ways = ("four-bit", "as-it-lies")
 """Ways by kernels of our own that need no dense copy; a layer has one of them."""
 _NO_GRADIENT: frozenset[Copy] = frozenset(("half", "blocked", "four-bit"))
@@ -227,12 +237,14 @@ def told(known: Mapping[str, Times]) -> dict[str, str]:
 
 
 def _words(name: str, times: Times, ways: Ways) -> str:
-    words = ", ".join(f"{tokens} {ways[number]}" for number, tokens in {0: "one token", 2: "few", 5: "many"}.items())
-    small = ""
+    shown = {"one token": 0, "4 to 7 tokens": 2, "64 or more": 5}
+    words = "; ".join(f"{tokens}: {_IN_WORDS.get(ways[number], ways[number])}" for tokens, number in shown.items())
+    dense = _size(name) * 2 / 2**20
+    sizes = f"{dense:.1f} MiB in 16 bits, {2 * dense:.1f} MiB in float32"
     if "four-bit" in times:
-        words += ", four-bit in a step in one call"
-        small = ", in 4 bits 0.3 of it"
-    return f"{words}; {_size(name) * 2 / 2**20:.1f} MiB a copy, in float32 twice that{small}"
+        words += f"; a decoding step made in one call: {_IN_WORDS['four-bit']}"
+        sizes += f", {0.3 * dense:.1f} MiB in 4 bits"
+    return f"{words}. Where a copy of the weight is kept, it takes {sizes}"
 
 
 def _size(name: str) -> int:

@@ -5,7 +5,7 @@
 
 Whatever works token by token (all products, norms, the output head) is then done for real tokens alone, and once for a
 system prompt that all rows share. Attention is not: there queries, keys and values are laid out in rows again, each row
-attends to itself, and what comes out is packed again. Logits are made for the tokens alone that foretell a label.
+attends to itself, and what comes out is packed again. Logits are made for the tokens alone that predict a label.
 
 Dropout acts alike in all rows on what they share. Everything else is the same numbers, and so are the gradients.
 """
@@ -32,7 +32,7 @@ class Packing:
 
     `ids` and `positions` (1, tokens) are of the packed row; `places` (tokens,) is where each stands in the flattened
     batch, `spread` (rows * width,) which packed token stands at each place (any, where padding does). The first
-    `shared` tokens are those that all rows begin with. `columns` (labels,) are the packed tokens that foretell
+    `shared` tokens are those that all rows begin with. `columns` (labels,) are the packed tokens that predict
     `labels` (labels,), row by row; `counts` (rows,) is how many each row has.
     """
 

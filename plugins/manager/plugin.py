@@ -25,7 +25,7 @@ from lora_rt.plugins.contract import hooks
 from lora_rt.plugins.manager.limits import IMPORT, Limits, Watch, within
 from lora_rt.plugins.manager.record import PluginError, PluginRecord, Status, describe, forget, recall, remember
 from lora_rt.plugins.manager.results import ResultError
-from lora_rt.plugins.manager.surface import Hook, SurfaceError, hooks_of
+from lora_rt.plugins.manager.surface import Hook, SurfaceError, hooks_of, summary_of
 from lora_rt.registry.packages import package_of
 
 UNTIMED = ("lora_rt_gate", "lora_rt_joint_gate")
@@ -147,15 +147,20 @@ class Plugin:
         """Its hooks, or why there are none. Looking at it runs its code as well, so it is timed as well."""
         seconds = self._limits[IMPORT]
         with _printing_aside():
-            outcome = within(seconds, lambda: hooks_of(self._point.load(), self.group))
+            outcome = within(seconds, self._looked_at)
         if outcome.late:
             return f"import: not finished after {seconds:g} s"
         if isinstance(outcome.error, SurfaceError):
             return outcome.error.message
         if outcome.error is not None:
             return f"import: {describe(outcome.error)}"
-        found: dict[str, Hook] = outcome.value
+        found: dict[str, Hook]
+        found, self.record.summary = outcome.value
         return found
+
+    def _looked_at(self) -> tuple[dict[str, Hook], str]:
+        plugin = self._point.load()
+        return hooks_of(plugin, self.group), summary_of(plugin, self.name)
 
     def _register(self, found: dict[str, Hook]) -> None:
         """Hand pluggy a module of the hooks alone: it then never touches the plugin's other attributes."""

@@ -46,6 +46,7 @@ class PluginRecord:
 
     "faulty" plugins are used: a call of theirs failed, or something that they offer was refused. "broken" ones could
     not be loaded, or left a call hanging, and are not used. "blocked" ones were never imported.
+    `summary` is the first line of the module's docstring, known once it was imported.
     """
 
     name: str
@@ -54,6 +55,7 @@ class PluginRecord:
     hooks: tuple[str, ...] = ()
     status: Status = "ok"
     reason: str = ""
+    summary: str = ""
 
     @property
     def usable(self) -> bool:

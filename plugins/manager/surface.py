@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import LORA_RT_API, hooks
-from lora_rt.plugins.manager.record import GROUP
+from lora_rt.plugins.manager.record import GROUP, describe
 
 Hook = Callable[..., Any]
 PREFIX = "lora_rt_"
@@ -47,6 +47,17 @@ def hooks_of(plugin: object, group: str = GROUP) -> dict[str, Hook]:
     if problems:
         raise SurfaceError("; ".join(problems), problems=problems)
     return found
+
+
+def summary_of(plugin: object, name: str) -> str:
+    """The first line of its module's docstring, without the plugin's own name before it; empty where it has none."""
+    try:
+        module = plugin if isinstance(plugin, ModuleType) else inspect.getmodule(type(plugin))
+        text = module.__doc__ if module is not None else None
+        first = text.strip().partition("\n")[0] if isinstance(text, str) else ""
+    except Exception:  # a stranger's object; what it is for is not worth refusing it
+        return ""
+    return describe(first.removeprefix(f"{name}: "))
 
 
 def _api_problem(plugin: object) -> str:

@@ -1,4 +1,4 @@
-"""context: a filter inside attention, by scene type.
+"""context: a filter inside attention: at which heads the adapter acts, and how much, depends on the scene type.
 
 For every scene type t that the adapter knows, layer l and attention head h there is a factor
 

@@ -534,7 +534,7 @@ def test_doctor_says_how_layers_are_multiplied_here(zoo: Zoo, cli: Cli, monkeypa
     found = next(check for check in json.loads(cli("doctor", "--json").out) if "multiplying" in check["name"])
     assert found["status"] == "ok"
     assert "one token" in found["detail"]
-    assert "MiB a copy" in found["detail"]
+    assert "MiB in float32" in found["detail"]
 
 
 def test_the_command_line_refuses_a_way_that_is_none_before_anything_is_loaded(cli: Cli) -> None:

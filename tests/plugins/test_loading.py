@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import hookimpl
 from lora_rt.plugins.manager import BLOCK_VARIABLE, GROUP, SECONDS_VARIABLE, ModeHost, UnknownModeError, load_modes
 from lora_rt.plugins.manager.loading import installed as installed_modes
+from lora_rt.plugins.manager.surface import summary_of
 from lora_rt.plugins.testing import objective_context
 from support.plugins import plugin, point, torn_package
 
@@ -127,11 +129,23 @@ def test_a_broken_plugin_is_named_by_the_command(case: str, installed: Any) -> N
     listed = CliRunner().invoke(app, ["plugins", "--json"])
     records = {record["name"]: record for record in json.loads(listed.stdout)}
     assert listed.exit_code == 0
-    assert records["stranger"].keys() == {"name", "package", "version", "hooks", "status", "reason"}
+    assert records["stranger"].keys() == {"name", "package", "version", "hooks", "status", "reason", "summary"}
     assert (records["stranger"]["status"], records["output-only"]["status"]) == ("broken", "ok")
     assert reason in records["stranger"]["reason"]
     table = CliRunner().invoke(app, ["plugins"])
     assert f"stranger (stranger-mode 1.0) is broken: {records['stranger']['reason']}" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("docstring", "summary"),
+    [("fade-in: comes slowly.\n\nMore.", "comes slowly."), ("\n  It \x1b[31mglows.\n", "It ?[31mglows."), (None, "")],
+)
+def test_what_a_mode_is_for_is_the_first_line_of_its_docstring(docstring: str | None, summary: str) -> None:
+    assert summary_of(ModuleType("fade_in", docstring), "fade-in") == summary
+
+
+def test_the_command_says_what_a_mode_is_for() -> None:
+    assert "a mixture of adapters that is decided anew at every token" in CliRunner().invoke(app, ["plugins"]).stdout
 
 
 @pytest.mark.parametrize("case", BROKEN)

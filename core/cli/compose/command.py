@@ -24,7 +24,7 @@ def compose(
     engine: Annotated[
         str,
         typer.Option(
-            "--engine", help="What computes: torch, or llama.cpp, which is faster for one answer without gates."
+            "--engine", help="What runs the model: torch, or llama.cpp (faster for one answer; without gates)."
         ),
     ] = "torch",
     scene: options.Scene = None,
@@ -42,7 +42,12 @@ def compose(
     temperature: options.Temperature = 0.7,
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", min=0, max=1, help="Draw among the likeliest tokens of this share; 0.9 if left out."),
+        typer.Option(
+            "--top-p",
+            min=0,
+            max=1,
+            help="Draw among the likeliest tokens that make up this share of the probability; 0.9 if left out.",
+        ),
     ] = None,
     top_k: options.TopK = 0,
     repetition_penalty: Annotated[

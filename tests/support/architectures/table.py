@@ -157,7 +157,7 @@ def condensed(found: Sequence[dict[str, Any]], before: Mapping[str, Any] | None 
 def report(kept: Mapping[str, Any]) -> str:
     """The README's table: counts by check, and the types of which not everything that PEFT can do is exact."""
     results = ("exact", "refused", "wrong", "crash", "not by PEFT")
-    lines = ["| of a type | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
+    lines = ["| model types, by check | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
     for check in kept["checks"]:
         some = kept["partly"].get(check, kept["kinds"])
         told = [kept["exceptions"].get(kind, {}).get(check, ["exact"])[0] for kind in some]
@@ -173,9 +173,11 @@ def report(kept: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
     text = f"{whole} of {len(kept['kinds'])} types are exact in every check that PEFT itself can do ({versions}). "
     text += (
-        "Not whole: " + "; ".join(f"{kind} ({', '.join(checks)})" for kind, checks in odd.items()) + ". " if odd else ""
+        "Not exact in every check: " + "; ".join(f"{kind} ({', '.join(checks)})" for kind, checks in odd.items()) + ". "
+        if odd
+        else ""
     )
-    text += f"Not tried, for they have no causal form or no tiny base: {', '.join(bases)}." if bases else ""
+    text += f"Not tried, because they have no causal form or no tiny base: {', '.join(bases)}." if bases else ""
     return "\n".join([*lines, "", text]) + "\n"
 
 
