@@ -238,13 +238,17 @@ def told(known: Mapping[str, Times]) -> dict[str, str]:
 
 def _words(name: str, times: Times, ways: Ways) -> str:
     shown = {"one token": 0, "4 to 7 tokens": 2, "64 or more": 5}
-    words = "; ".join(f"{tokens}: {_IN_WORDS.get(ways[number], ways[number])}" for tokens, number in shown.items())
+    by_tokens = {tokens: _IN_WORDS.get(ways[number], ways[number]) for tokens, number in shown.items()}
+    words = "; ".join(f"{tokens}: {way}" for tokens, way in by_tokens.items())
+    if len(set(by_tokens.values())) == 1:
+        words = f"any number of tokens: {by_tokens['one token']}"
     dense = _size(name) * 2 / 2**20
     sizes = f"{dense:.1f} MiB in 16 bits, {2 * dense:.1f} MiB in float32"
     if "four-bit" in times:
-        words += f"; a decoding step made in one call: {_IN_WORDS['four-bit']}"
         sizes += f", {0.3 * dense:.1f} MiB in 4 bits"
-    return f"{words}. Where a copy of the weight is kept, it takes {sizes}"
+        if ways[0] != "four-bit":
+            words += f"; a decoding step made in one call: {_IN_WORDS['four-bit']}"
+    return f"{words}. A copy of the weight takes {sizes}"
 
 
 def _size(name: str) -> int:

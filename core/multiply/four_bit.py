@@ -19,8 +19,8 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from functools import _lru_cache_wrapper, cache, partial, wraps
-from typing import Any, NamedTuple
+from functools import cache, partial, wraps
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,14 +50,23 @@ def nbytes_of(out: int, width: int) -> int:
     return out * width // 2 + out * width // BLOCK * 4
 
 
-def proven(told: str) -> Callable[[Callable[..., bool]], _lru_cache_wrapper[bool]]:
+class Trial(Protocol):
+    """Whether something is there; found out once for each way to ask."""
+
+    def __call__(self, *given: Any, **named: Any) -> bool: ...
+
+    def cache_clear(self) -> None:
+        """Find out anew."""
+
+
+def proven(told: str) -> Callable[[Callable[..., bool]], Trial]:
     """Decorates the trial of a kernel, which is made once for each way to ask: where it ends in an error, it says no.
 
     Args:
         told: what there is not; each argument that is given by its place has one in it.
     """
 
-    def decorate(trial: Callable[..., bool]) -> _lru_cache_wrapper[bool]:
+    def decorate(trial: Callable[..., bool]) -> Trial:
         @wraps(trial)
         def found(*given: Any, **named: Any) -> bool:
             try:

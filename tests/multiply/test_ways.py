@@ -438,7 +438,7 @@ def test_the_plan_that_is_told_of_a_dense_base_is_the_one_that_is_chosen(monkeyp
     (chosen,) = choose([module], "auto", 1 << 30).values()
     (words,) = told({layer_name(module): times}).values()
     assert chosen[5] == "dense-blocked"
-    assert "many dense-blocked" in words
+    assert "64 or more: a copy in float32, laid out in blocks" in words
 
 
 def test_measuring_gives_every_way_of_every_kind_of_layer_a_time() -> None:

@@ -63,7 +63,7 @@ def test_what_a_file_is_called_and_how_its_letters_are_written_change_nothing(
 
 def test_half_a_file_in_utf_16_is_refused_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json.dumps(ROWS[2]).encode("utf-16")[:-1])
-    with pytest.raises(DataError, match="begins as UTF-16 does"):
+    with pytest.raises(DataError, match="begins like a UTF-16 file"):
         read_pairs(tmp_path / "a.jsonl", FIELDS)
 
 
