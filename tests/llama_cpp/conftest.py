@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_rt.core.base.byte_tokenizer import byte_tokenizer
 from lora_rt.core.runtime import Runtime
 from support.cli import Cli, command_line
 from support.gguf import llama_arrays, write_llama
@@ -21,9 +22,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="session")
 def gguf(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The zoo's Llama. Its last byte has made room for a merged token, since a vocabulary without merges is none."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokens = [*SPECIAL, *sorted(ByteLevel.alphabet())][: VOCAB - 1]
+    numbers = byte_tokenizer(SPECIAL).get_vocab()
+    tokens = sorted(numbers, key=numbers.__getitem__)[: VOCAB - 1]
     model = dense_model(zoo.base("llama"), [])
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     merged = [*tokens, tokens[-2] + tokens[-1]]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.byte_tokenizer import byte_tokenizer
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -70,7 +72,10 @@ def tokenizer(kind: str, template: str | dict[str, str] | None = None, *, eos: s
 
     named = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>"} | ({"eos_token": eos} if eos else {})
     extra = [token for token in SPECIAL if token not in named.values()]
-    fast = PreTrainedTokenizerFast(tokenizer_object=_backend(kind), additional_special_tokens=extra, **named)
+    if kind == "bytes":
+        fast = byte_tokenizer(SPECIAL, additional_special_tokens=extra, **named)
+    else:
+        fast = PreTrainedTokenizerFast(tokenizer_object=_backend(kind), additional_special_tokens=extra, **named)
     fast.add_tokens(list(ORDINARY))
     if template:
         fast.chat_template = template
@@ -80,13 +85,12 @@ def tokenizer(kind: str, template: str | dict[str, str] | None = None, *, eos: s
 def _backend(kind: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    if kind in ("bytes", "byte-level"):
+    if kind == "byte-level":
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.decoder = decoders.ByteLevel()
-        size = 400 if kind == "byte-level" else 0
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet)
+        trainer: Any = trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet)
     elif kind == "metaspace":  # with the control tokens as words of the model, and a prefix on every piece
         backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
