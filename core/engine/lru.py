@@ -1,4 +1,4 @@
-"""What was laid out for a set of adapters is kept for the next plan over that set, within a bound on its memory."""
+"""An LRU cache bounded by bytes: what was laid out for a set of adapters, kept for the next plan over that set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Entry:
 
 
 class LRUCache:
-    """The most recently used entries, each of which belongs to some owners and is dropped with any of them."""
+    """LRU cache bounded by bytes. Each entry belongs to some owners, and is dropped with any of them."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()

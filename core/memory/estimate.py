@@ -72,7 +72,7 @@ def plan_memory(base: BaseConfig, precisions: Sequence[Precision], workload: Wor
     """Plan a base in these precisions.
 
     Raises:
-        PlanError: the workload makes no sense, or the model computes with what only its data tells.
+        EstimateError: the workload makes no sense, or the model computes with what only its data tells.
         SettingsError: the base has no such target modules.
     """
     workload.check()

@@ -14,7 +14,7 @@ from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.base.precision import check_precision
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.training import plan_training
-from lora_rt.core.memory.workload import PlanError
+from lora_rt.core.memory.workload import EstimateError
 from lora_rt.core.step.loss import is_plain
 from lora_rt.core.step.settings import Optimizer, SettingsError, TrainSettings
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective
@@ -63,7 +63,7 @@ def pick_portions(
     for way in ways:
         try:
             needs[way] = bytes_needed(settings, base, sequences, optimizer, *way)
-        except (PlanError, BaseError) as error:
+        except (EstimateError, BaseError) as error:
             return Portions(optimizer, *ways[0], why=f"memory is not planned: {error.message}")
         if needs[way] <= _SHARE * free:
             break

@@ -26,7 +26,7 @@ from lora_rt.core.base.shape import blocks_of
 from lora_rt.core.base.source import first_line
 from lora_rt.core.base.upstream import own_tensors, quantize_layers
 from lora_rt.core.memory.upstream import empty_4bit, empty_8bit_state, storage_key
-from lora_rt.core.memory.workload import Device, PlanError
+from lora_rt.core.memory.workload import Device, EstimateError
 from lora_rt.core.multiply.ways import is_4bit
 
 TRACED = (2, 3)
@@ -54,7 +54,7 @@ def over_blocks(config: Any, precision: Precision, measure: Callable[[Any, nn.Mo
     Every number has to grow by the same with each further block.
 
     Raises:
-        PlanError: the model computes with what only its data tells, such as which expert a token goes to.
+        EstimateError: the model computes with what only its data tells, such as which expert a token goes to.
     """
     model = skeleton(config, precision)
     blocks = blocks_of(model)
@@ -72,7 +72,7 @@ def _explained(model: str) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         text = f"{model} can't be run without its weights: {first_line(error)}"
-        raise PlanError(text, next_step="Load it and look at the memory that it takes") from error
+        raise EstimateError(text, next_step="Load it and look at the memory that it takes") from error
 
 
 def _cut(config: Any, precision: Precision, count: int) -> tuple[Any, nn.ModuleList]:

@@ -14,8 +14,8 @@ Use = Literal["inference", "training"]
 _MOST_TOKENS = 2**30  # beyond, sizes do not fit the 64 bits that tensors count with
 
 
-class PlanError(LoraRtError):
-    """Memory that can't be told in advance."""
+class EstimateError(LoraRtError):
+    """Memory that can't be estimated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Workload:
     sharded: bool = False
 
     def check(self) -> None:
-        """Raises PlanError with everything that is out of range."""
+        """Raises EstimateError with everything that is out of range."""
         least = {"r": 1, "batch": 1, "seq": 2, "adapters": 0, "labels": 1, "processes": 1}
         most, own = {"r": 2**16, "batch": 2**16, "seq": 2**24, "adapters": 2**16}, asdict(self)
         problems = [f"{name} is {own[name]}; it must be at least {n}" for name, n in least.items() if own[name] < n]
@@ -51,7 +51,9 @@ class Workload:
             told = f"labels is {self.labels} and seq is {self.seq}"
             problems.append(f"{told}; labels must be smaller than seq: the first token is never predicted")
         if problems:
-            raise PlanError("this can't be planned", problems=problems, next_step="See: lora-rt plan --help")
+            raise EstimateError(
+                "this memory can't be estimated", problems=problems, next_step="See: lora-rt plan --help"
+            )
 
     def rows(self, use: Use) -> int:
         """How many of the sequences a process has at once."""

@@ -3,7 +3,7 @@
 composition.py       `emotion:0.7 logic:0.3`: terms, weights, and the text given back
 activation.py        the bracket that says from which words on a term acts
 named.py             named compositions inside compositions, and what a name means during one request
-mixes.py             named compositions with a mode of their own, in memory
+moded.py             named compositions with a mode of their own, in memory
 residents.py         the adapters in memory, loaded where they are not
 reading.py           the files of an adapter as factors
 rows.py              one composition and scene per row of a batch

@@ -19,13 +19,13 @@ from operator import add
 import torch
 from torch import Tensor
 
-from lora_rt.core.requests.mixes import Mix
+from lora_rt.core.requests.moded import ModedComposition
 from lora_rt.core.requests.rows import Row
 from lora_rt.core.requests.timeline import Variant
 from lora_rt.plugins.contract import Gate
 
 _NEARLY_NONE = 2.0**-20
-Mixed = Sequence[tuple[Mix, Mapping[str, Gate]]]
+Mixed = Sequence[tuple[ModedComposition, Mapping[str, Gate]]]
 """The gates that each named composition of a variant gives its adapters."""
 
 

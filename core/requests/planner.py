@@ -27,7 +27,7 @@ from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.forward.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.core.generation.row import PassInfo
 from lora_rt.core.requests.merging import merged
-from lora_rt.core.requests.mixes import Mix
+from lora_rt.core.requests.moded import ModedComposition
 from lora_rt.core.requests.rows import Row
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.requests.timeline import Variant, variants
@@ -99,7 +99,7 @@ class RowPlanner:
 
     def _mixed_gates(
         self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo, hidden: Hidden
-    ) -> list[list[tuple[Mix, dict[str, Gate]]]]:
+    ) -> list[list[tuple[ModedComposition, dict[str, Gate]]]]:
         """What the modes of named compositions say to this pass in each phase, by the names of their adapters."""
         found = []
         for phase in phases:
@@ -110,7 +110,7 @@ class RowPlanner:
 
     def _of_mix(
         self,
-        mix: Mix,
+        mix: ModedComposition,
         names: Sequence[str],
         rows: Sequence[Row],
         adapters: Mapping[str, ResidentAdapter],

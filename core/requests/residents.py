@@ -26,7 +26,7 @@ from lora_rt.core.engine.topology import is_turned
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.requests.answered import AdapterOrigin
 from lora_rt.core.requests.composition import Composition, Term
-from lora_rt.core.requests.mixes import Mix, read_mix
+from lora_rt.core.requests.moded import ModedComposition, read_moded
 from lora_rt.core.requests.named import RequestNames, check_pin, expanded, named_composition, raise_all
 from lora_rt.core.requests.reading import own_weights, read_adapter
 from lora_rt.errors import LoraRtError
@@ -65,7 +65,7 @@ class ResolvedTerm:
     term: Term
     info: AdapterInfo
     adapter: ResidentAdapter
-    mix: Mix | None = None
+    mix: ModedComposition | None = None
 
 
 class Residents:
@@ -88,7 +88,7 @@ class Residents:
         self._aliases: dict[str, str] = {}  # text of a reference -> the resident name it was given
         self._stamps: dict[str, list[str]] = {}  # text of a path -> of its files, when they were read
         self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
-        self._mixes: dict[str, Mix] = {}  # by digest
+        self._mixes: dict[str, ModedComposition] = {}  # by digest
         self.infos: Mapping[str, AdapterInfo] = {}
 
     def load(
@@ -172,7 +172,7 @@ class Residents:
         raise_all(failures, f"{len(failures)} terms of {composition} can't be used")
         return found
 
-    def mix(self, name: str) -> Mix | None:
+    def mix(self, name: str) -> ModedComposition | None:
         """The named composition of this name in memory, where it has a mode; its adapters are not loaded for it.
 
         Raises:
@@ -186,11 +186,11 @@ class Residents:
         expanded(term, names, self._base.facts)
         return self._mix(named)
 
-    def _mix(self, named: NamedComposition) -> Mix:
+    def _mix(self, named: NamedComposition) -> ModedComposition:
         self._modes.require(named.mode)
         with self._lock:
             if named.sha256 not in self._mixes:
-                self._mixes[named.sha256] = read_mix(named, self._registry.compositions)
+                self._mixes[named.sha256] = read_moded(named, self._registry.compositions)
             return self._mixes[named.sha256]
 
     def _mixed(self, term: Term, parts: Sequence[ResolvedTerm], names: RequestNames) -> list[ResolvedTerm]:

@@ -11,7 +11,7 @@ from lora_rt.core.generation.numbers import real
 from lora_rt.core.requests.activation import scene_turns
 from lora_rt.core.requests.composition import Compositions as Compositions
 from lora_rt.core.requests.composition import RequestError as RequestError
-from lora_rt.core.requests.mixes import Mix
+from lora_rt.core.requests.moded import ModedComposition
 from lora_rt.plugins.contract import SceneType
 
 Scenes = SceneType | Sequence[SceneType]
@@ -31,7 +31,7 @@ class Row:
     `adapters` are the residents that it uses, as they were when it began. `weights` by resident name; `layers` is added
     to them, one number per layer, where a named composition says so, and `mixes`, weights by resident name that the
     mode of a named composition gates.
-    `scene_type` is the caller's or the registered one. `phases` are the rows to go on as once activation texts have
+    `scene_type` is the caller's or the recognized one. `phases` are the rows to go on as once activation texts have
     appeared, by the set of those that have (see `lora_rt.core.requests.timeline`); empty where nothing changes.
     """
 
@@ -41,7 +41,7 @@ class Row:
     prompt: str | None = None
     layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     phases: Mapping[frozenset[Waking], Row] = field(default_factory=dict)
-    mixes: Mapping[Mix, Mapping[str, float]] = field(default_factory=dict)
+    mixes: Mapping[ModedComposition, Mapping[str, float]] = field(default_factory=dict)
 
     def uses(self, name: str) -> bool:
         """Whether an adapter acts in this phase."""

@@ -1,4 +1,4 @@
-"""Scene registration: the scene types of prompts, where the caller gave none; once per request, before it begins."""
+"""Scene classification: the scene types of prompts, where the caller gave none; once per request, before it begins."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lora_rt.core.base.shape import pad_right, positions_of
 from lora_rt.core.engine.resident import ResidentAdapter
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.forward.hidden_states import EarlyHidden
-from lora_rt.core.requests.mixes import Mix
+from lora_rt.core.requests.moded import ModedComposition
 from lora_rt.core.requests.rows import Turns
 from lora_rt.plugins.contract import BaseFacts, SceneContext, ScenePrediction
 from lora_rt.plugins.manager import ModeHost
 
 _HOOK = "lora_rt_scene"
-Asked = ResidentAdapter | Mix
+Asked = ResidentAdapter | ModedComposition
 
 
 class SceneClassifier:

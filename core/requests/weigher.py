@@ -20,7 +20,7 @@ from itertools import combinations
 
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.requests.measured import outside
-from lora_rt.core.requests.mixes import Mix
+from lora_rt.core.requests.moded import ModedComposition
 from lora_rt.core.requests.residents import Residents, ResolvedTerm
 from lora_rt.core.requests.rows import RequestError, Row, Turns, Waking
 from lora_rt.core.requests.scene_classifier import SceneClassifier
@@ -92,7 +92,7 @@ class Weigher:
         awake = [item for item in found if seen.issuperset(_wakings(item))]
         weights: dict[str, float] = {}
         layers: dict[str, tuple[float, ...]] = {}
-        mixes: dict[Mix, dict[str, float]] = {}
+        mixes: dict[ModedComposition, dict[str, float]] = {}
         for item, weight in zip(awake, self._decided(awake, scene, prompt), strict=True):
             name, factors = item.info.name, item.term.layers
             if item.mix is not None:  # of a named composition with a mode: that mode decides at every pass

@@ -14,7 +14,7 @@ from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.estimate import process_bytes
 from lora_rt.core.memory.portions import bytes_needed
-from lora_rt.core.memory.workload import PlanError
+from lora_rt.core.memory.workload import EstimateError
 from lora_rt.core.step.settings import TrainSettings
 from lora_rt.core.training.fit import make_trainer
 from lora_rt.core.training.prepare import Prepared, prepare
@@ -120,7 +120,7 @@ def _needed(prepared: Prepared) -> int | None:
     ways = picked.optimizer, picked.accumulation, picked.checkpointing
     try:
         return bytes_needed(settings, prepared.base, sequences, *ways, shards)
-    except (PlanError, BaseError):  # a model that computes with what only its data tells
+    except (EstimateError, BaseError):  # a model that computes with what only its data tells
         return None
 
 

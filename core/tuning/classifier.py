@@ -36,9 +36,9 @@ class Classifier:
         """The tensors of the state that were fitted, which are those that the hook used."""
         batches = [(batch, self._features(batch)) for batch in chunks(items, _ROWS)]
         state = self._view.state
-        optimizer = torch.optim.Adam(state.values(), lr=self._settings.registrar_rate)
+        optimizer = torch.optim.Adam(state.values(), lr=self._settings.classifier_rate)
         touched: dict[str, Tensor] = {}
-        for _ in range(self._settings.registrar_steps):
+        for _ in range(self._settings.classifier_steps):
             optimizer.zero_grad()
             total = 0.0
             for batch, features in batches:
@@ -49,7 +49,7 @@ class Classifier:
             touched = {key: value for key, value in state.items() if value.grad is not None}
             for value in touched.values():
                 assert value.grad is not None
-                value.grad += self._settings.registrar_decay * value.detach()
+                value.grad += self._settings.classifier_decay * value.detach()
             optimizer.step()
             advance(total)
         for value in state.values():

@@ -16,15 +16,10 @@ from torch import Tensor
 from lora_rt.core.tuning.classifier import Classifier
 from lora_rt.core.tuning.data import Item, chance, chunks, steps
 from lora_rt.core.tuning.frozen import Best, Frozen, distance_from_one
-from lora_rt.core.tuning.settings import SceneSettings, check_loss
-from lora_rt.errors import LoraRtError
+from lora_rt.core.tuning.settings import SceneSettings, TuneError, check_loss
 from lora_rt.plugins.contract import AdapterView, ComposeContext, Gate, TermFacts
 
 State = dict[str, Tensor]
-
-
-class GatingError(LoraRtError):
-    """Adapters or data that gates can't be fitted to."""
 
 
 class SceneFit:
@@ -68,7 +63,7 @@ class SceneFit:
             problems.append("they read the hidden state at different depths")
         if problems:
             text = "gates can't be fitted to these adapters"
-            raise GatingError(text, problems=problems, next_step="Train them with --mode context and one --scene-types")
+            raise TuneError(text, problems=problems, next_step="Train them with --mode context and one --scene-types")
         self.types = next(iter(types.values()))
 
     def fit_classifier(self, advance: Callable[[float], None] = lambda _loss: None, more: Sequence[Item] = ()) -> float:
@@ -94,7 +89,7 @@ class SceneFit:
         items = [item for item in self._items if item.scene_type in self.types]
         if not items:
             text = f"no line of the data has a scene type of these adapters: {', '.join(self.types)}"
-            raise GatingError(text, next_step="Give examples of these types")
+            raise TuneError(text, next_step="Give examples of these types")
         optimizer = torch.optim.Adam(self._leaves(), lr=self._settings.learning_rate)
         batches = list(steps(items, self._settings.batch_size, self._settings.epochs, self._settings.seed))
         losses: list[float] = []
@@ -125,12 +120,12 @@ class SceneFit:
         """Nats per answer token of the examples whose types the adapters know, under the gates as they are.
 
         Raises:
-            GatingError: there are none.
+            TuneError: there are none.
         """
         known = [item for item in items if item.scene_type in self.types]
         if not known:
             text = f"no two lines of the data have one scene type of these adapters: {', '.join(self.types)}"
-            raise GatingError(text, next_step="Give examples of these types")
+            raise TuneError(text, next_step="Give examples of these types")
         return self._frozen.mean_nll(chunks(known, 32), lambda batch: self._gates(batch)[0])
 
     def accuracy(self, items: Sequence[Item]) -> tuple[float, float]:

@@ -21,12 +21,13 @@ from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.saving import composition_of, mixture_of, put_aside, save_composition, write_fitted
-from lora_rt.core.tuning.scenes import GatingError, SceneFit
+from lora_rt.core.tuning.scenes import SceneFit
 from lora_rt.core.tuning.settings import (
     LEAST,
     PROMPT_FIELDS,
     MixSettings,
     SceneSettings,
+    TuneError,
     TuneSettings,
     check_adapters_place,
     check_composition_place,
@@ -95,7 +96,7 @@ def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], di
     A named composition stands for its adapters, with the weights that it gives them (of weights per layer the mean).
 
     Raises:
-        GatingError: one adapter stands twice, or a term wakes up later.
+        TuneError: one adapter stands twice, or a term wakes up later.
     """
     base = load_base(job.base, job.precision, job.device, for_training=True)
     frozen = Frozen(base, load_modes(), registry)
@@ -107,7 +108,7 @@ def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], di
             name = item.info.name
             if term.after is not None or name in weights:
                 text = f"the term {term} can't be tuned: it wakes up later, or its adapter stands twice"
-                raise GatingError(text, next_step="Name every adapter once, without a bracket")
+                raise TuneError(text, next_step="Name every adapter once, without a bracket")
             weights[name] = item.term.mean_weight
             references[name] = _lasting(part.reference)
     return frozen, weights, references
@@ -227,10 +228,10 @@ def _told(registered: float, chance: float) -> str:
     return f"; the classifier is right on {registered:.0%} of the held-out prompts, by chance it is on {chance:.0%}"
 
 
-def _no_better(what: str, job: Job, start: float, seen: float, told: str = "") -> GatingError:
+def _no_better(what: str, job: Job, start: float, seen: float, told: str = "") -> TuneError:
     text = f"no {what} on the way were better than the start on held-out examples ({start:.4f} nats per token; "
     text += f"the best step on the others had {seen:.4f}){told}; nothing is published"
-    return GatingError(text, next_step=f"Give more examples than {job.data} has, or another --lr or --epochs")
+    return TuneError(text, next_step=f"Give more examples than {job.data} has, or another --lr or --epochs")
 
 
 def _publish(

@@ -28,7 +28,7 @@ _LARGEST = 1e6  # far beyond every weight under which a text is one, and its squ
 
 
 class TuneError(LoraRtError):
-    """Settings or weights that nothing can be tuned with."""
+    """Settings, adapters, data or weights that nothing can be tuned with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +49,16 @@ class TuneSettings:
 class SceneSettings:
     """Of gates. `keep` is the weight of the mean squared distance of the gates from 1, the static composition.
 
-    `registrar_steps` are full passes over the prompts. Learning rates are Adam's.
+    `classifier_steps` are full passes over the prompts. Learning rates are Adam's.
     """
 
     epochs: float = 1
     batch_size: int = 8
     learning_rate: float = 0.1
     keep: float = 0.02
-    registrar_steps: int = 300
-    registrar_rate: float = 1.0
-    registrar_decay: float = 1e-6
+    classifier_steps: int = 300
+    classifier_rate: float = 1.0
+    classifier_decay: float = 1e-6
     seed: int = 0
 
 

@@ -48,10 +48,10 @@ class GateContext(AdapterView):
     counts from each row's first real token. `prompt_lengths` is (batch,): tokens from there on were generated.
     `active[row]` is False for rows whose composition does not use this adapter: what is returned for them is ignored.
     `weights[row]` is this adapter's weight there, with which the engine multiplies its contribution and the gate.
-    `scene_types[row]` is what the caller registered. `prompts[row]` is the user message, or None for a chat and for
-    bare token ids. `hidden()` gives the base's early hidden state of this pass, (batch, tokens, hidden), with no
-    adapter applied; it is computed when first called. `history()` gives that of all tokens so far, (batch, all tokens,
-    hidden), of which this pass's are the last, and a mask (batch, all tokens) that is 0 on padding.
+    `scene_types[row]` is what the caller gave or a classifier recognized. `prompts[row]` is the user message, or None
+    for a chat and for bare token ids. `hidden()` gives the base's early hidden state of this pass, (batch, tokens,
+    hidden), with no adapter applied; it is computed when first called. `history()` gives that of all tokens so far,
+    (batch, all tokens, hidden), of which this pass's are the last, and a mask (batch, all tokens) that is 0 on padding.
     """
 
     rank: int

@@ -198,7 +198,7 @@ class ModeHost:
             UnknownModeError, PluginError: as `call`.
         """
         found: ScenePrediction | None = self._owner(mode).ask(
-            "lora_rt_scene", lambda value: results.checked_registration(value, context), context=private(context)
+            "lora_rt_scene", lambda value: results.checked_prediction(value, context), context=private(context)
         )
         return found
 

@@ -134,7 +134,7 @@ def _oddity(tensor: Tensor) -> str:
     return "complex" if tensor.is_complex() else ""
 
 
-def checked_registration(value: object, context: SceneContext) -> ScenePrediction:
+def checked_prediction(value: object, context: SceneContext) -> ScenePrediction:
     """One distribution over the named types per row, on the device of the hidden states."""
     import torch
 

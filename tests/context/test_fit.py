@@ -18,7 +18,7 @@ import lora_rt
 from lora_rt.core.cli.app import app
 from lora_rt.core.requests.composition import Composition
 from lora_rt.core.tuning.data import Item, held_out
-from lora_rt.core.tuning.scenes import GatingError, SceneFit
+from lora_rt.core.tuning.scenes import SceneFit
 from lora_rt.core.tuning.session import Job, open_job
 from lora_rt.core.tuning.settings import SceneSettings, TuneError, TuneSettings
 from lora_rt.core.tuning.weights import mean_loss, tune
@@ -55,7 +55,7 @@ def test_prompts_without_answers_teach_the_classifier_alone(zoo: Zoo, made: Made
     adapter, found = made("logic", gates=None), []
     for taught in ([], more):
         frozen, weights, _ = open_job(job(zoo, f"{adapter}:0.5"), Registry())
-        fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=1, registrar_steps=40))
+        fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=1, classifier_steps=40))
         fit.fit_classifier(more=taught)
         right, _ = fit.accuracy([Item([1, 200, 70], [], "body")])
         found.append((right, fit.fit_gates()))
@@ -68,7 +68,7 @@ def test_fitting_changes_the_state_and_nothing_else(zoo: Zoo, made: Made) -> Non
     frozen, weights, _ = open_job(job(zoo, f"{made('logic', gates=None)}:0.5 {made('body', seed=2)}:0.5"), Registry())
     digest = frozen.base.digest()
     factors = {n: {s: f.b.clone() for s, f in a.factors.items()} for n, a in frozen.bank.residents.items()}
-    fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=10, learning_rate=0.2, registrar_steps=40))
+    fit = SceneFit(frozen, weights, items(zoo), SceneSettings(epochs=10, learning_rate=0.2, classifier_steps=40))
     right = fit.fit_classifier()
     before = {name: {key: value.detach().clone() for key, value in s.items()} for name, s in fit.states.items()}
     losses = fit.fit_gates()
@@ -197,7 +197,7 @@ def test_fitted_adapters_are_published_with_their_state_in_the_card(
 
 def test_adapters_without_gates_are_named(zoo: Zoo) -> None:
     frozen, weights, _ = open_job(job(zoo, f"{zoo.adapter('llama')}"), Registry())
-    with pytest.raises(GatingError, match="gates can't be fitted") as caught:
+    with pytest.raises(TuneError, match="gates can't be fitted") as caught:
         SceneFit(frozen, weights, items(zoo), SceneSettings())
     assert "its mode is output-only" in caught.value.problems[0]
 
@@ -236,7 +236,7 @@ def test_weights_that_nothing_can_be_computed_with_are_refused(zoo: Zoo, weight:
 def test_gates_without_an_example_of_their_types_are_refused(zoo: Zoo, made: Made) -> None:
     frozen, weights, _ = open_job(job(zoo, f"{made('logic', gates=None)}"), Registry())
     neutral = [item for item in items(zoo) if item.scene_type == "neutral"]
-    with pytest.raises(GatingError, match="no line of the data has a scene type of these adapters: logic, body"):
+    with pytest.raises(TuneError, match="no line of the data has a scene type of these adapters: logic, body"):
         SceneFit(frozen, weights, neutral, SceneSettings()).fit_gates()
 
 
@@ -310,7 +310,7 @@ def test_a_fit_that_does_not_beat_its_start_is_not_published(
     given = ["tune", f"{adapter}:0.5", "--data", str(data), "--per", per, "--epochs", "1"]
     given += ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu", "--name", "mine"]
     result = CliRunner().invoke(app, [*given, *(["--out", str(tmp_path / "out")] if per == "scene" else [])])
-    assert isinstance(result.exception, GatingError), result.output
+    assert isinstance(result.exception, TuneError), result.output
     assert "were better than the start on held-out examples" in result.exception.message
     assert "nats per token" in result.exception.message
     assert "mine" not in [row["name"] for row in invoke_list()]

@@ -11,7 +11,7 @@ from lora_rt.core.memory.estimate import BaseConfig, MemoryPlan, PrecisionPlan
 from lora_rt.core.memory.fit import best_fit
 from lora_rt.core.memory.inference import InferenceMemory
 from lora_rt.core.memory.training import TrainingMemory
-from lora_rt.core.memory.workload import PlanError, Workload
+from lora_rt.core.memory.workload import EstimateError, Workload
 
 GB = 10**9
 WORKLOAD = Workload("cuda", r=16, target_modules=("q_proj",), batch=8, seq=512, adapters=1, labels=511)
@@ -73,6 +73,6 @@ def test_the_process_takes_its_part_of_a_cpus_memory() -> None:
 
 
 def test_a_workload_that_makes_no_sense_is_refused_with_all_reasons() -> None:
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(EstimateError) as caught:
         replace(WORKLOAD, batch=0, r=0, labels=512).check()
     assert len(caught.value.problems) == 3

@@ -16,7 +16,7 @@ from lora_rt.registry.errors import StoreError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mix:
+class ModedComposition:
     """One such composition in memory: what its mode's hooks see of it."""
 
     name: str
@@ -29,7 +29,7 @@ class Mix:
         return AdapterView(self.name, self.card, self.state, base)
 
 
-def read_mix(named: NamedComposition, compositions: NamedCompositions) -> Mix:
+def read_moded(named: NamedComposition, compositions: NamedCompositions) -> ModedComposition:
     """A composition with the tensors of its mode.
 
     Raises:
@@ -40,4 +40,4 @@ def read_mix(named: NamedComposition, compositions: NamedCompositions) -> Mix:
     except SafetensorError as error:
         text = f"the tensors of the composition {named.name!r} can't be read: {error}"
         raise StoreError(text, next_step="Tune it again with: lora-rt tune") from error
-    return Mix(named.name, named.mode, named.mode_card, state)
+    return ModedComposition(named.name, named.mode, named.mode_card, state)
