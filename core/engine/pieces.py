@@ -78,8 +78,8 @@ class OwnFactors:
             gates: the addresses, (M, sites), and what lies there.
         """
         own = [self._of(resident) for resident in active]
-        rows, numbers = np.array(members, np.int64).reshape(-1, 2).T
-        facts = np.stack([one.facts for one in own])[numbers][:, list(indices)]
+        rows, numbers = np.array(members, np.int64).reshape(-1, 2).T  # (M,) each
+        facts = np.stack([one.facts for one in own])[numbers][:, list(indices)]  # (M, sites, FACTS)
         if (facts[:, :, RANKS] < 0).any():
             return None
         return Pieces(facts, rows, np.array([one.narrow for one in own])[numbers], gates[0], (own, gates[1]))
@@ -87,8 +87,8 @@ class OwnFactors:
     def wide(self, active: Sequence[ResidentAdapter]) -> Any:
         """(K, sites, FACTS) of the adapters of a plan, whose A and B are those in float32."""
         own = [self._of(resident) for resident in active]
-        facts = np.stack([one.facts for one in own])
-        facts[:, :, :RANKS] = np.stack([one.wide for one in own])
+        facts = np.stack([one.facts for one in own])  # (K, all sites, FACTS)
+        facts[:, :, :RANKS] = np.stack([one.wide for one in own])  # (K, all sites, 2)
         return facts
 
     def nbytes_of(self, resident: ResidentAdapter) -> int:
@@ -103,7 +103,7 @@ class OwnFactors:
         return found
 
     def _looked_at(self, factors: Mapping[str, Factors]) -> _Own:
-        facts = np.zeros((len(self._topology.sites), FACTS), np.int64)
+        facts = np.zeros((len(self._topology.sites), FACTS), np.int64)  # (all sites, FACTS)
         places = {name: self._topology.by_name[name] for name in factors}
         plain = {name: (one.a, one.b.T) for name, one in factors.items() if self._is_plain(places[name], one)}
         narrow = bool(plain) and all(_is_narrow(tensor) for pair in plain.values() for tensor in pair)
@@ -115,9 +115,9 @@ class OwnFactors:
             tensors = list(torch.split(torch.cat([tensor.flatten().bfloat16() for tensor in tensors]), sizes))
         for name in places.keys() - plain.keys():
             facts[places[name], RANKS] = -1
-        wide = np.zeros((len(facts), RANKS), np.int64)
+        wide = np.zeros((len(facts), RANKS), np.int64)  # (all sites, 2)
         for n, index in enumerate(sorted(map(places.__getitem__, plain))):
-            a, b = found[n]
+            a, b = found[n]  # (r, in), (r, out)
             facts[index] = tensors[2 * n].data_ptr(), tensors[2 * n + 1].data_ptr(), *a.shape, b.shape[1]
             wide[index] = a.data_ptr(), b.data_ptr()
         return _Own(facts, wide, narrow, tensors)

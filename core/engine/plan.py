@@ -66,7 +66,8 @@ class Pass(ABC):
     def add(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus what the adapters of a site make of x; both in the layout of the site.
 
-        y is the layer's fresh output, and may be changed in place.
+        y is the layer's fresh output, and may be changed in place. In the usual layout x is (rows, tokens, in) and y
+        (rows, tokens, out); the output head gets (rows, kept, in), an embedding's x are token ids (rows, tokens).
         """
 
     def added(self, index: int, x: Tensor) -> Added | None:

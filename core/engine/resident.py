@@ -26,8 +26,8 @@ class BankError(LoraRtError):
 class ResidentAdapter:
     """One adapter in memory: its factors by site name, and what its mode will want to know of it.
 
-    `tokens` are trained rows of embeddings, `biases` trained biases of linear layers, and `whole` modules that were
-    trained as a whole, by their names; a bank turns the first two into factors. `apart` says that rows under this
+    `tokens` are trained rows of embeddings, `biases` trained biases (out,) of linear layers, and `whole` modules that
+    were trained as a whole, by their names; a bank turns the first two into factors. `apart` says that rows under this
     adapter share no pass with others: it acts on a layer that is not told which rows it gets (see `Site.layout`), or
     holds whole modules. `plain` says that it consists of nothing but A, B and biases. `invocation` are the tokens from
     which on it acts (aLoRA, arXiv:2504.12397); none where it always does.
@@ -54,7 +54,7 @@ class ResidentAdapter:
     @cached_property
     def fused(self) -> bool:
         """Whether it acts on fused experts, which have no lanes."""
-        return any(factors.a.dim() == 3 for factors in self.factors.values())
+        return any(factors.a.dim() == 3 for factors in self.factors.values())  # (experts, r, in)
 
     @property
     def rank(self) -> int:
@@ -73,6 +73,8 @@ def twins_of(
     active: Sequence[ResidentAdapter], weights: Tensor, gates: Sequence[Gate | None]
 ) -> Mapping[str, nn.Module]:
     """The whole modules of the one adapter that speaks; those of several have to be equal.
+
+    `weights` is (rows|1, K), the adapters in the order of `active`.
 
     Raises:
         BankError: a whole module has no weight but 1, no gate, and no other adapter beside it that changes it.
@@ -107,7 +109,7 @@ def _check_tokens(active: Sequence[ResidentAdapter]) -> None:
         return
     for adapter in active:
         for name, rows in adapter.tokens.items():
-            for token, value in zip(rows.ids.tolist(), rows.values, strict=True):
+            for token, value in zip(rows.ids.tolist(), rows.values, strict=True):  # (k,), (k, n)
                 owner, before = known.setdefault((name, token), (adapter.name, value))
                 if not torch.equal(before, value):
                     text = f"{owner} and {adapter.name} have both trained the token {token}, to different rows"

@@ -2,6 +2,16 @@
 
 hidden = g * (A x)        A: (R, in)    g: (batch|1, tokens|1, R)
 y     += B hidden         B: (out, R)
+
+Two rows of three tokens, `emotion:0.7 logic:0.3` and `logic:1`, over the group of `stack.py`'s example, whose ranks are
+emotion's 8 and logic's 4 of q, and emotion's 8 of v:
+
+    x               (2, 3, 576)
+    A x             (2, 3, 20)      one product: each row passes through emotion and logic
+    g               (2, 1, 20)      row 0: 0.7 x 8, 0.3 x 4, 0.7 x 8        row 1: 0.0 x 8, 1.0 x 4, 0.0 x 8
+    hidden          (2, 3, 20)      row 1 has zeros where emotion's ranks are
+    y of q  +=      hidden[..., 0:12] B_q^T         B_q (576, 12)
+    y of v  +=      hidden[..., 12:20] B_v^T        B_v (192, 8), which adds nothing to row 1
 """
 
 from __future__ import annotations
@@ -112,12 +122,12 @@ class SharedPass(Pass):
         group = self._groups[site.group]
         gate = self._gates[site.group]
         if gate.shape[0] == gate.shape[1] == 1:
-            own = gate.view(gate.shape[-1])
+            own = gate.view(gate.shape[-1])  # (R,)
         else:
-            tokens = gate.new_zeros(pairs.shown, 1)
-            own = self._like(gate, group.layout, tokens).expand(pairs.shown, -1)[pairs.tokens]
-        hidden = pairs.products(x.to(group.a.dtype), group.a) * own
-        return y + pairs.products(hidden, site.b).to(y.dtype)
+            tokens = gate.new_zeros(pairs.shown, 1)  # (tokens, 1)
+            own = self._like(gate, group.layout, tokens).expand(pairs.shown, -1)[pairs.tokens]  # (pairs, R)
+        hidden = pairs.products(x.to(group.a.dtype), group.a) * own  # (pairs, R)
+        return y + pairs.products(hidden, site.b).to(y.dtype)  # (pairs, out)
 
     def few(self, kernels: Any) -> FewRows:
         """What is added to the products of a few rows on a CPU."""
@@ -134,7 +144,7 @@ class SharedPass(Pass):
             return y
         if site.scales is not None:  # DoRA: the layer's own output, without its bias, is rescaled
             bias = getattr(self.topology.sites[index].module, "bias", None)
-            shares = linear(self._shared(site, x)[..., site.start : site.stop], site.scales)
+            shares = linear(self._shared(site, x)[..., site.start : site.stop], site.scales)  # (batch, tokens, out)
             y = (y + (y if bias is None else y - bias) * shares).to(y.dtype)
         if self._heads and (axis := self.topology.heads.get(index)) is not None:
             return self._add_headed(site, axis, x, y)
@@ -145,6 +155,7 @@ class SharedPass(Pass):
         few = y.dtype != site.dtype and y.numel() <= _AT_ONCE * y.shape[-1]
         if few or not y.is_contiguous() or y.requires_grad:
             return y.add_(linear(hidden, site.b))
+        # (batch * tokens, out), (batch * tokens, ranks of this site)
         into, flat = y.view(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         if y.dtype == site.dtype:  # one kernel, not two
             into.addmm_(flat, site.b.t())
@@ -179,7 +190,7 @@ class SharedPass(Pass):
         gate, layout = self._gates[number], group.layout
         key = id(gate), layout, x.shape[:-1]  # an output head may be given fewer tokens
         if key not in self._spread_gates:
-            some = self._like(gate, layout, x)
+            some = self._like(gate, layout, x)  # (batch|1, tokens|1, R), in the layout of x, or (R,)
             whole = pad(some, (0, tiled_factors.whole_ranks(some.shape[-1]) - some.shape[-1]))
             if whole.numel() > whole.shape[-1]:
                 whole = whole.expand(*x.shape[:-1], -1).contiguous()
@@ -212,7 +223,7 @@ class SharedPass(Pass):
         elif x.is_floating_point():
             hidden = linear(self.widened(x, group.a), group.a, group.offset)  # (batch, tokens, R); offset: 1 for biases
         else:
-            hidden = embedding(x.to(group.a.device), group.a.T)
+            hidden = embedding(x.to(group.a.device), group.a.T)  # (batch, tokens, R)
         return hidden * self._like(self._gates[number], group.layout, hidden)
 
     def _like(self, gate: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
@@ -237,14 +248,14 @@ class SharedPass(Pass):
         """The gated hidden of one adapter, whose heads stand on its input side."""
         group = self._groups[number]
         offset = None if group.offset is None else group.offset[ranks]
-        hidden = linear(x.to(group.a) * heads, group.a[ranks], offset)
+        hidden = linear(x.to(group.a) * heads, group.a[ranks], offset)  # (batch, tokens, ranks of the adapter)
         return hidden * self._like(self._gates[number], group.layout, x)[..., ranks]
 
     def _spread(self, k: int, axis: HeadAxis, group: StackedGroup, x: Tensor) -> Tensor | None:
         """Adapter k's head gate spread over the features of a site, in the layout of x, or None."""
         if k not in self._heads:
             return None
-        heads = layer_of(self._heads[k], group.layer).to(group.a.device)
+        heads = layer_of(self._heads[k], group.layer).to(group.a.device)  # (batch|1, tokens|1, heads|1)
         if heads.shape[-1] == 1:
             return self._like(heads, group.layout, x)
-        return self._like(axis.spread(heads), group.layout, x)
+        return self._like(axis.spread(heads), group.layout, x)  # (batch|1, tokens|1, features)

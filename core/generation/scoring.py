@@ -36,11 +36,11 @@ def whole_logits(lm: CausalLM, planner: Planner[R], rows: Sequence[R], ids: Tens
     for numbers in parts:
         own = [rows[number] for number in numbers]
         with torch.inference_mode():
-            found = _pass(lm, planner, own, *pad_right([row.ids for row in own], lm.device))
+            found = _pass(lm, planner, own, *pad_right([row.ids for row in own], lm.device))  # (own, tokens, vocab)
         if logits is None:
-            logits = found.new_zeros(*ids.shape, found.shape[-1])
+            logits = found.new_zeros(*ids.shape, found.shape[-1])  # (rows, tokens, vocab)
         for number, row in zip(numbers, found, strict=True):
-            logits[number, mask[number].bool()] = row[: rows[number].length]
+            logits[number, mask[number].bool()] = row[: rows[number].length]  # (tokens of the row, vocab)
     assert logits is not None
     return logits
 
@@ -64,14 +64,14 @@ def answer_nll(lm: CausalLM, planner: Planner[R], rows: Sequence[R], answers: Se
     for numbers in _parts(lm, rows):
         own = [rows[number] for number in numbers]
         starts = [row.length - len(answers[number]) - 1 for row, number in zip(own, numbers, strict=True)]
-        ids, mask = pad_right([row.ids for row in own], lm.device)
-        columns = torch.arange(min(starts), ids.shape[1] - 1, device=lm.device)
+        ids, mask = pad_right([row.ids for row in own], lm.device)  # (own, tokens)
+        columns = torch.arange(min(starts), ids.shape[1] - 1, device=lm.device)  # (columns,)
         with torch.inference_mode():
-            logits = _pass(lm, planner, own, ids, mask, columns)
-            losses = _losses(logits, ids[:, min(starts) + 1 :])
+            logits = _pass(lm, planner, own, ids, mask, columns)  # (own, columns, vocab)
+            losses = _losses(logits, ids[:, min(starts) + 1 :])  # (own, columns)
         for number, start, row in zip(numbers, starts, losses, strict=True):
             first = start - min(starts)
-            found[number] = row[first : first + len(answers[number])].cpu()
+            found[number] = row[first : first + len(answers[number])].cpu()  # (answer tokens,)
     return [found[number] for number in range(len(rows))]
 
 
@@ -91,15 +91,16 @@ def choices_nll(
     cache = lm.new_cache()
     start = prompt.length
     with torch.inference_mode():
-        ids, seen = pad_right([prompt.ids], lm.device)
-        first = _pass(lm, planner, [prompt], ids, seen, keep=1, cache=cache)
+        ids, seen = pad_right([prompt.ids], lm.device)  # (1, prompt)
+        first = _pass(lm, planner, [prompt], ids, seen, keep=1, cache=cache)  # (1, 1, vocab)
         cache.batch_repeat_interleave(len(rows))
-        wanted, mask = pad_right(answers, lm.device)
-        history = torch.cat([ids.expand(len(rows), -1), wanted], dim=1)
+        wanted, mask = pad_right(answers, lm.device)  # (rows, answer)
+        history = torch.cat([ids.expand(len(rows), -1), wanted], dim=1)  # (rows, prompt + answer)
         info = PassInfo.of(rows, history, torch.cat([seen.expand(len(rows), -1), mask], dim=1), start)
         plan = planner(info, rows)
+        # (rows, answer - 1, vocab): what the last column predicts is not asked for
         rest = lm.forward(info.ids, info.mask, info.positions, plan=plan, cache=cache)[:, :-1]
-        losses = _losses(torch.cat([first.expand(len(rows), -1, -1), rest], dim=1), wanted)
+        losses = _losses(torch.cat([first.expand(len(rows), -1, -1), rest], dim=1), wanted)  # (rows, answer)
     return [losses[number, : len(answer)].cpu() for number, answer in enumerate(answers)]
 
 

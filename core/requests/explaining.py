@@ -78,7 +78,7 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
     Raises:
         LoraRtError: no adapter acts at any token, or what one adds is not a number any more.
     """
-    whole = torch.tensor([row.ids], device=bank.device)
+    whole = torch.tensor([row.ids], device=bank.device)  # (1, tokens)
     info = PassInfo.of([row], whole, torch.ones_like(whole))
     plan = planner(info, [row])
     alone = planner.alone(info, [row])
@@ -89,6 +89,7 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
         bank, plan, {name: own for name, (_, own) in alone.items()}, len(row.ids), heads_of(model.config).queries
     )
     probe.run(model, input_ids=whole)
+    # (adapters, layers, tokens, heads)
     factors = torch.stack([_factors(gate, probe.depth, len(row.ids), probe.heads) for gate, _ in alone.values()])
     found = probe.explanation(row.ids, row.timeline.row.scene_type, factors)
     if not all(sizes.isfinite().all() for sizes in (found.layers, found.heads, found.tokens, found.weights)):
@@ -99,8 +100,8 @@ def explain(model: Any, bank: AdapterBank, planner: RowPlanner, row: RequestRow)
 def _factors(gate: Gate, layers: int, tokens: int, heads: int) -> Tensor:
     """(layers, tokens, heads): what multiplies the adapter, averaged over ranks."""
     assert gate.ranks is not None
-    values = gate.ranks.mean(-1, keepdim=True)
-    values = values if gate.heads is None else values * gate.heads
+    values = gate.ranks.mean(-1, keepdim=True)  # (layers|1, 1, tokens|1, 1)
+    values = values if gate.heads is None else values * gate.heads  # (layers|1, 1, tokens|1, heads|1)
     return values.expand(layers, 1, tokens, heads)[:, 0].float().cpu()
 
 
@@ -143,13 +144,13 @@ class Probe:
 
     def _note(self, index: int, site: Site, x: Tensor, y: Tensor) -> None:
         assert site.layer is not None
-        rest = y.detach().float().clone()
+        rest = y.detach().float().clone()  # (1, tokens, out) or (tokens, out)
         for k, own in enumerate(self._alone.values()):
-            added = own.add(index, x, torch.zeros_like(y, dtype=torch.float32))
+            added = own.add(index, x, torch.zeros_like(y, dtype=torch.float32))  # the shape of y
             rest -= added
-            self._added[k, site.layer] += _square(added)
+            self._added[k, site.layer] += _square(added)  # (tokens,)
             if (axis := self._axes.get(site.name)) is not None:
-                self._added_heads[k, site.layer] += self._by_head(axis, added)
+                self._added_heads[k, site.layer] += self._by_head(axis, added)  # (heads,)
         self._base[site.layer] += _square(rest)
         if (axis := self._axes.get(site.name)) is not None:
             self._base_heads[site.layer] += self._by_head(axis, rest)
@@ -165,11 +166,11 @@ class Probe:
             names=list(self._alone),
             ids=ids,
             scene_type=scene_type,
-            layers=(self._added.sum(-1) / self._base.sum(-1).clamp(min=floor)).sqrt(),
-            heads=(self._added_heads / self._base_heads.clamp(min=floor)).sqrt(),
-            tokens=(self._added.sum(1) / self._base.sum(0).clamp(min=floor)).sqrt(),
-            factors=factors.mean(2),
-            weights=factors.mean((1, 3)),
+            layers=(self._added.sum(-1) / self._base.sum(-1).clamp(min=floor)).sqrt(),  # (adapters, layers)
+            heads=(self._added_heads / self._base_heads.clamp(min=floor)).sqrt(),  # (adapters, layers, heads)
+            tokens=(self._added.sum(1) / self._base.sum(0).clamp(min=floor)).sqrt(),  # (adapters, tokens)
+            factors=factors.mean(2),  # (adapters, layers, heads)
+            weights=factors.mean((1, 3)),  # (adapters, tokens)
         )
 
 

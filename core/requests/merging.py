@@ -65,11 +65,13 @@ def _gate(
     heads: list[Tensor] = []
     headed = any(gate is not None and gate.heads is not None for gate in (*gates, *shares))
     for variant, share, gate in zip(variants, shares, gates, strict=True):
+        # (1, 1, 1) or (rows, tokens, 1)
         where = torch.ones(1, 1, 1, device=device) if variant.mask is None else variant.mask[..., None].float()
         assert share.ranks is not None
-        weight = share.ranks * where
+        weight = share.ranks * where  # (layers|1, rows, tokens|1, ranks|1)
         ranks.append(weight if gate is None or gate.ranks is None else weight * gate.ranks)
         if headed:
+            # of up to (layers, rows, tokens, heads)
             factors = where if share.heads is None else where * share.heads
             heads.append(factors if gate is None or gate.heads is None else factors * gate.heads)
     return Gate(ranks=reduce(add, ranks), heads=reduce(add, heads) if headed else None)
@@ -77,17 +79,17 @@ def _gate(
 
 def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -> Gate:
     """What multiplies an adapter before its own mode's gate does: ranks (layers|1, rows, tokens|1, ranks|1)."""
-    static = _weight(name, rows, device)
+    static = _weight(name, rows, device)  # (layers|1, rows, 1, 1)
     parts: list[tuple[Tensor, Tensor | None]] = []
     parts += [(static, None)] if any(row.weights.get(name) or name in row.layers for row in rows) else []
     for mix, gates in mixed:
         if (gate := gates.get(name)) is not None:
             own = torch.tensor([row.mixes.get(mix, {}).get(name, 0.0) for row in rows], device=device)
-            weight = own[None, :, None, None]
+            weight = own[None, :, None, None]  # (1, rows, 1, 1)
             parts.append((weight if gate.ranks is None else weight * gate.ranks, gate.heads))
     if not parts:
         return Gate(ranks=static)
-    total = reduce(add, (ranks for ranks, _ in parts))
+    total = reduce(add, (ranks for ranks, _ in parts))  # (layers|1, rows, tokens|1, ranks|1)
     if all(heads is None for _, heads in parts):
         return Gate(ranks=total)
     headed = reduce(add, (ranks if heads is None else ranks * heads for ranks, heads in parts))
@@ -97,10 +99,10 @@ def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -
 
 def _weight(name: str, rows: Sequence[Row], device: torch.device) -> Tensor:
     """(layers|1, rows, 1, 1)."""
-    flat = torch.tensor([row.weights.get(name, 0.0) for row in rows], device=device)
+    flat = torch.tensor([row.weights.get(name, 0.0) for row in rows], device=device)  # (rows,)
     profiles = [row.layers.get(name) for row in rows]
     depth = max((len(profile) for profile in profiles if profile), default=0)
     if not depth:
-        return flat[None, :, None, None]
-    table = torch.tensor([profile or (0.0,) * depth for profile in profiles], device=device)
-    return (table.T + flat)[:, :, None, None]
+        return flat[None, :, None, None]  # (1, rows, 1, 1)
+    table = torch.tensor([profile or (0.0,) * depth for profile in profiles], device=device)  # (rows, layers)
+    return (table.T + flat)[:, :, None, None]  # (layers, rows, 1, 1)

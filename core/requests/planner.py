@@ -118,7 +118,7 @@ class RowPlanner:
         hidden: Hidden,
     ) -> dict[str, Gate]:
         depth = mix.card.get("hidden_layers")
-        weights = [[row.mixes.get(mix, {}).get(name, 0.0) for row in rows] for name in names]
+        weights = [[row.mixes.get(mix, {}).get(name, 0.0) for row in rows] for name in names]  # (names, rows)
         contexts = [
             replace(
                 self._context(name, adapters[name], rows, info, hidden),
@@ -150,9 +150,9 @@ class RowPlanner:
             base=self._base,
             rank=adapter.rank,
             uniform_rank=len(adapter.ranks) == 1,
-            input_ids=info.ids,
-            positions=info.positions,
-            prompt_lengths=info.prompt_lengths,
+            input_ids=info.ids,  # (rows, tokens)
+            positions=info.positions,  # (rows, tokens)
+            prompt_lengths=info.prompt_lengths,  # (rows,)
             active=[row.uses(name) for row in rows],
             scene_types=[row.scene_type for row in rows],
             prompts=[row.prompt for row in rows],
@@ -166,7 +166,7 @@ class RowPlanner:
 
 
 def _early(info: PassInfo, history: Callable[[], torch.Tensor]) -> dict[str, Any]:
-    """What a context says of early hidden states."""
+    """The early hidden states that a context gives: (rows, tokens, hidden) and (rows, all tokens, hidden)."""
     return {"hidden": lambda: history()[:, -info.ids.shape[1] :], "history": lambda: (history(), info.mask)}
 
 

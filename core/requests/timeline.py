@@ -92,7 +92,7 @@ class Timeline:
         starts = sorted({*(start for start, _ in self._turns), *self._seen.values()})
         spans = []
         for start, end in zip(starts, [*starts[1:], None], strict=True):
-            mask = positions >= start
+            mask = positions >= start  # (tokens,)
             if end is not None:
                 mask &= positions < end
             if bool(mask.any()):
@@ -154,7 +154,7 @@ def variants(timelines: Sequence[Timeline], tokens: Sequence[Sequence[int]], pos
 
 def _variant(spans: Sequence[Sequence[tuple[Row, Tensor]]], index: int) -> Variant:
     """The phase of this number of every row; a row that has fewer is in none of its tokens in it."""
-    chosen = [of_row[min(index, len(of_row) - 1)] for of_row in spans]
+    chosen = [of_row[min(index, len(of_row) - 1)] for of_row in spans]  # by row: its phase and (tokens,)
     masks = [
         mask if index < len(of_row) else torch.zeros_like(mask) for (_, mask), of_row in zip(chosen, spans, strict=True)
     ]
