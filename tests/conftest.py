@@ -53,6 +53,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         lean.process_is_ours = True
         lean.import_lean()
         lean.process_is_ours = False
+        import torch.distributed.tensor  # noqa: F401  # PEFT's own layers, which tests hold ours against, ask for it
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

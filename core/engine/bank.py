@@ -122,6 +122,10 @@ class AdapterBank:
         active = tuple(_get(table, name) for name in names)
         chosen = [(gates or {}).get(name) for name in names]
         check_gates(active, chosen)
+        if any(gate is not None and gate.heads is not None for gate in chosen):
+            # Not within the pass that first asks: to its own passes adapters would add what they are asked for there.
+            with base_alone():
+                _ = self.topology.heads
         check_heads(self.topology, active, chosen)
         weights = self._weights(names, rows)
         twins = twins_of(active, weights, chosen)

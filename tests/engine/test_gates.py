@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from lora_rt.core.engine import topology
+from lora_rt.core.engine.plan import running_pass
 from lora_rt.core.engine.resident import BankError
 from lora_rt.plugins.contract import Gate
 from support.engine import Engine
@@ -119,6 +121,18 @@ def test_a_gate_equals_the_hand_made_model(zoo: Zoo, architecture: str, gate: Ga
     plain = engine.logits(IDS, engine.plan({adapter.name: 0.8}))
     assert (wanted - plain).abs().max() > 1e-2, "the gate does too little for this test to tell anything"
     assert_close(engine.logits(IDS, engine.plan({adapter.name: 0.8}, {adapter.name: gate})), wanted, **EXACT)
+
+
+def test_heads_are_found_once_and_without_what_adapters_add(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate with one number for all heads asks for them first in the middle of a pass."""
+    tried: list[bool] = []
+    find = topology.find_heads
+    monkeypatch.setattr(topology, "find_heads", lambda *given: tried.append(running_pass() is None) or find(*given))
+    adapter = everywhere(zoo, "llama")
+    engine = Engine(zoo.base("llama"))
+    engine.add(adapter)
+    engine.logits(IDS, engine.plan({adapter.name: 0.8}, {adapter.name: GATES["one head number"]}))
+    assert tried == [True]
 
 
 @pytest.mark.slow
