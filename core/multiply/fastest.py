@@ -241,14 +241,14 @@ def _words(name: str, times: Times, ways: Ways) -> str:
     by_tokens = {tokens: _IN_WORDS.get(ways[number], ways[number]) for tokens, number in shown.items()}
     words = "; ".join(f"{tokens}: {way}" for tokens, way in by_tokens.items())
     if len(set(by_tokens.values())) == 1:
-        words = f"any number of tokens: {by_tokens['one token']}"
+        words = f"one token or many: {by_tokens['one token']}"
     dense = _size(name) * 2 / 2**20
-    sizes = f"{dense:.1f} MiB in 16 bits, {2 * dense:.1f} MiB in float32"
+    sizes = f"{dense:.1f} MiB a copy in 16 bits, {2 * dense:.1f} MiB in float32"
     if "four-bit" in times:
         sizes += f", {0.3 * dense:.1f} MiB in 4 bits"
         if ways[0] != "four-bit":
             words += f"; a decoding step made in one call: {_IN_WORDS['four-bit']}"
-    return f"{words}. A copy of the weight takes {sizes}"
+    return f"{words}. Of the weight: {sizes}"
 
 
 def _size(name: str) -> int:
