@@ -35,7 +35,7 @@ def points_of(group: str) -> tuple[list[EntryPoint], list[Unreadable]]:
     """Every entry point of the group, and the packages whose entry points can't be read."""
     try:
         return list(_all(tuple(map(_age, sys.path))).select(group=group)), []
-    except Exception:
+    except Exception:  # of whatever kind, since it is a stranger's file that can't be read
         # One malformed entry_points.txt anywhere on the path fails the whole query: ask package by package.
         return one_by_one(distributions(), group)
 

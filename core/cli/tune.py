@@ -52,11 +52,8 @@ def tune(
     specs: Annotated[list[str], typer.Argument(metavar="SPEC", help="The adapters, with the weights to start from.")],
     data: options.Data,
     over: options.OverBase,
-    per: Annotated[Per, typer.Option("--per", help=_PER)] = ("adapter"),
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help=_NAME),
-    ] = None,
+    per: Annotated[Per, typer.Option("--per", help=_PER)] = "adapter",
+    name: Annotated[str | None, typer.Option("--name", help=_NAME)] = None,
     mode: Annotated[
         str | None,
         typer.Option(
