@@ -416,8 +416,7 @@ class Runtime:
         ids, mask = given_batch(input_ids, attention_mask, self.base.vocab_size, self.parts.lm.device)
         real = [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
         rows = self.parts.rows(real, compositions, scenes)
-        # A copy made here is an ordinary tensor; one that inference mode made could not be changed.
-        return whole_logits(self.parts.lm, self.parts.planner(), rows, ids, mask).clone()
+        return whole_logits(self.parts.lm, self.parts.planner(), rows, mask)
 
     def answer_nll(
         self,

@@ -15,7 +15,10 @@ column. Here `b` joins a running `a`, and `a` ends two steps later; capitals are
 Sampling settings, seed, answer and whatever a plan depends on belong to the row, and a row's numbers to it alone.
 
 Rows that can't share a pass run in passes of their own: with another set of rope factors, or of another length in a
-model that does not ignore padding. Knows models, plans and tokens; knows nothing of prompts, compositions or files.
+model that does not ignore padding. A row may be there to be read alone: it joins, is read by the next step, which hands
+it the logits of its `wanted` places, and leaves (see `scoring`).
+
+Knows models, plans and tokens; knows nothing of prompts, compositions or files.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ class Batch(Generic[R]):
         if chunk is not None and chunk < 1:
             raise SamplingError(f"chunk is {chunk}", next_step="Give a whole number of tokens from 1 on, or None")
         self._chunk = chunk
+        self._deterministic = deterministic
         self._alone = deterministic or lm.keeping == "apart"
         self._keep = keep
         self._groups: list[Group[R]] = []
@@ -76,13 +80,13 @@ class Batch(Generic[R]):
         """Let rows join; the next step reads them.
 
         Raises:
-            LengthError: a row leaves no room for an answer.
+            LengthError: a row leaves no room for an answer, or is only read and longer than the context.
             SamplingError: a row has ended, or is in this batch.
         """
         joined = [*self.rows, *rows]
         if len({id(row) for row in joined}) < len(joined) or any(row.ended is not None for row in rows):
             raise SamplingError("a row has ended, or has joined already", next_step="Make a new one with `rows`")
-        check_lengths([row.length for row in rows], self._lm.capacity - 1, self._lm.capacity)
+        check_lengths(rows, self._lm.capacity)
         self.rows += rows
         self._unread += rows
 
@@ -97,11 +101,11 @@ class Batch(Generic[R]):
         self._groups = [group for group in self._groups if group.rows]
 
     def step(self) -> list[R]:
-        """Give every row its next token, the last of its `answer`.
+        """Give every row its next token, the last of its `answer`, or read it where it is only read.
 
         Returns:
             The rows that have got a token, in the order in which they joined. A row that has ended (see `ended`) has
-            left the batch; one that has ended with the end of the turn, or without a number, has got no token.
+            left the batch; one that has ended with the end of the turn, without a number or as read has got no token.
 
         Raises:
             LoraRtError: the runtime was closed.
@@ -109,7 +113,7 @@ class Batch(Generic[R]):
         with torch.inference_mode():
             try:
                 self._regroup()  # 1) who shares a pass
-                # 2) one pass per group; (rows, vocab) of those that have been read to their last column
+                # 2) one pass per group; (rows, vocab) of those that have been read to their last column and now speak
                 ready = [(group, logits) for group in self._groups if (logits := self._pass(group)) is not None]
                 self._lm.check_open()
                 tokens = self._choose(ready)  # 3) all rows' tokens at once, each by its own settings and seed
@@ -139,6 +143,8 @@ class Batch(Generic[R]):
         with torch.inference_mode():
             for group in self._groups:
                 for number, row in enumerate(group.rows):
+                    if row.wanted is not None and row.length < group.width:
+                        continue  # padded on the right, which a sliding window keeps in the place of tokens
                     if id(row) in ended and group.cache is not None:
                         one = torch.tensor([number], device=group.ids.device)
                         self._keep(row, caches.joined(self._lm.new_cache(), [(group.cache, one)], row.read))
@@ -160,6 +166,9 @@ class Batch(Generic[R]):
 
     def _takes(self, row: R, token: int | None) -> bool:
         """Note a row's next token and whether that was its last one; whether it has got one at all."""
+        if row.wanted is not None:
+            row.ended = "read"
+            return False
         if row.read < row.length:  # still being read
             return False
         if token is None:
@@ -179,18 +188,27 @@ class Batch(Generic[R]):
         return True
 
     def _pass(self, group: Group[R]) -> Tensor | None:
-        """One pass of a group: the logits of its last position, (rows, vocab), or None where it is not read yet."""
-        end = group.width
-        if self._chunk is not None and group.cache is not None:
+        """One pass of a group: its next tokens' logits, (rows, vocab); None where it is not read yet, or only read."""
+        end, wanted = group.width, group.wanted
+        if self._chunk is not None and group.cache is not None and wanted is None:
             end = min(end, group.read + self._chunk)
         history, mask = group.ids[:, :end], group.mask[:, :end]
         info = PassInfo.of(group.rows, history, mask, group.read)
         plan = self._planner(info, group.rows)
-        logits = self._forward(group, info, plan)
+        if wanted is not None:
+            group.hand_out(self._read(group, info, plan, wanted), wanted)
+        else:
+            logits = self._forward(group, info, plan)
         group.read = end if group.cache is not None else 0
         for row in group.rows:
             row.read = max(0, row.length - (group.width - end))
-        return logits[:, -1] if end == group.width else None
+        return logits[:, -1] if wanted is None and end == group.width else None
+
+    def _read(self, group: Group[R], info: PassInfo, plan: Plan | None, wanted: range) -> Tensor:
+        """The logits of some columns, (rows, wanted, vocab), of a group that is only read."""
+        places = range(wanted.start - group.read, wanted.stop - group.read)  # within this pass
+        keep = None if len(places) == info.ids.shape[1] else torch.tensor([*places], device=info.ids.device)
+        return self._lm.forward(info.ids, info.mask, info.positions, plan=plan, cache=group.cache, keep=keep)
 
     def _forward(self, group: Group[R], info: PassInfo, plan: Plan | None) -> Tensor:
         """The logits of a pass over the group's cache, (rows, 1, vocab): by a recorded step where there are such."""
@@ -221,15 +239,12 @@ class Batch(Generic[R]):
             reading = group.cache is not None and group.read < group.width - 1
             alike.setdefault((id(group) if reading else None, self._share(group.rows[0])), []).append(group)
         self._groups = [united(self._lm, same) for same in alike.values()]
-        begun = [Group.continued(self._lm, row) for row in self._unread if row.begin is not None]
-        fresh: dict[Hashable, list[R]] = {}
+        newcomers: dict[Hashable, list[R]] = {}
         for row in self._unread:
-            if row.begin is None:
-                fresh.setdefault(self._share(row), []).append(row)
-        for group in begun:
-            group.rows[0].begin = None  # read again, it begins at its beginning
-        self._groups += [Group.begun(self._lm, rows) for rows in fresh.values()]
-        self._groups += begun
+            newcomers.setdefault(self._begins(row), []).append(row)
+        for rows in newcomers.values():
+            caching = rows[0].wanted is None or self._keep is not None
+            self._groups.append(Group.begun(self._lm, rows, caching=caching))
         self._unread = []
 
     def _outgrown(self, row: R) -> bool:
@@ -243,6 +258,13 @@ class Batch(Generic[R]):
         for number, row in enumerate(group.rows):
             parts.setdefault(self._share(row), []).append(number)
         return [group] if len(parts) == 1 else [group.part(numbers) for numbers in parts.values()]
+
+    def _begins(self, row: R) -> Hashable:
+        """Equal for newcomers that may be read in one pass."""
+        if row.wanted is not None and not self._deterministic:
+            begin = None if row.begin is None else id(row.begin[0])
+            return "read", row.company, self._lm.rope.factors(row.length), begin
+        return self._share(row) if row.wanted is None and row.begin is None else id(row)
 
     def _share(self, row: R) -> Hashable:
         """Equal for rows that may share a pass."""

@@ -8,7 +8,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from lora_rt.core.base.shape import pad_left
+from lora_rt.core.base.shape import pad_left, pad_right
 from lora_rt.core.forward import caches
 from lora_rt.core.forward.causal_lm import CausalLM
 from lora_rt.core.generation.row import R
@@ -17,7 +17,8 @@ from lora_rt.core.generation.row import R
 class Group(Generic[R]):
     """Rows that share passes: `ids` and `mask` (rows, width), padded on the left, and the cache of the first columns.
 
-    `read` is how many columns lie in the cache; without a cache every pass reads all of them.
+    `read` is how many columns lie in the cache; without a cache every pass reads all of them. Rows that are only read
+    stand in groups of their own, padded on the right: no token of theirs looks at padding, in whatever model.
     """
 
     def __init__(self, lm: CausalLM, rows: list[R], ids: Tensor, mask: Tensor, cache: Any, read: int) -> None:
@@ -29,18 +30,21 @@ class Group(Generic[R]):
         self.read = read
 
     @classmethod
-    def begun(cls, lm: CausalLM, rows: list[R]) -> Group[R]:
-        """Rows of which nothing has been read."""
-        ids, mask = pad_left([[*row.ids, *row.answer] for row in rows], lm.device)
-        return cls(lm, list(rows), ids, mask, None if lm.keeping == "none" else lm.new_cache(), 0)
+    def begun(cls, lm: CausalLM, rows: list[R], *, caching: bool = True) -> Group[R]:
+        """Rows of which nothing has been read, or the same beginning: all have the same `begin`.
 
-    @classmethod
-    def continued(cls, lm: CausalLM, row: R) -> Group[R]:
-        """A row whose first tokens were read before."""
-        assert row.begin is not None
-        group, (cache, read) = cls.begun(lm, [row]), row.begin
-        group.cache, group.read = cache, read
-        return group
+        Args:
+            caching: keep keys and values where the model has such.
+        """
+        pad = pad_left if rows[0].wanted is None else pad_right
+        ids, mask = pad([[*row.ids, *row.answer] for row in rows], lm.device)
+        cache, read = rows[0].begin or (lm.new_cache() if caching and lm.keeping != "none" else None, 0)
+        if read and len(rows) > 1:
+            every = torch.zeros(len(rows), dtype=torch.long, device=ids.device)
+            cache = caches.joined(lm.new_cache(), [(cache, every)], read)
+        for row in rows:
+            row.begin = None  # read again, it begins at its beginning
+        return cls(lm, list(rows), ids, mask, cache, read)
 
     @property
     def width(self) -> int:
@@ -51,6 +55,18 @@ class Group(Generic[R]):
     def padded(self) -> bool:
         """Whether a row is shorter than the group is wide."""
         return any(row.length < self.width for row in self.rows)
+
+    @property
+    def wanted(self) -> range | None:
+        """The columns whose logits rows that are only read want; None where they speak, which wants the last one."""
+        places = [row.wanted for row in self.rows if row.wanted is not None]
+        return range(min(one.start for one in places), max(one.stop for one in places)) if places else None
+
+    def hand_out(self, logits: Tensor, columns: range) -> None:
+        """Give rows that are only read the logits that they want, of those of some columns (rows, columns, vocab)."""
+        for row, own in zip(self.rows, logits, strict=True):
+            assert row.wanted is not None
+            row.logits = own[row.wanted.start - columns.start : row.wanted.stop - columns.start]  # (wanted, vocab)
 
     def append(self, tokens: Sequence[int | None]) -> None:
         """One more column. A row that has ended gets any token: it leaves before the next pass."""

@@ -15,8 +15,8 @@ from lora_rt.core.generation.choosing import RowSampler
 from lora_rt.core.generation.lengths import LengthError as LengthError
 from lora_rt.core.generation.sampling import Sampling, SamplingError
 
-Ending = Literal["end", "stop", "length", "context", "error"]
-"""The end of the turn, a stop text, `max_new_tokens`, the model's context, or output that is not a number."""
+Ending = Literal["end", "stop", "length", "context", "error", "read"]
+"""The end of the turn, a stop text, `max_new_tokens`, the model's context, no number in the output, or only read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,9 @@ class DecodingRow:
         self.begin: tuple[Any, int] | None = None  # a cache of its first tokens, and how many; not read again
         self.likely: int | None = None  # how many of the likeliest tokens are noted at each step; None notes nothing
         self.scores: list[TokenScore] = []  # one per token of the answer, where they are noted
+        # The places of given tokens whose logits are wanted: such a row is only read, and says nothing.
+        self.wanted: range | None = None
+        self.logits: Tensor | None = None  # (wanted, vocab), once it was read
 
     @property
     def length(self) -> int:
@@ -105,11 +108,13 @@ Planner = Callable[[PassInfo, Sequence[R]], Plan | None]
 """The plan of a pass over these rows; None is the base alone."""
 
 
-def check_lengths(lengths: Sequence[int], limit: int, capacity: int) -> None:
-    """Raises LengthError that names every row of more than `limit` tokens."""
-    problems = [f"row {row}: {length} tokens" for row, length in enumerate(lengths) if length > limit]
-    if problems:
-        too_long = "a row is too long for" if limit >= capacity else "a prompt leaves no room for an answer in"
+def check_lengths(rows: Sequence[DecodingRow], capacity: int) -> None:
+    """Raises LengthError that names every row that is too long, or leaves no room for the first token that it says."""
+    long = [(number, row) for number, row in enumerate(rows) if row.length + (row.wanted is None) > capacity]
+    if long:
+        problems = [f"row {number}: {row.length} tokens" for number, row in long]
+        speaks = any(row.wanted is None for _, row in long)
+        too_long = "a prompt leaves no room for an answer in" if speaks else "a row is too long for"
         text = f"{too_long} this base's context of {capacity} tokens"
         raise LengthError(text, problems=problems, next_step="Shorten the prompt or the conversation")
 

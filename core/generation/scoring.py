@@ -1,11 +1,11 @@
-"""Passes over whole rows: the logits of all their tokens, and how likely given answers are, in nats per token.
+"""Rows of a batch that are only read: the logits of all their tokens, and how likely answers are, in nats per token.
 
 Such rows may be a caller's own tensors, which are checked first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -13,35 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_rt.core.base.shape import pad_right
 from lora_rt.core.forward.causal_lm import CausalLM
-from lora_rt.core.generation.row import DecodingRow, PassInfo, Planner, R, check_lengths
+from lora_rt.core.generation.batch import Batch
+from lora_rt.core.generation.row import Planner, R, check_lengths
 from lora_rt.errors import LoraRtError
 
 
-def whole_logits(lm: CausalLM, planner: Planner[R], rows: Sequence[R], ids: Tensor, mask: Tensor) -> Tensor:
-    """The logits of whole rows, (rows, tokens, vocab), where their tokens stand; padding may be on either side.
+def whole_logits(lm: CausalLM, planner: Planner[R], rows: Sequence[R], mask: Tensor) -> Tensor:
+    """The logits of whole rows, (rows, tokens, vocab), where the mask (rows, tokens) has their tokens; 0 on padding.
 
     Raises:
         LengthError: a row is longer than the model's context.
     """
-    lengths = [row.length for row in rows]
-    check_lengths(lengths, lm.capacity, lm.capacity)
-    parts = _parts(lm, rows)
-    gaps = not bool(mask.cummin(-1).values.eq(mask).all())  # padding that some token could see
-    if len(parts) == 1 and not (gaps and not lm.ignores_padding):
-        with torch.inference_mode():
-            return _pass(lm, planner, rows, ids, mask)
-    logits: Tensor | None = None
-    for numbers in parts:
-        own = [rows[number] for number in numbers]
-        with torch.inference_mode():
-            found = _pass(lm, planner, own, *pad_right([row.ids for row in own], lm.device))  # (own, tokens, vocab)
-        if logits is None:
-            logits = found.new_zeros(*ids.shape, found.shape[-1])  # (rows, tokens, vocab)
-        for number, row in zip(numbers, found, strict=True):
-            logits[number, mask[number].bool()] = row[: rows[number].length]  # (tokens of the row, vocab)
-    assert logits is not None
+    found = _read(lm, planner, rows, [range(row.length) for row in rows])
+    logits = found[0].new_zeros(*mask.shape, found[0].shape[-1])
+    for row, own, kept in zip(logits, found, mask.bool(), strict=True):
+        row[kept] = own  # (tokens of the row, vocab)
     return logits
 
 
@@ -58,21 +45,9 @@ def answer_nll(lm: CausalLM, planner: Planner[R], rows: Sequence[R], answers: Se
     Raises:
         LengthError: a row is longer than the model's context.
     """
-    lengths = [row.length for row in rows]
-    check_lengths(lengths, lm.capacity, lm.capacity)
-    found: dict[int, Tensor] = {}
-    for numbers in _parts(lm, rows):
-        own = [rows[number] for number in numbers]
-        starts = [row.length - len(answers[number]) - 1 for row, number in zip(own, numbers, strict=True)]
-        ids, mask = pad_right([row.ids for row in own], lm.device)  # (own, tokens)
-        columns = torch.arange(min(starts), ids.shape[1] - 1, device=lm.device)  # (columns,)
-        with torch.inference_mode():
-            logits = _pass(lm, planner, own, ids, mask, columns)  # (own, columns, vocab)
-            losses = _losses(logits, ids[:, min(starts) + 1 :])  # (own, columns)
-        for number, start, row in zip(numbers, starts, losses, strict=True):
-            first = start - min(starts)
-            found[number] = row[first : first + len(answers[number])].cpu()  # (answer tokens,)
-    return [found[number] for number in range(len(rows))]
+    # What foretells a token stands one place before it.
+    places = [range(row.length - len(answer) - 1, row.length - 1) for row, answer in zip(rows, answers, strict=True)]
+    return [_nll(own, answer) for own, answer in zip(_read(lm, planner, rows, places), answers, strict=True)]
 
 
 def choices_nll(
@@ -83,52 +58,42 @@ def choices_nll(
     Args:
         prompt: the row of the prompt alone. rows: prompt and answer of each. answers: the last tokens of each row.
     """
-    check_lengths([row.length for row in rows], lm.capacity, lm.capacity)
-    if (
-        lm.keeping != "shared" or len(_parts(lm, [prompt, *rows])) > 1
-    ):  # the prompt's keys are not those of the whole rows
+    check_lengths(rows, lm.capacity)
+    alike = {(lm.rope.factors(row.length), row.company) for row in (prompt, *rows)}
+    if lm.keeping != "shared" or len(alike) > 1:  # the prompt's keys are not those of the whole rows
         return answer_nll(lm, planner, rows, answers)
-    cache = lm.new_cache()
+    caches: list[Any] = []
     start = prompt.length
-    with torch.inference_mode():
-        ids, seen = pad_right([prompt.ids], lm.device)  # (1, prompt)
-        first = _pass(lm, planner, [prompt], ids, seen, keep=1, cache=cache)  # (1, 1, vocab)
-        cache.batch_repeat_interleave(len(rows))
-        wanted, mask = pad_right(answers, lm.device)  # (rows, answer)
-        history = torch.cat([ids.expand(len(rows), -1), wanted], dim=1)  # (rows, prompt + answer)
-        info = PassInfo.of(rows, history, torch.cat([seen.expand(len(rows), -1), mask], dim=1), start)
-        plan = planner(info, rows)
-        # (rows, answer - 1, vocab): what the last column predicts is not asked for
-        rest = lm.forward(info.ids, info.mask, info.positions, plan=plan, cache=cache)[:, :-1]
-        losses = _losses(torch.cat([first.expand(len(rows), -1, -1), rest], dim=1), wanted)  # (rows, answer)
-    return [losses[number, : len(answer)].cpu() for number, answer in enumerate(answers)]
+    (first,) = _read(lm, planner, [prompt], [range(start - 1, start)], lambda _row, cache: caches.append(cache))
+    going_on = [row for row in rows if row.length > start + 1]
+    for row in going_on:
+        row.begin = caches[0], start
+    rest = iter(_read(lm, planner, going_on, [range(start, row.length - 1) for row in going_on]))
+    own = [torch.cat([first, next(rest)]) if len(answer) > 1 else first for answer in answers]  # (answer, vocab) each
+    return [_nll(one, answer) for one, answer in zip(own, answers, strict=True)]
 
 
-def _parts(lm: CausalLM, rows: Sequence[DecodingRow]) -> list[list[int]]:
-    """The numbers of rows that may share a pass when they are padded on the right, which no token looks at."""
-    found: dict[Hashable, list[int]] = {}
-    for number, row in enumerate(rows):
-        found.setdefault((lm.rope.factors(row.length), row.company), []).append(number)
-    return list(found.values())
-
-
-def _pass(
+def _read(
     lm: CausalLM,
     planner: Planner[R],
     rows: Sequence[R],
-    ids: Tensor,
-    mask: Tensor,
-    keep: Tensor | int | None = None,
-    cache: object = None,
-) -> Tensor:
-    """The logits of one pass over whole rows."""
-    info = PassInfo.of(rows, ids, mask)
-    return lm.forward(ids, mask, info.positions, plan=planner(info, rows), keep=keep, cache=cache)
+    places: Sequence[range],
+    keep: Callable[[R, Any], None] | None = None,
+) -> list[Tensor]:
+    """The logits of each row at its places, (places, vocab), by a batch of rows that are only read."""
+    for row, wanted in zip(rows, places, strict=True):
+        row.wanted = wanted
+    batch = Batch(lm, planner, keep=keep)
+    batch.add(rows)
+    batch.step()
+    return [row.logits for row in rows if row.logits is not None]
 
 
-def _losses(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The cross entropy of every token, (rows, tokens)."""
-    return cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none").view(wanted.shape)
+def _nll(logits: Tensor, answer: Sequence[int]) -> Tensor:
+    """The cross entropy of each token of an answer, (answer tokens,) float32, by its logits (answer tokens, vocab)."""
+    with torch.inference_mode():
+        wanted = torch.tensor(answer, device=logits.device)
+        return cross_entropy(logits.float(), wanted, reduction="none").cpu()
 
 
 class BatchError(LoraRtError):

@@ -61,6 +61,24 @@ def test_one_answer_scored_alone_among_choices_and_in_a_batch_is_the_same(fading
     assert_close(together[1], fading.choices_nll(PROMPTS[1], ["xy"], "fading:8")[0], **EXACT)
 
 
+def test_a_prompt_is_read_once_for_all_choices_and_an_empty_one_needs_no_more(fading: Runtime) -> None:
+    answers, seen = ["abcdefgh", "", "xy"], []
+    handle = fading.model.register_forward_pre_hook(
+        lambda _model, _inputs, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    found = fading.choices_nll(PROMPTS[1], answers, "fading:8")
+    prompt, lengths = len(prompt_ids(fading.tokenizer, PROMPTS[1])), [len(nll) for nll in found]
+    assert lengths[1] == 1, "an empty answer is the end of the turn"
+    assert seen == [(1, prompt), (2, max(lengths))]
+    del seen[:]
+    (empty,) = fading.choices_nll(PROMPTS[1], [""], "fading:8")
+    handle.remove()
+    assert seen == [(1, prompt)]
+    assert_close(empty, found[1], **EXACT)
+    for one, other in zip(found, fading.answer_nll([PROMPTS[1]] * 3, answers, "fading:8"), strict=True):
+        assert_close(one, other, **EXACT)
+
+
 def test_what_explains_an_answer_sees_where_the_prompt_ends(fading: Runtime) -> None:
     """While the prompt is read the gate is 0 (at its last token, too); behind it the adapter adds something."""
     prompt = len(prompt_ids(fading.tokenizer, "ab"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from lora_rt.core.requests.running import RequestRow
 from lora_rt.core.runtime import Runtime
@@ -159,6 +160,40 @@ def test_a_row_that_joins_is_read_without_the_others(mixed: Runtime) -> None:
     batch.step()
     handle.remove()
     assert seen == [(1, 1), (1, second.prompt_length), (2, 1)]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_rows_that_are_only_read_join_a_running_batch_and_leave_it_with_the_next_step(
+    mixed: Runtime, chunk: int | None
+) -> None:
+    wish: Wish = {"prompt": PROMPTS[3], "spec": "fading:2", "max_new_tokens": 12, "min_new_tokens": 12}
+    (speaking,) = mixed.rows([wish["prompt"]], wish["spec"], max_new_tokens=12, min_new_tokens=12)
+    specs = ["one:2", None, "one:2", "two:-1.5"]
+    read = mixed.rows(list(PROMPTS[:4]), specs)
+    for row in read:
+        row.wanted = range(row.length - 1, row.length)
+    read[0].wanted = range(2, 7)
+    seen: list[tuple[int, ...]] = []
+    batch = mixed.batch(chunk=chunk)
+    batch.add([speaking])
+    while speaking.length < len(speaking.ids) + 2:
+        batch.step()
+    batch.add(read)
+    handle = mixed.model.register_forward_pre_hook(
+        lambda _module, _arguments, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    assert batch.step() == [speaking]
+    handle.remove()
+    assert seen == [(1, 1), (4, max(row.length for row in read))]  # all of them share a pass, whatever they are under
+    assert batch.rows == [speaking]
+    for row, spec in zip(read, specs, strict=True):
+        assert (row.ended, row.answer) == ("read", [])
+        assert row.logits is not None
+        assert row.wanted is not None
+        assert_close(row.logits, mixed.logits([row.ids], compositions=[spec])[0, row.wanted], atol=1e-4, rtol=0.0)
+    while batch.rows:
+        batch.step()
+    assert speaking.answer == alone(mixed, wish)
 
 
 def test_the_weights_of_a_running_row_change_from_the_next_token_on_and_its_cache_stays(mixed: Runtime) -> None:
