@@ -468,7 +468,7 @@ class Runtime:
         Raises:
             LoraRtError: there is no such adapter, or its mode recognizes no scenes.
         """
-        asked = self.parts.residents.mix(adapter) or (self.resident(adapter) if adapter in self.adapters else None)
+        asked = self.parts.residents.moded(adapter) or (self.resident(adapter) if adapter in self.adapters else None)
         if asked is None:
             raise RequestError(f"no adapter {adapter!r} is resident", next_step="Load it first")
         given = [self.text.prompt_ids(prompt) for prompt in one_per_row(prompts, "prompts")]

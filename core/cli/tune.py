@@ -160,9 +160,9 @@ def _show(tuned: NamedComposition, base: str) -> None:
     else:
         table = Table("adapter", "weight", "lowest layer", "highest layer")
     for term in tuned.terms:
-        mean = sum(term.layers) / len(term.layers) if term.layers else term.weight
-        low, high = (f"{min(term.layers):.3f}", f"{max(term.layers):.3f}") if term.layers else ("", "")
-        table.add_row(escape(term.reference), f"{mean:.3f}", *(() if tuned.mode else (low, high)))
+        layers = [term.weight * factor for factor in term.layers]
+        low, high = (f"{min(layers):.3f}", f"{max(layers):.3f}") if layers else ("", "")
+        table.add_row(escape(term.reference), f"{term.mean_weight:.3f}", *(() if tuned.mode else (low, high)))
     out.print(table)
     if "registered" in tuned.metrics:
         out.print(_recognized(tuned.metrics["registered"], tuned.metrics["registered_by_chance"]))

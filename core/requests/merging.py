@@ -82,9 +82,9 @@ def _share(name: str, rows: Sequence[Row], mixed: Mixed, device: torch.device) -
     static = _weight(name, rows, device)  # (layers|1, rows, 1, 1)
     parts: list[tuple[Tensor, Tensor | None]] = []
     parts += [(static, None)] if any(row.weights.get(name) or name in row.layers for row in rows) else []
-    for mix, gates in mixed:
+    for moded, gates in mixed:
         if (gate := gates.get(name)) is not None:
-            own = torch.tensor([row.mixes.get(mix, {}).get(name, 0.0) for row in rows], device=device)
+            own = torch.tensor([row.moded.get(moded, {}).get(name, 0.0) for row in rows], device=device)
             weight = own[None, :, None, None]  # (1, rows, 1, 1)
             parts.append((weight if gate.ranks is None else weight * gate.ranks, gate.heads))
     if not parts:

@@ -82,7 +82,7 @@ class RowPlanner:
     ) -> tuple[list[dict[str, float]], dict[str, Gate]]:
         hidden = self._hidden_of(info)
         own = self._gates(phases, adapters, info, hidden)
-        mixed = self._mixed_gates(phases, adapters, info, hidden)
+        mixed = self._moded_gates(phases, adapters, info, hidden)
         return merged(list(adapters), phases, own, mixed, self._bank.device)
 
     def _gates(
@@ -97,28 +97,28 @@ class RowPlanner:
             found.append(dict(zip(acting, self._modes.gates(asked), strict=True)))
         return found
 
-    def _mixed_gates(
+    def _moded_gates(
         self, phases: Sequence[Variant], adapters: Mapping[str, ResidentAdapter], info: PassInfo, hidden: Hidden
     ) -> list[list[tuple[ModedComposition, dict[str, Gate]]]]:
         """What the modes of named compositions say to this pass in each phase, by the names of their adapters."""
         found = []
         for phase in phases:
             # The same composition may stand over adapters that were loaded twice.
-            mixes = dict.fromkeys((mix, tuple(names)) for row in phase.rows for mix, names in row.mixes.items())
-            found.append([(mix, self._of_mix(mix, names, phase.rows, adapters, info, hidden)) for mix, names in mixes])
+            own = dict.fromkeys((moded, tuple(names)) for row in phase.rows for moded, names in row.moded.items())
+            found.append([(one, self._of_moded(one, names, phase.rows, adapters, info, hidden)) for one, names in own])
         return found
 
-    def _of_mix(
+    def _of_moded(
         self,
-        mix: ModedComposition,
+        moded: ModedComposition,
         names: Sequence[str],
         rows: Sequence[Row],
         adapters: Mapping[str, ResidentAdapter],
         info: PassInfo,
         hidden: Hidden,
     ) -> dict[str, Gate]:
-        depth = mix.card.get("hidden_layers")
-        weights = [[row.mixes.get(mix, {}).get(name, 0.0) for row in rows] for name in names]  # (names, rows)
+        depth = moded.card.get("hidden_layers")
+        weights = [[row.moded.get(moded, {}).get(name, 0.0) for row in rows] for name in names]  # (names, rows)
         contexts = [
             replace(
                 self._context(name, adapters[name], rows, info, hidden),
@@ -128,7 +128,7 @@ class RowPlanner:
             )
             for name, own in zip(names, weights, strict=True)
         ]
-        gates = self._modes.mixture_gates(mix.mode, JointGateContext(contexts, mix.view(self._base)))
+        gates = self._modes.mixture_gates(moded.mode, JointGateContext(contexts, moded.view(self._base)))
         return {name: gate or Gate() for name, gate in zip(names, gates, strict=True)}
 
     def _hidden_of(self, info: PassInfo) -> Hidden:
@@ -201,5 +201,5 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
         adapters={names.get(name, name): adapter for name, adapter in row.adapters.items()},
         weights={names.get(name, name): weight for name, weight in row.weights.items()},
         layers={names.get(name, name): layers for name, layers in row.layers.items()},
-        mixes={mix: {names.get(name, name): w for name, w in own.items()} for mix, own in row.mixes.items()},
+        moded={moded: {names.get(name, name): w for name, w in own.items()} for moded, own in row.moded.items()},
     )

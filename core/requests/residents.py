@@ -59,13 +59,13 @@ class AdapterInfo(AdapterOrigin):
 class ResolvedTerm:
     """A term and the adapter that it means, as they were when it was looked up: another thread may unload one.
 
-    `mix` is the named composition that it stands in, where that has a mode.
+    `moded` is the named composition that it stands in, where that has a mode.
     """
 
     term: Term
     info: AdapterInfo
     adapter: ResidentAdapter
-    mix: ModedComposition | None = None
+    moded: ModedComposition | None = None
 
 
 class Residents:
@@ -88,7 +88,7 @@ class Residents:
         self._aliases: dict[str, str] = {}  # text of a reference -> the resident name it was given
         self._stamps: dict[str, list[str]] = {}  # text of a path -> of its files, when they were read
         self._given: frozenset[str] = frozenset()  # names that a caller knows; others came with a composition
-        self._mixes: dict[str, ModedComposition] = {}  # by digest
+        self._moded: dict[str, ModedComposition] = {}  # by digest
         self.infos: Mapping[str, AdapterInfo] = {}
 
     def load(
@@ -166,13 +166,13 @@ class Residents:
             try:
                 parts = [self._resolved(part) for part in expanded(term, names, self._base.facts)]
                 # All terms of a named composition have the mode that it has itself, or none.
-                found += self._mixed(term, parts, names) if parts[0].term.mode else parts
+                found += self._with_mode(term, parts, names) if parts[0].term.mode else parts
             except LoraRtError as error:
                 failures.append(error)
         raise_all(failures, f"{len(failures)} terms of {composition} can't be used")
         return found
 
-    def mix(self, name: str) -> ModedComposition | None:
+    def moded(self, name: str) -> ModedComposition | None:
         """The named composition of this name in memory, where it has a mode; its adapters are not loaded for it.
 
         Raises:
@@ -184,21 +184,21 @@ class Residents:
         if named is None or not named.mode:
             return None
         expanded(term, names, self._base.facts)
-        return self._mix(named)
+        return self._read_moded(named)
 
-    def _mix(self, named: NamedComposition) -> ModedComposition:
+    def _read_moded(self, named: NamedComposition) -> ModedComposition:
         self._modes.require(named.mode)
         with self._lock:
-            if named.sha256 not in self._mixes:
-                self._mixes[named.sha256] = read_moded(named, self._registry.compositions)
-            return self._mixes[named.sha256]
+            if named.sha256 not in self._moded:
+                self._moded[named.sha256] = read_moded(named, self._registry.compositions)
+            return self._moded[named.sha256]
 
-    def _mixed(self, term: Term, parts: Sequence[ResolvedTerm], names: RequestNames) -> list[ResolvedTerm]:
+    def _with_mode(self, term: Term, parts: Sequence[ResolvedTerm], names: RequestNames) -> list[ResolvedTerm]:
         """The terms of a named composition with a mode, and what its mode keeps."""
         named = named_composition(term, names)
         assert named is not None
-        mix = self._mix(named)
-        return [replace(part, mix=mix) for part in parts]
+        moded = self._read_moded(named)
+        return [replace(part, moded=moded) for part in parts]
 
     def _resolved(self, term: Term) -> ResolvedTerm:
         with self._lock:  # name, facts and factors are those of one moment

@@ -29,7 +29,7 @@ class Row:
     """What one row is under; it never changes (see `lora_rt.core.requests.running` for rows that do).
 
     `adapters` are the residents that it uses, as they were when it began. `weights` by resident name; `layers` is added
-    to them, one number per layer, where a named composition says so, and `mixes`, weights by resident name that the
+    to them, one number per layer, where a named composition says so, and `moded`, weights by resident name that the
     mode of a named composition gates.
     `scene_type` is the caller's or the recognized one. `phases` are the rows to go on as once activation texts have
     appeared, by the set of those that have (see `lora_rt.core.requests.timeline`); empty where nothing changes.
@@ -41,18 +41,18 @@ class Row:
     prompt: str | None = None
     layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     phases: Mapping[frozenset[Waking], Row] = field(default_factory=dict)
-    mixes: Mapping[ModedComposition, Mapping[str, float]] = field(default_factory=dict)
+    moded: Mapping[ModedComposition, Mapping[str, float]] = field(default_factory=dict)
 
     def uses(self, name: str) -> bool:
         """Whether an adapter acts in this phase."""
         if self.weights.get(name, 0.0) != 0.0 or name in self.layers:
             return True
-        return any(mixed.get(name, 0.0) != 0.0 for mixed in self.mixes.values())
+        return any(mixed.get(name, 0.0) != 0.0 for mixed in self.moded.values())
 
     @property
     def static(self) -> bool:
         """Whether its weights are one number per adapter."""
-        return not self.layers and not self.mixes
+        return not self.layers and not self.moded
 
     @property
     def texts(self) -> list[Waking]:

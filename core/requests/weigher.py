@@ -59,7 +59,7 @@ class Weigher:
         for row in found:
             self._caution(row)
         # A composition that knows scenes is asked before its adapters, which may have learned other ones.
-        asked = [[x for item in row for x in (item.mix, item.adapter) if x is not None] for row in found]
+        asked = [[x for item in row for x in (item.moded, item.adapter) if x is not None] for row in found]
         known = self._classifier.classified(asked, scenes, ids)
         modes = {item.info.mode for row in found for item in row}
         parts = list(zip(found, known, prompts, strict=True))
@@ -92,18 +92,18 @@ class Weigher:
         awake = [item for item in found if seen.issuperset(_wakings(item))]
         weights: dict[str, float] = {}
         layers: dict[str, tuple[float, ...]] = {}
-        mixes: dict[ModedComposition, dict[str, float]] = {}
+        moded: dict[ModedComposition, dict[str, float]] = {}
         for item, weight in zip(awake, self._decided(awake, scene, prompt), strict=True):
             name, factors = item.info.name, item.term.layers
-            if item.mix is not None:  # of a named composition with a mode: that mode decides at every pass
-                mixed = mixes.setdefault(item.mix, {})
+            if item.moded is not None:  # of a named composition with a mode: that mode decides at every pass
+                mixed = moded.setdefault(item.moded, {})
                 mixed[name] = mixed.get(name, 0.0) + weight
             elif factors:  # (layers,): a weight per layer
                 before = layers.get(name, (0.0,) * len(factors))
                 layers[name] = tuple(b + weight * x for b, x in zip(before, factors, strict=True))
             else:
                 weights[name] = weights.get(name, 0.0) + weight
-        return Row({item.info.name: item.adapter for item in awake}, weights, scene, prompt, layers, mixes=mixes)
+        return Row({item.info.name: item.adapter for item in awake}, weights, scene, prompt, layers, moded=moded)
 
     def _decided(self, found: Sequence[ResolvedTerm], scene: SceneType, prompt: str | None) -> list[float]:
         """The user's weights, except where a term's mode says otherwise."""

@@ -144,8 +144,8 @@ class PrefixCache:
         acting = sorted((serial[name], name) for name in serial if phase.uses(name))
         terms = tuple((one, phase.weights.get(name, 0.0), phase.layers.get(name, ())) for one, name in acting)
         mixes = frozenset(
-            (mix, tuple(sorted((serial[name], weight) for name, weight in own.items())))
-            for mix, own in phase.mixes.items()
+            (moded, tuple(sorted((serial[name], weight) for name, weight in own.items())))
+            for moded, own in phase.moded.items()
         )
         gated = bool(mixes) or any(not self._is_static(phase.adapters[name]) for _, name in acting)
         about: Hashable = (_scene(phase.scene_type), phase.prompt, row.prompt_length) if gated else None
