@@ -6,7 +6,7 @@
 # Needs no network. Logs and JSON are written as they come, to $OUT (./gpu-figures by default); PYTHON is the interpreter.
 # --tiny runs all of it in a few minutes on a CPU, so that nothing is found out on a GPU's time.
 set -u
-here=$(cd "$(dirname "$0")" && pwd)
+top=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-gpu-figures}
 mkdir -p "$out"
@@ -14,19 +14,19 @@ tiny=
 [ "${1:-}" = --tiny ] && tiny=--tiny && shift
 [ $# -gt 0 ] || set -- tests 7b train-7b 13b train-13b sampling
 failed=0
-"$python" "$here/measure.py" machine --out "$out" $tiny | tee "$out/machine.log"
+"$python" "$top/tests/gpu/measure.py" machine --out "$out" $tiny | tee "$out/machine.log"
 for part in "$@"; do
     echo "== $part"
     if [ "$part" = tests ]; then
         chosen=gpu
         [ -n "$tiny" ] && chosen="not gpu"
-        "$python" -m pytest "$here/../../tests/gpu" "$here/../../tests/engine/test_steps.py" -m "$chosen" -rP \
-            --rootdir "$here/../.." >"$out/tests.log" 2>&1 || failed=1
+        "$python" -m pytest "$top/tests/gpu" "$top/tests/forward/test_steps.py" -m "$chosen" -rP \
+            --rootdir "$top" >"$out/tests.log" 2>&1 || failed=1
         tail -n 5 "$out/tests.log"
     else
-        "$python" "$here/measure.py" "$part" --out "$out" $tiny >"$out/$part.log" 2>&1 || failed=1
+        "$python" "$top/tests/gpu/measure.py" "$part" --out "$out" $tiny >"$out/$part.log" 2>&1 || failed=1
         cat "$out/$part.log"
     fi
 done
-"$python" "$here/measure.py" table --out "$out"
+"$python" "$top/tests/gpu/measure.py" table --out "$out"
 exit $failed

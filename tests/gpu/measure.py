@@ -1,7 +1,8 @@
-"""One part of measure.sh: figures of lora-rt, PEFT and the plain base over random weights, as JSON and as a table.
+"""One part of examples/gpu/measure.sh: figures of lora-rt, PEFT and the plain base, as JSON and as a table.
 
-Decoding, prefill and changes of composition are workloads of `lora-rt bench`, run by its own session: the same weights,
-adapters and prompts for everybody, interleaved. Training steps and the choice of tokens are timed here.
+Decoding, prefill and changes of composition are workloads of `lora-rt bench`, run by its own session: the same random
+weights, adapters and prompts for everybody, interleaved. Training steps and the choice of tokens are timed here. It
+stands with the tests, since it takes the engine apart: graphs switched off, a training step alone, a choice alone.
 """
 
 from __future__ import annotations

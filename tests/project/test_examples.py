@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,26 @@ def test_a_script_says_what_it_takes_and_refuses_what_it_does_not(script: Path, 
     assert run(script, "--nonsense")[0] == 2
 
 
-def test_no_example_reaches_into_the_core() -> None:
+def imported(script: Path) -> Iterator[str]:
+    """The full name of everything that a script imports, wherever in it."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_examples_import_the_public_face_and_the_contract_with_modes_alone() -> None:
     assert len(SCRIPTS) >= 6
-    # What is measured on a GPU is the engine itself, in the laboratory of `lora-rt bench`.
-    shown = [path for path in EXAMPLES.rglob("*.py") if path.parent.name != "gpu"]
-    assert not [path for path in shown if re.search(r"lora_rt\.(core|registry)\b", path.read_text())]
+    inner = re.compile(r"lora_rt\.(core|registry|plugins(?!\.(contract|testing)\b))\b")
+    reached = {f"{script.parent.name}/{script.name}": [*imported(script)] for script in EXAMPLES.rglob("*.py")}
+    assert {script: found for script, names in reached.items() if (found := [*filter(inner.match, names)])} == {}
+
+
+def test_what_the_script_for_a_gpu_runs_is_there() -> None:
+    named = re.findall(r"\$top/([\w./]+)", (EXAMPLES / "gpu" / "measure.sh").read_text(encoding="utf-8"))
+    assert "tests/gpu" in named
+    assert [name for name in named if not (EXAMPLES.parent / name).exists()] == []
 
 
 def test_the_data_of_the_context_mode_is_made(tmp_path: Path, run: Run) -> None:
