@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lora_rt
+from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +77,14 @@ def test_the_data_of_the_context_mode_is_made(tmp_path: Path, run: Run) -> None:
     code, _, error = run(EXAMPLES / "context" / "data.py", str(tmp_path / "data"))
     assert code == 0, error
     assert len((tmp_path / "data" / "adapters" / "logic.jsonl").read_text(encoding="utf-8").splitlines()) == 188
+
+
+def test_a_program_composes_rows_streams_and_a_running_batch(zoo: Zoo, run: Run) -> None:
+    adapters = [str(zoo.adapter("llama", seed=seed)) for seed in (1, 2)]
+    over = ["--base", str(zoo.base("llama")), "--precision", "float32", "--max-new-tokens", "4"]
+    code, told, error = run(EXAMPLES / "compose" / "program.py", *adapters, *over)
+    assert code == 0, error
+    assert told.count(" after 4 tokens)") == 3
 
 
 def test_every_name_of_the_public_face_is_there() -> None:
