@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +36,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "README.md",
-    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "examples").glob("*/README.md"))),
+    *(str(page.relative_to(ROOT)) for top in ("examples", "tests") for page in sorted((ROOT / top).glob("*/*.md"))),
 ]
 
 
@@ -75,6 +77,44 @@ OF_USERS = {
     "lora-rt.lock",
     "adapter_config.json",
 }  # theirs, or what a command makes
+
+
+def shown(page: str) -> list[list[str]]:
+    """The words of every `lora-rt` command of a page, in a block or in a sentence."""
+    text = (ROOT / page).read_text()
+    fenced = re.findall(r"^```(?:console|sh)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    commands = [re.search(r"(?:^|[|$] )(lora-rt [^|>\s][^|>]*)", " ".join(line.split())) for line in lines]
+    return [shlex.split(found[1].partition(" -- ")[0].partition(" # ")[0]) for found in commands if found]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_that_a_page_shows_have_these_names_and_options(page: str) -> None:
+    from lora_rt.core.cli.plugin_commands import plugin_commands
+    from lora_rt.core.cli.table import COMMANDS, load
+    from lora_rt.plugins.manager import load_modes
+
+    theirs = plugin_commands(load_modes())
+    wrong = []
+    for line in shown(page):
+        name, words = line[1], line[2:]
+        if name in ("--help", "fade-in"):  # the latter is of a package under examples/
+            continue
+        command: Any = load(name) if name in COMMANDS else theirs.get(name)
+        while words and words[0] in getattr(command, "commands", {}):
+            command, words = command.commands[words[0]], words[1:]
+        options = {option for parameter in getattr(command, "params", ()) for option in parameter.opts}
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        if command is None or given - options:
+            wrong.append(" ".join(line))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_that_a_page_shows_is_python(page: str) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        compile(block, page, "exec")
 
 
 def test_the_floors_of_the_page_are_those_that_are_held() -> None:
