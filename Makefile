@@ -48,7 +48,7 @@ registers: $(VENV)/ready
 			$$([ $(BASE) = default ] || echo $(OUT)/$$register) || exit 1; done
 	[ $(BASE) != default ] || $(BIN)/python examples/context/registers.py
 
-# Every causal architecture of the installed transformers against PEFT (half an hour on two cores), and the README's table.
+# Every causal architecture of the installed transformers against PEFT (half an hour on two cores), and the table beside their results.
 architectures: $(VENV)/ready
 	$(BIN)/python tests/support/architectures/table.py --workers 2
 	$(BIN)/python tests/support/readme.py --write

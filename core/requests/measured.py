@@ -1,6 +1,6 @@
 """What was measured of mixes, by base: beyond, a mix may be no text at all. Weights are never changed for it.
 
-On the default base (`examples/registers/report.py` and the notes in the README): sums of |w| up to 1.25 keep what the
+On the default base (`examples/registers/report.py`, `examples/compose/README.md`): sums of |w| up to 1.25 keep what the
 registers gain, larger ones hurt every register; a single weight of -1 wrecks the text, one of -0.25 does not.
 """
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The first table under "Speed" in the README: one run of `lora-rt bench` on this machine, kept beside this file.
+# The first table of README.md here, and of "Speed" in the top one: one run of `lora-rt bench` on this machine, kept beside this file.
 # Takes up to an hour where the base alone is slow; REPEATS=2 shortens it. Let the machine be idle: its load is printed with the figures.
 set -eu
 cd "$(dirname "$0")/../.."

@@ -1,18 +1,19 @@
-"""Keeps README.md and the pages of the examples true: what stands between a pair of markers is what a command prints.
+"""Keeps README.md and the pages beside its parts true: what stands between a pair of markers is what a command prints.
 
 python tests/support/readme.py            fails where a page differs, and shows how
 python tests/support/readme.py --write    brings it up to date
 
-<!-- output of: lora-rt --help -->        the command's output, in a fenced block
-<!-- registers report -->                 the table from examples/registers/report.json
-<!-- other hand report -->                that of the texts by another hand
-<!-- precisions report -->                what the base's precision costs each register
-<!-- answers report -->                   faults in the registers' answers, as people read them
+<!-- output of: lora-rt --help -->       the command's output, in a fenced block
+<!-- registers report -->                the table from examples/registers/report.json
+<!-- short registers report -->          two of its lines
+<!-- other hand report -->               that of the texts by another hand
+<!-- precisions report -->               what the base's precision costs each register
+<!-- answers report -->                  faults in the registers' answers, as people read them
 <!-- router report -->                    routers beside static mixes
-<!-- architectures report -->             the table from tests/architectures/results.json
-<!-- adapters report -->                  what becomes of adapters, by kind, from tests/runtime/variants.json
-<!-- bench report -->                     the table from examples/bench/report.json, once there is one
-<!-- bench without amx report -->         the same of a processor without AMX, from report-without-amx.json
+<!-- architectures report -->            the table from tests/architectures/results.json
+<!-- adapters report -->                 what becomes of adapters, by kind, from tests/runtime/variants.json
+<!-- bench report -->                    the table from examples/bench/report.json, once there is one
+<!-- bench without amx report -->        the same of a processor without AMX, from report-without-amx.json
 <!-- end -->
 """
 
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(file for top in ("examples", "tests") for file in (ROOT / top).glob("*/*.md"))]
 BENCH = ROOT / "examples/bench/report.json"
 _BENCHES = {"bench report": BENCH, "bench without amx report": BENCH.with_name("report-without-amx.json")}
 _WHAT = "output of: [^\n]+|[a-z ]+ report"
@@ -82,6 +83,12 @@ def registers_report() -> str:
     row("the same with a repetition penalty of 1.1", lambda n: f"{report['generations_with_penalty'][n]:.0%}")
     row("the same of real held-out texts", lambda n: f"{report['classifier_on_real_held_out_texts'][n]:.0%}")
     return "\n".join(rows) + "\n"
+
+
+def short_registers_report() -> str:
+    """Two lines of that."""
+    kept = ("| |", "|---", "| gain over the base, nats", "| greedy texts")
+    return "".join(line for line in registers_report().splitlines(keepends=True) if line.startswith(kept))
 
 
 def other_hand_report() -> str:
@@ -170,6 +177,70 @@ def answers_report() -> str:
     return "\n".join(rows) + "\n"
 
 
+def bridge_report() -> str:
+    """What the bridge does on held-out pairs, beside what it has to be compared with."""
+    report = json.loads((ROOT / "examples/bridge/report.json").read_text())
+    made, back, through = report["compress"], report["scene_text_scene"], report["text_scene_text"]
+    ranks, forward, bits = report["ranking"], report["forward"], report["bits_per_character"]
+    said, hidden, guessed = made["recall"]["literal"], made["recall"]["hidden"], made["controls"]
+
+    def interval(found: dict[str, Any]) -> str:
+        low, high = found["ci"]
+        return f"{found['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+    def first(who: str) -> str:
+        return " / ".join(f"{ranks[who][by]['mean']:.0%}" for by in ("logp", "pmi"))
+
+    rows = ["| | bridge | beside |", "|---|---|---|"]
+
+    def row(title: str, own: str, beside: str = "") -> None:
+        rows.append(f"| {title} | {own} | {beside} |")
+
+    by_chance = f"random words of the text {guessed['random words']['mean']:.2f}"
+    row("text -> scene, keyword F1", interval(made["f1"]), f"{by_chance}, the base {guessed['base']['mean']:.2f}")
+    recalled = f"{said['mean']:.0%} / {hidden['mean'] * hidden['words']:.0f} of {hidden['words']}"
+    row("words that the text says / hides, recalled", recalled)
+    best = f"best of four {back['best_of_4']['f1']['mean']:.2f}"
+    base = f"the base {back['base']['f1']['mean']:.2f}"
+    row("scene -> text -> scene, keyword F1", f"{interval(back['greedy']['f1'])}, {best}", base)
+    other = f"by another text's scene {through['another_text']['mean']:.1f}"
+    row("text -> scene -> text, chrF", f"{through['chrf']['mean']:.1f}", other)
+    row(
+        f"the right scene first among {ranks['among']}, by log p / by PMI", first("bridge"), f"the base {first('base')}"
+    )
+    alone = f"one direction alone {forward['one_direction']:.3f}, " if "one_direction" in forward else ""
+    row("scene -> text, nats per token", f"{forward['bridge']:.3f}", f"{alone}the base {forward['base']:.3f}")
+    text = f"the base, of the text alone {bits['base_text_alone']['mean']:.2f}"
+    row("bits per character of scene and text", interval(bits["scene_and_text"]), text)
+    for name, form, title in (
+        ("f1", ".2f", "text -> scene, keyword F1"),
+        ("literal", ".0%", "words that the text says, recalled"),
+        ("forward", ".3f", "scene -> text, nats per token"),
+    ):
+        if seeds := report.get("seeds"):
+            mean, least, most = (format(value, form) for value in (seeds[name]["mean"], *seeds[name]["range"]))
+            row(f"{title}, {seeds['count']} seeds: mean (least to most)", f"{mean} ({least} to {most})")
+    return "\n".join(rows) + "\n"
+
+
+def memory_report() -> str:
+    """What training was planned to take at most, and what it took."""
+    report = json.loads((ROOT / "examples/memory/report.json").read_text())
+    rows = ["| a step of | planned | measured | off by |", "|---|---|---|---|"]
+    for name, found in report["rows"].items():
+        megabytes = (f"{found[key] / 1e6:,.0f}" for key in ("planned", "measured"))
+        rows.append(f"| {name} | {' | '.join(megabytes)} | {found['planned'] / found['measured'] - 1:+.1%} |")
+    return "\n".join(rows) + "\n"
+
+
+def short_bench_report() -> str:
+    """Three rows of the table of a processor with AMX."""
+    document = json.loads(BENCH.read_text())
+    chosen = [item for item in document["workloads"] if item["name"] in ("row1-k2", "rows16-mixes", "prefill")]
+    systems = [name for name in document["systems"] if name in ("base", "ours", "peft-set", "llama.cpp")]
+    return bench_table({**document, "workloads": chosen, "systems": systems})
+
+
 def architectures_report() -> str:
     """What works over which architectures."""
     sys.path[:0] = [str(ROOT / "tests")]
@@ -196,6 +267,11 @@ def bench_report(document: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ". Medians; in brackets the ratio to the base alone in the same repeat, above 1 is faster or less memory."
     )
+    return "\n".join([*textwrap.wrap(about, 130, break_on_hyphens=False), "", bench_table(document)])
+
+
+def bench_table(document: dict[str, Any]) -> str:
+    """A line per workload with each system's figure and ratio."""
     found = {(row["workload"], row["system"]): row for row in document["rows"] if row["reason"] is None}
     systems = [name for name in document["systems"] if any(system == name for _, system in found)]
     rows = ["| | " + " | ".join(_HEADS.get(name, name) for name in systems) + " |", "|---|" + "---|" * len(systems)]
@@ -204,7 +280,7 @@ def bench_report(document: dict[str, Any]) -> str:
         if any(cells):
             told = [_figure(row) if row else "-" for row in cells]
             rows.append(f"| {item['title']}, {_UNITS.get(item['kind'], 'tokens/s')} | " + " | ".join(told) + " |")
-    return "\n".join([*textwrap.wrap(about, 130, break_on_hyphens=False), "", *rows]) + "\n"
+    return "\n".join(rows) + "\n"
 
 
 _HEADS = {"base": "base alone", "generate": "its `generate`", "ours": "lora-rt", "peft-trainer": "PEFT, Trainer"} | {
@@ -231,9 +307,13 @@ def rendered(text: str) -> str:
         else:
             made = {
                 "registers report": registers_report,
+                "short registers report": short_registers_report,
                 "other hand report": other_hand_report,
                 "precisions report": precisions_report,
                 "gates report": gates_report,
+                "bridge report": bridge_report,
+                "memory report": memory_report,
+                "short bench report": short_bench_report,
                 "router report": router_report,
                 "answers report": answers_report,
                 "architectures report": architectures_report,
@@ -257,7 +337,7 @@ def main() -> int:
             name = str(page.relative_to(ROOT))
             lines = before.splitlines(), after.splitlines()
             untrue += difflib.unified_diff(*lines, name, "what commands print", lineterm="")
-    print("\n".join(untrue) or f"README.md and {len(PAGES) - 1} pages of examples are true")
+    print("\n".join(untrue) or f"README.md and {len(PAGES) - 1} other pages are true")
     return 1 if untrue else 0
 
 

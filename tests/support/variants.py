@@ -3,7 +3,7 @@
 The oracle is PEFT's model in memory, never one that was read back from a file. Run as a program it prints the table:
 
     python -m support.variants          (in tests/)
-    python -m support.variants --write  keeps what was found, of which the README's table is made
+    python -m support.variants --write  keeps what was found, of which the table in tests/runtime/variants.md is made
 """
 
 from __future__ import annotations
@@ -377,11 +377,11 @@ KINDS = {
     r"|compiled|in parts.*|empty fields.*",
     "plain LoRA: any layers, heads, ranks, alphas, patterns, rsLoRA": r".*",
 }
-"""What the README calls adapters whose name, in VARIANTS, is like this and like none above."""
+"""What the page calls adapters whose name, in VARIANTS, is like this and like none above."""
 
 
 def report(kept: Mapping[str, str]) -> str:
-    """The README's table: a line for each kind of adapter, with what is refused of it, why, and what to do then.
+    """The page's table: a line for each kind of adapter, with what is refused of it, why, and what to do then.
 
     Raises:
         ValueError: other variants were tried than there are.

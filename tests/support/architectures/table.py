@@ -155,7 +155,7 @@ def condensed(found: Sequence[dict[str, Any]], before: Mapping[str, Any] | None 
 
 
 def report(kept: Mapping[str, Any]) -> str:
-    """The README's table: counts by check, and the types of which not everything that PEFT can do is exact."""
+    """The page's table: counts by check, and the types of which not everything that PEFT can do is exact."""
     results = ("exact", "refused", "wrong", "crash", "not by PEFT")
     lines = ["| model types, by check | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
     for check in kept["checks"]:
