@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lora_rt
 from support.tiny import Zoo
@@ -77,6 +78,12 @@ def test_the_data_of_the_context_mode_is_made(tmp_path: Path, run: Run) -> None:
     code, _, error = run(EXAMPLES / "context" / "data.py", str(tmp_path / "data"))
     assert code == 0, error
     assert len((tmp_path / "data" / "adapters" / "logic.jsonl").read_text(encoding="utf-8").splitlines()) == 188
+
+
+def test_the_options_in_a_file_are_those_of_the_shipped_registers() -> None:
+    given = yaml.safe_load((EXAMPLES / "training" / "run.yaml").read_text(encoding="utf-8"))
+    recipe = (EXAMPLES / "registers" / "train.sh").read_text(encoding="utf-8")
+    assert [option for option, value in given.items() if f"--{option} {value} " not in recipe] == []
 
 
 def test_a_program_composes_rows_streams_and_a_running_batch(zoo: Zoo, run: Run) -> None:

@@ -215,6 +215,7 @@ def bridge_report() -> str:
     for name, form, title in (
         ("f1", ".2f", "text -> scene, keyword F1"),
         ("literal", ".0%", "words that the text says, recalled"),
+        ("hidden", ".0%", "words that it hides, recalled"),
         ("forward", ".3f", "scene -> text, nats per token"),
     ):
         if seeds := report.get("seeds"):
