@@ -11,6 +11,7 @@ from typing import Literal
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home as home_folders
 from lora_rt.registry.errors import ProjectError
+from lora_rt.registry.hub import library
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.lock import read_locked_compositions
 from lora_rt.registry.packages import Unreadable, unreadable
@@ -130,8 +131,7 @@ def _leftovers(registry: Registry, clean: bool) -> Check:
 
 
 def _hub() -> Check:
-    from huggingface_hub import constants, get_token
-
-    login = "logged in" if get_token() else "no token; public repositories work"
+    constants = library.constants
+    login = "logged in" if library.get_token() else "no token; public repositories work"
     offline = ", offline by HF_HUB_OFFLINE" if constants.is_offline_mode() else ""
     return Check("hub", "ok", f"{constants.ENDPOINT}, {login}{offline}")

@@ -119,7 +119,7 @@ def _about_settings(error: BaseException) -> bool:
     """Say so where a setting of the Hub's client is to blame, which transformers and others import."""
     if not any(Path(frame.filename).parts[-2:] == ("huggingface_hub", "constants.py") for frame in _frames(error)):
         return False
-    from lora_rt.registry.hub.limits import check_settings
+    from lora_rt.registry.hub.library import check_settings
 
     try:
         check_settings()

@@ -1,5 +1,6 @@
 """The Hub, through huggingface_hub's client: its cache, its tokens, its retries, its offline mode.
 
+    library.py      the library itself, imported when it is first used
     client.py       one guarded session; what its exceptions mean for a person, in one table
     limits.py       how long it may take to accept, to answer and to send on
     internals.py    what of the client is not public: our session in the place of the application's

@@ -7,17 +7,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lora_rt.registry.errors import HubError
 from lora_rt.registry.files import LIMITS, MEGABYTE
-from lora_rt.registry.hub import internals, limits
+from lora_rt.registry.hub import internals, library, limits
 from lora_rt.registry.strict_json import shown
 from lora_rt.version import __version__
-
-if TYPE_CHECKING:
-    import httpx2
-    from huggingface_hub import HfApi
 
 MAX_BODY = max(LIMITS.values())
 MAX_ANSWER = 64 * MEGABYTE
@@ -29,11 +25,9 @@ _HEX = re.compile(r'(W/)?"?[0-9a-fA-F]{40,64}"?')
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def api() -> HfApi:
+def api() -> library.HfApi:
     """The Hub's client, with the token of its usual places; to be used within `explained` or `session`."""
-    from huggingface_hub import HfApi
-
-    return HfApi(library_name="lora-rt", library_version=__version__)
+    return library.HfApi(library_name="lora-rt", library_version=__version__)
 
 
 def asks_nobody() -> bool:
@@ -42,13 +36,10 @@ def asks_nobody() -> bool:
     Raises:
         HubError: the environment has settings of the client that it can't read.
     """
-    limits.check_settings()
-    from huggingface_hub import constants
-
-    return bool(constants.is_offline_mode())
+    return bool(library.constants.is_offline_mode())
 
 
-def _prepare(client: httpx2.Client) -> None:
+def _prepare(client: library.httpx2.Client) -> None:
     """Limit what the client waits for, and check what comes back before the Hub's library sees it."""
     hooks = client.event_hooks
     hooks["request"] = [*hooks.get("request", []), limits.on_request]
@@ -63,13 +54,12 @@ def session() -> Iterator[None]:
     Raises:
         HubError: the environment has settings of the client that it can't read.
     """
-    limits.check_settings()
     limits.forget()
     with internals.own_client(_prepare):
         yield
 
 
-def _check_answer(response: httpx2.Response) -> None:
+def _check_answer(response: library.httpx2.Response) -> None:
     """Refuse headers that would become paths in the client's cache; bound the answers about an adapter."""
     asked = _ANSWERS.get()
     if asked is not None:
@@ -92,12 +82,10 @@ def _check_answer(response: httpx2.Response) -> None:
         response.stream = _bounded(response, limit)
 
 
-def _bounded(response: httpx2.Response, limit: int) -> httpx2.SyncByteStream:
-    import httpx2
+def _bounded(response: library.httpx2.Response, limit: int) -> library.httpx2.SyncByteStream:
+    inner = cast("library.httpx2.SyncByteStream", response.stream)
 
-    inner = cast("httpx2.SyncByteStream", response.stream)
-
-    class Bounded(httpx2.SyncByteStream):
+    class Bounded(library.httpx2.SyncByteStream):
         """The same body, given up once it is longer than anything that is read."""
 
         def __iter__(self) -> Iterator[bytes]:
@@ -114,7 +102,7 @@ def _bounded(response: httpx2.Response, limit: int) -> httpx2.SyncByteStream:
     return Bounded()
 
 
-def _untrusted(response: httpx2.Response, what: str) -> HubError:
+def _untrusted(response: library.httpx2.Response, what: str) -> HubError:
     return HubError(
         f"{response.url.host} answered with {what}",
         next_step="Nothing was installed; check HF_ENDPOINT and the network",
@@ -143,9 +131,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
 
 def in_words(error: BaseException, repo: str, revision: str | None = None) -> HubError | None:
     """What an exception of the Hub's client means for a person; None where it is not one of the client's."""
-    import httpx2
-    from huggingface_hub import errors
-
+    errors, httpx2 = library.errors, library.httpx2
     at = f"{repo}@{revision}" if revision else repo
     error = cause_of(error)
     if isinstance(error, internals.NoClientError) and error.__cause__ is not None:
@@ -205,16 +191,13 @@ def in_words(error: BaseException, repo: str, revision: str | None = None) -> Hu
 
 def cause_of(error: BaseException) -> BaseException:
     """What the Hub answered in place of a file's facts; the client then says that the file is not cached."""
-    from huggingface_hub import errors
-
+    errors = library.errors
     answer = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
     return answer if isinstance(answer, errors.HfHubHTTPError | errors.FileMetadataError) else error
 
 
 def _no_client(error: BaseException) -> HubError:
     """Why no client could be made: what the environment says of proxies and certificates."""
-    import httpx2
-
     detail = " ".join(str(error).split())[:200].rstrip(".")
     if isinstance(error, ImportError) and "socks" in detail.lower():
         text = "the environment names a SOCKS proxy, and the package that speaks to one is missing"
@@ -224,7 +207,7 @@ def _no_client(error: BaseException) -> HubError:
         of = f"{named}={os.environ[named]}" if named else "this machine"
         text = f"the certificates of {of} can not be read: {error.strerror or detail}"
         return HubError(text, next_step="Correct or unset SSL_CERT_FILE and SSL_CERT_DIR")
-    if isinstance(error, ValueError | httpx2.InvalidURL):
+    if isinstance(error, ValueError | library.httpx2.InvalidURL):
         text = f"a proxy that the environment names can not be used: {detail}"
         return HubError(text, next_step="Correct or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY")
     text = f"no connection to the Hub can be prepared: {type(error).__name__} {detail}"
@@ -233,14 +216,10 @@ def _no_client(error: BaseException) -> HubError:
 
 def _is_about_the_token(error: BaseException) -> bool:
     """Whether the header with the token can't be sent; the client's own words then show the token."""
-    import httpx2
-
     if isinstance(error, UnicodeEncodeError):
         return error.object.startswith("Bearer ")
-    return isinstance(error, httpx2.LocalProtocolError) and "Bearer " in str(error)
+    return isinstance(error, library.httpx2.LocalProtocolError) and "Bearer " in str(error)
 
 
 def _page(repo: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repo}"
+    return f"{library.constants.ENDPOINT}/{repo}"

@@ -24,9 +24,9 @@ from lora_rt.registry.files import (
     present,
     shard_number,
 )
+from lora_rt.registry.hub import library
 from lora_rt.registry.hub.client import api, explained
 from lora_rt.registry.hub.internals import mark_absent, read_listing
-from lora_rt.registry.hub.limits import check_settings
 from lora_rt.registry.hub.remote import RemoteAdapter, RemoteFile, place_of
 from lora_rt.registry.reference import is_commit
 
@@ -70,14 +70,11 @@ def fetch_cached(repo: str, commit: str, names: list[str] | None, folder: Path) 
         HubError: the cache lacks a file.
         ChangedAdapterError: a file of the cache is damaged.
     """
-    check_settings()
-    from huggingface_hub import hf_hub_download
-
     if names is None:
         names = _all_of(repo, commit)
     for name in names:
         with explained(repo, commit):
-            path = Path(hf_hub_download(*place_of(repo, name), revision=commit, local_files_only=True))
+            path = Path(library.hf_hub_download(*place_of(repo, name), revision=commit, local_files_only=True))
         real = _inside_cache(path)
         expected = RemoteFile(real.stat().st_size, real.name if len(real.name) == 64 else None, real.name)
         if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name) or not _copy(path, folder / name, expected):
@@ -117,9 +114,7 @@ def is_settled(repo: str, commit: str, files: Iterable[str]) -> bool:
 
 def _cached(repo: str, name: str, commit: str) -> Any:
     """A file's path, None where nothing is known of it, and something else where it is known not to be there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return try_to_load_from_cache(*place_of(repo, name), revision=commit)
+    return library.try_to_load_from_cache(*place_of(repo, name), revision=commit)
 
 
 def _is_known(repo: str, name: str, commit: str) -> bool:
@@ -131,7 +126,6 @@ def _is_known(repo: str, name: str, commit: str) -> bool:
 
 def cached_commit(repo: str, revision: str | None) -> str | None:
     """The commit that the client's cache has for a revision of a repository, with its configuration; or None."""
-    check_settings()
     path = _cached(repo, CONFIG, revision or "main")
     if not isinstance(path, str):
         return None
@@ -173,9 +167,7 @@ def _copy(source: Path, target: Path, expected: RemoteFile) -> bool:
 
 def _inside_cache(path: Path) -> Path:
     """The file that a path of the cache leads to, which must lie in the cache itself."""
-    from huggingface_hub import constants
-
-    real, cache = path.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    real, cache = path.resolve(), Path(library.constants.HF_HUB_CACHE).resolve()
     if not real.is_relative_to(cache):
         raise HubError(
             f"the Hub's cache leads out of itself, to {real}",
@@ -186,9 +178,8 @@ def _inside_cache(path: Path) -> Path:
 
 def _bar(repo: str, name: str, size: int, report: Report) -> type[Any]:
     """A progress bar as the client wants one; it reports, and ends a body that is longer than stated."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    class Counting(tqdm):  # type: ignore[misc]
+    class Counting(library.tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
             self.arrived = int(kwargs.get("initial") or 0)

@@ -21,14 +21,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from lora_rt.registry import strict_json
+from lora_rt.registry.hub import library
 
-if TYPE_CHECKING:
-    import httpx2
-
-    Factory = Callable[[], httpx2.Client]
+Factory: TypeAlias = "Callable[[], library.httpx2.Client]"
 
 HARNESSES = "/api/agent-harnesses"
 LOGGERS = ("huggingface_hub.utils._http", "huggingface_hub.file_download", "huggingface_hub._commit_api")
@@ -47,17 +45,16 @@ class _OwnClient:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._theirs: tuple[Factory, httpx2.Client | None] | None = None
-        self._kept: tuple[Factory, httpx2.Client] | None = None
+        self._theirs: tuple[Factory, library.httpx2.Client | None] | None = None
+        self._kept: tuple[Factory, library.httpx2.Client] | None = None
 
     @property
     def in_use(self) -> bool:
         """Whether a call of ours runs in any thread."""
         return self._users > 0
 
-    def take(self, prepare: Callable[[httpx2.Client], None]) -> None:
-        from huggingface_hub.utils import _http
-
+    def take(self, prepare: Callable[[library.httpx2.Client], None]) -> None:
+        _http = library.utils._http
         with self._lock:
             self._users += 1
             if self._users > 1:
@@ -74,8 +71,7 @@ class _OwnClient:
                 _http._GLOBAL_CLIENT = kept[1] if kept else None
 
     def give_back(self) -> None:
-        from huggingface_hub.utils import _http
-
+        _http = library.utils._http
         with self._lock:
             self._users -= 1
             if self._users or self._theirs is None:
@@ -98,7 +94,7 @@ class _OwnClient:
             kept[1].close()
 
 
-def _made(factory: Factory, prepare: Callable[[httpx2.Client], None]) -> httpx2.Client:
+def _made(factory: Factory, prepare: Callable[[library.httpx2.Client], None]) -> library.httpx2.Client:
     try:
         client = factory()
     except Exception as error:  # whatever httpx2 raises of proxies and certificates
@@ -119,7 +115,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def own_client(prepare: Callable[[httpx2.Client], None]) -> Iterator[None]:
+def own_client(prepare: Callable[[library.httpx2.Client], None]) -> Iterator[None]:
     """Let huggingface_hub use a client of ours within the block: one of the application's making, then prepared.
 
     What the application's other threads ask of the Hub meanwhile goes through it too, and gets its answers. May be
@@ -133,9 +129,7 @@ def own_client(prepare: Callable[[httpx2.Client], None]) -> Iterator[None]:
 
 
 def _cache_of(repo: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    return Path(library.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
 
 
 def mark_absent(repo: str, path: str, commit: str) -> None:

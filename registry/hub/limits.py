@@ -10,48 +10,20 @@ than `pause` seconds are not waited.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_rt.registry.errors import HubError
-from lora_rt.registry.hub import internals
-
-if TYPE_CHECKING:
-    import httpx2
+from lora_rt.registry.hub import internals, library
 
 PIECE = 8192
 _AT_ONCE = ("/api/repos/create", "/api/validate-yaml")
 """What is sent to the Hub and gives it no work."""
-SETTINGS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
-"""Whole numbers of seconds, which huggingface_hub reads when it is imported."""
 _LOGGER = logging.getLogger("lora_rt.registry")
-
-
-def _seconds(name: str) -> int | None:
-    """A setting of the environment; None where it is not a whole number of seconds."""
-    try:
-        seconds = int(os.environ.get(name, "0"))
-    except ValueError:
-        return None
-    return seconds if seconds >= 0 else None
-
-
-def check_settings() -> None:
-    """Before huggingface_hub is imported, which no setting that it can't read lets happen.
-
-    Raises:
-        HubError: naming all that can't be read.
-    """
-    wrong = [name for name in SETTINGS if _seconds(name) is None]
-    if wrong:
-        told = " and ".join(f"{name} is {os.environ[name][:40]!r}" for name in wrong)
-        text = f"{told}; it must be a whole number of seconds"
-        raise HubError(text, next_step=f"Correct it, or: unset {' '.join(wrong)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +35,7 @@ class Limits:
     """
 
     connect: float = 10.0
-    read: float = field(default_factory=lambda: max(10.0, _seconds("HF_HUB_DOWNLOAD_TIMEOUT") or 0.0))
+    read: float = field(default_factory=lambda: max(10.0, library.seconds("HF_HUB_DOWNLOAD_TIMEOUT") or 0.0))
     answer: float = 60.0
     window: float = 30.0
     floor: float = 512.0
@@ -147,7 +119,7 @@ def forget() -> None:
     _THREAD.watch = _Watch()
 
 
-def on_request(request: httpx2.Request) -> None:
+def on_request(request: library.httpx2.Request) -> None:
     """Before each request: its limits, and the end of trying again.
 
     Raises:
@@ -171,7 +143,7 @@ def on_request(request: httpx2.Request) -> None:
     request.extensions.setdefault("trace", _on_trace)
 
 
-def on_response(response: httpx2.Response) -> None:
+def on_response(response: library.httpx2.Response) -> None:
     """After the headers of an answer: one that the client will ask for again has not ended the request.
 
     Raises:
@@ -188,11 +160,10 @@ def on_response(response: httpx2.Response) -> None:
     _LOGGER.warning(told)
 
 
-def _asked_to_wait(response: httpx2.Response) -> int:
+def _asked_to_wait(response: library.httpx2.Response) -> int:
     """The seconds for which the client would sleep because the Hub says so."""
-    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
-
-    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    read = library.utils.parse_ratelimit_headers  # type: ignore[attr-defined]
+    limit = read(response.headers) if response.status_code == 429 else None
     if limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds
     text = response.headers.get("retry-after", "").strip()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_rt.registry.card import AdapterCard
+from lora_rt.registry.hub import library
 from lora_rt.registry.inspection import InspectedAdapter
 from lora_rt.registry.reference import is_hub_id
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 TAG = "lora-rt"
 
@@ -23,8 +21,6 @@ _LICENCES = {
 
 def model_card(adapter: InspectedAdapter, repo: str) -> str:
     """The whole README.md, front matter first."""
-    from huggingface_hub import ModelCardData
-
     card = adapter.card
     facts: dict[str, Any] = {
         "library_name": "peft",
@@ -36,7 +32,7 @@ def model_card(adapter: InspectedAdapter, repo: str) -> str:
     }
     if card and is_hub_id(card.base.id):
         facts |= {"base_model": card.base.id, "base_model_relation": "adapter"}
-    return f"---\n{ModelCardData(**facts).to_yaml()}\n---\n\n{_body(adapter, repo)}"
+    return f"---\n{library.ModelCardData(**facts).to_yaml()}\n---\n\n{_body(adapter, repo)}"
 
 
 def _tags(adapter: InspectedAdapter) -> list[str]:
@@ -55,11 +51,9 @@ def _licence(card: AdapterCard | None) -> dict[str, str]:
     return {"license": "other", "license_name": stated}
 
 
-def _results(card: AdapterCard | None) -> list[EvalResult]:
-    from huggingface_hub import EvalResult
-
+def _results(card: AdapterCard | None) -> list[library.EvalResult]:
     return [
-        EvalResult(
+        library.EvalResult(
             task_type="text-generation",
             dataset_type="held-out",
             dataset_name="held-out scenes",

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from lora_rt.registry.errors import HubError, RejectedAdapterError
 from lora_rt.registry.files import CONFIG, limit_of, select
+from lora_rt.registry.hub import library
 from lora_rt.registry.hub.client import api, explained
 from lora_rt.registry.inspection.kinds import missing_weights
 from lora_rt.registry.reference import hub_place, is_commit
 from lora_rt.registry.strict_json import shown
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
 
 MAX_ENTRIES = 10_000
 
@@ -67,12 +64,10 @@ def look(repo: str, commit: str) -> RemoteAdapter:
         HubError: it can not be found or reached.
         RejectedAdapterError: what it holds is no adapter, by its names and sizes alone.
     """
-    from huggingface_hub.hf_api import RepoFile
-
     name, folder = hub_place(repo)
     with explained(repo, commit):
         tree = api().list_repo_tree(name, revision=commit, recursive=True)
-        entries = [item for item in islice(tree, MAX_ENTRIES) if isinstance(item, RepoFile)]
+        entries = [item for item in islice(tree, MAX_ENTRIES) if isinstance(item, library.RepoFile)]
         start = f"{folder}/" if folder else ""
         here = {item.path.removeprefix(start): item for item in entries if item.path.startswith(start)}
         found = {name: _remote_file(here[name]) for name in select(here)}
@@ -85,7 +80,7 @@ def look(repo: str, commit: str) -> RemoteAdapter:
     return RemoteAdapter(repo, commit, found)
 
 
-def _remote_file(item: RepoFile) -> RemoteFile:
+def _remote_file(item: library.RepoFile) -> RemoteFile:
     """What the Hub says of a file; a ValueError where that is not what a Hub says."""
     size = item.lfs.size if item.lfs else item.size
     sha256 = item.lfs.sha256 if item.lfs else None

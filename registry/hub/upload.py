@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 from lora_rt.registry.errors import HubError, InvalidReferenceError
 from lora_rt.registry.files import README, open_plain
+from lora_rt.registry.hub import library
 from lora_rt.registry.hub.client import api, explained
 from lora_rt.registry.hub.model_card import model_card
 from lora_rt.registry.hub.remote import RemoteAdapter, look
 from lora_rt.registry.inspection import InspectedAdapter, inspect_adapter
 from lora_rt.registry.reference import is_commit, is_hub_id
 from lora_rt.registry.resolved import Resolved
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
 
 
 def push(adapter: Resolved, repo: str, *, private: bool = False) -> str:
@@ -42,7 +39,7 @@ def push(adapter: Resolved, repo: str, *, private: bool = False) -> str:
     return commit
 
 
-def _commit(client: HfApi, adapter: Resolved, inspected: InspectedAdapter, repo: str, readme: bytes) -> object:
+def _commit(client: library.HfApi, adapter: Resolved, inspected: InspectedAdapter, repo: str, readme: bytes) -> object:
     operations = _operations(inspected, readme)
     try:
         return client.create_commit(repo, operations, commit_message=f"Add the adapter {adapter.name}").oid
@@ -55,12 +52,10 @@ def _commit(client: HfApi, adapter: Resolved, inspected: InspectedAdapter, repo:
         raise HubError(text, next_step="Try again") from error
 
 
-def _operations(adapter: InspectedAdapter, readme: bytes) -> list[CommitOperationAdd]:
-    from huggingface_hub import CommitOperationAdd
-
+def _operations(adapter: InspectedAdapter, readme: bytes) -> list[library.CommitOperationAdd]:
     names = sorted(set(adapter.files) - {README})
-    files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=adapter.folder / name) for name in names]
-    return [*files, CommitOperationAdd(path_in_repo=README, path_or_fileobj=readme)]
+    files = [library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=adapter.folder / name) for name in names]
+    return [*files, library.CommitOperationAdd(path_in_repo=README, path_or_fileobj=readme)]
 
 
 def _compare(remote: RemoteAdapter, adapter: InspectedAdapter, readme: bytes) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.utils import _detect_agent, _http
 
 from lora_rt.registry.errors import HubError
-from lora_rt.registry.hub import internals, limits
+from lora_rt.registry.hub import internals, library, limits
 from lora_rt.registry.hub.client import explained, session
 from lora_rt.registry.hub.pull import pull
 from lora_rt.registry.hub.remote import commit_of
@@ -45,6 +45,11 @@ def factory() -> Iterator[list[httpx2.Client]]:
     set_client_factory(before)
     for client in made:
         client.close()
+
+
+def test_the_library_has_every_name_that_is_asked_of_it() -> None:
+    assert [name for name in library.__all__ if not hasattr(library, name)] == []
+    assert not hasattr(library, "snapshot_download")
 
 
 def test_huggingface_hub_has_one_client_made_by_one_factory_under_one_lock() -> None:
