@@ -5,7 +5,7 @@
     config     config.py settings.py targets.py patterns.py     what is computed, on which modules; regexes cannot hang
     header     safetensors_header.py  tensor names, dtypes, shapes, offsets, before anything is allocated
     names      keys.py modules.py adapted.py experts.py     A and B of every module, against configuration and base
-    numbers    values.py              finite, sane, hashed, handed on: what was checked is what is loaded
+    numbers    reading.py values.py   finite, sane, hashed, handed on: what was checked is what is loaded
     refusals   kinds.py               what else a folder may be (IA3, MLX, a whole model, ...), in one line
 
 Nothing here imports torch, executes a file or follows what a file names.

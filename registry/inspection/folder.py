@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path
@@ -18,7 +18,7 @@ from lora_rt.registry.inspection.config import read_config
 from lora_rt.registry.inspection.modules import pair_modules, rank_problems
 from lora_rt.registry.inspection.safetensors_header import TensorEntry, read_header
 from lora_rt.registry.inspection.settings import LoraSettings
-from lora_rt.registry.inspection.values import RawTensor, TensorFacts, norm_problems, read_values, value_problems
+from lora_rt.registry.inspection.values import RawTensor, ReadFile, TensorFacts, norm_problems, value_problems
 from lora_rt.registry.strict_json import shown
 
 MAX_STATE_VALUE = 1e6
@@ -157,7 +157,7 @@ class Inspection:
         keep = compared | (set(entries) - set(copies) if self.load and not problems else set())
         facts: dict[str, TensorFacts] = {}
         for name, file in opened.items():
-            read = read_values(file, parts[name].values(), keep)
+            read = _read(file, parts[name].values(), keep)
             facts.update(read.facts)
             self.tensors.update(read.tensors)
             self.found[name] = read.sha256
@@ -208,7 +208,7 @@ class Inspection:
                 entries, problems = read_header(file, size)
                 problems += self._state_problems(entries) if not problems else []
                 if not problems:
-                    read = read_values(file, entries.values(), set(entries) if self.load else ())
+                    read = _read(file, entries.values(), set(entries) if self.load else ())
                     facts, self.found[STATE], self.state = read.facts, read.sha256, read.tensors
         except UnusableFileError as error:
             return [f"{STATE} {error}"]
@@ -255,6 +255,13 @@ def folder_problems(folder: Path) -> list[str]:
         for name in sorted(names)
         if name.lower() in wanted and name != wanted[name.lower()]
     ]
+
+
+def _read(file: BufferedReader, entries: Iterable[TensorEntry], keep: Container[str]) -> ReadFile:
+    # numpy is a third of the time that a command takes to start, and most commands read no values.
+    from lora_rt.registry.inspection.reading import read_values
+
+    return read_values(file, entries, keep)
 
 
 def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
