@@ -46,9 +46,9 @@ plugin is imported to find it.
 
 A mode imports `lora_rt.plugins.contract` and nothing else of ours: all that it needs of the runtime arrives in its
 hook's context, and what its commands need in `services`. It imports torch inside its hooks, since `lora-rt --help`
-imports every plugin. Its own options (`--option tokens=24`) are read with `read_options`; a mistake of the user is
-raised as a `LoraRtError`, which passes through as it is. One line tests it: see `lora_rt.plugins.testing`. A whole
-package of two files is in `examples/fade-in-mode`.
+imports every plugin, or in a module of its own that they import. Its own options (`--option tokens=24`) are read with
+`read_options`; a mistake of the user is raised as a `LoraRtError`, which passes through as it is. One line tests it:
+see `lora_rt.plugins.testing`. A whole package of two files is in `examples/fade-in-mode`.
 
 A plugin that fails is named, with the reason, by `lora-rt plugins` and `lora-rt doctor`; the host and the other plugins
 go on. Imports and all hooks but the gate are given up after a time limit (`LORA_RT_PLUGIN_SECONDS` sets another one).

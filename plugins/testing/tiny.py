@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from lora_rt.core.base.byte_tokenizer import byte_tokenizer
 
 _SPECIAL = ["<|user|>", "<|answer|>", "<|end|>"]
@@ -20,9 +23,6 @@ def tiny_base(folder: Path, *, seed: int = 0) -> Path:
         folder: made if it is not there.
         seed: of the random weights.
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

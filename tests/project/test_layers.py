@@ -36,7 +36,8 @@ def test_no_module_leads_back_to_itself() -> None:
         "import lora_rt",
         "import lora_rt.core.cli.app",
         "import lora_rt.plugins.contract",
-        "import lora_rt.plugins.modes.output_only",
+        "import lora_rt.plugins.modes.output_only, lora_rt.plugins.modes.context, lora_rt.plugins.modes.router",
+        "import lora_rt.plugins.modes.bridge.commands",
     ],
 )
 def test_a_light_import_pulls_in_nothing_heavy(statement: str) -> None:

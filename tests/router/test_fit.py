@@ -20,7 +20,7 @@ from lora_rt.core.tuning.mixes import MixFit
 from lora_rt.core.tuning.session import Job, open_job
 from lora_rt.core.tuning.settings import MixSettings, TuneError, settings_for
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.modes import router
+from lora_rt.plugins.modes.router import gates
 from lora_rt.registry.registry import Registry
 from support.tiny import Zoo
 
@@ -238,10 +238,10 @@ def test_a_control_is_given_the_states_of_other_tokens_in_no_order() -> None:
     mask = torch.ones(4, 9, dtype=torch.long)
     mask[1, :3] = 0
     ids = torch.arange(4 * 9).view(4, 9)
-    found = router._of_other_tokens(hidden, ids, mask)
+    found = gates._of_other_tokens(hidden, ids, mask)
     assert sorted(found.flatten().tolist()) == sorted(hidden.flatten().tolist())
     assert torch.equal(found[1, :3], hidden[1, :3])
     assert int((found != hidden).sum()) > 24
     assert len({int(number) % 9 for number in found[:, 4].flatten()}) > 1, "not of one place"
-    assert torch.equal(found, router._of_other_tokens(hidden, ids, mask))
-    assert not torch.equal(found, router._of_other_tokens(hidden, ids + 1, mask))
+    assert torch.equal(found, gates._of_other_tokens(hidden, ids, mask))
+    assert not torch.equal(found, gates._of_other_tokens(hidden, ids + 1, mask))

@@ -20,7 +20,7 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import MixtureContext
 from lora_rt.plugins.modes import context as context_mode
 from lora_rt.plugins.modes import router
-from lora_rt.plugins.modes.router import _faded
+from lora_rt.plugins.modes.router.gates import _faded
 from lora_rt.registry.reference import Reference
 from lora_rt.registry.registry import Registry
 from support.routers import router_state

@@ -26,8 +26,7 @@ from lora_rt.plugins.contract import (
     hookimpl,
     read_options,
 )
-from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, direction_of
-from lora_rt.plugins.modes.bridge.objective import RESERVE, Both, Options, Weighted, masks
+from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, RESERVE, direction_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +40,8 @@ LORA_RT_FIELDS = ("scene", "text")
 @hookimpl
 def lora_rt_objective(context: ObjectiveContext) -> Objective:
     """The objective of one bridge."""
+    from lora_rt.plugins.modes.bridge.objective import Both, Options, Weighted
+
     options = read_options(context.options, Options)
     return Both(context, options) if options.plain else Weighted(context, options)
 
@@ -50,6 +51,8 @@ def lora_rt_gate(context: GateContext) -> Gate | None:
     """Where ranks are reserved: 0 on those of the direction that the row's prompt does not ask for."""
     if RESERVE not in context.state:
         return None
+    from lora_rt.plugins.modes.bridge.objective import masks
+
     table = masks(float(context.state[RESERVE]), context.rank)  # (2, rank)
     prompts: Sequence[str | None] = context.prompts or [None] * len(context.active)
     rows = [DIRECTIONS.index(direction_of(prompt)) for prompt in prompts]

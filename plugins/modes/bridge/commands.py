@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lora_rt.plugins.contract import Services, UsageError
 from lora_rt.plugins.contract.cli import Json, OverBase, RepetitionPenalty, Temperature, TopK, TopP, spread
 from lora_rt.plugins.contract.terminal import harmless
+from lora_rt.plugins.modes.bridge.cycle import check_items, check_new_file, cycle_pairs, write_lines
+from lora_rt.plugins.modes.bridge.hyper import HyperBridge, onward
 from lora_rt.plugins.modes.bridge.items import read_items
-
-if TYPE_CHECKING:
-    from lora_rt.plugins.modes.bridge.hyper import HyperBridge
+from lora_rt.plugins.modes.bridge.table import bridge_table
 
 Adapter = Annotated[str, typer.Option("--adapter", help="The bridge, or a composition with it: 'bridge emotion:0.4'.")]
 Data = Annotated[
@@ -110,7 +110,6 @@ class Commands:
         """Scene to text to scene, or with --from text the other way round."""
         given = self._items(items, data, start)
         bridge = self._bridge(asked)
-        from lora_rt.plugins.modes.bridge.hyper import onward
 
         def expand(items: Sequence[str]) -> list[str]:
             return bridge.expand(items, candidates=candidates, **asked.sampling)
@@ -141,8 +140,6 @@ class Commands:
         ] = None,
     ) -> None:
         """Give unpaired texts and scenes a partner, to train on beside the pairs (`train --mode bridge`)."""
-        from lora_rt.plugins.modes.bridge.cycle import check_items, check_new_file, cycle_pairs, write_lines
-
         check_new_file(out)
         lone_texts = self._field(texts, "text") or []
         lone_scenes = self._field(scenes, "scene") or []
@@ -175,7 +172,6 @@ class Commands:
         compared = [one_direction] if one_direction else []
         runtime = self._services.runtime(*specs, *compared, **asdict(over))
         from lora_rt.plugins.modes.bridge.measure import SECTIONS, BridgeSettings, lengths, measure_bridge
-        from lora_rt.plugins.modes.bridge.table import bridge_table
 
         for examples in pairs.values():
             self._services.check_fit(examples, lengths(runtime, examples), runtime)
@@ -194,8 +190,6 @@ class Commands:
 
     def _bridge(self, asked: Asked) -> HyperBridge:
         runtime = self._services.runtime(asked.adapter, **asked.over)
-        from lora_rt.plugins.modes.bridge.hyper import HyperBridge
-
         bridge = HyperBridge(runtime, asked.adapter)
         modes = {info.mode for info, _ in runtime.terms(bridge.composition or "bridge")}
         if "bridge" not in modes:

@@ -14,6 +14,8 @@ from lora_rt.plugins.contract import LoraRtError
 Direction = Literal["expand", "compress"]
 DIRECTIONS: tuple[Direction, Direction] = ("expand", "compress")
 
+RESERVE = "reserve"
+"""The tensor of mode.safetensors that says which share of the ranks is each direction's own."""
 _ASK = "Compress into a scene:\n"
 
 

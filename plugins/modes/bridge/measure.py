@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_rt import TextLosses, ratio_interval, text_losses
 from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, Direction
@@ -224,10 +227,6 @@ def raw_losses(runtime: Runtime, texts: Sequence[str]) -> NDArray[np.float64]:
 
     The text follows the token that begins a document, or ends one where the tokenizer has none.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
-    from torch.nn.utils.rnn import pad_sequence
-
     tokenizer = runtime.tokenizer
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [torch.tensor([int(first), *tokenizer(text, add_special_tokens=False).input_ids]) for text in texts]

@@ -7,19 +7,16 @@ also learned without its text: that is the prior which the PMI score subtracts.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from lora_rt.plugins.contract import IGNORE, Encoded, Example, Objective, ObjectiveContext
-from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, Direction, prompt_for
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-RESERVE = "reserve"
-"""The tensor of mode.safetensors that says which share of the ranks is each direction's own."""
+from lora_rt.plugins.modes.bridge.directions import DIRECTIONS, RESERVE, Direction, prompt_for
 
 
 @dataclass(frozen=True)
@@ -129,9 +126,6 @@ class Weighted(Both):
 
     def loss(self, logits: Tensor, labels: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """The weighted mean over all labelled tokens of the batch; nothing is averaged per example first."""
-        import torch
-        from torch.nn.functional import cross_entropy
-
         targets = labels[:, 1:]
         losses = cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
@@ -144,8 +138,6 @@ class Weighted(Both):
 
 def masks(reserve: float, rank: int) -> Tensor:
     """One row per direction, (2, rank): the first ranks are expanding's own, the last ones compressing's."""
-    import torch
-
     own = min(max(1, round(reserve * rank)), rank // 2)
     masks = torch.ones(len(DIRECTIONS), rank)
     masks[0, rank - own :] = 0.0
@@ -153,11 +145,9 @@ def masks(reserve: float, rank: int) -> Tensor:
     return masks
 
 
-def _reserved(share: float) -> Any:
+def _reserved(share: float) -> nn.Module:
     """The state of the mode: the share, so that the gate of a finished adapter is the one it was trained under."""
-    import torch
-
-    state = torch.nn.Module()
+    state = nn.Module()
     state.register_buffer(RESERVE, torch.tensor(share))
     return state
 

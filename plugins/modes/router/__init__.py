@@ -17,13 +17,16 @@ the softmax that is LoRA-Flow's gate (Wang et al. 2024), except that it reads on
 input. `top1` is a hard choice per token, as MoLoRA makes.
 
 State: "map" (groups, adapters, hidden + 1), "total" (groups,) as logarithm, "mean" and "spread" (hidden,).
+
+The hooks are here; `gates.py` computes what they say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import Any
 
 from lora_rt.plugins.contract import (
     AdapterView,
@@ -37,19 +40,9 @@ from lora_rt.plugins.contract import (
     read_options,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 LORA_RT_API = 1
 GATES = ("softmax", "independent", "top1")
 _MOST_RECENT = 200  # tokens
-_FADED = 7  # times `recent`: tokens so far back count for a thousandth of the last one
-_AT_ONCE = 256  # tokens of a pass whose means are made together
-_FARTHEST = 6.0  # spreads from the mean; the state of a first token lies a hundred away
-
-
-class RouterError(LoraRtError):
-    """Weights that can't be routed, or a state that does not belong to the composition or to this base."""
 
 
 @dataclass(frozen=True)
@@ -78,56 +71,31 @@ class Options:
 @hookimpl
 def lora_rt_mixture(context: MixtureContext) -> Mixture:
     """The static composition, and mean and spread of each feature on the data."""
-    import torch
-
     options = read_options(context.options, Options)
     zero = [name for name, weight in zip(context.adapters, context.weights, strict=True) if weight == 0]
     if zero or len(context.adapters) < 2:
         text = f"{', '.join(zero)} has the weight 0" if zero else "one adapter leaves nothing to decide"
-        raise RouterError(f"these adapters can't be routed: {text}", next_step="Name two or more, none with weight 0")
+        raise LoraRtError(f"these adapters can't be routed: {text}", next_step="Name two or more, none with weight 0")
     layers = context.base.layers
     check_depth(options.hidden_layers, layers)
     if not 0 <= options.groups <= layers:
         text = f"groups is {options.groups}; this base has {layers} layers"
-        raise RouterError(text, next_step=f"Give a number from 1 to {layers}, or 0 for every layer")
-    groups, depth = options.groups or layers, options.hidden_layers
-    features = _unit(context.hidden(depth))
-    return Mixture(
-        {
-            "map": torch.zeros(groups, len(context.adapters), context.base.hidden_size + 1),
-            "total": torch.zeros(groups),
-            "mean": features.mean(0),
-            "spread": features.std(0, correction=0).clamp(min=1e-6),
-        },
-        {"gate": options.gate, "recent": options.recent, **({"control": True} if options.control else {})},
-        depth,
-        shares=True,
-    )
+        raise LoraRtError(text, next_step=f"Give a number from 1 to {layers}, or 0 for every layer")
+    from lora_rt.plugins.modes.router.gates import start
+
+    state = start(context, options.groups or layers, options.hidden_layers)
+    card = {"gate": options.gate, "recent": options.recent, **({"control": True} if options.control else {})}
+    return Mixture(state, card, options.hidden_layers, shares=True)
 
 
 @hookimpl
 def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | None:
     """(layers, rows, tokens, 1) for each adapter of the composition."""
-    import torch
-
     if context.composition is None:
         return None
-    view, first = context.composition, context.adapters[0]
-    recent, tokens = int(view.card.get("recent", 1)), first.input_ids.shape[1]
-    hidden, mask = first.history() if recent > 1 else (first.hidden(), None)
-    hidden = hidden[:, -tokens - _FADED * recent :]
-    if view.card.get("control") and torch.is_grad_enabled():
-        hidden = _of_other_tokens(hidden, first.input_ids, None if mask is None else mask[:, -hidden.shape[1] :])
-    weights = torch.tensor([abs(weight) for weight in view.card["weights"]])
-    state = _checked(view, len(weights))
-    z = _scores(state, hidden)
-    if mask is not None:
-        z = _faded(z, mask[:, -hidden.shape[1] :], tokens, recent)
-    z = z + state["map"].to(z)[:, None, None, :, -1]
-    gates = _gates(str(view.card.get("gate")), z, weights.to(z), state["total"].to(z))
-    owners = torch.arange(view.base.layers, device=z.device) * len(z) // view.base.layers
-    spread = gates if len(z) == 1 else gates[owners]  # a gate of one group broadcasts over the layers
-    return [Gate(ranks=spread[..., k, None]) for k in range(len(weights))]
+    from lora_rt.plugins.modes.router.gates import gates
+
+    return gates(context.composition, context.adapters[0])
 
 
 @hookimpl
@@ -136,92 +104,8 @@ def lora_rt_static(context: AdapterView) -> str:
     return "its weights are decided at every token"
 
 
-def _scores(state: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    """What each token says by itself, (groups, rows, tokens, adapters)."""
-    mean, spread = state["mean"].detach().to(hidden.device), state["spread"].detach().to(hidden.device)
-    features = ((_unit(hidden) - mean) / spread).clamp(-_FARTHEST, _FARTHEST)
-    weight = state["map"].to(features)
-    # Along features of length about sqrt(hidden) a small step of the map is a small step of z.
-    scale = weight.shape[-1] ** -0.5
-    scores: Tensor = (features @ weight[:, None, :, :-1].mT) * scale
-    return scores
-
-
-def _of_other_tokens(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The same states (rows, tokens, hidden) in an order that tells neither row nor place, for a batch always the same.
-
-    What stands at the same place of another row would still tell the place. Padding (mask 0) stays where it is.
-    """
-    import torch
-
-    order = torch.Generator().manual_seed(int(ids.sum()))
-    real = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
-    places = real.flatten().nonzero()[:, 0]
-    taken = torch.arange(real.numel())
-    taken[places] = places[torch.randperm(len(places), generator=order)]
-    return hidden.flatten(0, 1)[taken.to(hidden.device)].view_as(hidden)
-
-
-def _faded(z: Tensor, mask: Tensor, tokens: int, recent: int) -> Tensor:
-    """The means over the row's last tokens, of the last `tokens` of z.
-
-    Args:
-        z: (groups, rows, all tokens, adapters).
-        mask: (rows, all tokens), 0 on padding.
-    """
-    import torch
-
-    z = z.masked_fill(~mask.bool()[..., None], 0.0)
-    places = mask.long().cumsum(-1)
-    parts = []
-    for start in range(z.shape[2] - tokens, z.shape[2], _AT_ONCE):
-        end = min(start + _AT_ONCE, z.shape[2])
-        begin = max(0, start - _FADED * recent)
-        back = places[:, start:end, None] - places[:, None, begin:end]  # (rows, of the pass, all that count)
-        counts = (back >= 0) & (back < _FADED * recent) & mask[:, None, begin:end].bool()
-        share = (1 - 1 / recent) ** back.clamp(min=0).to(z) * counts
-        share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)  # padding has no token
-        parts.append(share @ z[:, :, begin:end])
-    faded: Tensor = torch.cat(parts, 2) * float(recent) ** 0.5
-    return faded
-
-
-def _unit(hidden: Tensor) -> Tensor:
-    """Each token's state brought to length 1: a few tokens have states a thousand times the others'."""
-    import torch
-
-    return torch.nn.functional.normalize(hidden.float(), dim=-1)
-
-
-def _gates(kind: str, z: Tensor, weights: Tensor, total: Tensor) -> Tensor:
-    """What multiplies each weight, in the shape of z; `weights` (adapters,) are all above 0."""
-    import torch
-
-    if kind == "independent":
-        most = (2 * weights).clamp(min=1.0)
-        return most / weights * (torch.logit(weights / most) + z).sigmoid()
-    shares = (weights.log() + z).softmax(-1)
-    if kind == "top1" and not torch.is_grad_enabled():
-        shares = torch.zeros_like(shares).scatter_(-1, shares.argmax(-1, keepdim=True), 1.0)
-    return shares * weights.sum() / weights * total.exp()[:, None, None, None]
-
-
-def _checked(view: AdapterView, adapters: int) -> dict[str, Tensor]:
-    """The tensors of the state.
-
-    Raises:
-        RouterError: they were fitted for another number of adapters, or a base of another size.
-    """
-    hidden = view.base.hidden_size
-    state = {name: view.state[name] for name in ("map", "total", "mean", "spread") if name in view.state}
-    groups = state["map"].shape[0] if "map" in state and state["map"].dim() == 3 else 0
-    shapes = {"map": (groups, adapters, hidden + 1), "total": (groups,), "mean": (hidden,), "spread": (hidden,)}
-    wrong = [name for name, shape in shapes.items() if name not in state or tuple(state[name].shape) != shape]
-    if wrong or not 1 <= groups <= view.base.layers:
-        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()) or "nothing"
-        raise RouterError(
-            f"the state of {view.adapter!r} does not fit {adapters} adapters over a base of hidden size {hidden} and "
-            f"{view.base.layers} layers: {found}",
-            next_step="Fit it again with: lora-rt tune --per token",
-        )
-    return state
+def __getattr__(name: str) -> Any:
+    """What stood here when hooks and tensors were one module."""
+    if name not in ("_faded", "_of_other_tokens"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("lora_rt.plugins.modes.router.gates"), name)
