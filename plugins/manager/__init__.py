@@ -7,7 +7,7 @@
     record.py     what is known of one plugin, for people, also from earlier processes; what is raised in its name
     surface.py    what a plugin offers: its API version, its hooks, their arguments
     copies.py     what hooks get to see is theirs
-    results.py    what hooks may return
+    results.py    what hooks may return; what holds tensors: tensors.py
     limits.py     how long a plugin may take; names a gate that does not come back
 
 Importing this package has no effect; `load_modes()` returns a host, which imports nothing before it is asked.

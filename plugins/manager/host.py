@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_rt.plugins.contract import JointGateContext
-from lora_rt.plugins.manager import results
 from lora_rt.plugins.manager.copies import private
 from lora_rt.plugins.manager.limits import Limits, within
 from lora_rt.plugins.manager.plugin import UNTIMED, Plugin, shared_thread
 from lora_rt.plugins.manager.record import GROUP, PluginError, PluginRecord, UnknownModeError
+from lora_rt.plugins.manager.results import checked_static, checked_weights
 from lora_rt.plugins.manager.sources import Sources, each
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class ModeHost:
         Raises:
             UnknownModeError, PluginError: as `call`.
         """
-        told = self._owner(mode).ask("lora_rt_static", results.checked_static, context=private(view))
+        told = self._owner(mode).ask("lora_rt_static", checked_static, context=private(view))
         if told is None:
             return f"acts at inference ({', '.join(self.acting_hooks(mode))}) and does not say that this one is static"
         return f"acts at inference: {told}" if told else ""
@@ -155,7 +155,9 @@ class ModeHost:
             PluginError: as `call`.
         """
         hook, owner = "lora_rt_mixture", self._owner(mode)
-        found: Mixture | None = owner.ask(hook, lambda value: results.checked_mixture(value, context), context=context)
+        found: Mixture | None = owner.ask(
+            hook, lambda value: _tensors().checked_mixture(value, context), context=context
+        )
         if found is None:
             text = f"the mode {mode!r} does not mix adapters"
             raise UnknownModeError(
@@ -164,7 +166,7 @@ class ModeHost:
         return found
 
     def _check_finite(self, gates: Sequence[Gate | None], modes: Sequence[str]) -> None:
-        fault = results.not_finite(gates)
+        fault = _tensors().not_finite(gates)
         if fault is not None:
             owner = self._owner(modes[fault[0]])
             hook = "lora_rt_joint_gate" if owner.implements("lora_rt_joint_gate") else "lora_rt_gate"
@@ -174,7 +176,7 @@ class ModeHost:
         if (joint := self._joint(owner, contexts)) is not None:
             return joint
         return [
-            owner.ask("lora_rt_gate", partial(results.checked_gate, context=context), context=private(context))
+            owner.ask("lora_rt_gate", partial(_tensors().checked_gate, context=context), context=private(context))
             for context in contexts
         ]
 
@@ -187,7 +189,7 @@ class ModeHost:
             [private(one) for one in contexts], None if composition is None else private(composition)
         )
         found: list[Gate | None] | None = owner.ask(
-            "lora_rt_joint_gate", lambda value: results.checked_gates(value, contexts), context=mine
+            "lora_rt_joint_gate", lambda value: _tensors().checked_gates(value, contexts), context=mine
         )
         return found
 
@@ -198,7 +200,7 @@ class ModeHost:
             UnknownModeError, PluginError: as `call`.
         """
         found: ScenePrediction | None = self._owner(mode).ask(
-            "lora_rt_scene", lambda value: results.checked_prediction(value, context), context=private(context)
+            "lora_rt_scene", lambda value: _tensors().checked_prediction(value, context), context=private(context)
         )
         return found
 
@@ -210,7 +212,7 @@ class ModeHost:
         """
         own = replace(context, terms=[private(term) for term in context.terms])
         found: list[float] | None = self._owner(mode).ask(
-            _COMPOSE, lambda value: results.checked_weights(value, context), context=own
+            _COMPOSE, lambda value: checked_weights(value, context), context=own
         )
         return found
 
@@ -248,7 +250,7 @@ class ModeHost:
             return owner.broke(f"{hook}, {what}", why)
 
         objective: Objective | None = owner.ask(
-            hook, lambda value: results.checked_objective(value, context, blame), context=context
+            hook, lambda value: _tensors().checked_objective(value, context, blame), context=context
         )
         return objective
 
@@ -299,3 +301,10 @@ class ModeHost:
 
     def _load_all(self) -> None:
         each(self._plugins, self._settled)
+
+
+def _tensors() -> Any:
+    """The checks of what holds tensors, which import torch: asked for when a hook has given some."""
+    from lora_rt.plugins.manager import tensors
+
+    return tensors
