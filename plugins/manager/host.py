@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_rt.plugins.contract import JointGateContext
 from lora_rt.plugins.manager.copies import private
-from lora_rt.plugins.manager.limits import Limits, within
+from lora_rt.plugins.manager.limits import within
 from lora_rt.plugins.manager.plugin import UNTIMED, Plugin, shared_thread
 from lora_rt.plugins.manager.record import GROUP, PluginError, PluginRecord, UnknownModeError
 from lora_rt.plugins.manager.results import checked_static, checked_weights
@@ -37,7 +37,9 @@ _ACTING = (*UNTIMED, _COMPOSE)
 class ModeHost:
     """The plugins. A mode is imported when it is asked for; `records`, `modes` and `offering` look at all of them."""
 
-    def __init__(self, plugins: Sequence[Plugin], unreadable: Sequence[PluginRecord], limits: Limits) -> None:
+    def __init__(
+        self, plugins: Sequence[Plugin], unreadable: Sequence[PluginRecord], limits: Mapping[str, float]
+    ) -> None:
         """Use `load_modes`."""
         self._plugins = list(plugins)
         self._unreadable = list(unreadable)

@@ -27,10 +27,12 @@ _SECONDS = {
     "lora_rt_static": 10.0,
     "lora_rt_commands": 5.0,
     "lora_rt_sources": 10.0,
-    # Not a limit: after this long a gate is named as hanging (see `Watch`).
+    # Not a limit: after this long a gate is named as hanging (see `watched`).
     "lora_rt_gate": 10.0,
     "lora_rt_joint_gate": 10.0,
 }
+
+_LOOK = 1.0  # seconds between two looks at what runs without a limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,8 @@ class Outcome:
     late: bool = False
 
 
-class Limits:
-    """The seconds that a plugin has for its import and for each hook.
+def time_limits(at_most: float = math.inf) -> dict[str, float]:
+    """The seconds that a plugin has for its import and for each hook, by name.
 
     Args:
         at_most: a bound on all of them; `$LORA_RT_PLUGIN_SECONDS`, where it is set, replaces all of them first.
@@ -51,13 +53,8 @@ class Limits:
     Raises:
         LoraRtError: the variable holds no positive number.
     """
-
-    def __init__(self, at_most: float = math.inf) -> None:
-        chosen = _from_environment()
-        self._seconds = {what: min(chosen or seconds, at_most) for what, seconds in _SECONDS.items()}
-
-    def __getitem__(self, what: str) -> float:
-        return self._seconds[what]
+    chosen = _from_environment()
+    return {what: min(chosen or seconds, at_most) for what, seconds in _SECONDS.items()}
 
 
 def within(seconds: float, action: Callable[[], Any]) -> Outcome:
@@ -82,51 +79,37 @@ def within(seconds: float, action: Callable[[], Any]) -> Outcome:
     return ended[0] if ended else Outcome(late=True)
 
 
-class Watch:
-    """Reports calls that last longer than `seconds`, once each: hooks that run in a request's own thread.
+@contextmanager
+def watched(seconds: float, report: Callable[[], None]) -> Iterator[None]:
+    """Call `report`, once and from another thread, where the block lasts longer than so many seconds.
 
     A gate is called in every forward pass. In a thread of its own it would cost more than the pass's matmuls, and lose
-    the caller's inference mode; so nothing can give it up. It can be said which plugin the request is waiting for. A
-    daemon thread looks at the running calls now and then; it ends when there were none for a while.
+    the caller's inference mode; so nothing can give it up. It can be said which plugin the request is waiting for: one
+    daemon thread of the process looks at all running calls now and then.
     """
+    global _watcher
+    call = object()
+    _running[call] = time.monotonic() + seconds, report
+    if _watcher is None or not _watcher.is_alive():  # in a fork it isn't; two that are started at once do no harm
+        _watcher = threading.Thread(target=_look, daemon=True, name="lora-rt-watch")
+        _watcher.start()
+    try:
+        yield
+    finally:
+        _running.pop(call, None)
 
-    def __init__(self, seconds: float, report: Callable[[str], None]) -> None:
-        """`report(hook)` is called from the watching thread."""
-        self._seconds = seconds
-        self._report = report
-        self._running: dict[object, tuple[float, str]] = {}
-        self._busy = True
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
 
-    @contextmanager
-    def over(self, hook: str) -> Iterator[None]:
-        """Watch the block."""
-        call = object()
-        self._running[call] = time.monotonic(), hook
-        self._busy = True
-        if self._thread is None or not self._thread.is_alive():
-            self._start()
-        try:
-            yield
-        finally:
-            self._running.pop(call, None)
+_running: dict[object, tuple[float, Callable[[], None]]] = {}
+_watcher: threading.Thread | None = None
 
-    def _start(self) -> None:
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._look, daemon=True, name="lora-rt-watch")
-                self._thread.start()
 
-    def _look(self) -> None:
-        while self._running or self._busy:
-            self._busy = False
-            time.sleep(self._seconds / 4)
-            late = time.monotonic() - self._seconds
-            for call, (started, hook) in list(self._running.items()):
-                if started < late and call in self._running:
-                    self._running.pop(call, (0.0, ""))  # once each
-                    self._report(hook)
+def _look() -> None:
+    while True:
+        time.sleep(_LOOK)
+        now = time.monotonic()
+        for call, (due, report) in list(_running.items()):
+            if due < now and _running.pop(call, None) is not None:  # once each
+                report()
 
 
 def _from_environment() -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 
 from lora_rt.plugins.manager.host import ModeHost
-from lora_rt.plugins.manager.limits import Limits
+from lora_rt.plugins.manager.limits import time_limits
 from lora_rt.plugins.manager.plugin import Plugin
 from lora_rt.plugins.manager.record import GROUP, NAMELESS, OTHERS, OURS, PluginRecord, describe
 from lora_rt.registry.packages import canonical, package_of, points_of
@@ -30,7 +30,7 @@ def load_modes(
         patience: a bound in seconds on each import and each timed hook of this host.
     """
     found, unreadable = installed() if points is None else (list(points), [])
-    limits = Limits(patience)
+    limits = time_limits(patience)
     names = os.environ.get(BLOCK_VARIABLE, "").split(",") if blocked is None else blocked
     skip = {canonical(name.strip()) for name in names} - {""}
     plugins = [Plugin(point, limits) for point in in_order(found)]

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib.metadata import EntryPoint
 from threading import Lock
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import hooks
-from lora_rt.plugins.manager.limits import IMPORT, Limits, Watch, within
+from lora_rt.plugins.manager.limits import IMPORT, watched, within
 from lora_rt.plugins.manager.record import PluginError, PluginRecord, Status, describe, forget, recall, remember
 from lora_rt.plugins.manager.results import ResultError
-from lora_rt.plugins.manager.surface import Hook, SurfaceError, hooks_of, summary_of
+from lora_rt.plugins.manager.surface import SurfaceError, hooks_of, summary_of
 from lora_rt.registry.packages import package_of
 
 UNTIMED = ("lora_rt_gate", "lora_rt_joint_gate")
@@ -34,13 +35,18 @@ UNTIMED = ("lora_rt_gate", "lora_rt_joint_gate")
 shared_thread: ContextVar[list[tuple[Plugin, str]] | None] = ContextVar("shared_thread", default=None)
 """Set in a thread that several calls share and that is given up as a whole: the calls that were made, the last last."""
 
+T = TypeVar("T")
 _log = logging.getLogger("lora_rt.plugins")
+
+
+def _anything(value: Any) -> Any:
+    return value
 
 
 class Plugin:
     """`record` says what became of it; its hooks are known after `load`."""
 
-    def __init__(self, point: EntryPoint, limits: Limits) -> None:
+    def __init__(self, point: EntryPoint, limits: Mapping[str, float]) -> None:
         self.record = PluginRecord(point.name, *package_of(point))
         self.group = point.group
         self._point = point
@@ -48,7 +54,6 @@ class Plugin:
         self._lock = Lock()
         self._relay: Any = None
         self._remembered = ""
-        self._watch = Watch(limits[UNTIMED[0]], self._late)
 
     @property
     def name(self) -> str:
@@ -59,11 +64,7 @@ class Plugin:
         """Import it where that has not happened yet; the record says how that went."""
         with self._lock:
             if self._relay is None and self.record.usable:
-                found = self._import()
-                if isinstance(found, str):
-                    self.record.mark("broken", found)
-                else:
-                    self._register(found)
+                self._import()
         return self.record
 
     def implements(self, hook: str) -> bool:
@@ -79,7 +80,7 @@ class Plugin:
         stated = getattr(implementation.function, "__globals__", {}).get("LORA_RT_FIELDS", ())
         return stated if isinstance(stated, tuple) and all(isinstance(name, str) for name in stated) else ()
 
-    def ask(self, hook: str, check: Callable[[Any], Any] = lambda value: value, **arguments: Any) -> Any:
+    def ask(self, hook: str, check: Callable[[Any], T] = _anything, **arguments: Any) -> T | None:
         """The checked result of one hook, None where it is not implemented or has nothing to say.
 
         Raises:
@@ -88,9 +89,12 @@ class Plugin:
         """
         if not self.implements(hook):
             return None
-        caller = getattr(self._relay.hook, hook)
-        run = self._here if hook in UNTIMED else self.timed
-        value = run(hook, lambda: caller(**arguments))
+        action = partial(getattr(self._relay.hook, hook), **arguments)
+        if hook in UNTIMED:
+            with watched(self._limits[hook], partial(self._late, hook)):
+                value = self._here(hook, action)
+        else:
+            value = self.timed(hook, action)
         try:
             answer = None if value is None else check(value)
         except ResultError as error:
@@ -136,48 +140,38 @@ class Plugin:
         # In a thread of ours a KeyboardInterrupt is the plugin's own; in the request's it is the user's.
         users = (LoraRtError,) if shared_thread.get() is not None else (LoraRtError, KeyboardInterrupt)
         try:
-            with self._watch.over(hook):
-                return action()
+            return action()
         except users:
             raise
         except BaseException as error:
             raise self.broke(hook, error) from error
 
-    def _import(self) -> dict[str, Hook] | str:
-        """Its hooks, or why there are none. Looking at it runs its code as well, so it is timed as well."""
+    def _import(self) -> None:
         seconds = self._limits[IMPORT]
         with _printing_aside():
             outcome = within(seconds, self._looked_at)
         if outcome.late:
-            return f"import: not finished after {seconds:g} s"
-        if isinstance(outcome.error, SurfaceError):
-            return outcome.error.message
-        if outcome.error is not None:
-            return f"import: {describe(outcome.error)}"
-        found: dict[str, Hook]
-        found, self.record.summary = outcome.value
-        return found
+            self.record.mark("broken", f"import: not finished after {seconds:g} s")
+        elif isinstance(outcome.error, SurfaceError):
+            self.record.mark("broken", outcome.error.message)
+        elif outcome.error is not None:
+            self.record.mark("broken", f"import: {describe(outcome.error)}")
+        else:
+            self._relay, self.record.hooks, self.record.summary = outcome.value
+            self._remembered = recall(self.record)
+            if self._remembered:
+                self.record.mark("faulty", self._remembered)
 
-    def _looked_at(self) -> tuple[dict[str, Hook], str]:
+    def _looked_at(self) -> tuple[pluggy.PluginManager, tuple[str, ...], str]:
+        """What calls its hooks, their names, and what it is for. All of that may run its code, and is timed."""
         plugin = self._point.load()
-        return hooks_of(plugin, self.group), summary_of(plugin, self.name)
-
-    def _register(self, found: dict[str, Hook]) -> None:
-        """Hand pluggy a module of the hooks alone: it then never touches the plugin's other attributes."""
+        found = hooks_of(plugin, self.group)
         relay = pluggy.PluginManager("lora_rt")
         relay.add_hookspecs(hooks)
-        surface = ModuleType(self.name)
+        surface = ModuleType(self.name)  # of the hooks alone: pluggy then never touches the plugin's other attributes
         vars(surface).update(found)
-        try:
-            relay.register(surface, name=self.name)
-        except (pluggy.PluginValidationError, ValueError) as error:
-            self.record.mark("broken", describe(error))
-            return
-        self._relay = relay
-        self.record.hooks = tuple(sorted(found))
-        self._remembered = recall(self.record)
-        if self._remembered:
-            self.record.mark("faulty", self._remembered)
+        relay.register(surface, name=self.name)
+        return relay, tuple(sorted(found)), summary_of(plugin, self.name)
 
     def _failed(self, hook: str, why: str, *, status: Status = "faulty") -> PluginError:
         reason = f"{hook}: {why}"

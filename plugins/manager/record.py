@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
@@ -29,7 +29,11 @@ NAMELESS = "?"
 
 Status = Literal["ok", "faulty", "broken", "blocked"]
 _LONGEST = 300
-_NOT_THE_PLUGIN = tuple(str(Path(module.__file__ or "").parent) + os.sep for module in (pluggy, importlib))
+_NOT_THE_PLUGIN = (
+    "<frozen ",
+    *(str(Path(file).parent) + os.sep for file in (pluggy.__file__, importlib.__file__, __file__) if file),
+)
+"""How the files of the frames before a plugin's first one begin: the import system's, pluggy's and this package's."""
 
 
 class PluginError(LoraRtError):
@@ -91,25 +95,10 @@ def _one_line(text: str) -> str:
 
 def _place(trace: TracebackType | None) -> str:
     """ " (file.py, line 3)": where the plugin was, even if a library that it called raised; "" if that is not known."""
-    found = ""
-    first = None
-    for path, line in _frames(trace):
-        first = first or path
-        if path != first:
-            break
-        found = f" ({Path(path).name}, line {line})"
-    return found
-
-
-def _frames(trace: TracebackType | None) -> Iterator[tuple[str, int]]:
-    """The frames from the plugin's first one on: without those of the import system, of pluggy and of this package."""
-    ours = str(Path(__file__).parent) + os.sep
-    inside = False
-    for frame, line in walk_tb(trace):
-        path = frame.f_code.co_filename
-        inside = inside or not path.startswith((ours, *_NOT_THE_PLUGIN, "<frozen "))
-        if inside:
-            yield path, line
+    frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(trace)]
+    inside = list(dropwhile(lambda at: at[0].startswith(_NOT_THE_PLUGIN), frames))
+    own = list(takewhile(lambda at: at[0] == inside[0][0], inside))
+    return f" ({Path(own[-1][0]).name}, line {own[-1][1]})" if own else ""
 
 
 def remember(record: PluginRecord, reason: str) -> None:
