@@ -35,7 +35,12 @@ _ACTING = (*UNTIMED, _COMPOSE)
 
 
 class ModeHost:
-    """The plugins. A mode is imported when it is asked for; `records`, `modes` and `offering` look at all of them."""
+    """The plugins. A mode is imported when it is asked for; `records`, `modes` and `offering` look at all of them.
+
+    Whatever is asked of one mode raises UnknownModeError where there is none of that name that can be used; and what
+    calls its hook PluginError, where that raised, exited, did not come back in time, or returned what it may not. A
+    LoraRtError of the hook's own passes.
+    """
 
     def __init__(
         self, plugins: Sequence[Plugin], unreadable: Sequence[PluginRecord], limits: Mapping[str, float]
@@ -62,11 +67,7 @@ class ModeHost:
         self._owner(mode)
 
     def implements(self, mode: str, hook: str) -> bool:
-        """Whether a mode implements a hook.
-
-        Raises:
-            UnknownModeError: there is no such mode, or it is broken or blocked.
-        """
+        """Whether a mode implements a hook."""
         return self._owner(mode).implements(hook)
 
     def named(self, name: str) -> list[Plugin]:
@@ -79,55 +80,31 @@ class ModeHost:
         return sorted((plugin for plugin in self._plugins if plugin.implements(hook)), key=lambda plugin: plugin.name)
 
     def fields(self, mode: str) -> tuple[str, ...]:
-        """What the module of a mode's objective states as `LORA_RT_FIELDS`: known without a base; empty if nothing.
-
-        Raises:
-            UnknownModeError: there is no such mode, or it is broken or blocked.
-        """
+        """What the module of a mode's objective states as `LORA_RT_FIELDS`: known without a base; empty if nothing."""
         return self._owner(mode).fields
 
     def gates_of(self, mode: str) -> bool:
-        """Whether a mode gates its adapters, each alone or all together.
-
-        Raises:
-            UnknownModeError: as `implements`.
-        """
+        """Whether a mode gates its adapters, each alone or all together."""
         return any(self.implements(mode, hook) for hook in UNTIMED)
 
     def acting_hooks(self, mode: str) -> list[str]:
-        """The hooks by which a mode acts at inference: none is "static whatever the adapter".
-
-        Raises:
-            UnknownModeError: as `implements`.
-        """
+        """The hooks by which a mode acts at inference: none is "static whatever the adapter"."""
         return [hook for hook in _ACTING if self.implements(mode, hook)]
 
     def why_not_static(self, mode: str, view: AdapterView) -> str:
-        """Why an adapter of a mode that acts at inference has no constant weights, "" where it has.
-
-        Raises:
-            UnknownModeError, PluginError: as `call`.
-        """
+        """Why an adapter of a mode that acts at inference has no constant weights, "" where it has."""
         told = self._owner(mode).ask("lora_rt_static", checked_static, context=private(view))
         if told is None:
             return f"acts at inference ({', '.join(self.acting_hooks(mode))}) and does not say that this one is static"
         return f"acts at inference: {told}" if told else ""
 
     def gate(self, mode: str, context: GateContext) -> Gate | None:
-        """The checked gate of one adapter for one forward pass. Runs in the caller's thread, without a time limit.
-
-        Raises:
-            UnknownModeError, PluginError: as `call`.
-        """
+        """The checked gate of one adapter for one forward pass. Runs in the caller's thread, without a time limit."""
         return self.gates([(mode, context)])[0]
 
     def gates(self, asked: Sequence[tuple[str, GateContext]]) -> list[Gate | None]:
         """The checked gates of all gated adapters of one pass, (mode, context) each; a mode with a joint gate sees its
-        adapters together.
-
-        Raises:
-            UnknownModeError, PluginError: as `call`.
-        """
+        adapters together."""
         found: list[Gate | None] = [None] * len(asked)
         for mode in dict.fromkeys(mode for mode, _ in asked):
             mine = [index for index, (owner, _) in enumerate(asked) if owner == mode]
@@ -138,11 +115,7 @@ class ModeHost:
         return found
 
     def mixture_gates(self, mode: str, context: JointGateContext) -> list[Gate | None]:
-        """The checked gates of the adapters of a named composition, as its mode decides; None is "always 1".
-
-        Raises:
-            UnknownModeError, PluginError: as `call`.
-        """
+        """The checked gates of the adapters of a named composition, as its mode decides; None is "always 1"."""
         assert context.composition is not None
         found = self._joint(self._owner(mode), context.adapters, context.composition)
         gates: list[Gate | None] = [None] * len(context.adapters) if found is None else list(found)
@@ -153,13 +126,10 @@ class ModeHost:
         """The checked start of a fit of a composition of this mode.
 
         Raises:
-            UnknownModeError: there is no such mode, or it can't be fitted so.
-            PluginError: as `call`.
+            UnknownModeError: also where the mode mixes no adapters.
         """
         hook, owner = "lora_rt_mixture", self._owner(mode)
-        found: Mixture | None = owner.ask(
-            hook, lambda value: _tensors().checked_mixture(value, context), context=context
-        )
+        found: Mixture | None = owner.ask(hook, partial(_tensors().checked_mixture, context=context), context=context)
         if found is None:
             text = f"the mode {mode!r} does not mix adapters"
             raise UnknownModeError(
@@ -190,48 +160,30 @@ class ModeHost:
         mine = JointGateContext(
             [private(one) for one in contexts], None if composition is None else private(composition)
         )
-        found: list[Gate | None] | None = owner.ask(
-            "lora_rt_joint_gate", lambda value: _tensors().checked_gates(value, contexts), context=mine
-        )
-        return found
+        return owner.ask("lora_rt_joint_gate", lambda value: _tensors().checked_gates(value, contexts), context=mine)
 
     def scene(self, mode: str, context: SceneContext) -> ScenePrediction | None:
-        """The checked scene types of the rows of a request, or None for none.
-
-        Raises:
-            UnknownModeError, PluginError: as `call`.
-        """
-        found: ScenePrediction | None = self._owner(mode).ask(
+        """The checked scene types of the rows of a request, or None for none."""
+        return self._owner(mode).ask(
             "lora_rt_scene", lambda value: _tensors().checked_prediction(value, context), context=private(context)
         )
-        return found
 
     def weights(self, mode: str, context: ComposeContext) -> list[float] | None:
-        """The checked weights of a mode's terms, or None for the user's own.
-
-        Raises:
-            UnknownModeError, PluginError: as `call`.
-        """
+        """The checked weights of a mode's terms, or None for the user's own."""
         own = replace(context, terms=[private(term) for term in context.terms])
-        found: list[float] | None = self._owner(mode).ask(
-            _COMPOSE, lambda value: checked_weights(value, context), context=own
-        )
-        return found
+        return self._owner(mode).ask(_COMPOSE, lambda value: checked_weights(value, context), context=own)
 
     def deciding(self, modes: Iterable[str], action: Callable[[], T]) -> T:
-        """Run an action that asks for the weights of many rows: all that these modes are asked is in one thread.
-
-        Raises:
-            UnknownModeError, PluginError: as `call`; and whatever the action raises.
-        """
+        """Run an action that asks for the weights of many rows: all that these modes are asked is in one thread."""
         if shared_thread.get() is not None or not any(self.implements(mode, _COMPOSE) for mode in set(modes)):
             return action()
         calls: list[tuple[Plugin, str]] = []
-        token = shared_thread.set(calls)
-        try:
-            outcome = within(self._limits[_COMPOSE], action)
-        finally:
-            shared_thread.reset(token)
+
+        def sharing() -> T:
+            shared_thread.set(calls)  # in this thread's own copy of the variables
+            return action()
+
+        outcome = within(self._limits[_COMPOSE], sharing)
         if outcome.late and calls:
             plugin, hook = calls[-1]
             raise plugin.gave_up(hook)
@@ -241,32 +193,20 @@ class ModeHost:
         return found
 
     def objective(self, mode: str, context: ObjectiveContext) -> Objective | None:
-        """The checked objective of a training run. Its methods raise PluginError from now on when they fail.
-
-        Raises:
-            UnknownModeError, PluginError: as `call`.
-        """
+        """The checked objective of a training run. Its methods raise PluginError from now on when they fail."""
         hook, owner = "lora_rt_objective", self._owner(mode)
 
         def blame(what: str, why: object) -> PluginError:
             return owner.broke(f"{hook}, {what}", why)
 
-        objective: Objective | None = owner.ask(
-            hook, lambda value: _tensors().checked_objective(value, context, blame), context=context
-        )
-        return objective
+        return owner.ask(hook, lambda value: _tensors().checked_objective(value, context, blame), context=context)
 
     def sources(self) -> Sources:
         """(label, find) of every registry source that plugins add; no plugin is imported before they are looked at."""
         return Sources(partial(self.offering, "lora_rt_sources"))
 
     def call(self, mode: str, hook: str, **arguments: Any) -> Any:
-        """The unchecked result of one hook of one mode, or None if the mode does not implement it.
-
-        Raises:
-            UnknownModeError: there is no such mode, or it is broken or blocked.
-            PluginError: the hook raised, exited, or did not come back in time. A LoraRtError of the hook's own passes.
-        """
+        """The unchecked result of one hook of one mode, or None if the mode does not implement it."""
         return self._owner(mode).ask(hook, **arguments)
 
     def _owner(self, mode: str) -> Plugin:
@@ -290,16 +230,12 @@ class ModeHost:
         """Whether a plugin can be used: of several that can and have one name, the first."""
         if plugin.record.status == "blocked":
             return False
-        for other in self._plugins:
-            if (other.group, other.name) != (plugin.group, plugin.name):
-                continue
-            if other is plugin:
-                return plugin.load().usable
-            if other.load().usable:
+        for other in self._plugins[: self._plugins.index(plugin)]:
+            if (other.group, other.name) == (plugin.group, plugin.name) and other.load().usable:
                 kind = "mode" if plugin.group == GROUP else "plugin"
                 plugin.record.mark("broken", f"the {kind} name {plugin.name!r} is taken by {other.record.origin}")
                 return False
-        raise LookupError(plugin.name)
+        return plugin.load().usable
 
     def _load_all(self) -> None:
         each(self._plugins, self._settled)
