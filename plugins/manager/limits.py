@@ -32,7 +32,8 @@ _SECONDS = {
     "lora_rt_joint_gate": 10.0,
 }
 
-_LOOK = 1.0  # seconds between two looks at what runs without a limit
+_LOOK = 1.0  # seconds at most between two looks at what runs without a limit
+_IDLE = 5  # looks at nothing after which nobody looks any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +86,40 @@ def watched(seconds: float, report: Callable[[], None]) -> Iterator[None]:
 
     A gate is called in every forward pass. In a thread of its own it would cost more than the pass's matmuls, and lose
     the caller's inference mode; so nothing can give it up. It can be said which plugin the request is waiting for: one
-    daemon thread of the process looks at all running calls now and then.
+    daemon thread of the process looks at all running calls now and then, and ends when there were none for a while.
     """
     global _watcher
     call = object()
-    _running[call] = time.monotonic() + seconds, report
-    if _watcher is None or not _watcher.is_alive():  # in a fork it isn't; two that are started at once do no harm
-        _watcher = threading.Thread(target=_look, daemon=True, name="lora-rt-watch")
-        _watcher.start()
+    with _lock:
+        _running[call] = time.monotonic() + seconds, report
+        if _watcher is None or not _watcher.is_alive():  # in a fork it isn't
+            pause = min(_LOOK, seconds / 4)
+            _watcher = threading.Thread(target=_look, args=[pause], daemon=True, name="lora-rt-watch")
+            _watcher.start()
     try:
         yield
     finally:
         _running.pop(call, None)
 
 
+_lock = threading.Lock()
 _running: dict[object, tuple[float, Callable[[], None]]] = {}
 _watcher: threading.Thread | None = None
 
 
-def _look() -> None:
-    while True:
-        time.sleep(_LOOK)
+def _look(pause: float) -> None:
+    global _watcher
+    idle = 0
+    while idle < _IDLE:
+        time.sleep(pause)
         now = time.monotonic()
         for call, (due, report) in list(_running.items()):
             if due < now and _running.pop(call, None) is not None:  # once each
                 report()
+        with _lock:
+            idle = 0 if _running else idle + 1
+            if idle == _IDLE:
+                _watcher = None
 
 
 def _from_environment() -> float | None:

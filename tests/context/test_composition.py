@@ -133,10 +133,10 @@ def test_a_scene_type_that_nobody_could_name_is_refused_by_its_line(
 
 @pytest.mark.parametrize("static", [-0.5, -0.4999, 0.3])
 def test_a_share_that_cancels_leaves_what_its_heads_differ_by(static: float) -> None:
-    mix: Any = "led"
+    moded: Any = "led"
     heads = torch.tensor([0.25, 1.5]).view(1, 1, 1, 2)
-    row = Row({}, {"a": static}, mixes={mix: {"a": 0.5}})
-    share = _share("a", [row], [(mix, {"a": Gate(heads=heads)})], torch.device("cpu"))
+    row = Row({}, {"a": static}, moded={moded: {"a": 0.5}})
+    share = _share("a", [row], [(moded, {"a": Gate(heads=heads)})], torch.device("cpu"))
     assert share.ranks is not None
     assert share.heads is not None
     assert torch.allclose(share.ranks * share.heads, static + 0.5 * heads, atol=1e-5)

@@ -25,8 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 from lora_rt.plugins.contract import (
     AdapterView,
@@ -102,10 +100,3 @@ def lora_rt_joint_gate(context: JointGateContext) -> Sequence[Gate | None] | Non
 def lora_rt_static(context: AdapterView) -> str:
     """It is so only before it was fitted, and then it is not kept."""
     return "its weights are decided at every token"
-
-
-def __getattr__(name: str) -> Any:
-    """What stood here when hooks and tensors were one module."""
-    if name not in ("_faded", "_of_other_tokens"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("lora_rt.plugins.modes.router.gates"), name)
