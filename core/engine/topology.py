@@ -151,6 +151,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: features(module) for name, module in find_linears(model).items()} | fused
 
 
+def embeddings_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The same of the embeddings that an adapter can act on: name -> (features, tokens or positions)."""
+    return {name: (module.embedding_dim, module.num_embeddings) for name, module in _find_embeddings(model).items()}
+
+
 def is_turned(topology: Topology, name: str) -> bool:
     """Whether a site's weight lies as (in, out): a Conv1D's, or an embedding's."""
     site = topology.sites[topology.by_name[name]]
@@ -251,17 +256,21 @@ def survey(model: Any) -> Topology:
 
 
 def _embeddings(model: Any, group: int) -> list[Site]:
-    """The model's embedding and others that lie outside the blocks (of positions), each a group of its own."""
+    """A site for each of the embeddings, each a group of its own."""
+    return [
+        Site(n, m, m.embedding_dim, m.num_embeddings, None, group + i, _device_of(m, device_of(model)), embeds=True)
+        for i, (n, m) in enumerate(_find_embeddings(model).items())
+    ]
+
+
+def _find_embeddings(model: Any) -> dict[str, nn.Embedding]:
+    """The model's embedding and others that lie outside the blocks (of positions)."""
     own = inner_of(model.get_input_embeddings())
-    found = {
+    return {
         name: module
         for name, module in bare_modules(model)
         if isinstance(module, nn.Embedding) and (module is own or (_looks_up(module) and block_number(name) is None))
     }
-    return [
-        Site(n, m, m.embedding_dim, m.num_embeddings, None, group + i, _device_of(m, device_of(model)), embeds=True)
-        for i, (n, m) in enumerate(found.items())
-    ]
 
 
 def _looks_up(module: nn.Embedding) -> bool:

@@ -76,7 +76,7 @@ def _refuse_biases(factors: Mapping[str, Factors]) -> None:
     if biased:
         raise ExportError(
             f"a GGUF adapter holds no biases, and {len(biased)} layers have one",
-            next_step="Use --format peft or --format merged",
+            next_step="Use --format peft, or --format merged where these layers of the base have biases",
             problems=biased,
         )
 

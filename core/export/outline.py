@@ -12,7 +12,7 @@ from lora_rt.core.base.load import base_facts
 from lora_rt.core.base.reading import auto_class, config_alone, readable
 from lora_rt.core.base.roles import ROLES, anywhere, roles_of
 from lora_rt.core.base.source import BaseSource, parse_base
-from lora_rt.core.engine.topology import features, find_linears, shapes_of
+from lora_rt.core.engine.topology import embeddings_of, features, find_linears, shapes_of
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
@@ -22,7 +22,8 @@ class Outline:
     """A base without its weights.
 
     `linears` are its linear layers, path to (out_features, in_features); `transposed` those whose weight is kept as
-    (in, out); `parameters` counts its weights. `shapes` are those of all that an adapter can act on, fused experts too.
+    (in, out); `parameters` counts its weights. `shapes` are those of all layers that an adapter can act on, fused
+    experts too, and `embeddings` those of what looks up tokens or positions.
     """
 
     source: BaseSource
@@ -31,6 +32,7 @@ class Outline:
     config: Any
     linears: dict[str, tuple[int, int]]
     shapes: dict[str, tuple[int, ...]]
+    embeddings: dict[str, tuple[int, ...]]
     transposed: frozenset[str]
     parameters: int
 
@@ -66,6 +68,7 @@ def outline(text: str, *, quick: bool = False) -> Outline:
         config=config,
         linears={name: features(module) for name, module in linears.items()},
         shapes=shapes_of(model),
+        embeddings=embeddings_of(model),
         transposed=frozenset(name for name, module in linears.items() if isinstance(module, Conv1D)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

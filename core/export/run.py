@@ -26,6 +26,7 @@ from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import durable, files
 from lora_rt.registry.card import write_card
+from lora_rt.registry.errors import RejectedAdapterError
 from lora_rt.registry.inspection import inspect_adapter
 from lora_rt.registry.registry import Registry
 
@@ -256,8 +257,21 @@ def _write(
     else:
         write_peft_adapter(folder, rounded(factors, dtype), base)
         write_card(folder, about.card(terms, base, left_out=left_out))
-        # The composition that is written has to pass what every adapter has to pass that is loaded.
+        _check_written(folder, base)
+
+
+def _check_written(folder: Path, base: Outline) -> None:
+    """The composition that is written has to pass what every adapter has to pass that is loaded.
+
+    Raises:
+        ExportError: it does not, though each of its adapters did.
+    """
+    try:
         inspect_adapter(folder, name="export", linears=base.linears, base=base.identity)
+    except RejectedAdapterError as error:
+        text = "as one adapter this composition is beyond what an adapter may hold"
+        next_step = "Give smaller weights, or fewer adapters"
+        raise ExportError(text, next_step=next_step, problems=error.problems) from error
 
 
 def _digests(folder: Path) -> tuple[dict[str, str], int]:

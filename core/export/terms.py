@@ -141,23 +141,25 @@ def _read(part: Term, registry: Registry, base: Outline) -> ExportTerm:
     inspected = inspect_adapter(
         resolved.folder,
         name=resolved.name,
-        linears=base.shapes,
+        linears=base.shapes | base.embeddings,
         base=None if anyway else base.identity,
         sha256=resolved.digests.sha256_recorded,
         own=None if folder is None or not folder.is_dir() else own_weights_in(weight_files(folder)),
         load=True,
     )
     check_pin(part, resolved.name, inspected.sha256)
-    if extras := inspected.extras:
+    weights = _weights(part, base)
+    if any(weights) and (extras := inspected.extras):  # without a weight it adds nothing, whatever it holds
         text = f"{resolved.name} holds {' and '.join(extras)}, which is not exported"
-        raise ExportError(text, next_step="Compose with it at run time, or export it with PEFT: merge_and_unload()")
-    if any(module.of_weight and module.module in base.transposed for module in inspected.modules):
+        otherwise = "" if inspected.invocation else ", or export it with PEFT: merge_and_unload()"  # which aLoRA lacks
+        raise ExportError(text, next_step=f"Compose with it at run time{otherwise}")
+    if any(weights) and any(module.of_weight and module.module in base.transposed for module in inspected.modules):
         text = (
             f"{resolved.name} adapts weights as they lie in memory (target_parameters), turned, which is not exported"
         )
         raise ExportError(text, next_step="Export it with PEFT: merge_and_unload()")
     adapter = read_adapter(inspected, resolved.name)
-    return ExportTerm(resolved.read(inspected.files), adapter, _weights(part, base), part.after, _decided(part))
+    return ExportTerm(resolved.read(inspected.files), adapter, weights, part.after, _decided(part))
 
 
 def _weights(part: Term, base: Outline) -> tuple[float, ...]:

@@ -152,3 +152,34 @@ def test_half_precision_is_saved_and_what_it_can_not_hold_is_refused(exported: E
     with pytest.raises(ExportError, match="float16 can't hold") as caught:
         exported(f"{pool[0]}:1e9", dtype=torch.float16)
     assert len(caught.value.problems) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_dora": True}, "holds DoRA"),
+        ({"targets": ("q_proj", "embed_tokens")}, "holds a LoRA of the embedding"),
+        ({"modules_to_save": ["lm_head"]}, "holds modules that were trained as a whole"),
+        ({"trainable_token_indices": [9, 10]}, "holds trained token rows"),
+        ({"alora_invocation_tokens": [9, 10]}, "holds tokens that wake it up"),
+    ],
+)
+def test_what_is_not_exported_is_named_as_what_it_is_and_counts_for_nothing_at_weight_0(
+    zoo: Zoo, exported: Export, pool: list[Path], options: dict[str, Any], said: str
+) -> None:
+    adapter = zoo.adapter("llama", seed=11, **options)
+    with pytest.raises(ExportError, match=f"{said}.* which is not exported") as caught:
+        exported(f"{pool[0]} {adapter}")
+    if "alora_invocation_tokens" in options:  # which PEFT can't merge
+        assert caught.value.next_step == "Compose with it at run time"
+    done = exported(f"{pool[0]} {adapter}:0")
+    assert_close(
+        peft_logits(zoo.base("llama"), done.path), dense_logits(zoo.base("llama"), [(pool[0], 1.0)], IDS), **EXACT
+    )
+
+
+def test_weights_beyond_what_an_adapter_may_hold_are_what_is_wrong(exported: Export, pool: list[Path]) -> None:
+    with pytest.raises(ExportError, match="as one adapter this composition is beyond") as caught:
+        exported(f"{pool[0]}:1e30")
+    assert caught.value.next_step == "Give smaller weights, or fewer adapters"
+    assert any("is not sane" in problem for problem in caught.value.problems)
