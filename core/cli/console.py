@@ -57,8 +57,57 @@ def settle_streams() -> None:
                 stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
+class _Aside:
+    """Standard output while it is kept for a document: its stream, and where its descriptor led."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stdout
+        self.descriptor: int | None = None
+        try:
+            self.stream.flush()
+            error, output = sys.stderr.fileno(), self.stream.fileno()
+            self.descriptor = os.dup(output)
+            os.dup2(error, output)
+        except (OSError, ValueError):  # it is closed, or a program's own
+            pass
+        sys.stdout = sys.stderr
+
+    def give_back(self) -> None:
+        """Let what is printed go there again."""
+        sys.stdout = self.stream
+        if self.descriptor is not None:
+            os.dup2(self.descriptor, self.stream.fileno())
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+_aside: _Aside | None = None
+
+
+@contextmanager
+def printing_aside() -> Iterator[None]:
+    """Within the block what anyone prints, libraries and hooks of plugins too, goes to standard error.
+
+    `print_json` ends it: a document is the last that a command prints.
+    """
+    global _aside
+    _aside = _Aside()
+    try:
+        yield
+    finally:
+        _give_back()
+
+
+def _give_back() -> None:
+    global _aside
+    if _aside is not None:
+        aside, _aside = _aside, None
+        aside.give_back()
+
+
 def print_json(document: Any) -> None:
     """One JSON document and nothing else, not wrapped and not coloured."""
+    _give_back()
     with kept_if_unprinted(document):
         sys.stdout.write(_json(document, sys.stdout.encoding))
 
@@ -80,7 +129,8 @@ def check_output() -> None:
         StorageError: its disk is full.
     """
     try:
-        output = sys.stdout.fileno()
+        kept = _aside.descriptor if _aside is not None else None
+        output = sys.stdout.fileno() if kept is None else kept
         if not stat.S_ISREG(os.fstat(output).st_mode) or not hasattr(os, "fstatvfs"):
             return
         disk = os.fstatvfs(output)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_rt.core.base.precision import check_wish
+from lora_rt.core.cli.console import printing_aside
 from lora_rt.core.cli.failures import usage as usage
 from lora_rt.core.cli.session import session
 from lora_rt.core.requests.composition import Composition, quoted
@@ -22,7 +23,6 @@ from lora_rt.errors import UsageError
 from lora_rt.plugins.contract import cli as contract
 from lora_rt.plugins.contract.cli import Base as Base
 from lora_rt.plugins.contract.cli import Device as Device
-from lora_rt.plugins.contract.cli import Json as Json
 from lora_rt.plugins.contract.cli import Precision as Precision
 from lora_rt.plugins.contract.cli import SpecialTokens as SpecialTokens
 from lora_rt.plugins.contract.cli import Temperature as Temperature
@@ -30,6 +30,15 @@ from lora_rt.plugins.contract.cli import TemplateVar as TemplateVar
 from lora_rt.plugins.contract.cli import TopK as TopK
 from lora_rt.plugins.contract.cli import spread as spread
 from lora_rt.registry.reference import is_path
+
+
+def _alone(context: typer.Context, wanted: bool) -> bool:
+    if wanted and not context.resilient_parsing:
+        context.with_resource(printing_aside())
+    return wanted
+
+
+Json = Annotated[bool, typer.Option("--json", help=contract.JSON_HELP, callback=_alone)]
 
 
 def source_of(given: Sequence[str] | None, option: str) -> Path | None:

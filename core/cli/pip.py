@@ -81,12 +81,16 @@ def mode_records() -> list[dict[str, Any]]:
     """
     command = [sys.executable, "-m", "lora_rt", "plugins", "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    try:
+        records: list[dict[str, Any]] = json.loads(ended.stdout) if not ended.returncode else []
+    except ValueError as error:
+        text = "lora-rt plugins --json prints no JSON any more: one of the plugins prints something as Python ends"
+        raise PipError(text, next_step="See: lora-rt plugins") from error
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["no output"])[-1]
         raise PipError(
             f"lora-rt does not start any more: {last}", next_step="Check the packages with: python -m pip check"
         )
-    records: list[dict[str, Any]] = json.loads(ended.stdout)
     return records
 
 

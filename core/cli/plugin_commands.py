@@ -14,6 +14,8 @@ from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import PluginError, each
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from lora_rt.plugins.manager import ModeHost, Plugin
 
 _HOOK = "lora_rt_commands"
@@ -95,6 +97,13 @@ def _named(command: Any, plugin: Plugin) -> Any:
     return command
 
 
+def _inside(trace: TracebackType | None) -> TracebackType | None:
+    """Where the command's own function begins: behind ours, which calls typer's, which calls it."""
+    while trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("lora_rt", "typer"):
+        trace = trace.tb_next
+    return trace
+
+
 def _guard(command: Any, blame: Callable[[str, Exception], Exception]) -> None:
     for inner in getattr(command, "commands", {}).values():
         _guard(inner, blame)
@@ -109,6 +118,6 @@ def _guard(command: Any, blame: Callable[[str, Exception], Exception]) -> None:
         except (LoraRtError, typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
         except Exception as error:
-            raise blame(command.name, error) from error
+            raise blame(command.name, error.with_traceback(_inside(error.__traceback__))) from error
 
     command.callback = guarded

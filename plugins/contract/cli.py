@@ -44,7 +44,8 @@ Precision = Annotated[
     str, typer.Option("--precision", callback=_precision, help="float32, bfloat16, float16, int8 or int4.")
 ]
 Device = Annotated[str, typer.Option("--device", callback=known_device, help="auto, cpu, cuda or cuda:N.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+JSON_HELP = "Print one JSON document on standard output, and nothing else."
+Json = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
 
 ALLOW_BASE_MISMATCH = "Use adapters that state another base, if their shapes fit."
 AllowBaseMismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help=ALLOW_BASE_MISMATCH)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,3 +261,22 @@ def test_a_full_disk_is_told_before_the_results_are_measured(tmp_path: Path, mon
             check_output()
         room.f_bavail = 1000
         check_output()
+
+
+def test_with_json_what_anyone_else_prints_is_not_on_standard_output() -> None:
+    """Libraries in C and hooks of plugins too; the document is, where standard output led."""
+    program = (
+        "import os\n"
+        "from lora_rt.core.cli.console import print_json, printing_aside\n"
+        "with printing_aside():\n"
+        "    print('from a hook')\n"
+        "    os.write(1, b'from C\\n')\n"
+        "    print_json(['a document'])\n"
+        "print('afterwards')\n"
+        "with printing_aside():\n"
+        "    print('of a command that fails')\n"
+        "os.write(1, b'the end\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == '[\n  "a document"\n]\nafterwards\nthe end\n'
+    assert sorted(done.stderr.splitlines()) == ["from C", "from a hook", "of a command that fails"]

@@ -221,6 +221,7 @@ def test_a_command_that_fails_names_its_plugin(installed: Any) -> None:
     error = run(app, ["stumble"]).exception
     assert isinstance(error, PluginError)
     assert "the plugin 'stranger' (stranger-mode 1.0) failed in the command 'stumble': ValueError" in error.message
+    assert "(test_commands.py, line " in error.message, "where the plugin was, not what called it"
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,19 @@ def test_a_composition_over_built_in_modes_is_answered_without_a_stranger(
     assert sleeper.imported == []
 
 
+def test_what_a_hook_prints_stays_out_of_the_json(installed: Any, zoo: Zoo) -> None:
+    def lora_rt_gate(context: Any) -> None:
+        print("from a gate")
+
+    installed(point(plugin(lora_rt_gate)))
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    adapter = str(zoo.adapter("llama", seed=1, mode="stranger"))
+    done = run(app, ["compose", adapter, "-p", "x", "--max-new-tokens", "2", *base, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["terms"][0]["mode"] == "stranger"
+    assert "from a gate" in done.stderr
+
+
 def test_those_who_look_at_all_wait_for_all_at_once(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight that hang at their import cost one time limit, not eight."""
     monkeypatch.setenv(SECONDS_VARIABLE, "0.5")
