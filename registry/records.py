@@ -44,6 +44,11 @@ class Record:
         """Whether a person gave it a name; others are reached by their repository alone."""
         return "/" not in self.name
 
+    @property
+    def origin(self) -> str:
+        """Its source as a sentence has it, behind a noun: "from hub org/repo", "trained here"."""
+        return f"from {self.source}" if self.source.startswith("hub ") else self.source
+
 
 @dataclass(frozen=True, slots=True)
 class Damaged:

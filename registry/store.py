@@ -56,7 +56,7 @@ class Store:
             card = read_card(folder) if folder.is_dir() else None
         except RejectedAdapterError:
             card = None  # damaged since it was installed; whoever uses the files compares their digests
-        why = f"{record.name!r} is {'installed' if record.is_named else 'kept'} in the store, from {record.source}"
+        why = f"{record.name!r} is {'installed' if record.is_named else 'kept'} in the store, {record.origin}"
         return Resolved(
             name=record.name,
             folder=folder,

@@ -233,7 +233,7 @@ def _check_is_free(store: Store, name: str, repo: str, base: str) -> None:
     holder = holder_of(store, name, repo, base)
     if holder is not None:
         raise StoreError(
-            f"the name {name!r} belongs to an adapter from {holder.source}",
+            f"the name {name!r} belongs to an adapter {holder.origin}",
             next_step=f"Choose another: lora-rt pull {repo} --as NAME",
         )
 

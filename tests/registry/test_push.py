@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from lora_rt.registry.errors import HubError, InvalidReferenceError, RejectedAdapterError
+from lora_rt.registry.errors import HubError, InvalidReferenceError, RejectedAdapterError, StoreError
 from lora_rt.registry.hub.pull import pull
 from lora_rt.registry.hub.search import search
 from lora_rt.registry.hub.upload import push
@@ -36,6 +36,15 @@ def test_what_was_pushed_is_what_is_pulled(hub: LocalHub, registry: Registry, ad
     assert {k: v for k, v in found.files.items() if k not in readme} == {
         k: v for k, v in adapter.files.items() if k not in readme
     }
+
+
+def test_what_is_said_of_an_adapter_that_was_trained_here_is_a_sentence(
+    hub: LocalHub, registry: Registry, adapter: Resolved
+) -> None:
+    push(adapter, REPO)
+    assert registry.resolve("emotion").why == "'emotion' is installed in the store, trained here"
+    with pytest.raises(StoreError, match="the name 'emotion' belongs to an adapter trained here"):
+        pull(registry.store, Reference.parse(REPO), name="emotion")
 
 
 def test_the_card_says_base_register_mode_metrics_and_how_to_use_it(hub: LocalHub, adapter: Resolved) -> None:
