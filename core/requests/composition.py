@@ -236,6 +236,8 @@ def _term(piece: re.Match[str]) -> Term:
         raise LoraRtError("there is no name before the colon" if weight is not None else "there is no name")
     if wrong:
         raise LoraRtError(_why_not(wrong))
+    if weight is not None and weight.endswith("]") and "[" in reference:  # a path's bracket, which is part of its name
+        raise LoraRtError("a path needs its weight before the bracket, as in ./mine:1[So:]")
     if len(reference) > 2 and reference[0] == reference[-1] == '"':
         reference = reference[1:-1]
     return Term(Reference.parse(reference), 1.0 if weight is None else _weight(weight), activation.read(piece["after"]))

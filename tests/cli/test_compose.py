@@ -174,6 +174,7 @@ def test_a_text_that_an_adapter_waits_for_and_that_never_comes_is_told(
         ("emotion:0.5[]", "the bracket is empty"),
         ("emotion:0.5[So: I", "the bracket is not closed"),
         ("emotion[So:]:0.5", "the weight comes before the bracket"),
+        ("./mine[So:]", "a path needs its weight before the bracket, as in ./mine:1[So:]"),
         ("[So:]", "there is no name"),
     ],
 )
