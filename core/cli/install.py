@@ -47,7 +47,7 @@ def _report(things: list[Brought], packages: list[str]) -> None:
     broken = []
     for thing in things:
         origin = f"{thing.kind} {thing.name} ({thing.package} {thing.version})"
-        record = records.get((thing.name, thing.package)) if thing.kind != "adapter" else None
+        record = records.get((thing.name, thing.package)) if thing.kind in ("mode", "plugin") else None
         if record is None or record["status"] == "ok":
             out.print(Text(f"{origin}: ready"), soft_wrap=True)
         else:

@@ -21,6 +21,9 @@ from lora_rt.plugins.manager import OTHERS
 from lora_rt.registry.packages import canonical, package_of, points_of
 from lora_rt.registry.shipped import GROUP as ADAPTERS
 
+ENGINES = "lora_rt.engines"
+"""The group of entry points of what `lora-rt serve --engine` takes besides our own."""
+
 
 class PipError(LoraRtError):
     """pip is not there, or could not do what it was asked for."""
@@ -28,7 +31,7 @@ class PipError(LoraRtError):
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """One thing that an installed package brings: a mode, another plugin or an adapter."""
+    """One thing that an installed package brings: a mode, another plugin, an adapter or an engine."""
 
     kind: str
     name: str
@@ -39,7 +42,7 @@ class Brought:
 def brought() -> set[Brought]:
     """Everything that the packages that are on the disk now bring; nothing is imported."""
     importlib.invalidate_caches()
-    kinds = {"mode": MODES, "plugin": OTHERS, "adapter": ADAPTERS}
+    kinds = {"mode": MODES, "plugin": OTHERS, "adapter": ADAPTERS, "engine": ENGINES}
     return {
         Brought(kind, point.name, *package_of(point)) for kind, group in kinds.items() for point in points_of(group)[0]
     }

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err, warn
+from lora_rt.core.cli.pip import ENGINES
 from lora_rt.core.cli.session import session
 from lora_rt.core.serving.settings import Limits, ServeSettings
 from lora_rt.errors import LoraRtError, UsageError
@@ -20,7 +21,6 @@ from lora_rt.registry.packages import points_of
 _NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 _GIB = 2**30
 _OWN = "lora-rt"
-_ENGINES = "lora_rt.engines"
 
 
 @options.spread
@@ -138,7 +138,7 @@ def serve(
 
 def _other(name: str) -> Callable[[Sequence[str], str, int, str], None]:
     """The engine that an installed package brings, which is called with (words, host, port, key)."""
-    found = next((point for point in points_of(_ENGINES)[0] if point.name == name), None)
+    found = next((point for point in points_of(ENGINES)[0] if point.name == name), None)
     if found is None:
         brings = f"; pip install lora-rt-{name} brings it" if name == "vllm" else ""
         raise UsageError(f"there is no engine {name!r} here{brings}", next_step=f"Use --engine {_OWN}, or leave it out")

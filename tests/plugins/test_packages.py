@@ -92,6 +92,22 @@ def test_a_package_without_a_mode_is_said_to_be_one(fake: Any) -> None:
     assert error.message == "pip has installed numpy, which brings no mode and no adapter"
 
 
+def test_an_engine_of_the_server_is_something_that_a_package_brings(
+    fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "far_engine-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: far-engine\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[lora_rt.engines]\nfar = far_engine:serve\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    engine = Brought("engine", "far", "far-engine", "1.0")
+    assert engine in pip.brought()
+    fake({engine})
+    assert run(app, ["install", "far-engine"]).stdout == "engine far (far-engine 1.0): ready\n"
+    fake({engine}, also={engine})
+    assert run(app, ["uninstall", "far-engine"]).stdout == "engine far (far-engine 1.0): gone\n"
+
+
 def test_a_mode_that_does_not_load_is_named_at_once(fake: Any) -> None:
     fake({FADE}).status = ("broken", "import: ModuleNotFoundError: No module named 'nowhere'")
     error = run(app, ["install", "fade-in-mode"]).exception
