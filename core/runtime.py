@@ -9,9 +9,9 @@ from typing import Any, overload
 
 from torch import Tensor, ones_like, tensor
 
+from lora_rt.core.base.asked import check_wish
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
-from lora_rt.core.base.precision import check_wish
 from lora_rt.core.base.source import text_of
 from lora_rt.core.engine.plan import Plan
 from lora_rt.core.engine.resident import ResidentAdapter

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 
 def byte_tokenizer(special: Sequence[str], **names: Any) -> Any:
     """One token per byte, behind the special ones.
@@ -13,9 +16,6 @@ def byte_tokenizer(special: Sequence[str], **names: Any) -> Any:
         special: they have the first ids, from 0 on.
         names: which of them are which, as transformers calls them: `eos_token="</s>"`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
 from lora_rt.core.base.source import BaseError, BaseSource
 from lora_rt.registry.errors import HubError
 from lora_rt.registry.hub.client import cause_of, in_words, session
@@ -18,17 +21,27 @@ def hub_name(source: BaseSource) -> str:
 
 def fetch_config(source: BaseSource) -> Path:
     """The folder of the Hub's cache that holds the repository's config.json."""
-    from huggingface_hub import hf_hub_download
-
     with explained(source):
         return Path(hf_hub_download(source.text, "config.json", revision=source.revision)).parent
+
+
+def fetch(source: BaseSource) -> Path:
+    """The repository's snapshot in the Hub's own cache; its progress bars and its tokens are the Hub client's.
+
+    Raises:
+        BaseError: it can't be fetched, or is no model.
+    """
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    with explained(source):
+        folder = Path(snapshot_download(source.text, revision=source.revision, allow_patterns=wanted))
+    if not (folder / "config.json").is_file():
+        raise no_model(source)
+    return folder
 
 
 @contextmanager
 def explained(source: BaseSource) -> Iterator[None]:
     """Limit what the Hub may take within the block, and turn whatever goes wrong into a BaseError with a next step."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     name = hub_name(source)
     try:
         with session():

@@ -21,6 +21,9 @@ import torch
 
 from lora_rt.version import __version__
 
+with suppress(ImportError):  # Windows has none
+    import resource
+
 _CGROUP = Path("/sys/fs/cgroup")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "xllamacpp")
 
@@ -135,8 +138,6 @@ def peak_megabytes(device: torch.device) -> float:
     if status.exists():  # what `getrusage` tells here may be the peak of the process that started this one
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e6
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lora_rt.core.base.asked import QUANTIZED
 from lora_rt.core.base.fused import PackedMatrices
-from lora_rt.core.base.precision import QUANTIZED
 from lora_rt.core.base.reading import UNREADABLE
 from lora_rt.core.base.roles import anywhere
 from lora_rt.core.base.shape import ForwardPass, device_of, vocabulary_of

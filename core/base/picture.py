@@ -43,11 +43,9 @@ def check_plot(path: Path, option: str = "--plot") -> None:
 
 def canvas() -> Any:
     """matplotlib's pyplot, drawing into files alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.switch_backend("agg")
     return pyplot
 
 

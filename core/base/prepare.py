@@ -24,10 +24,10 @@ from typing import Any
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from lora_rt.core.base import default, hub
+from lora_rt.core.base import default
+from lora_rt.core.base.asked import QUANTIZED, Precision
 from lora_rt.core.base.configuration import check_weights, quantization_of, weight_files
 from lora_rt.core.base.identity import MANIFEST, identify, identify_folder, manifest_of
-from lora_rt.core.base.precision import QUANTIZED, Precision, compute_dtype, quantization_config
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line, sha256_file
@@ -159,15 +159,9 @@ def _is_whole(folder: Path, identity: BaseIdentity) -> bool:
 
 
 def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
-    import torch
-
-    from lora_rt.core.base.reading import readable, whole_model, whole_tokenizer  # it brings the Hub's client
-
-    dense_dtype = torch.float32 if precision in QUANTIZED else compute_dtype(precision)
     with libraries_silenced(gguf=True), step(f"converting {gguf.name}"):
-        with readable(f"{gguf.name} can't be read as a GGUF model", "Fetch it again, or give a folder"):
-            model = whole_model(gguf.parent, gguf_file=gguf.name, dtype=dense_dtype)
-            tokenizer = whole_tokenizer(gguf.parent, gguf_file=gguf.name)
+        told, first = f"{gguf.name} can't be read as a GGUF model", "float32" if precision in QUANTIZED else precision
+        model, tokenizer = _read(gguf.parent, first, told, gguf_file=gguf.name)
         # It is dense by now; without this, transformers refuses to save what came out of a GGUF file.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -180,28 +174,25 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
 
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:
     """Quantize at loading and save before any forward: bitsandbytes repacks 4-bit weights in place at the first one."""
-    from lora_rt.core.base.reading import readable, whole_model, whole_tokenizer
-
     with libraries_silenced(), step(f"quantizing to {precision} (once; the result is kept)"):
-        with readable(f"{dense} can't be loaded"):
-            how = quantization_config(precision)
-            model = whole_model(dense, quantization_config=how, dtype=compute_dtype(precision))
-            tokenizer = whole_tokenizer(dense)
+        model, tokenizer = _read(dense, precision, f"{dense} can't be loaded")
         _save(model, tokenizer, folder)
         del model
         gc.collect()  # a quantized layer and its weight hold each other: until then both lie where it was quantized
 
 
-def _fetch_hub(source: BaseSource) -> Path:
-    """The repository's snapshot in the Hub's own cache; its progress bars and its tokens are the Hub client's."""
-    from huggingface_hub import snapshot_download
+def _read(where: Path, precision: Precision, told: str, **file: Any) -> tuple[Any, Any]:
+    """Model and tokenizer; what is kept already is found without torch, which takes seconds to import."""
+    from lora_rt.core.base.reading import model_and_tokenizer
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    with hub.explained(source):
-        folder = Path(snapshot_download(source.text, revision=source.revision, allow_patterns=wanted))
-    if not (folder / "config.json").is_file():
-        raise hub.no_model(source)
-    return folder
+    return model_and_tokenizer(where, precision, told, **file)
+
+
+def _fetch_hub(source: BaseSource) -> Path:
+    """The repository's snapshot in the Hub's own cache."""
+    from lora_rt.core.base.hub import fetch  # it brings the Hub's client
+
+    return fetch(source)
 
 
 @lru_cache

@@ -46,19 +46,21 @@ def main(folder: Path | None) -> None:
 
 def limit_memory() -> None:
     """A GiB and a half in all, where the system has such a limit."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
+    _limit("RLIMIT_CORE", 0, 0)
+    _limit("RLIMIT_AS", 3 << 29, 3 << 29)
 
 
 def limit_seconds(seconds: int) -> None:
     """Of the processor, from now on: a busy machine does not make a good base a bad one."""
+    _limit("RLIMIT_CPU", int(time.process_time()) + 1 + seconds, None)
+
+
+def _limit(what: str, soft: int, hard: int | None) -> None:
+    """`hard` is None for none."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, resource.RLIM_INFINITY))
+        resource.setrlimit(getattr(resource, what), (soft, resource.RLIM_INFINITY if hard is None else hard))
 
 
 def templates(folder: Path) -> list[tuple[str, str]]:
@@ -83,13 +85,9 @@ def templates(folder: Path) -> list[tuple[str, str]]:
 
 def template_environment() -> Any:
     """Jinja's environment of chat templates, as transformers has it."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
+    from jinja2 import exceptions, ext, nodes, sandbox, utils
 
-    class Generation(Extension):
+    class Generation(ext.Extension):
         """`{% generation %}` of transformers: a block that is its content."""
 
         tags = {"generation"}  # noqa: RUF012
@@ -101,28 +99,28 @@ def template_environment() -> Any:
 
     def not_inner(name: object) -> None:
         if str(name).startswith("_"):
-            raise SecurityError(f"a chat template can't keep {name!r} in a namespace")
+            raise exceptions.SecurityError(f"a chat template can't keep {name!r} in a namespace")
 
-    class OwnNamespace(Namespace):
+    class OwnNamespace(utils.Namespace):
         """Holds no names that begin like Python's inner ones; every other name is a template's."""
 
         def __init__(*given: Any, **named: Any) -> None:
             for name in dict(*given[1:], **named):
                 not_inner(name)
-            Namespace.__init__(*given, **named)
+            utils.Namespace.__init__(*given, **named)
 
         def __setitem__(self, name: str, value: Any) -> None:
             not_inner(name)
-            Namespace.__setitem__(self, name, value)
+            utils.Namespace.__setitem__(self, name, value)
 
     def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
+        raise exceptions.TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
-    extensions = [Generation, loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    extensions = [Generation, ext.loopcontrols]
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["namespace"] = OwnNamespace

@@ -13,9 +13,20 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaConfig,
+)
+from transformers.models.auto import modeling_auto as known
 
 from lora_rt.core.base import default, hub
+from lora_rt.core.base.asked import Precision
 from lora_rt.core.base.configuration import check_size, read_configuration
+from lora_rt.core.base.precision import compute_dtype, quantization_config
 from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, first_line
 from lora_rt.core.base.upstream import attention_of, forget_attention
@@ -52,8 +63,6 @@ def whole_model(where: Any, **arguments: Any) -> Any:
     Raises:
         BaseError: weights are missing, or no layer takes them. One of `UNREADABLE`: it is no model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     kind: Any = AutoModelForCausalLM
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
@@ -102,9 +111,6 @@ def auto_class(config: Any) -> Any:
     Models that see know several: of those that transformers does not count among the causal ones (LLaVA, Qwen2-VL,
     Mistral 3), the whole model is taken, whose text part speaks as well without an image.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto as known
-
     sees = type(config) in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if sees and type(config) not in known.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
         return AutoModelForImageTextToText
@@ -119,8 +125,6 @@ def config_alone(source: BaseSource) -> Any:
     """
     what = f"the configuration of {source.text} can't be read"
     with libraries_silenced(), readable(what, "Give a causal language model that transformers knows"):
-        from transformers import AutoConfig, LlamaConfig
-
         if source.kind == "default":
             return LlamaConfig(**default.CONFIG)
         if source.kind == "gguf":
@@ -137,8 +141,6 @@ def whole_tokenizer(where: Any, **arguments: Any) -> Any:
     Raises:
         BaseError: there is none, or it is broken.
     """
-    from transformers import AutoTokenizer
-
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:  # the tokenizers library raises no other kind
@@ -147,6 +149,19 @@ def whole_tokenizer(where: Any, **arguments: Any) -> Any:
             raise BaseError(f"{where} has no files of a tokenizer", next_step=step) from error
         text = f"the tokenizer of {arguments.get('gguf_file', where)} can't be read: {first_line(error)}"
         raise BaseError(text, next_step=_how_to_read(where)) from error
+
+
+def model_and_tokenizer(where: Path, precision: Precision, told: str, **file: Any) -> tuple[Any, Any]:
+    """Both of a folder, or of the GGUF file in it that is the `file`; the model is quantized while it is loaded.
+
+    Raises:
+        BaseError: with what is `told`, or what `whole_model` says.
+    """
+    how = quantization_config(precision)
+    quantized = {} if how is None else {"quantization_config": how}
+    with readable(told, "Fetch it again, or give a folder" if file else _FETCH):
+        model = whole_model(where, dtype=compute_dtype(precision), **quantized, **file)
+        return model, whole_tokenizer(where, **file)
 
 
 def _is_of_a_tokenizer(file: Path) -> bool:
@@ -167,8 +182,6 @@ def _misshapen(model: Any) -> list[str]:
 
     Or no scales: transformers reads some layers of bitsandbytes (in convolutions) back as bare whole numbers.
     """
-    from torch import nn
-
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -66,23 +66,20 @@ def libraries_silenced(*, gguf: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def data_sets_silenced() -> Iterator[None]:
-    """The same of datasets, and of the Hub's client: it tells each of its attempts, and we what came of them."""
-    from datasets.utils import logging as ours
-    from huggingface_hub.utils import logging as hub
-
-    logs: Any = (ours, hub)
-    before, bars = [log.get_verbosity() for log in logs], ours.is_progress_bar_enabled()
-    ours.disable_progress_bar()
+def data_sets_silenced(datasets: Any) -> Iterator[None]:
+    """The same of `datasets`, and of the Hub's client: it tells each of its attempts, and we what came of them."""
+    logs = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    before, bars = [log.level for log in logs], datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     for log in logs:
-        log.set_verbosity_error()
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for log, verbosity in zip(logs, before, strict=True):
-            log.set_verbosity(verbosity)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
         if bars:
-            ours.enable_progress_bar()
+            datasets.enable_progress_bars()
 
 
 def _expect_warnings() -> None:

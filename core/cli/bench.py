@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lora_rt.core.base.asked import check_device
 from lora_rt.core.base.picture import check_plot
-from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import RANDOM, parse_base
 from lora_rt.core.benchmark.results import IDLE, Measured, draw, noise, rows, shown
 from lora_rt.core.benchmark.workloads import (

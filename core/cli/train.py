@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from lora_rt.core.base.asked import check_device
 from lora_rt.core.base.identity import identify_base
-from lora_rt.core.base.precision import check_device
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import compose_hint, err

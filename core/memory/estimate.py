@@ -8,8 +8,8 @@ from typing import Any
 
 import psutil
 
+from lora_rt.core.base.asked import Precision
 from lora_rt.core.base.identity import label_of
-from lora_rt.core.base.precision import Precision
 from lora_rt.core.base.reading import config_alone
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.memory.inference import InferenceMemory, plan_inference

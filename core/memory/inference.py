@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.asked import Precision
 from lora_rt.core.base.fused import pack_experts
-from lora_rt.core.base.precision import Precision, compute_dtype
+from lora_rt.core.base.precision import compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking
 from lora_rt.core.base.shape import ForwardPass, layers_of
 from lora_rt.core.engine.bank import AdapterBank

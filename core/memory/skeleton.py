@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_rt.core.base.asked import Precision
 from lora_rt.core.base.fused import run_without_values
 from lora_rt.core.base.load import scales
 from lora_rt.core.base.packed import fit_to_model
-from lora_rt.core.base.precision import Precision, compute_dtype, quantization_config
+from lora_rt.core.base.precision import compute_dtype, quantization_config
 from lora_rt.core.base.reading import auto_class
 from lora_rt.core.base.repacking import forbid_repacking, forbid_uneven_repacking
 from lora_rt.core.base.shape import blocks_of

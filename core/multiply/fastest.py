@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from lora_rt.core.base.asked import Wish, check_wish
 from lora_rt.core.base.machine import free_bytes
-from lora_rt.core.base.precision import Wish, check_wish
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.multiply import four_bit
 from lora_rt.core.multiply.measured import Times, layer_name, times_of

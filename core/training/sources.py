@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lora_rt.core.base.silence import data_sets_silenced
 from lora_rt.core.base.source import first_line
 from lora_rt.errors import LoraRtError
 
@@ -169,8 +170,7 @@ def _json_list(path: Path) -> list[Any] | None:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     number = 0
     try:
@@ -179,7 +179,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", _without_nulls(row)
-    except pyarrow.ArrowException as error:
+    except ArrowException as error:
         raise DataError(f"{path} is not Parquet: {first_line(error)[:200]}", next_step=FORMS) from error
 
 
@@ -191,14 +191,11 @@ def _data_set(text: str) -> Iterator[Record]:
     found = _HUB.fullmatch(text)
     assert found is not None
     import datasets
-    from datasets.exceptions import DatasetsError
-
-    from lora_rt.core.base.silence import data_sets_silenced
 
     try:
-        with data_sets_silenced():
+        with data_sets_silenced(datasets):
             loaded = datasets.load_dataset(found["name"], found["configuration"], revision=found["revision"])
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         text = f"{text} is neither a file here nor a data set that can be read: {first_line(error)[:200]}"
         raise DataError(text, next_step=FORMS) from error
     split = found["split"] or ("train" if "train" in loaded or len(loaded) > 1 else next(iter(loaded)))
