@@ -59,22 +59,34 @@ class PackedMatrices(nn.Module):
 
     def __getitem__(self, number: int) -> Tensor:
         """One matrix (m, n), dense."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        inner = QuantState(absmax=self.nested[number], code=self.nested_levels, blocksize=_NESTED, dtype=torch.float32)
-        state = QuantState(
+        bnb = _bitsandbytes()
+        inner = bnb.QuantState(
+            absmax=self.nested[number], code=self.nested_levels, blocksize=_NESTED, dtype=torch.float32
+        )
+        state = bnb.QuantState(
             absmax=self.scales[number], shape=self.shape[1:], code=self.levels, blocksize=_BLOCK, quant_type="nf4",
             dtype=self.dtype, offset=self.offsets[number], state2=inner,
         )  # fmt: skip
-        dense: Tensor = dequantize_4bit(self.packed[number], state)
-        return dense
+        return dequantized(self.packed[number], state)
+
+
+def dequantized(packed: Tensor, state: Any) -> Tensor:
+    """A weight in 4 bits as numbers, by the state that bitsandbytes keeps beside it."""
+    dense: Tensor = _bitsandbytes().dequantize_4bit(packed, state)
+    return dense
+
+
+def _bitsandbytes() -> Any:
+    """Its functions; a base that is not quantized does not wait for its import."""
+    from bitsandbytes import functional
+
+    return functional
 
 
 def _packed(weight: Tensor) -> dict[str, Tensor]:
-    from bitsandbytes.functional import quantize_4bit
-
+    quantize = _bitsandbytes().quantize_4bit
     made = [
-        quantize_4bit(one.contiguous(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+        quantize(one.contiguous(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
         for one in weight.detach()
     ]
     states = [state for _, state in made]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lora_rt.core.base.asked import QUANTIZED
-from lora_rt.core.base.fused import PackedMatrices
+from lora_rt.core.base.fused import PackedMatrices, dequantized
 from lora_rt.core.base.reading import UNREADABLE
 from lora_rt.core.base.roles import anywhere
 from lora_rt.core.base.shape import ForwardPass, device_of, vocabulary_of
@@ -156,9 +156,7 @@ def _unpacked(module: Any) -> nn.Linear:
         dtype = getattr(module, "compute_dtype", None) or torch.float16
         dense = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
     elif hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        dense = dequantize_4bit(weight.data, weight.quant_state)
+        dense = dequantized(weight.data, weight.quant_state)
     else:
         scales = module.state.SCB if weight.SCB is None else weight.SCB  # where it lies once the layer has run
         dense = (weight.data.float() * (scales[:, None].float() / 127)).half()

@@ -8,7 +8,7 @@ by architecture; one that is not in the table is refused, since a wrong order gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,48 +27,6 @@ class Architecture:
 
     name: str
     rows: Rows
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one linear layer lies in a converted model: its tensor, and the order of its rows (None: as they are)."""
-
-    tensor: str
-    rows: Tensor | None
-
-
-def places(config: Any, modules: Iterable[tuple[str, int]]) -> tuple[str, dict[str, Place]]:
-    """llama.cpp's name of the architecture, and the place of every module.
-
-    Args:
-        config: the base's transformers configuration.
-        modules: (path in the base, out_features) of each.
-
-    Raises:
-        ExportError: the architecture is not known here, or llama.cpp has no such tensor; all of them are named.
-    """
-    import gguf
-
-    architecture = architecture_of(config)
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(number, int(config.num_hidden_layers))
-    found: dict[str, Place] = {}
-    problems = []
-    for module, out_features in modules:
-        tensor = names.get_name(module)
-        if tensor is None:
-            problems.append(f"{module}: llama.cpp's {architecture.name!r} has no tensor for it")
-        elif tensor == "output" and config.tie_word_embeddings:
-            problems.append(f"{module}: it is tied to the embedding, and a converted model has no tensor of its own")
-        else:
-            found[module] = Place(f"{tensor}.weight", architecture.rows(config, module, out_features))
-    if problems:
-        raise ExportError(
-            f"{len(problems)} layers of this composition have no place in a GGUF model",
-            next_step="Use --format peft or --format merged",
-            problems=problems,
-        )
-    return architecture.name, found
 
 
 def architecture_of(config: Any) -> Architecture:

@@ -11,18 +11,28 @@ Our factors have their scaling folded in, so alpha / rank must be 1: alpha is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor
 
 from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export import ExportError
-from lora_rt.core.export.architectures import places
+from lora_rt.core.export.architectures import architecture_of
 
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one linear layer lies in a converted model: its tensor, and the order of its rows (None: as they are)."""
+
+    tensor: str
+    rows: Tensor | None
 
 
 def write_gguf_adapter(
@@ -50,9 +60,7 @@ def write_gguf_adapter(
             format can't hold.
     """
     _refuse_biases(factors)
-    architecture, where = places(config, [(module, item.b.shape[0]) for module, item in factors.items()])
-    import gguf
-
+    architecture, where = _places(config, [(module, item.b.shape[0]) for module, item in factors.items()])
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -69,6 +77,38 @@ def write_gguf_adapter(
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _places(config: Any, modules: Iterable[tuple[str, int]]) -> tuple[str, dict[str, Place]]:
+    """llama.cpp's name of the architecture, and the place of every module.
+
+    Args:
+        config: the base's transformers configuration.
+        modules: (path in the base, out_features) of each.
+
+    Raises:
+        ExportError: the architecture is not known here, or llama.cpp has no such tensor; all of them are named.
+    """
+    architecture = architecture_of(config)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(number, int(config.num_hidden_layers))
+    found: dict[str, Place] = {}
+    problems = []
+    for module, out_features in modules:
+        tensor = names.get_name(module)
+        if tensor is None:
+            problems.append(f"{module}: llama.cpp's {architecture.name!r} has no tensor for it")
+        elif tensor == "output" and config.tie_word_embeddings:
+            problems.append(f"{module}: it is tied to the embedding, and a converted model has no tensor of its own")
+        else:
+            found[module] = Place(f"{tensor}.weight", architecture.rows(config, module, out_features))
+    if problems:
+        raise ExportError(
+            f"{len(problems)} layers of this composition have no place in a GGUF model",
+            next_step="Use --format peft or --format merged",
+            problems=problems,
+        )
+    return architecture.name, found
 
 
 def _refuse_biases(factors: Mapping[str, Factors]) -> None:
@@ -97,7 +137,5 @@ def _describe(writer: Any, name: str, base: str, licence: str) -> None:
 
 
 def _add(writer: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    import gguf
-
     kind = gguf.GGMLQuantizationType[_KINDS[dtype]]
     writer.add_tensor(name, gguf.quantize(tensor.detach().float().cpu().numpy(), kind), raw_dtype=kind)

@@ -15,7 +15,6 @@ from lora_rt.core.engine.stack import Factors
 from lora_rt.core.export import ExportError, about
 from lora_rt.core.export.architectures import architecture_of
 from lora_rt.core.export.combine import acting_at, combine, rounded
-from lora_rt.core.export.gguf import write_gguf_adapter
 from lora_rt.core.export.merged import write_merged
 from lora_rt.core.export.outline import Outline, outline
 from lora_rt.core.export.peft import write_peft_adapter
@@ -245,6 +244,8 @@ def _write(
     if to == "merged":
         write_merged(folder, factors, base, dtype)
     elif to == "gguf":
+        from lora_rt.core.export.gguf import write_gguf_adapter  # llama.cpp's package takes a second to import
+
         write_gguf_adapter(
             folder / GGUF_NAME,
             rounded(factors, dtype),

@@ -25,6 +25,7 @@ from torch import Tensor
 from lora_rt.core.engine.plan import Plan, base_alone
 from lora_rt.core.engine.shared import SharedPlan
 from lora_rt.core.forward.decoder_trial import are_near, is_exact
+from lora_rt.core.forward.fixed_cache import fixed_cache
 from lora_rt.core.forward.pool import PooledPlan, can_be_pooled, layout_of
 
 if TYPE_CHECKING:
@@ -97,8 +98,6 @@ class Step:
     """One recording and its places. `like` is a cache of the model, `plan` any plan of the layout."""
 
     def __init__(self, lm: CausalLM, key: Hashable, rows: int, columns: int, like: Any, plan: Plan | None) -> None:
-        from lora_rt.core.forward.fixed_cache import fixed_cache
-
         def places(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=lm.device)
 

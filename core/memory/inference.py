@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lora_rt.core.base.asked import Precision
 from lora_rt.core.base.fused import pack_experts
@@ -190,7 +191,5 @@ def _repack(layers: Sequence[Any], dtype: torch.dtype) -> None:
 
 def _kv_cache(config: Any, per_token: int, tokens: int) -> int:
     """Bytes of all layers: a layer with a sliding window of w keeps the last w - 1 tokens."""
-    from transformers import DynamicCache
-
     layers = DynamicCache(config=config).layers or [None] * layers_of(config)
     return per_token * sum(min(tokens, getattr(layer, "sliding_window", tokens + 1) - 1) for layer in layers)

@@ -17,6 +17,7 @@ from typing import Any
 
 from lora_rt.core.multiply import amx_kernel
 from lora_rt.core.multiply.amx_kernel import looked_up_row
+from lora_rt.core.multiply.four_bit_kernel import LEVELS
 from lora_rt.core.native import amx, amx_factors
 from lora_rt.core.native.amx import LINE, NBYTES, ROWS, Tiles
 from lora_rt.core.native.amx_factors import columns_as_tiles, dots
@@ -35,7 +36,7 @@ _SUMS, _READ = (0, 1, 2, 3), (4, 5, 6, 7)  # tiles
 _USED = [*amx_kernel.USED, amx_factors.__file__, __file__]
 
 
-def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
+def many_kernel(in_four_bits: bool, wide: bool) -> int:
     """Where a function lies that makes products of a bfloat16 x; any number of threads may run it.
 
     It takes `ARGUMENTS` int64:
@@ -51,10 +52,11 @@ def many_kernel(levels: Sequence[float] | None, wide: bool) -> int:
     a part takes two bytes of a thread's stack for each input, and four for each rank.
 
     Args:
-        levels: sixteen, of a weight in 4 bits; None for one in bfloat16.
+        in_four_bits: the weight is, and otherwise in bfloat16.
         wide: y is float32.
     """
     amx.check()
+    levels = LEVELS if in_four_bits else None
     parts, told = {"run": partial(_part, levels=levels, wide=wide)}, f"many {levels} {wide}"
     return shared_kernels("many", parts, OUTPUTS, uses=_USED, told=told, arguments=ARGUMENTS)[0]
 

@@ -208,10 +208,8 @@ def kernel_of(dtype: torch.dtype, *, widest: int | None = None) -> tuple[int, ..
     Args:
         widest: the most inputs that these have, where all that they are multiplied with is rounded as well.
     """
-    from lora_rt.core.multiply.four_bit_kernel import kernel
-
     rounded = dtype is torch.bfloat16
-    return kernel(_lanes(), rounded, rounded and widest is not None and widest <= WIDEST and have_tiles())
+    return _kernel(_lanes(), rounded, rounded and widest is not None and widest <= WIDEST and have_tiles())
 
 
 def in_a_register() -> int:
@@ -226,9 +224,13 @@ def _run(dtype: torch.dtype) -> Callable[[Any, int], None]:
 
 
 def _run_tiles(arguments: Any, threads: int) -> None:
-    from lora_rt.core.multiply.four_bit_kernel import kernel
+    openmp.run(_parallel(), _kernel(16, True, True)[0], arguments, threads)
 
-    openmp.run(_parallel(), kernel(16, True, True)[0], arguments, threads)
+
+def _kernel(lanes: int, rounded: bool, tiles: bool) -> tuple[int, ...]:
+    from lora_rt.core.multiply.four_bit_kernel import kernel  # compiled when it is asked for
+
+    return kernel(lanes, rounded, tiles)
 
 
 def _parallel() -> openmp.Team | None:

@@ -194,6 +194,5 @@ def _read_added(added: Added | None, count: int, out: int) -> tuple[int, ...]:
 @cache
 def _kernel(in_four_bits: bool, wide: bool) -> int:
     from lora_rt.core.multiply.amx_many_kernel import many_kernel
-    from lora_rt.core.multiply.four_bit_kernel import LEVELS
 
-    return many_kernel(LEVELS if in_four_bits else None, wide)
+    return many_kernel(in_four_bits, wide)

@@ -253,21 +253,20 @@ def _four_bits(pool: Tensor, rows: int, width: int, computed: torch.dtype) -> li
 
 def _small(layer: Any, rows: int) -> nn.Linear:
     """A 4-bit layer of the same kind with so many outputs; its numbers are nothing, which takes as long."""
-    from bitsandbytes.functional import QuantState, get_4bit_type
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    import bitsandbytes as bnb
 
     like, width = layer.weight.quant_state, layer.in_features
-    made = Linear4bit(width, rows, False, layer.compute_dtype, quant_type=like.quant_type, device="meta").eval()
-    state = QuantState(
+    made = bnb.nn.Linear4bit(width, rows, False, layer.compute_dtype, quant_type=like.quant_type, device="meta").eval()
+    state = bnb.functional.QuantState(
         absmax=torch.ones(-(rows * width // -like.blocksize)),
         shape=torch.Size((rows, width)),
-        code=get_4bit_type(like.quant_type, device="cpu"),
+        code=bnb.functional.get_4bit_type(like.quant_type, device="cpu"),
         blocksize=like.blocksize,
         quant_type=like.quant_type,
         dtype=layer.compute_dtype,
     )
     data = torch.zeros((rows * width + 1) // 2, 1, dtype=torch.uint8)
-    made.weight = Params4bit(
+    made.weight = bnb.nn.Params4bit(
         data, requires_grad=False, quant_state=state, quant_type=like.quant_type, module=made, bnb_quantized=True
     )
     made.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu

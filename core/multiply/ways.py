@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_rt.core.base.fused import dequantized
 from lora_rt.core.multiply import as_it_lies, blocked, four_bit, half, tiled
 from lora_rt.core.multiply.cpu_4bit import Forward, direct_forward
 
@@ -156,12 +157,9 @@ def dense_weight(module: nn.Module) -> Tensor:
     weight: Any = module.weight
     if not is_4bit(module):
         return weight.detach()  # type: ignore[no-any-return]
-    from bitsandbytes.functional import dequantize_4bit
-
     state = copy.copy(weight.quant_state)
     state.dtype = module.compute_dtype
-    made: Tensor = dequantize_4bit(weight.data, state)
-    return made
+    return dequantized(weight.data, state)
 
 
 def laid_out(weight: Tensor, kind: Copy, computed: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 
 from lora_rt.core.native.registers import BF16, I8, I16, I32, I64, Registers
 
@@ -35,8 +36,6 @@ _SYSCALL, _ASK, _DATA = 158, 0x1023, 18  # of Linux on x86-64: arch_prctl, ARCH_
 @cache
 def are_there() -> bool:
     """Whether this processor has tiles of bfloat16, and the kernel lets this process use them."""
-    from llvmlite.binding import get_host_cpu_features
-
     try:
         features = get_host_cpu_features()
     except RuntimeError:
