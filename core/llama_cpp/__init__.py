@@ -5,7 +5,7 @@
     prompt ─► TextFormat ─► token ids ───┴─► server ─► next token, one request each, with the scale of every adapter
 
 base.py      the GGUF file of a base, its tokenizer and what it is
-convert.py   ... written, where a base is none
+convert.py   ... made of a base once, by torch and transformers
 words.py     a tokenizer without transformers
 adapters.py  adapters as GGUF files, and which compositions have any
 server.py    llama.cpp, in this process

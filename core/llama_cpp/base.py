@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_rt.core.base import default
-from lora_rt.core.base.bounded import hold_to_limits
 from lora_rt.core.base.identity import identify, sha256_of
 from lora_rt.core.base.prepare import keep, prepare_base
-from lora_rt.core.base.progress import step
-from lora_rt.core.base.silence import libraries_silenced
 from lora_rt.core.base.source import BaseError, BaseSource, parse_base
 from lora_rt.core.generation.prompts import TextFormat
-from lora_rt.core.llama_cpp.words import FILE, Words, facts_of, same_words
+from lora_rt.core.llama_cpp.words import Words
 from lora_rt.plugins.contract import BaseFacts
 from lora_rt.registry.card import BaseIdentity
 
+KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_1"}
+"""How a precision of ours is written, by llama.cpp's names."""
 _KEPT = "llama.cpp"
 _GGUF = "base.gguf"
 _FACTS = "llama_cpp.json"
@@ -67,7 +66,7 @@ def open_base(
         folder = gguf.parent
     else:
         identity = identify(source)
-        folder = keep(identity, _KEPT, partial(_write, text, gguf, gguf)).folder
+        folder = keep(identity, _KEPT, partial(_make, text, gguf, None)).folder
     document = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     facts = BaseFacts(**document["facts"])
     words = TextFormat(
@@ -94,53 +93,29 @@ def _file(source: BaseSource) -> Path | None:
 
 def _converted(source: BaseSource, precision: str) -> tuple[BaseIdentity, Path]:
     """Which base it is, and its GGUF file in this precision."""
-    from lora_rt.core.llama_cpp.convert import KINDS, write_gguf_base
-
     dense = prepare_base(source, "float32")
     if dense.foreign is not None:
         text = f"{source.text} is quantized by others ({dense.foreign}), and llama.cpp can't read that"
         raise BaseError(text, next_step="Give --base a .gguf file of this model, or use --engine torch")
-
-    def build(folder: Path) -> None:
-        write_gguf_base(folder / _GGUF, dense.folder, precision)
-        _write(source.text, dense.folder, folder / _GGUF, folder)
-
-    return dense.identity, keep(dense.identity, f"{_KEPT}-{KINDS[precision]}", build).folder / _GGUF
+    kind = KINDS[precision]
+    build = partial(_make, source.text, dense.folder, kind)
+    return dense.identity, keep(dense.identity, f"{_KEPT}-{kind}", build).folder / _GGUF
 
 
-def _write(text: str, words: Path, gguf: Path, folder: Path) -> None:
-    """Fill a folder with the base's tokenizer and facts; the one time that torch and transformers are needed.
+def _make(text: str, words: Path, kind: str | None, folder: Path) -> None:
+    """Fill a folder with what is kept of a base; the one time that torch and transformers are needed.
 
     Args:
         text: of the base.
-        words: the file or folder that its tokenizer is read from.
-        gguf: the base's file.
+        words: its GGUF file, or the folder of a dense one.
+        kind: that a dense one is written as; None for a GGUF file.
         folder: to fill.
     """
-    from lora_rt.core.base.reading import whole_tokenizer
-    from lora_rt.core.export.outline import outline
+    from lora_rt.core.llama_cpp.convert import write_facts, write_gguf_base
 
-    with libraries_silenced(gguf=True), step(f"reading the words of {words.name} (once; they are kept)"):
-        base = outline(text)
-        inside = {"gguf_file": words.name} if words.is_file() else {}
-        tokenizer = whole_tokenizer(words.parent if inside else words, **inside)
-        tokenizer.save_pretrained(folder)
-    hold_to_limits(folder)
-    config = base.config.get_text_config()
-    ends = config.eos_token_id
-    document = {
-        "facts": asdict(base.facts) | {"precision": _quantization(gguf)},
-        "context": int(config.max_position_embeddings),
-        "ends": ends if isinstance(ends, list) else [ends] if ends is not None else [],
-        "words": _words(folder, tokenizer),
-    }
-    (folder / _FACTS).write_text(json.dumps(document, indent=2), encoding="utf-8")
-
-
-def _words(folder: Path, tokenizer: Any) -> dict[str, Any] | None:
-    """What `Words` needs besides the folder, None where the tokenizer's own class is needed."""
-    facts = facts_of(tokenizer)
-    return facts if (folder / FILE).is_file() and same_words(tokenizer, Words(folder, facts)) else None
+    if kind is not None:
+        write_gguf_base(folder / _GGUF, words, kind)
+    write_facts(folder / _FACTS, text, words, words if kind is None else folder / _GGUF)
 
 
 def _tokenizer(folder: Path, words: dict[str, Any] | None) -> Any:
@@ -150,11 +125,3 @@ def _tokenizer(folder: Path, words: dict[str, Any] | None) -> Any:
     from lora_rt.core.base.reading import whole_tokenizer
 
     return whole_tokenizer(folder)
-
-
-def _quantization(gguf: Path) -> str:
-    """How most of a file's weights are kept, as it says itself."""
-    from gguf import GGUFReader, LlamaFileType
-
-    field = GGUFReader(gguf).fields.get("general.file_type")
-    return "GGUF" if field is None else LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_")

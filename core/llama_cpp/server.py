@@ -63,7 +63,7 @@ class LlamaServer:
         settings.warmup, settings.verbosity = False, -1
         settings.cache_ram_mib = 0  # it keeps what was read by tokens alone, not by what it was read under
         settings.port, settings.api_keys = 0, [self._key]
-        _place(settings, device, threads)
+        _place(xllamacpp, settings, device, threads)
         try:
             self._server: Any = xllamacpp.Server(settings)
         except RuntimeError as error:
@@ -128,14 +128,14 @@ class LlamaServer:
         return self._connection.getresponse().read()
 
 
-def _place(settings: Any, device: str, threads: int | None) -> None:
+def _place(xllamacpp: Any, settings: Any, device: str, threads: int | None) -> None:
     """Threads as torch would take them, and the layers on a GPU unless that is not wanted."""
     with suppress(ValueError):
         threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
     if threads is not None and threads > 0:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     kind, _, number = device.partition(":")
-    if kind == "cpu" or not (on_gpu := _has_gpu()):
+    if kind == "cpu" or not (on_gpu := _has_gpu(xllamacpp)):
         settings.n_gpu_layers, settings.fit_params = 0, False  # to fit them to a GPU's memory doubles the time to load
     if kind == "cuda":
         if not on_gpu:
@@ -144,9 +144,7 @@ def _place(settings: Any, device: str, threads: int | None) -> None:
         settings.main_gpu = int(number or 0)
 
 
-def _has_gpu() -> bool:
-    import xllamacpp
-
+def _has_gpu(xllamacpp: Any) -> bool:
     kinds = xllamacpp.ggml_backend_dev_type
     on_gpu = (kinds.GGML_BACKEND_DEVICE_TYPE_GPU, kinds.GGML_BACKEND_DEVICE_TYPE_IGPU)
     return any(info["type"] in on_gpu for info in xllamacpp.get_device_info())
