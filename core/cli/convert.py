@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json
+from lora_rt.core.export.convert import convert as run
 
 
 def convert(
@@ -26,8 +27,6 @@ def convert(
 ) -> None:
     """Turn a pickled adapter, or one that changed its base, into a plain LoRA in safetensors."""
     with err.status("converting"):
-        from lora_rt.core.export.convert import convert as run
-
         made = run(source, folder, base=base, initial=initial)
     if as_json:
         print_json({"folder": str(made.folder), "did": list(made.did)})

@@ -9,6 +9,7 @@ gguf.py           ... as a GGUF file for llama.cpp and Ollama
 architectures.py  how llama.cpp names and orders a model's layers
 merged.py         ... added to the dense base
 convert.py        a pickled adapter, or one that changed its base, as a plain LoRA
+beginnings.py     what an adapter took out of its base, taken off
 about.py          what the export says of itself
 """
 

@@ -49,6 +49,15 @@ class Exported:
     sha256: str
     size: int
 
+    @property
+    def title(self) -> str:
+        """The composition by the names of its adapters."""
+        return about.title(self.terms)
+
+    def usage(self, where: str, gguf: str = "BASE.gguf") -> str:
+        """How it is loaded; `where` and `gguf` as for the function of that name."""
+        return usage(self.format, where, gguf)
+
     def document(self) -> dict[str, Any]:
         """What `--json` prints."""
         return {
