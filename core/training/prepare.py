@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.reading import UNREADABLE, config_alone
-from lora_rt.core.base.shape import context_of
+from lora_rt.core.base.shape import blocks_of, context_of
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.generation.prompts import TextFormat
 from lora_rt.core.memory.portions import Portions, pick_portions
@@ -25,7 +25,7 @@ from lora_rt.core.step.loss import is_plain
 from lora_rt.core.step.norms import lean_norms
 from lora_rt.core.step.settings import SettingsError, TrainSettings, check_targets
 from lora_rt.core.training.data import bad_lines, digest_of, read_pairs
-from lora_rt.core.training.processes import cut, joined
+from lora_rt.core.training.processes import joined
 from lora_rt.core.training.trainer import RankGates
 from lora_rt.plugins.contract import IGNORE, Encoded, Objective, ObjectiveContext
 from lora_rt.plugins.manager import ModeHost
@@ -118,7 +118,7 @@ def prepare(settings: TrainSettings, modes: ModeHost) -> Prepared:
     longest = max(len(item.input_ids) for item in [*encoded[0], *encoded[1]])
     packed = is_plain(objective) and attend_by_rows(model, longest)
     if processes.sharded:
-        cut(model, base.device.type)
+        _cut(model, base.device.type)
     return Prepared(
         settings=settings,
         base=base,
@@ -269,3 +269,18 @@ def room_needed(prepared: Prepared) -> int:
 def nearest_folder(path: Path) -> Path:
     """The path, or the first folder above it that is there: what says how much room there is."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _cut(model: Any, device: str) -> None:
+    """Let each process keep its part of the blocks' frozen weights; they are brought together block by block.
+
+    What is trained stays whole everywhere: its gradients are added up as without (torch's `fully_shard`, FSDP2).
+    """
+    from torch.distributed import device_mesh, fsdp
+
+    mesh = device_mesh.init_device_mesh(device, (joined().count,))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for block in blocks_of(model.get_base_model()):
+        # Said, since torch leaves the outermost module whole after a pass, and each block is one. An evaluation would
+        # leave them whole, a checkpoint cut them again in the first process alone, and all wait for one another.
+        fsdp.fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)

@@ -136,7 +136,6 @@ def joined() -> Processes:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     if not on_cpu and "CUDA_VISIBLE_DEVICES" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = local  # before torch looks for devices: each process then has one
-    import torch
     import torch.distributed
 
     torch.distributed.init_process_group("gloo" if on_cpu or not torch.cuda.is_available() else "nccl")
@@ -145,26 +144,8 @@ def joined() -> Processes:
     return found
 
 
-def cut(model: Any, device: str) -> None:
-    """Let each process keep its part of the blocks' frozen weights; they are brought together block by block.
-
-    What is trained stays whole everywhere: its gradients are added up as without (torch's `fully_shard`, FSDP2).
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    from lora_rt.core.base.shape import blocks_of
-
-    mesh = init_device_mesh(device, (joined().count,))
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for block in blocks_of(model.get_base_model()):
-        # Said, since torch leaves the outermost module whole after a pass, and each block is one. An evaluation would
-        # leave them whole, a checkpoint cut them again in the first process alone, and all wait for one another.
-        fully_shard(block, mesh=mesh, ignored_params=trained, reshard_after_forward=True)
-
-
 def here(tensor: Any) -> Tensor:
-    """What this process keeps of a tensor, which `cut` may have cut."""
+    """What this process keeps of a tensor, which may have been cut."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
