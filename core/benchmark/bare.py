@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 
 def main() -> None:
     """Load, read the prompt, and print the first token."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder, dtype, device, prompt, *adapters = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": device})

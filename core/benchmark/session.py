@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from lora_rt.core.base.machine import peak_megabytes
+from lora_rt.core.base.machine import Watch, machine, peak_megabytes, versions
 from lora_rt.core.benchmark.lab import Lab
-from lora_rt.core.benchmark.results import Measured, Sample
+from lora_rt.core.benchmark.results import IDLE, Measured, Sample, rows
 from lora_rt.core.benchmark.systems import LOADERS, Load, System, loaded
 from lora_rt.core.benchmark.training import train_ours, train_plainly
 from lora_rt.core.benchmark.workloads import BenchmarkError, Origin, Workload, reason
@@ -38,6 +38,48 @@ _MOST = {"memory": 1, "cold": 3, "training": 3}
 
 Repeat = Callable[[], Sample]
 """Runs a workload once and says how long the timed part took."""
+
+
+def run(
+    origin: Origin,
+    workloads: Sequence[Workload],
+    systems: Sequence[str],
+    repeats: int,
+    threads: int | None,
+    folder: Path,
+    progress: AbstractContextManager[Callable[[int, str], None]],
+    warn: Callable[[str], None],
+) -> tuple[dict[str, Any], bool]:
+    """What `lora-rt bench --json` prints, and whether it is whole: of an interrupted run it has what there was.
+
+    Args:
+        threads: to compute with; torch's default for None.
+        folder: an empty one, for what is made on the way.
+        progress: begun when the base is loaded; gives the `report` of `measure`.
+        warn: told that something else keeps this machine busy.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    watch = Watch()
+    if watch.load > IDLE * (cores := os.cpu_count() or 1):
+        warn(f"this machine is not idle (load {watch.load:.1f} on {cores} cores): figures will differ between repeats")
+    lab, measured, whole = Lab(origin, folder), [], True
+    with progress as report:
+        try:
+            for item in measure(lab, workloads, systems, repeats, report):
+                measured.append(item)
+        except KeyboardInterrupt:
+            whole = False
+    document = {
+        "machine": {**machine(lab.device), "load": watch.load, "others": watch.others()},
+        "versions": versions(),
+        "base": lab.base.identity.id,
+        "precision": lab.base.precision,
+        "systems": list(systems),
+        "workloads": [asdict(item.workload) for item in measured],
+        "rows": rows(measured, systems),
+    }
+    return document, whole
 
 
 def measure(

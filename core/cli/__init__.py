@@ -5,8 +5,7 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of `lora-rt`."""
-    from lora_rt.core.cli import lean
-    from lora_rt.core.cli.app import run
+    from lora_rt.core.cli import app, lean
 
     lean.process_is_ours = True
-    run()
+    app.run()

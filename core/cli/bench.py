@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_rt.core.base.asked import check_device
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.source import RANDOM, parse_base
-from lora_rt.core.benchmark.results import IDLE, Measured, draw, noise, rows, shown
+from lora_rt.core.benchmark.results import draw, noise, shown
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
     QUICK,
@@ -107,37 +105,10 @@ def _run(
 ) -> tuple[dict[str, Any], bool]:
     """The document, and whether it is whole: of an interrupted run it has what there was."""
     with starting():
-        import torch
+        from lora_rt.core.benchmark import session
 
-        from lora_rt.core.base.machine import Watch, machine, versions
-        from lora_rt.core.benchmark.lab import Lab
-        from lora_rt.core.benchmark.session import measure
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    watch = Watch()
-    if watch.load > IDLE * (cores := os.cpu_count() or 1):
-        warn(f"this machine is not idle (load {watch.load:.1f} on {cores} cores): figures will differ between repeats")
-    measured: list[Measured] = []
-    whole = True
     with tempfile.TemporaryDirectory(prefix="lora-rt-bench-") as folder:
-        lab = Lab(origin, Path(folder))
-        with _progress(len(chosen)) as report:
-            try:
-                for item in measure(lab, chosen, names, repeats, report):
-                    measured.append(item)
-            except KeyboardInterrupt:
-                whole = False
-    document = {
-        "machine": {**machine(lab.device), "load": watch.load, "others": watch.others()},
-        "versions": versions(),
-        "base": lab.base.identity.id,
-        "precision": lab.base.precision,
-        "systems": names,
-        "workloads": [asdict(item.workload) for item in measured],
-        "rows": rows(measured, names),
-    }
-    return document, whole
+        return session.run(origin, chosen, names, repeats, threads, Path(folder), _progress(len(chosen)), warn)
 
 
 @contextmanager

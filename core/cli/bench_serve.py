@@ -8,7 +8,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
@@ -20,6 +20,9 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.session import session
 from lora_rt.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora_rt.core.runtime import Runtime
 
 _SHARES = (0.5, 0.9)
 _TURNS = 3
@@ -54,7 +57,7 @@ def serve(
     as_json: options.Json = False,
 ) -> None:
     """Measure `lora-rt serve` beside `Runtime.generate` of the same rows: tokens per second, and how long one waits."""
-    from lora_rt.core.base.machine import Watch, versions
+    from lora_rt.core.base.machine import Watch, machine, versions
 
     names = adapters.replace(",", " ").split()
     if len(names) < 2:
@@ -64,7 +67,9 @@ def serve(
     document |= {"requests": requests, "tokens": tokens, "rows": rows}
     own = ["--base", base, "--precision", precision, "--device", device, "--max-rows", str(rows)]
     with servers.ours([*own, "--max-queue", str(4 * rows)]) as (url, process):
-        document |= _beside_generate(url, asked, rows, base, precision, device)
+        with session().runtime(base, precision, device) as runtime:
+            document |= {"machine": machine(runtime.parts.base.device), **_beside_generate(url, asked, rows, runtime)}
+        document |= _one_by_one(url, asked)
         bodies, carried = [wish.body() for wish in asked], document["served_tokens_per_s"] / tokens
         for share in _SHARES:
             _says(f"arrivals at {share:.0%} of what it carries")
@@ -87,34 +92,34 @@ def _says(text: str) -> None:
     err.print(text, style="dim", markup=False)
 
 
-def _beside_generate(url: str, asked: list[Wish], rows: int, base: str, precision: str, device: str) -> dict[str, Any]:
-    """Tokens per second of `Runtime.generate` and of the server in turns, and of the server one by one.
+def _beside_generate(url: str, asked: list[Wish], rows: int, runtime: Runtime) -> dict[str, Any]:
+    """Tokens per second of `Runtime.generate` and of the server in turns.
 
     Of the server it is the median, and of its ratio to `generate` right before and after it.
     """
-    from lora_rt.core.base.machine import machine
-
     tokens, bodies = asked[0].tokens, [wish.body() for wish in asked]
-    with session().runtime(base, precision, device) as runtime:
-        serving.generated(runtime, asked[:rows], rows)
-        serving.at_once(url, bodies[:rows], rows)
-        _says(f"generating {len(asked)} answers in batches of {rows}, then by the server")
-        beside, speeds = [serving.generated(runtime, asked, rows)], []
-        for _ in range(_TURNS):
-            found, seconds = serving.at_once(url, bodies, rows)
-            speeds.append(len(asked) * tokens / seconds)
-            beside.append(serving.generated(runtime, asked, rows))
-        facts = machine(runtime.parts.base.device)
+    serving.generated(runtime, asked[:rows], rows)
+    serving.at_once(url, bodies[:rows], rows)
+    _says(f"generating {len(asked)} answers in batches of {rows}, then by the server")
+    beside, speeds = [serving.generated(runtime, asked, rows)], []
+    for _ in range(_TURNS):
+        found, seconds = serving.at_once(url, bodies, rows)
+        speeds.append(len(asked) * tokens / seconds)
+        beside.append(serving.generated(runtime, asked, rows))
     ratios = [2 * speed / sum(pair) for speed, pair in zip(speeds, pairwise(beside), strict=True)]
-    alone, seconds_alone = serving.at_once(url, bodies[: max(2, len(asked) // 8)], 1)
     return {
-        "machine": facts,
         "generate_tokens_per_s": [round(value, 1) for value in beside],
         "served_tokens_per_s": round(statistics.median(speeds), 1),
         "ratio_to_generate": round(statistics.median(ratios), 3),
-        "one_at_a_time_tokens_per_s": round(len(alone) * tokens / seconds_alone, 1),
         "at_once": serving.summary(found, tokens),
     }
+
+
+def _one_by_one(url: str, asked: list[Wish]) -> dict[str, float]:
+    """Tokens per second of the server where a client waits for each answer."""
+    bodies = [wish.body() for wish in asked[: max(2, len(asked) // 8)]]
+    found, seconds = serving.at_once(url, bodies, 1)
+    return {"one_at_a_time_tokens_per_s": round(len(found) * asked[0].tokens / seconds, 1)}
 
 
 def _beside_llama(

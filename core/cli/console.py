@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from lora_rt.core.base.progress import console
 from lora_rt.registry import shadowing
 from lora_rt.registry.errors import StorageError
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 out = console()
 err = console(stderr=True)
@@ -189,8 +187,6 @@ def transfer() -> Iterator[Callable[[str, int, int], None]]:
 
     Gives a function to call with a file's name, the bytes that arrived since the last call, and its size.
     """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Annotated, Literal
 
@@ -58,8 +59,11 @@ def _devices() -> list[Check]:
     with starting():
         import torch
 
+        from lora_rt.core.multiply import fastest, measured
+
     checks = [Check("cpu", "ok", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
-    checks += _products()
+    known = measured.remembered().get(measured.machine_name(), {})
+    checks += _products(fastest.told(known) if known else {})
     if not torch.cuda.is_available():
         return [
             *checks,
@@ -71,17 +75,13 @@ def _devices() -> list[Check]:
     return checks
 
 
-def _products() -> list[Check]:
+def _products(told: Mapping[str, str]) -> list[Check]:
     """How the layers of the bases that were used here are multiplied on the CPU, and what a dense copy of one takes."""
-    from lora_rt.core.multiply.fastest import told
-    from lora_rt.core.multiply.measured import machine_name, remembered
-
-    known = remembered().get(machine_name(), {})
-    if not known:
+    if not told:
         return [
             Check("multiplying", "note", "not measured yet", "Nothing: it is when a base is first loaded on the CPU")
         ]
-    return [Check(f"multiplying {name}", "ok", words) for name, words in told(known).items()]
+    return [Check(f"multiplying {name}", "ok", words) for name, words in told.items()]
 
 
 def _plugins(records: list[PluginRecord]) -> list[Check]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +22,8 @@ from lora_rt.core.training.data import read_pairs
 from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora_rt.core.evaluation.matrix import Matrix
     from lora_rt.core.requests.composition import Composition
+    from lora_rt.core.runtime import Runtime
 
 
 @options.spread
@@ -79,20 +81,22 @@ def evaluate(
     text = over.text()
     examples = _read(data)
     check_output()
-    matrix = _measure(columns, examples, over, text)
-    from lora_rt.core.evaluation import shown
+    runtime = session().runtime(over.base, over.precision, over.device, **text)
+    from lora_rt.core.evaluation import matrix, shown
 
+    with _progress(runtime, examples, len(columns) + 1, over.precision) as advance:
+        losses = matrix.evaluate(runtime, examples, columns, advance)
     # A picture that can't be written after all must not take the figures with it.
     if as_json:
-        print_json(matrix.document())
+        print_json(losses.document())
     else:
-        with kept_if_unprinted(matrix.document()):
+        with kept_if_unprinted(losses.document()):
             out.print(shown.TITLE)
-            show_table(out, *shown.matrix_table(matrix))
+            show_table(out, *shown.matrix_table(losses))
             if knob is not None:
-                out.print(knob.drawn(matrix), soft_wrap=True)
+                out.print(knob.drawn(losses), soft_wrap=True)
     if plot is not None:
-        shown.plot_matrix(matrix, plot) if knob is None else shown.plot_knob(matrix, knob, plot)
+        shown.plot_matrix(losses, plot) if knob is None else shown.plot_knob(losses, knob, plot)
 
 
 def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -113,20 +117,16 @@ def _read(data: list[str]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _measure(
-    columns: dict[str, Composition],
-    data: dict[str, list[dict[str, Any]]],
-    over: options.OverBase,
-    text: dict[str, Any],
-) -> Matrix:
-    runtime = session().runtime(over.base, over.precision, over.device, **text)
-    from lora_rt.core.evaluation.matrix import evaluate as measure
-
+@contextmanager
+def _progress(
+    runtime: Runtime, data: dict[str, list[dict[str, Any]]], columns: int, precision: str
+) -> Iterator[Callable[[str], None]]:
+    """Says what is measured on what, and shows how far it is; what it gives is told of each cell of the matrix."""
     counts = ", ".join(f"{len(examples)} of {name}" for name, examples in data.items())
-    err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({over.precision})[/]", soft_wrap=True)
+    err.print(f"[dim]examples: {escape(counts)}; over {escape(runtime.base.id)} ({precision})[/]", soft_wrap=True)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("evaluating", total=len(data) * (len(columns) + 1))
-        return measure(runtime, data, columns, lambda what: progress.update(task, advance=1, description=what))
+        task = progress.add_task("evaluating", total=len(data) * columns)
+        yield lambda what: progress.update(task, advance=1, description=what)
 
 
 def _measure_bridges(context: typer.Context, arguments: list[str], as_json: bool) -> None:

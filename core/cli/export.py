@@ -67,13 +67,11 @@ def export(
 
 
 def _report(exported: Exported, base: str) -> None:
-    from lora_rt.core.export.about import title
-
     for note in exported.notes:
         err.print(f"note: {escape(note)}", soft_wrap=True)
     facts = f"{exported.format}, rank {exported.rank} at {exported.modules} layers, {exported.dtype}"
     out.print(
-        f"exported [bold]{escape(title(exported.terms))}[/] to {escape(str(exported.path))}: "
+        f"exported [bold]{escape(exported.title)}[/] to {escape(str(exported.path))}: "
         f"{facts}, {exported.size / 1e6:.1f} MB",
         soft_wrap=True,
     )
@@ -82,14 +80,12 @@ def _report(exported: Exported, base: str) -> None:
 
 
 def _next_steps(exported: Exported, base: str) -> list[str]:
-    from lora_rt.core.export.run import usage
-
     where = shlex.quote(str(exported.path) if exported.path.is_absolute() else f"./{exported.path}")
     if exported.format == "gguf":
         gguf = _gguf_of(exported)
         ollama = f"with Ollama, two lines of a Modelfile: FROM {gguf} and ADAPTER {where}/adapter.gguf"
-        return [f"load it: {usage('gguf', where, gguf)}", ollama]
-    load = f"load it: {usage(exported.format, where)}"
+        return [f"load it: {exported.usage(where, gguf)}", ollama]
+    load = f"load it: {exported.usage(where)}"
     if exported.format == "merged":
         return [load, f"or convert it for llama.cpp: convert_hf_to_gguf.py {where}"]
     fitting = next((rank for rank in VLLM_RANKS if rank >= exported.rank), None)

@@ -87,13 +87,12 @@ def _misused(error: Any) -> None:
 
 def _what_is_wrong(error: Any) -> str:
     """typer reads what was typed with pydantic, whose words are for programmers."""
-    from pydantic import ValidationError
-
+    cause: Any = error.__cause__
+    if type(cause).__name__ != "ValidationError":
+        return str(error.message)
     from lora_rt.registry.models import in_words
 
-    if not isinstance(error.__cause__, ValidationError):
-        return str(error.message)
-    found = error.__cause__.errors()[0]
+    found = cause.errors()[0]
     words = in_words(found)
     return f"{str(found['input'])[:80]!r} {words[3:]}" if words.startswith("it ") else words
 

@@ -98,13 +98,12 @@ def text_format(template_var: Sequence[str] | None, special_tokens: bool, *texts
     Raises:
         UsageError: a variable without a value, or what is not Unicode.
     """
-    from lora_rt.core.generation.messages import check_text
-    from lora_rt.core.generation.prompts import template_variables
+    from lora_rt.core.generation import messages, prompts
 
     with usage():
         for text in texts:
-            check_text(text, "the prompt")
-        return {"template_variables": template_variables(template_var or ()), "special_tokens": special_tokens}
+            messages.check_text(text, "the prompt")
+        return {"template_variables": prompts.template_variables(template_var or ()), "special_tokens": special_tokens}
 
 
 Normalize = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json, usage
 from lora_rt.core.cli.session import starting
 from lora_rt.core.cli.wrapping import show_table
-from lora_rt.core.memory.workload import Device, Workload
+from lora_rt.core.memory.workload import Device, Use, Workload
 from lora_rt.core.step.settings import check_targets
 from lora_rt.core.training.processes import speaking_once
 from lora_rt.errors import UsageError
@@ -84,25 +85,18 @@ def plan(
         workload.check()
     check_targets(workload.target_modules, parse_base(chosen_base))
     with starting():
-        from lora_rt.core.memory.estimate import plan_memory, read_config
-        from lora_rt.core.memory.fit import document
+        from lora_rt.core.memory import estimate, fit
 
-        workload = workload if kind else replace(workload, device=_here())
+        workload = workload if kind else replace(workload, device=estimate.device_here())
     with err.status(f"planning {escape(chosen_base)}"):
-        made = plan_memory(read_config(chosen_base), chosen, workload)
+        made = estimate.plan_memory(estimate.read_config(chosen_base), chosen, workload)
     if as_json:
-        print_json(document(made))
+        print_json(fit.document(made))
     else:
-        _print(made)
+        _print(made, fit.fits(made))
 
 
-def _here() -> Device:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _print(made: MemoryPlan) -> None:
+def _print(made: MemoryPlan, fits: Mapping[int, Mapping[Use, Fit | None]]) -> None:
     w = made.workload
     facts = f"{made.parameters / 1e6:,.0f} M parameters, {int(made.base.text.num_hidden_layers)} layers"
     adapter = f"adapters of rank {w.r} on {', '.join(w.target_modules)}"
@@ -120,7 +114,7 @@ def _print(made: MemoryPlan) -> None:
     if copies:
         text = f"dense copies for speed, where half of the free memory holds them: at most {', '.join(copies)}"
         out.print(text, soft_wrap=True)
-    for line in _fit_lines(made):
+    for line in _fit_lines(w, fits):
         out.print(escape(line), soft_wrap=True)
     out.print(escape(_summary(made)), soft_wrap=True)
 
@@ -186,13 +180,10 @@ def gib(size: int) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.1g}"
 
 
-def _fit_lines(made: MemoryPlan) -> list[str]:
-    from lora_rt.core.memory.fit import DEVICES_GB, USES, best_fit
-
+def _fit_lines(w: Workload, fits: Mapping[int, Mapping[Use, Fit | None]]) -> list[str]:
     lines = []
-    w = made.workload
-    for size in DEVICES_GB:
-        parts = [f"{use} {_told(best_fit(made, use, size), w.rows(use), w.seq)}" for use in USES]
+    for size, found in fits.items():
+        parts = [f"{use} {_told(fit, w.rows(use), w.seq)}" for use, fit in found.items()]
         lines.append(f"{size} GB: {'; '.join(parts)}")
     return lines
 

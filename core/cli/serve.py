@@ -151,17 +151,17 @@ def _other(name: str) -> Callable[[Sequence[str], str, int, str], None]:
 
 
 def _serve(settings: ServeSettings, over: options.OverBase, text: dict[str, Any], ui: bool) -> None:
-    from lora_rt.core.serving import page
-    from lora_rt.core.serving.server import listen, log_to_stderr, serve
+    from lora_rt.core.serving import page, server
 
     option = "" if over.base == "default" else over.base
     extend = partial(page.install, base_option=option) if ui else None
 
     # The socket first: that it can't be had is said before a base is loaded for seconds.
-    with listen(settings) as bound, session().runtime(over.base, over.precision, over.device, **text) as runtime:
-        log_to_stderr()
+    with server.listen(settings) as bound, session().runtime(over.base, over.precision, over.device, **text) as runtime:
+        server.log_to_stderr()
         runtime.parts.weigher.told.clear()  # other commands warn of a mix before they load a base; here clients name it
-        serve(runtime, settings, bound, announce=lambda url: _banner(url, settings, runtime.base.id, ui), extend=extend)
+        announce = partial(_banner, settings=settings, base=runtime.base.id, ui=ui)
+        server.serve(runtime, settings, bound, announce=announce, extend=extend)
 
 
 def _banner(url: str, settings: ServeSettings, base: str, ui: bool) -> None:

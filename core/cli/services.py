@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,6 @@ from lora_rt.core.requests.composition import Composition
 from lora_rt.core.training.data import check_fit, read_pairs
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import AdapterFiles
-from lora_rt.registry.durable import new_folder
-from lora_rt.registry.files import STATE, weights_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,18 +80,9 @@ class CommandServices:
         return AdapterFiles(found.name, found.folder, card, found.sha256)
 
     def copy_adapter(self, adapter: AdapterFiles, out: Path, *, mode: str, state: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        from lora_rt.core.step.adapter import described_state
-        from lora_rt.registry.card import AdapterCard, write_card
+        from lora_rt.core.step.adapter import copy_adapter
 
         if not adapter.card:
             text = f"the adapter {adapter.name!r} has no register.json, in which its mode could stand"
             raise LoraRtError(text, next_step="Give one that lora-rt trained")
-        with new_folder(out) as folder:
-            for name in weights_in(adapter.folder):
-                shutil.copyfile(adapter.folder / name, folder / name)
-            if state:
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE)
-            card = {**adapter.card, "mode": mode, "state": described_state(folder)}
-            write_card(folder, AdapterCard.model_validate(card))
+        copy_adapter(adapter.folder, {**adapter.card, "mode": mode}, state, out)

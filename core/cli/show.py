@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_rt.core.base.roles import anywhere
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import out, print_json
 from lora_rt.core.cli.session import session, starting
@@ -40,7 +41,6 @@ def show(
 
 def _show_base(text: str, as_json: bool) -> None:
     with starting():
-        from lora_rt.core.base.roles import anywhere
         from lora_rt.core.export.outline import outline
 
     rows = outline(text, quick=True).document()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
+import torch
 
 from lora_rt.core.base.asked import Precision
 from lora_rt.core.base.identity import label_of
@@ -15,7 +16,7 @@ from lora_rt.core.base.source import parse_base
 from lora_rt.core.memory.inference import InferenceMemory, plan_inference
 from lora_rt.core.memory.skeleton import skeleton
 from lora_rt.core.memory.training import TrainingMemory, plan_training
-from lora_rt.core.memory.workload import Workload
+from lora_rt.core.memory.workload import Device, Workload
 
 _TOUCHED = 112 << 20
 """What a run of the default base has beside its tensors and its imports: tokenizer, pages of libraries, kernels."""
@@ -32,6 +33,11 @@ class BaseConfig:
     def text(self) -> Any:
         """The part of the configuration that describes the language model."""
         return self.config.get_text_config()
+
+
+def device_here() -> Device:
+    """The kind of device that "auto" is on this machine."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_config(base: str) -> BaseConfig:

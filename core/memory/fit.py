@@ -80,15 +80,16 @@ def _choices(plan: MemoryPlan, use: Use) -> list[_Choice]:
     return found
 
 
+def fits(plan: MemoryPlan) -> dict[int, dict[Use, Fit | None]]:
+    """What fits on a device of each of the sizes, for each use."""
+    return {size: {use: best_fit(plan, use, size) for use in USES} for size in DEVICES_GB}
+
+
 def document(plan: MemoryPlan) -> dict[str, Any]:
     """A plan in JSON's form; sizes in bytes."""
 
     def training(memory: TrainingMemory | None) -> dict[str, int] | None:
         return None if memory is None else {**asdict(memory), "peak": memory.peak + plan.process}
-
-    def fits(size: int) -> dict[str, Any]:
-        found = {use: best_fit(plan, use, size) for use in USES}
-        return {use: None if fit is None else asdict(fit) for use, fit in found.items()}
 
     return {
         "base": plan.base.name,
@@ -104,7 +105,10 @@ def document(plan: MemoryPlan) -> dict[str, Any]:
             }
             for item in plan.precisions
         },
-        "fits": {f"{size} GB": fits(size) for size in DEVICES_GB},
+        "fits": {
+            f"{size} GB": {use: None if fit is None else asdict(fit) for use, fit in found.items()}
+            for size, found in fits(plan).items()
+        },
     }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from lora_rt.core.base.source import first_line
 from lora_rt.core.engine.experts import find_parameters
 from lora_rt.core.engine.topology import find_linears, shapes_of
 from lora_rt.core.step.settings import SettingsError, TrainSettings
-from lora_rt.registry.card import BaseIdentity, StateTensor
-from lora_rt.registry.files import STATE, WEIGHTS
+from lora_rt.registry.card import AdapterCard, BaseIdentity, StateTensor, write_card
+from lora_rt.registry.durable import new_folder
+from lora_rt.registry.files import STATE, WEIGHTS, weights_in
 
 _LOGGER = logging.getLogger("lora_rt.training")
 _MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # as PEFT lists them
@@ -146,3 +148,13 @@ def described_state(folder: Path) -> dict[str, StateTensor]:
     with safe_open(folder / STATE, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return {key: StateTensor(dtype=s.get_dtype(), shape=tuple(s.get_shape())) for key, s in slices.items()}
+
+
+def copy_adapter(source: Path, card: Mapping[str, Any], state: Mapping[str, torch.Tensor], out: Path) -> None:
+    """Write an adapter's weights into a new folder, with another card and another state of its mode."""
+    with new_folder(out) as folder:
+        for name in weights_in(source):
+            shutil.copyfile(source / name, folder / name)
+        if state:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE)
+        write_card(folder, AdapterCard.model_validate({**card, "state": described_state(folder)}))

@@ -17,6 +17,11 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
 _ERASE = "\x7f\x08"
 _END = "\x04"  # Ctrl-D
 _ERASE_LINE = "\x15"  # Ctrl-U
@@ -65,8 +70,6 @@ class Keyboard:
             yield
         finally:
             if settings is not None:
-                import termios
-
                 self.poll()
                 self._collects = False
                 _tell(_NOT_MARKING)
@@ -136,11 +139,7 @@ def _readline() -> Any:
 
 def _without_echo() -> Any:
     """Let the terminal hand over each key and show none; its settings before, or None where there is no terminal."""
-    try:
-        import termios
-    except ImportError:  # Windows
-        return None
-    if not sys.stdin.isatty():
+    if termios is None or not sys.stdin.isatty():
         return None
     before = termios.tcgetattr(sys.stdin)
     quiet = termios.tcgetattr(sys.stdin)
