@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from lora_rt.core.base.asked import check_precision
+from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.source import parse_base, text_of
 from lora_rt.core.generation.messages import one_per_row
 from lora_rt.core.requests.composition import Composition, CompositionLike
+from lora_rt.core.step.settings import TrainSettings
 from lora_rt.core.training.data import check_examples, read_pairs
+from lora_rt.core.training.run import TrainResult
+from lora_rt.core.training.run import train as run
+from lora_rt.core.tuning.settings import Per, settings_for
 from lora_rt.errors import UsageError
 
 if TYPE_CHECKING:
     from lora_rt.core.evaluation.matrix import Matrix
     from lora_rt.core.runtime import Runtime
-    from lora_rt.core.training.run import TrainResult
     from lora_rt.core.tuning.session import Fitted
-    from lora_rt.core.tuning.settings import Per
     from lora_rt.registry.compositions import NamedComposition
 
 Examples = str | Path | Sequence[Mapping[str, Any]]
@@ -82,9 +85,6 @@ def train(
         LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the run was interrupted.
         TypeError: there is no such setting.
     """
-    from lora_rt.core.step.settings import TrainSettings
-    from lora_rt.core.training.run import train as run
-
     given: dict[str, Any] = dict(settings)
     if (held_out := given.get("held_out")) is not None:
         given["held_out"] = _path(held_out, "held_out")
@@ -150,8 +150,6 @@ def prepare(base: str | PathLike[str] = "default", *, precision: str = "bfloat16
     Raises:
         LoraRtError: there is no such base, or it can't be converted.
     """
-    from lora_rt.core.base.prepare import prepare_base
-
     return prepare_base(parse_base(base), check_precision(precision)).folder
 
 
@@ -195,8 +193,6 @@ def tune(
     Raises:
         LoraRtError: settings, data, base or adapters can't be used, or nothing was found that beats the start.
     """
-    from lora_rt.core.tuning.settings import settings_for
-
     settings = settings_for(
         per,
         epochs=epochs,

@@ -44,9 +44,7 @@ def compiled(
         options["fastmath"] = {"reassoc", "contract", "nsz"}
 
     def decorate(function: Callable[..., Any]) -> Any:
-        from numba import njit
-
-        return _remembered(function, options, uses) if kept else njit(**options, **_INNER)(function)
+        return _remembered(function, options, uses) if kept else _numba().njit(**options, **_INNER)(function)
 
     return decorate
 
@@ -60,10 +58,10 @@ def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        from numba import cfunc, config
+        config = _numba().config
 
         def made(kept: bool) -> Any:
-            return cfunc(signature, cache=kept, **_OPTIONS)(function)
+            return _numba().cfunc(signature, cache=kept, **_OPTIONS)(function)
 
         file = Path(function.__code__.co_filename)
         folder = _folder(file, *map(Path, uses))
@@ -86,10 +84,16 @@ def callback(signature: str, uses: Sequence[str]) -> Callable[[Callable[..., Any
     return decorate
 
 
+def _numba() -> Any:
+    """It takes a second to import."""
+    import numba
+
+    return numba
+
+
 def _remembered(function: Any, options: dict[str, Any], uses: Sequence[str]) -> Any:
     """The function, which is looked for in the home when it is first called, and put there."""
-    from numba import config, njit
-
+    config, njit = _numba().config, _numba().njit
     folder = _folder(Path(function.__code__.co_filename), *map(Path, uses))
     if not _can_write(folder):
         return njit(**options)(function)
