@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from lora_rt.core.base.asked import check_precision
+from lora_rt.core.base.choices import check_precision
 from lora_rt.core.base.prepare import prepare_base
 from lora_rt.core.base.source import parse_base, text_of
 from lora_rt.core.generation.messages import one_per_row

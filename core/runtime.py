@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from torch import Tensor, ones_like, tensor
 
-from lora_rt.core.base.asked import check_wish
+from lora_rt.core.base.choices import check_wish
 from lora_rt.core.base.given import given_base
 from lora_rt.core.base.load import LoadedBase, load_base
 from lora_rt.core.base.source import text_of

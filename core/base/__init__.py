@@ -1,7 +1,7 @@
 """The one base model: where it comes from, how it is quantized once and kept, and how it is loaded.
 
 From a text       source.py         what --base means            default.py      the default one, out of a wheel
-                  asked.py          a precision, a device, without torch
+                  choices.py        a precision, a device, without torch
 to a folder       hub.py            what the Hub's client says   prepare.py      converted and quantized once, kept
                   identity.py       its digest                   configuration.py  its config.json, looked at
                   probe.py          its template comes to an end, in a process of its own

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_rt.core.base.asked import described
+from lora_rt.core.base.choices import described
 from lora_rt.core.base.source import BaseError
 from lora_rt.registry.files import POINTER
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_rt.core.base.asked import QUANTIZED, Precision, check_precision
 from lora_rt.core.base.bounded import hold_to_limits
+from lora_rt.core.base.choices import QUANTIZED, Precision, check_precision
 from lora_rt.core.base.fused import pack_experts
 from lora_rt.core.base.packed import fit_to_model, remark
 from lora_rt.core.base.precision import choose_device, compute_dtype, quantization_config

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_rt.core.base.asked import QUANTIZED
+from lora_rt.core.base.choices import QUANTIZED
 from lora_rt.core.base.fused import PackedMatrices, dequantized
 from lora_rt.core.base.reading import UNREADABLE
 from lora_rt.core.base.roles import anywhere

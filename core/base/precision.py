@@ -1,6 +1,6 @@
 """A precision and a device in torch's terms: the dtype to compute in, how weights are quantized, and what is here.
 
-Which precisions there are, and what is known of them without torch, is in `asked.py`.
+Which precisions there are, and what is known of them without torch, is in `choices.py`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
 
-from lora_rt.core.base.asked import PRECISIONS as PRECISIONS
-from lora_rt.core.base.asked import Precision as Precision
-from lora_rt.core.base.asked import check_device, check_number, described
-from lora_rt.core.base.asked import check_precision as check_precision
-from lora_rt.core.base.asked import check_wish as check_wish
+from lora_rt.core.base.choices import PRECISIONS as PRECISIONS
+from lora_rt.core.base.choices import Precision as Precision
+from lora_rt.core.base.choices import check_device, check_number, described
+from lora_rt.core.base.choices import check_precision as check_precision
+from lora_rt.core.base.choices import check_wish as check_wish
 from lora_rt.errors import LoraRtError
 
 
@@ -31,6 +30,8 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 def quantization_config(precision: Precision) -> Any:
     """The transformers configuration that quantizes at loading; None for the dense precisions."""
+    from transformers import BitsAndBytesConfig
+
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if precision == "int4":

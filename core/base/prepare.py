@@ -25,7 +25,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from lora_rt.core.base import default
-from lora_rt.core.base.asked import QUANTIZED, Precision
+from lora_rt.core.base.choices import QUANTIZED, Precision
 from lora_rt.core.base.configuration import check_weights, quantization_of, weight_files
 from lora_rt.core.base.identity import MANIFEST, identify, identify_folder, manifest_of
 from lora_rt.core.base.progress import step

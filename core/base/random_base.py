@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from lora_rt.core.base.asked import check_precision
 from lora_rt.core.base.byte_tokenizer import byte_tokenizer
+from lora_rt.core.base.choices import check_precision
 from lora_rt.core.base.load import LoadedBase, base_facts
 from lora_rt.core.base.precision import choose_device, compute_dtype, quantization_config
 from lora_rt.core.base.repacking import forbid_uneven_repacking

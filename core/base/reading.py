@@ -14,11 +14,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaConfig
-from transformers.models.auto import modeling_auto as known
 
 from lora_rt.core.base import default, hub
-from lora_rt.core.base.asked import Precision
+from lora_rt.core.base.choices import Precision
 from lora_rt.core.base.configuration import check_size, read_configuration
 from lora_rt.core.base.precision import compute_dtype, quantization_config
 from lora_rt.core.base.silence import libraries_silenced
@@ -36,6 +34,13 @@ _LOGGER = logging.getLogger("lora_rt.base")
 _LORA = re.compile(r"\.lora_|\.base_layer\.")
 _NO_ADAPTER = {"subfolder": "no-adapter-is-looked-for"}
 """transformers adds an adapter that lies beside a model to it, and then saves that adapter in place of the model."""
+
+
+def _transformers() -> Any:
+    """Imported for the first base: what exports is imported into processes of vLLM that may never ask for one."""
+    import transformers
+
+    return transformers
 
 
 @contextmanager
@@ -57,10 +62,11 @@ def whole_model(where: Any, **arguments: Any) -> Any:
     Raises:
         BaseError: weights are missing, or no layer takes them. One of `UNREADABLE`: it is no model.
     """
-    kind: Any = AutoModelForCausalLM
+    auto = _transformers()
+    kind: Any = auto.AutoModelForCausalLM
     if "gguf_file" not in arguments:
         arguments["use_safetensors"] = True
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        config = auto.AutoConfig.from_pretrained(where, trust_remote_code=False)
         check_size(Path(where), config)
         kind = auto_class(config)
         if attention_of(config) not in (None, "eager", "sdpa"):
@@ -105,10 +111,12 @@ def auto_class(config: Any) -> Any:
     Models that see know several: of those that transformers does not count among the causal ones (LLaVA, Qwen2-VL,
     Mistral 3), the whole model is taken, whose text part speaks as well without an image.
     """
+    auto = _transformers()
+    known = auto.models.auto.modeling_auto
     sees = type(config) in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if sees and type(config) not in known.MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+        return auto.AutoModelForImageTextToText
+    return auto.AutoModelForCausalLM
 
 
 def config_alone(source: BaseSource) -> Any:
@@ -120,13 +128,13 @@ def config_alone(source: BaseSource) -> Any:
     what = f"the configuration of {source.text} can't be read"
     with libraries_silenced(), readable(what, "Give a causal language model that transformers knows"):
         if source.kind == "default":
-            return LlamaConfig(**default.CONFIG)
+            return _transformers().LlamaConfig(**default.CONFIG)
         if source.kind == "gguf":
             assert source.path is not None
-            return AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
+            return _transformers().AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
         folder = hub.fetch_config(source) if source.path is None else source.path
         read_configuration(folder)
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return _transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def whole_tokenizer(where: Any, **arguments: Any) -> Any:
@@ -136,7 +144,7 @@ def whole_tokenizer(where: Any, **arguments: Any) -> Any:
         BaseError: there is none, or it is broken.
     """
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
+        return _transformers().AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:  # the tokenizers library raises no other kind
         if "gguf_file" not in arguments and not any(map(_is_of_a_tokenizer, Path(where).iterdir())):
             step = "Put those of the model that it was made of into it: tokenizer.json, tokenizer_config.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lora_rt.core.base.asked import check_precision
+from lora_rt.core.base.choices import check_precision
 from lora_rt.core.base.precision import compute_dtype
 from lora_rt.core.base.reading import whole_tokenizer
 from lora_rt.core.benchmark.results import Sample

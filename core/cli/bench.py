@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lora_rt.core.base.asked import check_device
+from lora_rt.core.base.choices import check_device
 from lora_rt.core.base.picture import check_plot
 from lora_rt.core.base.source import RANDOM, parse_base
 from lora_rt.core.benchmark.results import draw, noise, shown

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_rt.core.base.asked import check_wish
+from lora_rt.core.base.choices import check_wish
 from lora_rt.core.cli.console import printing_aside
 from lora_rt.core.cli.failures import usage as usage
 from lora_rt.core.cli.session import session

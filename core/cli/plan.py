@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lora_rt.core.base.asked import PRECISIONS, check_precision
+from lora_rt.core.base.choices import PRECISIONS, check_precision
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli.console import err, out, print_json
 from lora_rt.core.cli.options import Json, usage

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_rt.core.base.asked import check_device, check_precision, check_wish
+from lora_rt.core.base.choices import check_device, check_precision, check_wish
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli.lean import import_lean

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from lora_rt.core.base.asked import check_device
+from lora_rt.core.base.choices import check_device
 from lora_rt.core.base.identity import identify_base
 from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli import options

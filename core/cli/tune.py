@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from lora_rt.core.base.asked import check_device
+from lora_rt.core.base.choices import check_device
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
 from lora_rt.core.cli.look_up import caution, look_up

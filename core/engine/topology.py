@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_rt.core.base.fused import PackedMatrices
 from lora_rt.core.base.reading import UNREADABLE as UNRUNNABLE
@@ -103,6 +102,8 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _says_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D  # exporting knows sites, and is imported without transformers
+
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
     return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from lora_rt.core.base.identity import identify, identify_base
 from lora_rt.core.base.load import base_facts
@@ -54,6 +53,8 @@ def outline(text: str, *, quick: bool = False) -> Outline:
     Raises:
         BaseError: it can't be found, or is no model that transformers knows.
     """
+    from transformers.pytorch_utils import Conv1D
+
     source = parse_base(text)
     config = config_alone(source)
     identity = identify_base(text) if quick else identify(source)

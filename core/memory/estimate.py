@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_rt.core.base.asked import Precision
+from lora_rt.core.base.choices import Precision
 from lora_rt.core.base.identity import label_of
 from lora_rt.core.base.reading import config_alone
 from lora_rt.core.base.source import parse_base

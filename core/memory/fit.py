@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_rt.core.base.asked import PRECISIONS, Precision
+from lora_rt.core.base.choices import PRECISIONS, Precision
 from lora_rt.core.memory.estimate import MemoryPlan
 from lora_rt.core.memory.inference import InferenceMemory
 from lora_rt.core.memory.training import TrainingMemory

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lora_rt.core.base.asked import Precision
+from lora_rt.core.base.choices import Precision
 from lora_rt.core.base.fused import pack_experts
 from lora_rt.core.base.precision import compute_dtype
 from lora_rt.core.base.repacking import forbid_repacking

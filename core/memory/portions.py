@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_rt.core.base.asked import check_precision
+from lora_rt.core.base.choices import check_precision
 from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.memory.training import plan_training

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.base.asked import Precision
+from lora_rt.core.base.choices import Precision
 from lora_rt.core.base.fused import run_without_values
 from lora_rt.core.base.load import scales
 from lora_rt.core.base.packed import fit_to_model

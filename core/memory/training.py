@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_rt.core.base.asked import Precision
+from lora_rt.core.base.choices import Precision
 from lora_rt.core.memory.live import LiveMemory
 from lora_rt.core.memory.skeleton import (
     bytes_of,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lora_rt.core.base.asked import Wish, check_wish
+from lora_rt.core.base.choices import Wish, check_wish
 from lora_rt.core.base.machine import free_bytes
 from lora_rt.core.base.source import BaseError
 from lora_rt.core.multiply import four_bit

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_rt.core.base.asked import check_device, check_precision
+from lora_rt.core.base.choices import check_device, check_precision
 from lora_rt.core.base.identity import known_linears
 from lora_rt.core.base.roles import resolved
 from lora_rt.core.base.source import BaseSource, parse_base

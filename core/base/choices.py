@@ -1,4 +1,4 @@
-"""What may be asked of a base: a precision, a device, a way to multiply; and whether they can be had, without torch.
+"""What may be chosen of a base: a precision, a device, a way to multiply; and whether they can be had, without torch.
 
 The precisions are float32, bfloat16, float16, int8 and int4 (NF4 with double quantization).
 """
