@@ -39,7 +39,7 @@ def explain(
     scene: options.Scene = None,
     normalize: options.Normalize = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=0, help="Also look at a greedy answer of so many tokens.")
+        int, typer.Option("--max-new-tokens", min=0, help="Also look at a greedy answer of this many tokens.")
     ] = 0,
     heads: Annotated[
         bool, typer.Option("--heads", help="Also show how much each register adds at each attention head.")

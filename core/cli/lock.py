@@ -20,7 +20,7 @@ def lock(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Pin every adapter of the project to a full commit and the sha256 of each file, and its compositions."""
+    """Pin the project's adapters to full commits and the sha256 of each file, and its compositions."""
     registry = session().registry
     if check:
         problems = check_lock(registry)

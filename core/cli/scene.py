@@ -31,7 +31,7 @@ def scene(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show the scene types that a text is recognized as, with the shares that gates go by."""
+    """Show which scene types a text is recognized as, with the share of each."""
     if not text.strip():
         raise UsageError("the text is empty", next_step="Give the prompt whose scene type is to be recognized")
     form = over.text(text)

@@ -29,7 +29,7 @@ def serve(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[BASE REGISTER...]",
+            metavar="BASE REGISTER",
             help="With another --engine: base and registers; flags after -- are that engine's own.",
         ),
     ] = None,

@@ -17,7 +17,7 @@ from lora_rt.registry.facts import facts_of
 
 def show(
     reference: Annotated[
-        str | None, typer.Argument(metavar="[REF]", help="A name, org/repo, or a path; with @revision.")
+        str | None, typer.Argument(metavar="REF", help="A name, org/repo, or a path; with @revision.")
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Show the roles, layers and shapes of this base instead.")

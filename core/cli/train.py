@@ -46,7 +46,7 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="RUN.yaml", help="Options from a file, or of a register.json's run."),
+        typer.Option("--config", metavar="RUN.yaml", help="Options from a file, or from an adapter's register.json."),
     ] = None,
     mode: Annotated[
         str, typer.Option("--mode", help="What the adapter is trained for; lora-rt plugins lists the modes.")
@@ -74,7 +74,7 @@ def train(
     accumulation: Annotated[
         int | None,
         typer.Option(
-            "--accumulation", help="Run a step's sequences in so many parts; picked by the free memory if left out."
+            "--accumulation", help="Run a step's sequences in this many parts; picked by the free memory if left out."
         ),
     ] = None,
     gradient_checkpointing: Annotated[
@@ -104,14 +104,14 @@ def train(
     early_stop: Annotated[
         int | None,
         typer.Option(
-            "--early-stop", help="End after so many epochs without a better held-out loss; the best one is kept."
+            "--early-stop", help="End after this many epochs without a better held-out loss; the best one is kept."
         ),
     ] = None,
     log_to: Annotated[
         str, typer.Option("--log-to", help="tensorboard, wandb or trackio; several, comma-separated.")
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say tokens, steps, memory and time; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Show tokens, steps, memory and time; train nothing, write nothing.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same run.")] = False,
     out: Annotated[

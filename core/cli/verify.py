@@ -21,7 +21,7 @@ def verify(
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub whether tags moved.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check that adapters and named compositions are sound, and what they were when they were installed."""
+    """Check that adapters and named compositions are sound, and unchanged since they were installed."""
     registry = session().registry
     with err.status("comparing files" if offline else "comparing files and asking the Hub"):
         verdicts = run(registry, names or (), offline=offline)

@@ -56,7 +56,7 @@ TemplateVar = Annotated[
     typer.Option(
         "--template-var",
         metavar="KEY=VALUE",
-        help="Set a variable of the chat template, as enable_thinking=false. Repeatable.",
+        help="Set a variable of the chat template: enable_thinking=false. Repeatable.",
     ),
 ]
 SpecialTokens = Annotated[
