@@ -8,10 +8,14 @@ python tests/support/readme.py --write    brings it up to date
 <!-- short registers report -->          two of its lines
 <!-- other hand report -->               that of the texts by another hand
 <!-- precisions report -->               what the base's precision costs each register
-<!-- answers report -->                  faults in the registers' answers, as people read them
+<!-- answers report -->                  faults in the registers' answers, as one reader noted them
+<!-- gates report -->                     which scene types `registers` recognizes, and what it gains
 <!-- router report -->                    routers beside static mixes
+<!-- bridge report -->                    what the bridge does on pairs that it never saw
+<!-- memory report -->                    what training was planned to take, and what it took
 <!-- architectures report -->            the table from tests/architectures/results.json
 <!-- adapters report -->                 what becomes of adapters, by kind, from tests/runtime/variants.json
+<!-- short bench report -->              three rows of the next
 <!-- bench report -->                    the table from examples/bench/report.json, once there is one
 <!-- bench without amx report -->        the same of a processor without AMX, from report-without-amx.json
 <!-- end -->
@@ -77,7 +81,7 @@ def registers_report() -> str:
     over_seeds("own_minus_best_other")
     row("true scene over a wrong one", interval("true_scene_over_wrong"))
     row(
-        "greedy texts that a word classifier puts there",
+        "greedy texts recognized by a word classifier",
         lambda n: f"{report['generations'][n]['classified_right']:.0%}",
     )
     row("the same with a repetition penalty of 1.1", lambda n: f"{report['generations_with_penalty'][n]:.0%}")
@@ -134,14 +138,16 @@ def gates_report() -> str:
         ("another hand", "sentences by another hand"),
     ):
         counts = [[sum(each) for each in zip(*found[kind].values(), strict=True)] for found in told.values()]
-        rows.append(f"| type told, of {counts[0][1]} {title} | " + " | ".join(str(right) for right, _ in counts) + " |")
-    for how in ("told", "recognized"):
+        rows.append(
+            f"| type recognized, of {counts[0][1]} {title} | " + " | ".join(str(right) for right, _ in counts) + " |"
+        )
+    for how, title in (("told", "given"), ("recognized", "recognized")):
         found = [gains[f"{name}, type {how}"] for name in told]
         cells = []
         for one in found:
             low, high = one["gain_ci"]
             cells.append(f"{one['nll']:.3f}; {one['gain_over_best_static']:+.3f} [{low:+.3f}, {high:+.3f}]")
-        rows.append(f"| nats per token, type {how}; gain over 0.25 each | " + " | ".join(cells) + " |")
+        rows.append(f"| nats per token, type {title}; gain over 0.25 each | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 

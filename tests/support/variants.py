@@ -381,7 +381,7 @@ KINDS = {
 
 
 def report(kept: Mapping[str, str]) -> str:
-    """The page's table: a line for each kind of adapter, with what is refused of it, why, and what to do then.
+    """The page's tables: counts by kind of adapter, and a line for whatever is refused, with why and what to do.
 
     Raises:
         ValueError: other variants were tried than there are.
@@ -391,15 +391,16 @@ def report(kept: Mapping[str, str]) -> str:
     found: dict[str, dict[str, str]] = {kind: {} for kind in [*KINDS][::-1]}
     for name, result in kept.items():
         found[next(kind for kind, like in KINDS.items() if re.fullmatch(like, name))][name] = result
-    lines = ["| adapters | exact | refused | what is refused, why, and what to do |", "|---|---|---|---|"]
+    counts = ["| adapters | exact | refused |", "|---|---|---|"]
+    refusals = ["| refused | why | what to do |", "|---|---|---|"]
     for kind, results in found.items():
         refused = {name: result for name, result in results.items() if result != "exact"}
         by_way: dict[str, list[str]] = {}
         for name, result in refused.items():
             by_way.setdefault(result.rpartition(" | ")[2], []).append(name)
-        told = [f"{', '.join(n)}: {_why(refused[n[0]])}. {way}" for way, n in by_way.items()]
-        lines.append(f"| {kind} | {len(results) - len(refused)} | {len(refused)} | {'; '.join(told)} |")
-    return "\n".join(lines) + "\n"
+        counts.append(f"| {kind} | {len(results) - len(refused)} | {len(refused)} |")
+        refusals += [f"| {', '.join(names)} | {_why(refused[names[0]])} | {way} |" for way, names in by_way.items()]
+    return "\n".join([*counts, "", *refusals]) + "\n"
 
 
 def _why(result: str) -> str:
