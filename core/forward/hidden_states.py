@@ -146,8 +146,10 @@ class EarlyHistory:
         """(rows, all tokens so far, hidden); ids, mask and positions likewise, the last `new` are this pass's."""
         lm, before = self._early.lm, ids.shape[1] - new
         blocks = self._early.depth(depth)
-        # Where a base counts positions by its cache, a pass that fills none would begin at the first one again.
-        if lm.keeping != "shared" or lm.rope.varies or not (blocks or lm.takes_positions):
+        # Where a base counts positions by its cache, a pass that fills none would begin at the first one again. Rows
+        # that are padded on the right do not go on from here, nor lie as they would have to beside others.
+        unkept = lm.keeping != "shared" or lm.rope.varies or not (blocks or lm.takes_positions)
+        if unkept or not bool(mask[:, -1].all()):
             return self._early(ids, mask, positions, blocks)
         reads = [read for read in self._read if read.depth == blocks]
         known = next((read for read in reads if read.holds(ids[:, :before], mask[:, :before])), None)

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from lora_rt import Runtime
-from lora_rt.core.base.shape import pad_left, positions_of
+from lora_rt.core.base.shape import pad_left, pad_right, positions_of
 from lora_rt.core.forward.hidden_states import EarlyHidden, EarlyHistory
 from lora_rt.errors import LoraRtError
 from support.architectures.checks import Subject
@@ -109,6 +109,25 @@ def test_rows_that_join_and_leave_are_read_once_too(zoo: Zoo, kind: str, depth: 
     assert states({"c": 6, "b": 8}, 1) == [1]
     assert states({"a": 8}, 1) == [1]  # what was read of it lies beside what was read of the others
     hook.remove()
+    early.close()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_rows_that_were_padded_on_the_right_are_not_taken_for_rows_padded_on_the_left(
+    engine: Engine, depth: int
+) -> None:
+    """Rows that are only read stand so; others with the same tokens speak beside them."""
+    early = EarlyHidden(engine.lm, LAYERS)
+    history = EarlyHistory(early)
+    rows = [[5, 6, 7, 8, 9], [31, 32, 33]]
+
+    def check(ids: torch.Tensor, mask: torch.Tensor, new: int) -> None:
+        parts, seen = (ids, mask, positions_of(mask)), mask[..., None].bool()
+        assert_close(history(*parts, new, depth).where(seen, 0.0), early(*parts, depth).where(seen, 0.0), **EXACT)
+
+    check(*pad_right(rows, engine.lm.device), 5)
+    check(*pad_left([[*row, 40] for row in rows], engine.lm.device), 1)
+    check(*pad_right([[*row, 40, *[50] * n] for n, row in enumerate(rows)], engine.lm.device), 1)
     early.close()
 
 
