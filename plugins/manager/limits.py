@@ -92,7 +92,7 @@ def watched(seconds: float, report: Callable[[], None]) -> Iterator[None]:
     call = object()
     with _lock:
         _running[call] = time.monotonic() + seconds, report
-        if _watcher is None or not _watcher.is_alive():  # in a fork it isn't
+        if _watcher is None or not _watcher.is_alive():
             pause = min(_LOOK, seconds / 4)
             _watcher = threading.Thread(target=_look, args=[pause], daemon=True, name="lora-rt-watch")
             _watcher.start()
@@ -105,6 +105,17 @@ def watched(seconds: float, report: Callable[[], None]) -> Iterator[None]:
 _lock = threading.Lock()
 _running: dict[object, tuple[float, Callable[[], None]]] = {}
 _watcher: threading.Thread | None = None
+
+
+def _begin_anew() -> None:
+    """A fork has neither the thread nor the calls of its parent's other threads, one of which may hold the lock."""
+    global _lock, _watcher
+    _lock, _watcher = threading.Lock(), None
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _look(pause: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -168,6 +170,40 @@ def test_a_hanging_gate_is_named_while_its_request_waits(
     release.set()
     waiting.join()
     assert ["stranger" in text and "Ctrl-C" in text for text in caplog.messages] == [True]
+
+
+FORKED = """
+import os, threading, time
+from lora_rt.plugins.manager import limits
+from lora_rt.plugins.manager.limits import watched
+
+def hanging():
+    with watched(0.2, lambda: None):
+        time.sleep(60)
+
+threading.Thread(target=hanging, daemon=True).start()
+while not limits._running:
+    time.sleep(0.01)
+limits._lock.acquire()  # as another thread may hold it at that moment
+child = os.fork()
+if not child:
+    told = []
+    with watched(0.2, lambda: told.append("mine")):
+        time.sleep(1)
+    os._exit(0 if told == ["mine"] and not limits._running else 1)
+end = time.monotonic() + 20
+while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+    time.sleep(0.05)
+if not ended[0]:
+    os.kill(child, 9)
+os._exit(2 if not ended[0] else os.waitstatus_to_exitcode(ended[1]))
+"""
+
+
+def test_a_fork_looks_out_for_its_own_gates_alone() -> None:
+    """What its parent's other threads wait for, and the lock that one of them holds, are not the child's."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_gate_runs_in_the_callers_thread_and_mode() -> None:
