@@ -47,10 +47,11 @@ class Batch(Generic[R]):
         planner: makes the plan of every pass.
         end_ids: tokens that end an answer.
         chunk: how many columns of newcomers are read in one step, so that a long prompt does not hold up the others;
-            None reads them at once.
+            None reads them at once, as rows that are only read always are.
         deterministic: give every row passes of its own. In few bits the kernels round a batch of another shape
             otherwise; so the text of a row is that of the row alone, bit for bit.
-        keep: told of each row that has ended, with a cache of its own that holds what was read of it.
+        keep: told of each row that has ended, with a cache of its own that holds what was read of it; but not of one
+            that is only read and was padded for others.
     """
 
     def __init__(
@@ -70,7 +71,6 @@ class Batch(Generic[R]):
             raise SamplingError(f"chunk is {chunk}", next_step="Give a whole number of tokens from 1 on, or None")
         self._chunk = chunk
         self._deterministic = deterministic
-        self._alone = deterministic or lm.keeping == "apart"
         self._keep = keep
         self._groups: list[Group[R]] = []
         self._unread: list[R] = []
@@ -265,6 +265,11 @@ class Batch(Generic[R]):
             begin = None if row.begin is None else id(row.begin[0])
             return "read", row.company, self._lm.rope.factors(row.length), begin
         return self._share(row) if row.wanted is None and row.begin is None else id(row)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether each row that speaks has passes of its own; rows that are only read need no trial of a cache."""
+        return self._deterministic or self._lm.keeping == "apart"
 
     def _share(self, row: R) -> Hashable:
         """Equal for rows that may share a pass."""

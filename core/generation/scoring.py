@@ -22,13 +22,16 @@ from lora_rt.errors import LoraRtError
 def whole_logits(lm: CausalLM, planner: Planner[R], rows: Sequence[R], mask: Tensor) -> Tensor:
     """The logits of whole rows, (rows, tokens, vocab), where the mask (rows, tokens) has their tokens; 0 on padding.
 
+    A row may be padding alone, but not all of them.
+
     Raises:
         LengthError: a row is longer than the model's context.
     """
-    found = _read(lm, planner, rows, [range(row.length) for row in rows])
+    there = [(number, row) for number, row in enumerate(rows) if row.length]
+    found = _read(lm, planner, [row for _, row in there], [range(row.length) for _, row in there])
     logits = found[0].new_zeros(*mask.shape, found[0].shape[-1])
-    for row, own, kept in zip(logits, found, mask.bool(), strict=True):
-        row[kept] = own  # (tokens of the row, vocab)
+    for (number, _), own in zip(there, found, strict=True):
+        logits[number, mask[number].bool()] = own  # (tokens of the row, vocab)
     return logits
 
 
@@ -58,12 +61,14 @@ def choices_nll(
     Args:
         prompt: the row of the prompt alone. rows: prompt and answer of each. answers: the last tokens of each row.
     """
+    start = prompt.length
+    for row in rows:
+        row.wanted = range(start, row.length - 1)  # said now: a row that is only read may fill the context
     check_lengths(rows, lm.capacity)
     alike = {(lm.rope.factors(row.length), row.company) for row in (prompt, *rows)}
     if lm.keeping != "shared" or len(alike) > 1:  # the prompt's keys are not those of the whole rows
         return answer_nll(lm, planner, rows, answers)
     caches: list[Any] = []
-    start = prompt.length
     (first,) = _read(lm, planner, [prompt], [range(start - 1, start)], lambda _row, cache: caches.append(cache))
     going_on = [row for row in rows if row.length > start + 1]
     for row in going_on:
@@ -125,7 +130,7 @@ def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: to
     """A caller's token ids and attention mask as tensors, both (rows, tokens) int64; no mask means no padding.
 
     Raises:
-        BatchError: another shape, or a number that is not a token id of this model.
+        BatchError: another shape, a number that is not a token id of this model, or nothing but padding.
     """
     try:
         ids = torch.as_tensor(input_ids, device=device)
@@ -139,6 +144,8 @@ def given_batch(input_ids: Any, attention_mask: Any, vocab_size: int, device: to
     if mask.shape != ids.shape:
         text = f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}"
         raise BatchError(text, next_step="Give them the same shape")
+    if not bool(mask.any()):
+        raise BatchError("attention_mask hides every token", next_step="Give 1 where a token is to be read")
     if ids.is_floating_point() or bool(((ids < 0) | (ids >= vocab_size)).any()):
         text = "input_ids holds numbers that are not token ids of this base"
         raise BatchError(text, next_step=f"Give whole numbers from 0 to {vocab_size - 1}")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
 from lora_rt.core.generation.prompts import prompt_ids
 from lora_rt.core.generation.scoring import answer_nll
 from lora_rt.core.runtime import Runtime
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import Gate, GateContext, hookimpl
-from support.tiny import Zoo, mode_host
+from support.tiny import Zoo, config_of, mode_host, random_model, some_ids
 
 PROMPTS = ["ab", "a longer prompt"]
 EXACT: Any = {"atol": 1e-4, "rtol": 0.0}
@@ -85,3 +88,49 @@ def test_what_explains_an_answer_sees_where_the_prompt_ends(fading: Runtime) -> 
     added = fading.explain("ab", "fading", answer="cdefgh").tokens[0]
     assert not bool(added[:prompt].any())
     assert bool((added[prompt:] > 0).all())
+
+
+def passes_of(model: Any) -> list[tuple[int, ...]]:
+    """The shape of every pass of a model from now on, those of trials included, which call no hooks."""
+    seen: list[tuple[int, ...]] = []
+    own = model.forward
+
+    @functools.wraps(own)
+    def noted(*arguments: Any, **named: Any) -> Any:
+        seen.append(tuple(named["input_ids"].shape))
+        return own(*arguments, **named)
+
+    model.forward = noted
+    return seen
+
+
+def test_rows_that_are_only_read_need_no_trial_of_a_cache(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_RT_BLOCKS", "0")  # which has trials of its own
+    with Runtime.over(random_model(config_of("llama")), AutoTokenizer.from_pretrained(zoo.base("llama"))) as runtime:
+        seen = passes_of(runtime.model)
+        runtime.logits(some_ids(3, 6))
+        prompt = len(prompt_ids(runtime.tokenizer, "ab"))
+        runtime.answer_nll(["ab"], ["c"])
+    assert seen == [(3, 6), (1, prompt + 2)]
+
+
+def test_a_row_of_padding_alone_has_logits_of_0_and_changes_nothing_in_the_others(zoo: Zoo) -> None:
+    runtime, ids = zoo.runtime("llama"), some_ids(3, 6)
+    mask = torch.tensor([[1] * 6, [0] * 6, [0, 0, 1, 1, 1, 1]])
+    found = runtime.logits(ids, mask)
+    assert not bool(found[1].any())
+    assert_close(found[0], runtime.logits(ids[:1])[0], **EXACT)
+    assert_close(found[2, 2:], runtime.logits(ids[2:, 2:])[0], **EXACT)
+    with pytest.raises(LoraRtError, match="hides every token"):
+        runtime.logits(ids, torch.zeros_like(mask))
+
+
+def test_a_choice_may_fill_the_context(zoo: Zoo) -> None:
+    """Nothing comes behind it."""
+    runtime = zoo.runtime("llama")
+    prompt = len(prompt_ids(runtime.tokenizer, "ab"))
+    fitting = "c" * (runtime.parts.lm.capacity - prompt - 1)  # and the end of the turn
+    (choice, _), (answer,) = runtime.choices_nll("ab", [fitting, "x"]), runtime.answer_nll(["ab"], [fitting])
+    assert_close(choice, answer, **EXACT)
+    with pytest.raises(LoraRtError, match="a row is too long"):
+        runtime.choices_nll("ab", ["x", f"{fitting}c"])
