@@ -47,7 +47,7 @@ class Batch(Generic[R]):
         planner: makes the plan of every pass.
         end_ids: tokens that end an answer.
         chunk: how many columns of newcomers are read in one step, so that a long prompt does not hold up the others;
-            None reads them at once, as rows that are only read always are.
+            None reads them at once, as rows that are only read always are, and rows longer than where rope changes.
         deterministic: give every row passes of its own. In few bits the kernels round a batch of another shape
             otherwise; so the text of a row is that of the row alone, bit for bit.
         keep: told of each row that has ended, with a cache of its own that holds what was read of it; but not of one
@@ -190,7 +190,9 @@ class Batch(Generic[R]):
     def _pass(self, group: Group[R]) -> Tensor | None:
         """One pass of a group: its next tokens' logits, (rows, vocab); None where it is not read yet, or only read."""
         end, wanted = group.width, group.wanted
-        if self._chunk is not None and group.cache is not None and wanted is None:
+        # What is read by itself is a beginning; it must have the rope factors of the whole.
+        whole = wanted is not None or self._lm.rope.factors(1) != self._lm.rope.factors(end)
+        if self._chunk is not None and group.cache is not None and not whole:
             end = min(end, group.read + self._chunk)
         history, mask = group.ids[:, :end], group.mask[:, :end]
         info = PassInfo.of(group.rows, history, mask, group.read)

@@ -103,6 +103,26 @@ def test_growing_past_the_switch_is_what_transformers_generates(folder: Path, ki
     assert decoded(runtime, ids.tolist(), 16)[0] == wanted
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("length", [12, 40, 70])
+def test_a_prompt_that_may_be_read_in_chunks_is_read_under_the_factors_of_all_of_it(
+    folder: Path, kind: str, length: int
+) -> None:
+    runtime = runtime_of(folder, kind)
+    found = []
+    for chunk in (None, 8):
+        (row,) = runtime.rows(["a" * length], max_new_tokens=3, min_new_tokens=3)
+        row.likely, steps = 0, 0
+        batch = runtime.batch(chunk=chunk)
+        batch.add([row])
+        while batch.rows and steps < length:
+            batch.step()
+            steps += 1
+        assert len(row.answer) == 3
+        found.append(torch.tensor([one.logprob for one in row.scores]))
+    assert_close(*found, atol=1e-4, rtol=0.0)
+
+
 def test_answers_are_scored_by_the_factors_of_the_whole_row(folder: Path) -> None:
     runtime = runtime_of(folder, "longrope")
     prompt, answers = "a" * 25, ["b" * 4, "c" * 20]
