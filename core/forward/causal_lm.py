@@ -325,6 +325,26 @@ class CausalLM:
         with self._one_at_a_time:
             return Context().run(alone)  # a trial may stand within a pass that is stopped half-way: that is none of it
 
+    @cached_property
+    def reads_in_parts(self) -> bool:
+        """Whether a text may be read in several passes of several tokens each, which keys and values always allow.
+
+        Some models of states (Jamba, Zamba) go on from theirs with a single token, and begin anew with more.
+        """
+        return self.keeping == "shared" or self.tried.answer("reads in parts", self._reads_in_parts)
+
+    def _reads_in_parts(self) -> bool:
+        text, cache, read = self._text(0)[None], self.new_cache(), 0
+        mask = torch.ones_like(text)
+        with self.probing, torch.inference_mode():
+            found = whole = self._raw(text, mask)
+            try:
+                for end in (PROBE - 4, PROBE - 2, PROBE):
+                    found, read = self._raw(text[:, read:end], mask[:, :end], cache), end
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                return False
+        return are_near(found, whole, 0.01 if is_exact(whole) else 0.2)
+
     def _keeps_rows_apart(self) -> bool:
         """Whether two rows that are read in turn, with a cache each, get what reading all tokens at once gives."""
         texts = [self._text(number)[None] for number in range(2)]

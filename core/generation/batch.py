@@ -47,7 +47,8 @@ class Batch(Generic[R]):
         planner: makes the plan of every pass.
         end_ids: tokens that end an answer.
         chunk: how many columns of newcomers are read in one step, so that a long prompt does not hold up the others;
-            None reads them at once, as rows that are only read always are, and rows longer than where rope changes.
+            None reads them at once, as rows are anyhow that are only read, are longer than where rope changes, or
+            are of a model that can't go on with several tokens.
         deterministic: give every row passes of its own. In few bits the kernels round a batch of another shape
             otherwise; so the text of a row is that of the row alone, bit for bit.
         keep: told of each row that has ended, with a cache of its own that holds what was read of it; but not of one
@@ -189,11 +190,7 @@ class Batch(Generic[R]):
 
     def _pass(self, group: Group[R]) -> Tensor | None:
         """One pass of a group: its next tokens' logits, (rows, vocab); None where it is not read yet, or only read."""
-        end, wanted = group.width, group.wanted
-        # What is read by itself is a beginning; it must have the rope factors of the whole.
-        whole = wanted is not None or self._lm.rope.factors(1) != self._lm.rope.factors(end)
-        if self._chunk is not None and group.cache is not None and not whole:
-            end = min(end, group.read + self._chunk)
+        end, wanted = self._end(group), group.wanted
         history, mask = group.ids[:, :end], group.mask[:, :end]
         info = PassInfo.of(group.rows, history, mask, group.read)
         plan = self._planner(info, group.rows)
@@ -205,6 +202,16 @@ class Batch(Generic[R]):
         for row in group.rows:
             row.read = max(0, row.length - (group.width - end))
         return logits[:, -1] if wanted is None and end == group.width else None
+
+    def _end(self, group: Group[R]) -> int:
+        """The column up to which the next pass of a group reads."""
+        if self._chunk is None or group.cache is None or group.wanted is not None:
+            return group.width
+        end, rope = group.read + self._chunk, self._lm.rope
+        # What is read by itself must have the rope factors of the whole, and the model has to go on from there.
+        if end < group.width and rope.factors(1) == rope.factors(group.width) and self._lm.reads_in_parts:
+            return end
+        return group.width
 
     def _read(self, group: Group[R], info: PassInfo, plan: Plan | None, wanted: range) -> Tensor:
         """The logits of some columns, (rows, wanted, vocab), of a group that is only read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from torch.testing import assert_close
 
 from lora_rt.core.runtime import Runtime
+from support.architectures.checks import Subject
 from support.tiny import random_model, save_tokenizer, some_ids
 
 pytestmark = pytest.mark.slow
@@ -121,6 +123,25 @@ def test_a_prompt_that_may_be_read_in_chunks_is_read_under_the_factors_of_all_of
         assert len(row.answer) == 3
         found.append(torch.tensor([one.logprob for one in row.scores]))
     assert_close(*found, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("jamba", 3), ("zamba", 3), ("lfm2_moe", 6)])
+def test_a_model_that_goes_on_from_its_state_with_a_single_token_reads_prompts_at_once(
+    kind: str, steps: int, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runtime = Subject(kind, tmp_path).runtime
+    (row,) = runtime.rows(["a longer prompt"], max_new_tokens=3, min_new_tokens=3)
+    assert runtime.parts.lm.keeping == "apart"
+    alone = list(runtime.decode([row.ids], max_new_tokens=3, min_new_tokens=3))
+    batch, taken = runtime.batch(chunk=-(-row.length // 4)), 0
+    batch.add([row])
+    while batch.rows:
+        batch.step()
+        taken += 1
+    assert [[token] for token in row.answer] == alone
+    assert taken == steps
 
 
 def test_answers_are_scored_by_the_factors_of_the_whole_row(folder: Path) -> None:
