@@ -39,7 +39,7 @@ class Group(Generic[R]):
         pad = pad_left if rows[0].wanted is None else pad_right
         ids, mask = pad([[*row.ids, *row.answer] for row in rows], lm.device)
         cache, read = rows[0].begin or (lm.new_cache() if caching and lm.keeping != "none" else None, 0)
-        if read and len(rows) > 1:
+        if read and rows[0].wanted is not None:  # others may begin with it, in other groups too, and a pass extends it
             every = torch.zeros(len(rows), dtype=torch.long, device=ids.device)
             cache = caches.joined(lm.new_cache(), [(cache, every)], read)
         for row in rows:

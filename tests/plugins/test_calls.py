@@ -146,6 +146,24 @@ def test_a_hanging_hook_is_given_up_and_its_mode_disabled(hook: str, monkeypatch
     assert ask(host, "lora_rt_gate", "fine") is not None
 
 
+def test_what_takes_long_before_a_plugin_is_asked_is_nobody_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECONDS_VARIABLE, "0.2")
+
+    def lora_rt_compose(context: Any) -> list[float]:
+        return [2.0]
+
+    host = host_with(lora_rt_compose)
+    release, times = threading.Event(), iter([30.0, 0.0])
+
+    def decide() -> Any:
+        release.wait(next(times))
+        return host.weights("stranger", compose_context([1.0]))
+
+    assert host.deciding(["stranger"], decide) == [2.0]
+    release.set()
+    assert record(host).status == "ok"
+
+
 def test_a_hanging_gate_is_named_while_its_request_waits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

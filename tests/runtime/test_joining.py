@@ -196,6 +196,25 @@ def test_rows_that_are_only_read_join_a_running_batch_and_leave_it_with_the_next
     assert speaking.answer == alone(mixed, wish)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_that_are_only_read_may_begin_with_one_cache(mixed: Runtime, deterministic: bool) -> None:
+    caches: list[Any] = []
+    (first,) = mixed.rows([PROMPTS[0]], "one:2", max_new_tokens=1)
+    whole = mixed.batch(keep=lambda _row, cache: caches.append(cache))
+    whole.add([first])
+    whole.step()
+    start, rows = len(first.ids), mixed.parts.rows([[*first.ids, *range(40, 40 + n)] for n in (2, 5, 3)], ["one:2"] * 3)
+    for row in rows:
+        row.begin, row.wanted = (caches[0], start), range(start, row.length)
+    batch = mixed.batch(deterministic=deterministic)
+    batch.add(rows)
+    batch.step()
+    assert [layer.keys.shape[2] for layer in caches[0].layers] == [start] * len(caches[0].layers)
+    for row in rows:
+        assert row.logits is not None
+        assert_close(row.logits, mixed.logits([row.ids], compositions="one:2")[0, start:], atol=1e-4, rtol=0.0)
+
+
 def test_the_weights_of_a_running_row_change_from_the_next_token_on_and_its_cache_stays(mixed: Runtime) -> None:
     """What it then says is what the changed weights say over keys and values that the first ones made."""
     (row,) = mixed.rows([PROMPTS[0]], "one:0.7", max_new_tokens=12, min_new_tokens=12)
