@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_rt.core.base.choices import described
-from lora_rt.core.base.source import BaseError
+from lora_rt.core.base.choices import QUANTIZED, described
+from lora_rt.core.base.source import BaseError, BaseSource, parse_base
 from lora_rt.registry.files import POINTER
 
 CONFIG = "config.json"
@@ -61,6 +61,33 @@ def quantization_of(folder: Path) -> str | None:
     """
     quantization = read_configuration(folder).get("quantization_config")
     return described(quantization) if quantization else None
+
+
+def check_base(base: str, precision: str) -> BaseSource:
+    """Where a base comes from, once all is said that can be wrong with it and is known without reading its weights.
+
+    Raises:
+        UsageError, BaseError: it is not a base, or one that can't be loaded so.
+    """
+    source = parse_base(base)
+    if source.kind == "folder":
+        assert source.path is not None
+        check_folder(source.path, precision)
+    return source
+
+
+def check_folder(folder: Path, precision: str) -> str | None:
+    """`quantization_of` a folder whose weights are there, and can be had in that precision.
+
+    Raises:
+        BaseError: they are not, or can't.
+    """
+    check_weights(folder)
+    kept = quantization_of(folder)
+    if kept in QUANTIZED and kept != precision:
+        advice = f"Use --precision {kept}, or a dense copy of it"
+        raise BaseError(f"{folder.name} is already quantized to {kept}", next_step=advice)
+    return kept
 
 
 def check_weights(folder: Path) -> None:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from lora_rt.core.base import default
 from lora_rt.core.base.choices import QUANTIZED, Precision
-from lora_rt.core.base.configuration import check_weights, quantization_of, weight_files
+from lora_rt.core.base.configuration import check_folder, weight_files
 from lora_rt.core.base.identity import MANIFEST, identify, identify_folder, manifest_of
 from lora_rt.core.base.progress import step
 from lora_rt.core.base.silence import libraries_silenced
@@ -82,12 +82,8 @@ def _prepare_folder(dense: Path, precision: Precision, hub_id: str | None = None
 
     What others have quantized is loaded as it is, whatever precision is wanted.
     """
-    check_weights(dense)
+    kept = check_folder(dense, precision)
     _mention_adapter(dense)
-    kept = quantization_of(dense)
-    if kept in QUANTIZED and kept != precision:
-        advice = f"Use --precision {kept}, or a dense copy of it"
-        raise BaseError(f"{dense.name} is already quantized to {kept}", next_step=advice)
     identity = identify_folder(dense)
     if hub_id is not None:
         identity = BaseIdentity(hub_id, dense.name, identity.digest)

@@ -12,8 +12,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lora_rt.core.base.choices import check_device
+from lora_rt.core.base.configuration import check_base
 from lora_rt.core.base.picture import check_plot
-from lora_rt.core.base.source import RANDOM, parse_base
+from lora_rt.core.base.source import RANDOM
 from lora_rt.core.benchmark.results import draw, noise, shown
 from lora_rt.core.benchmark.workloads import (
     DEFAULT,
@@ -67,7 +68,8 @@ def bench(
     check_device(device)
     if plot is not None:
         check_plot(plot)
-    parse_base(base)
+    if random_base is None:
+        check_base(base, precision)
     check_output()
     document, whole = _run(origin, chosen, names, repeats, threads)
     if as_json:

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lora_rt.core.base.choices import check_device, check_precision, check_wish
+from lora_rt.core.base.configuration import check_base
 from lora_rt.core.base.progress import step
-from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli.lean import import_lean
 from lora_rt.plugins.manager import load_modes
 
@@ -56,8 +56,8 @@ class Session:
             LoraRtError: with what went wrong and what to do.
         """
         # What can be wrong with these is said before torch is imported, which takes seconds.
-        parse_base(base)
         check_precision(precision)
+        check_base(base, precision)
         check_device(device)
         check_wish(self.multiply)
         with starting():

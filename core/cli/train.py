@@ -11,8 +11,8 @@ import typer
 from rich.markup import escape
 
 from lora_rt.core.base.choices import check_device
+from lora_rt.core.base.configuration import check_base
 from lora_rt.core.base.identity import identify_base
-from lora_rt.core.base.source import parse_base
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import compose_hint, err
 from lora_rt.core.cli.console import out as console
@@ -227,7 +227,7 @@ def _check(given: Mapping[str, Any], out: Path | None, attempt: Attempt) -> None
     )
 
     def base() -> None:
-        source = parse_base(settings.base)
+        source = check_base(settings.base, settings.precision)
         check_device(settings.device)
         check_targets(settings.target_modules, source)
 

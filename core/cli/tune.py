@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from lora_rt.core.base.choices import check_device
+from lora_rt.core.base.choices import check_device, check_precision
+from lora_rt.core.base.configuration import check_base
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
 from lora_rt.core.cli.look_up import caution, look_up
@@ -86,6 +87,7 @@ def tune(
     assert source is not None
     composition = options.composition_of(specs)
     check_device(over.device)
+    check_base(over.base, check_precision(over.precision))
     with options.usage():
         settings = settings_for(
             per,
