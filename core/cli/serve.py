@@ -151,6 +151,7 @@ def _other(name: str) -> Callable[[Sequence[str], str, int, str], None]:
 
 
 def _serve(settings: ServeSettings, over: options.OverBase, text: dict[str, Any], ui: bool) -> None:
+    session().check(over.base, over.precision, over.device)
     from lora_rt.core.serving import page, server
 
     option = "" if over.base == "default" else over.base

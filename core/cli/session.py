@@ -49,17 +49,20 @@ class Session:
 
         return Registry(sources=self.modes.sources(), allow_base_mismatch=self.allow_base_mismatch)
 
+    def check(self, base: str, precision: str, device: str) -> None:
+        """Raises LoraRtError for what can be wrong with these, as far as that is known without torch: sooner."""
+        check_precision(precision)
+        check_base(base, precision)
+        check_device(device)
+        check_wish(self.multiply)
+
     def runtime(self, base: str, precision: str, device: str, **text: Any) -> Runtime:
         """A base in memory, with these modes and this registry; `text` is how it reads prompts, as for `Runtime.load`.
 
         Raises:
             LoraRtError: with what went wrong and what to do.
         """
-        # What can be wrong with these is said before torch is imported, which takes seconds.
-        check_precision(precision)
-        check_base(base, precision)
-        check_device(device)
-        check_wish(self.multiply)
+        self.check(base, precision, device)
         with starting():
             import_lean()
             from lora_rt.core.runtime import Runtime

@@ -238,7 +238,7 @@ def _check(given: Mapping[str, Any], out: Path | None, attempt: Attempt) -> None
             Destination(Store(), settings.register, out).check()
 
     def mode() -> None:
-        with nullcontext() if any(record.name == settings.mode for record in modes.records) else options.usage():
+        with nullcontext() if modes.listed(settings.mode) else options.usage():
             modes.require(settings.mode)
 
     attempt(base)
@@ -246,7 +246,7 @@ def _check(given: Mapping[str, Any], out: Path | None, attempt: Attempt) -> None
     modes = session().modes
     attempt(mode)
     # Which fields a stranger's mode reads is known only when it has seen the base; ours read these.
-    ours = any(record.name == settings.mode and record.package == OURS for record in modes.records)
+    ours = any(record.package == OURS for record in modes.listed(settings.mode))
     for path in (given["data"], settings.held_out):
         if path is not None:
             attempt(lambda path=path: read_pairs(path, ("scene", "text") if ours else (), chats=True))  # type: ignore[misc]

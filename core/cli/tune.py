@@ -13,8 +13,6 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from lora_rt.core.base.choices import check_device, check_precision
-from lora_rt.core.base.configuration import check_base
 from lora_rt.core.cli import options
 from lora_rt.core.cli.console import check_output, compose_hint, err, out, print_json
 from lora_rt.core.cli.look_up import caution, look_up
@@ -86,8 +84,7 @@ def tune(
     source = options.source_of(data, "--data")
     assert source is not None
     composition = options.composition_of(specs)
-    check_device(over.device)
-    check_base(over.base, check_precision(over.precision))
+    session().check(over.base, over.precision, over.device)
     with options.usage():
         settings = settings_for(
             per,

@@ -84,7 +84,7 @@ class Adapters:
 
     def _place(self, sha256: str, mode: str, layers: Sequence[float]) -> Path:
         """Of one adapter under one verdict of its mode, with the factors of its layers folded in."""
-        told = [record.origin for record in self._modes.records if record.name == mode]
+        told = [record.origin for record in self._modes.listed(mode)]
         said = json.dumps([sha256, mode, told, [factor.hex() for factor in layers], __version__])
         return self._base.folder.with_name("llama.cpp-adapters") / hashlib.sha256(said.encode()).hexdigest()[:32]
 

@@ -56,6 +56,10 @@ class ModeHost:
         self._load_all()
         return [*(plugin.record for plugin in self._plugins), *self._unreadable]
 
+    def listed(self, name: str) -> list[PluginRecord]:
+        """The entries of this name as they are now: which package brings them is known without an import."""
+        return [record for record in [*(p.record for p in self._plugins), *self._unreadable] if record.name == name]
+
     @property
     def modes(self) -> list[str]:
         """Names of the modes that can be used, sorted."""

@@ -57,6 +57,38 @@ def test_an_adapter_that_can_not_be_used_is_refused_before_torch_is_imported(
     assert (done.code, done.heavy) == (1, frozenset())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compose", "emotion", "-p", "x"],
+        ["explain", "emotion", "-p", "x"],
+        ["eval", "emotion", "--data", "d=d.jsonl"],
+        ["tune", "emotion", "logic", "--data", "d.jsonl"],
+        ["train", "mine", "--mode", "output-only", "--data", "d.jsonl"],
+        ["serve"],
+        ["bench"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_base_that_can_not_be_loaded_is_refused_before_torch_is_imported(
+    command: list[str], zoo: Zoo, tmp_path: Path, light: Forks
+) -> None:
+    (tmp_path / "d.jsonl").write_text('{"scene": "a", "text": "b"}\n' * 8)
+    words = [word.replace("d.jsonl", str(tmp_path / "d.jsonl")) for word in command]
+    anyway = [] if command[0] in ("serve", "bench", "train") else ["--allow-base-mismatch"]
+    empty, packed = tmp_path / "empty", tmp_path / "packed"
+    for folder in (empty, packed):
+        folder.mkdir()
+        config = json.loads((zoo.base("llama") / "config.json").read_text())
+        how = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+        (folder / "config.json").write_text(json.dumps(config | (how if folder == packed else {})))
+    shutil.copy(zoo.base("llama") / "model.safetensors", packed)
+    for folder, says in ((empty, "holds no weights"), (packed, "packed is already quantized to int8")):
+        done = light([*words, "--base", str(folder), *anyway])
+        assert says in " ".join(done.err.split())
+        assert (done.code, done.heavy) == (1, frozenset())
+
+
 def test_a_whole_answer_opens_each_weight_file_once_and_modes_and_registry_too(
     zoo: Zoo, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

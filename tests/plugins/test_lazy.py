@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from lora_rt.core.cli.app import app
+from lora_rt.errors import UsageError
 from lora_rt.plugins.manager import OTHERS, SECONDS_VARIABLE, UnknownModeError, load_modes, loading
 from lora_rt.plugins.testing import InlinePoint, compose_context, gate_context, objective_context
 from lora_rt.registry.registry import Registry
@@ -61,6 +63,24 @@ def test_what_needs_no_plugin_imports_none(sleeper: Any, installed: Any) -> None
         host.require("nobody")
     assert run(app, ["show", "emotion", "--json"]).exit_code == 0
     assert run(app, ["hello"]).stdout == "hello\n"
+    assert sleeper.imported == []
+
+
+def test_training_in_a_built_in_mode_asks_no_stranger(sleeper: Any, installed: Any, tmp_path: Path) -> None:
+    installed(sleeper)
+    (tmp_path / "d.jsonl").write_text('{"scene": "a", "text": "b"}\n')
+    done = run(app, ["train", "mine", "--mode", "output-only", "--data", str(tmp_path / "d.jsonl"), "--r", "-4"])
+    assert isinstance(done.exception, UsageError)
+    assert "-4" in str(done.exception)
+    assert sleeper.imported == []
+
+
+def test_which_package_brings_a_mode_is_known_without_its_import(sleeper: Any, installed: Any) -> None:
+    installed(sleeper)
+    host = load_modes()
+    assert [record.package for record in host.listed("output-only")] == ["lora-rt"]
+    assert [record.name for record in host.listed("sleeper")] == ["sleeper"]
+    assert host.listed("nobody") == []
     assert sleeper.imported == []
 
 
