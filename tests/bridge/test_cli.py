@@ -86,13 +86,13 @@ def test_a_cycle_writes_lines_to_train_on(run: Run, tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == {"scene": "e", "text": "eeee", "direction": "compress"}
 
 
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("words", [["bridge", "measure"], ["bridge", "eval"], ["eval", "--bridge"]], ids=" ".join)
 def test_bridges_are_measured_and_one_document_is_printed(
-    run: Run, learned: tuple[Runtime, Path], tmp_path: Path, old: bool
+    run: Run, learned: tuple[Runtime, Path], tmp_path: Path, words: list[str]
 ) -> None:
     file = write_lines(tmp_path / "pairs.jsonl", PAIRS)
-    words = ("eval", str(learned[1]), "--bridge") if old else ("bridge", "measure", str(learned[1]))
-    done = run(*words, "--data", f"pairs={file}", "--json")
+    done = run(*words, str(learned[1]), "--data", f"pairs={file}", "--json")
+    old = words[0] == "eval"
     assert ("lora-rt bridge measure" in done.stderr) == old, "the old spelling points to the new one"
     found = json.loads(done.stdout)
     assert found["examples"] == {"pairs": 8}

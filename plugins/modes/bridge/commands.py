@@ -68,6 +68,7 @@ def group(services: Services) -> typer.Typer:
     commands = Commands(services)
     for command in (commands.compress, commands.expand, commands.roundtrip, commands.cycle, commands.measure):
         app.command()(spread(command))
+    app.command("eval", hidden=True)(spread(commands.measure))  # as a user of `lora-rt eval` would guess
     return app
 
 
