@@ -29,6 +29,6 @@ def convert(
     with err.status("converting"):
         made = run(source, folder, base=base, initial=initial)
     if as_json:
-        print_json({"folder": str(made.folder), "did": list(made.did)})
+        print_json(made.document())
     else:
         out.print(f"wrote [bold]{escape(str(made.folder))}[/]: {escape('; '.join(made.did))}", soft_wrap=True)

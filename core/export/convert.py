@@ -38,6 +38,10 @@ class Converted:
     folder: Path
     did: tuple[str, ...]
 
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"folder": str(self.folder), "did": list(self.did)}
+
 
 def convert(source: Path, folder: Path, *, base: str | None = None, initial: Path | None = None) -> Converted:
     """Write a plain LoRA in safetensors.

@@ -1,4 +1,4 @@
-"""What was answered, by whom: the document of one answer, whoever asked for it."""
+"""What was answered, by whom: the document of one answer or of several beside one another, whoever asked for it."""
 
 from __future__ import annotations
 
@@ -55,3 +55,15 @@ class Answer:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Answers to one prompt side by side: of each column the composition, "base" for none, and the text."""
+
+    prompt: str
+    columns: Sequence[tuple[str, str]]
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form (see the public contract)."""
+        return {"prompt": self.prompt, "columns": [{"spec": spec, "text": text} for spec, text in self.columns]}

@@ -9,6 +9,7 @@ from rich.table import Table
 from lora_rt.core.cli.compose.answer import show_terms
 from lora_rt.core.cli.compose.request import TORCH, ComposeRequest
 from lora_rt.core.cli.console import err, out, print_json
+from lora_rt.core.requests.answered import Comparison
 from lora_rt.core.requests.composition import Composition
 from lora_rt.plugins.contract.terminal import harmless
 
@@ -35,16 +36,17 @@ def compare_answers(request: ComposeRequest, *, as_json: bool, deterministic: bo
             deterministic=deterministic,
             **request.sampling(),
         )
-    columns = [(spec or "base", text) for spec, text in zip(specs, texts, strict=True)]
+    found = Comparison(request.prompt, [(spec or "base", text) for spec, text in zip(specs, texts, strict=True)])
     if as_json:
-        print_json({"prompt": request.prompt, "columns": [{"spec": spec, "text": text} for spec, text in columns]})
+        print_json(found.document())
     else:
-        _show(request.prompt, columns)
+        _show(found)
 
 
-def _show(prompt: str, columns: list[tuple[str, str]]) -> None:
+def _show(found: Comparison) -> None:
     """Columns where the terminal is wide enough, panels below one another where it is not."""
-    out.print(f"[bold]prompt[/] {escape(harmless(prompt.strip()))}")
+    columns = found.columns
+    out.print(f"[bold]prompt[/] {escape(harmless(found.prompt.strip()))}")
     if out.width // len(columns) < _NARROWEST_COLUMN:
         for spec, text in columns:
             out.print(Panel(escape(harmless(text.strip())), title=escape(spec), title_align="left"))
