@@ -26,7 +26,7 @@ from lora_rt.core.training.run import train as run
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.plugins.manager.record import OURS
 from lora_rt.registry.records import Record, read
-from lora_rt.registry.store import Store
+from lora_rt.registry.registry import Registry
 
 if TYPE_CHECKING:
     from lora_rt.core.training.prepare import Prepared
@@ -235,7 +235,7 @@ def _check(given: Mapping[str, Any], out: Path | None, attempt: Attempt) -> None
         with options.usage():
             settings.check()
         if given["register"]:
-            Destination(Store(), settings.register, out).check()
+            Destination(Registry(), settings.register, out).check()
 
     def mode() -> None:
         with nullcontext() if modes.listed(settings.mode) else options.usage():

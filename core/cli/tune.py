@@ -99,7 +99,8 @@ def tune(
             folder=folder is not None,
         )
     name = "my-mix" if name is None else composed(name)
-    registry = session().registry
+    opened = session()
+    registry = opened.registry
     if isinstance(settings, SceneSettings):
         check_adapters_place(folder, registry)
     else:
@@ -129,7 +130,7 @@ def tune(
             err.print(f"{start}: what decides beyond them is left out", soft_wrap=True)
     try:
         with _progress() as advance:
-            found = run(job, name, folder, settings, advance)
+            found = run(job, name, folder, settings, advance, registry=registry, modes=opened.modes)
     except KeyboardInterrupt:
         err.print("stopped before the end: nothing is kept")
         raise typer.Exit(_INTERRUPTED) from None

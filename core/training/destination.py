@@ -8,14 +8,13 @@ from pathlib import Path
 
 from lora_rt.registry.durable import check_new_folder, new_folder
 from lora_rt.registry.registry import Registry
-from lora_rt.registry.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """The store under a name, or a folder that is new or empty."""
+    """The registry's store under a name, or a folder that is new or empty."""
 
-    store: Store
+    registry: Registry
     name: str
     out: Path | None = None
     source: str = "trained here"
@@ -23,7 +22,7 @@ class Destination:
     @property
     def place(self) -> Path:
         """The folder whose disk takes the adapter."""
-        return self.store.root if self.out is None else self.out
+        return self.registry.store.root if self.out is None else self.out
 
     def check(self) -> None:
         """Raise what publishing would raise of the place.
@@ -34,8 +33,8 @@ class Destination:
             OccupiedFolderError: the folder is there and holds something, or can't be made.
         """
         if self.out is None:
-            self.store.check_free(self.name, self.source)
-            Registry(self.store.root.parent).check_adapter_name(self.name)
+            self.registry.store.check_free(self.name, self.source)
+            self.registry.check_adapter_name(self.name)
         else:
             check_new_folder(self.out)
 
@@ -45,7 +44,8 @@ class Destination:
             with new_folder(self.out) as scratch:
                 shutil.copytree(finished, scratch, dirs_exist_ok=True)
             return self.out, str(self.out)
-        with self.store.staging() as staged:
+        store = self.registry.store
+        with store.staging() as staged:
             shutil.copytree(finished, staged, dirs_exist_ok=True)
-            found = self.store.publish(staged, self.name, source=self.source, revision=None)
+            found = store.publish(staged, self.name, source=self.source, revision=None)
         return found.folder, found.name

@@ -17,7 +17,7 @@ from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry import home
 from lora_rt.registry.card import AdapterCard
 from lora_rt.registry.durable import check_writable
-from lora_rt.registry.store import Store
+from lora_rt.registry.registry import Registry
 
 if TYPE_CHECKING:
     from lora_rt.core.training.prepare import Prepared
@@ -76,7 +76,7 @@ def train(
         LoraRtError: settings, data, base or mode do not work out, the loss diverged, or the user interrupted.
     """
     processes = joined()
-    destination = Destination(Store(), settings.register, out)
+    destination = Destination(Registry(), settings.register, out)
     modes = modes or load_modes()
     check_run(settings, modes, destination)
 

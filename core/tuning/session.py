@@ -35,7 +35,7 @@ from lora_rt.core.tuning.settings import (
 )
 from lora_rt.core.tuning.weights import tune
 from lora_rt.errors import LoraRtError
-from lora_rt.plugins.manager import load_modes
+from lora_rt.plugins.manager import ModeHost, load_modes
 from lora_rt.registry.compositions import NamedComposition
 from lora_rt.registry.durable import storage_errors
 from lora_rt.registry.errors import StoreError
@@ -90,16 +90,23 @@ class Fitted:
         return {"adapters": list(self.places), "registered": self.registered, "nll": losses}
 
 
-def open_job(job: Job, registry: Registry) -> tuple[Frozen, dict[str, float], dict[str, str]]:
+def open_job(
+    job: Job, registry: Registry, modes: ModeHost | None = None
+) -> tuple[Frozen, dict[str, float], dict[str, str]]:
     """Base and adapters in memory, their first weights and their references, both by resident name.
 
     A named composition stands for its adapters, with the weights that it gives them (of weights per layer the mean).
+
+    Args:
+        job: what is to be fitted.
+        registry: where names resolve.
+        modes: the loaded mode plugins; the installed ones by default.
 
     Raises:
         TuneError: one adapter stands twice, or a term wakes up later.
     """
     base = load_base(job.base, job.precision, job.device, for_training=True)
-    frozen = Frozen(base, load_modes(), registry)
+    frozen = Frozen(base, modes or load_modes(), registry)
     weights: dict[str, float] = {}
     references: dict[str, str] = {}
     for term in job.composition.terms:
@@ -119,33 +126,66 @@ def _lasting(reference: Reference) -> str:
     return str(Path(reference.target).expanduser().absolute()) if reference.kind == "path" else reference.text
 
 
+def _opened(job: Job, registry: Registry | None, modes: ModeHost | None) -> tuple[Registry, ModeHost]:
+    """The caller's registry and modes, or new ones."""
+    modes = modes or load_modes()
+    if registry is None:
+        registry = Registry(sources=modes.sources(), allow_base_mismatch=job.allow_base_mismatch)
+    return registry, modes
+
+
 def run(
-    job: Job, name: str, out: Path | None, settings: TuneSettings | MixSettings | SceneSettings, advance: Advance
+    job: Job,
+    name: str,
+    out: Path | None,
+    settings: TuneSettings | MixSettings | SceneSettings,
+    advance: Advance,
+    *,
+    registry: Registry | None = None,
+    modes: ModeHost | None = None,
 ) -> NamedComposition | Fitted:
     """What the settings are of: weights or a mixture under a name, or gates of adapters, in the store or in `out`.
+
+    Args:
+        job: what is to be fitted.
+        name: of the composition that is kept.
+        out: a folder for adapters; the store by default.
+        settings: of the fit.
+        advance: called after each step with what is fitted and the loss.
+        registry: where names resolve, and whose store takes what is found; that of the working directory by default.
+        modes: the loaded mode plugins; the installed ones by default.
 
     Raises:
         LoraRtError: as `tune_composition`, `tune_mixture` and `fit_scenes`.
     """
     if job.prompts is not None:
         read_lines(job.prompts, *PROMPT_FIELDS)  # before the base is loaded
+    registry, modes = _opened(job, registry, modes)
     if isinstance(settings, SceneSettings):
-        return fit_scenes(job, out, settings, advance)
+        return fit_scenes(job, out, settings, advance, registry=registry, modes=modes)
     if isinstance(settings, MixSettings):
-        return tune_mixture(job, name, settings, advance)
-    return tune_composition(job, name, settings, advance)
+        return tune_mixture(job, name, settings, advance, registry=registry, modes=modes)
+    return tune_composition(job, name, settings, advance, registry=registry, modes=modes)
 
 
-def tune_composition(job: Job, name: str, settings: TuneSettings, advance: Advance) -> NamedComposition:
-    """Find weights for the data and save them as a named composition.
+def tune_composition(
+    job: Job,
+    name: str,
+    settings: TuneSettings,
+    advance: Advance,
+    *,
+    registry: Registry | None = None,
+    modes: ModeHost | None = None,
+) -> NamedComposition:
+    """Find weights for the data and save them as a named composition; the arguments are those of `run`.
 
     Raises:
         LoraRtError: the name is taken, or data, base or adapters can't be used.
     """
-    registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
+    registry, modes = _opened(job, registry, modes)
     check_composition_place(name, registry)
     lines = read_lines(job.data, *FIELDS)
-    frozen, weights, references = open_job(job, registry)
+    frozen, weights, references = open_job(job, registry, modes)
     with closing(frozen):
         tuned = tune(frozen, weights, job.items(lines, frozen.base), settings, lambda loss: advance("weights", loss))
         if not tuned.loss_after < tuned.loss_before:
@@ -155,18 +195,25 @@ def tune_composition(job: Job, name: str, settings: TuneSettings, advance: Advan
         return found
 
 
-def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -> NamedComposition:
-    """Fit what a mode decides by, and save it as a named composition.
+def tune_mixture(
+    job: Job,
+    name: str,
+    settings: MixSettings,
+    advance: Advance,
+    *,
+    registry: Registry | None = None,
+    modes: ModeHost | None = None,
+) -> NamedComposition:
+    """Fit what a mode decides by, and save it as a named composition; the arguments are those of `run`.
 
     Raises:
         LoraRtError: the name is taken, or mode, data, base or adapters can't be used.
     """
-    modes = load_modes()
+    registry, modes = _opened(job, registry, modes)
     modes.require(settings.mode)
-    registry = Registry(sources=modes.sources(), allow_base_mismatch=job.allow_base_mismatch)
     check_composition_place(name, registry)
     lines = read_lines(job.data, *FIELDS)
-    frozen, weights, references = open_job(job, registry)
+    frozen, weights, references = open_job(job, registry, modes)
     with closing(frozen):
         check_weights(weights, LEAST)
         items, aside = held_out(job.items(lines, frozen.base), settings.seed)
@@ -193,19 +240,29 @@ def tune_mixture(job: Job, name: str, settings: MixSettings, advance: Advance) -
         return found
 
 
-def fit_scenes(job: Job, out: Path | None, settings: SceneSettings, advance: Advance) -> Fitted:
+def fit_scenes(
+    job: Job,
+    out: Path | None,
+    settings: SceneSettings,
+    advance: Advance,
+    *,
+    registry: Registry | None = None,
+    modes: ModeHost | None = None,
+) -> Fitted:
     """Fit gates and classifier, and publish the adapters anew: into the store, or as folders in `out`.
+
+    The arguments are those of `run`.
 
     Raises:
         LoraRtError: data, base or adapters can't be used, or a folder is there already.
     """
-    registry = Registry(sources=load_modes().sources(), allow_base_mismatch=job.allow_base_mismatch)
+    registry, modes = _opened(job, registry, modes)
     check_adapters_place(out, registry)
     lines = read_lines(job.data, *FIELDS, "scene_type")
-    frozen, weights, references = open_job(job, registry)
+    frozen, weights, references = open_job(job, registry, modes)
     with closing(frozen):
         check_weights(weights, LEAST)
-        destinations = {name: Destination(registry.store, name, out and out / name, _SOURCE) for name in weights}
+        destinations = {name: Destination(registry, name, out and out / name, _SOURCE) for name in weights}
         for destination in destinations.values():
             destination.check()
         items, aside = held_out(job.items(lines, frozen.base), settings.seed)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from lora_rt.plugins.manager import ModeHost
 from lora_rt.registry.files import WEIGHTS
-from lora_rt.registry.registry import Registry
 from lora_rt.registry.store import Store
 from support.adapters import BASE, CARD, CONFIG, adapter_files, write_adapter
 from support.cli import Cli
 from support.forks import Forks
 from support.hub import LocalHub
-from support.opens import opens
+from support.opens import opened_from_now_on, opens
 from support.tiny import Zoo
 
 COMMANDS = (
@@ -98,11 +94,7 @@ def test_a_whole_answer_opens_each_weight_file_once_and_modes_and_registry_too(
         kept = Store().publish(
             shutil.copytree(stored, staged, dirs_exist_ok=True), "kept", source="here", revision=None
         )
-    made: list[str] = []
-    for kind in (Registry, ModeHost):
-        once = kind.__init__
-        noting = functools.partialmethod(_begun, once, made, kind.__name__)
-        monkeypatch.setattr(kind, "__init__", noting)
+    made = opened_from_now_on(monkeypatch)
     base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
     with opens() as opened:
         done = cli("compose", "kept:0.7", f"{given}:0.3", "-p", "x", "--max-new-tokens", "2", "--json", *base)
@@ -112,11 +104,6 @@ def test_a_whole_answer_opens_each_weight_file_once_and_modes_and_registry_too(
     assert opened.named(WEIGHTS) == 2
     assert opened.of(zoo.base("llama") / "model.safetensors") > 0  # it is safetensors that reads a base, in Rust
     assert sorted(made) == ["ModeHost", "Registry"]
-
-
-def _begun(self: object, once: Callable[..., None], made: list[str], name: str, *given: Any, **named: Any) -> None:
-    made.append(name)
-    once(self, *given, **named)
 
 
 READERS: dict[str, Callable[[Path], object]] = {

@@ -28,6 +28,8 @@ from lora_rt.registry import durable, home
 from lora_rt.registry.compositions import NamedComposition, NamedCompositions
 from lora_rt.registry.registry import Registry
 from support.adapters import in_parts
+from support.cli import Cli
+from support.opens import opened_from_now_on
 from support.tiny import Zoo
 
 pytestmark = pytest.mark.slow
@@ -346,6 +348,24 @@ def test_a_fit_that_can_not_be_published_is_kept_and_the_error_says_where(
     (kept,) = home.checkpoints().glob("fitted-*/logic")
     assert f"all adapters are in {kept.parent}" in error.next_step
     zoo.runtime("llama", fresh=True).load_adapter(str(kept), "logic")
+
+
+@pytest.mark.parametrize("per", ["adapter", "token", "scene"])
+def test_a_fit_opens_modes_and_registry_once(
+    zoo: Zoo, made: Made, tmp_path: Path, cli: Cli, per: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line and for a program: from the look at names to what is published in the store."""
+    adapters = [f"{made('logic', gates=None)}:0.5", f"{made('body', seed=2, gates=None)}:0.5"]
+    data = write(tmp_path / "lines.jsonl", LINES * 3)
+    base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    opened = opened_from_now_on(monkeypatch)
+    done = cli("tune", *adapters, "--data", str(data), "--per", per, "--lr", "0.3", "--epochs", "3", *base)
+    assert done.code == 0, done.err
+    assert sorted(opened) == ["ModeHost", "Registry"]
+    opened.clear()
+    settings = {"base": str(zoo.base("llama")), "precision": "float32", "device": "cpu", "epochs": 3}
+    lora_rt.tune(" ".join(adapters), data, per=per, learning_rate=0.3, **settings)  # type: ignore[arg-type]
+    assert sorted(opened) == ["ModeHost", "Registry"]
 
 
 def test_weights_that_can_not_be_saved_are_told(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

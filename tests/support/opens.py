@@ -1,4 +1,4 @@
-"""How often files are opened, by Python and by safetensors' own reader together.
+"""How often files are opened, by Python and by safetensors' own reader together; and how often modes and registry are.
 
 Python tells of what it opens by audit events; safetensors' `safe_open` opens in Rust, where no event is heard. All its
 functions that read a file (`safetensors.torch.load_file` and its likes) go through it; `deserialize` opens nothing, for
@@ -7,13 +7,19 @@ it is given bytes.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from lora_rt.plugins.manager import ModeHost
+from lora_rt.registry.registry import Registry
 
 _watching: list[Counter[str]] = []
 _heard: list[object] = []
@@ -75,3 +81,17 @@ def _note(path: Any) -> None:
     if isinstance(path, str | bytes | os.PathLike):  # a number is a file that was opened already
         for counted in _watching:
             counted[os.path.realpath(os.fsdecode(path))] += 1
+
+
+def opened_from_now_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """ "ModeHost" and "Registry", once for each that is opened until the test ends."""
+    made: list[str] = []
+    for kind in (Registry, ModeHost):
+        noting = functools.partialmethod(_begun, kind.__init__, made, kind.__name__)
+        monkeypatch.setattr(kind, "__init__", noting)
+    return made
+
+
+def _begun(self: object, once: Callable[..., None], made: list[str], name: str, *given: Any, **named: Any) -> None:
+    made.append(name)
+    once(self, *given, **named)
