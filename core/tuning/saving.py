@@ -11,9 +11,11 @@ from typing import Any
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from lora_rt.core.requests.composition import Composition, Term
 from lora_rt.core.step.adapter import described_state
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.mixes import MixFit
+from lora_rt.core.tuning.settings import TuneError
 from lora_rt.core.tuning.weights import Tuned
 from lora_rt.errors import LoraRtError
 from lora_rt.registry import home
@@ -22,6 +24,7 @@ from lora_rt.registry.compositions import NamedComposition, NamedCompositions, N
 from lora_rt.registry.durable import storage_errors
 from lora_rt.registry.errors import StoreError
 from lora_rt.registry.files import STATE, sha256_bytes, weights_in
+from lora_rt.registry.reference import Reference
 from lora_rt.version import __version__
 
 
@@ -110,6 +113,40 @@ def _new_folder(root: Path | None, write: Callable[[Path], None]) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return folder
+
+
+def sources_of(frozen: Frozen, references: Mapping[str, str], weights: Mapping[str, float]) -> dict[str, Path]:
+    """Where the files of adapters lie that gates are fitted to, by resident name: they are published with the gates.
+
+    Asked before a fit and after it. Files may be replaced while it runs; and the adapter that a named composition was
+    tuned for may be behind another one that has its name by now, in whose place the fitted one would go.
+
+    Args:
+        frozen: holds them in memory.
+        references: those by which the resident names are found again.
+        weights: the start, by resident name.
+
+    Raises:
+        TuneError: references that lead to other files than those in memory, or to none; all of them are named.
+    """
+    sources: dict[str, Path] = {}
+    problems: list[str] = []
+    for name, reference in references.items():
+        loaded = frozen.residents.infos[name].sha256
+        try:
+            found = frozen.registry.resolve(reference, frozen.base.identity)
+        except LoraRtError as error:
+            problems.append("; ".join([f"{name}: {error.message}", *error.problems]))
+            continue
+        sources[name] = found.folder
+        if found.sha256 != loaded:
+            problems.append(f"{name}: {found.sha256[:12]} is there now ({found.source}), and {loaded[:12]} was loaded")
+    if problems:
+        there = Composition(tuple(Term(Reference.parse(references[name]), weight) for name, weight in weights.items()))
+        text = "gates belong to the files that they are fitted to, and the composition leads to other ones now"
+        step = f"Bring back what was there, or fit what is there now: lora-rt tune {there} --per scene ..."
+        raise TuneError(f"{text}; nothing is published", next_step=step, problems=problems)
+    return sources
 
 
 def write_fitted(source: Path, target: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:

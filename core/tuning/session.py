@@ -20,7 +20,7 @@ from lora_rt.core.training.forms import FIELDS
 from lora_rt.core.tuning.data import Item, as_items, held_out, read_lines
 from lora_rt.core.tuning.frozen import Frozen
 from lora_rt.core.tuning.mixes import MixFit
-from lora_rt.core.tuning.saving import composition_of, mixture_of, put_aside, save_composition, write_fitted
+from lora_rt.core.tuning.saving import composition_of, mixture_of, put_aside, save_composition, sources_of, write_fitted
 from lora_rt.core.tuning.scenes import SceneFit
 from lora_rt.core.tuning.settings import (
     LEAST,
@@ -255,6 +255,7 @@ def fit_scenes(
 
     Raises:
         LoraRtError: data, base or adapters can't be used, or a folder is there already.
+        TuneError: an adapter's reference means other files than those that were loaded, before the fit or after it.
     """
     registry, modes = _opened(job, registry, modes)
     check_adapters_place(out, registry)
@@ -265,6 +266,7 @@ def fit_scenes(
         destinations = {name: Destination(registry, name, out and out / name, _SOURCE) for name in weights}
         for destination in destinations.values():
             destination.check()
+        sources_of(frozen, references, weights)
         items, aside = held_out(job.items(lines, frozen.base), settings.seed)
         fit = SceneFit(frozen, weights, items, settings)
         fit.fit_classifier(lambda loss: advance("classifier", loss), job.more(frozen.base))
@@ -274,7 +276,7 @@ def fit_scenes(
             raise _no_better("gates", job, first, min(losses), _told(registered, chance))
         found = {"gates_nll_first": first, "gates_nll_last": last, "registered": registered}
         metrics = {what: round(number, 4) for what, number in found.items()}
-        sources = {name: registry.resolve(references[name], frozen.base.identity).folder for name in weights}
+        sources = sources_of(frozen, references, weights)
         return Fitted(_publish(destinations, sources, fit, metrics), registered, chance, first, last)
 
 

@@ -25,8 +25,9 @@ from lora_rt.core.tuning.weights import mean_loss, tune
 from lora_rt.errors import LoraRtError
 from lora_rt.plugins.contract import GateContext
 from lora_rt.registry import durable, home
-from lora_rt.registry.compositions import NamedComposition, NamedCompositions
+from lora_rt.registry.compositions import NamedComposition, NamedCompositions, NamedTerm
 from lora_rt.registry.registry import Registry
+from lora_rt.registry.store import Store
 from support.adapters import in_parts
 from support.cli import Cli
 from support.opens import opened_from_now_on
@@ -366,6 +367,60 @@ def test_a_fit_opens_modes_and_registry_once(
     settings = {"base": str(zoo.base("llama")), "precision": "float32", "device": "cpu", "epochs": 3}
     lora_rt.tune(" ".join(adapters), data, per=per, learning_rate=0.3, **settings)  # type: ignore[arg-type]
     assert sorted(opened) == ["ModeHost", "Registry"]
+
+
+def other_weights(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({key: value * 2 for key, value in load_file(file).items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(other_weights, "is there now"), (shutil.rmtree, "there is no folder")], ids=["new", "gone"]
+)
+def test_gates_are_not_published_with_other_files_than_they_were_fitted_to(
+    zoo: Zoo, made: Made, tmp_path: Path, change: Callable[[Path], None], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two adapters one becomes another while the fit runs; neither is published."""
+    folders = [made("logic", gates=None), made("body", seed=2, gates=None)]
+
+    def fitted(fit: SceneFit, *arguments: Any) -> tuple[float, float, list[float]]:
+        change(folders[0])
+        return 2.0, 1.0, [1.0]
+
+    monkeypatch.setattr(SceneFit, "fit_best_gates", fitted)
+    data, out = write(tmp_path / "lines.jsonl", LINES), tmp_path / "fitted"
+    given = ["tune", *(f"{folder}:0.5" for folder in folders), "--data", str(data), "--per", "scene", "--out", str(out)]
+    given += ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]
+    error = CliRunner().invoke(app, given).exception
+    assert isinstance(error, TuneError)
+    assert "leads to other ones now; nothing is published" in error.message
+    (problem,) = error.problems
+    assert problem.startswith("logic: ")
+    assert says in problem
+    assert f"lora-rt tune {folders[0]}:0.5 {folders[1]}:0.5 --per scene" in error.next_step
+    assert not out.exists()
+
+
+def test_gates_do_not_go_in_the_place_of_an_adapter_that_a_composition_was_not_tuned_for(
+    zoo: Zoo, made: Made, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own is in the store, behind one that the project has under that name; this is told before the fit."""
+    monkeypatch.chdir(tmp_path)
+    with Store().staging() as staged:
+        shutil.copytree(made("logic", gates=None), staged, dirs_exist_ok=True)
+        first = Store().publish(staged, "logic", source="trained here", revision=None)
+    term = NamedTerm(reference="logic", sha256=first.sha256, weight=0.5)
+    mix = NamedComposition(name="mine", base=zoo.base("llama").name, terms=(term,), data_sha256="0" * 64, seed=0)
+    Registry().compositions.save(mix)
+    made("other", seed=2, gates=None)
+    (tmp_path / "lora-rt.toml").write_text('[adapters]\nlogic = "./other"\n')
+    monkeypatch.setattr(SceneFit, "fit_classifier", lambda *_: pytest.fail("it was fitted"))
+    data = write(tmp_path / "lines.jsonl", LINES)
+    given = ["--data", str(data), "--per", "scene", "--base", str(zoo.base("llama")), "--precision", "float32"]
+    done = cli("tune", "mine", *given, "--device", "cpu")
+    assert done.code == 1
+    assert f"and {first.sha256[:12]} was loaded" in done.err
+    assert "lora-rt tune logic:0.5 --per scene" in done.err
 
 
 def test_weights_that_can_not_be_saved_are_told(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
