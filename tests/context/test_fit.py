@@ -277,9 +277,13 @@ def test_a_composition_is_tuned_further_as_its_adapters(zoo: Zoo, tmp_path: Path
     assert runtime.generate("x", "mine", max_new_tokens=8) == runtime.generate("x", by_hand, max_new_tokens=8)
 
 
-def test_a_name_that_a_composition_can_not_have_is_refused_before_anything_is_loaded(zoo: Zoo, tmp_path: Path) -> None:
-    data = write(tmp_path / "mix.jsonl", LINES)
-    result = CliRunner().invoke(app, ["tune", "logic", "--data", str(data), "--name", "a b", "--base", str(tmp_path)])
+def test_a_name_that_a_composition_can_not_have_is_refused_before_anything_is_loaded(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_rt.core.tuning.session.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    data, base = write(tmp_path / "mix.jsonl", LINES), str(zoo.base("llama"))
+    given = ["tune", "logic", "--data", str(data), "--name", "a b", "--base", base, "--precision", "float32"]
+    result = CliRunner().invoke(app, given)
     assert isinstance(result.exception, LoraRtError)
     assert "'a b' is not a name that a composition can have" in result.exception.message
 
