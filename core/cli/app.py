@@ -18,6 +18,7 @@ from lora_rt.core.cli.plugin_commands import command_of, plugin_commands
 from lora_rt.core.cli.session import new_session, session
 from lora_rt.core.cli.table import COMMANDS, load
 from lora_rt.core.cli.upstream import MISUSE, believe_the_named_shell, plain, plain_help
+from lora_rt.errors import LoraRtError
 from lora_rt.plugins.manager import load_modes
 from lora_rt.version import __version__
 
@@ -60,6 +61,9 @@ class CommandGroup(TyperGroup):
                 return super().invoke(ctx)
             except KeyboardInterrupt as error:  # typer would end without a word
                 raise typer.Exit(explain(error) or 0) from error
+            except EOFError as error:  # typer would take it for a Ctrl-D; a full disk cuts Python's compiled files off
+                step = "If a disk was full here, remove the __pycache__ folders of lora-rt and of what it stands on"
+                raise LoraRtError(f"a file ends too early: {error}", next_step=step) from error
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Our names, then the plugins'; slow plugins are left out of the help, all of them while a shell completes."""

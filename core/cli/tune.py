@@ -84,7 +84,6 @@ def tune(
     source = options.source_of(data, "--data")
     assert source is not None
     composition = options.composition_of(specs)
-    session().check(over.base, over.precision, over.device)
     with options.usage():
         settings = settings_for(
             per,
@@ -105,6 +104,7 @@ def tune(
         check_adapters_place(folder, registry)
     else:
         check_composition_place(name, registry)
+    session().check(over.base, over.precision, over.device)
     look_up(composition, over.base)
     caution(composition, over.base)  # what is learned starts there
     check_output()

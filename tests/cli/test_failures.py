@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+from lora_rt.core.cli.app import app
 from lora_rt.core.cli.console import check_output
 from lora_rt.errors import LoraRtError
 from support.cli import Cli
@@ -280,3 +282,13 @@ def test_with_json_what_anyone_else_prints_is_not_on_standard_output() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == '[\n  "a document"\n]\nafterwards\nthe end\n'
     assert sorted(done.stderr.splitlines()) == ["from C", "from a hook", "of a command that fails"]
+
+
+def test_a_file_that_ends_too_early_is_not_taken_for_a_ctrl_d(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(_registry: object) -> list[object]:
+        raise EOFError("marshal data too short")
+
+    monkeypatch.setattr("lora_rt.core.cli.list.everything_named", cut_off)
+    error = CliRunner().invoke(app, ["list"]).exception
+    assert isinstance(error, LoraRtError)
+    assert error.message == "a file ends too early: marshal data too short"

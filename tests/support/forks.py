@@ -56,6 +56,7 @@ def answered(asked):
         sys.modules[asked["without"]] = None  # for finders and for imports, it is not there
     if asked["largest"]:
         import resource
+        sys.dont_write_bytecode = True  # it would be cut off, and found by whoever imports it next
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest"], asked["largest"]))
     sys.argv = ["lora-rt", *asked["arguments"]]
     code = 0
