@@ -29,6 +29,19 @@ def sync_folder(path: Path) -> None:
     sync_file(path)
 
 
+def sync_all(folder: Path) -> None:
+    """Bring a folder to the disk with all that it holds."""
+    for path in (*folder.rglob("*"), folder):
+        (sync_folder if path.is_dir() else sync_file)(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Put a file in the place of another, or where there was none."""
+    sync_file(source)
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file with this text; see `write_bytes`."""
     write_bytes(path, text.encode())
@@ -40,17 +53,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.write_bytes(content)
+        move(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk is reported without one
         raise
-    sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -85,7 +94,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield scratch
         for file in (path for path in scratch.rglob("*") if path.is_file()):
             file.chmod(0o644)  # safetensors keeps others out, and so does mkdtemp
-            sync_file(file)
+        sync_all(scratch)
         _refuse_occupied(target, besides=scratch.name)
         if there:
             _move_up(scratch)
@@ -93,6 +102,25 @@ def new_folder(target: Path) -> Iterator[Path]:
             scratch.chmod(0o755)
             os.rename(scratch, target)
             sync_folder(around)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of whatever `target` is when the block has ended well.
+
+    For whoever holds a lock on it: what is left of one that was killed is removed.
+    """
+    scratch = target.with_name(f"{_UNFINISHED}{target.name}")
+    remove(scratch)
+    scratch.mkdir()
+    try:
+        yield scratch
+        sync_all(scratch)
+        remove(target)
+        os.rename(scratch, target)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

