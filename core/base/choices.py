@@ -1,6 +1,6 @@
 """What may be chosen of a base: a precision, a device, a way to multiply; and whether they can be had, without torch.
 
-The precisions are float32, bfloat16, float16, int8 and int4 (NF4 with double quantization).
+int4 is NF4 with double quantization.
 """
 
 from __future__ import annotations
@@ -16,25 +16,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_rt.errors import LoraRtError, UsageError
+from lora_rt.plugins.contract.options import PRECISIONS as PRECISIONS
+from lora_rt.plugins.contract.options import Precision as Precision
+from lora_rt.plugins.contract.options import check_precision as check_precision
+from lora_rt.plugins.contract.options import known_device
 
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Wish = Literal["auto", "packed", "dequantize", "dense"]
 WISHES: tuple[Wish, ...] = get_args(Wish)
 VARIABLE = "LORA_RT_MULTIPLY"
 QUANTIZED: tuple[Precision, ...] = ("int8", "int4")
-
-
-def check_precision(name: str) -> Precision:
-    """The precision of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for precision in PRECISIONS:
-        if name == precision:
-            return precision
-    raise UsageError(f"there is no precision {name!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
 
 
 def check_wish(name: str | None) -> Wish:
@@ -58,9 +48,7 @@ def check_device(device: str) -> None:
         UsageError: it can't be.
         LoraRtError: it is not here.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"there is no device {device!r}", next_step="Use auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and (here := gpu_count()) is not None:
+    if known_device(device).startswith("cuda") and (here := gpu_count()) is not None:
         check_number(device, here)
 
 

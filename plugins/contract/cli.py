@@ -8,28 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from lora_rt.errors import UsageError
-
-PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
-
-
-def _precision(value: str) -> str:
-    if value not in PRECISIONS:
-        raise UsageError(f"there is no precision {value!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
-    return value
-
-
-def known_device(value: str) -> str:
-    """The device that an option names; whether there is one is another question."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise UsageError(f"there is no device {value!r}", next_step="Use auto, cpu, cuda or cuda:N")
-    return value
+from lora_rt.plugins.contract.options import PRECISIONS as PRECISIONS
+from lora_rt.plugins.contract.options import check_precision
+from lora_rt.plugins.contract.options import known_device as known_device
 
 
 def _temperature(value: float) -> float:
@@ -41,7 +28,7 @@ def _temperature(value: float) -> float:
 
 Base = Annotated[str, typer.Option("--base", help='"default", a folder, a .gguf file, or a hub id\\[@revision].')]
 Precision = Annotated[
-    str, typer.Option("--precision", callback=_precision, help="float32, bfloat16, float16, int8 or int4.")
+    str, typer.Option("--precision", callback=check_precision, help="float32, bfloat16, float16, int8 or int4.")
 ]
 Device = Annotated[str, typer.Option("--device", callback=known_device, help="auto, cpu, cuda or cuda:N.")]
 JSON_HELP = "Print one JSON document on standard output, and nothing else."

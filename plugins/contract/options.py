@@ -1,20 +1,38 @@
-"""A mode's own options: what `--option KEY=VALUE` gave, read into a dataclass of the mode's."""
+"""Options, wherever they are given: the precision and the device of a base, and a mode's own (`--option KEY=VALUE`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from lora_rt.errors import LoraRtError
+from lora_rt.errors import LoraRtError, UsageError
 
 T = TypeVar("T")
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class OptionError(LoraRtError):
     """Options that a mode does not know, or with values that it can't use; all of them are named."""
+
+
+def check_precision(name: str) -> Precision:
+    """The precision of that name; raises UsageError where there is none."""
+    for precision in PRECISIONS:
+        if name == precision:
+            return precision
+    raise UsageError(f"there is no precision {name!r}", next_step=f"Use one of: {', '.join(PRECISIONS)}")
+
+
+def known_device(name: str) -> str:
+    """The device of that name, or UsageError; whether there is one is another question."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UsageError(f"there is no device {name!r}", next_step="Use auto, cpu, cuda or cuda:N")
+    return name
 
 
 def check_depth(hidden_layers: int, layers: int) -> None:
