@@ -118,10 +118,14 @@ def name_problem(name: str, thing: str = "an adapter") -> list[str]:
     return [f"{shown(str(name))} is not a name that {thing} can have: letters, digits, '.', '_' and '-', at most 96"]
 
 
+def new_name_problem(name: str, thing: str = "an adapter") -> list[str]:
+    """The same for what is new, which may not be called what means the base alone."""
+    return [f"{name!r} means the base alone"] if name == BASE else name_problem(name, thing)
+
+
 def check_name(name: str, thing: str = "an adapter") -> None:
     """Raises InvalidReferenceError where nothing new of ours may be called this."""
-    taken = [f"{name!r} means the base alone"] if name == BASE else []
-    for problem in taken or name_problem(name, thing):
+    for problem in new_name_problem(name, thing):
         raise InvalidReferenceError(problem, next_step=f"Choose another name for {thing}")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lora_rt.registry.files import CONFIG
 from lora_rt.registry.packages import package_of, points_of
-from lora_rt.registry.reference import is_name
+from lora_rt.registry.reference import name_problem
 
 GROUP = "lora_rt.adapters"
 COMPOSITIONS = "lora_rt.compositions"
@@ -56,8 +56,8 @@ def _all(group: str, file: str) -> list[Shipped]:
 
 def _read(point: EntryPoint, file: str) -> Shipped:
     package = " ".join(package_of(point)).strip()
-    if not is_name(point.name):
-        return Shipped(point.name, package, None, "is not a name that an adapter can have")
+    for problem in name_problem(point.name):
+        return Shipped(point.name, package, None, problem)
     if not all(part.isidentifier() or part.replace("-", "_").isidentifier() for part in point.value.split(".")):
         return Shipped(point.name, package, None, f"{point.value!r} is not a dotted path of a folder")
     for folder in _places(point.value):

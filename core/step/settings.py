@@ -21,7 +21,7 @@ from lora_rt.errors import SettingsError as SettingsError
 from lora_rt.registry.card import parse_card
 from lora_rt.registry.files import CARD
 from lora_rt.registry.inspection.config import read_config
-from lora_rt.registry.reference import BASE, composed, is_name
+from lora_rt.registry.reference import composed, new_name_problem
 
 Optimizer = Literal["adamw", "paged-adamw-8bit"]
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -89,10 +89,7 @@ class TrainSettings:
         """
         if problems := of_other_kinds(self, _KINDS, ("accumulation", "early_stop", "gradient_checkpointing")):
             raise SettingsError("these settings can't train", problems=problems, next_step="See: lora-rt train --help")
-        if not is_name(self.register):
-            problems.append(f"{self.register[:80]!r} is not a name that an adapter can have; use letters and digits")
-        if self.register == BASE:
-            problems.append(f"{self.register!r} means the base alone, and is not a name that an adapter can have")
+        problems += new_name_problem(self.register)
         if not 1 <= self.r <= 4096:
             problems.append(f"r is {self.r}; it must be from 1 to 4096")
         if not 0 < self.alpha < 1e6:
