@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 
 from lora_rt.core.base.source import BaseError, BaseSource
 from lora_rt.registry.errors import HubError
-from lora_rt.registry.hub.client import cause_of, in_words, session
+from lora_rt.registry.hub.client import Row, in_words, session
 
 
 def hub_name(source: BaseSource) -> str:
@@ -34,8 +34,8 @@ def fetch(source: BaseSource) -> Path:
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     with explained(source):
         folder = Path(snapshot_download(source.text, revision=source.revision, allow_patterns=wanted))
-    if not (folder / "config.json").is_file():
-        raise no_model(source)
+        if not (folder / "config.json").is_file():
+            raise EntryNotFoundError("config.json")
     return folder
 
 
@@ -49,22 +49,14 @@ def explained(source: BaseSource) -> Iterator[None]:
     except HubError as error:
         raise BaseError(f"{name} can't be downloaded: {error.message}", next_step=error.next_step) from error
     except Exception as error:
-        cause = cause_of(error)
-        if isinstance(cause, LocalEntryNotFoundError):
-            text = f"{name} is not cached and the Hub can't be reached"
-            raise BaseError(text, next_step="Check the network, or give --base a folder") from error
-        if isinstance(cause, EntryNotFoundError):
-            raise no_model(source) from error
-        found = in_words(error, source.text, source.revision)
+        network, log_in = "Check the network, or give --base a folder", "Check the name, or log in with: hf auth login"
+        no_model = f"{name} holds no transformers model (no config.json)"
+        own: list[Row] = [
+            (LocalEntryNotFoundError, f"{name} is not cached and the Hub can't be reached", network),
+            (EntryNotFoundError, no_model, "Give the id of a causal language model"),
+            (RepositoryNotFoundError, f"there is no model {name} on the Hub, or it is private", log_in),
+        ]
+        found = in_words(error, source.text, source.revision, own)
         if found is None:
             raise
-        text = found.message
-        if type(error) is RepositoryNotFoundError:
-            text = f"there is no model {name} on the Hub, or it is private"
-        raise BaseError(text, next_step=found.next_step) from error
-
-
-def no_model(source: BaseSource) -> BaseError:
-    """The error for a repository without a configuration."""
-    text = f"{hub_name(source)} holds no transformers model (no config.json)"
-    return BaseError(text, next_step="Give the id of a causal language model")
+        raise BaseError(found.message, next_step=found.next_step) from error

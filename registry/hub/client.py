@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import cast
@@ -23,6 +23,8 @@ _ANSWERS: ContextVar[list[int] | None] = ContextVar("answers", default=None)
 
 _HEX = re.compile(r'(W/)?"?[0-9a-fA-F]{40,64}"?')
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+Row = tuple[type[BaseException] | tuple[type[BaseException], ...], str, str]
+"""Exceptions of the Hub's client, what they mean, and the next step."""
 
 
 def api() -> library.HfApi:
@@ -129,11 +131,11 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         _ANSWERS.reset(answers)
 
 
-def in_words(error: BaseException, repo: str, revision: str | None = None) -> HubError | None:
-    """What an exception of the Hub's client means for a person; None where it is not one of the client's."""
+def in_words(error: BaseException, repo: str, revision: str | None = None, own: Sequence[Row] = ()) -> HubError | None:
+    """What an exception of the Hub's client means; None where it is none of them. A caller's rows go before ours."""
     errors, httpx2 = library.errors, library.httpx2
     at = f"{repo}@{revision}" if revision else repo
-    error = cause_of(error)
+    error = _cause_of(error)
     if isinstance(error, internals.NoClientError) and error.__cause__ is not None:
         return _no_client(error.__cause__)
     if _is_about_the_token(error):
@@ -144,13 +146,14 @@ def in_words(error: BaseException, repo: str, revision: str | None = None) -> Hu
     )
     detail = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
     # The first row that fits counts: the client's exceptions are each other's subclasses.
-    table: list[tuple[type[BaseException] | tuple[type[BaseException], ...], str, str]] = [
+    table: list[Row] = [
         (
             errors.GatedRepoError,
             f"{repo} is gated: its owner has to let you in",
             f"Ask at {_page(repo)}, then hf auth login",
         ),
         (errors.RevisionNotFoundError, f"{repo} has no revision {revision!r}", f"See {_page(repo)}/tree/main"),
+        *own,
         (
             errors.RepositoryNotFoundError,
             f"the Hub has no {repo}, or it is private and you are not logged in",
@@ -189,7 +192,7 @@ def in_words(error: BaseException, repo: str, revision: str | None = None) -> Hu
     return next((HubError(text, next_step=todo) for kind, text, todo in table if isinstance(error, kind)), None)
 
 
-def cause_of(error: BaseException) -> BaseException:
+def _cause_of(error: BaseException) -> BaseException:
     """What the Hub answered in place of a file's facts; the client then says that the file is not cached."""
     errors = library.errors
     answer = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
