@@ -103,6 +103,19 @@ def test_what_a_killed_run_has_left_in_a_folder_is_named(tmp_path: Path) -> None
     filling.__exit__(None, None, None)
 
 
+def test_a_folder_gives_way_to_a_whole_one_alone(tmp_path: Path) -> None:
+    target, left = tmp_path / "int4", tmp_path / ".lora-rt-unfinished-int4"
+    for folder in (target, left):
+        folder.mkdir()
+        (folder / "old").touch()
+    with pytest.raises(ZeroDivisionError), durable.replaced_folder(target) as folder:
+        (folder / "new").write_text(str(1 / 0))
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["int4", "int4/old"]
+    with durable.replaced_folder(target) as folder:
+        (folder / "new").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["int4", "int4/new"]
+
+
 @pytest.mark.parametrize("named", ["x" * 256, "a/" + "x" * 256, "file", "file/x", "nowhere"])
 def test_a_folder_that_can_not_be_made_is_refused_beforehand(tmp_path: Path, named: str) -> None:
     (tmp_path / "file").touch()
