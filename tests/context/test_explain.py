@@ -73,6 +73,7 @@ def test_what_is_no_number_is_not_drawn(runtime: Runtime, zoo: Zoo) -> None:
         runtime.explain("it rains", f"{name}:1e30")
 
 
+@pytest.mark.slow
 def test_the_commands_explain_and_scene_agree_with_the_runtime(zoo: Zoo, made: Made, tmp_path: Path) -> None:
     folder = made("logic", gates=3)
     base = ["--base", str(zoo.base("llama")), "--precision", "float32", "--device", "cpu"]

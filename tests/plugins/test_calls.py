@@ -218,6 +218,7 @@ os._exit(2 if not ended[0] else os.waitstatus_to_exitcode(ended[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_fork_looks_out_for_its_own_gates_alone() -> None:
     """What its parent's other threads wait for, and the lock that one of them holds, are not the child's."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, check=False)

@@ -88,8 +88,13 @@ def _defined(tree: ast.Module) -> set[str]:
     return found - _of_torch()
 
 
-def touched(source: str) -> Iterator[tuple[int, str]]:
+@cache
+def touched(source: str) -> list[tuple[int, str]]:
     """(line, name) of every private name of another module."""
+    return list(_touched(source))
+
+
+def _touched(source: str) -> Iterator[tuple[int, str]]:
     tree = ast.parse(source)
     own = _defined(tree)
     for node in ast.walk(tree):
