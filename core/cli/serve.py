@@ -14,7 +14,7 @@ from lora_rt.core.cli import options
 from lora_rt.core.cli.console import err, warn
 from lora_rt.core.cli.pip import ENGINES
 from lora_rt.core.cli.session import session
-from lora_rt.core.serving.settings import Limits, ServeSettings
+from lora_rt.core.serving.settings import Limits, ServeSettings, listen
 from lora_rt.errors import LoraRtError, UsageError
 from lora_rt.registry.packages import points_of
 
@@ -151,18 +151,17 @@ def _other(name: str) -> Callable[[Sequence[str], str, int, str], None]:
 
 
 def _serve(settings: ServeSettings, over: options.OverBase, text: dict[str, Any], ui: bool) -> None:
-    session().check(over.base, over.precision, over.device)
-    from lora_rt.core.serving import page, server
+    # The socket first, then the base: what can't be had is said before seconds go into imports.
+    with listen(settings) as bound:
+        session().check(over.base, over.precision, over.device)
+        from lora_rt.core.serving import page, server
 
-    option = "" if over.base == "default" else over.base
-    extend = partial(page.install, base_option=option) if ui else None
-
-    # The socket first: that it can't be had is said before a base is loaded for seconds.
-    with server.listen(settings) as bound, session().runtime(over.base, over.precision, over.device, **text) as runtime:
-        server.log_to_stderr()
-        runtime.parts.weigher.told.clear()  # other commands warn of a mix before they load a base; here clients name it
-        announce = partial(_banner, settings=settings, base=runtime.base.id, ui=ui)
-        server.serve(runtime, settings, bound, announce=announce, extend=extend)
+        extend = partial(page.install, base_option="" if over.base == "default" else over.base) if ui else None
+        with session().runtime(over.base, over.precision, over.device, **text) as runtime:
+            server.log_to_stderr()
+            runtime.parts.weigher.told.clear()  # others warn of a mix before they load a base; here clients name it
+            announce = partial(_banner, settings=settings, base=runtime.base.id, ui=ui)
+            server.serve(runtime, settings, bound, announce=announce, extend=extend)
 
 
 def _banner(url: str, settings: ServeSettings, base: str, ui: bool) -> None:

@@ -15,7 +15,8 @@ import uvicorn
 from lora_rt.core.runtime import Runtime
 from lora_rt.core.serving.api import make_app
 from lora_rt.core.serving.service import Service
-from lora_rt.core.serving.settings import ServeError, ServeSettings
+from lora_rt.core.serving.settings import ServeSettings
+from lora_rt.core.serving.settings import listen as listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,26 +65,6 @@ class DrainingServer(uvicorn.Server):
             await asyncio.to_thread(self._service.scheduler.stop)
             await asyncio.sleep(_LAST_WORDS)
         self.should_exit = True
-
-
-def listen(settings: ServeSettings) -> socket.socket:
-    """The socket, bound.
-
-    Raises:
-        ServeError: somebody else has the port, or there is no such address here.
-    """
-    found: socket.socket | None = None
-    try:
-        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((settings.host, settings.port))
-    except OSError as error:
-        if found is not None:
-            found.close()
-        text = f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}"
-        raise ServeError(text, next_step="Choose another --port or --host") from error
-    return found
 
 
 def configured(app: FastAPI, patience: int) -> uvicorn.Config:

@@ -1,8 +1,9 @@
-"""What an operator decides: who may connect, and how much a client may ask for."""
+"""What an operator decides: where it listens, who may connect, and how much a client may ask for."""
 
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass, field
 
 from lora_rt.errors import LoraRtError
@@ -75,3 +76,23 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def listen(settings: ServeSettings) -> socket.socket:
+    """The socket, bound.
+
+    Raises:
+        ServeError: somebody else has the port, or there is no such address here.
+    """
+    found: socket.socket | None = None
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((settings.host, settings.port))
+    except OSError as error:
+        if found is not None:
+            found.close()
+        text = f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}"
+        raise ServeError(text, next_step="Choose another --port or --host") from error
+    return found
