@@ -48,7 +48,7 @@ def answer_nll(lm: CausalLM, planner: Planner[R], rows: Sequence[R], answers: Se
     Raises:
         LengthError: a row is longer than the model's context.
     """
-    # What foretells a token stands one place before it.
+    # What predicts a token stands one place before it.
     places = [range(row.length - len(answer) - 1, row.length - 1) for row, answer in zip(rows, answers, strict=True)]
     return [_nll(own, answer) for own, answer in zip(_read(lm, planner, rows, places), answers, strict=True)]
 
